@@ -1,0 +1,160 @@
+"""The latent codec: the autoencoder and the text encoder that define the space the transformer lives in.
+
+Shapes: B videos, C colour or latent channels, T frames, H rows, W columns (pixels), F latent frames, L text tokens,
+D text width.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from wan_model.latent_spec import LatentSpec
+from wan_model.model_folder import latent_spec_of, resolve_folder
+from wan_model.text import clean_prompt
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    # Loading prints progress bars and advice about weights; a failed load still raises.
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class LatentCodec:
+    """Videos to latents and back, prompts to embeddings, exactly as diffusers' ``WanPipeline`` has them.
+
+    Either half may be absent: a sampler that has its embeddings needs no text encoder.
+
+    Args:
+        spec: the space, with the statistics that latents are normalised by.
+        vae: diffusers' ``AutoencoderKLWan``, or None.
+        text_encoder: transformers' ``UMT5EncoderModel``, or None.
+        tokenizer: the tokenizer that belongs to it, or None.
+    """
+
+    def __init__(self, spec: LatentSpec, vae: Any = None, text_encoder: Any = None, tokenizer: Any = None) -> None:
+        self.spec = spec
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        vae_dtype: torch.dtype = torch.float32,
+        text_dtype: torch.dtype = torch.float32,
+        load_vae: bool = True,
+        load_text: bool = True,
+        text_length: int = 512,
+    ) -> Self:
+        """Load the autoencoder and the text encoder of a diffusers folder or hub id; safetensors only.
+
+        Args:
+            model: a folder with ``vae``, ``text_encoder`` and ``tokenizer`` in it, or a hub id.
+            revision: the hub id's revision.
+            device: where both are put.
+            vae_dtype: the official code runs the autoencoder in float32.
+            text_dtype: bfloat16 halves the memory of the text encoder, at the cost of equality.
+            load_vae, load_text: which halves to load.
+            text_length: tokens that prompts are cut to (512 in the official code).
+
+        Raises:
+            ValueError: a missing folder or file, naming it.
+        """
+        parts = ["vae", "text_encoder"] + (["tokenizer"] if load_text else [])
+        folder = resolve_folder(model, parts, revision=revision)
+        spec = latent_spec_of(folder, text_length=text_length)
+        vae = text_encoder = tokenizer = None
+        with _quiet_transformers():
+            if load_vae:
+                from diffusers import AutoencoderKLWan
+
+                vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=vae_dtype, use_safetensors=True)
+                vae = vae.to(device).eval().requires_grad_(False)
+            if load_text:
+                from transformers import AutoTokenizer, UMT5EncoderModel
+
+                text_encoder = UMT5EncoderModel.from_pretrained(
+                    folder / "text_encoder", dtype=text_dtype, use_safetensors=True
+                )
+                text_encoder = text_encoder.to(device).eval().requires_grad_(False)
+                tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+        return cls(spec, vae, text_encoder, tokenizer)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, dtype=like.dtype, device=like.device) for values in (self.spec.mean, self.spec.std))
+        return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
+
+    def _need(self, part: str) -> Any:
+        loaded = getattr(self, part)
+        if loaded is None:
+            raise ValueError(f"this codec was loaded without its {part}; load it with both halves")
+        return loaded
+
+    @torch.no_grad()
+    def encode_video(self, video_BCTHW: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B C F h w"]:
+        """The normalised posterior mean, fp32.
+
+        Args:
+            video_BCTHW: RGB in [-1, 1]; 4n+1 frames, sides that 16 divides.
+
+        Raises:
+            ValueError: sizes that the autoencoder would silently cut.
+        """
+        vae = self._need("vae")
+        self.spec.latent_shape(*video_BCTHW.shape[2:])
+        mu = vae.encode(video_BCTHW.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        mean, std = self._statistics(mu)
+        return (mu - mean) / std
+
+    @torch.no_grad()
+    def decode_video(self, latents_BCFHW: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 T H W"]:
+        """RGB in [-1, 1], fp32, from normalised latents."""
+        vae = self._need("vae")
+        mean, std = self._statistics(latents_BCFHW)
+        raw = (latents_BCFHW * std + mean).to(vae.device, vae.dtype)
+        return vae.decode(raw, return_dict=False)[0].float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
+        """Embeddings of cleaned prompts, fp32, each of its true length (the zero padding is the model's business).
+
+        Each prompt is embedded with its own attention mask over the fixed length, as the official code does.
+        """
+        text_encoder, tokenizer = self._need("text_encoder"), self._need("tokenizer")
+        tokens = tokenizer(
+            [clean_prompt(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.spec.text_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = tokens.input_ids.to(text_encoder.device), tokens.attention_mask.to(text_encoder.device)
+        hidden = text_encoder(ids, mask).last_hidden_state.float()
+        lengths = tokens.attention_mask.sum(dim=1).tolist()
+        return [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]

@@ -1,0 +1,119 @@
+"""The sizes that define one Wan 2.1 transformer, to and from diffusers' ``transformer/config.json``."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+PatchSize = tuple[int, int, int]
+
+# diffusers' names beside ours; everything else in its config.json is a switch that Wan 2.1 text-to-video leaves fixed.
+_DIFFUSERS_NAMES = {
+    "num_attention_heads": "num_heads",
+    "attention_head_dim": "head_dim",
+    "num_layers": "num_layers",
+    "ffn_dim": "ffn_dim",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "text_dim": "text_dim",
+    "freq_dim": "freq_dim",
+    "eps": "eps",
+    "patch_size": "patch_size",
+}
+_FIXED = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "added_kv_proj_dim": None,
+    "image_dim": None,
+    "pos_embed_seq_len": None,
+    "rope_max_seq_len": 1024,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan 2.1 transformer; the defaults are those of the 1.3B text-to-video model.
+
+    Source: the released ``config.json`` files and diffusers' ``WanTransformer3DModel``.
+
+    Raises:
+        ValueError: a size that the architecture cannot have.
+    """
+
+    num_heads: int = 12
+    head_dim: int = 128
+    num_layers: int = 30
+    ffn_dim: int = 8960
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_length: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    patch_size: PatchSize = (1, 2, 2)
+
+    def __post_init__(self) -> None:
+        for field in ("num_heads", "num_layers", "ffn_dim", "in_channels", "out_channels", "text_dim", "text_length"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if self.head_dim < 6 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; rotary embedding over three axes needs an even number of 6 or more"
+            )
+        if self.freq_dim < 2 or self.freq_dim % 2:
+            raise ValueError(f"freq_dim is {self.freq_dim}; sines and cosines need an even number")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size is {self.patch_size}; it must be three positive integers (frames, rows, columns)")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def patch_volume(self) -> int:
+        """Latent positions in one token."""
+        frames, rows, columns = self.patch_size
+        return frames * rows * columns
+
+    @property
+    def token_in(self) -> int:
+        """Values of one input token (64 in the released models)."""
+        return self.in_channels * self.patch_volume
+
+    @property
+    def token_out(self) -> int:
+        """Values of one predicted token."""
+        return self.out_channels * self.patch_volume
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
+        """Read diffusers' ``transformer/config.json``.
+
+        Raises:
+            ValueError: the file describes another model (image-to-video, Wan 2.2, another class), naming the field.
+        """
+        name = config.get("_class_name", "WanTransformer3DModel")
+        if name != "WanTransformer3DModel":
+            raise ValueError(f"the configuration is of a {name}; expected a WanTransformer3DModel (Wan 2.1 text-to-video)")
+        for key, wanted in _FIXED.items():
+            got = config.get(key, wanted)
+            if got != wanted:
+                raise ValueError(
+                    f"{key} is {got!r} where Wan 2.1 text-to-video has {wanted!r}: "
+                    "image-to-video and Wan 2.2 models are not supported"
+                )
+        values = {ours: config[theirs] for theirs, ours in _DIFFUSERS_NAMES.items() if theirs in config}
+        if missing := [theirs for theirs, ours in _DIFFUSERS_NAMES.items() if ours not in values]:
+            raise ValueError(f"the transformer's configuration lacks {', '.join(missing)}")
+        values["patch_size"] = tuple(values["patch_size"])
+        values["out_channels"] = values["out_channels"] or values["in_channels"]
+        return cls(**values)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of diffusers' ``transformer/config.json`` for this model."""
+        ours = {theirs: getattr(self, name) for theirs, name in _DIFFUSERS_NAMES.items()}
+        return {"_class_name": "WanTransformer3DModel", **ours, "patch_size": list(self.patch_size), **_FIXED}
+
+
+WAN_1_3B = WanConfig()
+WAN_14B = WanConfig(num_heads=40, num_layers=40, ffn_dim=13824)

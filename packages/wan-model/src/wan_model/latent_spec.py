@@ -1,0 +1,107 @@
+"""What defines the latent space a transformer lives in, with a fingerprint to recognise it by."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSpec:
+    """The contract between those who write latents, train on them, and decode them.
+
+    Attributes:
+        channels: channels of a latent (16).
+        temporal_stride: source frames per latent frame after the first (4).
+        spatial_stride: source pixels per latent position, both ways (8).
+        mean, std: per-channel statistics; a stored latent is ``(mu - mean) / std``.
+        text_dim: width of a text embedding (4096).
+        text_length: tokens that the prompt is cut and zero-padded to (512).
+        model_id: digest of the autoencoder's and the text encoder's weights (see ``codec``), so that two models of
+            equal configuration but different weights are told apart.
+    """
+
+    channels: int
+    temporal_stride: int
+    spatial_stride: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    text_dim: int
+    text_length: int
+    model_id: str
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(
+                f"{len(self.mean)} means and {len(self.std)} deviations were given for {self.channels} latent channels"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"the smallest latent deviation is {min(self.std)}; every one must be positive")
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that are equal exactly when all fields are."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and YAML."""
+        values = dataclasses.asdict(self)
+        return {**values, "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: a field is missing or unknown.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != fields:
+            raise ValueError(
+                f"a latent specification has the fields {sorted(fields)}; got {sorted(values)}: "
+                "was it written by another version?"
+            )
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+    def require_same(self, other: "LatentSpec", ours: str, theirs: str) -> None:
+        """Refuse to mix latents of two spaces.
+
+        Args:
+            other: the specification to compare with.
+            ours, theirs: what the two belong to, for the message ("the dataset in /data/x").
+
+        Raises:
+            ValueError: they differ; the message names the fields.
+        """
+        if self.fingerprint == other.fingerprint:
+            return
+        mine, yours = self.to_dict(), other.to_dict()
+        differing = ", ".join(f"{key} ({mine[key]} against {yours[key]})" for key in mine if mine[key] != yours[key])
+        raise ValueError(
+            f"{ours} (fingerprint {self.fingerprint}) and {theirs} (fingerprint {other.fingerprint}) are of different "
+            f"latent spaces: {differing}; prepare the data with the same autoencoder and text encoder"
+        )
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape [C, F, H, W] of the latent of a video of ``frames`` × ``height`` × ``width`` pixels.
+
+        Raises:
+            ValueError: a frame count that is not 4n+1, or a side that the strides and the patch do not divide.
+        """
+        if frames < 1 or (frames - 1) % self.temporal_stride:
+            lower = max(1, frames - (frames - 1) % self.temporal_stride)
+            raise ValueError(
+                f"{frames} frames cannot be encoded whole: the count must be {self.temporal_stride}n+1; "
+                f"the nearest are {lower} and {lower + self.temporal_stride}"
+            )
+        side = 2 * self.spatial_stride
+        if height < side or width < side or height % side or width % side:
+            raise ValueError(f"{height}×{width} pixels: height and width must be positive multiples of {side}")
+        return (
+            self.channels,
+            1 + (frames - 1) // self.temporal_stride,
+            height // self.spatial_stride,
+            width // self.spatial_stride,
+        )

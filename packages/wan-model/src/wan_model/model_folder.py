@@ -1,0 +1,132 @@
+"""Diffusers' folder layout: finding it, reading its small files, and what it says of the latent space."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from wan_model.latent_spec import LatentSpec
+
+# Tensors small enough to read in a moment and specific enough to tell trainings apart. They are compared in bfloat16,
+# so that a folder stored in that precision counts as the same model.
+_VAE_WITNESSES = ("encoder.conv_in.bias", "encoder.conv_out.bias", "quant_conv.bias", "decoder.conv_in.bias")
+_TEXT_WITNESSES = ("encoder.final_layer_norm.weight", "encoder.block.0.layer.0.layer_norm.weight")
+
+
+def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revision: str | None = None) -> Path:
+    """The local folder of a model given by path or by hub id, with the named parts present.
+
+    A hub id is downloaded (safetensors and small files only) with ``HF_TOKEN`` from the environment.
+
+    Raises:
+        ValueError: it is neither a folder nor a hub id, or a part is missing.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        name = os.fspath(model)
+        if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+            raise ValueError(f"no model at {name}: expected a folder in diffusers' layout or a hub id such as Wan-AI/NAME")
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".safetensors", ".model", ".txt")]
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, "model_index.json"]))
+        except Exception as error:
+            raise ValueError(f"{name} is no folder here, and the hub did not give it: {error}") from error
+    if missing := [part for part in parts if not (folder / part).is_dir()]:
+        raise ValueError(f"{folder} has no {', '.join(missing)} folder; expected a model in diffusers' layout")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file is absent or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def weight_files(folder: Path, stem: str) -> dict[str, Path]:
+    """Which safetensors file of a component's folder holds each key.
+
+    Args:
+        folder: the component's folder, e.g. ``transformer``.
+        stem: the file's name before ``.safetensors`` (``diffusion_pytorch_model`` or ``model``).
+
+    Raises:
+        ValueError: no weights there, or an index that names a file that is absent or lies elsewhere.
+    """
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.is_file():
+        places = read_json(index).get("weight_map", {})
+        for name in sorted(set(places.values())):
+            if Path(name).name != name:
+                raise ValueError(f"{index} names {name!r}, which is not a file beside it")
+            if not (folder / name).is_file():
+                raise ValueError(f"{index} names {name}, which is missing")
+        return {key: folder / name for key, name in places.items()}
+    if not single.is_file():
+        raise ValueError(f"{folder} has neither {single.name} nor {index.name}; only safetensors weights are read")
+    with safe_open(single, framework="pt") as file:
+        return {key: single for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
+
+
+def _digest(folder: Path, stem: str, witnesses: Sequence[str]) -> str:
+    files, digest = weight_files(folder, stem), hashlib.sha256()
+    found = [key for key in witnesses if key in files]
+    if not found:
+        raise ValueError(f"{folder} holds none of {', '.join(witnesses)}: its weights are not those of Wan 2.1")
+    for key in found:
+        with safe_open(files[key], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        digest.update(key.encode())
+        digest.update(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def latent_spec_of(
+    folder: Path, *, text_length: int = 512, vae: Path | None = None, text_encoder: Path | None = None
+) -> LatentSpec:
+    """The latent space of a model folder, from its configurations and a few small tensors.
+
+    Args:
+        folder: the model in diffusers' layout.
+        text_length: tokens that prompts are cut to.
+        vae, text_encoder: component folders that stand elsewhere.
+
+    Raises:
+        ValueError: files that are missing or describe another kind of autoencoder.
+    """
+    vae, text_encoder = vae or folder / "vae", text_encoder or folder / "text_encoder"
+    config = read_json(vae / "config.json")
+    if config.get("_class_name") != "AutoencoderKLWan":
+        raise ValueError(f"{vae} holds a {config.get('_class_name')}; expected an AutoencoderKLWan")
+    downsample = config.get("temperal_downsample", [False, True, True])
+    return LatentSpec(
+        channels=config["z_dim"],
+        temporal_stride=2 ** sum(map(bool, downsample)),
+        spatial_stride=2 ** len(downsample),
+        mean=tuple(config["latents_mean"]),
+        std=tuple(config["latents_std"]),
+        text_dim=read_json(text_encoder / "config.json")["d_model"],
+        text_length=text_length,
+        model_id=(
+            f"vae-{_digest(vae, 'diffusion_pytorch_model', _VAE_WITNESSES)}"
+            f"-text-{_digest(text_encoder, 'model', _TEXT_WITNESSES)}"
+        ),
+    )

@@ -1,0 +1,194 @@
+"""The one batch format: samples of any shape laid end to end in a single sequence of tokens.
+
+Shapes: S tokens of the pack (padding included), C values of a token, B samples, T text length, D text width;
+of one latent: C channels, F frames, H rows, W columns.
+
+A latent [C, F, H, W] becomes F/pf × H/ph × W/pw tokens in the order (frame, row, column); inside a token the order is
+(pf, ph, pw, channel) with the channel running fastest, as NVIDIA's recipe stores it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from wan_model.config import PatchSize
+
+Grid = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackLayout:
+    """Where each sample lies in a pack.
+
+    Attributes:
+        grids: tokens along (frames, rows, columns) of each sample, in order.
+        padding: tokens behind the last sample that belong to none; no sample attends to them and no loss sees them.
+    """
+
+    grids: tuple[Grid, ...]
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.grids:
+            raise ValueError("a pack must hold at least one sample")
+        if any(len(grid) != 3 or min(grid) < 1 for grid in self.grids):
+            raise ValueError(f"grids are {self.grids}; each must be three positive counts of tokens")
+        if self.padding < 0:
+            raise ValueError(f"padding is {self.padding} tokens; it cannot be negative")
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample."""
+        return tuple(f * h * w for f, h, w in self.grids)
+
+    @functools.cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each sample starts, and last where the padding starts: B+1 numbers."""
+        starts = [0]
+        for length in self.lengths:
+            starts.append(starts[-1] + length)
+        return tuple(starts)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the pack."""
+        return len(self.grids)
+
+    @property
+    def valid(self) -> int:
+        """Tokens that belong to samples."""
+        return self.offsets[-1]
+
+    @property
+    def total(self) -> int:
+        """Tokens computed, padding included."""
+        return self.valid + self.padding
+
+    def padded_to(self, multiple: int) -> "PackLayout":
+        """The same samples with the least padding that makes ``total`` a multiple."""
+        if multiple < 1:
+            raise ValueError(f"cannot pad to a multiple of {multiple}; it must be at least 1")
+        return PackLayout(self.grids, -self.valid % multiple)
+
+
+@functools.lru_cache(maxsize=64)
+def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, "S"]:
+    """The sample that each token belongs to; padding counts to the last one, whose rows it may read harmlessly."""
+    lengths = list(layout.lengths)
+    lengths[-1] += layout.padding
+    index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return index.to(device, non_blocking=True)
+
+
+@dataclasses.dataclass
+class LatentPack:
+    """A training batch: clean latents of several samples, as tokens, with their text.
+
+    Attributes:
+        tokens_SC: normalised latents, patchified; padding rows are zero.
+        text_BTD: text embeddings, zero behind their true length.
+        layout: where each sample lies.
+        keys: each sample's name, for messages.
+    """
+
+    tokens_SC: Float[Tensor, "S C"]
+    text_BTD: Float[Tensor, "B T D"]
+    layout: PackLayout
+    keys: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.tokens_SC.shape[0] != self.layout.total:
+            raise ValueError(f"{self.tokens_SC.shape[0]} tokens were given for a layout of {self.layout.total}")
+        if not (self.text_BTD.shape[0] == len(self.keys) == self.layout.num_samples):
+            raise ValueError(
+                f"{self.text_BTD.shape[0]} texts and {len(self.keys)} keys for {self.layout.num_samples} samples"
+            )
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LatentPack":
+        """The same pack on another device; ``dtype`` applies to the text, the latents stay as they are."""
+        return dataclasses.replace(
+            self,
+            tokens_SC=self.tokens_SC.to(device, non_blocking=True),
+            text_BTD=self.text_BTD.to(device, dtype, non_blocking=True),
+        )
+
+
+def latent_grid(latent: Tensor, patch_size: PatchSize) -> Grid:
+    """Tokens along (frames, rows, columns) of one latent [C, F, H, W].
+
+    Raises:
+        ValueError: the patch does not divide the latent.
+    """
+    if latent.ndim != 4:
+        raise ValueError(f"a latent has the shape [C, F, H, W]; got {tuple(latent.shape)}")
+    sizes = tuple(latent.shape[1:])
+    if any(size % patch or size < patch for size, patch in zip(sizes, patch_size, strict=True)):
+        raise ValueError(f"the patch {patch_size} does not divide a latent of frames, rows, columns {sizes}")
+    f, h, w = (size // patch for size, patch in zip(sizes, patch_size, strict=True))
+    return f, h, w
+
+
+def patchify(latent: Float[Tensor, "C F H W"], patch_size: PatchSize = (1, 2, 2)) -> Float[Tensor, "S K"]:
+    """Cut a latent into tokens (see the module's docstring for the order)."""
+    latent_grid(latent, patch_size)
+    pf, ph, pw = patch_size
+    return rearrange(latent, "c (f pf) (h ph) (w pw) -> (f h w) (pf ph pw c)", pf=pf, ph=ph, pw=pw)
+
+
+def unpatchify(
+    tokens: Float[Tensor, "S K"], grid: Grid, patch_size: PatchSize = (1, 2, 2)
+) -> Float[Tensor, "C F H W"]:
+    """The inverse of ``patchify`` for a sample of the given grid."""
+    (f, h, w), (pf, ph, pw) = grid, patch_size
+    return rearrange(tokens, "(f h w) (pf ph pw c) -> c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
+
+
+def pad_text(embeddings: Sequence[Float[Tensor, "_ D"]], length: int) -> Float[Tensor, "B T D"]:
+    """Stack text embeddings of true length into [B, T, D], zeros behind each.
+
+    Raises:
+        ValueError: an embedding is longer than ``length``.
+    """
+    longest = max(embedding.shape[0] for embedding in embeddings)
+    if longest > length:
+        raise ValueError(f"a text embedding has {longest} tokens; the model takes at most {length}")
+    out = embeddings[0].new_zeros(len(embeddings), length, embeddings[0].shape[1])
+    for row, embedding in zip(out, embeddings, strict=True):
+        row[: embedding.shape[0]] = embedding
+    return out
+
+
+def pack_latents(
+    latents: Sequence[Float[Tensor, "C _ _ _"]],
+    texts: Sequence[Float[Tensor, "_ D"]],
+    keys: Sequence[str],
+    *,
+    text_length: int = 512,
+    patch_size: PatchSize = (1, 2, 2),
+    multiple: int = 1,
+) -> LatentPack:
+    """Lay samples end to end in one pack.
+
+    Args:
+        latents: normalised latents, one a sample, of any shapes.
+        texts: text embeddings of true length, one a sample.
+        keys: names, one a sample.
+        text_length: tokens that texts are zero-padded to.
+        patch_size: latent positions (frames, rows, columns) of one token.
+        multiple: pad the whole pack to a multiple of this many tokens (tensor and context parallelism need it).
+
+    Raises:
+        ValueError: nothing to pack, counts that differ, or a latent that the patch does not divide.
+    """
+    if not (len(latents) == len(texts) == len(keys)):
+        raise ValueError(f"{len(latents)} latents, {len(texts)} texts and {len(keys)} keys; the counts must be equal")
+    layout = PackLayout(tuple(latent_grid(latent, patch_size) for latent in latents)).padded_to(multiple)
+    rows = [patchify(latent, patch_size) for latent in latents]
+    if layout.padding:
+        rows.append(rows[0].new_zeros(layout.padding, rows[0].shape[1]))
+    return LatentPack(torch.cat(rows), pad_text(texts, text_length), layout, tuple(keys))

@@ -1,0 +1,17 @@
+"""Cleaning of prompts: one function for preparation and sampling, so that both embed the same string."""
+
+import html
+import re
+
+import ftfy
+
+_WHITESPACE = re.compile(r"\s+")
+
+
+def clean_prompt(prompt: str) -> str:
+    """Mend the encoding, unescape HTML twice, strip, and make each run of white space one blank.
+
+    Source: ``prompt_clean`` of diffusers' ``WanPipeline`` and the official tokenizer's ``whitespace`` cleaning.
+    """
+    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return _WHITESPACE.sub(" ", mended.strip()).strip()

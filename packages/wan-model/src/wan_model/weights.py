@@ -1,0 +1,196 @@
+"""Weights in and out: official initialisation, diffusers' ``transformer`` folders.
+
+A tensor-parallel or pipelined model takes its own part of each tensor; what a rank holds never depends on how many
+there are.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wan_model.config import WanConfig
+from wan_model.dit import Stage, WanDiT
+from wan_model.model_folder import read_json, weight_files
+from wan_model.ops import Ops
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+
+
+def full_shape(model: WanDiT, parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter in the whole model."""
+    shape = list(parameter.shape)
+    if part := model.ops.partition(parameter):
+        axis, _, ranks = part
+        shape[axis] *= ranks
+    return tuple(shape)
+
+
+def local_slices(model: WanDiT, parameter: nn.Parameter) -> tuple[slice, ...]:
+    """Where this rank's part of a parameter lies in the whole tensor."""
+    slices = [slice(0, size) for size in parameter.shape]
+    if part := model.ops.partition(parameter):
+        axis, rank, _ = part
+        size = parameter.shape[axis]
+        slices[axis] = slice(rank * size, (rank + 1) * size)
+    return tuple(slices)
+
+
+def expected_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor of the whole model."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in WanDiT(config).state_dict().items()}
+
+
+def initial_tensor(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """The official initial value of one whole tensor, fp32, drawn from a generator of its own.
+
+    Source: ``WanModel.init_weights`` of the official release: xavier-uniform linears and patch embedding,
+    N(0, 0.02) for the text and time embedders, N(0, 1/width) modulation tables, zero biases, zero head.
+    """
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    if key.endswith("scale_shift_table"):
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+    if key.endswith("bias") or key.startswith("proj_out."):
+        return torch.zeros(shape)
+    if ".norm" in key:
+        return torch.ones(shape)
+    if ".time_embedder." in key or ".text_embedder." in key:
+        return torch.randn(shape, generator=generator) * 0.02
+    fan_out, fan_in = shape[0], torch.Size(shape[1:]).numel()
+    bound = (6 / (fan_in + fan_out)) ** 0.5
+    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+@torch.no_grad()
+def init_weights(model: WanDiT, *, seed: int) -> None:
+    """Fill a model, or a rank's part of one, with the official initial values.
+
+    Every rank of every layout gets its part of the same tensors: tensor by tensor, from the seed and the key alone.
+    """
+    for key, parameter in model.named_parameters():
+        whole = initial_tensor(key, full_shape(model, parameter), seed=seed)
+        parameter.copy_(whole[local_slices(model, parameter)])
+
+
+def read_config(folder: Path) -> WanConfig:
+    """The configuration of a diffusers ``transformer`` folder.
+
+    Raises:
+        ValueError: the file is missing, or describes a model that is not Wan 2.1 text-to-video.
+    """
+    return WanConfig.from_diffusers(read_json(Path(folder) / "config.json"))
+
+
+def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: str) -> None:
+    """Refuse a set of tensors that is not exactly the model's.
+
+    Raises:
+        ValueError: naming the first missing, unexpected or misshapen keys and what was expected.
+    """
+    expected = expected_shapes(config)
+    problems = [f"{key} is missing (expected {list(expected[key])})" for key in expected if key not in found]
+    problems += [f"{key} is unexpected ({list(found[key])})" for key in found if key not in expected]
+    problems += [
+        f"{key} has shape {list(found[key])}, expected {list(expected[key])}"
+        for key in expected
+        if key in found and found[key] != expected[key]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the weights in {where} are not this model's: {'; '.join(problems[:5])}{more}")
+
+
+def _stored_shapes(files: Mapping[str, Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  safe_open is no mapping
+                yield key, tuple(file.get_slice(key).get_shape())
+
+
+@torch.no_grad()
+def load_weights(model: WanDiT, folder: Path) -> None:
+    """Copy a diffusers ``transformer`` folder into a model, or a rank's part of it, tensor by tensor.
+
+    Raises:
+        ValueError: a missing, unexpected or misshapen key.
+    """
+    folder = Path(folder)
+    files = weight_files(folder, WEIGHTS_STEM)
+    check_keys(dict(_stored_shapes(files)), model.config, str(folder))
+    parameters = dict(model.named_parameters())
+    for path in sorted({files[key] for key in parameters}):
+        with safe_open(path, framework="pt") as file:
+            for key in (key for key in parameters if files[key] == path):
+                parameter = parameters[key]
+                parameter.copy_(file.get_slice(key)[local_slices(model, parameter)])
+
+
+def load_transformer(
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ops: Ops | None = None,
+    stage: Stage | None = None,
+) -> WanDiT:
+    """Build a model from a diffusers ``transformer`` folder, in evaluation mode."""
+    with torch.device("meta"):
+        model = WanDiT(read_config(folder), ops, stage)
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model.eval()
+
+
+def save_transformer(state: Mapping[str, Tensor], config: WanConfig, folder: Path, *, shard_bytes: int = 10**10) -> None:
+    """Write a diffusers ``transformer`` folder; each file appears whole or not at all.
+
+    Args:
+        state: every tensor of the whole model, by key.
+        config: its sizes.
+        folder: where; made if absent.
+        shard_bytes: above this many bytes the weights are split over several files with an index.
+
+    Raises:
+        ValueError: the tensors are not exactly the model's.
+    """
+    folder = Path(folder)
+    check_keys({key: tuple(value.shape) for key, value in state.items()}, config, "the state to be saved")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and size > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][key] = tensor
+        room -= size
+    names = [f"{WEIGHTS_STEM}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{WEIGHTS_STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        total = sum(tensor.numel() * tensor.element_size() for shard in shards for tensor in shard.values())
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        _write_text(
+            folder / f"{WEIGHTS_STEM}.safetensors.index.json",
+            json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n",
+        )
+    for name, shard in zip(names, shards, strict=True):
+        aside = folder / f".{name}.partial"
+        save_file(shard, aside, metadata={"format": "pt"})
+        os.replace(aside, folder / name)
+    _write_text(folder / "config.json", json.dumps(config.to_diffusers(), indent=2, sort_keys=True) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
