@@ -8,8 +8,8 @@ from wan_model.pack import LatentPack, PackLayout, pack_latents, pad_text, patch
 from wan_model.weights import init_weights, load_transformer, save_transformer
 
 __all__ = [
-    "WAN_14B",
     "WAN_1_3B",
+    "WAN_14B",
     "LatentPack",
     "LatentSpec",
     "Ops",

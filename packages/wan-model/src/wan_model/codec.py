@@ -8,7 +8,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -105,7 +104,9 @@ class LatentCodec:
         return cls(spec, vae, text_encoder, tokenizer)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(values, dtype=like.dtype, device=like.device) for values in (self.spec.mean, self.spec.std))
+        mean, std = (
+            torch.tensor(values, dtype=like.dtype, device=like.device) for values in (self.spec.mean, self.spec.std)
+        )
         return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
 
     def _need(self, part: str) -> Any:

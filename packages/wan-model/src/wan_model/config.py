@@ -62,7 +62,9 @@ class WanConfig:
         if self.freq_dim < 2 or self.freq_dim % 2:
             raise ValueError(f"freq_dim is {self.freq_dim}; sines and cosines need an even number")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
-            raise ValueError(f"patch_size is {self.patch_size}; it must be three positive integers (frames, rows, columns)")
+            raise ValueError(
+                f"patch_size is {self.patch_size}; it must be three positive integers (frames, rows, columns)"
+            )
 
     @property
     def hidden_size(self) -> int:
@@ -94,7 +96,9 @@ class WanConfig:
         """
         name = config.get("_class_name", "WanTransformer3DModel")
         if name != "WanTransformer3DModel":
-            raise ValueError(f"the configuration is of a {name}; expected a WanTransformer3DModel (Wan 2.1 text-to-video)")
+            raise ValueError(
+                f"the configuration is of a {name}; expected a WanTransformer3DModel (Wan 2.1 text-to-video)"
+            )
         for key, wanted in _FIXED.items():
             got = config.get(key, wanted)
             if got != wanted:
@@ -102,6 +106,13 @@ class WanConfig:
                     f"{key} is {got!r} where Wan 2.1 text-to-video has {wanted!r}: "
                     "image-to-video and Wan 2.2 models are not supported"
                 )
+        if config.get("in_channels") == 48:
+            raise ValueError("in_channels is 48 where Wan 2.1 text-to-video has 16: Wan 2.2 models are not supported")
+        if config.get("out_channels") and config.get("in_channels") != config["out_channels"]:
+            raise ValueError(
+                f"in_channels is {config.get('in_channels')} and out_channels is {config['out_channels']} where "
+                "Wan 2.1 text-to-video has them equal: image-to-video models are not supported"
+            )
         values = {ours: config[theirs] for theirs, ours in _DIFFUSERS_NAMES.items() if theirs in config}
         if missing := [theirs for theirs, ours in _DIFFUSERS_NAMES.items() if ours not in values]:
             raise ValueError(f"the transformer's configuration lacks {', '.join(missing)}")

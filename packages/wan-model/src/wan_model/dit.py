@@ -123,7 +123,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
         # diffusers has a dropout at 1; the numbers are part of the keys.
-        self.net = nn.ModuleDict({"0": FeedForwardIn(config, ops), "2": ops.row_linear(config.ffn_dim, config.hidden_size)})
+        self.net = nn.ModuleDict(
+            {"0": FeedForwardIn(config, ops), "2": ops.row_linear(config.ffn_dim, config.hidden_size)}
+        )
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """Apply to tokens that have entered; the result is this rank's rows."""
@@ -245,10 +247,12 @@ class WanDiT(nn.Module):
             self.patch_embedding = PatchEmbedding(config)
             self.ops.on_token_rows(self.patch_embedding)
         # Numbered by their place in the whole model, so that a stage's keys are the whole model's.
-        self.blocks = nn.ModuleDict({str(i): Block(config, self.ops) for i in range(self.stage.first, self.stage.last)})
-        for block in self.blocks.values():
+        self.blocks = nn.ModuleDict()
+        for i in range(self.stage.first, self.stage.last):
+            block = Block(config, self.ops)
             self.ops.on_token_rows(block.norm2)
             self.ops.on_token_rows(nn.ParameterList([block.scale_shift_table]))
+            self.blocks[str(i)] = block
         if self.stage.is_last:
             self.proj_out = nn.Linear(config.hidden_size, config.token_out)
             self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.hidden_size))

@@ -133,9 +133,7 @@ class FlowMatching:
         )
 
 
-def loss_sum(
-    predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack, layout: PackLayout
-) -> tuple[Float[Tensor, ""], int]:
+def loss_sum(predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack, layout: PackLayout) -> tuple[Float[Tensor, ""], int]:
     """Weighted squared error, summed over the pack's tokens, and the number of those tokens.
 
     A token's error is the mean over its values, in fp32; the objective is sum / tokens over everything a step sees,

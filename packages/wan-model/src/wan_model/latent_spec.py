@@ -18,8 +18,8 @@ class LatentSpec:
         mean, std: per-channel statistics; a stored latent is ``(mu - mean) / std``.
         text_dim: width of a text embedding (4096).
         text_length: tokens that the prompt is cut and zero-padded to (512).
-        model_id: digest of the autoencoder's and the text encoder's weights (see ``codec``), so that two models of
-            equal configuration but different weights are told apart.
+        model_id: digest of the autoencoder's and the text encoder's weights (see ``model_folder``), so that two
+            models of equal configuration but different weights are told apart.
     """
 
     channels: int
@@ -98,7 +98,7 @@ class LatentSpec:
             )
         side = 2 * self.spatial_stride
         if height < side or width < side or height % side or width % side:
-            raise ValueError(f"{height}×{width} pixels: height and width must be positive multiples of {side}")
+            raise ValueError(f"{height} x {width} pixels: height and width must be positive multiples of {side}")
         return (
             self.channels,
             1 + (frames - 1) // self.temporal_stride,

@@ -31,7 +31,9 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
     if not folder.is_dir():
         name = os.fspath(model)
         if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-            raise ValueError(f"no model at {name}: expected a folder in diffusers' layout or a hub id such as Wan-AI/NAME")
+            raise ValueError(
+                f"no model at {name}: expected a folder in diffusers' layout or a hub id such as Wan-AI/NAME"
+            )
         from huggingface_hub import snapshot_download
 
         patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".safetensors", ".model", ".txt")]
@@ -83,7 +85,7 @@ def weight_files(folder: Path, stem: str) -> dict[str, Path]:
     if not single.is_file():
         raise ValueError(f"{folder} has neither {single.name} nor {index.name}; only safetensors weights are read")
     with safe_open(single, framework="pt") as file:
-        return {key: single for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
+        return dict.fromkeys(file.keys(), single)
 
 
 def _digest(folder: Path, stem: str, witnesses: Sequence[str]) -> str:
@@ -116,6 +118,8 @@ def latent_spec_of(
     config = read_json(vae / "config.json")
     if config.get("_class_name") != "AutoencoderKLWan":
         raise ValueError(f"{vae} holds a {config.get('_class_name')}; expected an AutoencoderKLWan")
+    if config.get("is_residual") or config.get("patch_size"):
+        raise ValueError(f"{vae} holds the autoencoder of Wan 2.2 (16 x 16 pixels a latent); expected that of Wan 2.1")
     downsample = config.get("temperal_downsample", [False, True, True])
     return LatentSpec(
         channels=config["z_dim"],

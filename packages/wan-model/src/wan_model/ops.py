@@ -151,5 +151,3 @@ class TorchOps:
         """torch's non-reentrant checkpoint; the model draws no random numbers, so none are saved."""
         result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return result
-
-

@@ -81,8 +81,10 @@ def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, "S"]:
     """The sample that each token belongs to; padding counts to the last one, whose rows it may read harmlessly."""
     lengths = list(layout.lengths)
     lengths[-1] += layout.padding
-    index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return index.to(device, non_blocking=True)
+    # A tensor made in inference mode could never be used in training afterwards, and this one is kept.
+    with torch.inference_mode(False):
+        index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        return index.to(device, non_blocking=True)
 
 
 @dataclasses.dataclass
@@ -140,9 +142,7 @@ def patchify(latent: Float[Tensor, "C F H W"], patch_size: PatchSize = (1, 2, 2)
     return rearrange(latent, "c (f pf) (h ph) (w pw) -> (f h w) (pf ph pw c)", pf=pf, ph=ph, pw=pw)
 
 
-def unpatchify(
-    tokens: Float[Tensor, "S K"], grid: Grid, patch_size: PatchSize = (1, 2, 2)
-) -> Float[Tensor, "C F H W"]:
+def unpatchify(tokens: Float[Tensor, "S K"], grid: Grid, patch_size: PatchSize = (1, 2, 2)) -> Float[Tensor, "C F H W"]:
     """The inverse of ``patchify`` for a sample of the given grid."""
     (f, h, w), (pf, ph, pw) = grid, patch_size
     return rearrange(tokens, "(f h w) (pf ph pw c) -> c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)

@@ -43,11 +43,13 @@ def grid_angles(grid: Grid, head_dim: int) -> Float[Tensor, "S half"]:
 @functools.lru_cache(maxsize=64)
 def rotary_tables(layout: PackLayout, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(cos, sin) of every token of a pack, each [S, 1, head_dim/2] fp32; built once a layout. Padding is not turned."""
-    angles = torch.cat([grid_angles(grid, head_dim) for grid in layout.grids])
-    if layout.padding:
-        angles = torch.cat([angles, angles.new_zeros(layout.padding, angles.shape[1])])
-    table = rearrange(angles, "s e -> s 1 e")
-    return table.cos().float().to(device), table.sin().float().to(device)
+    # A tensor made in inference mode could never be used in training afterwards, and these are kept.
+    with torch.inference_mode(False):
+        angles = torch.cat([grid_angles(grid, head_dim) for grid in layout.grids])
+        if layout.padding:
+            angles = torch.cat([angles, angles.new_zeros(layout.padding, angles.shape[1])])
+        table = rearrange(angles, "s e -> s 1 e")
+        return table.cos().float().to(device), table.sin().float().to(device)
 
 
 def rotate(x_SHE: Float[Tensor, "S H E"], tables: tuple[Tensor, Tensor]) -> Float[Tensor, "S H E"]:

@@ -23,8 +23,10 @@ _CORPUS = [
     "A man in a car speaks into the camera while trees pass by the window.",
     "The camera pans slowly over green hills, a clear sky, and a quiet river.",
     "A close-up of a face; the light changes, leaves move in the wind.",
-    "一只兔子在草地上，蝴蝶飞过。", "Une prairie, un ruisseau, des fleurs.", "Ein Mann fährt mit dem Rad.",
-]  # fmt: skip
+    "一只兔子在草地上，蝴蝶飞过。",  # noqa: RUF001  Chinese has its own comma
+    "Une prairie, un ruisseau, des fleurs.",
+    "Ein Mann fährt mit dem Rad.",
+]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -37,7 +39,7 @@ def _randomise(module: torch.nn.Module, generator: torch.Generator, gain: float)
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and (name.endswith("weight") or name.endswith("gamma")):
+            if "norm" in name and name.endswith(("weight", "gamma")):
                 parameter.copy_(1 + 0.1 * noise)
             elif parameter.ndim >= 2:
                 fan_in = parameter[0].numel()

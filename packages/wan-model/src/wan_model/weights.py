@@ -108,11 +108,12 @@ def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: s
         raise ValueError(f"the weights in {where} are not this model's: {'; '.join(problems[:5])}{more}")
 
 
-def _stored_shapes(files: Mapping[str, Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
+    # What the files hold, whatever an index beside them says.
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-                yield key, tuple(file.get_slice(key).get_shape())
+                yield key, path, tuple(file.get_slice(key).get_shape())
 
 
 @torch.no_grad()
@@ -123,8 +124,9 @@ def load_weights(model: WanDiT, folder: Path) -> None:
         ValueError: a missing, unexpected or misshapen key.
     """
     folder = Path(folder)
-    files = weight_files(folder, WEIGHTS_STEM)
-    check_keys(dict(_stored_shapes(files)), model.config, str(folder))
+    stored = list(_stored_tensors(weight_files(folder, WEIGHTS_STEM)))
+    check_keys({key: shape for key, _, shape in stored}, model.config, str(folder))
+    files = {key: path for key, path, _ in stored}
     parameters = dict(model.named_parameters())
     for path in sorted({files[key] for key in parameters}):
         with safe_open(path, framework="pt") as file:
@@ -149,7 +151,9 @@ def load_transformer(
     return model.eval()
 
 
-def save_transformer(state: Mapping[str, Tensor], config: WanConfig, folder: Path, *, shard_bytes: int = 10**10) -> None:
+def save_transformer(
+    state: Mapping[str, Tensor], config: WanConfig, folder: Path, *, shard_bytes: int = 10**10
+) -> None:
     """Write a diffusers ``transformer`` folder; each file appears whole or not at all.
 
     Args:
@@ -177,16 +181,22 @@ def save_transformer(state: Mapping[str, Tensor], config: WanConfig, folder: Pat
     names = [f"{WEIGHTS_STEM}.safetensors"]
     if len(shards) > 1:
         names = [f"{WEIGHTS_STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        total = sum(tensor.numel() * tensor.element_size() for shard in shards for tensor in shard.values())
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        _write_text(
-            folder / f"{WEIGHTS_STEM}.safetensors.index.json",
-            json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n",
-        )
     for name, shard in zip(names, shards, strict=True):
         aside = folder / f".{name}.partial"
         save_file(shard, aside, metadata={"format": "pt"})
         os.replace(aside, folder / name)
+    index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for shard in shards for tensor in shard.values())
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        table = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_text(index, json.dumps(table, indent=2, sort_keys=True) + "\n")
+    else:
+        # Readers prefer an index; one left by an earlier save would point them at the earlier weights.
+        index.unlink(missing_ok=True)
+    for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
+        if path.name not in names:
+            path.unlink()
     _write_text(folder / "config.json", json.dumps(config.to_diffusers(), indent=2, sort_keys=True) + "\n")
 
 
