@@ -1,0 +1,261 @@
+"""Training checkpoints, read without the engine that wrote them and without running anything that they contain.
+
+A training run leaves ``FOLDER/iter_0000010/`` with ``.metadata``, ``*.distcp`` and ``run_config.yaml`` in it: a
+``torch.distributed.checkpoint`` directory whose model tensors have diffusers' keys and global shapes. ``.metadata`` is
+a pickle, so it is read by an unpickler that knows exactly the classes such a file needs; the tensors themselves are
+read with ``weights_only``; ``run_config.yaml`` is read as plain YAML.
+"""
+
+import io
+import math
+import pathlib
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.serialization import _get_layout
+
+from wan_model.config import WanConfig
+from wan_model.latent_spec import LatentSpec
+from wan_model.weights import check_keys, expected_shapes
+
+METADATA = ".metadata"
+RUN_CONFIG = "run_config.yaml"
+_STEP = re.compile(r"iter_(\d{7,})")
+
+_DCP = "torch.distributed.checkpoint"
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{
+        (f"{_DCP}.metadata", name): getattr(metadata, name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "BytesStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    (f"{_DCP}.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): OrderedDict,
+    # The writer's path, recorded for information only: a pure path touches no disk.
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+    # Megatron-Core 0.15 wrote a subclass with one more field, which concerns the optimizer alone.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def _read_metadata(path: Path) -> Metadata:
+    file = path / METADATA
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: the checkpoint was never completed") from None
+    try:
+        found = _MetadataUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a damaged pickle fails in any way it likes
+        raise ValueError(f"{file} is refused: {error or type(error).__name__}") from error
+    if not (
+        isinstance(found, Metadata)
+        and isinstance(getattr(found, "state_dict_metadata", None), dict)
+        and isinstance(getattr(found, "storage_data", None), dict)
+        and all(
+            isinstance(index, MetadataIndex) and isinstance(info, filesystem._StorageInfo)
+            for index, info in found.storage_data.items()
+        )
+    ):
+        raise ValueError(f"{file} is not the index of a distributed checkpoint")
+    return found
+
+
+def _check_files(path: Path, index: Metadata) -> None:
+    # Where each file must end, by the index; a file that is shorter was cut.
+    ends: dict[str, int] = {}
+    for info in index.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        if Path(name).name != name or not name:
+            raise ValueError(f"{path / METADATA} names {name!r}, which is not a file beside it")
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing, which {METADATA} names: the checkpoint is partial")
+        if (size := (path / name).stat().st_size) < end:
+            raise ValueError(f"{path / name} has {size} bytes where {METADATA} names {end}: it was cut short")
+
+
+def _read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
+    file = path / RUN_CONFIG
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: the checkpoint is partial, or of another program") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    transformer = model.get("transformer") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(transformer, dict) or "latent_spec" not in model:
+        raise ValueError(f"{file} lacks model.transformer or model.latent_spec: it was cut, or is of another program")
+    try:
+        spec = None if model["latent_spec"] is None else LatentSpec.from_dict(model["latent_spec"])
+        return WanConfig.from_diffusers(transformer), spec
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not describe a Wan 2.1 transformer: {error}") from error
+
+
+def _check_complete(path: Path) -> tuple[Metadata, WanConfig, LatentSpec | None]:
+    index = _read_metadata(path)
+    _check_files(path, index)
+    # The trainer writes this file last, so its presence says that all before it is there too.
+    return index, *_read_run_config(path)
+
+
+def _step_folders(folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint folder at {folder}: expected one with iter_0000010 and the like in it")
+    found = {
+        int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir()
+    }
+    return dict(sorted(found.items()))
+
+
+def checkpoint_steps(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints of a training run, by step, ascending.
+
+    Complete means: the index is readable, every file that it names is there and long enough, and so is the run's
+    configuration.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    complete = {}
+    for step, path in _step_folders(Path(folder)).items():
+        try:
+            _check_complete(path)
+        except ValueError:
+            continue
+        complete[step] = path
+    return complete
+
+
+def find_checkpoint(folder: Path, step: int | None = None) -> Path:
+    """The checkpoint to read.
+
+    Args:
+        folder: of the training run, or of one checkpoint in it.
+        step: which one; by default the newest complete one. A partial one is never returned.
+
+    Raises:
+        ValueError: there is none, or the one asked for is partial, naming what is missing of it.
+    """
+    folder = Path(folder)
+    match = _STEP.fullmatch(folder.name)
+    if folder.is_dir() and (match or (folder / METADATA).is_file()):
+        own = int(match[1]) if match else None
+        if step is not None and step != own:
+            raise ValueError(f"{folder} is one checkpoint, of step {own or 'unknown'}; step {step} was asked for")
+        _check_complete(folder)
+        return folder
+    folders = _step_folders(folder)
+    if not folders:
+        raise ValueError(f"{folder} holds no checkpoint: expected folders such as iter_0000010 in it")
+    if step is not None:
+        if step not in folders:
+            raise ValueError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, folders))}")
+        _check_complete(folders[step])
+        return folders[step]
+    newest_problem: ValueError | None = None
+    for path in reversed(folders.values()):
+        try:
+            _check_complete(path)
+        except ValueError as error:
+            newest_problem = newest_problem or error
+        else:
+            return path
+    raise ValueError(f"no checkpoint in {folder} is complete; of the newest, {newest_problem}")
+
+
+class _Reader(filesystem.FileSystemReader):
+    """torch's reader, given the index that was read safely."""
+
+    def __init__(self, path: Path, index: Metadata) -> None:
+        super().__init__(path)
+        self.index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self.index.storage_meta = StorageMeta(load_id=self.load_id)
+        return self.index
+
+
+def _model_entries(index: Metadata, config: WanConfig, path: Path) -> dict[str, TensorStorageMetadata]:
+    # The optimizer's and the engine's own entries stand beside the model's; whatever begins as the model's keys do is
+    # the model's, so that a tensor too many is noticed.
+    families = {key.split(".")[0] for key in expected_shapes(config)}
+    entries = {
+        key: entry
+        for key, entry in index.state_dict_metadata.items()
+        if key.split(".")[0] in families and isinstance(entry, TensorStorageMetadata)
+    }
+    check_keys({key: tuple(entry.size) for key, entry in entries.items()}, config, str(path))
+    for key, entry in entries.items():
+        stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        if stored < math.prod(entry.size):
+            raise ValueError(f"{path} holds only {stored} of the {math.prod(entry.size)} values of {key}")
+        for chunk in entry.chunks:
+            if MetadataIndex(key, chunk.offsets) not in index.storage_data:
+                raise ValueError(f"{path / METADATA} does not say where a part of {key} is stored")
+    return entries
+
+
+def read_training_checkpoint(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[WanConfig, LatentSpec | None, dict[str, Tensor]]:
+    """Read the model of one checkpoint (see ``find_checkpoint``); needs no process group.
+
+    Args:
+        path: of the checkpoint itself, ``.../iter_0000010``.
+        device, dtype: of the returned tensors; each is converted as it is read.
+
+    Returns:
+        The transformer's sizes, the latent space that it was trained in (None if it was trained on made-up data), and
+        its whole tensors by diffusers' keys.
+
+    Raises:
+        ValueError: a partial or damaged checkpoint, an index that asks for code, or tensors that are not the model's.
+    """
+    path = Path(path)
+    index, config, spec = _check_complete(path)
+    entries = _model_entries(index, config, path)
+    state = {key: torch.empty(entry.size, device=device, dtype=dtype) for key, entry in entries.items()}
+    try:
+        with warnings.catch_warnings():
+            # Reading in a single process is what is meant here.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(state, storage_reader=_Reader(path, index), no_dist=True)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise ValueError(f"the tensors in {path} cannot be read; its files are damaged: {reason}") from error
+    return config, spec, state
