@@ -8,7 +8,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -59,8 +59,10 @@ class LatentCodec:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None,
         *,
+        vae_model: str | os.PathLike[str] | None = None,
+        text_model: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         device: torch.device | str = "cpu",
         vae_dtype: torch.dtype = torch.float32,
@@ -68,11 +70,14 @@ class LatentCodec:
         load_vae: bool = True,
         load_text: bool = True,
         text_length: int = 512,
-    ) -> Self:
+    ) -> "LatentCodec":
         """Load the autoencoder and the text encoder of a diffusers folder or hub id; safetensors only.
 
         Args:
-            model: a folder with ``vae``, ``text_encoder`` and ``tokenizer`` in it, or a hub id.
+            model: a folder with ``vae``, ``text_encoder`` and ``tokenizer`` in it, or a hub id; None where both of the
+                following are given.
+            vae_model: another model to take ``vae`` from.
+            text_model: another model to take ``text_encoder`` and ``tokenizer`` from.
             revision: the hub id's revision.
             device: where both are put.
             vae_dtype: the official code runs the autoencoder in float32.
@@ -83,24 +88,30 @@ class LatentCodec:
         Raises:
             ValueError: a missing folder or file, naming it.
         """
-        parts = ["vae", "text_encoder"] + (["tokenizer"] if load_text else [])
-        folder = resolve_folder(model, parts, revision=revision)
-        spec = latent_spec_of(folder, text_length=text_length)
+        vae_model, text_model = vae_model or model, text_model or model
+        if vae_model is None or text_model is None:
+            raise ValueError("no model was given to take the autoencoder and the text encoder from")
+        text_parts = ["text_encoder"] + (["tokenizer"] if load_text else [])
+        vae_folder = resolve_folder(vae_model, ["vae"], revision=revision) / "vae"
+        text_folder = resolve_folder(text_model, text_parts, revision=revision)
+        spec = latent_spec_of(
+            text_folder, text_length=text_length, vae=vae_folder, text_encoder=text_folder / "text_encoder"
+        )
         vae = text_encoder = tokenizer = None
         with _quiet_transformers():
             if load_vae:
                 from diffusers import AutoencoderKLWan
 
-                vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=vae_dtype, use_safetensors=True)
+                vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)
                 vae = vae.to(device).eval().requires_grad_(False)
             if load_text:
                 from transformers import AutoTokenizer, UMT5EncoderModel
 
                 text_encoder = UMT5EncoderModel.from_pretrained(
-                    folder / "text_encoder", dtype=text_dtype, use_safetensors=True
+                    text_folder / "text_encoder", dtype=text_dtype, use_safetensors=True
                 )
                 text_encoder = text_encoder.to(device).eval().requires_grad_(False)
-                tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(text_folder / "tokenizer", trust_remote_code=False)
         return cls(spec, vae, text_encoder, tokenizer)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

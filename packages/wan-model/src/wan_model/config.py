@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 PatchSize = tuple[int, int, int]
 
@@ -88,7 +88,7 @@ class WanConfig:
         return self.out_channels * self.patch_volume
 
     @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
+    def from_diffusers(cls, config: Mapping[str, Any]) -> "WanConfig":
         """Read diffusers' ``transformer/config.json``.
 
         Raises:

@@ -7,7 +7,7 @@ Shapes: B samples, S tokens, C values of a token.
 """
 
 import dataclasses
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -75,12 +75,12 @@ class FlowMatching:
             raise ValueError(f"sigma runs from {self.sigma_min} to {self.sigma_max}; expected 0 <= min < max <= 1")
 
     @classmethod
-    def pretrain(cls) -> Self:
+    def pretrain(cls) -> "FlowMatching":
         """``--training-mode pretrain`` of NVIDIA's recipe."""
         return cls()
 
     @classmethod
-    def finetune(cls) -> Self:
+    def finetune(cls) -> "FlowMatching":
         """``--training-mode finetune`` of NVIDIA's recipe: uniform, shift 3."""
         return cls(density="uniform", shift=3.0, logit_std=1.0, uniform_mix=0.1)
 

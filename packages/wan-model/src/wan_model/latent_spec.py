@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LatentSpec:
         return {**values, "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "LatentSpec":
         """The inverse of ``to_dict``.
 
         Raises:

@@ -4,7 +4,7 @@ Shapes: S tokens, D width, H heads on this rank, E head width.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight
 
 
+@runtime_checkable
 class Ops(Protocol):
     """A runtime. ``TorchOps`` is the single-device one; wan-train has Megatron's.
 
