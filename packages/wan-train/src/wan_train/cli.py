@@ -1,0 +1,61 @@
+"""The ``wan-train`` command. Imports of torch and Megatron wait until a command needs them."""
+
+import os
+import sys
+
+import click
+
+RECIPES = ("wan_1_3b", "wan_14b", "tiny")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="wan-train")
+def main() -> None:
+    """Train Wan 2.1 text-to-video models in parallel, on Megatron's engine."""
+
+
+@main.command()
+@click.option("--recipe", type=click.Choice(RECIPES), default="wan_1_3b", show_default=True, help="What to train.")
+@click.option(
+    "--training-mode", "--training_mode", type=click.Choice(["pretrain", "finetune"]), default="pretrain",
+    show_default=True, help="Preset of the objective's timestep density and shift.",
+)  # fmt: skip
+@click.option("--config-file", "--config_file", type=click.Path(dir_okay=False), help="YAML applied over the recipe.")
+@click.option("--mock", is_flag=True, help="Train on random data of dataset.mock_settings' shapes.")
+@click.option(
+    "--nproc-per-node", "--nproc_per_node", type=click.IntRange(1), default=1, show_default=True,
+    help="Processes to start on this machine. Under torchrun leave it out.",
+)  # fmt: skip
+@click.option("--verbose", is_flag=True, help="Show Megatron's own output, which otherwise goes to a file beside the log.")
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def pretrain(
+    recipe: str,
+    training_mode: str,
+    config_file: str | None,
+    mock: bool,
+    nproc_per_node: int,
+    verbose: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train a model; the same command again resumes from checkpoint.save.
+
+    \b
+    wan-train pretrain --recipe wan_1_3b --nproc-per-node 8 dataset.path=DATA checkpoint.save=CHECKPOINTS
+    """
+    from wan_train.installed import require_installed
+    from wan_train.launch import launch
+    from wan_train.options import RunOptions
+
+    options = RunOptions(recipe, training_mode, config_file, overrides, mock, verbose)  # type: ignore[arg-type]
+    try:
+        require_installed()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:  # one process of torchrun's
+        if nproc_per_node != 1:
+            raise click.ClickException("--nproc-per-node is given under torchrun, which has started the processes")
+        sys.argv = [sys.argv[0], options.to_json()]
+        from wan_train import worker
+
+        sys.exit(worker.main())
+    sys.exit(launch(options.to_json(), nproc_per_node))

@@ -1,0 +1,145 @@
+"""The ``dataset`` section of the configuration, and the iterators that Megatron's loop draws packs from.
+
+Import only after ``wan_train.engine.start``.
+
+Every pack carries its number in the run: pack n of a data-parallel rank r of R is number n*R + r. Noise is seeded by
+that number, so it differs between data-parallel ranks, agrees between the ranks that share a pack, and continues
+after a resume without any state. Ranks of one tensor- or pipeline-parallel group read the same data for themselves.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Union
+
+from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
+from megatron.core import parallel_state
+from wan_model import LatentPack, WanConfig
+
+from wan_train.mock_data import MockConfig, MockLoader
+
+if TYPE_CHECKING:  # Energon takes seconds to import, and mock data needs none of it
+    from wan_data.loader import PackLoader
+
+
+@dataclasses.dataclass
+class NumberedPack:
+    """A pack and its number in the run."""
+
+    number: int
+    pack: LatentPack
+
+
+class PackIterator:
+    """What the loop calls ``next`` on; it starts when the loop knows where to start from.
+
+    Args:
+        loader: an iterable of packs with ``state_dict`` and ``load_state_dict``.
+        rank, ranks: data-parallel place.
+    """
+
+    def __init__(self, loader: Union["PackLoader", MockLoader], rank: int, ranks: int) -> None:
+        self.loader = loader
+        self.rank, self.ranks = rank, ranks
+        self.drawn = 0
+        self._packs: Iterator[LatentPack] | None = None
+
+    def resume(self, state: dict[str, Any], drawn: int) -> None:
+        """Continue a run.
+
+        Args:
+            state: what ``save_state`` returned on this data-parallel rank.
+            drawn: packs that this rank had drawn, by the loop's own count.
+
+        Raises:
+            ValueError: the state belongs to another place, dataset or configuration.
+        """
+        place = {"rank": self.rank, "ranks": self.ranks, "drawn": drawn}
+        if found := {key: state.get(key) for key in place if state.get(key) != place[key]}:
+            wanted = {key: place[key] for key in found}
+            raise ValueError(
+                f"the checkpoint's loader state is of {found}, this run needs {wanted}: "
+                "resume with the data-parallel size that the checkpoint was saved with"
+            )
+        self.loader.load_state_dict(state["loader"])
+        self.drawn = drawn
+
+    def __iter__(self) -> "PackIterator":
+        """Itself."""
+        return self
+
+    def __next__(self) -> NumberedPack:
+        """The next pack with its number."""
+        if self._packs is None:
+            self._packs = iter(self.loader)
+        pack = next(self._packs)
+        number = self.drawn * self.ranks + self.rank
+        self.drawn += 1
+        return NumberedPack(number, pack)
+
+    def save_state(self) -> dict[str, Any]:
+        """Plain values from which ``resume`` continues with the very next pack."""
+        return {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": self.loader.state_dict()}
+
+
+@dataclasses.dataclass
+class WanDatasetConfig(DatasetProvider):  # type: ignore[misc]
+    """Where packs come from.
+
+    Attributes:
+        path: a dataset that ``wan-data prepare`` wrote; None with ``mock``.
+        mock: random latents and text instead of a dataset.
+        mock_settings: their shapes.
+        capacity: tokens of a pack, padding included.
+        packing_buffer, shuffle_buffer: samples looked at together when packing and shuffling.
+        seed: of order and mock data.
+        dataloader_save: set by the run: the checkpoint folder, so that the loader's state lies inside the checkpoint.
+    """
+
+    dataloader_type: str = "external"
+    num_workers: int = 0
+    path: str | None = None
+    mock: bool = False
+    mock_settings: MockConfig = dataclasses.field(default_factory=MockConfig)
+    capacity: int = 32760
+    packing_buffer: int = 64
+    shuffle_buffer: int = 64
+    seed: int = 1234
+    dataloader_save: str | None = None
+
+    def bind(self, model: WanConfig, pad_multiple: int) -> None:
+        """Tell the loader what the model needs; called once the layout of the run is known."""
+        self._model, self._pad_multiple = model, pad_multiple
+
+    def loader(self, rank: int, ranks: int) -> Union["PackLoader", MockLoader]:
+        """The loader of one data-parallel rank."""
+        if self.mock:
+            return MockLoader(self.mock_settings, self._model, rank=rank, multiple=self._pad_multiple, seed=self.seed)
+        from wan_data.loader import LoaderConfig, PackLoader
+
+        assert self.path is not None, "checked by the run"
+        config = LoaderConfig(
+            path=self.path,
+            capacity=self.capacity,
+            text_length=self._model.text_length,
+            patch_size=self._model.patch_size,
+            pad_multiple=self._pad_multiple,
+            packing_buffer=self.packing_buffer,
+            shuffle_buffer=self.shuffle_buffer,
+            num_workers=self.num_workers,
+            seed=self.seed,
+        )
+        return PackLoader(config, rank=rank, world_size=ranks)
+
+    def build_datasets(self, context: DatasetBuildContext) -> tuple[PackIterator, None, None]:
+        """Called by Megatron-Bridge on every rank."""
+        del context
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.train_iterator = PackIterator(self.loader(rank, ranks), rank, ranks)
+        return self.train_iterator, None, None
+
+
+def dataset_spec(path: str) -> dict[str, Any]:
+    """The latent space that a dataset was made in, as plain values."""
+    from wan_data.loader import read_latent_spec
+
+    return read_latent_spec(path).to_dict()

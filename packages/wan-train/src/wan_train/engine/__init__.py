@@ -1,0 +1,63 @@
+"""Starting Megatron's engine in a training process, on CUDA or on a CPU.
+
+``start`` is called once, first thing, in a process that trains; it is never called on import. What it does:
+
+====================  ==========================================================================================
+machine               effect
+====================  ==========================================================================================
+CUDA, with TE         nothing but the imports
+CUDA, without TE      Megatron-Bridge's unconditional imports of Transformer Engine find empty modules
+no CUDA               the same, and what Megatron asks of CUDA and NCCL is answered by the CPU and gloo
+====================  ==========================================================================================
+"""
+
+import dataclasses
+
+import torch
+
+from wan_train.installed import is_installed, require_installed
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What the process runs on.
+
+    Attributes:
+        device: where tensors of this process live.
+        backend: torch.distributed's backend.
+        transformer_engine: whether Transformer Engine's modules are there to be used.
+    """
+
+    device: torch.device
+    backend: str
+    transformer_engine: bool
+
+
+_started: Engine | None = None
+
+
+def start() -> Engine:
+    """Make Megatron-Bridge's loop importable and runnable here; calling it again returns the same.
+
+    Raises:
+        EngineMissingError: megatron-core or megatron-bridge is not there.
+    """
+    global _started
+    if _started is not None:
+        return _started
+    require_installed()
+    from wan_train.engine import cpu, missing_transformer_engine
+
+    has_cuda = torch.cuda.is_available()
+    has_te = has_cuda and is_installed("transformer_engine")
+    if not has_te:
+        missing_transformer_engine.import_bridge_without_it()
+    if has_cuda:
+        local_rank = cpu.local_rank()
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
+    else:
+        cpu.redirect()
+        device, backend = torch.device("cpu"), "gloo"
+    cpu.mend_bridge(on_cpu=not has_cuda, without_te=not has_te)
+    _started = Engine(device, backend, has_te)
+    return _started

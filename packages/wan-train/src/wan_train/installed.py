@@ -1,0 +1,32 @@
+"""Whether the training engine is installed; imports nothing heavy."""
+
+import importlib.util
+
+INSTALL_HINT = (
+    "on a CUDA machine use NVIDIA's NeMo container or `pip install 'wan-train[cuda]'`; elsewhere "
+    "`pip install 'wan-train[cpu]'` and then `pip install --no-deps megatron-bridge==0.3.1 timm open-clip-torch "
+    "qwen-vl-utils`"
+)
+
+
+class EngineMissingError(ValueError):
+    """A distribution that the training loop needs is not installed."""
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def require_installed() -> None:
+    """Say in one sentence what to install where the engine is missing.
+
+    Raises:
+        EngineMissingError: megatron-core or megatron-bridge is not there.
+    """
+    missing = [name for name in ("megatron.core", "megatron.bridge") if not is_installed(name)]
+    if missing:
+        names = " and ".join(name.replace(".", "-") for name in missing)
+        raise EngineMissingError(f"training needs {names}, which is not installed: {INSTALL_HINT}")

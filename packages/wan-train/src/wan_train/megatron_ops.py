@@ -1,0 +1,157 @@
+"""The runtime of Megatron-Core for ``wan_model.WanDiT``: tensor and sequence parallelism.
+
+Import only after ``wan_train.engine.start``.
+
+With sequence parallelism a rank holds its share of the pack's tokens between the parallel regions; ``enter_tokens``
+gathers them once for all linears that read them, and its backward reduce-scatters once.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from wan_model.ops import RMSNorm, TorchOps
+
+
+def _no_init(weight: Tensor) -> None:
+    """Weights are filled by ``wan_model.init_weights``, from the key, whatever the layout."""
+
+
+class _ColumnLinear(ColumnParallelLinear):
+    """Output split over ranks; its input has entered already."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[S, in] -> [S, out / ranks]."""
+        out: Tensor = super().forward(x)[0]
+        return out
+
+
+class _RowLinear(RowParallelLinear):
+    """Input split over ranks; output summed, and scattered over the sequence if that is parallel."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[S, in / ranks] -> this rank's rows [S, out]."""
+        out: Tensor = super().forward(x)[0]
+        return out
+
+
+class _SplitRMSNorm(RMSNorm):
+    """RMS norm of a width that is split over ranks: the squares are summed over all of them, in fp32."""
+
+    def __init__(self, width: int, eps: float, ranks: int) -> None:
+        super().__init__(width // ranks, eps)
+        self.full_width = width
+        weight: Any = self.weight
+        weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """Mean over the full width, on every rank."""
+        squares = x.square().sum(dim=-1, keepdim=True)
+        # Every rank's output depends on the sum, so its gradient is summed over ranks as well.
+        total = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+        return total / self.full_width
+
+
+class MegatronOps(TorchOps):
+    """Megatron-Core's linears on the current tensor-parallel group.
+
+    Args:
+        config: Megatron's ``TransformerConfig`` of the run.
+
+    Raises:
+        ValueError: heads that the tensor-parallel size does not divide.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        self.ranks: int = parallel_state.get_tensor_model_parallel_world_size()
+        self.rank: int = parallel_state.get_tensor_model_parallel_rank()
+        self.sequence_parallel: bool = config.sequence_parallel and self.ranks > 1
+        self._row_config = copy.copy(config)
+        self._row_config.sequence_parallel = self.sequence_parallel
+        # The gather is ours (enter_tokens), so a column-linear must not make a second one.
+        self._column_config = copy.copy(config)
+        self._column_config.sequence_parallel = False
+
+    def column_linear(self, width_in: int, width_out: int) -> nn.Module:
+        """Megatron's ``ColumnParallelLinear``."""
+        return _ColumnLinear(
+            width_in, width_out, config=self._column_config, init_method=_no_init, bias=True, gather_output=False,
+            disable_grad_reduce=True,
+        )  # fmt: skip
+
+    def row_linear(self, width_in: int, width_out: int) -> nn.Module:
+        """Megatron's ``RowParallelLinear``."""
+        return _RowLinear(
+            width_in, width_out, config=self._row_config, init_method=_no_init, bias=True, input_is_parallel=True,
+            skip_bias_add=False,
+        )  # fmt: skip
+
+    def norm_across_heads(self, width: int, eps: float) -> nn.Module:
+        """RMS norm whose mean spans all ranks."""
+        return _SplitRMSNorm(width, eps, self.ranks) if self.ranks > 1 else RMSNorm(width, eps)
+
+    def local_heads(self, heads: int) -> int:
+        """This rank's share."""
+        if heads % self.ranks:
+            raise ValueError(f"{heads} attention heads cannot be split over tensor-parallel size {self.ranks}")
+        return heads // self.ranks
+
+    def shard_tokens(self, x_SD: Tensor) -> Tensor:
+        """This rank's rows, if the sequence is parallel."""
+        if not self.sequence_parallel:
+            return x_SD
+        rows: Tensor = scatter_to_sequence_parallel_region(x_SD)
+        return rows
+
+    def gather_tokens(self, x_SD: Tensor) -> Tensor:
+        """All rows; every rank computes the same loss from them, so the backward takes its own rows of the gradient."""
+        if not self.sequence_parallel:
+            return x_SD
+        whole: Tensor = gather_from_sequence_parallel_region(x_SD, tensor_parallel_output_grad=False)
+        return whole
+
+    def enter_tokens(self, x_SD: Tensor) -> Tensor:
+        """All rows; the backward sums the gradients of all ranks."""
+        whole: Tensor = (
+            gather_from_sequence_parallel_region(x_SD)
+            if self.sequence_parallel
+            else copy_to_tensor_model_parallel_region(x_SD)
+        )
+        return whole
+
+    def enter_text(self, x_SD: Tensor) -> Tensor:
+        """The rows as they are; the backward sums the gradients of all ranks."""
+        same: Tensor = copy_to_tensor_model_parallel_region(x_SD)
+        return same
+
+    def local_index(self, index_S: Tensor) -> Tensor:
+        """The entries of this rank's rows."""
+        return index_S.chunk(self.ranks)[self.rank] if self.sequence_parallel else index_S
+
+    def on_token_rows(self, module: nn.Module) -> None:
+        """Mark parameters whose gradients Megatron must sum over the ranks that share the sequence."""
+        for parameter in module.parameters():
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
+        """Where Megatron split it."""
+        if self.ranks > 1 and getattr(parameter, "tensor_model_parallel", False):
+            return parameter.partition_dim, self.rank, self.ranks  # type: ignore[attr-defined]
+        return None
+
+    @property
+    def pad_multiple(self) -> int:
+        """Packs must be a multiple of this many tokens."""
+        return self.ranks if self.sequence_parallel else 1
+

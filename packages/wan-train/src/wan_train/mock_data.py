@@ -1,0 +1,69 @@
+"""Random packs of settable shapes, for trying a layout without data."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from wan_model import LatentPack, WanConfig, pack_latents
+
+from wan_train.seeds import generator_for
+
+
+@dataclasses.dataclass
+class MockConfig:
+    """Shapes of mock samples; the defaults are those of NVIDIA's recipe (37,440 tokens a sample).
+
+    Attributes:
+        frames, height, width: latent positions.
+        context_length: true length of the text embeddings.
+        number_packed_samples: samples in a pack.
+    """
+
+    frames: int = 24
+    height: int = 104
+    width: int = 60
+    context_length: int = 512
+    number_packed_samples: int = 1
+
+
+class MockLoader:
+    """Packs of fresh noise, without end; pack n of a rank is the same in every run with the same seed.
+
+    Args:
+        settings: shapes.
+        model: sizes of the transformer.
+        rank: data-parallel rank.
+        multiple: packs are padded to a multiple of this many tokens.
+        seed: of everything.
+    """
+
+    def __init__(self, settings: MockConfig, model: WanConfig, *, rank: int, multiple: int, seed: int) -> None:
+        self.settings, self.model = settings, model
+        self.rank, self.multiple, self.seed = rank, multiple, seed
+        self.drawn = 0
+
+    def __iter__(self) -> Iterator[LatentPack]:
+        """Packs, from where the state says."""
+        shapes = self.settings
+        while True:
+            generator = generator_for("mock", self.seed, self.rank, self.drawn)
+            latents, texts, keys = [], [], []
+            for slot in range(shapes.number_packed_samples):
+                size = (self.model.in_channels, shapes.frames, shapes.height, shapes.width)
+                latents.append(torch.randn(size, generator=generator))
+                texts.append(torch.randn(shapes.context_length, self.model.text_dim, generator=generator))
+                keys.append(f"mock-{self.rank}-{self.drawn}-{slot}")
+            self.drawn += 1
+            yield pack_latents(
+                latents, texts, keys, text_length=self.model.text_length, patch_size=self.model.patch_size,
+                multiple=self.multiple,
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many packs were drawn."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after that many."""
+        self.drawn = int(state["drawn"])

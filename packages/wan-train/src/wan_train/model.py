@@ -1,0 +1,176 @@
+"""``WanDiT`` as Megatron's loop wants it: a provider in the configuration, a module with pipeline stages.
+
+Import only after ``wan_train.engine.start``.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from einops import rearrange
+from megatron.bridge.models.model_provider import ModelProviderMixin
+from megatron.bridge.models.transformer_config import TransformerConfig
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT, init_weights
+from wan_model.flow import FlowMatching
+
+from wan_train.megatron_ops import MegatronOps
+
+# Every pipeline stage embeds timesteps and text for itself; all of them must learn the same embedder.
+REPLICATED_ON_STAGES = "condition_embedder."
+
+
+def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
+    """The layers of one pipeline stage: as even as can be; what is left over goes to the middle first.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    if ranks > config.num_layers:
+        raise ValueError(f"{config.num_layers} layers cannot be spread over {ranks} pipeline stages")
+    share, extra = divmod(config.num_layers, ranks)
+    sizes = [share] * ranks
+    # The first and the last stage also hold the ends of the model, so what is left over goes to the others first.
+    for place in sorted(range(ranks), key=lambda r: r in (0, ranks - 1))[:extra]:
+        sizes[place] += 1
+    first = sum(sizes[:rank])
+    return Stage(first, first + sizes[rank], rank == 0, rank == ranks - 1)
+
+
+class MegatronWanDiT(MegatronModule):  # type: ignore[misc]
+    """One pipeline stage's part of the model.
+
+    Args:
+        provider: the run's model configuration.
+        stage: which part.
+    """
+
+    share_embeddings_and_output_weights = False
+
+    def __init__(self, provider: "WanModelProvider", stage: Stage) -> None:
+        super().__init__(config=provider)
+        self.pre_process, self.post_process = stage.is_first, stage.is_last
+        with torch.device("cuda", torch.cuda.current_device()):
+            self.dit = WanDiT(provider.wan_config, MegatronOps(provider), stage)
+        self.dit.recompute_blocks = provider.recompute_granularity == "full"
+        self._received: Tensor | None = None
+        for name, parameter in self.dit.named_parameters():
+            if name.startswith(REPLICATED_ON_STAGES):
+                parameter.pipeline_parallel = True  # its gradient is summed over stages
+                parameter.shared = not stage.is_first  # and counts once in the gradient's norm
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
+        """Called by the schedule with what the previous stage sent."""
+        self._received = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, *, tokens_SC: Tensor, timesteps_B: Tensor, text_BTD: Tensor, layout: PackLayout) -> Tensor:
+        """Velocity tokens [S, C] on the last stage, else hidden rows [S, 1, D] for the next one.
+
+        The arguments have names because Megatron's precision wrapper rounds positional ones: timesteps stay fp32.
+        """
+        if self.pre_process:
+            x = tokens_SC
+        else:
+            assert self._received is not None, "the schedule gave this stage no input"
+            x = rearrange(self._received, "s 1 d -> s d")
+        out: Tensor = self.dit(x, timesteps_B, text_BTD, layout)
+        return out if self.post_process else rearrange(out, "s d -> s 1 d")
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Every tensor under its diffusers key with its global shape, whoever holds which part."""
+        del metadata
+        assert not sharded_offsets, "layers are numbered over the whole model, never offset"
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        sharded = {}
+        for key, parameter in self.dit.named_parameters():
+            part = self.dit.ops.partition(parameter)
+            stage_replica = pp_rank if key.startswith(REPLICATED_ON_STAGES) else 0
+            sharded[f"{prefix}dit.{key}"] = ShardedTensor.from_rank_offsets(
+                key,
+                parameter,
+                *([part] if part else []),
+                replica_id=(stage_replica, 0 if part else tp_rank, dp_rank),
+            )
+        return sharded
+
+
+@dataclasses.dataclass
+class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):  # type: ignore[misc]
+    """The ``model`` section of the configuration: what is trained, and how it is spread over ranks.
+
+    Attributes:
+        transformer: the content of diffusers' ``transformer/config.json``.
+        latent_spec: ``LatentSpec.to_dict()`` of the training data, recorded in checkpoints; None for mock data.
+        flow: the objective.
+        init_seed: of the initial weights.
+    """
+
+    num_layers: int = 0
+    hidden_size: int = 0
+    num_attention_heads: int = 0
+    transformer: dict[str, Any] = dataclasses.field(default_factory=WAN_1_3B.to_diffusers)
+    latent_spec: dict[str, Any] | None = None
+    flow: FlowMatching = dataclasses.field(default_factory=FlowMatching)
+    init_seed: int = 1234
+    # Read by Megatron-Bridge of every model.
+    seq_length: int = 0
+    vocab_size: int | None = 1
+    should_pad_vocab: bool = False
+    has_cond_embedder: bool = True
+
+    @property
+    def wan_config(self) -> WanConfig:
+        """The sizes."""
+        return WanConfig.from_diffusers(self.transformer)
+
+    @property
+    def spec(self) -> LatentSpec | None:
+        """The latent space of the data."""
+        return LatentSpec.from_dict(self.latent_spec) if self.latent_spec else None
+
+    def finalize(self) -> None:
+        """Derive what Megatron calls the sizes, and the settings that packs of mixed shapes need."""
+        config = self.wan_config
+        self.num_layers, self.hidden_size = config.num_layers, config.hidden_size
+        self.num_attention_heads, self.ffn_hidden_size = config.num_heads, config.ffn_dim
+        self.add_bias_linear = True
+        self.variable_seq_lengths = True
+        self.moe_token_dispatcher_type = "alltoall"  # there are no experts, but Megatron checks the pair
+        self.calculate_per_token_loss = True
+        self.perform_initialization = False
+        self.hidden_dropout = self.attention_dropout = 0.0
+        if self.context_parallel_size != 1:
+            raise ValueError(f"context_parallel_size is {self.context_parallel_size}; this version supports 1")
+        if self.virtual_pipeline_model_parallel_size is not None:
+            raise ValueError("virtual_pipeline_model_parallel_size is set; this version runs plain pipeline stages")
+        if config.num_heads % self.tensor_model_parallel_size:
+            raise ValueError(
+                f"{config.num_heads} attention heads cannot be split over "
+                f"tensor_model_parallel_size {self.tensor_model_parallel_size}"
+            )
+        stage_of(config, 0, self.pipeline_model_parallel_size)
+        super().finalize()
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> MegatronWanDiT:
+        """Build this rank's part and fill it with the initial weights, which depend on no layout."""
+        assert vp_stage is None, "refused in finalize"
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        ranks = parallel_state.get_pipeline_model_parallel_world_size()
+        stage = stage_of(self.wan_config, rank, ranks)
+        assert (pre_process, post_process) == (stage.is_first, stage.is_last), "Megatron and we disagree on the stage"
+        model = MegatronWanDiT(self, stage)
+        init_weights(model.dit, seed=self.init_seed)
+        return model
+
+    def _get_num_floating_point_operations(self, batch_size: int) -> int:
+        # Without this hook Bridge would apply its formula for language models. A pack's FLOPs depend on its samples.
+        return 0

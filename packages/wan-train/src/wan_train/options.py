@@ -1,0 +1,36 @@
+"""What the command line says, for the processes that it starts."""
+
+import dataclasses
+import json
+from typing import Literal, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What the command line says.
+
+    Attributes:
+        recipe: name in ``wan_train.recipes.RECIPES``.
+        training_mode: preset of the objective.
+        config_file: YAML applied over the recipe.
+        overrides: ``key.path=value`` settings, applied last.
+        mock: random data.
+        verbose: leave Megatron's own output on the terminal.
+    """
+
+    recipe: str
+    training_mode: Literal["pretrain", "finetune"] = "pretrain"
+    config_file: str | None = None
+    overrides: tuple[str, ...] = ()
+    mock: bool = False
+    verbose: bool = False
+
+    def to_json(self) -> str:
+        """One argument for a worker process."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse."""
+        values = json.loads(text)
+        return cls(**{**values, "overrides": tuple(values["overrides"])})
