@@ -1,4 +1,4 @@
-"""What the tests share: one thread, shapes checked at run time, a small random model, its diffusers twin, a tiny folder."""
+"""What the tests share: one thread, shapes checked at run time, small random models, a tiny model folder."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jaxtyping  # noqa: E402  the environment is read on import
+import jaxtyping
 
 # Before the first import of wan_model: every annotated function of it checks its shapes from here on.
 jaxtyping.install_import_hook("wan_model", "beartype.beartype")
@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from wan_model import WanConfig, WanDiT  # noqa: E402
+from wan_model import TorchOps, WanConfig, WanDiT  # noqa: E402
 from wan_model.tiny import write_tiny_wan  # noqa: E402
 
 torch.set_num_threads(1)
@@ -25,10 +25,52 @@ torch.set_num_threads(1)
 SMALL = WanConfig(num_heads=3, head_dim=20, num_layers=2, ffn_dim=112, text_dim=28, text_length=16, freq_dim=32)
 
 
-class Near(Protocol):
-    """||got - wanted|| / ||wanted|| <= tolerance, and the same shape."""
+class SplitOps(TorchOps):
+    """What rank ``rank`` of ``ranks`` tensor-parallel ones holds; it computes nothing."""
 
-    def __call__(self, got: Tensor, wanted: Tensor, tolerance: float = 1e-5, name: str = "") -> None:
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.axes: dict[Tensor, int] = {}
+
+    def column_linear(self, width_in: int, width_out: int) -> nn.Module:
+        linear = nn.Linear(width_in, width_out // self.ranks)
+        self.axes |= {linear.weight: 0, linear.bias: 0}
+        return linear
+
+    def row_linear(self, width_in: int, width_out: int) -> nn.Module:
+        linear = nn.Linear(width_in // self.ranks, width_out)
+        self.axes[linear.weight] = 1
+        return linear
+
+    def norm_across_heads(self, width: int, eps: float) -> nn.Module:
+        norm = super().norm_across_heads(width // self.ranks, eps)
+        self.axes |= dict.fromkeys(norm.parameters(), 0)
+        return norm
+
+    def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
+        return (self.axes[parameter], self.rank, self.ranks) if parameter in self.axes else None
+
+
+def join(parts: list[WanDiT]) -> dict[str, Tensor]:
+    """The whole tensors from every rank's part; what is not split must be equal on all."""
+    tensors: dict[str, Tensor] = {}
+    for key, first in parts[0].named_parameters():
+        pieces: list[Tensor] = [part.get_parameter(key) for part in parts]
+        split = parts[0].ops.partition(first)
+        assert split or all(torch.equal(piece, first) for piece in pieces), key
+        tensors[key] = torch.cat(pieces, dim=split[0]) if split else first
+    return tensors
+
+
+class Near(Protocol):
+    """||got - wanted|| <= tolerance * ||wanted||, and the same shape.
+
+    ``floor`` stands for ||wanted|| where that is smaller: what cancels leaves the rounding of its terms.
+    """
+
+    def __call__(
+        self, got: Tensor, wanted: Tensor, tolerance: float = 1e-5, name: str = "", floor: float = 0.0
+    ) -> None:
         """Assert it."""
 
 
@@ -47,10 +89,12 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def near() -> Near:
-    def check(got: Tensor, wanted: Tensor, tolerance: float = 1e-5, name: str = "") -> None:
+    def check(got: Tensor, wanted: Tensor, tolerance: float = 1e-5, name: str = "", floor: float = 0.0) -> None:
         assert got.shape == wanted.shape, name
-        error = ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
-        assert error <= tolerance, f"{name} relative error {error:.2e} is above {tolerance:.0e}"
+        error, size = (got.double() - wanted.double()).norm().item(), wanted.double().norm().item()
+        assert error <= tolerance * max(size, floor), (
+            f"{name}: error {error:.2e} at size {size:.2e} is above {tolerance:.0e}"
+        )
 
     return check
 
@@ -75,6 +119,16 @@ def small_model() -> WanDiT:
 @pytest.fixture(scope="session")
 def randomised() -> Callable[[nn.Module, int], None]:
     return randomise
+
+
+@pytest.fixture(scope="session")
+def split_ops() -> Callable[[int, int], TorchOps]:
+    return SplitOps
+
+
+@pytest.fixture(scope="session")
+def joined() -> Callable[[list[WanDiT]], dict[str, Tensor]]:
+    return join
 
 
 @pytest.fixture

@@ -137,8 +137,8 @@ def test_both_activations_are_tanh_gelu(small_model: WanDiT, rng: torch.Generato
     text = torch.randn(1, 16, 28, generator=rng)
     before = text[0] @ p.linear_1.weight.T + p.linear_1.bias
     near(small_model.condition_embedder.text(text), gelu(before) @ p.linear_2.weight.T + p.linear_2.bias, 1e-6)
-    expand = small_model.blocks["0"].ffn.net["0"]
-    x = torch.randn(50, 60, generator=rng)
-    before = x @ expand.proj.weight.T + expand.proj.bias
+    expand, x = small_model.get_submodule("blocks.0.ffn.net.0"), torch.randn(50, 60, generator=rng)
+    proj = expand.get_submodule("proj")
+    before = x @ proj.get_parameter("weight").T + proj.get_parameter("bias")
     near(expand(x), gelu(before), 1e-6)
     assert (expand(x) - F.gelu(before)).abs().max() > 1e-4, "exact GELU is another function"

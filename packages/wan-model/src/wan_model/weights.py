@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from wan_model.config import WanConfig
 from wan_model.dit import Stage, WanDiT
 from wan_model.model_folder import read_json, weight_files
-from wan_model.ops import Ops
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 
@@ -140,12 +139,15 @@ def load_transformer(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    ops: Ops | None = None,
     stage: Stage | None = None,
 ) -> WanDiT:
-    """Build a model from a diffusers ``transformer`` folder, in evaluation mode."""
+    """Build a model from a diffusers ``transformer`` folder, in evaluation mode, for one device.
+
+    The parameters are made twice here, which loses what another runtime notes on them: with other ops than
+    ``TorchOps``, build the model first and fill it with ``load_weights``.
+    """
     with torch.device("meta"):
-        model = WanDiT(read_config(folder), ops, stage)
+        model = WanDiT(read_config(folder), stage=stage)
     model = model.to(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model.eval()

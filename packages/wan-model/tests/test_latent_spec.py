@@ -1,0 +1,139 @@
+"""``LatentSpec``: its fingerprint, its dictionary, its comparison, the shapes it refuses; and where it is read from."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wan_model import LatentSpec
+from wan_model.model_folder import latent_spec_of, resolve_folder
+
+SPEC = LatentSpec(
+    channels=2,
+    temporal_stride=4,
+    spatial_stride=8,
+    mean=(-0.75, 0.5),
+    std=(2.8, 1.4),
+    text_dim=4096,
+    text_length=512,
+    model_id="vae-a-text-b",
+)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LatentSpec) if field.name != "channels"])
+def test_every_field_counts_in_the_fingerprint(field: str) -> None:
+    value: Any = getattr(SPEC, field)
+    other: Any = (1.25, *value[1:]) if isinstance(value, tuple) else (value + "x" if field == "model_id" else value * 2)
+    changed = dataclasses.replace(SPEC, **{field: other})
+    assert changed.fingerprint != SPEC.fingerprint
+    with pytest.raises(ValueError, match=rf"the data \(fingerprint {SPEC.fingerprint}\) and the model .*: {field} \("):
+        SPEC.require_same(changed, "the data", "the model")
+
+
+def test_fingerprint_is_stable_and_survives_json() -> None:
+    # A change of this value makes every dataset written before unreadable.
+    assert SPEC.fingerprint == "334534dee1762598"
+    back = LatentSpec.from_dict(json.loads(json.dumps(SPEC.to_dict())))
+    assert back == SPEC
+    back.require_same(SPEC, "one", "the other")
+
+
+def test_dictionaries_of_other_versions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"another version"):
+        LatentSpec.from_dict({**SPEC.to_dict(), "dtype": "float32"})
+    with pytest.raises(ValueError, match=r"another version"):
+        LatentSpec.from_dict({"channels": 2})
+
+
+def test_impossible_statistics_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 means and 2 deviations were given for 3 latent channels"):
+        dataclasses.replace(SPEC, channels=3)
+    with pytest.raises(ValueError, match=r"smallest latent deviation is 0\.0"):
+        dataclasses.replace(SPEC, std=(1.0, 0.0))
+
+
+def test_latent_shape() -> None:
+    assert SPEC.latent_shape(81, 480, 832) == (2, 21, 60, 104)
+    assert SPEC.latent_shape(1, 16, 32) == (2, 1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((80, 480, 832), r"80 frames .* 4n\+1; the nearest are 77 and 81"),
+        ((0, 480, 832), r"0 frames .* nearest are 1 and 5"),
+        ((81, 488, 832), "488 x 832 pixels: .* multiples of 16"),
+        ((81, 480, 0), "480 x 0 pixels"),
+    ],
+)
+def test_sizes_that_would_be_cut_are_refused(size: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SPEC.latent_shape(*size)
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of what defines the latent space, free to be changed."""
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(tiny_folder / part, tmp_path / part)
+    return tmp_path
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_spec_of_a_folder(folder: Path) -> None:
+    from diffusers import AutoencoderKLWan
+
+    spec, config = latent_spec_of(folder), AutoencoderKLWan.load_config(folder / "vae")
+    assert (spec.channels, spec.temporal_stride, spec.spatial_stride) == (16, 4, 8)
+    assert (spec.text_dim, spec.text_length) == (32, 512)
+    assert (list(spec.mean), list(spec.std)) == (config["latents_mean"], config["latents_std"])
+    assert latent_spec_of(folder, text_length=226).fingerprint != spec.fingerprint
+
+
+@pytest.mark.parametrize("file", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_other_weights_are_another_space_and_another_precision_is_not(folder: Path, file: str) -> None:
+    before, tensors = latent_spec_of(folder), load_file(folder / file)
+    save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, folder / file)
+    assert latent_spec_of(folder) == before
+    save_file({key: tensor + 0.25 for key, tensor in tensors.items()}, folder / file)
+    after = latent_spec_of(folder)
+    assert dataclasses.replace(after, model_id=before.model_id) == before
+    assert after.fingerprint != before.fingerprint
+
+
+def test_other_autoencoders_are_refused(folder: Path) -> None:
+    rewrite(folder / "vae/config.json", is_residual=True, patch_size=2, z_dim=48)
+    with pytest.raises(ValueError, match=r"autoencoder of Wan 2\.2"):
+        latent_spec_of(folder)
+    rewrite(folder / "vae/config.json", _class_name="AutoencoderKL")
+    with pytest.raises(ValueError, match="holds a AutoencoderKL; expected an AutoencoderKLWan"):
+        latent_spec_of(folder)
+    save_file({"other": torch.zeros(1)}, folder / "text_encoder/model.safetensors")
+    rewrite(folder / "vae/config.json", _class_name="AutoencoderKLWan", is_residual=False, patch_size=None, z_dim=16)
+    with pytest.raises(ValueError, match="holds none of encoder"):
+        latent_spec_of(folder)
+
+
+def test_folders_that_are_not_models_are_refused(folder: Path) -> None:
+    assert resolve_folder(folder, ["vae"]) == folder
+    with pytest.raises(ValueError, match="has no tokenizer folder"):
+        resolve_folder(folder, ["vae", "tokenizer"])
+    with pytest.raises(ValueError, match=r"no model at .*absent"):
+        resolve_folder(folder / "absent", ["vae"])
+    (folder / "vae/config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a JSON list; expected an object"):
+        latent_spec_of(folder)
+    (folder / "vae/config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        latent_spec_of(folder)
+    (folder / "vae/config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        latent_spec_of(folder)

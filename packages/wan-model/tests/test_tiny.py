@@ -1,0 +1,56 @@
+"""The tiny model folder: reproducible, and a model that diffusers' own pipeline runs."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_model.tiny import TINY_CONFIG, write_tiny_wan
+from wan_model.weights import load_transformer, read_config
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
+    first, again = digests(tiny_folder), digests(write_tiny_wan(tmp_path / "again"))
+    assert again == first
+    other = digests(write_tiny_wan(tmp_path / "other", seed=1))
+    assert other.keys() == first.keys()
+    differing = {name for name in first if first[name] != other[name]}
+    assert differing == {name for name in first if name.endswith(".safetensors")}
+    assert len(differing) == 3
+
+
+def test_no_weight_is_left_at_zero(tiny_folder: Path) -> None:
+    model = load_transformer(tiny_folder / "transformer")
+    assert read_config(tiny_folder / "transformer").to_diffusers() == TINY_CONFIG.to_diffusers()
+    assert all(parameter.abs().max() > 0 for parameter in model.parameters())
+
+
+def test_diffusers_pipeline_samples_from_it(pipeline: Any) -> None:
+    frames = pipeline(
+        "a rabbit in a meadow",
+        negative_prompt="blurred",
+        height=32,
+        width=48,
+        num_frames=5,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames
+    assert frames.shape == (1, 5, 3, 32, 48)
+    assert frames.isfinite().all()
+    assert frames.std() > 0.01, "the video shows something"
+
+
+def test_command_line_prints_where(tmp_path: Path, tiny_folder: Path) -> None:
+    command = [sys.executable, "-m", "wan_model.tiny", str(tmp_path / "model"), "--seed", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.strip() == f"wrote a tiny Wan 2.1 with random weights to {tmp_path / 'model'}"
+    assert digests(tmp_path / "model") == digests(tiny_folder)
