@@ -113,7 +113,9 @@ class WanDatasetConfig(DatasetProvider):  # type: ignore[misc]
     def loader(self, rank: int, ranks: int) -> Union["PackLoader", MockLoader]:
         """The loader of one data-parallel rank."""
         if self.mock:
-            return MockLoader(self.mock_settings, self._model, rank=rank, multiple=self._pad_multiple, seed=self.seed)
+            return MockLoader(
+                self.mock_settings, self._model, rank=rank, ranks=ranks, multiple=self._pad_multiple, seed=self.seed
+            )
         from wan_data.loader import LoaderConfig, PackLoader
 
         assert self.path is not None, "checked by the run"

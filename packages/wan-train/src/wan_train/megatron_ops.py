@@ -27,6 +27,12 @@ def _no_init(weight: Tensor) -> None:
     """Weights are filled by ``wan_model.init_weights``, from the key, whatever the layout."""
 
 
+def _mark_split(parameter: nn.Parameter, axis: int) -> None:
+    # Megatron marks its weights only where it also initialises them, which is ours to do.
+    split: Any = parameter
+    split.tensor_model_parallel, split.partition_dim, split.partition_stride = True, axis, 1
+
+
 class _ColumnLinear(ColumnParallelLinear):
     """Output split over ranks; its input has entered already."""
 
@@ -51,8 +57,7 @@ class _SplitRMSNorm(RMSNorm):
     def __init__(self, width: int, eps: float, ranks: int) -> None:
         super().__init__(width // ranks, eps)
         self.full_width = width
-        weight: Any = self.weight
-        weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1
+        _mark_split(self.weight, 0)
 
     def mean_square(self, x: Tensor) -> Tensor:
         """Mean over the full width, on every rank."""
@@ -85,17 +90,22 @@ class MegatronOps(TorchOps):
 
     def column_linear(self, width_in: int, width_out: int) -> nn.Module:
         """Megatron's ``ColumnParallelLinear``."""
-        return _ColumnLinear(
+        linear = _ColumnLinear(
             width_in, width_out, config=self._column_config, init_method=_no_init, bias=True, gather_output=False,
             disable_grad_reduce=True,
         )  # fmt: skip
+        _mark_split(linear.weight, 0)
+        _mark_split(linear.bias, 0)
+        return linear
 
     def row_linear(self, width_in: int, width_out: int) -> nn.Module:
         """Megatron's ``RowParallelLinear``."""
-        return _RowLinear(
+        linear = _RowLinear(
             width_in, width_out, config=self._row_config, init_method=_no_init, bias=True, input_is_parallel=True,
             skip_bias_add=False,
         )  # fmt: skip
+        _mark_split(linear.weight, 1)
+        return linear
 
     def norm_across_heads(self, width: int, eps: float) -> nn.Module:
         """RMS norm whose mean spans all ranks."""

@@ -28,32 +28,35 @@ class MockConfig:
 
 
 class MockLoader:
-    """Packs of fresh noise, without end; pack n of a rank is the same in every run with the same seed.
+    """Packs of fresh noise, without end; a seed means the same packs a step however many ranks share them.
 
     Args:
         settings: shapes.
         model: sizes of the transformer.
-        rank: data-parallel rank.
+        rank, ranks: data-parallel place.
         multiple: packs are padded to a multiple of this many tokens.
         seed: of everything.
     """
 
-    def __init__(self, settings: MockConfig, model: WanConfig, *, rank: int, multiple: int, seed: int) -> None:
+    def __init__(
+        self, settings: MockConfig, model: WanConfig, *, rank: int, ranks: int, multiple: int, seed: int
+    ) -> None:
         self.settings, self.model = settings, model
-        self.rank, self.multiple, self.seed = rank, multiple, seed
+        self.rank, self.ranks, self.multiple, self.seed = rank, ranks, multiple, seed
         self.drawn = 0
 
     def __iter__(self) -> Iterator[LatentPack]:
         """Packs, from where the state says."""
         shapes = self.settings
         while True:
-            generator = generator_for("mock", self.seed, self.rank, self.drawn)
+            number = self.drawn * self.ranks + self.rank
+            generator = generator_for("mock", self.seed, number)
             latents, texts, keys = [], [], []
             for slot in range(shapes.number_packed_samples):
                 size = (self.model.in_channels, shapes.frames, shapes.height, shapes.width)
                 latents.append(torch.randn(size, generator=generator))
                 texts.append(torch.randn(shapes.context_length, self.model.text_dim, generator=generator))
-                keys.append(f"mock-{self.rank}-{self.drawn}-{slot}")
+                keys.append(f"mock-{number}-{slot}")
             self.drawn += 1
             yield pack_latents(
                 latents, texts, keys, text_length=self.model.text_length, patch_size=self.model.patch_size,
