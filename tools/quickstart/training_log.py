@@ -1,0 +1,103 @@
+"""What a training run's log says, and whether that is what was asked of the run."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quickstart.failure import QuickstartError, require
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """A run's ``log.jsonl``.
+
+    Attributes:
+        entries: its lines in order: one a step, and an event where the run was resumed.
+    """
+
+    entries: list[dict[str, Any]]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of steps."""
+        return [entry for entry in self.entries if "loss" in entry]
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step."""
+        return [float(entry["loss"]) for entry in self.steps]
+
+    def resumed_from(self) -> int | None:
+        """The step of the only resumption, which must stand right behind that step's line; None if there was none.
+
+        Raises:
+            QuickstartError: several resumptions, or one from another step than the log had reached.
+        """
+        places = [index for index, entry in enumerate(self.entries) if entry.get("event") == "resumed"]
+        if not places:
+            return None
+        require(len(places) == 1, f"the log tells of {len(places)} resumptions; expected one")
+        step = int(self.entries[places[0]]["step"])
+        before = [entry["step"] for entry in self.entries[: places[0]] if "loss" in entry]
+        require(
+            bool(before) and before[-1] == step,
+            f"the run resumed from step {step}, but the last step logged before was {before[-1] if before else 'none'}",
+        )
+        return step
+
+    def packing(self) -> dict[str, float]:
+        """What packing saved: tokens that belong to samples, of those computed, and samples in a step."""
+        needed = sum(entry["tokens"] for entry in self.steps)
+        computed = sum(entry["tokens_padded"] for entry in self.steps)
+        samples = sum(entry["samples"] for entry in self.steps)
+        return {
+            "efficiency": round(needed / computed, 4),
+            "tokens": needed,
+            "tokens_computed": computed,
+            "samples_a_step": round(samples / len(self.steps), 2),
+        }
+
+
+def read_log(folder: Path) -> TrainingLog:
+    """Read the log of the run that saves its checkpoints in ``folder``.
+
+    Raises:
+        QuickstartError: there is none.
+    """
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        raise QuickstartError(f"the training run left no log at {path}")
+    return TrainingLog([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+
+
+def check_steps(log: TrainingLog, last: int) -> None:
+    """Every step from 1 to ``last`` once, in order, with finite numbers and real data.
+
+    Raises:
+        QuickstartError: naming what is not so.
+    """
+    numbers = [entry["step"] for entry in log.steps]
+    require(
+        numbers == list(range(1, last + 1)), f"the log has the steps {numbers}; expected each from 1 to {last} once"
+    )
+    for entry in log.steps:
+        for name in ("loss", "grad_norm"):
+            require(math.isfinite(entry[name]), f"the {name} of step {entry['step']} is {entry[name]}")
+        require(
+            0 < entry["tokens"] <= entry["tokens_padded"],
+            f"step {entry['step']} counts {entry['tokens']} tokens of samples among {entry['tokens_padded']} computed",
+        )
+
+
+def check_checkpoint(folder: Path, step: int) -> None:
+    """The step's checkpoint is there and is the one that a resumption takes.
+
+    Raises:
+        QuickstartError: it is not.
+    """
+    place = folder / f"iter_{step:07d}"
+    require((place / ".metadata").is_file(), f"no checkpoint of step {step}: {place} holds no .metadata")
+    tracker = (folder / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8").strip()
+    require(tracker == str(step), f"the newest checkpoint in {folder} is said to be of step {tracker}, not {step}")
