@@ -1,0 +1,46 @@
+"""Progress on a terminal, plain lines in a log. Imports no torch."""
+
+import time
+from typing import TextIO
+
+
+class Progress:
+    """Says what is going on, on a stream of its own so that results stay apart.
+
+    Args:
+        stream: usually standard error; on a terminal one line is rewritten, elsewhere at most ten lines a video are
+            written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.terminal = stream.isatty()
+        self._label = ""
+        self._start = 0.0
+        self._open = False
+
+    def say(self, text: str) -> None:
+        """One finished line."""
+        self._end_line()
+        print(text, file=self.stream, flush=True)
+
+    def start(self, label: str) -> None:
+        """A new series of steps begins."""
+        self._label, self._start = label, time.monotonic()
+
+    def step(self, done: int, total: int) -> None:
+        """``done`` of ``total`` steps are done."""
+        per_step = (time.monotonic() - self._start) / done
+        text = f"{self._label}  step {done}/{total}  {per_step:.2f} s/step  {per_step * (total - done):.0f} s left"
+        if self.terminal:
+            print(f"\r{text:<79}", end="", file=self.stream, flush=True)
+            self._open = True
+            if done == total:
+                self._end_line()
+        elif done == total or done * 10 // total != (done - 1) * 10 // total:
+            print(text, file=self.stream, flush=True)
+
+    def _end_line(self) -> None:
+        if self._open:
+            print(file=self.stream, flush=True)
+            self._open = False

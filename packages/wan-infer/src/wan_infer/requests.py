@@ -1,0 +1,154 @@
+"""What is asked for: one video each, checked before anything is loaded. Imports no torch.
+
+Sizes are written W*H, as the official release does: ``832*480`` is landscape.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+# Wan 2.1's own: frames per latent frame, and pixels per token both ways. The model's folder has the last word.
+TEMPORAL_STRIDE = 4
+SIDE_MULTIPLE = 16
+
+# What the released models were trained for, W*H; 416*240 is NVIDIA's addition.
+TASK_SIZES = {
+    "t2v-1.3B": ("480*832", "832*480", "416*240"),
+    "t2v-14B": ("720*1280", "1280*720", "480*832", "832*480"),
+}
+
+# Source: ``sample_neg_prompt`` of the official release's shared configuration.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+SolverName = Literal["unipc", "euler"]
+SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRequest:
+    """One video.
+
+    Attributes:
+        prompt: what it shows.
+        width, height: pixels, multiples of 16.
+        frames: 4n+1; one frame is a picture.
+        seed: of its noise; the same seed and settings give the same video, alone or among others.
+
+    Raises:
+        ValueError: a size or a frame count that the model cannot have, naming the nearest.
+    """
+
+    prompt: str
+    width: int = 832
+    height: int = 480
+    frames: int = 81
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_frames(self.frames)
+        check_size(self.width, self.height)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"the seed is {self.seed}; expected a number from 0 to 2^63 - 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How videos are sampled; the defaults are the official ones.
+
+    Attributes:
+        steps: evaluations of the model along the way from noise to video.
+        shift: s in sigma <- s * sigma / (1 + (s - 1) * sigma).
+        guidance: g in u + g * (c - u); at 1 only the prompt's own branch c is run.
+        solver: ``unipc`` (second order) or ``euler`` (first order).
+        negative_prompt: what u is conditioned on.
+    """
+
+    steps: int = 50
+    shift: float = 5.0
+    guidance: float = 5.0
+    solver: SolverName = "unipc"
+    negative_prompt: str = NEGATIVE_PROMPT
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 1000:
+            raise ValueError(f"{self.steps} sampling steps; expected 1 to 1000")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"the shift is {self.shift}; it must be positive")
+        if not (math.isfinite(self.guidance) and self.guidance >= 1):
+            raise ValueError(f"the guidance scale is {self.guidance}; it must be 1 (none) or more")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"there is no solver {self.solver!r}; expected {' or '.join(SOLVERS)}")
+
+
+def check_frames(frames: int) -> None:
+    """Refuse a frame count that is not 4n+1, naming the nearest."""
+    if frames >= 1 and (frames - 1) % TEMPORAL_STRIDE == 0:
+        return
+    lower = max(1, frames - (frames - 1) % TEMPORAL_STRIDE)
+    nearest = f"{lower} and {lower + TEMPORAL_STRIDE}" if frames > 1 else "1"
+    raise ValueError(f"{frames} frames: the count must be {TEMPORAL_STRIDE}n+1; the nearest are {nearest}")
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse sides that 16 does not divide, naming the nearest size."""
+    if min(width, height) >= SIDE_MULTIPLE and width % SIDE_MULTIPLE == 0 and height % SIDE_MULTIPLE == 0:
+        return
+    near = [max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE for side in (width, height)]
+    raise ValueError(
+        f"the size {width}*{height} (width*height) is not made of multiples of {SIDE_MULTIPLE}; "
+        f"the nearest is {near[0]}*{near[1]}"
+    )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of ``832*480``; ``832x480`` is understood too.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    match = re.fullmatch(r"\s*(\d{1,5})\s*[*x×]\s*(\d{1,5})\s*", text)  # noqa: RUF001
+    if not match:
+        raise ValueError(f"the size {text!r} is not understood; expected width*height, such as 832*480")
+    return int(match[1]), int(match[2])
+
+
+def check_task(task: str, requests: Sequence[VideoRequest]) -> None:
+    """Refuse sizes that a released model was not made for."""
+    sizes = TASK_SIZES[task]
+    for request in requests:
+        if f"{request.width}*{request.height}" not in sizes:
+            raise ValueError(
+                f"the size {request.width}*{request.height} is not one of {task}'s: {', '.join(sizes)}; "
+                "leave --task out to sample other sizes"
+            )
+
+
+def pair_requests(
+    prompts: Sequence[str], sizes: Sequence[str], frames: Sequence[int], seeds: Sequence[int]
+) -> list[VideoRequest]:
+    """One request a video: lists of equal length go together, and what is given once holds for all.
+
+    Raises:
+        ValueError: lists of different lengths, or a request that the model cannot have.
+    """
+    given = {"prompts": prompts, "sizes": sizes, "frame counts": frames, "seeds": seeds}
+    count = max(len(values) for values in given.values())
+    for values in given.values():
+        if len(values) not in (1, count):
+            amounts = ", ".join(f"{len(values)} {name}" for name, values in given.items())
+            raise ValueError(f"got {amounts}; give each either once or {count} times")
+    return [
+        VideoRequest(
+            prompts[i % len(prompts)],
+            *parse_size(sizes[i % len(sizes)]),
+            frames[i % len(frames)],
+            seeds[i % len(seeds)],
+        )
+        for i in range(count)
+    ]

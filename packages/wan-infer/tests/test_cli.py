@@ -1,0 +1,193 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from wan_infer.cli import main
+from wan_infer.requests import NEGATIVE_PROMPT
+from wan_infer.video_file import read_video
+
+QUICK = ("--sizes", "32*48", "--frame_nums", "5", "--sample_steps", "2", "--device", "cpu")
+HOSTILE = ["../../evil\n; rm -rf /", "/etc/passwd", "$(touch marker)", "兔子 \U0001f430"]
+
+
+def run(*arguments: object) -> Result:
+    """The command's result; an exception that is no exit fails the test."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """What a failing command says; one line after the progress, and an exit code that is not zero."""
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("load", "video "))]
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_help_imports_no_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "wan_infer", "--help"], capture_output=True, text=True, check=True
+    )
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & {"torch", "numpy", "av", "diffusers", "transformers", "wan_model"}
+    for spelling in ("--checkpoint-dir", "--checkpoint_dir", "--sample_guide_scale", "--frame_nums"):
+        assert spelling in done.stdout
+
+
+def test_one_video_with_all_that_made_it(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    arguments = ("--model", model_folder, "--prompts", "a rabbit", "--base_seed", 42, "--fps", 8, "--save_file", path)
+    result = run(*arguments, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[0] == str(path)
+    assert re.match(r"1 video in \d+\.\d s \(load", result.stdout.splitlines()[-1])
+    assert "video 1/1  step 2/2" in result.stderr
+    frames, fps, metadata = read_video(path)
+    assert (frames.shape, fps) == ((5, 48, 32, 3), 8)
+    expected = {"prompt": "a rabbit", "seed": 42, "width": 32, "height": 48, "frames": 5, "steps": 2, "solver": "unipc"}
+    assert metadata.items() >= expected.items()
+    assert metadata["negative_prompt"] == NEGATIVE_PROMPT
+    assert set(metadata["versions"]) == {"wan-infer", "wan-model", "torch", "diffusers", "transformers", "python"}
+    assert str(tmp_path) not in json.dumps(metadata)
+
+    again = run(*arguments, *QUICK, "--no-metadata")
+    assert again.exit_code == 0
+    bare = read_video(path)
+    assert np.array_equal(bare[0], frames), "the same seed gave another video"
+    assert bare[2] == {}
+    assert b"a rabbit" not in path.read_bytes()
+
+
+def test_training_checkpoint_in_both_spellings(
+    model_folder: Path, write_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "run", 10, seed=1)
+    (write_checkpoint(tmp_path / "run", 20, seed=2) / "run_config.yaml").unlink()
+    shared = ("--model", model_folder, "--prompts", "a", "--json", *QUICK)
+    snake = run("--checkpoint_dir", tmp_path / "run", "--save_file", tmp_path / "a.mp4", *shared)
+    kebab = run(
+        *("--checkpoint-dir", tmp_path / "run", "--checkpoint-step", 10, "--save-file", tmp_path / "b.mp4"),
+        *("--vae_checkpoint_dir", model_folder, "--t5-checkpoint-dir", model_folder, *shared[2:]),
+    )
+    reports = [json.loads(result.stdout) for result in (snake, kebab)]
+    # The newest one is partial, so that of step 10 is taken.
+    assert [report["videos"][0]["checkpoint_step"] for report in reports] == [10, 10]
+    assert [report["videos"][0]["transformer"] for report in reports] == ["run", "run"]
+    assert np.array_equal(read_video(tmp_path / "a.mp4")[0], read_video(tmp_path / "b.mp4")[0])
+    assert "run_config.yaml is missing" in refused(
+        *("--checkpoint_dir", tmp_path / "run", "--checkpoint_step", 20, "--save_file", tmp_path / "c.mp4", *shared)
+    )
+    assert not (tmp_path / "c.mp4").exists()
+
+
+def test_several_videos_and_a_contact_sheet(model_folder: Path, tmp_path: Path) -> None:
+    folder, sheet = tmp_path / "videos", tmp_path / "sheet.png"
+    result = run(
+        *("--model", model_folder, "--prompts", *HOSTILE, "--sizes", "32*48", "32*48", "64*32", "32*32"),
+        *("--frame_nums", 5, 1, 5, 5, "--base_seed", 3, "--sample_steps", 1, "--sample_guide_scale", 1),
+        *("--output_folder", folder, "--contact_sheet", sheet, "--json", "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.stderr
+    videos = json.loads(result.stdout)["videos"]
+    assert [video["prompt"] for video in videos] == HOSTILE
+    names = sorted(file.name for file in folder.iterdir())
+    assert names == [Path(video["file"]).name for video in videos]
+    assert all(re.fullmatch(rf"{i:04d}-[0-9a-f]{{12}}\.(mp4|png)", name) for i, name in enumerate(names))
+    assert [name[-3:] for name in names] == ["mp4", "png", "mp4", "mp4"]
+    assert read_video(folder / names[2])[0].shape == (5, 32, 64, 3)
+    assert read_video(folder / names[0])[2]["prompt"] == HOSTILE[0]
+    with Image.open(sheet) as picture:
+        assert picture.size[0] == 4 + 4 * (64 + 4)
+    assert {file.name for file in tmp_path.iterdir()} == {"videos", "sheet.png"}
+
+
+def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tmp_path: Path) -> None:
+    common = ("--model", model_folder, *QUICK, "--json", "--output-folder")
+    both = json.loads(run(*common, tmp_path / "both", "--prompts", "a", "b").stdout)
+    alone = json.loads(run(*common, tmp_path / "alone", "--prompts", "b").stdout)
+    files = [report["videos"][-1]["file"] for report in (both, alone)]
+    assert np.array_equal(read_video(files[0])[0], read_video(files[1])[0])
+    assert [Path(file).name[:4] for file in files] == ["0001", "0000"]
+    assert Path(files[0]).name[4:] == Path(files[1]).name[4:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frame_nums", "8"], r"8 frames: the count must be 4n\+1; the nearest are 5 and 9"),
+        (["--sizes", "30*48"], r"the nearest is 32\*48"),
+        (["--sizes", "big"], r"expected width\*height"),
+        (["--task", "t2v-1.3B", "--sizes", "1280*720"], r"not one of t2v-1.3B's: 480\*832, 832\*480, 416\*240"),
+        (["--task", "t2v-1.3B", "--sizes", "832*480"], r"tiny is not t2v-1.3B: num_heads 4 where t2v-1.3B has 12"),
+        (["--checkpoint_step", "3"], r"needs --checkpoint-dir"),
+        (["--checkpoint_dir", "{tmp}/none"], r"no checkpoint folder at .*none"),
+        (["--model", "{tmp}/none"], r"no model at .*none"),
+        (["--model", "{tmp}"], r"has no transformer folder"),
+        (["--save_file", "{tmp}/out.avi"], r"the name must end in \.mp4"),
+        (["--frame_nums", "1"], r"the name must end in \.png"),
+        (["--save_file", "{tmp}/file/out.mp4"], r"file is not a folder"),
+        (["--contact-sheet", "{tmp}/sheet.jpg"], r"must end in \.png"),
+        (["--prompts", "a", "b"], r"--save-file takes one video and 2 were asked for"),
+        (["--device", "cuda:77"], r"the device cuda:77 was asked for"),
+        (["--sample_steps", "0"], r"0 sampling steps"),
+    ],
+)
+def test_what_stands_in_the_way_is_one_sentence(
+    model_folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    base = ["--model", str(model_folder), "--prompts", "a", "--save_file", str(tmp_path / "out.mp4"), *QUICK]
+    # A flag that is given replaces the base's; prompts would add up.
+    for flag in (word for word in given if word.startswith("--") and word in base):
+        index = base.index(flag)
+        del base[index : index + 2]
+    assert re.search(message, refused(*base, *given))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_foreign_latent_space_is_named(
+    model_folder: Path, write_checkpoint: Callable[..., Path], sampler: object, tmp_path: Path
+) -> None:
+    spec = {**sampler.codec.spec.to_dict(), "model_id": "vae-other"}  # type: ignore[attr-defined]
+    write_checkpoint(tmp_path / "run", 10, spec=spec)
+    said = refused(
+        *("--model", model_folder, "--checkpoint_dir", tmp_path / "run", "--prompts", "a", *QUICK),
+        *("--output_folder", tmp_path / "videos"),
+    )
+    assert "are of different latent spaces: model_id (vae-other against" in said
+    assert not (tmp_path / "videos").exists()
+
+
+def test_a_checkpoint_alone_is_not_enough(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", 10)
+    assert "holds the transformer only: give --model" in refused("--checkpoint_dir", tmp_path / "run", "--prompts", "a")
+    assert "there is no transformer to sample" in refused("--prompts", "a")
+
+
+def test_damaged_weights_leave_no_file(model_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    damaged = shutil.copytree(model_folder, tmp_path / "damaged")
+    weights = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["proj_out.bias"][3] = float("nan")
+    save_file(state, weights)
+    said = refused("--model", damaged, "--prompts", "a", "--output_folder", tmp_path / "videos", *QUICK)
+    assert "not finite" in said
+    assert not (tmp_path / "videos").exists()
