@@ -12,7 +12,14 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from wan_model.config import WanConfig
@@ -63,6 +70,15 @@ def test_reads_what_was_saved(run: Path) -> None:
 def test_converts_while_reading(run: Path) -> None:
     state = read_training_checkpoint(run / "iter_0000010", dtype=torch.bfloat16)[2]
     assert all(torch.equal(state[key], value.bfloat16()) for key, value in model_state(1).items())
+
+
+def test_megatrons_plans_in_the_index_are_understood(run: Path) -> None:
+    # What megatron-core 0.16 adds to torch's index.
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([3]))
+    data = TensorWriteData(chunk, TensorProperties(torch.bfloat16), torch.Size([3]))
+    plan = SavePlan([WriteItem(MetadataIndex("a"), WriteItemType.SHARD, tensor_data=data)])
+    change_index(run / "iter_0000010", lambda index: setattr(index, "all_local_plans", [plan]))
+    assert read_training_checkpoint(run / "iter_0000010")[0] == CONFIG
 
 
 def test_made_up_data_has_no_latent_spec(tmp_path: Path) -> None:

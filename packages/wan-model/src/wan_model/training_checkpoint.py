@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -48,6 +48,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
             "_MEM_FORMAT_ENCODING",
         )
     },
+    # Megatron-Core keeps the writers' plans in the index.
+    **{
+        (f"{_DCP}.planner", name): getattr(planner, name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+    },
     (f"{_DCP}.filesystem", "_StorageInfo"): filesystem._StorageInfo,
     ("torch.serialization", "_get_layout"): _get_layout,
     ("torch", "Size"): torch.Size,
@@ -55,8 +60,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     # The writer's path, recorded for information only: a pure path touches no disk.
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
-    # Megatron-Core 0.15 wrote a subclass with one more field, which concerns the optimizer alone.
+    # Megatron-Core 0.15 wrote subclasses with one more field, which concerns the optimizer alone.
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): planner.SavePlan,
 }
 
 
