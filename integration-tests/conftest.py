@@ -1,0 +1,125 @@
+"""The chain through the real command lines, run once: every test looks at what a stage left behind.
+
+Nothing of the packages is imported here: they are used as installed programs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+TRAIN_STEPS, SAVED_STEP = 6, 3
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The stages are expensive and shared: under xdist all of this folder's tests that use them stay on one worker.
+    for item in items:
+        if Path(__file__).parent in item.path.parents and "run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("chain"))
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    def run_program(*arguments: str | Path, fails: bool = False) -> subprocess.CompletedProcess[str]:
+        program, *rest = map(str, arguments)
+        path = sys.executable if program == "python" else str(Path(sysconfig.get_path("scripts"), program))
+        done = subprocess.run(
+            [path, *rest],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        said = f"{' '.join([program, *rest])}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+        assert (done.returncode != 0) == fails, f"status {done.returncode} of {said}"
+        return done
+
+    return run_program
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where each stage wrote."""
+
+    clips: Path
+    model: Path
+    dataset: Path
+    stopped: Path
+    whole: Path
+
+
+def _write_clip(path: Path, frames: int, height: int, width: int) -> None:
+    rows, columns = np.mgrid[0:height, 0:width]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(16))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(frames):
+            # A pattern that moves, differently along each axis.
+            channels = [rows * 3 + index * 9, columns * 2 + index * 5, rows + columns + index * 7]
+            picture = np.stack([channel % 256 for channel in channels], axis=-1).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips of three shapes, with captions of both kinds."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name, suffix, frames, height, width in [
+        ("wide", ".json", 36, 64, 128),
+        ("tall", ".jsonl", 27, 128, 64),
+        ("square", ".json", 18, 96, 96),
+    ]:
+        _write_clip(folder / f"{name}.mp4", frames, height, width)
+        caption = {"caption": f"A {name} pattern that moves."}
+        (folder / f"{name}{suffix}").write_text(json.dumps(caption) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    run("python", "-m", "wan_model.tiny", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(run: Run, clips: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "dataset"
+    run(
+        "wan-data", "prepare", "--video-folder", clips, "--output-folder", folder, "--model", tiny_model,
+        "--windows", "consecutive", "--frames", "9", "--area", str(64 * 64), "--samples-per-shard", "2",
+    )  # fmt: skip
+    return folder
+
+
+def train(run: Run, dataset: Path, checkpoints: Path, *overrides: str) -> None:
+    run(
+        "wan-train", "pretrain", "--recipe", "tiny", "--nproc-per-node", "2", f"dataset.path={dataset}",
+        f"checkpoint.save={checkpoints}", f"checkpoint.save_interval={SAVED_STEP}",
+        "model.tensor_model_parallel_size=2", "model.sequence_parallel=true",
+        f"train.train_iters={TRAIN_STEPS}", *overrides,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def chain(run: Run, clips: Path, tiny_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """One run stopped at its first save and resumed, and one of as many steps without a stop."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    stopped, whole = folder / "stopped", folder / "whole"
+    for _ in range(2):  # the same command twice
+        train(run, dataset, stopped, f"train.exit_interval={SAVED_STEP}")
+    train(run, dataset, whole)
+    return Chain(clips, tiny_model, dataset, stopped, whole)

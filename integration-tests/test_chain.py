@@ -1,0 +1,97 @@
+"""Clips -> shards -> training, stopped and resumed -> a video."""
+
+import io
+import json
+import math
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+
+
+def _samples(dataset: Path) -> dict[str, dict[str, Any]]:
+    """Every sample's latent and side-information, by key."""
+    samples: dict[str, dict[str, Any]] = {}
+    for shard in sorted(dataset.glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                key, _, part = member.name.partition(".")
+                content = archive.extractfile(member).read()  # type: ignore[union-attr]
+                sample = samples.setdefault(key, {})
+                if part == "pth":
+                    sample["latent"] = torch.load(io.BytesIO(content), weights_only=True)
+                elif part == "json":
+                    sample["json"] = json.loads(content)
+    return samples
+
+
+def _log(checkpoints: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (checkpoints / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_window_of_every_clip_becomes_a_sample(dataset):
+    samples = _samples(dataset)
+    # 36, 27 and 18 frames in windows of 9, at 64 x 64 pixels' area: latents of 3 frames.
+    assert len(samples) == 4 + 3 + 2
+    shapes = {tuple(sample["latent"].shape[-3:]) for sample in samples.values()}
+    assert len(shapes) == 3
+    assert {shape[0] for shape in shapes} == {3}
+    assert all(torch.isfinite(sample["latent"]).all() for sample in samples.values())
+
+
+def test_captions_of_both_kinds_reach_the_shards(dataset):
+    text = json.dumps([sample["json"] for sample in _samples(dataset).values()])
+    for name in ("wide", "tall", "square"):
+        assert f"A {name} pattern that moves." in text
+
+
+def test_a_resumed_run_equals_one_without_a_stop(chain):
+    stopped, whole = _log(chain.stopped), _log(chain.whole)
+    assert [entry["step"] for entry in stopped if entry.get("event") == "resumed"] == [3]
+    assert not [entry for entry in whole if "event" in entry]
+
+    def facts(log: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        names = ("step", "samples", "tokens", "loss", "grad_norm", "learning_rate")
+        return [tuple(entry[name] for name in names) for entry in log if "loss" in entry]
+
+    assert [fact[0] for fact in facts(whole)] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(value) for fact in facts(whole) for value in fact)
+    assert facts(stopped) == facts(whole)
+
+
+def test_packs_hold_samples_of_several_shapes(chain):
+    samples = [entry["samples"] for entry in _log(chain.whole)]
+    assert max(samples) > 1
+
+
+@pytest.fixture(scope="module")
+def videos(run, chain, tmp_path_factory):
+    """A video from each saved step, with one seed."""
+    folder = tmp_path_factory.mktemp("videos")
+    for step in (3, 6):
+        run(
+            "wan-infer", "--checkpoint_dir", chain.stopped, "--checkpoint_step", str(step), "--model", chain.model,
+            "--prompts", "A wide pattern that moves.", "--sizes", "96*64", "--frame_nums", "9",
+            "--sample_steps", "4", "--base_seed", "42", "--save_file", folder / f"{step}.mp4",
+        )  # fmt: skip
+    return {step: _decode(folder / f"{step}.mp4") for step in (3, 6)}
+
+
+def _decode(path: Path) -> torch.Tensor:
+    with av.open(str(path)) as container:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    return torch.stack(frames)
+
+
+def test_a_checkpoint_becomes_a_video(videos):
+    for video in videos.values():
+        assert video.shape == (9, 64, 96, 3)
+        assert video.float().std() > 1
+
+
+def test_training_changes_the_video(videos):
+    difference = (videos[3].float() - videos[6].float()).abs().mean()
+    assert difference > 0.1
