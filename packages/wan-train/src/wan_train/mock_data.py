@@ -15,14 +15,12 @@ class MockConfig:
     """Shapes of mock samples; the defaults are those of NVIDIA's recipe (37,440 tokens a sample).
 
     Attributes:
-        frames, height, width: latent positions.
+        shapes: latent frames, rows and columns; the samples of a pack take them in turn.
         context_length: true length of the text embeddings.
         number_packed_samples: samples in a pack.
     """
 
-    frames: int = 24
-    height: int = 104
-    width: int = 60
+    shapes: list[list[int]] = dataclasses.field(default_factory=lambda: [[24, 104, 60]])
     context_length: int = 512
     number_packed_samples: int = 1
 
@@ -47,15 +45,15 @@ class MockLoader:
 
     def __iter__(self) -> Iterator[LatentPack]:
         """Packs, from where the state says."""
-        shapes = self.settings
+        settings = self.settings
         while True:
             number = self.drawn * self.ranks + self.rank
             generator = generator_for("mock", self.seed, number)
             latents, texts, keys = [], [], []
-            for slot in range(shapes.number_packed_samples):
-                size = (self.model.in_channels, shapes.frames, shapes.height, shapes.width)
-                latents.append(torch.randn(size, generator=generator))
-                texts.append(torch.randn(shapes.context_length, self.model.text_dim, generator=generator))
+            for slot in range(settings.number_packed_samples):
+                shape = settings.shapes[slot % len(settings.shapes)]
+                latents.append(torch.randn(self.model.in_channels, *shape, generator=generator))
+                texts.append(torch.randn(settings.context_length, self.model.text_dim, generator=generator))
                 keys.append(f"mock-{number}-{slot}")
             self.drawn += 1
             yield pack_latents(

@@ -80,7 +80,9 @@ def wan_14b(mode: TrainingMode) -> ConfigContainer:
 def tiny(mode: TrainingMode) -> ConfigContainer:
     """The tiny model of ``wan_model.tiny``, fp32: the whole machinery in seconds, on anything."""
     config = _config(TINY_CONFIG, mode, capacity=512, bf16=False, learning_rate=2e-3, iterations=20, warmup=2)
-    config.dataset.mock_settings = MockConfig(frames=3, height=8, width=8, context_length=16, number_packed_samples=3)
+    config.dataset.mock_settings = MockConfig(
+        shapes=[[3, 8, 8], [1, 6, 10], [2, 4, 10]], context_length=16, number_packed_samples=3
+    )
     config.logger.log_interval = 1
     return config
 

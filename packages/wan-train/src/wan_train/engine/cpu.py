@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from wan_train.engine import torch_adam
+
 _CPU = torch.device("cpu")
 
 
@@ -147,30 +149,6 @@ def redirect() -> None:
     CudaMeansCpu().__enter__()
 
 
-def _seed_adam_steps() -> None:
-    # torch's AdamW makes its state lazily; on resume the distributed optimizer asserts that every parameter has the
-    # same "step" before anything was loaded. Apex's and TE's Adam keep it in the group and need no help.
-    import megatron.bridge.training.setup as setup
-
-    build = setup.setup_optimizer
-
-    def build_and_seed(*args: Any, **kwargs: Any) -> Any:
-        optimizer, scheduler = build(*args, **kwargs)
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            inner = getattr(part, "optimizer", None)
-            if not isinstance(inner, torch.optim.Adam):
-                continue
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    state = inner.state[parameter]
-                    state.setdefault("step", torch.tensor(0.0))
-                    state.setdefault("exp_avg", torch.zeros_like(parameter.data))
-                    state.setdefault("exp_avg_sq", torch.zeros_like(parameter.data))
-        return optimizer, scheduler
-
-    setup.setup_optimizer = build_and_seed
-
-
 def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
     """Replace the few functions of Bridge that cannot work here.
 
@@ -189,4 +167,4 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
     if on_cpu:
         initialize._warmup_jit_function = _nothing
     if without_te:
-        _seed_adam_steps()
+        torch_adam.mend()

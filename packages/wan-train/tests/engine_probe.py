@@ -1,0 +1,137 @@
+"""Run in a process of its own: start the engine, try what it promises, print the answers as JSON."""
+
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class _BackwardOnCuda(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad + torch.ones(grad.shape, device=torch.cuda.current_device())
+
+
+def _raises(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def _device_answers() -> dict[str, object]:
+    index = torch.cuda.current_device()
+    x = torch.zeros(2, requires_grad=True)
+    _BackwardOnCuda.apply(x).sum().backward()
+    hooked = torch.zeros(2, requires_grad=True)
+    hooked.register_hook(lambda grad: grad * torch.full((2,), 3.0, device="cuda"))
+    hooked.sum().backward()
+    assert x.grad is not None
+    assert hooked.grad is not None
+    return {
+        "by name": torch.zeros(1, device="cuda:0").device.type,
+        "by number": torch.zeros(1, device=index).device.type,
+        "by object": torch.tensor([1.0], device=torch.device("cuda", 0)).device.type,
+        "moved": torch.zeros(1).to("cuda").device.type,
+        "moved by method": torch.zeros(1).cuda().device.type,
+        "module": next(torch.nn.Linear(1, 1).cuda(index).parameters()).device.type,
+        "index is int": isinstance(index, int),
+        "type name": torch.zeros(1).type(),
+        "cpu stays": torch.zeros(1, device="cpu").device.type,
+        "gradient of custom backward": x.grad.tolist(),
+        "gradient of hook": hooked.grad.tolist(),
+    }
+
+
+def _model_answers() -> dict[str, object]:
+    from megatron.core import parallel_state
+    from wan_train.model import MegatronWanDiT, stage_of
+    from wan_train.options import RunOptions
+    from wan_train.run import _join_process_group, build_config
+
+    # A single process joins a group without any port.
+    owned = _join_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    config = build_config(RunOptions("tiny"))
+    config.model.finalize()
+    model = config.model.provide(pre_process=True, post_process=True)
+    sharded = model.sharded_state_dict()
+    assert isinstance(model, MegatronWanDiT)
+    stages = [[stage_of(config.model.wan_config, rank, 2).first, stage_of(config.model.wan_config, rank, 2).last] for rank in (0, 1)]
+    return {
+        "joined": owned and torch.distributed.get_world_size() == 1,
+        "keys": sorted(tensor.key for tensor in sharded.values()),
+        "no attribute called decoder": not hasattr(model, "decoder"),
+        "shares no embeddings": model.share_embeddings_and_output_weights is False,
+        "stages": stages,
+        "head is zero": float(model.dit.proj_out.weight.detach().abs().max()) == 0.0,
+    }
+
+
+def _configuration_answers() -> dict[str, object]:
+    from wan_train.options import RunOptions
+    from wan_train.run import _bind_data, _check_layout, build_config
+
+    def build(*overrides: str, **options: Any) -> Any:
+        return build_config(RunOptions(**{"recipe": "tiny", **options}, overrides=overrides))
+
+    folder = Path(tempfile.mkdtemp())
+    (folder / "run.yaml").write_text("train:\n  train_iters: 7\nmodel:\n  flow:\n    shift: 4.0\noptimizer:\n  lr: 1e-5\n")
+    layered = build("train.train_iters=9", config_file=str(folder / "run.yaml"))
+    finetune = build(training_mode="finetune")
+    wide = build("model.tensor_model_parallel_size=3")
+    return {
+        "unknown key": _raises(lambda: build("train.train_iter=3")),
+        "unknown section": _raises(lambda: build("trian.train_iters=3")),
+        "unknown recipe": _raises(lambda: build(recipe="huge")),
+        "wrong kind": _raises(lambda: build("train.train_iters=many")),
+        "bad flow": _raises(lambda: build("model.flow.density=cauchy")),
+        "file then command line": [layered.train.train_iters, layered.model.flow.shift, layered.optimizer.lr],
+        "finetune": [finetune.model.flow.density, finetune.model.flow.shift],
+        "layout": _raises(lambda: _check_layout(build("model.tensor_model_parallel_size=2"), 3)),
+        "batch": _raises(lambda: _check_layout(build(), 2)),
+        "heads": _raises(wide.model.finalize),
+        "no data": _raises(lambda: _bind_data(build())),
+        "absent data": _raises(lambda: _bind_data(build(f"dataset.path={folder / 'absent'}"))),
+        "two kinds of data": _raises(lambda: _bind_data(build(f"dataset.path={folder}", mock=True))),
+    }
+
+
+def main() -> None:
+    from wan_train import engine
+
+    started = engine.start()
+    import megatron.bridge.peft.lora
+    import megatron.core.extensions.transformer_engine as core_te
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+    answers: dict[str, object] = {
+        "engine": [str(started.device), started.backend, started.transformer_engine],
+        "started twice is the same": engine.start() is started,
+        "core has te": core_te.HAVE_TE,
+        "te importable": importlib.util.find_spec("transformer_engine") is not None or "transformer_engine" in sys.modules,
+        "bridge imported": megatron.bridge.peft.lora.__name__,
+        "compiler is off": bool(torch._dynamo.config.disable),
+        "devices": _device_answers(),
+        "configuration": _configuration_answers(),
+        "model": _model_answers(),
+    }
+    model_parallel_cuda_manual_seed(5)
+    with get_cuda_rng_tracker().fork():
+        first = torch.rand(3)
+    answers["rng tracker runs"] = bool((first >= 0).all())
+    print("ANSWERS " + json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

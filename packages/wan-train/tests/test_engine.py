@@ -1,0 +1,146 @@
+"""The engine where there is no CUDA: each obstacle, in one process of its own; and where there is, nothing redirected."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from wan_model.tiny import TINY_CONFIG
+from wan_model.weights import expected_shapes
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="session")
+def answers(once: Once) -> dict[str, Any]:
+    def probe(path: Path) -> None:
+        done = python(str(Path(__file__).parent / "engine_probe.py"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        path.write_text(next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))[8:])
+
+    result: dict[str, Any] = json.loads(once("engine-probe", probe).read_text())
+    return result
+
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here, nothing is redirected")
+
+
+@needs_no_cuda
+def test_starts_on_the_cpu_with_gloo(answers: dict[str, Any]) -> None:
+    assert answers["engine"] == ["cpu", "gloo", False]
+    assert answers["started twice is the same"]
+
+
+@needs_no_cuda
+def test_bridge_is_importable_without_transformer_engine_and_core_knows(answers: dict[str, Any]) -> None:
+    assert answers["bridge imported"] == "megatron.bridge.peft.lora"
+    assert answers["core has te"] is False
+    assert answers["te importable"] is False
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("way", ["by name", "by number", "by object", "moved", "moved by method", "module", "cpu stays"])
+def test_tensors_for_cuda_land_on_the_cpu(answers: dict[str, Any], way: str) -> None:
+    assert answers["devices"][way] == "cpu"
+
+
+@needs_no_cuda
+def test_the_current_device_is_a_number_and_the_type_name_is_cudas(answers: dict[str, Any]) -> None:
+    assert answers["devices"]["index is int"]
+    assert answers["devices"]["type name"] == "torch.cuda.FloatTensor"
+
+
+@needs_no_cuda
+def test_custom_backwards_and_hooks_are_redirected_too(answers: dict[str, Any]) -> None:
+    assert answers["devices"]["gradient of custom backward"] == [2.0, 2.0]
+    assert answers["devices"]["gradient of hook"] == [3.0, 3.0]
+
+
+@needs_no_cuda
+def test_no_compiler_and_a_working_rng_tracker(answers: dict[str, Any]) -> None:
+    assert answers["compiler is off"]
+    assert answers["rng tracker runs"]
+
+
+def test_one_process_needs_no_port(answers: dict[str, Any]) -> None:
+    assert answers["model"]["joined"]
+
+
+def test_the_model_is_what_the_schedules_and_checkpoints_expect(answers: dict[str, Any]) -> None:
+    model = answers["model"]
+    assert model["keys"] == sorted(expected_shapes(TINY_CONFIG))
+    assert model["no attribute called decoder"]
+    assert model["shares no embeddings"]
+    assert model["stages"] == [[0, 1], [1, 2]]
+    assert model["head is zero"]
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("unknown key", "unknown configuration key train.train_iter; the nearest known one is train.train_iters"),
+        ("unknown section", "unknown configuration key trian; the nearest known one is train"),
+        ("unknown recipe", "unknown recipe 'huge'; expected one of wan_1_3b, wan_14b, tiny"),
+        ("wrong kind", "train.train_iters is 'many'; expected"),
+        ("bad flow", "density is 'cauchy'; expected uniform"),
+        ("layout", "3 processes cannot be laid out as tensor 2 x pipeline 1 x context 1"),
+        ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
+        ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
+        ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
+        ("absent data", "which is not a folder; make one with wan-data prepare"),
+        ("two kinds of data", "and not both"),
+    ],
+)
+def test_bad_configuration_is_one_sentence(answers: dict[str, Any], case: str, sentence: str) -> None:
+    assert sentence in answers["configuration"][case]
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(answers: dict[str, Any]) -> None:
+    assert answers["configuration"]["file then command line"] == [9, 4.0, 1e-5]
+
+
+def test_training_modes_are_presets_of_the_objective(answers: dict[str, Any]) -> None:
+    assert answers["configuration"]["finetune"] == ["uniform", 3.0]
+
+
+def test_with_cuda_nothing_is_redirected() -> None:
+    script = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda rank: None
+zeros, backward = torch.zeros, torch.autograd._engine_run_backward
+import wan_train.engine as engine, wan_train.engine.cpu as cpu
+def refuse(): raise SystemExit("redirected")
+cpu.redirect = refuse
+started = engine.start()
+assert (str(started.device), started.backend) == ("cuda:0", "nccl"), started
+assert torch.autograd._engine_run_backward is backward
+assert torch.zeros(1).type() == "torch.FloatTensor"
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_and_its_worker_starts_nothing() -> None:
+    script = """
+import sys
+import wan_train, wan_train.worker, wan_train.cli, wan_train.options
+heavy = {"torch", "megatron", "wan_model"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_starts_on_cuda_with_nccl(answers: dict[str, Any]) -> None:
+    assert answers["engine"][:2] == ["cuda:0", "nccl"]

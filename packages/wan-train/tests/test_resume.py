@@ -1,0 +1,71 @@
+"""A run that was stopped and resumed is the uninterrupted run, to the bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RUN_OPTIONS, read_log, train, wan_train
+from wan_model.training_checkpoint import find_checkpoint, read_training_checkpoint
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def stopped_run(once: Once) -> Path:
+    """Stopped after the third of six steps."""
+    return once("stopped-run", lambda folder: train(folder, "train.exit_interval=3"))
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(stopped_run: Path, one_process_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    shutil.copytree(stopped_run, folder)
+    log = train(folder, "checkpoint.save_interval=3")
+    assert [entry for entry in log if "event" in entry] == [{"event": "resumed", "step": 3}]
+    steps = [entry for entry in log if "loss" in entry]
+    reference = read_log(one_process_run)
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert [float(entry[name]).hex() for entry in steps] == [float(entry[name]).hex() for entry in reference]
+    _, _, got = read_training_checkpoint(find_checkpoint(folder), device="cpu", dtype=torch.float32)
+    _, _, wanted = read_training_checkpoint(find_checkpoint(one_process_run), device="cpu", dtype=torch.float32)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+def test_resumes_with_another_tensor_parallel_size(stopped_run: Path, one_process_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    shutil.copytree(stopped_run, folder)
+    log = train(folder, "--nproc-per-node", "2", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses == pytest.approx([entry["loss"] for entry in read_log(one_process_run)], rel=1e-5)
+
+
+def test_forgetting_where_the_data_was_would_show(stopped_run: Path, one_process_run: Path, tmp_path: Path) -> None:
+    """Control: with the loader set back to the start, the losses after the resume differ."""
+    folder = tmp_path / "resumed"
+    shutil.copytree(stopped_run, folder)
+    path = folder / "iter_0000003" / "train_dataloader_dprank000.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["dataloader_state_dict"]["loader"]["drawn"] = 0
+    torch.save(saved, path)
+    losses = [entry["loss"] for entry in train(folder) if "loss" in entry]
+    assert losses[3:] != [entry["loss"] for entry in read_log(one_process_run)][3:]
+
+
+def test_a_checkpoint_without_loader_state_is_refused(stopped_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    shutil.copytree(stopped_run, folder)
+    (folder / "iter_0000003" / "train_dataloader_dprank000.pt").unlink()
+    done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}")
+    assert done.returncode != 0
+    assert "holds no loader state for data-parallel rank 0" in done.stderr
+    assert len(read_log(folder)) == 3, "no step was taken"
+
+
+def test_a_mistyped_load_path_is_refused(tmp_path: Path) -> None:
+    done = wan_train(*RUN_OPTIONS, f"checkpoint.load={tmp_path / 'mistyped'}")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: checkpoint.load is")
+    assert json.dumps(str(tmp_path / "mistyped"))[1:-1] in done.stderr
