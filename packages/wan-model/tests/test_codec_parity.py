@@ -44,17 +44,21 @@ def test_encode_is_the_normalised_posterior_mode(
     assert torch.equal(got, codec.encode_video(video)), "encoding draws nothing"
 
 
-def test_decode_inverts_the_statistics_and_clamps(
-    codec: LatentCodec, pipeline: Any, rng: torch.Generator, near: Any
-) -> None:
+def test_decode_inverts_the_statistics(codec: LatentCodec, pipeline: Any, rng: torch.Generator, near: Any) -> None:
     latents = 3 * torch.randn(1, 16, 2, 4, 4, generator=rng)
     mean, inverse_std = statistics(pipeline.vae)
     with torch.no_grad():
         raw = pipeline.vae.decode(latents / inverse_std + mean, return_dict=False)[0]
     got = codec.decode_video(latents)
     assert got.shape == (1, 3, 5, 32, 32)
-    near(got, raw.clamp(-1, 1), 1e-6)
-    assert got.abs().max() <= 1
+    near(got, raw, 1e-5)
+
+
+def test_decode_clamps_whatever_the_autoencoder_gives(codec: LatentCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Diffusers' autoencoder clamps too, in the version at hand; the promise is ours.
+    loud = torch.tensor([-3.0, -0.5, 0.5, 3.0]).expand(1, 3, 1, 1, 4)
+    monkeypatch.setattr(codec.vae, "decode", lambda *_, **__: (loud,))
+    assert codec.decode_video(torch.zeros(1, 16, 1, 2, 2))[0, 0].flatten().tolist() == [-1.0, -0.5, 0.5, 1.0]
 
 
 def test_text_equals_the_pipelines(codec: LatentCodec, pipeline: Any, near: Any) -> None:
