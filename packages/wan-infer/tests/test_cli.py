@@ -180,6 +180,26 @@ def test_a_checkpoint_alone_is_not_enough(write_checkpoint: Callable[..., Path],
     assert "there is no transformer to sample" in refused("--prompts", "a")
 
 
+DAMAGES: dict[str, tuple[str, bytes]] = {
+    "transformer cut": ("transformer/diffusion_pytorch_model.safetensors", b"\x10"),
+    "autoencoder cut": ("vae/diffusion_pytorch_model.safetensors", b"\x10"),
+    "text encoder cut": ("text_encoder/model.safetensors", b"\x10"),
+    "tokenizer cut": ("tokenizer/tokenizer.json", b'{"version": "'),
+    "sizes missing": ("vae/config.json", b'{"_class_name": "AutoencoderKLWan"}'),
+    "another model": ("transformer/config.json", b'{"_class_name": "FluxTransformer2DModel"}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_models_are_named_in_one_sentence(model_folder: Path, tmp_path: Path, damage: str) -> None:
+    damaged = shutil.copytree(model_folder, tmp_path / "damaged")
+    file, content = DAMAGES[damage]
+    (damaged / file).write_bytes(content)
+    said = refused("--model", damaged, "--prompts", "a", "--save_file", tmp_path / "out.mp4", *QUICK)
+    assert str(damaged) in said
+    assert not (tmp_path / "out.mp4").exists()
+
+
 def test_damaged_weights_leave_no_file(model_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

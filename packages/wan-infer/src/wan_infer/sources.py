@@ -3,12 +3,15 @@
 Everything is loaded into main memory first and goes to its device once.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from wan_model.codec import LatentCodec
 from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
@@ -45,14 +48,29 @@ def _origin(model: ModelName) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else os.fspath(model)
 
 
+@contextlib.contextmanager
+def _readable(*models: ModelName | None) -> Iterator[None]:
+    # Damaged files fail inside libraries, in words that do not say which model is meant.
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError, ImportError, SafetensorError) as error:
+        names = [os.fspath(model) for model in models if model is not None]
+        reason = " ".join(str(error).split())
+        if isinstance(error, ValueError) and any(name in reason for name in names):
+            raise
+        reason = f"no {error} in its configuration" if isinstance(error, KeyError) else reason[:300]
+        raise ValueError(f"the model in {' and '.join(names)} cannot be read: {reason}") from error
+
+
 def transformer_of_model(model: ModelName, *, dtype: torch.dtype, revision: str | None = None) -> Transformer:
     """The transformer of a folder in diffusers' layout, or of a hub id.
 
     Raises:
         ValueError: it is missing, or is not Wan 2.1 text-to-video.
     """
-    folder = resolve_folder(model, ["transformer"], revision=revision)
-    return Transformer(load_transformer(folder / "transformer", dtype=dtype), _origin(model))
+    with _readable(model):
+        folder = resolve_folder(model, ["transformer"], revision=revision)
+        return Transformer(load_transformer(folder / "transformer", dtype=dtype), _origin(model))
 
 
 def transformer_of_checkpoint(folder: ModelName, step: int | None, *, dtype: torch.dtype) -> Transformer:
@@ -87,15 +105,16 @@ def load_codec(
         ValueError: they span another latent space than the one that the transformer was trained in.
     """
     spec = transformer.spec
-    codec: LatentCodec = LatentCodec.from_pretrained(
-        model,
-        vae_model=vae_model,
-        text_model=text_model,
-        revision=revision,
-        text_dtype=text_dtype,
-        # How long prompts are is no property of the model folder; what the transformer was trained with counts.
-        text_length=spec.text_length if spec else transformer.model.config.text_length,
-    )
+    with _readable(*dict.fromkeys((vae_model or model, text_model or model))):
+        codec: LatentCodec = LatentCodec.from_pretrained(
+            model,
+            vae_model=vae_model,
+            text_model=text_model,
+            revision=revision,
+            text_dtype=text_dtype,
+            # How long prompts are is no property of the model folder; what the transformer was trained with counts.
+            text_length=spec.text_length if spec else transformer.model.config.text_length,
+        )
     if spec is not None:
         spec.require_same(codec.spec, f"the checkpoint {transformer.origin}", "the given text encoder and autoencoder")
     config = transformer.model.config
