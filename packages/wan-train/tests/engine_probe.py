@@ -55,6 +55,7 @@ def _device_answers() -> dict[str, object]:
 
 def _model_answers() -> dict[str, object]:
     from megatron.core import parallel_state
+
     from wan_train.model import MegatronWanDiT, stage_of
     from wan_train.options import RunOptions
     from wan_train.run import _join_process_group, build_config
@@ -67,7 +68,10 @@ def _model_answers() -> dict[str, object]:
     model = config.model.provide(pre_process=True, post_process=True)
     sharded = model.sharded_state_dict()
     assert isinstance(model, MegatronWanDiT)
-    stages = [[stage_of(config.model.wan_config, rank, 2).first, stage_of(config.model.wan_config, rank, 2).last] for rank in (0, 1)]
+    stages = [
+        [stage_of(config.model.wan_config, rank, 2).first, stage_of(config.model.wan_config, rank, 2).last]
+        for rank in (0, 1)
+    ]
     return {
         "joined": owned and torch.distributed.get_world_size() == 1,
         "keys": sorted(tensor.key for tensor in sharded.values()),
@@ -86,7 +90,9 @@ def _configuration_answers() -> dict[str, object]:
         return build_config(RunOptions(**{"recipe": "tiny", **options}, overrides=overrides))
 
     folder = Path(tempfile.mkdtemp())
-    (folder / "run.yaml").write_text("train:\n  train_iters: 7\nmodel:\n  flow:\n    shift: 4.0\noptimizer:\n  lr: 1e-5\n")
+    (folder / "run.yaml").write_text(
+        "train:\n  train_iters: 7\nmodel:\n  flow:\n    shift: 4.0\noptimizer:\n  lr: 1e-5\n"
+    )
     layered = build("train.train_iters=9", config_file=str(folder / "run.yaml"))
     finetune = build(training_mode="finetune")
     wide = build("model.tensor_model_parallel_size=3")
@@ -119,7 +125,8 @@ def main() -> None:
         "engine": [str(started.device), started.backend, started.transformer_engine],
         "started twice is the same": engine.start() is started,
         "core has te": core_te.HAVE_TE,
-        "te importable": importlib.util.find_spec("transformer_engine") is not None or "transformer_engine" in sys.modules,
+        "te importable": importlib.util.find_spec("transformer_engine") is not None
+        or "transformer_engine" in sys.modules,
         "bridge imported": megatron.bridge.peft.lora.__name__,
         "compiler is off": bool(torch._dynamo.config.disable),
         "devices": _device_answers(),

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
 import wan_train.installed
 import wan_train.launch
-from click.testing import CliRunner
 from wan_train.cli import RECIPES, main
 from wan_train.options import RunOptions
 
@@ -53,7 +54,8 @@ def test_ranks_find_each_other_by_torchruns_variables() -> None:
 
 _LAUNCH = """
 import sys, wan_train.launch as launch
-launch.subprocess.Popen, popen = (lambda command, **kw: popen([sys.executable, "-c", WORKER], **kw)), launch.subprocess.Popen
+popen = launch.subprocess.Popen
+launch.subprocess.Popen = lambda command, **options: popen([sys.executable, "-c", WORKER], **options)
 sys.exit(launch.launch("", 2))
 """
 

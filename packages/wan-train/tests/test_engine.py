@@ -1,4 +1,4 @@
-"""The engine where there is no CUDA: each obstacle, in one process of its own; and where there is, nothing redirected."""
+"""The engine where there is no CUDA, obstacle by obstacle; and with CUDA, that nothing is redirected."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights import expected_shapes
 
@@ -47,7 +48,9 @@ def test_bridge_is_importable_without_transformer_engine_and_core_knows(answers:
 
 
 @needs_no_cuda
-@pytest.mark.parametrize("way", ["by name", "by number", "by object", "moved", "moved by method", "module", "cpu stays"])
+@pytest.mark.parametrize(
+    "way", ["by name", "by number", "by object", "moved", "moved by method", "module", "cpu stays"]
+)
 def test_tensors_for_cuda_land_on_the_cpu(answers: dict[str, Any], way: str) -> None:
     assert answers["devices"][way] == "cpu"
 
@@ -90,7 +93,7 @@ def test_the_model_is_what_the_schedules_and_checkpoints_expect(answers: dict[st
         ("unknown section", "unknown configuration key trian; the nearest known one is train"),
         ("unknown recipe", "unknown recipe 'huge'; expected one of wan_1_3b, wan_14b, tiny"),
         ("wrong kind", "train.train_iters is 'many'; expected"),
-        ("bad flow", "density is 'cauchy'; expected uniform"),
+        ("bad flow", "model.flow.density is 'cauchy'; expected one of uniform, logit_normal, mode, lognorm"),
         ("layout", "3 processes cannot be laid out as tensor 2 x pipeline 1 x context 1"),
         ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
         ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),

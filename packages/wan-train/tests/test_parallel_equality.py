@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STEPS, read_log, train
+from training_runs import STEPS, read_log, train
+
 from wan_model.config import WanConfig
 from wan_model.tiny import TINY_CONFIG
 from wan_model.training_checkpoint import find_checkpoint, read_training_checkpoint

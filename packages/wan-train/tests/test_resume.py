@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUN_OPTIONS, read_log, train, wan_train
+from training_runs import RUN_OPTIONS, read_log, train, wan_train
+
 from wan_model.training_checkpoint import find_checkpoint, read_training_checkpoint
 
 Once = Callable[[str, Callable[[Path], object]], Path]

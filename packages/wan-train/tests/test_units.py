@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from wan_model.tiny import TINY_CONFIG
 from wan_train.checkpoints import ResumePoint, find_resume_point, read_loader_state
 from wan_train.mock_data import MockConfig, MockLoader
@@ -130,7 +131,7 @@ def test_overrides_reach_every_level() -> None:
 )
 def test_a_wrong_override_is_one_sentence(override: str, sentence: str) -> None:
     config = _Config()
-    with pytest.raises(ValueError, match="[a-z]") as error:
+    with pytest.raises(ValueError, match=r"[a-z]") as error:
         apply_overrides(config, [override])
     assert sentence in str(error.value)
     assert config == _Config()

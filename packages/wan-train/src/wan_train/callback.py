@@ -28,7 +28,7 @@ def _is_reporting_rank() -> bool:
     )
 
 
-class WanCallback(Callback):  # type: ignore[misc]
+class WanCallback(Callback):
     """Hooks into Megatron-Bridge's loop.
 
     Args:

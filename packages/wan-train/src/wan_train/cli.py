@@ -26,7 +26,9 @@ def main() -> None:
     "--nproc-per-node", "--nproc_per_node", type=click.IntRange(1), default=1, show_default=True,
     help="Processes to start on this machine. Under torchrun leave it out.",
 )  # fmt: skip
-@click.option("--verbose", is_flag=True, help="Show Megatron's own output, which otherwise goes to a file beside the log.")
+@click.option(
+    "--verbose", is_flag=True, help="Show Megatron's own output, which otherwise goes to a file beside the log."
+)
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 def pretrain(
     recipe: str,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
 from megatron.core import parallel_state
-from wan_model import LatentPack, WanConfig
 
+from wan_model import LatentPack, WanConfig
 from wan_train.mock_data import MockConfig, MockLoader
 
 if TYPE_CHECKING:  # Energon takes seconds to import, and mock data needs none of it
@@ -82,7 +82,7 @@ class PackIterator:
 
 
 @dataclasses.dataclass
-class WanDatasetConfig(DatasetProvider):  # type: ignore[misc]
+class WanDatasetConfig(DatasetProvider):
     """Where packs come from.
 
     Attributes:

@@ -14,6 +14,7 @@ class EngineMissingError(ValueError):
 
 
 def is_installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

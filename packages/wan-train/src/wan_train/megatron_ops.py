@@ -9,7 +9,6 @@ gathers them once for all linears that read them, and its backward reduce-scatte
 import copy
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -20,6 +19,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
+
 from wan_model.ops import RMSNorm, TorchOps
 
 
@@ -36,7 +36,7 @@ def _mark_split(parameter: nn.Parameter, axis: int) -> None:
 class _ColumnLinear(ColumnParallelLinear):
     """Output split over ranks; its input has entered already."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """[S, in] -> [S, out / ranks]."""
         out: Tensor = super().forward(x)[0]
         return out
@@ -45,7 +45,7 @@ class _ColumnLinear(ColumnParallelLinear):
 class _RowLinear(RowParallelLinear):
     """Input split over ranks; output summed, and scattered over the sequence if that is parallel."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """[S, in / ranks] -> this rank's rows [S, out]."""
         out: Tensor = super().forward(x)[0]
         return out
@@ -164,4 +164,3 @@ class MegatronOps(TorchOps):
     def pad_multiple(self) -> int:
         """Packs must be a multiple of this many tokens."""
         return self.ranks if self.sequence_parallel else 1
-

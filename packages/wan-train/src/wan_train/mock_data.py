@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from wan_model import LatentPack, WanConfig, pack_latents
 
+from wan_model import LatentPack, WanConfig, pack_latents
 from wan_train.seeds import generator_for
 
 

@@ -4,7 +4,7 @@ Import only after ``wan_train.engine.start``.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -14,9 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
 from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT, init_weights
 from wan_model.flow import FlowMatching
-
+from wan_train import engine
 from wan_train.megatron_ops import MegatronOps
 
 # Every pipeline stage embeds timesteps and text for itself; all of them must learn the same embedder.
@@ -40,7 +41,21 @@ def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
     return Stage(first, first + sizes[rank], rank == 0, rank == ranks - 1)
 
 
-class MegatronWanDiT(MegatronModule):  # type: ignore[misc]
+def _ops(provider: "WanModelProvider") -> MegatronOps:
+    has_te = engine.start().transformer_engine
+    if provider.attention == "transformer_engine" or (provider.attention == "auto" and has_te):
+        if not has_te:
+            raise ValueError(
+                "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
+                "pip install 'wan-train[te]', or leave the setting at auto"
+            )
+        from wan_train.transformer_engine_ops import TransformerEngineOps
+
+        return TransformerEngineOps(provider)
+    return MegatronOps(provider)
+
+
+class MegatronWanDiT(MegatronModule):
     """One pipeline stage's part of the model.
 
     Args:
@@ -54,9 +69,10 @@ class MegatronWanDiT(MegatronModule):  # type: ignore[misc]
         super().__init__(config=provider)
         self.pre_process, self.post_process = stage.is_first, stage.is_last
         with torch.device("cuda", torch.cuda.current_device()):
-            self.dit = WanDiT(provider.wan_config, MegatronOps(provider), stage)
+            self.dit = WanDiT(provider.wan_config, _ops(provider), stage)
         self.dit.recompute_blocks = provider.recompute_granularity == "full"
         self._received: Tensor | None = None
+        parameter: Any
         for name, parameter in self.dit.named_parameters():
             if name.startswith(REPLICATED_ON_STAGES):
                 parameter.pipeline_parallel = True  # its gradient is summed over stages
@@ -102,13 +118,15 @@ class MegatronWanDiT(MegatronModule):  # type: ignore[misc]
 
 
 @dataclasses.dataclass
-class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):  # type: ignore[misc]
+class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     """The ``model`` section of the configuration: what is trained, and how it is spread over ranks.
 
     Attributes:
         transformer: the content of diffusers' ``transformer/config.json``.
         latent_spec: ``LatentSpec.to_dict()`` of the training data, recorded in checkpoints; None for mock data.
         flow: the objective.
+        attention: ``sdpa`` is torch's, segment by segment; ``transformer_engine`` is its fused packed attention;
+            ``auto`` takes the latter where it is installed.
         init_seed: of the initial weights.
     """
 
@@ -118,6 +136,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):  
     transformer: dict[str, Any] = dataclasses.field(default_factory=WAN_1_3B.to_diffusers)
     latent_spec: dict[str, Any] | None = None
     flow: FlowMatching = dataclasses.field(default_factory=FlowMatching)
+    attention: Literal["auto", "sdpa", "transformer_engine"] = "auto"
     init_seed: int = 1234
     # Read by Megatron-Bridge of every model.
     seq_length: int = 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,14 @@ def _fits(value: Any, kind: Any) -> bool:
     return True  # a class of Megatron's, which checks for itself
 
 
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, typing.get_args(kind)))
+    return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
+
+
 def _set(node: Any, names: list[str], value: Any, path: str, done: str = "") -> Any:
     """Set one value below ``node`` and return the node, which is a new one if it is frozen."""
     name = names[0]
@@ -59,7 +68,7 @@ def _set(node: Any, names: list[str], value: Any, path: str, done: str = "") -> 
     elif dataclasses.is_dataclass(node):
         kind = typing.get_type_hints(type(node)).get(name, Any)
         if not _fits(value, kind):
-            raise ValueError(f"{path} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+            raise ValueError(f"{path} is {value!r}; expected {_describe(kind)}")
         if isinstance(value, int) and not isinstance(value, bool) and isinstance(current, float):
             value = float(value)
     if isinstance(node, dict):
@@ -85,14 +94,14 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {error}") from error
 

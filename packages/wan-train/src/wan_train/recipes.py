@@ -19,10 +19,10 @@ from megatron.bridge.training.config import (
     TokenizerConfig,
     TrainingConfig,
 )
+
 from wan_model import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.flow import FlowMatching
 from wan_model.tiny import TINY_CONFIG
-
 from wan_train.dataset import WanDatasetConfig
 from wan_train.mock_data import MockConfig
 from wan_train.model import WanModelProvider
@@ -31,7 +31,14 @@ TrainingMode = Literal["pretrain", "finetune"]
 
 
 def _config(
-    model: WanConfig, mode: TrainingMode, *, capacity: int, bf16: bool, learning_rate: float, iterations: int, warmup: int
+    model: WanConfig,
+    mode: TrainingMode,
+    *,
+    capacity: int,
+    bf16: bool,
+    learning_rate: float,
+    iterations: int,
+    warmup: int,
 ) -> ConfigContainer:
     flow = FlowMatching.pretrain() if mode == "pretrain" else FlowMatching.finetune()
     return ConfigContainer(
@@ -64,9 +71,7 @@ def _config(
 
 def wan_1_3b(mode: TrainingMode) -> ConfigContainer:
     """Wan 2.1 1.3B text-to-video, bf16."""
-    return _config(
-        WAN_1_3B, mode, capacity=43008, bf16=True, learning_rate=0.9e-4, iterations=10_000, warmup=2000
-    )
+    return _config(WAN_1_3B, mode, capacity=43008, bf16=True, learning_rate=0.9e-4, iterations=10_000, warmup=2000)
 
 
 def wan_14b(mode: TrainingMode) -> ConfigContainer:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from megatron.bridge.training.state import GlobalState
 from torch import Tensor
+
 from wan_model import PackLayout
 from wan_model.flow import FlowMatching, NoisyPack, loss_sum
-
 from wan_train.dataset import NumberedPack
 from wan_train.seeds import generator_for
 

@@ -17,6 +17,7 @@ import torch
 
 from wan_train.installed import is_installed, require_installed
 
+
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """What the process runs on.

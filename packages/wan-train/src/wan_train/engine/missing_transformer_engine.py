@@ -57,7 +57,6 @@ def import_bridge_without_it() -> None:
     with warnings.catch_warnings():
         # Each of them says, over many lines, that Transformer Engine and Apex are not there; so does our README.
         warnings.simplefilter("ignore", UserWarning)
-        import megatron.core.extensions.transformer_engine
         import modelopt.torch.opt.plugins  # noqa: F401
 
         _import_bridge_with_absent_classes()
