@@ -1,0 +1,72 @@
+"""Which size a clip is resized to: a few aspect ratios of one area, or one fixed size."""
+
+import dataclasses
+import math
+
+# Width over height. Portrait sizes are those of their inverses.
+_LANDSCAPE = (1.0, 4 / 3, 3 / 2, 16 / 9, 21 / 9)
+SIDE_MULTIPLE = 16  # the autoencoder divides sides by 8, the transformer's patch by 2 more
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Size:
+    """Pixels of a frame."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+def check_side(name: str, side: int) -> None:
+    """Refuse a side that would be cut silently later.
+
+    Raises:
+        ValueError: it is no positive multiple of 16; the message names the nearest.
+    """
+    if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
+        lower = max(SIDE_MULTIPLE, side - side % SIDE_MULTIPLE)
+        raise ValueError(
+            f"{name} is {side} pixels; it must be a multiple of {SIDE_MULTIPLE}: "
+            f"the nearest are {lower} and {lower + SIDE_MULTIPLE}"
+        )
+
+
+def _size_of_ratio(area: int, ratio: float) -> Size:
+    # Every pair of multiples of 16 that fits the area; the best errs least in its aspect and wastes least of the area.
+    def badness(size: Size) -> tuple[float, Size]:
+        aspect_error = abs(math.log(size.width / size.height / ratio))
+        return round(aspect_error + 1 - size.height * size.width / area, 9), size
+
+    sides = range(SIDE_MULTIPLE, 3 * math.isqrt(area) + 1, SIDE_MULTIPLE)
+    return min((Size(height, width) for height in sides for width in sides if height * width <= area), key=badness)
+
+
+def buckets_of_area(area: int) -> tuple[Size, ...]:
+    """The sizes, one an aspect ratio, that have about the given area and never more.
+
+    Args:
+        area: pixels of a frame, at least 32 x 32.
+
+    Raises:
+        ValueError: the area is too small for sides of 16.
+    """
+    if area < 4 * SIDE_MULTIPLE**2:
+        raise ValueError(f"an area of {area} pixels is too small; it must be at least {4 * SIDE_MULTIPLE**2} (32x32)")
+    ratios = [*_LANDSCAPE, *(1 / ratio for ratio in _LANDSCAPE[1:])]
+    return tuple(sorted({_size_of_ratio(area, ratio) for ratio in ratios}))
+
+
+def choose_bucket(buckets: tuple[Size, ...], height: float, width: float) -> Size:
+    """The bucket whose aspect ratio is nearest to that of a frame as it is displayed."""
+
+    def distance(bucket: Size) -> tuple[float, Size]:
+        return round(abs(math.log(bucket.width / bucket.height / (width / height))), 9), bucket
+
+    return min(buckets, key=distance)
+
+
+def enlargement(bucket: Size, height: float, width: float) -> float:
+    """How much a frame must grow to cover the bucket; above 1 the pixels are invented."""
+    return max(bucket.height / height, bucket.width / width)

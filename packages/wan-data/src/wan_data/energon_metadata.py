@@ -1,0 +1,135 @@
+"""Energon's ``.nv-meta``: writing it without questions, and checking it before Energon reads it.
+
+Energon builds whatever class ``dataset.yaml`` names and imports the files it points to, and follows shard names
+anywhere. So nothing of ``.nv-meta`` is handed to it that is not exactly of the form written here.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wan_data.shards import ShardRecord
+
+META_FOLDER = ".nv-meta"
+# Byte for byte what `energon prepare --sample-type CrudeWebdataset` writes too.
+DATASET_YAML = b"__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.tar")
+# Names in split.yaml may stand as shard-{000..007}.tar. What is outside this set could mean something else to another
+# YAML reader than the one used here.
+_SPLIT_BYTES = re.compile(rb"[A-Za-z0-9_.,{}:\-\[\]'\" \n]*")
+
+
+def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
+    """Write ``.nv-meta`` for finished shards: index, counts, splits and the dataset's type.
+
+    Args:
+        folder: the dataset's.
+        shards: all of them, each with its split; the train split must not be empty.
+    """
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    splits = list(dict.fromkeys(shard.split for shard in shards))
+    assert "train" in splits, "a dataset without training samples is refused before this"
+    names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
+    with contextlib.redirect_stdout(io.StringIO()):
+        BaseWebdatasetFactory.prepare_dataset(
+            folder,
+            [shard.name for shard in shards],
+            split_parts_patterns=[("train", ".*")],  # replaced below
+            shuffle_seed=None,
+            workers=1,
+        )
+    meta = folder / META_FOLDER
+    # Energon draws this at random, and collapses the names of the splits; ours are the same in every run.
+    digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).digest()
+    (meta / "index.uuid").write_text(str(uuid.UUID(bytes=digest[:16])), encoding="utf-8")
+    split_yaml = yaml.safe_dump({"split_parts": names, "exclude": []}, sort_keys=False)
+    (meta / "split.yaml").write_text(split_yaml, encoding="utf-8")
+    (meta / "dataset.yaml").write_bytes(DATASET_YAML)
+
+    counted = shard_counts(folder)
+    if counted != {shard.name: shard.samples for shard in shards}:
+        raise RuntimeError(f"Energon counts other samples than were written: {counted}")
+
+
+def shard_counts(folder: Path) -> dict[str, int]:
+    """Samples of each shard, by Energon's own count.
+
+    Raises:
+        ValueError: the file is missing or names anything but shards of this folder.
+    """
+    path = folder / META_FOLDER / ".info.json"
+    try:
+        info = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {META_FOLDER}/.info.json: run wan-data prepare or energon prepare") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    counts = info.get("shard_counts") if isinstance(info, dict) else None
+    if not isinstance(counts, dict) or any(not isinstance(count, int) or count < 0 for count in counts.values()):
+        raise ValueError(f"{path} does not count the samples of shards")
+    for name in counts:
+        _check_shard(folder, name, path)
+    return counts
+
+
+def _check_shard(folder: Path, name: Any, where: Path) -> None:
+    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"{where} names {name!r}; expected the plain name of a .tar file beside {META_FOLDER}")
+    if not (folder / name).is_file():
+        raise ValueError(f"{where} names {name}, which is missing from {folder}")
+
+
+def check_metadata(folder: Path) -> dict[str, list[str]]:
+    """Make sure that ``.nv-meta`` can be read by Energon without running anything.
+
+    Returns:
+        The shards of each split.
+
+    Raises:
+        ValueError: a file is missing or differs from what ``write_metadata`` writes in more than names and counts.
+    """
+    import braceexpand
+
+    meta = folder / META_FOLDER
+    if not meta.is_dir():
+        raise ValueError(f"{folder} has no {META_FOLDER} folder: expected a dataset that wan-data prepare wrote")
+    dataset_yaml = meta / "dataset.yaml"
+    if not dataset_yaml.is_file():
+        raise ValueError(f"{dataset_yaml} is missing: run wan-data prepare or energon prepare")
+    if dataset_yaml.read_bytes() != DATASET_YAML:
+        raise ValueError(
+            f"{dataset_yaml} is not what wan-data writes and could run code when it is loaded; "
+            f"expected exactly {DATASET_YAML.decode()!r}"
+        )
+    counts = shard_counts(folder)
+    split_yaml = meta / "split.yaml"
+    data = split_yaml.read_bytes() if split_yaml.is_file() else b""
+    # Two underscores would name a class or module to Energon's reader.
+    if not data or not _SPLIT_BYTES.fullmatch(data) or b"__" in data:
+        raise ValueError(f"{split_yaml} is missing or holds more than names of shards")
+    try:
+        value = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{split_yaml} is not YAML: {error}") from None
+    parts = value.get("split_parts") if isinstance(value, dict) else None
+    if not isinstance(parts, dict) or set(value) - {"split_parts", "exclude"} or value.get("exclude"):
+        raise ValueError(f"{split_yaml} must hold split_parts and an empty exclude, nothing else")
+    splits: dict[str, list[str]] = {}
+    for split, patterns in parts.items():
+        if not isinstance(split, str) or not isinstance(patterns, list):
+            raise ValueError(f"{split_yaml} must list the shards of each split")
+        names = [name for pattern in patterns for name in braceexpand.braceexpand(str(pattern))]
+        for name in names:
+            if name not in counts:
+                raise ValueError(f"{split_yaml} names {name!r}, which .info.json does not count")
+        splits[split] = names
+    return splits

@@ -1,0 +1,165 @@
+"""``wan-data inspect``: what a dataset holds, and how well it packs."""
+
+import collections
+import statistics
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from wan_data.energon_metadata import check_metadata
+from wan_data.manifest import MANIFEST_NAME, read_manifest
+from wan_data.members import LARGEST_MEMBER, RefusedMember, info_from_json, latent_from_pth, text_from_pickle
+from wan_data.packing import Efficiency, best_fit, efficiency, usable_capacity
+
+
+def _members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    # Samples of a shard: members of one key stand side by side.
+    key, members = "", dict[str, bytes]()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name, _, kind = member.name.partition(".")
+                if not member.isfile():
+                    continue
+                if member.size > LARGEST_MEMBER:
+                    raise RefusedMember(f"{path}: {member.name} has {member.size} bytes; at most {LARGEST_MEMBER}")
+                if name != key and members:
+                    yield key, members
+                    members = {}
+                file = tar.extractfile(member)
+                assert file is not None, "isfile() was true"
+                key, members[kind] = name, file.read()
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is no whole tar file: {error}") from error
+    if members:
+        yield key, members
+
+
+def _sample(shard: Path, key: str, members: dict[str, bytes]) -> tuple[tuple[int, ...], int, int]:
+    try:
+        latent = latent_from_pth(members["pth"])
+        text = text_from_pickle(members["pickle"])
+        info = info_from_json(members["json"])
+    except KeyError as error:
+        raise ValueError(f"shard {shard.name}, sample {key}: it has no {error.args[0]} member") from None
+    except RefusedMember as error:
+        raise RefusedMember(f"shard {shard.name}, sample {key}: {error}") from None
+    return tuple(latent.shape), text.shape[0], len(str(info.get("caption", "")))
+
+
+def simulate_packing(
+    tokens: Sequence[int], capacity: int, *, pad_multiple: int = 1, packing_buffer: int = 64, seed: int = 1234
+) -> Efficiency:
+    """How full the packs of one epoch are, with the loader's own algorithm on a shuffled order.
+
+    Args:
+        tokens: of each sample.
+        capacity: tokens of a pack, padding included.
+        pad_multiple: what packs are padded to.
+        packing_buffer: samples looked at together.
+        seed: of the order.
+
+    Raises:
+        ValueError: a sample is larger than a pack.
+    """
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed)).tolist()
+    packs: list[list[int]] = []
+    for start in range(0, len(order), packing_buffer):
+        lengths = [tokens[index] for index in order[start : start + packing_buffer]]
+        packs += [[lengths[i] for i in pack] for pack in best_fit(lengths, usable_capacity(capacity, pad_multiple))]
+    return efficiency(packs, capacity, pad_multiple)
+
+
+def inspect(
+    path: Path,
+    *,
+    capacity: int | None = None,
+    pad_multiple: int = 1,
+    packing_buffer: int = 64,
+    patch_size: tuple[int, int, int] = (1, 2, 2),
+) -> dict[str, Any]:
+    """Read every sample of a dataset, safely, and count.
+
+    Args:
+        path: the dataset's folder.
+        capacity: tokens of a pack; the largest sample's padded tokens if None.
+        pad_multiple: what packs are padded to.
+        packing_buffer: samples looked at together.
+        patch_size: latent positions (frames, rows, columns) of a token.
+
+    Returns:
+        Plain values: ``splits`` -> name -> samples, shapes, text tokens, caption characters, packing.
+
+    Raises:
+        ValueError: it is no dataset, or a sample is refused.
+    """
+    parts = check_metadata(Path(path))
+    manifest = read_manifest(path) if (path / MANIFEST_NAME).exists() else None
+    found: dict[str, Any] = {
+        "path": str(path),
+        "latent_fingerprint": manifest.latent_spec.fingerprint if manifest else None,
+        "rejected": [source.path for source in manifest.sources if source.verdict == "rejected"] if manifest else [],
+        "splits": {},
+    }
+    for split, shards in parts.items():
+        samples = [_sample(path / shard, key, members) for shard in shards for key, members in _members(path / shard)]
+        if not samples:
+            continue
+        tokens = [
+            (shape[1] // patch_size[0]) * (shape[2] // patch_size[1]) * (shape[3] // patch_size[2])
+            for shape, _, _ in samples
+        ]
+        shapes = collections.Counter(zip([shape for shape, _, _ in samples], tokens, strict=True))
+        room = capacity or max(tokens) + -max(tokens) % pad_multiple
+        packs = simulate_packing(tokens, room, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
+        found["splits"][split] = {
+            "samples": len(samples),
+            "shards": len(shards),
+            "tokens": sum(tokens),
+            "shapes": [
+                {"latent": list(shape), "tokens": count_tokens, "samples": count}
+                for (shape, count_tokens), count in sorted(shapes.items())
+            ],
+            "text_tokens": _spread([length for _, length, _ in samples]),
+            "caption_characters": _spread([length for _, _, length in samples]),
+            "packing": {
+                "capacity": room,
+                "packs": packs.packs,
+                "valid_of_capacity": packs.fill,
+                "valid_of_total": packs.useful,
+            },
+        }
+    return found
+
+
+def _spread(values: Sequence[int]) -> dict[str, float]:
+    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+
+
+def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
+    """The result of ``inspect``, for people."""
+    console = console or Console()
+    for split, values in found["splits"].items():
+        table = Table(title=f"{split}: {values['samples']} samples in {values['shards']} shards", title_justify="left")
+        for column in ("latent", "tokens", "samples"):
+            table.add_column(column, justify="right")
+        for shape in values["shapes"]:
+            table.add_row("x".join(map(str, shape["latent"])), str(shape["tokens"]), str(shape["samples"]))
+        console.print(table)
+        for name in ("text_tokens", "caption_characters"):
+            spread = values[name]
+            name = name.replace("_", " ")
+            console.print(f"{name}: {spread['least']} to {spread['most']}, median {spread['median']:g}")
+        packing = values["packing"]
+        console.print(
+            f"packs of {packing['capacity']} tokens: {packing['packs']}, "
+            f"{packing['valid_of_capacity']:.1%} of their capacity filled, "
+            f"{packing['valid_of_total']:.1%} of computed tokens valid"
+        )
+    if found["rejected"]:
+        console.print(f"{len(found['rejected'])} files were rejected when it was prepared")

@@ -1,0 +1,157 @@
+"""Bytes of a shard's members, the same for the same values, and reading them back without running anything.
+
+FORMAT.md describes them. L text tokens, D text width; a latent is [C, F, H, W].
+"""
+
+import collections
+import io
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MEMBERS = ("json", "pickle", "pth")  # in the order of the shard
+LARGEST_MEMBER = 1 << 30  # bytes; a 121-frame 720p latent has 29 MB
+LARGEST_SIDE = 4096  # of a latent's frames, rows or columns
+LARGEST_TEXT = 4096  # tokens
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class RefusedMember(ValueError):
+    """A member of a shard that is not what the format says, or that asks for code to be run."""
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def tensor_to_pth(tensor: Tensor) -> bytes:
+    """What ``torch.save`` writes; equal tensors give equal bytes."""
+    out = io.BytesIO()
+    # A view would take the whole storage along.
+    torch.save(tensor.detach().cpu().contiguous().clone(), out)
+    return out.getvalue()
+
+
+class _StablePickler(pickle.Pickler):
+    # A pickled tensor is (_rebuild_tensor_v2, (storage, ...)), and torch writes the storage's memory address into its
+    # bytes. The storage saved in the newer container has no address, and every torch reads it.
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.storage.TypedStorage):
+            out = io.BytesIO()
+            torch.save(obj, out)
+            return torch.storage._load_from_bytes, (out.getvalue(),)
+        return NotImplemented
+
+
+def tensor_to_pickle(tensor: Tensor) -> bytes:
+    """A pickled tensor, as ``pickle.loads`` reads it; equal tensors give equal bytes."""
+    out = io.BytesIO()
+    _StablePickler(out, protocol=4).dump(tensor.detach().cpu().contiguous().clone())
+    return out.getvalue()
+
+
+def info_to_json(info: dict[str, Any]) -> bytes:
+    """Side information, keys sorted."""
+    return json.dumps(info, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _load_safely(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
+    # Pickles of protocol 2 and older spell bytes so; the real codecs.encode would take any registered codec.
+    if encoding not in ("latin1", "latin-1"):
+        raise RefusedMember(f"it encodes text as {encoding!r}")
+    return text.encode("latin1")
+
+
+_NEEDED_BY_TENSORS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _encode_latin1,
+    # the original would unpickle what is inside with weights_only=False
+    ("torch.storage", "_load_from_bytes"): _load_safely,
+}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NEEDED_BY_TENSORS:
+            raise RefusedMember(f"it wants to load {module}.{name}, which no tensor needs")
+        return _NEEDED_BY_TENSORS[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise RefusedMember(f"it refers to an object outside itself ({pid!r})")
+
+
+def _read(read: Callable[[], Any], what: str) -> Any:
+    try:
+        return read()
+    except RefusedMember:
+        raise
+    except Exception as error:
+        # A damaged or hostile pickle may raise anything at all; whatever it is, nothing of it has been run.
+        reason = str(error).split("\n", 1)[0][:200]
+        raise RefusedMember(f"it does not hold {what}: {type(error).__name__}: {reason}") from None
+
+
+def _checked(value: Any, rank: int, bounds: tuple[int, ...], what: str) -> Tensor:
+    if type(value) is not Tensor:
+        raise RefusedMember(f"it holds a {type(value).__name__}; expected {what}")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.requires_grad:
+        raise RefusedMember(f"it holds a {value.layout} tensor on {value.device}; expected {what}")
+    if value.dtype not in FLOATS:
+        raise RefusedMember(f"its values are {value.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    if value.ndim != rank or any(not 1 <= side <= bound for side, bound in zip(value.shape, bounds, strict=True)):
+        raise RefusedMember(f"its shape is {tuple(value.shape)}; expected {what} of at most {bounds}")
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise RefusedMember(f"its shape {tuple(value.shape)} needs more values than it stores")
+    if not bool(torch.isfinite(value).all()):
+        raise RefusedMember("it holds values that are not finite")
+    return value.contiguous()
+
+
+def _sized(data: bytes) -> bytes:
+    if not isinstance(data, bytes) or len(data) > LARGEST_MEMBER:
+        raise RefusedMember(f"it has more than {LARGEST_MEMBER} bytes")
+    return data
+
+
+def latent_from_pth(data: bytes) -> Float[Tensor, "C F H W"]:
+    """The latent of a ``pth`` member.
+
+    Raises:
+        RefusedMember: anything else than a plain finite tensor of that rank.
+    """
+    value = _read(lambda: _load_safely(_sized(data)), "a tensor")
+    return _checked(value, 4, (LARGEST_SIDE,) * 4, "a latent [channels, frames, rows, columns]")
+
+
+def text_from_pickle(data: bytes) -> Float[Tensor, "L D"]:
+    """The text embedding of a ``pickle`` member.
+
+    Raises:
+        RefusedMember: anything else than a plain finite tensor of that rank.
+    """
+    value = _read(lambda: _TensorUnpickler(io.BytesIO(_sized(data))).load(), "a pickled tensor")
+    return _checked(value, 2, (LARGEST_TEXT, 1 << 16), "a text embedding [tokens, width]")
+
+
+def info_from_json(data: bytes) -> dict[str, Any]:
+    """The object of a ``json`` member.
+
+    Raises:
+        RefusedMember: it is not a JSON object.
+    """
+    value = _read(lambda: json.loads(_sized(data).decode("utf-8-sig")), "JSON")
+    if not isinstance(value, dict):
+        raise RefusedMember(f"it holds a JSON {type(value).__name__}; expected an object")
+    return value

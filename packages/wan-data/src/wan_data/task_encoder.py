@@ -1,0 +1,207 @@
+"""What Energon does with each sample: decode without running code, check, choose packs, pack.
+
+L text tokens, D text width; a latent is [C, F, H, W].
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.energon import Cooker, SavableDataset, TaskEncoder, WorkerConfig, basic_sample_keys, stateless
+from megatron.energon.cache import FileStoreDecoder
+from megatron.energon.edataclass import edataclass
+from megatron.energon.flavors import CrudeSample
+from megatron.energon.flavors.base_dataset import Sample
+from megatron.energon.wrappers import PackingDataset
+from torch import Tensor
+
+from wan_data.members import MEMBERS, RefusedMember, info_from_json, latent_from_pth, text_from_pickle
+from wan_data.packing import best_fit, usable_capacity
+from wan_model.config import PatchSize
+from wan_model.latent_spec import LatentSpec
+from wan_model.pack import LatentPack, latent_grid, pack_latents
+
+_READERS = {"json": info_from_json, "pickle": text_from_pickle, "pth": latent_from_pth}
+
+
+@edataclass
+class LatentSample(Sample):
+    """A decoded sample.
+
+    Attributes:
+        latent: normalised latent [C, F, H, W].
+        text: text embedding [L, D] of true length.
+        tokens: tokens of the latent.
+    """
+
+    latent: Tensor
+    text: Tensor
+    tokens: int
+
+
+@edataclass
+class PackedSample(Sample):
+    """Samples laid end to end."""
+
+    pack: LatentPack
+
+
+class SafeDecoder(FileStoreDecoder):
+    """Replaces Energon's decoder, which unpickles what shards hold."""
+
+    def decode(self, fname: str, raw: bytes) -> Any:
+        """One member by its name; ``raw`` is its bytes."""
+        kind = fname.rpartition(".")[2]
+        if kind not in _READERS:
+            raise RefusedMember(f"{fname} is no member of this format; expected {', '.join(MEMBERS)}")
+        try:
+            return _READERS[kind](raw)
+        except RefusedMember as error:
+            raise RefusedMember(f"member {fname} is refused: {error}") from None
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """All members of a sample.
+
+        Raises:
+            RefusedMember: naming shard, key and member.
+        """
+        key, decoded = sample["__key__"], {}
+        try:
+            for name, value in sample.items():
+                internal = name.startswith("__")
+                decoded[name] = value if internal else self.decode(f"{key.rpartition('/')[2]}.{name}", value)
+            if missing := [name for name in MEMBERS if name not in decoded]:
+                raise RefusedMember(f"it has no {' and no '.join(missing)}")
+        except RefusedMember as error:
+            shard = sample.get("__shard__", "unknown")
+            raise RefusedMember(f"shard {shard}, sample {key.rpartition('/')[2]}: {error}") from None
+        return decoded
+
+    def config(self) -> dict[str, Any]:
+        """What distinguishes this decoder, for Energon."""
+        return {"decoder": "wan_data"}
+
+
+class _QuietPackingDataset(PackingDataset):
+    # Energon draws a bar on standard error for every worker's first buffer.
+    def _fill_reading_buffer(self, source_iter: Iterator[Any], log_progress: bool = False) -> bool:
+        del log_progress
+        return bool(super()._fill_reading_buffer(source_iter, False))
+
+
+class PackEncoder(TaskEncoder):
+    """Samples of a dataset to ``PackedSample`` batches.
+
+    Args:
+        capacity: tokens of a pack, padding included.
+        patch_size: latent positions (frames, rows, columns) of a token.
+        text_length: tokens that texts are padded to.
+        pad_multiple: packs are padded to a multiple of this.
+        seed: of the order of packs.
+        spec: the dataset's latent space, if it says.
+    """
+
+    decoder = SafeDecoder()  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        patch_size: PatchSize,
+        text_length: int,
+        pad_multiple: int,
+        seed: int,
+        spec: LatentSpec | None,
+    ) -> None:
+        self.capacity, self.patch_size, self.text_length = capacity, patch_size, text_length
+        self.pad_multiple, self.seed, self.spec = pad_multiple, seed, spec
+        self.cookers = [Cooker(self.cook)]
+
+    @stateless
+    def cook(self, sample: CrudeSample) -> LatentSample:
+        """Check a decoded sample.
+
+        Raises:
+            ValueError: it does not fit the model or the pack; the message names shard and key.
+        """
+        where = f"shard {sample['__sources__'][0].shard_name}, sample {sample['__key__'].rpartition('/')[2]}"
+        latent, text, info = sample["pth"], sample["pickle"], sample["json"]
+        try:
+            if self.spec is not None:
+                if latent.shape[0] != self.spec.channels:
+                    raise ValueError(f"its latent has {latent.shape[0]} channels; expected {self.spec.channels}")
+                if text.shape[1] != self.spec.text_dim:
+                    raise ValueError(f"its text embedding is {text.shape[1]} wide; expected {self.spec.text_dim}")
+                written = info.get("latent_fingerprint", self.spec.fingerprint)
+                if written != self.spec.fingerprint:
+                    raise ValueError(f"its latent is of the space {written}; expected {self.spec.fingerprint}")
+            if text.shape[0] > self.text_length:
+                raise ValueError(
+                    f"its text has {text.shape[0]} tokens; the model takes {self.text_length}: "
+                    "prepare the data with a shorter --text-length"
+                )
+            frames, rows, columns = latent_grid(latent, self.patch_size)
+            tokens, usable = frames * rows * columns, usable_capacity(self.capacity, self.pad_multiple)
+            if tokens > usable:
+                raise ValueError(
+                    f"its {tokens} tokens do not fit a pack of {usable}: raise the capacity, or prepare the data with "
+                    "fewer frames or a smaller size"
+                )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        # The recipe's own shards may hold half precision; the order of operations here is fp32 throughout.
+        return LatentSample(**basic_sample_keys(sample), latent=latent.float(), text=text.float(), tokens=tokens)
+
+    def select_samples_to_pack(self, samples: Sequence[LatentSample]) -> list[list[LatentSample]]:
+        """Group a buffer of samples; the order of the packs is drawn, or long samples would always come first."""
+        packs = best_fit([sample.tokens for sample in samples], usable_capacity(self.capacity, self.pad_multiple))
+        # Seeded by what is packed: needs no state, and differs from buffer to buffer and from rank to rank.
+        keys = "\n".join(str(sample.__key__) for sample in samples)
+        digest = hashlib.sha256(f"{self.seed}\n{keys}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        order = torch.randperm(len(packs), generator=generator).tolist()
+        return [[samples[index] for index in packs[number]] for number in order]
+
+    @stateless
+    def pack_selected_samples(self, samples: Sequence[LatentSample]) -> PackedSample:
+        """Lay a group end to end."""
+        pack = pack_latents(
+            [sample.latent for sample in samples],
+            [sample.text for sample in samples],
+            [str(sample.__key__).rpartition("/")[2] for sample in samples],
+            text_length=self.text_length,
+            patch_size=self.patch_size,
+            multiple=self.pad_multiple,
+        )
+        return PackedSample(__key__=",".join(pack.keys), __restore_key__=(), pack=pack)
+
+    def build_batch(
+        self,
+        dataset: SavableDataset,
+        *,
+        batch_size: int | None,
+        batch_drop_last: bool = False,
+        packing_buffer_size: int | None = None,
+        worker_config: WorkerConfig,
+    ) -> SavableDataset:
+        """Called by Energon: a pack is the batch."""
+        assert batch_size is None and not batch_drop_last and packing_buffer_size is not None
+        return _QuietPackingDataset(
+            dataset,
+            buffer_size=packing_buffer_size,
+            pre_packer=self.select_samples_to_pack,
+            final_packer=self.pack_selected_samples,
+            final_packer_stateless=True,
+            worker_config=worker_config,
+        )
+
+
+def settings_of(encoder: PackEncoder) -> dict[str, Any]:
+    """What decides the packs, as plain values, for comparison on resume."""
+    values = {name: getattr(encoder, name) for name in ("capacity", "text_length", "pad_multiple", "seed")}
+    return {**values, "patch_size": list(encoder.patch_size)}
+
+
+assert dataclasses.is_dataclass(LatentSample), "Energon restores samples by their fields"

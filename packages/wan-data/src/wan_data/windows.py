@@ -1,0 +1,122 @@
+"""Time: which frame is shown at each tick of the target rate, and how a clip is cut into windows of 4n+1 frames."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import Generic, TypeVar
+
+WINDOW_KINDS = ("consecutive", "first", "whole")
+TEMPORAL_STRIDE = 4
+# A frame that stays on screen longer than this belongs to a file whose times are broken.
+LONGEST_FRAME_SECONDS = 60
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedFrame(Generic[T]):
+    """A decoded frame.
+
+    Attributes:
+        time: seconds at which it is shown.
+        duration: seconds it is meant to stay; 0 where the file does not say.
+        image: whatever the frame is.
+    """
+
+    time: Fraction
+    duration: Fraction
+    image: T
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A run of resampled frames: ``start`` included, ``stop`` excluded, counted at the target rate."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Frames in it."""
+        return self.stop - self.start
+
+
+def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
+    """Yield the frame on screen at each tick k/fps after the first frame, by presentation time.
+
+    A frame is on screen from its own time until the next one's; the last one for its own duration, or for as long as
+    the frame before it where the file gives none. So a variable frame rate becomes a constant one, a higher rate drops
+    frames and a lower one repeats them. Only one frame is held at a time.
+
+    Args:
+        frames: in order of presentation.
+        fps: ticks a second.
+
+    Raises:
+        ValueError: times that run backwards or stand still for a minute.
+    """
+    previous: TimedFrame[T] | None = None
+    first, gap, tick = Fraction(0), Fraction(0), 0
+    for frame in frames:
+        if previous is None:
+            first = frame.time
+        else:
+            gap = frame.time - previous.time
+            if gap < 0:
+                raise ValueError(f"its presentation times run backwards at {float(frame.time):.3f} s")
+            if gap > LONGEST_FRAME_SECONDS:
+                raise ValueError(
+                    f"its frame at {float(previous.time):.3f} s stays for {float(gap):.0f} s; "
+                    f"more than {LONGEST_FRAME_SECONDS} s is taken for broken presentation times"
+                )
+            while first + tick / fps < frame.time:
+                yield previous.image
+                tick += 1
+        previous = frame
+    if previous is not None:
+        # At least one tick: a clip of a single frame is an image.
+        end = previous.time + (min(previous.duration, Fraction(LONGEST_FRAME_SECONDS)) or gap)
+        while tick == 0 or first + tick / fps < end:
+            yield previous.image
+            tick += 1
+
+
+def trim(frames: int) -> int:
+    """The largest 4n+1 that is at most ``frames`` (0 for 0): the autoencoder would silently drop the rest."""
+    return 0 if frames < 1 else frames - (frames - 1) % TEMPORAL_STRIDE
+
+
+def plan_windows(total: int, kind: str, longest: int, shortest: int) -> list[Window]:
+    """Cut a clip.
+
+    Args:
+        total: resampled frames of the clip.
+        kind: ``whole`` (all of it, trimmed to 4n+1), ``first`` (its first window) or ``consecutive`` (one behind
+            another without overlap; what is left at the end makes a shorter window).
+        longest: most frames of a window, 4n+1.
+        shortest: fewest frames of a window, 4n+1; a shorter remainder is dropped.
+
+    Returns:
+        Windows of 4n+1 frames each, in order.
+
+    Raises:
+        ValueError: no window of that length fits; the message says what to change.
+    """
+    if kind not in WINDOW_KINDS:
+        raise ValueError(f"windows are {kind!r}; expected one of {', '.join(WINDOW_KINDS)}")
+    if trim(total) < shortest:
+        raise ValueError(f"it has {total} frames at the target rate; the shortest window is {shortest}")
+    if kind == "whole":
+        if trim(total) > longest:
+            raise ValueError(
+                f"it has {total} frames at the target rate, more than the longest window of {longest}: "
+                "raise --frames, or cut with --windows first or consecutive"
+            )
+        return [Window(0, trim(total))]
+    if kind == "first":
+        return [Window(0, min(longest, trim(total)))]
+    windows, start = [], 0
+    while (length := min(longest, trim(total - start))) >= shortest:
+        windows.append(Window(start, start + length))
+        start += length
+    return windows
