@@ -122,6 +122,21 @@ def test_other_autoencoders_are_refused(folder: Path) -> None:
         latent_spec_of(folder)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [{"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {"boundary_ratio": 0.875}, {"expand_timesteps": True}],
+)
+def test_pipelines_of_wan_22_are_refused(tiny_folder: Path, tmp_path: Path, index: dict[str, Any]) -> None:
+    # What diffusers writes today for Wan 2.1.
+    known = {"_class_name": "WanPipeline", "transformer_2": [None, None], "boundary_ratio": None}
+    shutil.copytree(tiny_folder / "transformer", tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text(json.dumps(known | {"expand_timesteps": False}))
+    assert resolve_folder(tmp_path, ["transformer"]) == tmp_path
+    (tmp_path / "model_index.json").write_text(json.dumps(known | index))
+    with pytest.raises(ValueError, match=r"holds a Wan 2\.2 model"):
+        resolve_folder(tmp_path, ["transformer"])
+
+
 def test_folders_that_are_not_models_are_refused(folder: Path) -> None:
     assert resolve_folder(folder, ["vae"]) == folder
     with pytest.raises(ValueError, match="has no tokenizer folder"):

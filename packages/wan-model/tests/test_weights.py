@@ -115,6 +115,13 @@ def test_broken_folders_are_refused(small_model: WanDiT, small_config: WanConfig
         load_transformer(tmp_path)
 
 
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_file_that_was_cut_short_is_named(folder: Path, keep: int) -> None:
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:keep])
+    with pytest.raises(ValueError, match=rf"{SINGLE} is not a whole safetensors file"):
+        load_transformer(folder)
+
+
 def test_other_variants_are_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "in_channels": 36, "image_dim": 1280}))

@@ -1,14 +1,15 @@
 """Diffusers' folder layout: finding it, reading its small files, and what it says of the latent space."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan_model.latent_spec import LatentSpec
@@ -43,7 +44,19 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
             raise ValueError(f"{name} is no folder here, and the hub did not give it: {error}") from error
     if missing := [part for part in parts if not (folder / part).is_dir()]:
         raise ValueError(f"{folder} has no {', '.join(missing)} folder; expected a model in diffusers' layout")
+    if "transformer" in parts:
+        _refuse_wan_22(folder)
     return folder
+
+
+def _refuse_wan_22(folder: Path) -> None:
+    # The transformers of Wan 2.2's 14B model have Wan 2.1's configuration; only the pipeline's index tells.
+    if not (folder / "model_index.json").is_file():
+        return
+    index = read_json(folder / "model_index.json")
+    second = any(index.get("transformer_2") or [])
+    if second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+        raise ValueError(f"{folder} holds a Wan 2.2 model; only Wan 2.1 text-to-video is supported")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,6 +74,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+@contextlib.contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """A safetensors file, for reading.
+
+    Raises:
+        ValueError: it is cut short or is no safetensors file.
+    """
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or copy it again") from error
+    with opened as file:
+        yield file
 
 
 def weight_files(folder: Path, stem: str) -> dict[str, Path]:
@@ -84,7 +112,7 @@ def weight_files(folder: Path, stem: str) -> dict[str, Path]:
         return {key: folder / name for key, name in places.items()}
     if not single.is_file():
         raise ValueError(f"{folder} has neither {single.name} nor {index.name}; only safetensors weights are read")
-    with safe_open(single, framework="pt") as file:
+    with open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
 
 
@@ -94,7 +122,7 @@ def _digest(folder: Path, stem: str, witnesses: Sequence[str]) -> str:
     if not found:
         raise ValueError(f"{folder} holds none of {', '.join(witnesses)}: its weights are not those of Wan 2.1")
     for key in found:
-        with safe_open(files[key], framework="pt") as file:
+        with open_weights(files[key]) as file:
             tensor: Tensor = file.get_tensor(key)
         digest.update(key.encode())
         digest.update(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes())

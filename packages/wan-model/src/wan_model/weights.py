@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wan_model.config import WanConfig
 from wan_model.dit import Stage, WanDiT
-from wan_model.model_folder import read_json, weight_files
+from wan_model.model_folder import open_weights, read_json, weight_files
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 
@@ -110,8 +109,8 @@ def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: s
 def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
     # What the files hold, whatever an index beside them says.
     for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  safe_open is no mapping
+        with open_weights(path) as file:
+            for key in file.keys():  # noqa: SIM118  the file is no mapping
                 yield key, path, tuple(file.get_slice(key).get_shape())
 
 
@@ -128,7 +127,7 @@ def load_weights(model: WanDiT, folder: Path) -> None:
     files = {key: path for key, path, _ in stored}
     parameters = dict(model.named_parameters())
     for path in sorted({files[key] for key in parameters}):
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             for key in (key for key in parameters if files[key] == path):
                 parameter = parameters[key]
                 parameter.copy_(file.get_slice(key)[local_slices(model, parameter)])
