@@ -101,6 +101,7 @@ def dataset(run: Run, clips: Path, tiny_model: Path, tmp_path_factory: pytest.Te
     run(
         "wan-data", "prepare", "--video-folder", clips, "--output-folder", folder, "--model", tiny_model,
         "--windows", "consecutive", "--frames", "9", "--area", str(64 * 64), "--samples-per-shard", "2",
+        "--validation-fraction", "0",
     )  # fmt: skip
     return folder
 

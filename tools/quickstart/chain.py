@@ -13,7 +13,9 @@ from quickstart.stages import Stages
 from quickstart.training_log import TrainingLog, check_checkpoint, check_steps, read_log
 
 STEPS, HALFWAY = 20, 10
-FRAMES, HEIGHT, WIDTH = 17, 64, 96
+FRAMES, HEIGHT, WIDTH = 17, 80, 128
+# Tokens of a pack: room for five of the longest samples.
+CAPACITY = 1024
 STAGES = 8
 
 # What a run makes anew; the download stays, so that a second run needs no network.
@@ -67,8 +69,8 @@ class Chain:
             self.stages.command(
                 "wan-data", "prepare", "--video-folder", self._argument("clips"),
                 "--output-folder", self._argument("dataset"), "--model", self._argument("tiny-wan"),
-                "--windows", "consecutive", "--frames", str(FRAMES), "--area", str(HEIGHT * WIDTH),
-                "--samples-per-shard", "4",
+                "--windows", "consecutive", "--frames", str(FRAMES), "--min-frames", "5", "--area", str(HEIGHT * WIDTH),
+                "--samples-per-shard", "4", "--validation-fraction", "0",
             )  # fmt: skip
             facts = read_dataset(self._path("dataset"))
             require(facts.samples >= 12, f"{facts.samples} samples came out of the clips; expected at least 12")
@@ -84,7 +86,7 @@ class Chain:
         self.stages.command(
             "wan-train", "pretrain", "--recipe", "tiny", "--nproc-per-node", "2",
             f"dataset.path={self._argument('dataset')}", f"checkpoint.save={self._argument(name)}",
-            f"train.train_iters={STEPS}", *overrides,
+            f"dataset.capacity={CAPACITY}", f"train.train_iters={STEPS}", *overrides,
         )  # fmt: skip
 
     def train_tensor_parallel(self) -> TrainingLog:
