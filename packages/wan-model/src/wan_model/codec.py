@@ -21,19 +21,23 @@ from wan_model.text import clean_prompt
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    # Loading prints progress bars and advice about weights; a failed load still raises.
+def _quiet_loading() -> Iterator[None]:
+    # Loading prints progress bars and advice about weights and packages; a failed load still raises.
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    diffusers_level = diffusers_logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
+        diffusers_logging.set_verbosity(diffusers_level)
         if bars:
             logging.enable_progress_bar()
 
@@ -98,7 +102,7 @@ class LatentCodec:
             text_folder, text_length=text_length, vae=vae_folder, text_encoder=text_folder / "text_encoder"
         )
         vae = text_encoder = tokenizer = None
-        with _quiet_transformers():
+        with _quiet_loading():
             if load_vae:
                 from diffusers import AutoencoderKLWan
 
