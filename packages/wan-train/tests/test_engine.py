@@ -96,6 +96,8 @@ def test_the_model_is_what_the_schedules_and_checkpoints_expect(answers: dict[st
         ("bad flow", "model.flow.density is 'cauchy'; expected one of uniform, logit_normal, mode, lognorm"),
         ("layout", "3 processes cannot be laid out as tensor 2 x pipeline 1 x context 1"),
         ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
+        ("fsdp", "fully sharded data parallelism is asked for; this version does not run it"),
+        ("context", "context_parallel_size is 2; this version supports 1"),
         ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
         ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
         ("absent data", "which is not a folder; make one with wan-data prepare"),

@@ -55,6 +55,10 @@ def _check_layout(config: Any, world_size: int) -> None:
         raise ValueError(
             f"train.global_batch_size is {batch} packs, which {replicas} data-parallel ranks cannot share equally"
         )
+    if config.dist.use_megatron_fsdp or config.dist.use_torch_fsdp2:
+        raise ValueError(
+            "fully sharded data parallelism is asked for; this version does not run it, leave dist.use_*_fsdp* out"
+        )
     if config.train.eval_iters:
         raise ValueError(f"train.eval_iters is {config.train.eval_iters}; this version runs no validation, set it to 0")
 
