@@ -36,4 +36,5 @@ def test_order_of_convergence() -> None:
         return abs(sample.item() - torch.tensor(-1.0).exp().item())
 
     assert walk("euler", 40) < 0.6 * walk("euler", 20)
-    assert walk("unipc", 20) < 0.3 * walk("euler", 20)
+    # First order with a corrector leaves 0.0076 here, second order 0.0009.
+    assert walk("unipc", 10) < 0.002 < walk("euler", 10)
