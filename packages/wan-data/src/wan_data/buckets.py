@@ -35,12 +35,14 @@ def check_side(name: str, side: int) -> None:
 
 def _size_of_ratio(area: int, ratio: float) -> Size:
     # Every pair of multiples of 16 that fits the area; the best errs least in its aspect and wastes least of the area.
-    def badness(size: Size) -> tuple[float, Size]:
-        aspect_error = abs(math.log(size.width / size.height / ratio))
-        return round(aspect_error + 1 - size.height * size.width / area, 9), size
-
     sides = range(SIDE_MULTIPLE, 3 * math.isqrt(area) + 1, SIDE_MULTIPLE)
-    return min((Size(height, width) for height in sides for width in sides if height * width <= area), key=badness)
+    _, height, width = min(
+        (round(abs(math.log(width / height / ratio)) + 1 - height * width / area, 9), height, width)
+        for height in sides
+        for width in sides
+        if height * width <= area
+    )
+    return Size(height, width)
 
 
 def buckets_of_area(area: int) -> tuple[Size, ...]:

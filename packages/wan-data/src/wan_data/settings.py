@@ -84,9 +84,9 @@ class PrepareSettings:
             check_side("width", self.width)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
-        for name, value in (("samples_per_shard", self.samples_per_shard), ("text_length", self.text_length)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name, count in (("samples_per_shard", self.samples_per_shard), ("text_length", self.text_length)):
+            if count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1")
 
     @property
     def longest(self) -> int:

@@ -101,8 +101,8 @@ class SplitWriter:
         self._path = self.shards.folder / SHARD_PATTERN.format(rank=self.shards.rank, number=len(self.shards.records))
         self._stack = contextlib.ExitStack()
         file = self._stack.enter_context(written_aside(self._path))
-        # stream mode would pad to 10 KiB records as well, but could not be given a record size of one block
-        self._tar = self._stack.enter_context(tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT))
+        tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = self._stack.enter_context(tar)
         return self._tar
 
     def write(self, sample: Sample) -> None:

@@ -103,7 +103,7 @@ class PackEncoder(TaskEncoder):
         spec: the dataset's latent space, if it says.
     """
 
-    decoder = SafeDecoder()  # type: ignore[assignment]
+    decoder = SafeDecoder()
 
     def __init__(
         self,
@@ -187,7 +187,9 @@ class PackEncoder(TaskEncoder):
         worker_config: WorkerConfig,
     ) -> SavableDataset:
         """Called by Energon: a pack is the batch."""
-        assert batch_size is None and not batch_drop_last and packing_buffer_size is not None
+        assert batch_size is None
+        assert not batch_drop_last
+        assert packing_buffer_size is not None
         return _QuietPackingDataset(
             dataset,
             buffer_size=packing_buffer_size,

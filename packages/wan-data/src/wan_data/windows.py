@@ -9,6 +9,8 @@ WINDOW_KINDS = ("consecutive", "first", "whole")
 TEMPORAL_STRIDE = 4
 # A frame that stays on screen longer than this belongs to a file whose times are broken.
 LONGEST_FRAME_SECONDS = 60
+# Matroska and Flash write times in whole milliseconds: a frame of a tick may seem to come this much after it.
+TOLERANCE = Fraction(1, 1000)
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
 
     A frame is on screen from its own time until the next one's; the last one for its own duration, or for as long as
     the frame before it where the file gives none. So a variable frame rate becomes a constant one, a higher rate drops
-    frames and a lower one repeats them. Only one frame is held at a time.
+    frames and a lower one repeats them. A millisecond of rounding is forgiven. Only one frame is held at a time.
 
     Args:
         frames: in order of presentation.
@@ -69,14 +71,14 @@ def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
                     f"its frame at {float(previous.time):.3f} s stays for {float(gap):.0f} s; "
                     f"more than {LONGEST_FRAME_SECONDS} s is taken for broken presentation times"
                 )
-            while first + tick / fps < frame.time:
+            while first + tick / fps + TOLERANCE < frame.time:
                 yield previous.image
                 tick += 1
         previous = frame
     if previous is not None:
         # At least one tick: a clip of a single frame is an image.
         end = previous.time + (min(previous.duration, Fraction(LONGEST_FRAME_SECONDS)) or gap)
-        while tick == 0 or first + tick / fps < end:
+        while tick == 0 or first + tick / fps + TOLERANCE < end:
             yield previous.image
             tick += 1
 

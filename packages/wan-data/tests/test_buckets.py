@@ -1,0 +1,43 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wan_data.buckets import Size, buckets_of_area, choose_bucket, enlargement
+from wan_data.settings import PrepareSettings
+
+
+def test_the_released_size_is_a_bucket():
+    buckets = buckets_of_area(480 * 832)
+    assert Size(480, 832) in buckets
+    assert Size(832, 480) in buckets
+    assert choose_bucket(buckets, 1080.0, 1920.0) == Size(480, 832)
+    assert choose_bucket(buckets, 1920.0, 1080.0) == Size(832, 480)
+    assert choose_bucket(buckets, 500.0, 500.0) == Size(624, 624)
+
+
+@settings(max_examples=10)
+@given(st.integers(1024, 400_000))
+def test_sides_are_divisible_and_areas_fit(area):
+    buckets = buckets_of_area(area)
+    assert all(size.height % 16 == 0 and size.width % 16 == 0 for size in buckets)
+    assert all(size.height * size.width <= area for size in buckets)
+    assert {Size(size.width, size.height) for size in buckets} == set(buckets)
+
+
+def test_enlargement_is_that_of_the_side_that_must_grow_most():
+    assert enlargement(Size(64, 64), 32.0, 128.0) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"frames": 80}, "frames is 80; .*nearest are 77 and 81"),
+        ({"height": 470, "width": 832}, "height is 470 pixels; .*464 and 480"),
+        ({"height": 480}, "go together"),
+        ({"validation_fraction": 1.0}, "below 1"),
+        ({"area": 100}, "too small"),
+        ({"frames": 9, "min_frames": 17}, "more than the longest window"),
+    ],
+)
+def test_settings_are_refused_in_sentences(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        PrepareSettings(**wrong).buckets()
