@@ -46,6 +46,10 @@ def distance(draws: Tensor, cdf: Callable[[Tensor], Tensor]) -> float:
 DENSITIES = {
     "uniform": (FlowMatching.finetune(), lambda u: u),
     "logit_normal": (FlowMatching(uniform_mix=0.0, logit_mean=0.4, logit_std=0.8), logit_normal_cdf(0.4, 0.8)),
+    "mixed": (
+        FlowMatching(uniform_mix=0.3, logit_mean=1.0, logit_std=0.4),
+        lambda u: 0.3 * u + 0.7 * logit_normal_cdf(1.0, 0.4)(u),
+    ),
     "pretrain": (FlowMatching.pretrain(), lambda u: 0.2 * u + 0.8 * logit_normal_cdf(0.0, 1.5)(u)),
     "lognorm": (FlowMatching(density="lognorm", uniform_mix=0.5), logit_normal_cdf(0.0, 1.0)),
     "mode": (FlowMatching(density="mode", uniform_mix=0.5), mode_cdf),
