@@ -19,8 +19,8 @@ import av  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
 from hypothesis import settings  # noqa: E402
+
 from wan_data.settings import PrepareSettings  # noqa: E402
 
 torch.set_num_threads(1)
@@ -102,10 +102,12 @@ def silent() -> Silent:
 
 def fill_folder(folder: Path) -> Path:
     """Six sources of three aspect ratios with captions of every kind, 14 samples at the small settings."""
-    write_clip(folder / "wide.mkv", range(0, 27), size=(48, 64))
+    write_clip(folder / "wide.mkv", range(27), size=(48, 64))
     (folder / "wide.json").write_text('{"caption": "A wide clip."}', encoding="utf-8")
     write_clip(folder / "deep" / "tall.mkv", range(40, 67), size=(64, 48))
-    (folder / "deep" / "tall.jsonl").write_bytes("\ufeff".encode() + '{"caption": "Ein hoher Clip, größer."}\n'.encode())
+    (folder / "deep" / "tall.jsonl").write_bytes(
+        "\ufeff".encode() + '{"caption": "Ein hoher Clip, größer."}\n'.encode()
+    )
     for index in range(4):
         write_clip(folder / "many" / f"clip {index}.v1.mkv", range(80 + 10 * index, 98 + 10 * index), size=(48, 48))
     lines = [f'{{"video_path": "clip {index}.v1.mkv", "caption": "A square."}}' for index in range(4)]

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from wan_data.buckets import Size, buckets_of_area, choose_bucket, enlargement
 from wan_data.settings import PrepareSettings
 

@@ -1,4 +1,5 @@
 import pytest
+
 from wan_data.captions import CaptionFinder
 
 

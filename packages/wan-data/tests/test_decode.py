@@ -2,6 +2,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+
 from wan_data.buckets import Size
 from wan_data.decode import Rejected, probe, read_windows
 from wan_data.windows import Window
@@ -9,7 +10,10 @@ from wan_data.windows import Window
 FPS = Fraction(16)
 
 
-def read(path, windows, size=Size(48, 64), fps=FPS, center_crop=True):
+SIZE = Size(48, 64)
+
+
+def read(path, windows, size=SIZE, fps=FPS, center_crop=True):
     return list(read_windows(path, windows, size, fps=fps, resize_mode="bilinear", center_crop=center_crop))
 
 
@@ -92,7 +96,7 @@ def test_a_cut_file_is_rejected(tmp_path):
     # The index stands in front, so the cut file opens and promises frames that are gone.
     whole = (tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Rejected, match="only .* of the 40 frames|damaged|cannot be decoded"):
+    with pytest.raises(Rejected, match=r"only .* of the 40 frames|damaged|cannot be decoded"):
         probe(tmp_path / "cut.mp4", FPS)
 
 

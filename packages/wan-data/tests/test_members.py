@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from wan_data.members import (
     RefusedMember,
     info_from_json,

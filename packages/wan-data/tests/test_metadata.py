@@ -1,7 +1,9 @@
+import itertools
 import json
 import shutil
 
 import pytest
+
 from wan_data.energon_metadata import check_metadata
 from wan_data.loader import LoaderConfig, PackLoader, splits
 
@@ -19,7 +21,9 @@ def test_the_splits_are_counted(dataset):
     counts = splits(dataset)
     assert sum(counts.values()) == 14
     assert set(counts) == {"train", "val"}
-    assert sorted(sum(check_metadata(dataset).values(), [])) == sorted(path.name for path in dataset.glob("*.tar"))
+    assert sorted(itertools.chain(*check_metadata(dataset).values())) == sorted(
+        path.name for path in dataset.glob("*.tar")
+    )
 
 
 def test_a_dataset_yaml_that_runs_code_is_refused_before_it_runs(copy, tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from wan_data.packing import best_fit, efficiency, usable_capacity
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=60)

@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 import torch
+
 from wan_data.energon_metadata import DATASET_YAML
 from wan_data.files import sha256_of, sole_writer
 from wan_data.manifest import read_manifest
@@ -98,9 +99,7 @@ def test_the_energon_metadata_is_written_without_questions(dataset):
 
 
 def test_a_second_run_has_the_same_bytes_with_other_processes(clips, tiny_model, dataset, small, silent, tmp_path):
-    prepare(
-        clips, tmp_path / "a", str(tiny_model), PrepareSettings(**small), report=silent, device="cpu", processes=2
-    )
+    prepare(clips, tmp_path / "a", str(tiny_model), PrepareSettings(**small), report=silent, device="cpu", processes=2)
     # index.sqlite: Energon's own index, written by whatever library there is.
     first, second = (
         {name: digest for name, digest in digests(folder).items() if not name.endswith(".sqlite")}
@@ -133,7 +132,9 @@ def test_bad_files_are_rejected_by_name_and_the_others_go_on(clip, tiny_model, s
 def test_equal_captions_are_encoded_once(clips, tiny_model, small, silent, tmp_path, monkeypatch):
     asked = []
     encode = LatentCodec.encode_text
-    monkeypatch.setattr(LatentCodec, "encode_text", lambda self, prompts: asked.extend(prompts) or encode(self, prompts))
+    monkeypatch.setattr(
+        LatentCodec, "encode_text", lambda self, prompts: asked.extend(prompts) or encode(self, prompts)
+    )
     prepare(clips, tmp_path / "out", str(tiny_model), PrepareSettings(**small), report=silent, device="cpu")
     assert sorted(asked) == sorted(set(asked))
     assert len(asked) == 3
@@ -173,7 +174,9 @@ def test_a_dataset_is_replaced_only_when_asked(dataset, clips, clip, tiny_model,
     assert [path.name for path in sorted(out.glob("*.tar"))] == ["shard-rank00-000000.tar"]
 
 
-def test_a_failing_run_leaves_whole_shards_only_and_is_taken_up(clips, dataset, tiny_model, small, silent, tmp_path, monkeypatch):
+def test_a_failing_run_leaves_whole_shards_only_and_is_taken_up(
+    clips, dataset, tiny_model, small, silent, tmp_path, monkeypatch
+):
     out, encode, calls = tmp_path / "out", LatentCodec.encode_video, []
 
     def fail_late(self, video):

@@ -1,8 +1,10 @@
+import itertools
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from wan_data.windows import TOLERANCE, TimedFrame, Window, plan_windows, resample, trim
 
 
@@ -64,7 +66,7 @@ def test_windows_are_4n_plus_1_inside_and_without_overlap(total, kind, longest, 
     assert windows
     assert all(window.length % 4 == 1 and shortest <= window.length <= longest for window in windows)
     assert windows[-1].stop <= total
-    assert all(before.stop == after.start for before, after in zip(windows, windows[1:], strict=False))
+    assert all(before.stop == after.start for before, after in itertools.pairwise(windows))
     if kind == "consecutive":
         assert trim(total - windows[-1].stop) < shortest
 
@@ -74,5 +76,5 @@ def test_rest_of_a_clip_makes_a_shorter_window():
 
 
 def test_whole_clips_are_never_cut_in_silence():
-    with pytest.raises(ValueError, match="26 frames.*longest window of 9.*--windows first"):
+    with pytest.raises(ValueError, match=r"26 frames.*longest window of 9.*--windows first"):
         plan_windows(26, "whole", 9, 5)

@@ -132,30 +132,43 @@ class SourceEncoder:
 
     def __init__(self, model: str, settings: PrepareSettings, device: str, processes: int, codec: LatentCodec) -> None:
         self.model, self.settings, self.device, self.processes, self.codec = model, settings, device, processes, codec
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "SourceEncoder":
+        """Start the processes, if there are to be several."""
+        if self.processes > 1:
+            # spawn: a forked copy of a process that has used CUDA or threads may hang.
+            context = multiprocessing.get_context("spawn")
+            arguments = (self.model, self.settings, self.device, self.processes, context.Value("i", 0))
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.processes, mp_context=context, initializer=_start_worker, initargs=arguments
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End them; what they have not begun is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def latents(self, sources: Sequence[PlannedSource]) -> Iterator[tuple[PlannedSource, int, Tensor]]:
         """Each source's windows in turn: the source, the window's number, its latent."""
-        if self.processes == 1:
+        if self._pool is None:
             for source in sources:
                 for number, latent in enumerate(_latents_of(self.codec, source, self.settings)):
                     yield source, number, latent
             return
-        # spawn: a forked copy of a process that has used CUDA or threads may hang.
-        context = multiprocessing.get_context("spawn")
-        arguments = (self.model, self.settings, self.device, self.processes, context.Value("i", 0))
-        with concurrent.futures.ProcessPoolExecutor(
-            self.processes, mp_context=context, initializer=_start_worker, initargs=arguments
-        ) as pool:
-            waiting: collections.deque[tuple[PlannedSource, Any]] = collections.deque()
-            rest = iter(sources)
-            while True:
-                for source in itertools.islice(rest, 2 * self.processes - len(waiting)):
-                    waiting.append((source, pool.submit(_encode_source, source, self.settings)))
-                if not waiting:
-                    return
-                source, future = waiting.popleft()
-                for number, latent in enumerate(future.result()):
-                    yield source, number, torch.from_numpy(latent)
+        waiting: collections.deque[tuple[PlannedSource, Any]] = collections.deque()
+        rest = iter(sources)
+        while True:
+            # Only so many ahead: what is done waits in memory for its turn.
+            for source in itertools.islice(rest, 2 * self.processes - len(waiting)):
+                waiting.append((source, self._pool.submit(_encode_source, source, self.settings)))
+            if not waiting:
+                return
+            source, future = waiting.popleft()
+            for number, array in enumerate(future.result()):
+                yield source, number, torch.from_numpy(array)
 
 
 def make_sample(

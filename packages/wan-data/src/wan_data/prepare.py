@@ -116,17 +116,17 @@ def prepare(
 
         writer = ShardWriter(output, settings.samples_per_shard)
         text = TextCache(codec, [source.caption for source in accepted for _ in source.windows])
-        encoder = SourceEncoder(model, settings, device, processes, codec)
         shapes: collections.Counter[tuple[str, int, int, int, tuple[int, ...]]] = collections.Counter()
         report.stage("encoding", sum(len(source.windows) for source in accepted))
-        for split, sources in splits.items():
-            with writer.split(split) as shard:
-                for source, number, latent in encoder.latents(sources):
-                    embedding = text.take(source.caption)
-                    shard.write(make_sample(source, number, latent, embedding, settings, codec.spec.fingerprint))
-                    length = source.windows[number].length
-                    shapes[split, length, source.size.height, source.size.width, tuple(latent.shape)] += 1
-                    report.step(f"{source.name} window {number + 1} of {len(source.windows)}: {length}x{source.size}")
+        with SourceEncoder(model, settings, device, processes, codec) as encoder:
+            for split, sources in splits.items():
+                with writer.split(split) as shard:
+                    for source, number, latent in encoder.latents(sources):
+                        embedding = text.take(source.caption)
+                        shard.write(make_sample(source, number, latent, embedding, settings, codec.spec.fingerprint))
+                        length, size = source.windows[number].length, source.size
+                        shapes[split, length, size.height, size.width, tuple(latent.shape)] += 1
+                        report.step(f"{source.name} window {number + 1} of {len(source.windows)}: {length}x{size}")
         write_metadata(output, writer.records)
         manifest = dataclasses.replace(
             manifest,
