@@ -1,6 +1,5 @@
 """Run in a process of its own: start the engine, try what it promises, print the answers as JSON."""
 
-import importlib.util
 import json
 import sys
 import tempfile
@@ -121,16 +120,17 @@ def main() -> None:
     started = engine.start()
     import megatron.bridge.peft.lora
     import megatron.core.extensions.transformer_engine as core_te
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu as bias_gelu_impl
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
     answers: dict[str, object] = {
         "engine": [str(started.device), started.backend, started.transformer_engine],
         "started twice is the same": engine.start() is started,
         "core has te": core_te.HAVE_TE,
-        "te importable": importlib.util.find_spec("transformer_engine") is not None
-        or "transformer_engine" in sys.modules,
+        "stand-ins left behind": [name for name in ("transformer_engine", "modelopt") if name in sys.modules],
         "bridge imported": megatron.bridge.peft.lora.__name__,
-        "compiler is off": bool(torch._dynamo.config.disable),
+        "compiled by Megatron": hasattr(bias_gelu_impl, "_torchdynamo_orig_callable"),
+        "torch.compile is torch's": torch.compile.__module__,
         "devices": _device_answers(),
         "configuration": _configuration_answers(),
         "model": _model_answers(),

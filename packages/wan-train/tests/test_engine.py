@@ -44,7 +44,7 @@ def test_starts_on_the_cpu_with_gloo(answers: dict[str, Any]) -> None:
 def test_bridge_is_importable_without_transformer_engine_and_core_knows(answers: dict[str, Any]) -> None:
     assert answers["bridge imported"] == "megatron.bridge.peft.lora"
     assert answers["core has te"] is False
-    assert answers["te importable"] is False
+    assert answers["stand-ins left behind"] == []
 
 
 @needs_no_cuda
@@ -69,7 +69,8 @@ def test_custom_backwards_and_hooks_are_redirected_too(answers: dict[str, Any]) 
 
 @needs_no_cuda
 def test_no_compiler_and_a_working_rng_tracker(answers: dict[str, Any]) -> None:
-    assert answers["compiler is off"]
+    assert not answers["compiled by Megatron"]
+    assert answers["torch.compile is torch's"] == "torch"
     assert answers["rng tracker runs"]
 
 

@@ -7,7 +7,7 @@ machine               effect
 ====================  ==========================================================================================
 CUDA, with TE         nothing but the imports
 CUDA, without TE      Megatron-Bridge's unconditional imports of Transformer Engine find empty modules
-no CUDA               the same, and what Megatron asks of CUDA and NCCL is answered by the CPU and gloo
+no CUDA               the same (and for modelopt), and what Megatron asks of CUDA is answered by the CPU and gloo
 ====================  ==========================================================================================
 """
 
@@ -46,12 +46,15 @@ def start() -> Engine:
     if _started is not None:
         return _started
     require_installed()
-    from wan_train.engine import cpu, missing_transformer_engine
+    from wan_train.engine import absent_modules, cpu
 
     has_cuda = torch.cuda.is_available()
     has_te = has_cuda and is_installed("transformer_engine")
-    if not has_te:
-        missing_transformer_engine.import_bridge_without_it()
+    if has_cuda:
+        absent_modules.import_bridge_without([] if has_te else [absent_modules.TRANSFORMER_ENGINE])
+    else:
+        with cpu.without_compiler():
+            absent_modules.import_bridge_without([absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT])
     if has_cuda:
         local_rank = cpu.local_rank()
         torch.cuda.set_device(local_rank)

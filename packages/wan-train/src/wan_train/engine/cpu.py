@@ -140,9 +140,26 @@ def _keep_rng_tracker_on_cpu() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Leave functions as they are that are decorated with ``torch.compile`` in here.
+
+    Megatron's ``jit_fuser`` would compile for a device that is not there, and setting that up takes seconds an import.
+    """
+    compile_function = torch.compile
+
+    def leave(model: Any = None, **options: Any) -> Any:
+        return model if model is not None else (lambda function: function)
+
+    torch.compile = leave
+    try:
+        yield
+    finally:
+        torch.compile = compile_function
+
+
 def redirect() -> None:
     """Send what this process asks of CUDA to the CPU, for the rest of its life."""
-    torch._dynamo.config.disable = True  # Megatron's jit_fuser compiles for a device that is not there
     _replace_cuda_functions()
     _keep_rng_tracker_on_cpu()
     _keep_mode_in_backward()
@@ -166,5 +183,13 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
     train_utils.report_theoretical_memory = _nothing
     if on_cpu:
         initialize._warmup_jit_function = _nothing
+        # modelopt is left out (see absent_modules): a model that it has not changed has nothing to save or restore.
+        import megatron.bridge.training.checkpointing as checkpointing
+        import megatron.bridge.training.train as train
+
+        checkpointing.save_sharded_modelopt_state = _nothing
+        checkpointing.save_modelopt_state = _nothing
+        checkpointing.restore_modelopt_state = _nothing
+        train.get_tensor_shapes_adjust_fn_for_distillation = _nothing
     if without_te:
         torch_adam.mend()

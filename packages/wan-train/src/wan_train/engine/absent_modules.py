@@ -1,0 +1,82 @@
+"""Importing Megatron-Bridge without the distributions that a Wan model has no use for.
+
+Bridge 0.3.1 imports two of them unconditionally, in files that serve language models, adapters and quantisation:
+``transformer_engine``, which only builds against CUDA, and NVIDIA's ``modelopt``, whose import alone takes longer than
+everything else together. Megatron-Core asks politely and has ``HAVE_...`` flags; it is imported first, so that these
+stay honest. For the one import of Bridge a finder then supplies modules whose every name is a class that cannot be
+built; afterwards the names are as absent as before.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+
+TRANSFORMER_ENGINE = "transformer_engine"
+MODELOPT = "modelopt"
+
+
+class _Absent(type):
+    def __getattr__(cls, name: str) -> "_Absent":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AbsentClass
+
+
+class AbsentClass(metaclass=_Absent):
+    """Stands where a class or function of an absent distribution would; calling it is an error."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("this needs transformer-engine or nvidia-modelopt, which this process runs without")
+
+
+class _AbsentModule(types.ModuleType):
+    def __getattr__(self, name: str) -> _Absent:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AbsentClass
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.split(".")[0] not in self.names:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _AbsentModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__path__ = []
+
+
+def import_bridge_without(names: Iterable[str]) -> None:
+    """Import Megatron-Bridge's training loop as if the named distributions' classes were there.
+
+    Args:
+        names: top-level modules to leave out; one that is already imported is left alone.
+    """
+    absent = [name for name in names if name not in sys.modules]
+    with warnings.catch_warnings():
+        # Each of them says, over many lines, that Transformer Engine and Apex are not there; so does our README.
+        warnings.simplefilter("ignore", UserWarning)
+        import megatron.core.extensions.transformer_engine
+
+        if MODELOPT not in absent:
+            import modelopt.torch.opt.plugins  # noqa: F401  it must not meet the stand-in for Transformer Engine
+
+        finder = _Finder(absent)
+        sys.meta_path.insert(0, finder)
+        try:
+            import megatron.bridge.training.pretrain  # noqa: F401
+        finally:
+            sys.meta_path.remove(finder)
+            for name in [name for name in sys.modules if name.split(".")[0] in finder.names]:
+                del sys.modules[name]
