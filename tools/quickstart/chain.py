@@ -10,9 +10,9 @@ from quickstart.dataset_facts import DatasetFacts, read_dataset
 from quickstart.failure import require
 from quickstart.pictures import check_picture, check_video, draw_losses
 from quickstart.stages import Stages
-from quickstart.training_log import TrainingLog, check_checkpoint, check_steps, read_log
+from quickstart.training_log import TrainingLog, check_checkpoint, check_learning, check_steps, read_log
 
-STEPS, HALFWAY = 20, 10
+STEPS, HALFWAY = 60, 30
 FRAMES, HEIGHT, WIDTH = 17, 80, 128
 # Tokens of a pack: room for five of the longest samples.
 CAPACITY = 1024
@@ -86,7 +86,8 @@ class Chain:
         self.stages.command(
             "wan-train", "pretrain", "--recipe", "tiny", "--nproc-per-node", "2",
             f"dataset.path={self._argument('dataset')}", f"checkpoint.save={self._argument(name)}",
-            f"dataset.capacity={CAPACITY}", f"train.train_iters={STEPS}", *overrides,
+            f"dataset.capacity={CAPACITY}", f"train.train_iters={STEPS}", f"scheduler.lr_decay_iters={STEPS}",
+            *overrides,
         )  # fmt: skip
 
     def train_tensor_parallel(self) -> TrainingLog:
@@ -107,6 +108,7 @@ class Chain:
             check_checkpoint(folder, STEPS)
             step = log.resumed_from()
             require(step == HALFWAY, f"the second run resumed from step {step}; expected {HALFWAY}")
+            check_learning(log)
         return log
 
     def train_data_parallel(self) -> TrainingLog:
@@ -118,6 +120,7 @@ class Chain:
             check_steps(log, STEPS)
             check_checkpoint(self._path(name), STEPS)
             require(log.resumed_from() is None, "the data-parallel run resumed although it was new")
+            check_learning(log)
         return log
 
     def sample(self) -> dict[str, Any]:
@@ -154,7 +157,7 @@ class Chain:
             check_picture(self._path("loss-curve.png"))
         return {
             "dataset": asdict(facts),
-            "training": {name: _summary(log) for name, log in runs.items()},
+            "training": {name: _summary(log, packs) for (name, log), packs in zip(runs.items(), (1, 2), strict=True)},
             "video": video,
             "seconds": {**self.stages.seconds, "total": round(sum(self.stages.seconds.values()), 1)},
             "files": {
@@ -168,11 +171,11 @@ class Chain:
         }
 
 
-def _summary(log: TrainingLog) -> dict[str, Any]:
+def _summary(log: TrainingLog, packs_a_step: int) -> dict[str, Any]:
     return {
         "steps": len(log.steps),
         "first_loss": log.losses[0],
         "last_loss": log.losses[-1],
         "resumed_from_step": log.resumed_from(),
-        "packing": log.packing(),
+        "packing": log.packing(packs_a_step, CAPACITY),
     }

@@ -14,13 +14,10 @@ def _run_rows(name: str, run: dict[str, Any]) -> list[tuple[str, str]]:
     resumed = run["resumed_from_step"]
     how = f", resumed from step {resumed}" if resumed is not None else ""
     packing = run["packing"]
-    percent = 100 * packing["efficiency"]
+    samples, fill, needed = packing["samples_a_pack"], 100 * packing["fill"], 100 * packing["efficiency"]
     return [
         (name, f"{run['steps']} steps{how}; loss {run['first_loss']:.4f} -> {run['last_loss']:.4f}"),
-        (
-            "  packing",
-            f"{packing['samples_a_step']} samples a step; {percent:.1f} % of the computed tokens are needed",
-        ),
+        ("  packing", f"{samples} samples a pack; packs {fill:.0f} % full; {needed:.1f} % of computed tokens needed"),
     ]
 
 

@@ -47,8 +47,17 @@ class TrainingLog:
         )
         return step
 
-    def packing(self) -> dict[str, float]:
-        """What packing saved: tokens that belong to samples, of those computed, and samples in a step."""
+    def packing(self, packs_a_step: int, capacity: int) -> dict[str, float]:
+        """How well samples of mixed shapes fill packs.
+
+        Args:
+            packs_a_step: of all data-parallel ranks together.
+            capacity: tokens that a pack may have.
+
+        Returns:
+            ``efficiency`` (tokens of samples among those computed), ``fill`` (the same of what the packs could hold),
+            the two counts of tokens, and ``samples_a_pack``.
+        """
         needed = sum(entry["tokens"] for entry in self.steps)
         computed = sum(entry["tokens_padded"] for entry in self.steps)
         samples = sum(entry["samples"] for entry in self.steps)
@@ -56,7 +65,8 @@ class TrainingLog:
             "efficiency": round(needed / computed, 4),
             "tokens": needed,
             "tokens_computed": computed,
-            "samples_a_step": round(samples / len(self.steps), 2),
+            "fill": round(needed / (capacity * packs_a_step * len(self.steps)), 4),
+            "samples_a_pack": round(samples / (packs_a_step * len(self.steps)), 2),
         }
 
 
@@ -89,6 +99,19 @@ def check_steps(log: TrainingLog, last: int) -> None:
             0 < entry["tokens"] <= entry["tokens_padded"],
             f"step {entry['step']} counts {entry['tokens']} tokens of samples among {entry['tokens_padded']} computed",
         )
+
+
+def check_learning(log: TrainingLog) -> None:
+    """The loss of the last quarter of the steps is below that of the first, on average.
+
+    Raises:
+        QuickstartError: it is not.
+    """
+    quarter = len(log.losses) // 4
+    first, last = (sum(losses) / quarter for losses in (log.losses[:quarter], log.losses[-quarter:]))
+    require(
+        last < first, f"the mean loss of the last {quarter} steps is {last:.4f}, not below {first:.4f} of the first"
+    )
 
 
 def check_checkpoint(folder: Path, step: int) -> None:
