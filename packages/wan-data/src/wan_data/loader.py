@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,20 @@ class PackLoader:
         """
         if not self._endless:
             raise ValueError(f"the split {self.config.split!r} has no state: each iteration is a whole pass")
-        return {**self._place(), "state": to_plain(self._current().save_state_rank())}
+        return {**self._place(), "state": to_plain(self._saved())}
+
+    def _saved(self) -> Any:
+        # A worker answers from the moment its command thread runs, which may be before it has taken up its own state;
+        # Energon 7.4.1 then hands out no state and a count of samples to skip that is one too high. Ask again.
+        deadline = time.monotonic() + 60
+        while True:
+            saved = self._current().save_state_rank()
+            workers = saved.worker_states if saved is not None and self.config.num_workers else ()
+            if all(worker.state is not None for worker in workers):
+                return saved
+            if time.monotonic() > deadline:
+                raise RuntimeError("a worker of the loader has not started after 60 s; its state cannot be saved")
+            time.sleep(0.01)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was called; before the iteration starts.
