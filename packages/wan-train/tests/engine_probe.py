@@ -55,6 +55,8 @@ def _device_answers() -> dict[str, object]:
 def _model_answers() -> dict[str, object]:
     from megatron.core import parallel_state
 
+    from wan_model import WanConfig, save_transformer
+    from wan_model.weights import expected_shapes
     from wan_train.model import MegatronWanDiT, stage_of
     from wan_train.options import RunOptions
     from wan_train.run import _join_process_group, build_config
@@ -71,7 +73,20 @@ def _model_answers() -> dict[str, object]:
         [stage_of(config.model.wan_config, rank, 2).first, stage_of(config.model.wan_config, rank, 2).last]
         for rank in (0, 1)
     ]
+    # Weights of another size than the recipe's, so that the sizes must come from them.
+    folder = Path(tempfile.mkdtemp())
+    small = WanConfig(num_heads=2, head_dim=12, num_layers=3, ffn_dim=40, text_dim=16, freq_dim=32)
+    released = {
+        key: torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for key, shape in expected_shapes(small).items()
+    }
+    save_transformer(released, small, folder / "transformer")
+    started = build_config(RunOptions("tiny", init_from=str(folder)))
+    started.model.finalize()
+    loaded = started.model.provide(pre_process=True, post_process=True)
     return {
+        "started from": loaded.dit.config == small
+        and all(torch.equal(value, released[key]) for key, value in loaded.dit.named_parameters()),
         "joined": owned and torch.distributed.get_world_size() == 1,
         "keys": sorted(tensor.key for tensor in sharded.values()),
         "no attribute called decoder": not hasattr(model, "decoder"),
@@ -98,6 +113,7 @@ def _configuration_answers() -> dict[str, object]:
     return {
         "unknown key": _raises(lambda: build("train.train_iter=3")),
         "unknown section": _raises(lambda: build("trian.train_iters=3")),
+        "no weights": _raises(lambda: build(init_from=str(folder / "absent"))),
         "unknown recipe": _raises(lambda: build(recipe="huge")),
         "wrong kind": _raises(lambda: build("train.train_iters=many")),
         "bad flow": _raises(lambda: build("model.flow.density=cauchy")),

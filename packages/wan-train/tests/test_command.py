@@ -35,11 +35,13 @@ def test_the_tutorials_spellings_are_accepted(monkeypatch: pytest.MonkeyPatch) -
         return 0
 
     monkeypatch.setattr(wan_train.launch, "launch", record)
-    arguments = "--training_mode finetune --config_file a.yaml --mock --nproc_per_node 4 train.train_iters=3"
+    arguments = (
+        "--training_mode finetune --config_file a.yaml --init_from w --mock --nproc_per_node 4 train.train_iters=3"
+    )
     result = CliRunner().invoke(main, ["pretrain", *arguments.split()])
     assert result.exit_code == 0, result.output
     options = RunOptions.from_json(seen[0][0])
-    assert options == RunOptions("wan_1_3b", "finetune", "a.yaml", ("train.train_iters=3",), mock=True)
+    assert options == RunOptions("wan_1_3b", "finetune", "a.yaml", ("train.train_iters=3",), mock=True, init_from="w")
     assert seen[0][1] == 4
 
 

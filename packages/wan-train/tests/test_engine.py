@@ -87,12 +87,17 @@ def test_the_model_is_what_the_schedules_and_checkpoints_expect(answers: dict[st
     assert model["head is zero"]
 
 
+def test_training_starts_from_released_weights_of_whatever_size(answers: dict[str, Any]) -> None:
+    assert answers["model"]["started from"]
+
+
 @pytest.mark.parametrize(
     ("case", "sentence"),
     [
         ("unknown key", "unknown configuration key train.train_iter; the nearest known one is train.train_iters"),
         ("unknown section", "unknown configuration key trian; the nearest known one is train"),
         ("unknown recipe", "unknown recipe 'huge'; expected one of wan_1_3b, wan_14b, tiny"),
+        ("no weights", "absent: expected a folder in diffusers' layout"),
         ("wrong kind", "train.train_iters is 'many'; expected"),
         ("bad flow", "model.flow.density is 'cauchy'; expected one of uniform, logit_normal, mode, lognorm"),
         ("layout", "3 processes cannot be laid out as tensor 2 x pipeline 1 x context 1"),

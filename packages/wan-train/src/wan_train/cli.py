@@ -21,6 +21,10 @@ def main() -> None:
     show_default=True, help="Preset of the objective's timestep density and shift.",
 )  # fmt: skip
 @click.option("--config-file", "--config_file", type=click.Path(dir_okay=False), help="YAML applied over the recipe.")
+@click.option(
+    "--init-from", "--init_from", metavar="MODEL",
+    help="Start from the transformer of a model in diffusers' layout: a folder or a hub id.",
+)  # fmt: skip
 @click.option("--mock", is_flag=True, help="Train on random data of dataset.mock_settings' shapes.")
 @click.option(
     "--nproc-per-node", "--nproc_per_node", type=click.IntRange(1), default=1, show_default=True,
@@ -34,6 +38,7 @@ def pretrain(
     recipe: str,
     training_mode: str,
     config_file: str | None,
+    init_from: str | None,
     mock: bool,
     nproc_per_node: int,
     verbose: bool,
@@ -48,7 +53,7 @@ def pretrain(
     from wan_train.launch import launch
     from wan_train.options import RunOptions
 
-    options = RunOptions(recipe, training_mode, config_file, overrides, mock, verbose)  # type: ignore[arg-type]
+    options = RunOptions(recipe, training_mode, config_file, overrides, mock, init_from, verbose)  # type: ignore[arg-type]
     try:
         require_installed()
     except ValueError as error:

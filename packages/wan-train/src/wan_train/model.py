@@ -4,6 +4,7 @@ Import only after ``wan_train.engine.start``.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,11 +18,22 @@ from torch import Tensor
 
 from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT, init_weights
 from wan_model.flow import FlowMatching
+from wan_model.model_folder import resolve_folder
+from wan_model.weights import load_weights
 from wan_train import engine
 from wan_train.megatron_ops import MegatronOps
 
 # Every pipeline stage embeds timesteps and text for itself; all of them must learn the same embedder.
 REPLICATED_ON_STAGES = "condition_embedder."
+
+
+def transformer_folder(model: str) -> Path:
+    """The ``transformer`` folder of a model given by path or hub id.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return resolve_folder(model, ["transformer"]) / "transformer"
 
 
 def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
@@ -127,7 +139,9 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         flow: the objective.
         attention: ``sdpa`` is torch's, segment by segment; ``transformer_engine`` is its fused packed attention;
             ``auto`` takes the latter where it is installed.
-        init_seed: of the initial weights.
+        init_from: a model in diffusers' layout (folder or hub id) whose transformer the training starts from; None
+            for the official random initialisation.
+        init_seed: of the random initialisation.
     """
 
     num_layers: int = 0
@@ -137,6 +151,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     latent_spec: dict[str, Any] | None = None
     flow: FlowMatching = dataclasses.field(default_factory=FlowMatching)
     attention: Literal["auto", "sdpa", "transformer_engine"] = "auto"
+    init_from: str | None = None
     init_seed: int = 1234
     # Read by Megatron-Bridge of every model.
     seq_length: int = 0
@@ -187,7 +202,10 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         stage = stage_of(self.wan_config, rank, ranks)
         assert (pre_process, post_process) == (stage.is_first, stage.is_last), "Megatron and we disagree on the stage"
         model = MegatronWanDiT(self, stage)
-        init_weights(model.dit, seed=self.init_seed)
+        if self.init_from is None:
+            init_weights(model.dit, seed=self.init_seed)
+        else:
+            load_weights(model.dit, transformer_folder(self.init_from))
         return model
 
     def _get_num_floating_point_operations(self, batch_size: int) -> int:

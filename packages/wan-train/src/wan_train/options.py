@@ -15,6 +15,7 @@ class RunOptions:
         config_file: YAML applied over the recipe.
         overrides: ``key.path=value`` settings, applied last.
         mock: random data.
+        init_from: a model in diffusers' layout to start from.
         verbose: leave Megatron's own output on the terminal.
     """
 
@@ -23,6 +24,7 @@ class RunOptions:
     config_file: str | None = None
     overrides: tuple[str, ...] = ()
     mock: bool = False
+    init_from: str | None = None
     verbose: bool = False
 
     def to_json(self) -> str:

@@ -25,6 +25,8 @@ def build_config(options: RunOptions) -> Any:
     Raises:
         ValueError: an unknown recipe, key or value.
     """
+    from wan_model.weights import read_config
+    from wan_train.model import transformer_folder
     from wan_train.recipes import RECIPES
 
     if options.recipe not in RECIPES:
@@ -35,6 +37,11 @@ def build_config(options: RunOptions) -> Any:
     apply_overrides(config, options.overrides)
     if options.mock:
         config.dataset.mock = True
+    if options.init_from:
+        config.model.init_from = options.init_from
+    if config.model.init_from is not None:
+        # The weights say what the sizes are.
+        config.model.transformer = read_config(transformer_folder(config.model.init_from)).to_diffusers()
     return config
 
 
