@@ -28,7 +28,7 @@ def test_the_splits_are_counted(dataset):
 
 def test_a_dataset_yaml_that_runs_code_is_refused_before_it_runs(copy, tmp_path):
     marker = tmp_path / "marker"
-    (copy / ".nv-meta" / "evil.py").write_text(f"open({str(marker)!r}, 'w')\ndef fn(sample): return sample\n")
+    (copy / ".nv-meta" / "evil.py").write_text(f"import os; os.mkdir({str(marker)!r})\ndef fn(sample): return sample\n")
     (copy / ".nv-meta" / "dataset.yaml").write_text(
         "sample_type:\n  __module__: megatron.energon\n  __class__: CaptioningSample\n"
         "sample_loader: evil.py:fn\npart_filter: evil.py:fn\n"
