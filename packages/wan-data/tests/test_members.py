@@ -1,4 +1,5 @@
 import contextlib
+import os
 import io
 import pickle
 import subprocess
