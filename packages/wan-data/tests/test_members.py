@@ -1,6 +1,6 @@
 import contextlib
-import os
 import io
+import os
 import pickle
 import subprocess
 import sys
