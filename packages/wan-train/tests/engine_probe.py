@@ -136,6 +136,7 @@ def main() -> None:
     started = engine.start()
     import megatron.bridge.peft.lora
     import megatron.core.extensions.transformer_engine as core_te
+    from megatron.bridge.models import GPTModelProvider
     from megatron.core.fusions.fused_bias_gelu import bias_gelu as bias_gelu_impl
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
@@ -144,6 +145,8 @@ def main() -> None:
         "started twice is the same": engine.start() is started,
         "core has te": core_te.HAVE_TE,
         "stand-ins left behind": [name for name in ("transformer_engine", "modelopt") if name in sys.modules],
+        "model families": [name for name in sys.modules if name.startswith("megatron.bridge.models.qwen")],
+        "providers": GPTModelProvider.__module__,
         "bridge imported": megatron.bridge.peft.lora.__name__,
         "compiled by Megatron": hasattr(bias_gelu_impl, "_torchdynamo_orig_callable"),
         "torch.compile is torch's": torch.compile.__module__,

@@ -45,6 +45,8 @@ def test_bridge_is_importable_without_transformer_engine_and_core_knows(answers:
     assert answers["bridge imported"] == "megatron.bridge.peft.lora"
     assert answers["core has te"] is False
     assert answers["stand-ins left behind"] == []
+    assert answers["providers"] == "megatron.bridge.models.gpt_provider"
+    assert answers["model families"] == []
 
 
 @needs_no_cuda

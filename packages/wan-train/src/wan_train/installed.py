@@ -4,8 +4,7 @@ import importlib.util
 
 INSTALL_HINT = (
     "on a CUDA machine use NVIDIA's NeMo container or `pip install 'wan-train[cuda]'`; elsewhere "
-    "`pip install 'wan-train[cpu]'` and then `pip install --no-deps megatron-bridge==0.3.1 timm open-clip-torch "
-    "qwen-vl-utils`"
+    "`pip install 'wan-train[cpu]'` and then `pip install --no-deps megatron-bridge==0.3.1`"
 )
 
 

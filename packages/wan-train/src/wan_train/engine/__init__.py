@@ -53,6 +53,7 @@ def start() -> Engine:
     if has_cuda:
         absent_modules.import_bridge_without([] if has_te else [absent_modules.TRANSFORMER_ENGINE])
     else:
+        absent_modules.leave_out_model_families()
         with cpu.without_compiler():
             absent_modules.import_bridge_without([absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT])
     if has_cuda:

@@ -9,10 +9,12 @@ built; afterwards the names are as absent as before.
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import types
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 TRANSFORMER_ENGINE = "transformer_engine"
 MODELOPT = "modelopt"
@@ -55,6 +57,40 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__path__ = []
+
+
+# What the training loop imports of the model families; everything else in these two packages is language and vision
+# models, and importing those takes longer than importing torch.
+_FROM_MODELS = {
+    "GPTModelProvider": "megatron.bridge.models.gpt_provider",
+    "T5ModelProvider": "megatron.bridge.models.t5_provider",
+}
+
+
+def _bare_package(name: str, places: dict[str, str]) -> None:
+    """Import a package without running its ``__init__``; some of its names are found where they are defined."""
+    if name in sys.modules:
+        return
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, "checked by require_installed"
+    package: Any = types.ModuleType(name)
+    package.__spec__, package.__path__ = spec, spec.submodule_search_locations
+
+    def find(attribute: str) -> Any:
+        if attribute not in places:
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r} here; import it where it is defined")
+        return getattr(importlib.import_module(places[attribute]), attribute)
+
+    package.__getattr__ = find
+    sys.modules[name] = package
+    parent, _, child = name.rpartition(".")
+    setattr(importlib.import_module(parent), child, package)
+
+
+def leave_out_model_families() -> None:
+    """Let Megatron-Bridge be imported without its language and vision models, and without what only they import."""
+    _bare_package("megatron.bridge", {})
+    _bare_package("megatron.bridge.models", _FROM_MODELS)
 
 
 def import_bridge_without(names: Iterable[str]) -> None:

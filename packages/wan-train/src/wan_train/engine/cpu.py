@@ -7,6 +7,7 @@ installed by ``wan_train.engine.start`` in a process whose only purpose is to tr
 """
 
 import contextlib
+import importlib
 import os
 import types
 from collections.abc import Callable, Iterator
@@ -160,6 +161,9 @@ def without_compiler() -> Iterator[None]:
 
 def redirect() -> None:
     """Send what this process asks of CUDA to the CPU, for the rest of its life."""
+    # torch's optimizers import the compiler when they are first built; it must see torch.cuda's own functions then.
+    importlib.import_module("torch._dynamo")
+
     _replace_cuda_functions()
     _keep_rng_tracker_on_cpu()
     _keep_mode_in_backward()
