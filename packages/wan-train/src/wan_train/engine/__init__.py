@@ -6,11 +6,12 @@
 machine               effect
 ====================  ==========================================================================================
 CUDA, with TE         nothing but the imports
-CUDA, without TE      Megatron-Bridge's unconditional imports of Transformer Engine find empty modules
-no CUDA               the same (and for modelopt), and what Megatron asks of CUDA is answered by the CPU and gloo
+CUDA, without TE      Megatron-Bridge is imported without Transformer Engine, modelopt and its model families
+no CUDA               the same, and what Megatron asks of CUDA and NCCL is answered by the CPU and gloo
 ====================  ==========================================================================================
 """
 
+import contextlib
 import dataclasses
 
 import torch
@@ -50,12 +51,10 @@ def start() -> Engine:
 
     has_cuda = torch.cuda.is_available()
     has_te = has_cuda and is_installed("transformer_engine")
-    if has_cuda:
-        absent_modules.import_bridge_without([] if has_te else [absent_modules.TRANSFORMER_ENGINE])
-    else:
+    if not has_te:
         absent_modules.leave_out_model_families()
-        with cpu.without_compiler():
-            absent_modules.import_bridge_without([absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT])
+        with contextlib.nullcontext() if has_cuda else cpu.without_compiler():
+            absent_modules.import_bridge_without((absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT))
     if has_cuda:
         local_rank = cpu.local_rank()
         torch.cuda.set_device(local_rank)

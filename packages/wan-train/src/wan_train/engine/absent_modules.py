@@ -105,9 +105,6 @@ def import_bridge_without(names: Iterable[str]) -> None:
         warnings.simplefilter("ignore", UserWarning)
         import megatron.core.extensions.transformer_engine
 
-        if MODELOPT not in absent:
-            import modelopt.torch.opt.plugins  # noqa: F401  it must not meet the stand-in for Transformer Engine
-
         finder = _Finder(absent)
         sys.meta_path.insert(0, finder)
         try:

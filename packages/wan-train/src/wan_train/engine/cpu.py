@@ -187,6 +187,8 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
     train_utils.report_theoretical_memory = _nothing
     if on_cpu:
         initialize._warmup_jit_function = _nothing
+    if without_te:
+        torch_adam.mend()
         # modelopt is left out (see absent_modules): a model that it has not changed has nothing to save or restore.
         import megatron.bridge.training.checkpointing as checkpointing
         import megatron.bridge.training.train as train
@@ -195,5 +197,3 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
         checkpointing.save_modelopt_state = _nothing
         checkpointing.restore_modelopt_state = _nothing
         train.get_tensor_shapes_adjust_fn_for_distillation = _nothing
-    if without_te:
-        torch_adam.mend()
