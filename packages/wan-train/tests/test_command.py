@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import wan_train.installed
 import wan_train.launch
+import wan_train.worker
 from wan_train.cli import RECIPES, main
 from wan_train.options import RunOptions
 
@@ -43,6 +44,25 @@ def test_the_tutorials_spellings_are_accepted(monkeypatch: pytest.MonkeyPatch) -
     options = RunOptions.from_json(seen[0][0])
     assert options == RunOptions("wan_1_3b", "finetune", "a.yaml", ("train.train_iters=3",), mock=True, init_from="w")
     assert seen[0][1] == 4
+
+
+def test_under_torchrun_the_process_itself_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def record() -> int:
+        seen.append(sys.argv[1])
+        return 0
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["wan-train"])
+    monkeypatch.setattr(wan_train.worker, "main", record)
+    result = CliRunner().invoke(main, ["pretrain", "--recipe", "tiny", "--mock"])
+    assert result.exit_code == 0, result.output
+    assert RunOptions.from_json(seen[0]) == RunOptions("tiny", mock=True)
+    result = CliRunner().invoke(main, ["pretrain", "--nproc-per-node", "2"])
+    assert result.exit_code == 1
+    assert "--nproc-per-node is given under torchrun" in result.output
 
 
 def test_ranks_find_each_other_by_torchruns_variables() -> None:
