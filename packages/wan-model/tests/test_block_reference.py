@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wan_model import PackLayout, Stage, WanConfig, WanDiT
+from wan_model import PackLayout, Stage, TokenRows, WanConfig, WanDiT
 from wan_model.dit import timestep_features
+from wan_model.elementwise import rotate
 from wan_model.ops import RMSNorm
-from wan_model.rope import axis_widths, rotary_tables, rotate
+from wan_model.rope import axis_widths, rotary_table
 
 CPU = torch.device("cpu")
 
@@ -72,7 +73,7 @@ def test_rope_turns_each_sample_from_its_own_origin(rng: torch.Generator, near: 
     assert axis_widths(128) == (44, 42, 42)
     layout = PackLayout(((2, 1, 3), (1, 2, 2)), padding=2)
     x = torch.randn(layout.total, 3, 20, generator=rng)
-    got = rotate(x, rotary_tables(layout, 20, CPU))
+    got = rotate(x.flatten(1), rotary_table(TokenRows.whole(layout), 20, CPU)).view_as(x)
     places = [(f, 0, w) for f in range(2) for w in range(3)] + [(0, h, w) for h in range(2) for w in range(2)]
     near(got[:10], torch.stack([rope(row, place) for row, place in zip(x, places, strict=False)]), 1e-6)
     assert torch.equal(got[10:], x[10:]), "padding is not turned"
@@ -80,9 +81,9 @@ def test_rope_turns_each_sample_from_its_own_origin(rng: torch.Generator, near: 
 
 def test_rope_angles_far_out_keep_fp64_accuracy() -> None:
     # fp32 angles would be wrong by about 1e-4 here.
-    cos, _ = rotary_tables(PackLayout(((5000, 1, 1),)), 128, CPU)
+    table = rotary_table(TokenRows.whole(PackLayout(((5000, 1, 1),))), 128, CPU)
     wanted = [math.cos(4999 * 10000 ** (-2 * i / 44)) for i in range(22)]
-    assert (cos[-1, 0, :22].double() - torch.tensor(wanted, dtype=torch.float64)).abs().max() < 1e-7
+    assert (table[-1, 0, :22].real.double() - torch.tensor(wanted, dtype=torch.float64)).abs().max() < 1e-7
 
 
 def test_time_features(near: Any) -> None:
@@ -109,8 +110,8 @@ def test_block(small_model: WanDiT, small_config: WanConfig, rng: torch.Generato
     x, time = torch.randn(6, width, generator=rng), torch.randn(1, 6, width, generator=rng)
     text = torch.randn(4, width, generator=rng)
     module, layout = small_model.blocks["1"], PackLayout((grid,))
-    tables = rotary_tables(layout, small_config.head_dim, CPU)
-    got = module(x, time, text, torch.zeros(6, dtype=torch.long), tables, layout.offsets, (0, 4))
+    rows = TokenRows.whole(layout)
+    got = module(x, time, text, rows, rotary_table(rows, small_config.head_dim, CPU), (0, 4))
     double = {name: value.double() for name, value in module.state_dict().items()}
     near(got, block(double, x.double(), time[0].double(), text.double(), grid, small_config), 1e-5)
 

@@ -1,7 +1,7 @@
 """Forward and backward read nothing back from the device; on an accelerator each such read stalls the queue."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_model import PackLayout, WanDiT
+from wan_model.recompute import Recompute
 
 # Operators whose result depends on values that the host must see.
 READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "bincount", "is_nonzero")
@@ -38,9 +39,9 @@ def test_the_mode_catches_reads(read: Callable[[Tensor], object]) -> None:
         read(torch.ones(3))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_known_layout_reads_nothing(small_model: WanDiT, recompute: bool) -> None:
-    small_model.recompute_blocks = recompute
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_a_known_layout_reads_nothing(small_model: WanDiT, recompute: Recompute) -> None:
+    small_model.recompute = recompute
     args = arguments(small_model, "cpu")
     small_model(*args)
     with NoReads():

@@ -69,7 +69,9 @@ def test_reads_what_was_saved(run: Path) -> None:
 
 def test_converts_while_reading(run: Path) -> None:
     state = read_training_checkpoint(run / "iter_0000010", dtype=torch.bfloat16)[2]
-    assert all(torch.equal(state[key], value.bfloat16()) for key, value in model_state(1).items())
+    for key, value in model_state(1).items():
+        kept = "time_embedder" in key or "scale_shift_table" in key or "norm2" in key
+        assert torch.equal(state[key], value if kept else value.bfloat16()), key
 
 
 def test_megatrons_plans_in_the_index_are_understood(run: Path) -> None:

@@ -53,7 +53,11 @@ def test_round_trip_through_diffusers_is_bit_equal(
 
 def test_precision_of_loading(folder: Path, small_model: WanDiT) -> None:
     loaded = load_transformer(folder, dtype=torch.bfloat16).state_dict()
-    assert equal(loaded, {key: value.bfloat16() for key, value in small_model.state_dict().items()})
+    kept = {key for key, value in loaded.items() if value.dtype == torch.float32}
+    wanted = {key for key in loaded if "time_embedder" in key or "scale_shift_table" in key or "norm2" in key}
+    assert kept == wanted
+    original = small_model.state_dict().items()
+    assert equal(loaded, {key: value if key in kept else value.bfloat16() for key, value in original})
 
 
 @pytest.mark.parametrize(("before", "after"), [(60_000, 10**10), (10**10, 60_000), (30_000, 60_000)])

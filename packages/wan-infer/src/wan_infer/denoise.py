@@ -68,7 +68,7 @@ def denoise(
         texts = [*texts, *[negative_text] * count]
     branches = 2 if guided else 1
     layout = PackLayout((grid,) * len(texts))
-    text_BTD = pad_text(texts, text_length).to(device, model.scale_shift_table.dtype)
+    text_BTD = pad_text(texts, text_length).to(device)
     solver = Solver(settings.solver, settings.steps, settings.shift, device)
 
     # The walk itself stays fp32; the model rounds what it is given to the precision of its weights.

@@ -1,45 +1,151 @@
 """Attention over packed sequences: every sample attends to itself (or to its own text) and to nothing else.
 
-Shapes: S tokens, H heads, E head width. Offsets are host integers, so nothing is read back from the device, and no
-mask of tokens × tokens is ever made.
+Shapes: S queries, K keys, H heads, E head width. Offsets are host integers, so nothing is read back from the device,
+and no mask of tokens x tokens is ever made: memory is linear in the tokens.
+
+``sdpa`` calls torch's attention segment by segment, with whichever kernel torch prefers; ``cudnn`` and ``flash`` do the
+same with that kernel alone. ``varlen`` is torch's variable-length flash attention, one launch for all segments. The
+last three need CUDA and 16-bit tensors.
 """
 
+import contextlib
+import functools
+import itertools
+from typing import Literal, get_args
+
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+AttentionKind = Literal["auto", "sdpa", "cudnn", "flash", "varlen"]
+Offsets = tuple[int, ...]
+
+_ONE_KERNEL = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# Segments shorter than this on average leave a GPU waiting for launches, so one launch for all is taken.
+_SHORT_SEGMENTS = 2048
+
+
+def check_kind(kind: str) -> None:
+    """Refuse an attention that does not exist.
+
+    Raises:
+        ValueError: naming those that do.
+    """
+    if kind not in get_args(AttentionKind):
+        raise ValueError(f"attention is {kind!r}; expected one of {', '.join(get_args(AttentionKind))}")
+
+
+def resolve_kind(kind: AttentionKind, q_SHE: Tensor, q_offsets: Offsets) -> AttentionKind:
+    """What ``auto`` stands for here: ``varlen`` for many short segments in 16 bits on CUDA, else ``sdpa``.
+
+    Raises:
+        ValueError: the kind asked for cannot run on these tensors.
+    """
+    on_cuda_in_16_bits = q_SHE.is_cuda and q_SHE.dtype in (torch.float16, torch.bfloat16)
+    if kind == "auto":
+        short = q_offsets[-1] < _SHORT_SEGMENTS * (len(q_offsets) - 1)
+        return "varlen" if on_cuda_in_16_bits and short and len(q_offsets) > 2 else "sdpa"
+    if kind != "sdpa" and not on_cuda_in_16_bits:
+        raise ValueError(
+            f"attention {kind} needs CUDA and bfloat16 or float16; got {q_SHE.dtype} on {q_SHE.device}: "
+            "choose sdpa or auto"
+        )
+    return kind
 
 
 def packed_attention(
     q_SHE: Float[Tensor, "S H E"],
     k_SHE: Float[Tensor, "K H E"],
     v_SHE: Float[Tensor, "K H E"],
-    q_offsets: tuple[int, ...],
-    k_offsets: tuple[int, ...],
+    q_offsets: Offsets,
+    k_offsets: Offsets,
+    kind: AttentionKind = "auto",
 ) -> Float[Tensor, "S H E"]:
-    """Scaled dot-product attention, segment by segment.
+    """Scaled dot-product attention; segment i of the queries attends to segment i of the keys.
 
     Args:
         q_SHE: queries; rows behind the last offset are padding and come out as zeros.
         k_SHE, v_SHE: keys and values.
-        q_offsets, k_offsets: segment starts, and last the end: B+1 ascending integers each.
+        q_offsets, k_offsets: segment starts, and last the end: B+1 ascending integers each. A segment without queries
+            is skipped.
+        kind: see the module's docstring.
 
     Returns:
         Attended values, [S, H, E].
+
+    Raises:
+        ValueError: a kind that cannot run on these tensors.
     """
     assert len(q_offsets) == len(k_offsets), "queries and keys must have the same number of segments"
-    parts = []
-    for i in range(len(q_offsets) - 1):
-        q, k, v = (
-            rearrange(x[start:stop], "s h e -> 1 h s e")
-            for x, start, stop in (
-                (q_SHE, q_offsets[i], q_offsets[i + 1]),
-                (k_SHE, k_offsets[i], k_offsets[i + 1]),
-                (v_SHE, k_offsets[i], k_offsets[i + 1]),
-            )
-        )
-        parts.append(rearrange(F.scaled_dot_product_attention(q, k, v), "1 h s e -> s h e"))
+    kind = resolve_kind(kind, q_SHE, q_offsets)
+    if kind == "varlen":
+        parts = [_variable_length(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)]
+    else:
+        # torch's own preference puts cuDNN behind flash attention, which on Hopper is the slower one.
+        only = sdpa_kernel(_ONE_KERNEL[kind]) if kind in _ONE_KERNEL else _preferred(q_SHE.device)
+        with only:
+            parts = _segment_by_segment(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)
     if padding := q_SHE.shape[0] - q_offsets[-1]:
-        parts.append(q_SHE.new_zeros(padding, *q_SHE.shape[1:]))
+        zeros = q_SHE.new_zeros(padding, *q_SHE.shape[1:])
+        # A rank that holds nothing but padding takes part in the backward pass like the others, which wait for it.
+        parts.append(zeros if parts else zeros + (q_SHE[:0].sum() + k_SHE[:0].sum() + v_SHE[:0].sum()))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def _is_hopper_or_newer(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _preferred(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    if device.type != "cuda" or not _is_hopper_or_newer(device):
+        return contextlib.nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def _segment_by_segment(
+    q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
+) -> list[Tensor]:
+    parts = []
+    for (q_start, q_stop), (k_start, k_stop) in zip(
+        itertools.pairwise(q_offsets), itertools.pairwise(k_offsets), strict=True
+    ):
+        if q_start == q_stop:
+            continue
+        # [s, h, e] to [1, h, s, e] and back, as plain views: this runs for every segment of every layer.
+        q, k, v = (
+            x.transpose(0, 1).unsqueeze(0)
+            for x in (q_SHE[q_start:q_stop], k_SHE[k_start:k_stop], v_SHE[k_start:k_stop])
+        )
+        parts.append(F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1))
+    return parts
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(offsets: Offsets, device: torch.device) -> Tensor:
+    # A tensor made in inference mode could never be used in training afterwards, and this one is kept.
+    with torch.inference_mode(False):
+        return torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _longest(offsets: Offsets) -> int:
+    return max(stop - start for start, stop in itertools.pairwise(offsets))
+
+
+def _variable_length(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        q_SHE[: q_offsets[-1]],
+        k_SHE[: k_offsets[-1]],
+        v_SHE[: k_offsets[-1]],
+        _on_device(q_offsets, q_SHE.device),
+        _on_device(k_offsets, k_SHE.device),
+        _longest(q_offsets),
+        _longest(k_offsets),
+    )
+    assert isinstance(out, Tensor), "nothing but the result was asked for"
+    return out

@@ -16,10 +16,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan_model.attention import Offsets
 from wan_model.config import WanConfig
+from wan_model.elementwise import gate_add, norm_modulate, tanh_gelu_, wide
 from wan_model.ops import Ops, TorchOps
-from wan_model.pack import PackLayout, sample_index
-from wan_model.rope import rotary_tables, rotate
+from wan_model.pack import PackLayout, TokenRows
+from wan_model.recompute import Recompute, check_recompute
+from wan_model.rope import rotary_table
+
+# As in diffusers' ``_keep_in_fp32_modules``.
+KEPT_IN_FP32 = (".time_embedder.", ".scale_shift_table", ".norm2.")
+
+
+def precision_of(key: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision of one parameter in a model of the given one."""
+    kept = dtype.itemsize < 4 and any(part in f".{key}" for part in KEPT_IN_FP32)
+    return torch.float32 if kept else dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +57,10 @@ def timestep_features(timesteps_B: Float[Tensor, "B"], width: int) -> Float[Tens
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def layer_norm(x_SD: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Layer norm in fp32; the caller rounds."""
-    weight = None if weight is None else weight.float()
-    bias = None if bias is None else bias.float()
-    return F.layer_norm(x_SD.float(), x_SD.shape[-1:], weight, bias, eps)
-
-
-def per_token(rows_BD: Tensor, index_S: Tensor) -> Tensor:
-    """Each token's row of a per-sample table; one sample needs no copy, it broadcasts."""
-    return rows_BD if rows_BD.shape[0] == 1 else rows_BD.index_select(0, index_S)
+def modulation_rows(table_1ND: Tensor, time_BND: Tensor) -> list[tuple[Tensor, ...]]:
+    """The N modulation rows of a table plus a time embedding, fp32: for each, one [D] a sample."""
+    modulation_BND = wide(table_1ND) + wide(time_BND)
+    return list(zip(*(sample.unbind(0) for sample in modulation_BND.unbind(0)), strict=True))
 
 
 class LayerNorm(nn.Module):
@@ -68,7 +74,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """Normalise the last axis; the result has the input's precision."""
-        return layer_norm(x_SD, self.eps, self.weight, self.bias).to(x_SD.dtype)
+        weight, bias = wide(self.weight), wide(self.bias)
+        return F.layer_norm(wide(x_SD), x_SD.shape[-1:], weight, bias, self.eps).to(x_SD.dtype)
 
 
 class Attention(nn.Module):
@@ -86,22 +93,30 @@ class Attention(nn.Module):
         self.norm_k = ops.norm_across_heads(width, config.eps)
         self.to_out = nn.ModuleList([ops.row_linear(width, width)])
 
+    def project(self, x_SD: Tensor, source_KD: Tensor, table_S1P: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [rows, heads, width]; inputs have entered (see ``Ops``)."""
+        q = self.norm_q(self.to_q(x_SD), table_S1P)
+        k = self.norm_k(self.to_k(source_KD), table_S1P)
+        v = self.to_v(source_KD)
+        # Plain views: small models spend their time in calls.
+        q, k, v = (x.view(x.shape[0], self.heads, -1) for x in (q, k, v))
+        return q, k, v
+
     def forward(
         self,
         x_SD: Tensor,
-        source_KD: Tensor,
-        tables: tuple[Tensor, Tensor] | None,
-        q_offsets: tuple[int, ...],
-        k_offsets: tuple[int, ...],
+        text_TD: Tensor | None,
+        table_S1P: Tensor | None,
+        offsets: Offsets,
+        text_offsets: Offsets | None,
     ) -> Tensor:
-        """Attend; both inputs have entered (see ``Ops``), the result is this rank's rows."""
-        q = rearrange(self.norm_q(self.to_q(x_SD)), "s (h e) -> s h e", h=self.heads)
-        k = rearrange(self.norm_k(self.to_k(source_KD)), "k (h e) -> k h e", h=self.heads)
-        v = rearrange(self.to_v(source_KD), "k (h e) -> k h e", h=self.heads)
-        if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
-        attended = self.ops.attention(q, k, v, q_offsets, k_offsets)
-        out: Tensor = self.to_out[0](rearrange(attended, "s h e -> s (h e)"))
+        """Attend to the text where one is given, else to the tokens; the result is the rows that this rank holds."""
+        if text_TD is None:
+            attended = self.ops.self_attention(*self.project(x_SD, x_SD, table_S1P), offsets)
+        else:
+            assert text_offsets is not None, "a text has offsets"
+            attended = self.ops.cross_attention(*self.project(x_SD, text_TD, None), offsets, text_offsets)
+        out: Tensor = self.to_out[0](attended.flatten(1))
         return out
 
 
@@ -114,7 +129,7 @@ class FeedForwardIn(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """Expand and activate."""
-        return F.gelu(self.proj(x_SD), approximate="tanh")
+        return tanh_gelu_(self.proj(x_SD))
 
 
 class FeedForward(nn.Module):
@@ -150,27 +165,22 @@ class Block(nn.Module):
         x_SD: Tensor,
         time_B6D: Tensor,
         text_TD: Tensor,
-        index_S: Tensor,
-        tables: tuple[Tensor, Tensor],
-        offsets: tuple[int, ...],
-        text_offsets: tuple[int, ...],
+        held: TokenRows,
+        table_S1P: Tensor,
+        text_offsets: Offsets,
     ) -> Tensor:
-        """One layer. Modulation and residual gating are fp32, as in the official code."""
-        modulation = self.scale_shift_table.float() + time_B6D.float()
-        shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(row, index_S) for row in modulation.unbind(dim=1))
-        dtype = x_SD.dtype
+        """One layer, on this rank's rows. Modulation and residual gating are fp32, as in the official code."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_rows(self.scale_shift_table, time_B6D)
+        offsets = held.layout.offsets
 
-        normed = (layer_norm(x_SD, self.eps) * (1 + scale1) + shift1).to(dtype)
-        whole = self.ops.enter_tokens(normed)
-        attended = self.attn1(whole, whole, tables, offsets, offsets)
-        x_SD = (x_SD.float() + attended * gate1).to(dtype)
+        entered = self.ops.enter_tokens(norm_modulate(x_SD, shift1, scale1, held, self.eps))
+        x_SD = gate_add(x_SD, self.attn1(entered, None, table_S1P, offsets, None), gate1, held)
 
-        whole = self.ops.enter_tokens(self.norm2(x_SD))
-        x_SD = x_SD + self.attn2(whole, self.ops.enter_text(text_TD), None, offsets, text_offsets)
+        entered = self.ops.enter_tokens(self.norm2(x_SD))
+        x_SD = x_SD + self.attn2(entered, self.ops.enter_text(text_TD), None, offsets, text_offsets)
 
-        normed = (layer_norm(x_SD, self.eps) * (1 + scale2) + shift2).to(dtype)
-        hidden = self.ffn(self.ops.enter_tokens(normed))
-        return (x_SD.float() + hidden.float() * gate2).to(dtype)
+        entered = self.ops.enter_tokens(norm_modulate(x_SD, shift2, scale2, held, self.eps))
+        return gate_add(x_SD, self.ffn(entered), gate2, held)
 
 
 class TwoLayers(nn.Module):
@@ -207,7 +217,7 @@ class ConditionEmbedder(nn.Module):
         """Embedded text rows of all samples, [B*T, D]; zero rows go through the biases too, as in the official code."""
         mlp = self.text_embedder
         rows = rearrange(text_BTD, "b t d -> (b t) d").to(mlp.linear_1.weight.dtype)
-        out: Tensor = mlp.linear_2(F.gelu(mlp.linear_1(rows), approximate="tanh"))
+        out: Tensor = mlp.linear_2(tanh_gelu_(mlp.linear_1(rows)))
         return out
 
 
@@ -241,7 +251,7 @@ class WanDiT(nn.Module):
         self.config = config
         self.ops: Ops = ops or TorchOps()
         self.stage = stage or Stage.whole(config)
-        self.recompute_blocks = False
+        self.recompute: Recompute = "none"
         self.condition_embedder = ConditionEmbedder(config, self.ops)
         if self.stage.is_first:
             self.patch_embedding = PatchEmbedding(config)
@@ -258,6 +268,15 @@ class WanDiT(nn.Module):
             self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.hidden_size))
             self.ops.on_token_rows(self.proj_out)
             self.ops.on_token_rows(nn.ParameterList([self.scale_shift_table]))
+
+    def to_precision(self, dtype: torch.dtype) -> "WanDiT":
+        """Round the weights to a precision, but for the few that diffusers too keeps in fp32 (in place).
+
+        These are the time embedder, the modulation tables and the affine norm: 0.2 % of the released weights.
+        """
+        for key, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(precision_of(key, dtype))
+        return self
 
     def forward(
         self,
@@ -278,20 +297,24 @@ class WanDiT(nn.Module):
             Tokens [S, C] in the weights' precision on the last stage (all rows, on every rank); else hidden rows.
         """
         assert timesteps_B.shape[0] == text_BTD.shape[0] == layout.num_samples, "one timestep and one text a sample"
+        check_recompute(self.recompute)
         embedding_BD, time_B6D = self.condition_embedder.time(timesteps_B)
         text_TD = self.condition_embedder.text(text_BTD)
         text_offsets = tuple(i * text_BTD.shape[1] for i in range(layout.num_samples + 1))
-        index_S = self.ops.local_index(sample_index(layout, text_BTD.device))
-        tables = rotary_tables(layout, self.config.head_dim, text_BTD.device)
+        held = self.ops.held_rows(layout)
+        table_S1P = rotary_table(self.ops.entered_rows(layout), self.config.head_dim, text_BTD.device)
 
         x_SD = self.patch_embedding(self.ops.shard_tokens(x)) if self.stage.is_first else x
+        recompute = self.recompute != "none" and torch.is_grad_enabled()
         for block in self.blocks.values():
-            args = (x_SD, time_B6D, text_TD, index_S, tables, layout.offsets, text_offsets)
-            x_SD = self.ops.checkpoint(block, *args) if self.recompute_blocks and self.training else block(*args)
+            args = (x_SD, time_B6D, text_TD, held, table_S1P, text_offsets)
+            if recompute:
+                x_SD = self.ops.checkpoint(block, *args, keep_attention=self.recompute == "all_but_attention")
+            else:
+                x_SD = block(*args)
         if not self.stage.is_last:
             return x_SD
 
-        modulation = self.scale_shift_table.float() + embedding_BD.float()[:, None]
-        shift, scale = (per_token(row, index_S) for row in modulation.unbind(dim=1))
-        normed = (layer_norm(x_SD, self.config.eps) * (1 + scale) + shift).to(x_SD.dtype)
+        shift, scale = modulation_rows(self.scale_shift_table, embedding_BD[:, None])
+        normed = norm_modulate(x_SD, shift, scale, held, self.config.eps)
         return self.ops.gather_tokens(self.proj_out(normed))

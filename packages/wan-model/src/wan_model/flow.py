@@ -10,11 +10,11 @@ import dataclasses
 from typing import Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_model.dit import per_token
-from wan_model.pack import LatentPack, PackLayout, sample_index
+from wan_model.pack import LatentPack, PackLayout, pad_text, sample_index
 
 Density = Literal["uniform", "logit_normal", "mode", "lognorm"]
 Weighting = Literal["shift_sigma", "none"]
@@ -31,12 +31,14 @@ class NoisyPack:
         target_SC: eps - x0.
         timesteps_B: 1000 * sigma, fp32.
         weights_B: factor of each sample's loss.
+        text_BTD: the texts; the empty prompt's in place of those that were dropped.
     """
 
     tokens_SC: Float[Tensor, "S C"]
     target_SC: Float[Tensor, "S C"]
     timesteps_B: Float[Tensor, "B"]
     weights_B: Float[Tensor, "B"]
+    text_BTD: Float[Tensor, "B T D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ class FlowMatching:
         shift: s in sigma = s / (s + 1/u - 1).
         sigma_min, sigma_max: bounds that sigma is clamped to.
         weighting: ``shift_sigma`` is 1 + s * sigma, unnormalised, as in NVIDIA's recipe; ``none`` is 1.
+        caption_dropout: probability with which a sample is trained with the empty prompt instead of its own, which is
+            what guidance needs of a model.
     """
 
     density: Density = "logit_normal"
@@ -61,14 +65,16 @@ class FlowMatching:
     sigma_min: float = 0.0
     sigma_max: float = 1.0
     weighting: Weighting = "shift_sigma"
+    caption_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.density not in ("uniform", "logit_normal", "mode", "lognorm"):
             raise ValueError(f"density is {self.density!r}; expected uniform, logit_normal, mode or lognorm")
         if self.weighting not in ("shift_sigma", "none"):
             raise ValueError(f"weighting is {self.weighting!r}; expected shift_sigma or none")
-        if not 0 <= self.uniform_mix <= 1:
-            raise ValueError(f"uniform_mix is {self.uniform_mix}; a probability lies between 0 and 1")
+        for field in ("uniform_mix", "caption_dropout"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; a probability lies between 0 and 1")
         if self.shift <= 0 or self.logit_std <= 0:
             raise ValueError(f"shift is {self.shift} and logit_std is {self.logit_std}; both must be positive")
         if not 0 <= self.sigma_min < self.sigma_max <= 1:
@@ -109,27 +115,64 @@ class FlowMatching:
         """sigma = s / (s + 1/u - 1), clamped."""
         return (self.shift / (self.shift + 1 / u_B - 1)).clamp(self.sigma_min, self.sigma_max)
 
-    def corrupt(self, pack: LatentPack, generator: torch.Generator) -> NoisyPack:
-        """Draw sigma and noise for a pack.
+    def drop_captions(
+        self,
+        text_BTD: Float[Tensor, "B T D"],
+        empty_text_LD: Float[Tensor, "L D"] | None,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "B T D"]:
+        """The texts, each replaced by the empty prompt's with probability ``caption_dropout``.
+
+        One number a sample is drawn whatever the probability, so that changing it leaves the noise that follows alone.
+
+        Args:
+            text_BTD: texts, zero behind their true length.
+            empty_text_LD: the embedding of the empty prompt (``LatentCodec.encode_text([""])``), of its true length.
+            generator: the only source of randomness.
+
+        Raises:
+            ValueError: captions are to be dropped and there is no embedding to put in their place, or a longer one.
+        """
+        coin_B = torch.rand(text_BTD.shape[0], generator=generator, device=generator.device)
+        if self.caption_dropout == 0:
+            return text_BTD
+        if empty_text_LD is None:
+            raise ValueError(
+                f"caption_dropout is {self.caption_dropout} and no embedding of the empty prompt was given; "
+                'give LatentCodec.encode_text([""])[0], or set it to 0'
+            )
+        empty_1TD = pad_text([empty_text_LD.to(text_BTD.device, text_BTD.dtype)], text_BTD.shape[1])
+        return torch.where(rearrange(coin_B < self.caption_dropout, "b -> b 1 1"), empty_1TD, text_BTD)
+
+    def corrupt(
+        self,
+        pack: LatentPack,
+        generator: torch.Generator,
+        empty_text_LD: Float[Tensor, "L D"] | None = None,
+    ) -> NoisyPack:
+        """Draw sigma, dropped captions and noise for a pack.
 
         Noise is drawn for the samples' tokens only, so padding changes nothing.
 
         Args:
             pack: clean latents, on the generator's device.
             generator: the only source of randomness.
+            empty_text_LD: see ``drop_captions``; needed where captions are dropped.
         """
         sigma_B = self.shift_sigma(self.draw_u(pack.layout.num_samples, generator))
+        text_BTD = self.drop_captions(pack.text_BTD, empty_text_LD, generator)
         clean = pack.tokens_SC.float()
         noise = torch.zeros_like(clean)
         valid = pack.layout.valid
         noise[:valid] = torch.randn(valid, clean.shape[1], generator=generator, device=generator.device)
-        sigma_S1 = per_token(sigma_B[:, None], sample_index(pack.layout, clean.device))
+        sigma_S1 = sigma_B[sample_index(pack.layout, clean.device), None]
         weights_B = 1 + self.shift * sigma_B if self.weighting == "shift_sigma" else torch.ones_like(sigma_B)
         return NoisyPack(
             tokens_SC=(1 - sigma_S1) * clean + sigma_S1 * noise,
             target_SC=noise - clean,
             timesteps_B=TIMESTEPS * sigma_B,
             weights_B=weights_B,
+            text_BTD=text_BTD,
         )
 
 

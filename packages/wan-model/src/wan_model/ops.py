@@ -8,15 +8,18 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from wan_model.attention import packed_attention
+from wan_model.attention import AttentionKind, Offsets, check_kind, packed_attention
+from wan_model.context_parallel import ContextParallel
+from wan_model.elementwise import rms_norm
+from wan_model.pack import PackLayout, TokenRows
+from wan_model.recompute import recomputed, self_attention_region
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, statistics in fp32.
+    """Root-mean-square norm over the full width, statistics in fp32, with the rotation that follows it.
 
-    ``mean_square`` may be overridden by a runtime that holds only a part of the width.
+    A runtime that holds only a part of the width overrides ``forward``.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -24,24 +27,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def mean_square(self, x: Tensor) -> Tensor:
-        """Mean of the squares over the full width, [..., 1]."""
-        return x.square().mean(dim=-1, keepdim=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(self.mean_square(wide) + self.eps)
-        return normed.to(x.dtype) * self.weight
+    def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
+        """Normalise the last axis; given a table (``wan_model.rope``), turn each head after it."""
+        return rms_norm(x_SD, self.weight, self.eps, table_S1P)
 
 
 @runtime_checkable
 class Ops(Protocol):
     """A runtime. ``TorchOps`` is the single-device one; wan-train has Megatron's.
 
-    Between ``shard_tokens`` and ``gather_tokens`` a rank may hold only some rows of the token sequence.
-    ``enter_tokens`` gives it all rows for the linears and the attention, of which it then holds only some heads;
-    ``row_linear`` returns to rows.
+    Between ``shard_tokens`` and ``gather_tokens`` a rank holds only some rows of the token sequence (``held_rows``).
+    ``enter_tokens`` leads to the rows that linears and attention work on (``entered_rows``), of which the rank may then
+    hold only some heads; ``row_linear`` returns to the rows that are held.
     """
 
     def column_linear(self, width_in: int, width_out: int) -> nn.Module:
@@ -68,8 +65,15 @@ class Ops(Protocol):
     def enter_text(self, x_SD: Tensor) -> Tensor:
         """Text rows, which every rank holds whole, as the input of column-linears."""
 
-    def local_index(self, index_S: Tensor) -> Tensor:
-        """The part of a per-token index that belongs to this rank's rows."""
+    def held_rows(self, layout: PackLayout) -> TokenRows:
+        """The rows that ``shard_tokens`` leaves on this rank.
+
+        Raises:
+            ValueError: the ranks cannot share the pack's tokens evenly.
+        """
+
+    def entered_rows(self, layout: PackLayout) -> TokenRows:
+        """The rows that ``enter_tokens`` leads to."""
 
     def on_token_rows(self, module: nn.Module) -> None:
         """Declare that a module's parameters are whole on every rank but see only this rank's rows."""
@@ -77,22 +81,36 @@ class Ops(Protocol):
     def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
         """(axis, rank, ranks) of a parameter that is split over ranks, None for one that is whole."""
 
-    def attention(
-        self,
-        q_SHE: Tensor,
-        k_SHE: Tensor,
-        v_SHE: Tensor,
-        q_offsets: tuple[int, ...],
-        k_offsets: tuple[int, ...],
-    ) -> Tensor:
-        """Segment i of the queries attends to segment i of the keys."""
+    def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
+        """Each sample attends to itself; entered rows in and out, ``offsets`` of the samples in the whole pack."""
 
-    def checkpoint(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """Call a function and recompute it in the backward pass instead of keeping its activations."""
+    def cross_attention(
+        self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
+    ) -> Tensor:
+        """Each sample attends to its own text; entered rows in and out, ``q_offsets`` as above."""
+
+    def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
+        """Call a function, and again in the backward pass instead of keeping its activations.
+
+        ``keep_attention`` keeps the results of self-attention.
+        """
 
 
 class TorchOps:
-    """One device, plain torch."""
+    """Plain torch: one device, or several that share the tokens of a pack.
+
+    Args:
+        attention: see ``wan_model.attention``.
+        context: the ranks that share each pack's tokens; None for one device.
+
+    Raises:
+        ValueError: an attention that does not exist.
+    """
+
+    def __init__(self, attention: AttentionKind = "auto", context: ContextParallel | None = None) -> None:
+        check_kind(attention)
+        self.kind = attention
+        self.context = context
 
     def column_linear(self, width_in: int, width_out: int) -> nn.Module:
         """A plain linear."""
@@ -111,24 +129,29 @@ class TorchOps:
         return heads
 
     def shard_tokens(self, x_SD: Tensor) -> Tensor:
-        """All rows."""
-        return x_SD
+        """This rank's share of the context."""
+        return self.context.shard_rows(x_SD) if self.context else x_SD
 
     def gather_tokens(self, x_SD: Tensor) -> Tensor:
         """All rows."""
-        return x_SD
+        return self.context.gather_rows(x_SD) if self.context else x_SD
 
     def enter_tokens(self, x_SD: Tensor) -> Tensor:
-        """All rows."""
+        """The rows as they are."""
         return x_SD
 
     def enter_text(self, x_SD: Tensor) -> Tensor:
-        """All rows."""
+        """The rows as they are."""
         return x_SD
 
-    def local_index(self, index_S: Tensor) -> Tensor:
-        """The whole index."""
-        return index_S
+    def held_rows(self, layout: PackLayout) -> TokenRows:
+        """This rank's share of the context."""
+        return self.entered_rows(layout)
+
+    def entered_rows(self, layout: PackLayout) -> TokenRows:
+        """This rank's share of the context."""
+        rows = TokenRows.whole(layout)
+        return rows.part(self.context.rank, self.context.ranks) if self.context else rows
 
     def on_token_rows(self, module: nn.Module) -> None:
         """Nothing to declare."""
@@ -137,18 +160,21 @@ class TorchOps:
         """Every parameter is whole."""
         return None
 
-    def attention(
-        self,
-        q_SHE: Tensor,
-        k_SHE: Tensor,
-        v_SHE: Tensor,
-        q_offsets: tuple[int, ...],
-        k_offsets: tuple[int, ...],
-    ) -> Tensor:
-        """See ``wan_model.attention``."""
-        return packed_attention(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)
+    def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
+        """See ``wan_model.attention`` and ``wan_model.context_parallel``."""
+        with self_attention_region():
+            if self.context:
+                return self.context.self_attention(q_SHE, k_SHE, v_SHE, offsets, self.kind)
+            return packed_attention(q_SHE, k_SHE, v_SHE, offsets, offsets, self.kind)
 
-    def checkpoint(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """torch's non-reentrant checkpoint; the model draws no random numbers, so none are saved."""
-        result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-        return result
+    def cross_attention(
+        self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
+    ) -> Tensor:
+        """See ``wan_model.attention`` and ``wan_model.context_parallel``."""
+        if self.context:
+            return self.context.cross_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.kind)
+        return packed_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.kind)
+
+    def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
+        """See ``wan_model.recompute``."""
+        return recomputed(function, *args, keep_attention=keep_attention)

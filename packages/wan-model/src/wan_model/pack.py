@@ -76,9 +76,56 @@ class PackLayout:
         return PackLayout(self.grids, -self.valid % multiple)
 
 
-@functools.lru_cache(maxsize=64)
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """The rows of a pack that one rank holds.
+
+    Attributes:
+        layout: of the whole pack.
+        start, stop: the rows, out of ``layout.total``.
+    """
+
+    layout: PackLayout
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, layout: PackLayout) -> "TokenRows":
+        """All rows, padding included."""
+        return cls(layout, 0, layout.total)
+
+    def part(self, rank: int, ranks: int) -> "TokenRows":
+        """The rows of one of several ranks that share these evenly.
+
+        Raises:
+            ValueError: they cannot be shared evenly.
+        """
+        share, rest = divmod(self.stop - self.start, ranks)
+        if rest:
+            raise ValueError(
+                f"{self.stop - self.start} tokens cannot be shared evenly by {ranks} ranks; "
+                "pad the pack to a multiple (pack_latents has multiple, PackLayout has padded_to)"
+            )
+        return TokenRows(self.layout, self.start + rank * share, self.start + (rank + 1) * share)
+
+    @functools.cached_property
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """(sample, first row, end) of each sample that has rows here, counted from ``start``; they leave no gap.
+
+        Padding counts to the last sample, whose modulation it may read harmlessly.
+        """
+        ends = [*self.layout.offsets[1:-1], self.layout.total]
+        found = []
+        for sample, (first, end) in enumerate(zip(self.layout.offsets, ends, strict=False)):
+            first, end = max(first, self.start), min(end, self.stop)
+            if first < end:
+                found.append((sample, first - self.start, end - self.start))
+        return tuple(found)
+
+
+@functools.lru_cache(maxsize=16)
 def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, "S"]:
-    """The sample that each token belongs to; padding counts to the last one, whose rows it may read harmlessly."""
+    """The sample that each token belongs to; padding counts to the last one."""
     lengths = list(layout.lengths)
     lengths[-1] += layout.padding
     # A tensor made in inference mode could never be used in training afterwards, and this one is kept.

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.serialization import _get_layout
 
 from wan_model.config import WanConfig
+from wan_model.dit import precision_of
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights import check_keys, expected_shapes
 
@@ -242,7 +243,8 @@ def read_training_checkpoint(
 
     Args:
         path: of the checkpoint itself, ``.../iter_0000010``.
-        device, dtype: of the returned tensors; each is converted as it is read.
+        device: of the returned tensors.
+        dtype: of most of them (see ``wan_model.dit.precision_of``); each is converted as it is read.
 
     Returns:
         The transformer's sizes, the latent space that it was trained in (None if it was trained on made-up data), and
@@ -254,7 +256,9 @@ def read_training_checkpoint(
     path = Path(path)
     index, config, spec = _check_complete(path)
     entries = _model_entries(index, config, path)
-    state = {key: torch.empty(entry.size, device=device, dtype=dtype) for key, entry in entries.items()}
+    state = {
+        key: torch.empty(entry.size, device=device, dtype=precision_of(key, dtype)) for key, entry in entries.items()
+    }
     try:
         with warnings.catch_warnings():
             # Reading in a single process is what is meant here.

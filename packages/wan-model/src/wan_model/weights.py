@@ -7,7 +7,7 @@ there are.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from wan_model.dit import Stage, WanDiT
 from wan_model.model_folder import open_weights, read_json, weight_files
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
+_READ_AT_ONCE = 64 * 2**20
 
 
 def full_shape(model: WanDiT, parameter: nn.Parameter) -> tuple[int, ...]:
@@ -127,10 +128,25 @@ def load_weights(model: WanDiT, folder: Path) -> None:
     files = {key: path for key, path, _ in stored}
     parameters = dict(model.named_parameters())
     for path in sorted({files[key] for key in parameters}):
-        with open_weights(path) as file:
-            for key in (key for key in parameters if files[key] == path):
-                parameter = parameters[key]
-                parameter.copy_(file.get_slice(key)[local_slices(model, parameter)])
+        for keys in _batches([key for key, place, _ in stored if place == path and key in parameters], parameters):
+            with open_weights(path) as file:
+                for key in keys:
+                    parameter = parameters[key]
+                    parameter.copy_(file.get_slice(key)[local_slices(model, parameter)])
+
+
+def _batches(keys: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    # What has been read of a file stays in memory as long as the file is open: it is opened anew every so often.
+    batch: list[str] = []
+    read = 0
+    for key in keys:
+        batch.append(key)
+        read += parameters[key].nbytes
+        if read >= _READ_AT_ONCE:
+            yield batch
+            batch, read = [], 0
+    if batch:
+        yield batch
 
 
 def load_transformer(
@@ -142,12 +158,14 @@ def load_transformer(
 ) -> WanDiT:
     """Build a model from a diffusers ``transformer`` folder, in evaluation mode, for one device.
 
+    Memory: the weights once, and the largest of them again (see ``WanDiT.to_precision`` for ``dtype``).
+
     The parameters are made twice here, which loses what another runtime notes on them: with other ops than
     ``TorchOps``, build the model first and fill it with ``load_weights``.
     """
     with torch.device("meta"):
         model = WanDiT(read_config(folder), stage=stage)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to_precision(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model.eval()
 

@@ -9,6 +9,7 @@ gathers them once for all linears that read them, and its backward reduce-scatte
 import copy
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -20,6 +21,9 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from wan_model import PackLayout, TokenRows
+from wan_model.attention import AttentionKind
+from wan_model.elementwise import rotate
 from wan_model.ops import RMSNorm, TorchOps
 
 
@@ -59,12 +63,14 @@ class _SplitRMSNorm(RMSNorm):
         self.full_width = width
         _mark_split(self.weight, 0)
 
-    def mean_square(self, x: Tensor) -> Tensor:
-        """Mean over the full width, on every rank."""
-        squares = x.square().sum(dim=-1, keepdim=True)
+    def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
+        """Normalise this rank's part of the width, and turn its heads."""
+        wide = x_SD.float()
+        squares = wide.square().sum(dim=-1, keepdim=True)
         # Every rank's output depends on the sum, so its gradient is summed over ranks as well.
         total = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
-        return total / self.full_width
+        normed = (wide * torch.rsqrt(total / self.full_width + self.eps) * self.weight.float()).to(x_SD.dtype)
+        return normed if table_S1P is None else rotate(normed, table_S1P)
 
 
 class MegatronOps(TorchOps):
@@ -72,12 +78,14 @@ class MegatronOps(TorchOps):
 
     Args:
         config: Megatron's ``TransformerConfig`` of the run.
+        attention: see ``wan_model.attention``.
 
     Raises:
         ValueError: heads that the tensor-parallel size does not divide.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, attention: AttentionKind = "auto") -> None:
+        super().__init__(attention)
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.ranks: int = parallel_state.get_tensor_model_parallel_world_size()
         self.rank: int = parallel_state.get_tensor_model_parallel_rank()
@@ -145,9 +153,10 @@ class MegatronOps(TorchOps):
         same: Tensor = copy_to_tensor_model_parallel_region(x_SD)
         return same
 
-    def local_index(self, index_S: Tensor) -> Tensor:
-        """The entries of this rank's rows."""
-        return index_S.chunk(self.ranks)[self.rank] if self.sequence_parallel else index_S
+    def held_rows(self, layout: PackLayout) -> TokenRows:
+        """This rank's rows, if the sequence is parallel."""
+        rows = self.entered_rows(layout)
+        return rows.part(self.rank, self.ranks) if self.sequence_parallel else rows
 
     def on_token_rows(self, module: nn.Module) -> None:
         """Mark parameters whose gradients Megatron must sum over the ranks that share the sequence."""

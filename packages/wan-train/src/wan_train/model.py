@@ -17,14 +17,18 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT, init_weights
+from wan_model.attention import AttentionKind
 from wan_model.flow import FlowMatching
 from wan_model.model_folder import resolve_folder
+from wan_model.recompute import Recompute
 from wan_model.weights import load_weights
 from wan_train import engine
 from wan_train.megatron_ops import MegatronOps
 
 # Every pipeline stage embeds timesteps and text for itself; all of them must learn the same embedder.
 REPLICATED_ON_STAGES = "condition_embedder."
+# Megatron's names beside ours: "selective" keeps what is dearest to compute again.
+RECOMPUTE: dict[str | None, Recompute] = {None: "none", "full": "block", "selective": "all_but_attention"}
 
 
 def transformer_folder(model: str) -> Path:
@@ -64,7 +68,7 @@ def _ops(provider: "WanModelProvider") -> MegatronOps:
         from wan_train.transformer_engine_ops import TransformerEngineOps
 
         return TransformerEngineOps(provider)
-    return MegatronOps(provider)
+    return MegatronOps(provider, provider.attention)
 
 
 class MegatronWanDiT(MegatronModule):
@@ -82,7 +86,7 @@ class MegatronWanDiT(MegatronModule):
         self.pre_process, self.post_process = stage.is_first, stage.is_last
         with torch.device("cuda", torch.cuda.current_device()):
             self.dit = WanDiT(provider.wan_config, _ops(provider), stage)
-        self.dit.recompute_blocks = provider.recompute_granularity == "full"
+        self.dit.recompute = RECOMPUTE[provider.recompute_granularity]
         self._received: Tensor | None = None
         parameter: Any
         for name, parameter in self.dit.named_parameters():
@@ -137,8 +141,9 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         transformer: the content of diffusers' ``transformer/config.json``.
         latent_spec: ``LatentSpec.to_dict()`` of the training data, recorded in checkpoints; None for mock data.
         flow: the objective.
-        attention: ``sdpa`` is torch's, segment by segment; ``transformer_engine`` is its fused packed attention;
-            ``auto`` takes the latter where it is installed.
+        attention: ``sdpa``, ``cudnn``, ``flash`` and ``varlen`` are torch's (see ``wan_model.attention``);
+            ``transformer_engine`` is its fused packed attention; ``auto`` takes that where it is installed, else
+            torch's.
         init_from: a model in diffusers' layout (folder or hub id) whose transformer the training starts from; None
             for the official random initialisation.
         init_seed: of the random initialisation.
@@ -150,7 +155,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     transformer: dict[str, Any] = dataclasses.field(default_factory=WAN_1_3B.to_diffusers)
     latent_spec: dict[str, Any] | None = None
     flow: FlowMatching = dataclasses.field(default_factory=FlowMatching)
-    attention: Literal["auto", "sdpa", "transformer_engine"] = "auto"
+    attention: AttentionKind | Literal["transformer_engine"] = "auto"
     init_from: str | None = None
     init_seed: int = 1234
     # Read by Megatron-Bridge of every model.

@@ -66,6 +66,6 @@ class WanForwardStep:
         generator = generator_for("noise", state.cfg.rng.seed, numbered.number, device=self.device)
         noisy = flow.corrupt(pack, generator)
         out = model(
-            tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=pack.text_BTD, layout=pack.layout
+            tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=noisy.text_BTD, layout=pack.layout
         )
         return out, partial(_loss, noisy, pack.layout)

@@ -12,11 +12,12 @@ from einops import rearrange
 from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
+from wan_model.attention import Offsets
 from wan_train.megatron_ops import MegatronOps
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+def _on_device(offsets: Offsets, device: torch.device) -> Tensor:
     return torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
 
 
@@ -26,22 +27,25 @@ def _attention(heads: int, width: int) -> Any:
     return DotProductAttention(heads, width, attention_dropout=0.0, qkv_format="thd", attn_mask_type="padding")
 
 
-def _longest(offsets: tuple[int, ...]) -> int:
+def _longest(offsets: Offsets) -> int:
     return max(stop - start for start, stop in itertools.pairwise(offsets))
 
 
 class TransformerEngineOps(MegatronOps):
     """``MegatronOps`` with ``DotProductAttention`` over "thd" (packed) tensors."""
 
-    def attention(
-        self,
-        q_SHE: Tensor,
-        k_SHE: Tensor,
-        v_SHE: Tensor,
-        q_offsets: tuple[int, ...],
-        k_offsets: tuple[int, ...],
+    def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
+        """Each sample attends to itself."""
+        return self._attend(q_SHE, k_SHE, v_SHE, offsets, offsets)
+
+    def cross_attention(
+        self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
     ) -> Tensor:
-        """Segment i of the queries attends to segment i of the keys; the longest are told, never read back."""
+        """Each sample attends to its own text."""
+        return self._attend(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets)
+
+    def _attend(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
+        # The longest segments are told, never read back.
         heads, width = q_SHE.shape[1:]
         device = q_SHE.device
         attended = _attention(heads, width)(
