@@ -199,6 +199,13 @@ for _package in PACKAGES:
 
 
 @nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Speed and memory, ratios measured side by side; the tables are in bench/ (-- --quick to see that it runs)."""
+    prepare_environment(session)
+    run(session, "python", "-m", "bench", "--folder", "bench", *session.posargs, PYTHONPATH="tools")
+
+
+@nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
     """Ruff, the dependency direction, the Dockerfile; the types session follows."""
     prepare_environment(session)

@@ -169,10 +169,51 @@ def test_loss_is_the_weighted_mean_square(pack: LatentPack, rng: torch.Generator
     assert rounded.dtype == torch.float32
 
 
+def text_pack(count: int, rng: torch.Generator) -> LatentPack:
+    latents = [torch.zeros(16, 1, 2, 2)] * count
+    return pack_latents(latents, [torch.randn(3, 8, generator=rng) for _ in latents], ["a"] * count, text_length=4)
+
+
+def test_captions_are_dropped_one_by_one(rng: torch.Generator) -> None:
+    pack, empty = text_pack(4000, rng), torch.randn(2, 8, generator=rng)
+    text = FlowMatching(caption_dropout=0.3).corrupt(pack, rng, empty).text_BTD
+    padded = torch.cat([empty, torch.zeros(2, 8)])
+    dropped = (text == padded).all(-1).all(-1)
+    kept = (text == pack.text_BTD).all(-1).all(-1)
+    assert (dropped ^ kept).all(), "each sample has its own text or the empty prompt's, whole"
+    # Five standard deviations of a binomial.
+    assert abs(dropped.float().mean().item() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 4000)
+    assert torch.equal(FlowMatching(caption_dropout=1.0).corrupt(pack, rng, empty).text_BTD, padded.expand(4000, 4, 8))
+
+
+def test_caption_dropout_moves_neither_sigma_nor_noise(rng: torch.Generator) -> None:
+    pack, empty = text_pack(20, rng), torch.ones(1, 8)
+    none, some = (
+        FlowMatching(caption_dropout=p).corrupt(pack, torch.Generator().manual_seed(3), empty) for p in (0.0, 0.5)
+    )
+    assert torch.equal(none.target_SC, some.target_SC)
+    assert torch.equal(none.timesteps_B, some.timesteps_B)
+    assert torch.equal(none.text_BTD, pack.text_BTD)
+    again = FlowMatching(caption_dropout=0.5).corrupt(pack, torch.Generator().manual_seed(3), empty)
+    assert torch.equal(some.text_BTD, again.text_BTD)
+
+
+def test_dropping_captions_needs_the_empty_prompt(rng: torch.Generator) -> None:
+    pack = text_pack(2, rng)
+    FlowMatching().corrupt(pack, rng)
+    with pytest.raises(
+        ValueError, match=r"caption_dropout is 0\.1 and no embedding of the empty prompt was given; give"
+    ):
+        FlowMatching(caption_dropout=0.1).corrupt(pack, rng)
+    with pytest.raises(ValueError, match="9 tokens; the model takes at most 4"):
+        FlowMatching(caption_dropout=0.1).corrupt(pack, rng, torch.zeros(9, 8))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"uniform_mix": 1.5}, r"uniform_mix is 1\.5"),
+        ({"caption_dropout": -0.1}, r"caption_dropout is -0\.1"),
         ({"shift": 0.0}, r"shift is 0\.0"),
         ({"logit_std": -1.0}, r"logit_std is -1\.0"),
         ({"sigma_min": 0.5, "sigma_max": 0.5}, r"sigma runs from 0\.5 to 0\.5"),

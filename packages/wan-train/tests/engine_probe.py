@@ -123,6 +123,7 @@ def _configuration_answers() -> dict[str, object]:
         "batch": _raises(lambda: _check_layout(build(), 2)),
         "fsdp": _raises(lambda: _check_layout(build("dist.use_megatron_fsdp=true"), 1)),
         "context": _raises(build("model.context_parallel_size=2").model.finalize),
+        "captions": _raises(build("model.flow.caption_dropout=0.1").model.finalize),
         "heads": _raises(wide.model.finalize),
         "no data": _raises(lambda: _bind_data(build())),
         "absent data": _raises(lambda: _bind_data(build(f"dataset.path={folder / 'absent'}"))),

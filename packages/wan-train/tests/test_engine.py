@@ -106,6 +106,10 @@ def test_training_starts_from_released_weights_of_whatever_size(answers: dict[st
         ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
         ("fsdp", "fully sharded data parallelism is asked for; this version does not run it"),
         ("context", "context_parallel_size is 2; this version supports 1"),
+        (
+            "captions",
+            "model.flow.caption_dropout is 0.1; this version's datasets hold no embedding of the empty prompt",
+        ),
         ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
         ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
         ("absent data", "which is not a folder; make one with wan-data prepare"),

@@ -110,18 +110,22 @@ def _segment_by_segment(
     q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
 ) -> list[Tensor]:
     parts = []
-    for (q_start, q_stop), (k_start, k_stop) in zip(
-        itertools.pairwise(q_offsets), itertools.pairwise(k_offsets), strict=True
-    ):
-        if q_start == q_stop:
+    for q, k, v in zip(_split(q_SHE, q_offsets), _split(k_SHE, k_offsets), _split(v_SHE, k_offsets), strict=True):
+        if not q.shape[0]:
             continue
         # [s, h, e] to [1, h, s, e] and back, as plain views: this runs for every segment of every layer.
-        q, k, v = (
-            x.transpose(0, 1).unsqueeze(0)
-            for x in (q_SHE[q_start:q_stop], k_SHE[k_start:k_stop], v_SHE[k_start:k_stop])
-        )
-        parts.append(F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1))
+        q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).squeeze(0))
     return parts
+
+
+def _split(x_SHE: Tensor, offsets: Offsets) -> tuple[Tensor, ...]:
+    # Split, not sliced: the gradient of a slice is a tensor of the full size.
+    rest = x_SHE.shape[0] - offsets[-1]
+    if len(offsets) == 2 and not offsets[0] and not rest:
+        return (x_SHE,)
+    lengths = [offsets[0], *(stop - start for start, stop in itertools.pairwise(offsets)), rest]
+    return x_SHE.split(lengths)[1:-1]
 
 
 @functools.lru_cache(maxsize=32)

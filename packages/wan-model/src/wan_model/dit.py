@@ -8,6 +8,7 @@ Source: the official Wan 2.1 ``model.py`` and diffusers' ``transformer_wan.py``.
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -49,11 +50,17 @@ class Stage:
         return cls(0, config.num_layers, True, True)
 
 
+@functools.lru_cache(maxsize=8)
+def _frequencies(width: int, device: torch.device) -> Float[Tensor, "half"]:
+    # A tensor made in inference mode could never be used in training afterwards, and this one is kept.
+    with torch.inference_mode(False):
+        half = width // 2
+        return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=device) / half)
+
+
 def timestep_features(timesteps_B: Float[Tensor, "B"], width: int) -> Float[Tensor, "B width"]:
     """[cos, sin] of t * 10000^(-2i/width), fp32: bf16 would round a timestep by up to 2."""
-    half = width // 2
-    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
-    angles = timesteps_B.float()[:, None] * exponent.exp()
+    angles = timesteps_B.float()[:, None] * _frequencies(width, timesteps_B.device)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 

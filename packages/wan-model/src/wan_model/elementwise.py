@@ -47,10 +47,13 @@ def _by_segment(
     if len(rows.segments) == 1:
         sample = rows.segments[0][0]
         return function(*tokens, *(rows_D[sample] for rows_D in samples))
+    # Split, not sliced: the gradient of a slice is a tensor of the full size.
+    lengths = [stop - start for _, start, stop in rows.segments]
+    parts = zip(*(x_SD.split(lengths) for x_SD in tokens), strict=True)
     return torch.cat(
         [
-            function(*(x_SD[start:stop] for x_SD in tokens), *(rows_D[sample] for rows_D in samples))
-            for sample, start, stop in rows.segments
+            function(*segment, *(rows_D[sample] for rows_D in samples))
+            for segment, (sample, _, _) in zip(parts, rows.segments, strict=True)
         ]
     )
 
@@ -117,54 +120,67 @@ def rotate(x_SD: Tensor, table_S1P: Tensor) -> Tensor:
 
 def rms_norm(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None = None) -> Tensor:
     """RMS norm over the whole width, then, given a table, ``rotate``."""
-    if x_SD.is_cpu and x_SD.dtype == weight_D.dtype == torch.float32 and x_SD.numel() > _PIECE:
-        normed: Tensor = _RMSNormRotate.apply(x_SD, weight_D, eps, table_S1P)
+    if x_SD.is_cpu and x_SD.dtype == weight_D.dtype == torch.float32:
+        normed: Tensor
+        if torch.is_grad_enabled():
+            normed = _RMSNormRotate.apply(x_SD, weight_D, eps, table_S1P)
+        else:
+            normed, _ = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P)
         return normed
     normed = F.rms_norm(wide(x_SD), x_SD.shape[-1:], wide(weight_D), eps).to(x_SD.dtype)
     return normed if table_S1P is None else rotate(normed, table_S1P)
 
 
-def _pieces(rows: int, width: int) -> Iterator[slice]:
+def _pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same rows of several tensors, so many at a time that they stay in the cache; None stays None."""
+    rows, width = first.shape
     step = max(1, _PIECE * torch.get_num_threads() // width)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
+    if rows <= step:
+        return iter([(first, *others)])
+    count = -(-rows // step)
+    return zip(*([None] * count if x is None else x.split(step) for x in (first, *others)), strict=True)
+
+
+def _rms_norm_pieces(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result, and what each row was multiplied by."""
+    rows, width = x_SD.shape
+    out_SD, scale_S1 = torch.empty_like(x_SD), x_SD.new_empty(rows, 1)
+    eps_1 = x_SD.new_full((1,), eps)
+    for x, out, scale, turns in _pieces(x_SD, out_SD, scale_S1, table_S1P):
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=scale)
+        torch.addcmul(eps_1, scale, scale, value=1 / width, out=scale).rsqrt_()
+        if turns is None:
+            torch.mul(x, scale, out=out).mul_(weight_D)
+        else:
+            # A row's scale goes with its turns, of which there are fewer than values.
+            _as_pairs(torch.mul(x, weight_D, out=out), turns.shape[-1]).mul_(turns * scale.unsqueeze(-1))
+    return out_SD, scale_S1
 
 
 class _RMSNormRotate(torch.autograd.Function):
-    """Both in one pass over memory; fp32 on the CPU."""
+    """Both in one pass over memory, forward and backward; fp32 on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None) -> Tensor:
-        rows, width = x_SD.shape
-        out_SD = torch.empty_like(x_SD)
-        scale_S1 = x_SD.new_empty(rows, 1)
-        for piece in _pieces(rows, width):
-            x, out, scale = x_SD[piece], out_SD[piece], scale_S1[piece]
-            torch.mean(torch.mul(x, x, out=out), dim=-1, keepdim=True, out=scale)
-            scale.add_(eps).rsqrt_()
-            torch.mul(x, scale, out=out).mul_(weight_D)
-            if table_S1P is not None:
-                _as_pairs(out, table_S1P.shape[-1]).mul_(table_S1P[piece])
+        out_SD, scale_S1 = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P)
         ctx.save_for_backward(x_SD, weight_D, scale_S1, table_S1P)
         return out_SD
 
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_SD, weight_D, scale_S1, table_S1P = ctx.saved_tensors
+        width = x_SD.shape[1]
         grad_x_SD, grad_weight_D = torch.empty_like(x_SD), torch.zeros_like(weight_D)
         back_S1P = None if table_S1P is None else table_S1P.conj().resolve_conj()
-        grad_SD = grad_SD.contiguous()
-        for piece in _pieces(*x_SD.shape):
-            scale, out = scale_S1[piece], grad_x_SD[piece]
-            grad = grad_SD[piece]
-            if back_S1P is not None:
-                turned = _as_pairs(grad, back_S1P.shape[-1]) * back_S1P[piece]
-                grad = torch.view_as_real(turned).flatten(1)
-            normed = x_SD[piece] * scale
+        for x, grad, scale, out, back in _pieces(x_SD, grad_SD.contiguous(), scale_S1, grad_x_SD, back_S1P):
+            if back is not None:
+                grad = torch.view_as_real(_as_pairs(grad, back.shape[-1]) * back).flatten(1)
+            normed = x * scale
+            # With n the normed row: dx = scale (g w - n mean(g w n)), dw = sum of g n over rows.
             torch.mul(grad, normed, out=out)
             grad_weight_D += out.sum(dim=0)
-            mean = out.mul_(weight_D).mean(dim=-1, keepdim=True)
-            torch.mul(grad, weight_D, out=out).sub_(normed.mul_(mean)).mul_(scale)
+            dots = torch.mv(out, weight_D).unsqueeze(-1)
+            torch.mul(grad, weight_D, out=out).addcmul_(normed, dots, value=-1 / width).mul_(scale)
         return grad_x_SD, grad_weight_D, None, None
 
 

@@ -1,0 +1,67 @@
+"""The benchmark session runs and writes figures that hang together; how large they are is nobody's test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+# The tables of a GPU, on the CPU at a tiny size: what they say is not speed, but every row of them is filled.
+GPU_TABLES = """
+import json, torch
+from bench import model_cuda
+from wan_model import WanConfig
+
+config = WanConfig(num_heads=2, head_dim=24, ffn_dim=64, num_layers=1, text_dim=32, text_length=512, freq_dim=32)
+tables = list(model_cuda.tables(torch.device("cpu"), quick=True, config=config, video=(2, 4, 4)))
+print(json.dumps([vars(table) for table in tables]))
+"""
+
+
+def _python(*arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(TOOLS), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_cpu_tables(tmp_path):
+    printed = _python("-m", "bench", "--quick", "--device", "cpu", "--folder", str(tmp_path))
+    report = json.loads((tmp_path / "model.json").read_text())
+    assert report["conditions"]["threads"] == "1"
+    titles = [table["title"] for table in report["tables"]]
+    assert len(titles) == 5
+    markdown = (tmp_path / "model.md").read_text()
+    for table in report["tables"]:
+        assert table["title"] in printed
+        assert table["title"] in markdown
+        assert table["rows"]
+        assert all(len(row) == len(table["columns"]) and all(row) for row in table["rows"])
+    limit, small, _, recompute, _ = report["tables"]
+    for table, columns in ((limit, range(4, 7)), (small, [4]), (recompute, [3])):
+        assert all(0.01 < float(row[i]) < 100 for row in table["rows"] for i in columns)
+
+
+def test_gpu_tables_name_what_cannot_run():
+    forward, training = json.loads(_python("-c", GPU_TABLES))
+    assert [row[0] for row in forward["rows"]] == ["diffusers", "auto", "cudnn", "flash", "varlen"]
+    assert [row[:2] for row in training["rows"][:2]] == [["diffusers", "none"], ["diffusers", "block"]]
+    assert len(training["rows"]) == 2 + 4 * 3
+    for row in forward["rows"] + training["rows"]:
+        assert len(row) == len(forward["columns"])
+        if row[0] in ("diffusers", "auto"):
+            assert row[2].endswith(" ms")
+            assert float(row[6]) > 0
+        else:
+            assert row[2].startswith(f"attention {row[0]} needs CUDA")
+
+
+def test_no_gpu_is_one_sentence(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(TOOLS), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "bench", "--device", "cuda", "--folder", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().endswith("--device is cuda and there is no CUDA device here; leave it out")
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,229 @@
+"""The transformer on the CPU: against its bare matrix products, and against diffusers."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.bare import bare_products
+from bench.measure import median, ratio, time_rounds
+from bench.models import Samples, twins
+from bench.report import Table, gigabytes, seconds
+from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
+from wan_model.pack import Grid
+
+CPU = torch.device("cpu")
+# The 1.3B model's width, and a quarter of it to see that things run.
+TRUE_WIDTH = WanConfig(num_layers=1)
+QUICK_WIDTH = WanConfig(num_heads=3, ffn_dim=2240, num_layers=1, text_dim=512)
+SMALL = {
+    "tiny: width 96, 2 layers, 144 tokens": (
+        WanConfig(num_heads=4, head_dim=24, ffn_dim=192, num_layers=2, text_dim=64, text_length=64, freq_dim=64),
+        (3, 6, 8),
+    ),
+    "small: width 192, 4 layers, 240 tokens": (
+        WanConfig(num_heads=4, head_dim=48, ffn_dim=768, num_layers=4, text_dim=128, text_length=64, freq_dim=128),
+        (3, 8, 10),
+    ),
+}
+MIDDLE = WanConfig(num_heads=6, head_dim=64, ffn_dim=1536, num_layers=4, text_dim=512, text_length=128)
+# Videos of two lengths and three aspects, and images among them.
+MIX: list[Grid] = [
+    (5, 10, 18),
+    (5, 18, 10),
+    (3, 14, 14),
+    (1, 10, 18),
+    (1, 14, 14),
+    (3, 10, 18),
+    (1, 18, 10),
+    (5, 12, 12),
+]
+
+
+def forward(call: Callable[[], Tensor]) -> Callable[[], object]:
+    """Without gradients."""
+
+    def run() -> None:
+        with torch.no_grad():
+            call()
+
+    return run
+
+
+def training(call: Callable[[], Tensor], *models: nn.Module) -> Callable[[], object]:
+    """Forward and backward."""
+
+    def run() -> None:
+        for model in models:
+            model.zero_grad()
+        call().square().sum().backward()
+
+    return run
+
+
+def versus_limit(quick: bool) -> Table:
+    """At the true width the bare products are the limit."""
+    config = QUICK_WIDTH if quick else TRUE_WIDTH
+    table = Table(
+        f"Width {config.hidden_size} x {config.num_heads} heads, one layer, fp32, against the bare matrix products and "
+        "attention",
+        ["pass", "bare", "ours", "diffusers", "ours / bare", "diffusers / bare", "ours / diffusers"],
+        note="Medians of rounds; ratios are medians of the rounds' ratios. Targets: forward <= 1.03, training <= 1.05.",
+    )
+    grid = (1, 10, 10) if quick else (5, 20, 20)
+    ours, theirs = twins(config, CPU, torch.float32)
+    samples = Samples.draw(config, [grid], CPU, torch.float32)
+    calls = three(ours, theirs, samples)
+    for name, rounds, wrap in (("forward", 11, forward), ("training", 7, lambda call: training(call, ours, theirs))):
+        times = time_rounds({who: wrap(call) for who, call in calls.items()}, 2 if quick else rounds)
+        table.rows.append(
+            [f"{name}, {samples.layout.total:,} tokens"]
+            + [seconds(median(times[who])) for who in ("bare", "ours", "diffusers")]
+            + [f"{ratio(times['ours'], times['bare']):.3f}", f"{ratio(times['diffusers'], times['bare']):.3f}"]
+            + [f"{ratio(times['ours'], times['diffusers']):.3f}"]
+        )
+    return table
+
+
+def three(ours: WanDiT, theirs: Any, samples: Samples) -> dict[str, Callable[[], Tensor]]:
+    """The contenders on one sample."""
+    tokens, latent = samples.tokens, samples.latents[0][None]
+    return {
+        "bare": lambda: bare_products(ours, tokens, samples.texts, samples.layout),
+        "ours": lambda: ours(tokens, samples.timesteps, samples.texts, samples.layout),
+        "diffusers": lambda: theirs(latent, samples.timesteps, samples.texts, return_dict=False)[0],
+    }
+
+
+def small_models(quick: bool) -> Table:
+    """Where calls cost more than products; one thread, as one would run them."""
+    table = Table(
+        "Small models, fp32, one thread",
+        ["model", "pass", "ours", "diffusers", "ours / diffusers"],
+        note="Target: <= 0.9.",
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name, (config, grid) in SMALL.items():
+            ours, theirs = twins(config, CPU, torch.float32)
+            calls = three(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
+            for label, wrap in (("forward", forward), ("training", lambda call: training(call, ours, theirs))):  # noqa: B023  called in this turn
+                times = time_rounds({who: wrap(calls[who]) for who in ("ours", "diffusers")}, 20 if quick else 150)
+                medians = [seconds(median(times[who])) for who in ("ours", "diffusers")]
+                table.rows.append([name, label, *medians, f"{ratio(times['ours'], times['diffusers']):.3f}"])
+    finally:
+        torch.set_num_threads(threads)
+    return table
+
+
+def mixed_pack(quick: bool) -> Table:
+    """A pack of mixed shapes against a padded batch."""
+    grids = MIX[2:5] if quick else MIX
+    ours, theirs = twins(MIDDLE, CPU, torch.float32)
+    samples = Samples.draw(MIDDLE, grids, CPU, torch.float32)
+    tokens, batch = samples.tokens, samples.padded()
+    padded_tokens = len(grids) * batch.shape[2] * batch.shape[3] * batch.shape[4] // 4
+    table = Table(
+        f"A pack of {len(grids)} mixed shapes against diffusers' padded batch, fp32, width 384, 4 layers",
+        ["pass", "pack", "padded batch", "padded / pack"],
+        note=f"Grids {grids}: {samples.layout.total:,} tokens packed, {padded_tokens:,} padded. Target: >= 1.5.",
+    )
+    calls = {
+        "pack": lambda: ours(tokens, samples.timesteps, samples.texts, samples.layout),
+        "padded": lambda: theirs(batch, samples.timesteps, samples.texts, return_dict=False)[0],
+    }
+    for name, wrap in (("forward", forward), ("training", lambda call: training(call, ours, theirs))):
+        times = time_rounds({who: wrap(call) for who, call in calls.items()}, 1 if quick else 3)
+        medians = [seconds(median(times[who])) for who in ("pack", "padded")]
+        table.rows.append([name, *medians, f"{ratio(times['padded'], times['pack']):.2f}"])
+    return table
+
+
+def recompute(quick: bool) -> Table:
+    """What each mode keeps for the backward pass, and what it costs."""
+    config = dataclasses.replace(QUICK_WIDTH if quick else TRUE_WIDTH, num_layers=2)
+    table = Table(
+        f"Recomputation at width {config.hidden_size}, two layers, fp32: what a forward pass keeps",
+        ["mode", "kept", "training step", "time / none"],
+    )
+    ours, _ = twins(config, CPU, torch.float32)
+    samples = Samples.draw(config, [(1, 10, 10) if quick else (5, 14, 14)], CPU, torch.float32)
+    tokens = samples.tokens
+
+    def call() -> Tensor:
+        out: Tensor = ours(tokens, samples.timesteps, samples.texts, samples.layout)
+        return out
+
+    def in_mode(mode: Any) -> Callable[[], object]:
+        def run() -> None:
+            ours.recompute = mode
+            training(call, ours)()
+
+        return run
+
+    modes = ("none", "all_but_attention", "block")
+    times = time_rounds({mode: in_mode(mode) for mode in modes}, 1 if quick else 5)
+    for mode in modes:
+        ours.recompute = mode  # type: ignore[assignment]
+        ours.zero_grad()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            out = call()
+        kept = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+        del out
+        table.rows.append(
+            [mode, gigabytes(kept), seconds(median(times[mode])), f"{ratio(times[mode], times['none']):.2f}"]
+        )
+    table.note = f"{samples.layout.total:,} tokens; counted by torch's allocator. The difference grows with the number of layers."
+    return table
+
+
+_LOAD = """
+import json, sys, time
+from pathlib import Path
+import torch
+from wan_model import load_transformer
+
+start = time.perf_counter()
+model = load_transformer(Path(sys.argv[1]), dtype=torch.bfloat16)
+took = time.perf_counter() - start
+lines = Path("/proc/self/status").read_text().splitlines()
+peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+print(json.dumps([took, peak, sum(p.nbytes for p in model.parameters())]))
+"""
+
+
+def loading(quick: bool) -> Table:
+    """Peak memory of a whole process that loads a folder of the 1.3B model's size."""
+    config = QUICK_WIDTH if quick else WAN_1_3B
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in WanDiT(config).state_dict().items()}
+        rng = torch.Generator().manual_seed(0)
+        state = {
+            key: torch.empty(shape, dtype=torch.bfloat16).random_(-99, 99, generator=rng)
+            for key, shape in shapes.items()
+        }
+        save_transformer(state, config, Path(folder))
+        del state
+        child = subprocess.run([sys.executable, "-c", _LOAD, folder], capture_output=True, text=True, check=True)
+    took, peak, size = json.loads(child.stdout)
+    return Table(
+        f"Loading a folder of random weights, bf16, width {config.hidden_size}, {config.num_layers} layers",
+        ["weights", "peak of the whole process", "peak / weights", "time"],
+        [[gigabytes(size), gigabytes(peak), f"{peak / size:.3f}", seconds(took)]],
+        note="The file is in the page cache. Target: <= 1.15, Python and torch included.",
+    )
+
+
+def tables(*, quick: bool) -> Iterator[Table]:
+    """Each table as it is ready."""
+    for measure in (versus_limit, small_models, mixed_pack, recompute, loading):
+        yield measure(quick)

@@ -1,0 +1,43 @@
+"""A table of figures, as data and as Markdown."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Table:
+    """Figures that belong together.
+
+    Attributes:
+        title: what was measured.
+        columns: headings.
+        rows: cells, as they are to be read.
+        note: what a reader must know.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = dataclasses.field(default_factory=list)
+    note: str = ""
+
+
+def to_markdown(table: Table) -> str:
+    """The table with its title, columns aligned."""
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+
+    def row(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    text = [f"### {table.title}", "", row(table.columns), rule, *map(row, table.rows), ""]
+    return "\n".join([*text, table.note, ""] if table.note else text)
+
+
+def seconds(value: float) -> str:
+    """Three digits, in ms or s."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def gigabytes(value: float) -> str:
+    """In GB."""
+    return f"{value / 1e9:.2f} GB"
