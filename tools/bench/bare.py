@@ -1,7 +1,8 @@
 """The limit: the matrix products and the attention that a forward pass cannot do without, and nothing else.
 
 The shapes and weights are the model's. Each product takes the one before it as its input, so that autograd runs exactly
-their backward passes. Biases are left out, as are norms, modulation, gates, rotation and activations.
+their backward passes. A product has its bias, as one call of torch has it; norms, modulation, gates, rotation and
+activations are left out.
 """
 
 import itertools
@@ -27,12 +28,12 @@ def _attend(
 
 
 def bare_products(model: WanDiT, tokens_SC: Tensor, text_BTD: Tensor, layout: PackLayout) -> Tensor:
-    """The products of one forward pass on a pack without padding."""
+    """The products of one forward pass on a pack without padding, but for the embedding of the timesteps."""
     weights = dict(model.named_parameters())
     heads = model.config.num_heads
 
     def product(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"].flatten(1))
+        return F.linear(x, weights[f"{name}.weight"].flatten(1), weights[f"{name}.bias"])
 
     text = product(text_BTD.flatten(0, 1), "condition_embedder.text_embedder.linear_1")
     text = product(text, "condition_embedder.text_embedder.linear_2")

@@ -78,12 +78,18 @@ def test_gate_add(rows: TokenRows, rng: torch.Generator, near: Any) -> None:
     index = sample_of(rows)
     leaves = [leaf(n, WIDTH, rng=rng) for n in (len(index), len(index), rows.layout.num_samples)]
     compare(
-        lambda x, y, gate: ew.gate_add(x, y, gate.unbind(), rows),
+        lambda x, y, gate: ew.gate_add_(x, y, gate.unbind(), rows),
         lambda x, y, gate: x + y * gate[index],
         leaves,
         near,
         1e-6,
     )
+    x, y, gate = (leaf.detach() for leaf in leaves)
+    kept = x.clone()
+    with torch.no_grad():
+        near(ew.gate_add_(x, y.clone(), gate.unbind(), rows), x + y * gate[index], 1e-6)
+        near(ew.add_(x, y.clone()), x + y, 1e-6)
+    assert torch.equal(x, kept), "only the update is given up"
 
 
 @pytest.mark.usefixtures("pieces")
@@ -99,9 +105,9 @@ def test_rms_norm_with_rotation(turned: bool, rng: torch.Generator, near: Any) -
         pairs = torch.view_as_complex(normed.view(len(x), -1, PAIRS, 2)) * table.to(torch.complex128)
         return torch.view_as_real(pairs).flatten(1)
 
-    compare(lambda x, weight: ew.rms_norm(x, weight, 1e-6, table), plain, [x, weight], near, 2e-6)
+    compare(lambda x, weight: ew.rms_norm_(x, weight, 1e-6, table), plain, [x, weight], near, 2e-6)
     with torch.no_grad():
-        near(ew.rms_norm(x, weight, 1e-6, table), plain(x.double(), weight.double()), 1e-6)
+        near(ew.rms_norm_(x.clone(), weight, 1e-6, table), plain(x.double(), weight.double()), 1e-6)
 
 
 def test_rotation_without_complex_numbers_is_the_same(rng: torch.Generator, near: Any) -> None:
@@ -146,9 +152,12 @@ def test_rounding_happens_once(rng: torch.Generator, near: Any) -> None:
             ew.norm_modulate(x, shift.unbind(), scale.unbind(), ROWS, 1e-6),
             F.layer_norm(x.float(), (WIDTH,), eps=1e-6) * (1 + scale[index]) + shift[index],
         ),
-        (ew.gate_add(x, y, scale.unbind(), ROWS), x.float() + y.float() * scale[index]),
+        (ew.gate_add_(x, y, scale.unbind(), ROWS), x.float() + y.float() * scale[index]),
         (ew.rotate(x, table), ew.rotate(x.float(), table)),
-        (ew.rms_norm(x, shift[0].bfloat16(), 1e-6), F.rms_norm(x.float(), (WIDTH,), shift[0].bfloat16().float(), 1e-6)),
+        (
+            ew.rms_norm_(x, shift[0].bfloat16(), 1e-6),
+            F.rms_norm(x.float(), (WIDTH,), shift[0].bfloat16().float(), 1e-6),
+        ),
     ):
         assert got.dtype == torch.bfloat16
         # Half a unit in the last place, and a little for sums in another order.

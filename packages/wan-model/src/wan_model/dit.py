@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from wan_model.attention import Offsets
 from wan_model.config import WanConfig
-from wan_model.elementwise import gate_add, norm_modulate, tanh_gelu_, wide
+from wan_model.elementwise import add_, gate_add_, norm_modulate, tanh_gelu_, wide
 from wan_model.ops import Ops, TorchOps
 from wan_model.pack import PackLayout, TokenRows
 from wan_model.recompute import Recompute, check_recompute
@@ -181,13 +181,13 @@ class Block(nn.Module):
         offsets = held.layout.offsets
 
         entered = self.ops.enter_tokens(norm_modulate(x_SD, shift1, scale1, held, self.eps))
-        x_SD = gate_add(x_SD, self.attn1(entered, None, table_S1P, offsets, None), gate1, held)
+        x_SD = gate_add_(x_SD, self.attn1(entered, None, table_S1P, offsets, None), gate1, held)
 
         entered = self.ops.enter_tokens(self.norm2(x_SD))
-        x_SD = x_SD + self.attn2(entered, self.ops.enter_text(text_TD), None, offsets, text_offsets)
+        x_SD = add_(x_SD, self.attn2(entered, self.ops.enter_text(text_TD), None, offsets, text_offsets))
 
         entered = self.ops.enter_tokens(norm_modulate(x_SD, shift2, scale2, held, self.eps))
-        return gate_add(x_SD, self.ffn(entered), gate2, held)
+        return gate_add_(x_SD, self.ffn(entered), gate2, held)
 
 
 class TwoLayers(nn.Module):

@@ -5,6 +5,8 @@ stay in the cache where it takes several operations. On CUDA the chains are fuse
 switch ``TORCH_COMPILE_DISABLE=1`` turns that off). Results agree to rounding; everything is computed in fp32 and
 rounded once to the precision of the input.
 
+A function whose name ends in an underscore may write its result over one of its inputs, which the caller gives up.
+
 Legend: S tokens on this rank, D width, B samples, H heads, E head width.
 """
 
@@ -82,10 +84,25 @@ def _gate_add_chain(x_SD: Tensor, update_SD: Tensor, gate_D: Tensor) -> Tensor:
     return torch.addcmul(wide(x_SD), wide(update_SD), gate_D).to(x_SD.dtype)
 
 
-def gate_add(x_SD: Tensor, update_SD: Tensor, gates: PerSample, rows: TokenRows) -> Tensor:
-    """x + gate * update, with the gate (fp32, [D] a sample) of each token's sample."""
+def gate_add_(x_SD: Tensor, update_SD: Tensor, gates: PerSample, rows: TokenRows) -> Tensor:
+    """x + gate * update, with the gate (fp32, [D] a sample) of each token's sample.
+
+    Without gradients, over ``update``.
+    """
+    if update_SD.is_cpu and update_SD.dtype == x_SD.dtype == torch.float32 and not torch.is_grad_enabled():
+        for sample, start, stop in rows.segments:
+            update = update_SD[start:stop]
+            torch.addcmul(x_SD[start:stop], update, gates[sample], out=update)
+        return update_SD
     chain = _fused(_gate_add_chain) if x_SD.is_cuda else _gate_add_chain
     return _by_segment(rows, chain, (x_SD, update_SD), (gates,))
+
+
+def add_(x_SD: Tensor, update_SD: Tensor) -> Tensor:
+    """x + update. Without gradients, over ``update``."""
+    if torch.is_grad_enabled() or update_SD.dtype != x_SD.dtype:
+        return x_SD + update_SD
+    return update_SD.add_(x_SD)
 
 
 # -- the norm of queries and keys, and their rotation -----------------------------------------------------------------
@@ -118,14 +135,14 @@ def rotate(x_SD: Tensor, table_S1P: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(1).to(x_SD.dtype)
 
 
-def rms_norm(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None = None) -> Tensor:
-    """RMS norm over the whole width, then, given a table, ``rotate``."""
+def rms_norm_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None = None) -> Tensor:
+    """RMS norm over the whole width, then, given a table, ``rotate``. Without gradients, over its input."""
     if x_SD.is_cpu and x_SD.dtype == weight_D.dtype == torch.float32:
         normed: Tensor
         if torch.is_grad_enabled():
             normed = _RMSNormRotate.apply(x_SD, weight_D, eps, table_S1P)
         else:
-            normed, _ = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P)
+            normed, _ = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P, out_SD=x_SD)
         return normed
     normed = F.rms_norm(wide(x_SD), x_SD.shape[-1:], wide(weight_D), eps).to(x_SD.dtype)
     return normed if table_S1P is None else rotate(normed, table_S1P)
@@ -141,10 +158,12 @@ def _pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     return zip(*([None] * count if x is None else x.split(step) for x in (first, *others)), strict=True)
 
 
-def _rms_norm_pieces(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The result, and what each row was multiplied by."""
+def _rms_norm_pieces(
+    x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None, out_SD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The result, which ``out_SD`` becomes, and what each row was multiplied by."""
     rows, width = x_SD.shape
-    out_SD, scale_S1 = torch.empty_like(x_SD), x_SD.new_empty(rows, 1)
+    scale_S1 = x_SD.new_empty(rows, 1)
     eps_1 = x_SD.new_full((1,), eps)
     for x, out, scale, turns in _pieces(x_SD, out_SD, scale_S1, table_S1P):
         torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=scale)
@@ -162,7 +181,7 @@ class _RMSNormRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None) -> Tensor:
-        out_SD, scale_S1 = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P)
+        out_SD, scale_S1 = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P, torch.empty_like(x_SD))
         ctx.save_for_backward(x_SD, weight_D, scale_S1, table_S1P)
         return out_SD
 
@@ -206,21 +225,21 @@ class _TanhGelu(torch.autograd.Function):
         ctx.mark_dirty(x)
         derivative = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         flat = x.view(-1)
-        linear, cubic, cubic_slope = torch.tensor([_GELU_LINEAR, _GELU_CUBIC, 3 * _GELU_CUBIC]).unbind()
+        linear = x.new_full((1,), _GELU_LINEAR)
         flat_derivative = None if derivative is None else derivative.view(-1)
         size = _PIECE * torch.get_num_threads()
         buffer = x.new_empty(min(size, flat.numel()))
         for start in range(0, flat.numel(), size):
             piece = flat[start : start + size]
             gate = buffer[: piece.numel()]
-            torch.mul(piece, piece, out=gate)
+            # s = sigmoid(u) with u = x (linear + cubic x²)
+            torch.addcmul(linear, piece, piece, value=_GELU_CUBIC, out=gate).mul_(piece).sigmoid_()
             if flat_derivative is None:
-                piece.mul_(gate.mul_(cubic).add_(linear).mul_(piece).sigmoid_())
+                piece.mul_(gate)
                 continue
-            # With s = sigmoid(u(x)): y = x s and dy/dx = s + x u' s (1 - s) = s + (y - y s) u'.
+            # y = x s and dy/dx = s + x u' s (1 - s) = s + (y - y s) u'
             slope = flat_derivative[start : start + size]
-            torch.mul(gate, cubic_slope, out=slope).add_(linear)
-            gate.mul_(cubic).add_(linear).mul_(piece).sigmoid_()
+            torch.addcmul(linear, piece, piece, value=3 * _GELU_CUBIC, out=slope)
             piece.mul_(gate)
             slope.mul_(torch.addcmul(piece, piece, gate, value=-1)).add_(gate)
         if derivative is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wan_model.attention import AttentionKind, Offsets, check_kind, packed_attention
 from wan_model.context_parallel import ContextParallel
-from wan_model.elementwise import rms_norm
+from wan_model.elementwise import rms_norm_
 from wan_model.pack import PackLayout, TokenRows
 from wan_model.recompute import recomputed, self_attention_region
 
@@ -28,8 +28,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
-        """Normalise the last axis; given a table (``wan_model.rope``), turn each head after it."""
-        return rms_norm(x_SD, self.weight, self.eps, table_S1P)
+        """Normalise the last axis; given a table (``wan_model.rope``), turn each head after it.
+
+        The input is given up: without gradients the result is written over it.
+        """
+        return rms_norm_(x_SD, self.weight, self.eps, table_S1P)
 
 
 @runtime_checkable
