@@ -80,7 +80,7 @@ def versus_limit(quick: bool) -> Table:
         "attention",
         ["pass", "bare", "ours", "diffusers", "ours / bare", "diffusers / bare", "ours / diffusers"],
         note="Bare: torch's linears (with biases) and attention of the same shapes, nothing between. Medians over the "
-        f"rounds of {processes} processes; a ratio is the median of the rounds' ratios, and then the lowest and highest "
+        f"rounds of {processes} processes; ratios are medians of the rounds' ratios, with the lowest and the highest "
         "of a process alone: where its memory lies moves them. Targets: forward <= 1.03, training <= 1.05.",
     )
     # One process after another, each of them new.
