@@ -74,7 +74,7 @@ def training(call: Callable[[], Tensor], *models: nn.Module) -> Callable[[], obj
 def versus_limit(quick: bool) -> Table:
     """At the true width the bare products are the limit."""
     config, grid = (QUICK_WIDTH, (1, 10, 10)) if quick else (TRUE_WIDTH, (5, 20, 20))
-    processes = 2 if quick else 5
+    processes = 2 if quick else 4
     table = Table(
         f"Width {config.hidden_size} x {config.num_heads} heads, one layer, fp32, against the bare matrix products and "
         "attention",
@@ -107,7 +107,7 @@ def _rounds_at_the_limit(config: WanConfig, grid: Grid, quick: bool) -> dict[str
     """The seconds of each contender in each round, of both passes."""
     ours, theirs = twins(config, CPU, torch.float32)
     calls = three(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
-    passes = (("forward", 9, forward), ("training", 3, lambda call: training(call, ours, theirs)))
+    passes = (("forward", 7, forward), ("training", 3, lambda call: training(call, ours, theirs)))
     return {
         name: time_rounds({who: wrap(call) for who, call in calls.items()}, 2 if quick else rounds)
         for name, rounds, wrap in passes

@@ -103,6 +103,12 @@ def test_videos_that_would_be_cut_are_refused(codec: LatentCodec, shape: tuple[i
         codec.encode_video(torch.zeros(1, 3, *shape))
 
 
+@pytest.mark.parametrize("prompts", ["a prompt", []])
+def test_what_is_no_list_of_prompts_is_refused(codec: LatentCodec, prompts: Any) -> None:
+    with pytest.raises(ValueError, match="expected a list of at least one prompt"):
+        codec.encode_text(prompts)
+
+
 def test_halves(tiny_folder: Path, codec: LatentCodec) -> None:
     text_only = LatentCodec.from_pretrained(tiny_folder, load_vae=False)
     assert text_only.spec == codec.spec

@@ -62,8 +62,8 @@ def test_every_tensor_has_its_own_draw_and_the_seed_matters() -> None:
 def test_the_global_generator_is_neither_read_nor_moved() -> None:
     torch.manual_seed(1)
     first = initialised()
-    model = WanDiT(CONFIG)
     before = torch.get_rng_state()
+    model = WanDiT(CONFIG)
     init_weights(model, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(tensor, first[key]) for key, tensor in model.state_dict().items())

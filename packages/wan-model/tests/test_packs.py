@@ -214,6 +214,7 @@ def test_layout_numbers() -> None:
         (lambda: latent_grid(torch.zeros(16, 4, 4), (1, 2, 2)), r"\[C, F, H, W\]; got \(16, 4, 4\)"),
         (lambda: patchify(torch.zeros(16, 1, 3, 4)), r"patch \(1, 2, 2\) does not divide .*\(1, 3, 4\)"),
         (lambda: pad_text([torch.zeros(9, 4)], 8), "9 tokens; the model takes at most 8"),
+        (lambda: pad_text([], 8), "no text embeddings"),
         (lambda: pack_latents([], [], []), "at least one sample"),
         (lambda: pack_latents([torch.zeros(16, 1, 2, 2)], [], ["a"]), "1 latents, 0 texts and 1 keys"),
         (lambda: LatentPack(torch.zeros(3, 64), torch.zeros(1, 8, 4), PackLayout(((1, 1, 2),)), ("a",)), "3 tokens"),
@@ -223,6 +224,23 @@ def test_layout_numbers() -> None:
 def test_what_cannot_be_packed_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "timesteps", "text", "message"),
+    [
+        ((6, 64), (2,), (2, 8, 12), r"tokens of shape \(6, 64\); expected \(7, 64\)"),
+        ((7, 48), (2,), (2, 8, 12), r"tokens of shape \(7, 48\); expected \(7, 64\)"),
+        ((7, 64), (1,), (1, 8, 12), "1 timesteps and 1 texts; expected one of each .* 2 samples"),
+        ((7, 64), (2,), (2, 8, 16), "width 16; expected 12"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    model: WanDiT, tokens: tuple[int, ...], timesteps: tuple[int, ...], text: tuple[int, ...], message: str
+) -> None:
+    layout = PackLayout(((1, 2, 2), (1, 1, 2)), padding=1)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(tokens), torch.zeros(timesteps), torch.zeros(text), layout)
 
 
 def test_shapes_are_checked_while_testing() -> None:

@@ -18,7 +18,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
     first, again = digests(tiny_folder), digests(write_tiny_wan(tmp_path / "again"))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is the caller's"
     assert again == first
     other = digests(write_tiny_wan(tmp_path / "other", seed=1))
     assert other.keys() == first.keys()

@@ -19,6 +19,11 @@ LAYOUTS = {
     "data": [],
     "tensor": ["model.tensor_model_parallel_size=2"],
     "tensor-and-sequence": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+    "tensor-and-sequence-recomputing": [
+        "model.tensor_model_parallel_size=2",
+        "model.sequence_parallel=true",
+        "model.recompute_granularity=selective",
+    ],
     "pipeline": ["model.pipeline_model_parallel_size=2"],
 }
 

@@ -159,7 +159,12 @@ class LatentCodec:
         """Embeddings of cleaned prompts, fp32, each of its true length (the zero padding is the model's business).
 
         Each prompt is embedded with its own attention mask over the fixed length, as the official code does.
+
+        Raises:
+            ValueError: no list of prompts, or an empty one.
         """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"got {prompts!r}; expected a list of at least one prompt")
         text_encoder, tokenizer = self._need("text_encoder"), self._need("tokenizer")
         tokens = tokenizer(
             [clean_prompt(prompt) for prompt in prompts],

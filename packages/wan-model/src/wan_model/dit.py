@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from wan_model.attention import Offsets
 from wan_model.config import WanConfig
 from wan_model.elementwise import add_, gate_add_, norm_modulate, tanh_gelu_, wide
-from wan_model.ops import Ops, TorchOps
+from wan_model.ops import Linear, Ops, TorchOps
 from wan_model.pack import PackLayout, TokenRows
 from wan_model.recompute import Recompute, check_recompute
 from wan_model.rope import rotary_table
@@ -195,8 +195,8 @@ class TwoLayers(nn.Module):
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(width_in, width)
+        self.linear_2 = Linear(width, width)
 
 
 class ConditionEmbedder(nn.Module):
@@ -206,7 +206,7 @@ class ConditionEmbedder(nn.Module):
         super().__init__()
         self.freq_dim = config.freq_dim
         self.time_embedder = TwoLayers(config.freq_dim, config.hidden_size)
-        self.time_proj = nn.Linear(config.hidden_size, 6 * config.hidden_size)
+        self.time_proj = Linear(config.hidden_size, 6 * config.hidden_size)
         self.text_embedder = TwoLayers(config.text_dim, config.hidden_size)
         # Time reaches the loss through each rank's own rows only; text enters every rank's heads whole.
         ops.on_token_rows(self.time_embedder)
@@ -271,7 +271,7 @@ class WanDiT(nn.Module):
             self.ops.on_token_rows(nn.ParameterList([block.scale_shift_table]))
             self.blocks[str(i)] = block
         if self.stage.is_last:
-            self.proj_out = nn.Linear(config.hidden_size, config.token_out)
+            self.proj_out = Linear(config.hidden_size, config.token_out)
             self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.hidden_size))
             self.ops.on_token_rows(self.proj_out)
             self.ops.on_token_rows(nn.ParameterList([self.scale_shift_table]))
@@ -302,8 +302,11 @@ class WanDiT(nn.Module):
 
         Returns:
             Tokens [S, C] in the weights' precision on the last stage (all rows, on every rank); else hidden rows.
+
+        Raises:
+            ValueError: inputs that do not belong to the layout, or that are not of the model's widths.
         """
-        assert timesteps_B.shape[0] == text_BTD.shape[0] == layout.num_samples, "one timestep and one text a sample"
+        self._check_inputs(x, timesteps_B, text_BTD, layout)
         check_recompute(self.recompute)
         embedding_BD, time_B6D = self.condition_embedder.time(timesteps_B)
         text_TD = self.condition_embedder.text(text_BTD)
@@ -325,3 +328,18 @@ class WanDiT(nn.Module):
         shift, scale = modulation_rows(self.scale_shift_table, embedding_BD[:, None])
         normed = norm_modulate(x_SD, shift, scale, held, self.config.eps)
         return self.ops.gather_tokens(self.proj_out(normed))
+
+    def _check_inputs(self, x: Tensor, timesteps_B: Tensor, text_BTD: Tensor, layout: PackLayout) -> None:
+        samples, config = layout.num_samples, self.config
+        if timesteps_B.shape[0] != samples or text_BTD.shape[0] != samples:
+            raise ValueError(
+                f"got {timesteps_B.shape[0]} timesteps and {text_BTD.shape[0]} texts; "
+                f"expected one of each for every one of the layout's {samples} samples"
+            )
+        if text_BTD.shape[2] != config.text_dim:
+            raise ValueError(f"got text embeddings of width {text_BTD.shape[2]}; expected {config.text_dim}")
+        if self.stage.is_first and tuple(x.shape) != (layout.total, config.token_in):
+            raise ValueError(
+                f"got tokens of shape {tuple(x.shape)}; expected {(layout.total, config.token_in)}: the layout's rows, "
+                "padding included, and a patch's values"
+            )

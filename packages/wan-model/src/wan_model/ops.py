@@ -16,6 +16,13 @@ from wan_model.pack import PackLayout, TokenRows
 from wan_model.recompute import recomputed, self_attention_region
 
 
+class Linear(nn.Linear):
+    """Left uninitialised: torch's own initialisation takes time and draws from the global generator."""
+
+    def reset_parameters(self) -> None:
+        """Nothing; see ``wan_model.init_weights``."""
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the full width, statistics in fp32, with the rotation that follows it.
 
@@ -117,11 +124,11 @@ class TorchOps:
 
     def column_linear(self, width_in: int, width_out: int) -> nn.Module:
         """A plain linear."""
-        return nn.Linear(width_in, width_out)
+        return Linear(width_in, width_out)
 
     def row_linear(self, width_in: int, width_out: int) -> nn.Module:
         """A plain linear."""
-        return nn.Linear(width_in, width_out)
+        return Linear(width_in, width_out)
 
     def norm_across_heads(self, width: int, eps: float) -> nn.Module:
         """A plain RMS norm."""

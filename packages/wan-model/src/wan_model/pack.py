@@ -199,8 +199,10 @@ def pad_text(embeddings: Sequence[Float[Tensor, "_ D"]], length: int) -> Float[T
     """Stack text embeddings of true length into [B, T, D], zeros behind each.
 
     Raises:
-        ValueError: an embedding is longer than ``length``.
+        ValueError: there is no embedding, or one is longer than ``length``.
     """
+    if not embeddings:
+        raise ValueError("there are no text embeddings to pad; expected one a sample")
     longest = max(embedding.shape[0] for embedding in embeddings)
     if longest > length:
         raise ValueError(f"a text embedding has {longest} tokens; the model takes at most {length}")

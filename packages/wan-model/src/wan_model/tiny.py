@@ -89,7 +89,9 @@ def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONF
     vocabulary = _tokenizer(folder / "tokenizer", 640)
 
     generator = torch.Generator().manual_seed(seed)
-    vae = AutoencoderKLWan(base_dim=8, z_dim=config.in_channels, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    # Their constructors draw weights from the global generator, which is the caller's.
+    with torch.random.fork_rng(devices=[]):
+        vae = AutoencoderKLWan(base_dim=8, z_dim=config.in_channels, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
     _randomise(vae, generator, gain=1.2)
     vae.save_pretrained(folder / "vae")
 
@@ -106,7 +108,8 @@ def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONF
         is_encoder_decoder=False,
         use_cache=False,
     )
-    text_encoder = UMT5EncoderModel(text_config)
+    with torch.random.fork_rng(devices=[]):
+        text_encoder = UMT5EncoderModel(text_config)
     _randomise(text_encoder, generator, gain=1.0)
     text_encoder.save_pretrained(folder / "text_encoder")
 
