@@ -92,3 +92,12 @@ def test_unknown_modes_are_refused(small_model: WanDiT) -> None:
     small_model.recompute = "some"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="recompute is 'some'; expected one of none, block, all_but_attention"):
         small_model(*arguments(small_model))
+
+
+def test_nothing_is_recomputed_without_gradients(small_model: WanDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_model.recompute = "block"
+    monkeypatch.setattr(small_model.ops, "checkpoint", lambda *_, **__: pytest.fail("a checkpoint without a backward"))
+    with torch.no_grad():
+        small_model(*arguments(small_model))
+    with pytest.raises(pytest.fail.Exception, match="a checkpoint without a backward"):
+        small_model(*arguments(small_model))

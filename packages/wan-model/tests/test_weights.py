@@ -51,6 +51,14 @@ def test_round_trip_through_diffusers_is_bit_equal(
     assert equal(loaded.state_dict(), small_model.state_dict())
 
 
+@pytest.mark.parametrize("at_once", [1, 30_000])
+def test_every_tensor_arrives_however_often_the_file_is_opened(
+    folder: Path, small_model: WanDiT, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("wan_model.weights._READ_AT_ONCE", at_once)
+    assert equal(load_transformer(folder).state_dict(), small_model.state_dict())
+
+
 def test_precision_of_loading(folder: Path, small_model: WanDiT) -> None:
     loaded = load_transformer(folder, dtype=torch.bfloat16).state_dict()
     kept = {key for key, value in loaded.items() if value.dtype == torch.float32}
