@@ -197,6 +197,21 @@ class Payload:
         return self.call
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "taken"),
+    [(WriteItemType, "TENSOR", True), (WriteItemType, "mro", False), (Metadata, "__init__", False)],
+)
+def test_only_members_of_enums_are_taken_by_name(run: Path, owner: type, name: str, taken: bool) -> None:
+    # As Python 3.11.0 to 3.11.3 pickle the members of enums.
+    attribute = Payload(getattr, owner, name)
+    change_index(run / "iter_0000010", lambda index: setattr(index, "planner_data", attribute))
+    if taken:
+        read_training_checkpoint(run / "iter_0000010")
+        return
+    with pytest.raises(ValueError, match=f"is refused: it asks for the attribute '{name}'"):
+        read_training_checkpoint(run / "iter_0000010")
+
+
 @pytest.mark.parametrize("way", ["os.system", "subprocess", "eval", "inside"])
 def test_code_in_the_index_is_not_run(run: Path, tmp_path: Path, way: str) -> None:
     marker = tmp_path / "marker"

@@ -6,6 +6,7 @@ a pickle, so it is read by an unpickler that knows exactly the classes such a fi
 read with ``weights_only``; ``run_config.yaml`` is read as plain YAML.
 """
 
+import enum
 import io
 import math
 import pathlib
@@ -35,6 +36,15 @@ RUN_CONFIG = "run_config.yaml"
 _STEP = re.compile(r"iter_(\d{7,})")
 
 _DCP = "torch.distributed.checkpoint"
+
+
+def _enum_member(owner: Any, name: Any) -> enum.Enum:
+    # Python 3.11 before 3.11.4 pickles an enum's member as getattr(enum, name).
+    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of {owner!r}, which no checkpoint needs")
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{
         (f"{_DCP}.metadata", name): getattr(metadata, name)
@@ -55,6 +65,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
     },
     (f"{_DCP}.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("builtins", "getattr"): _enum_member,
     ("torch.serialization", "_get_layout"): _get_layout,
     ("torch", "Size"): torch.Size,
     ("collections", "OrderedDict"): OrderedDict,
