@@ -62,6 +62,8 @@ PACKAGES = [
     Package("wan-train", needs=["wan-model", "wan-data"], extras="cpu,test", forbidden=["wan-infer"]),
     Package("wan-infer", needs=["wan-model"], forbidden=["wan-data", "wan-train", "megatron*", "transformer-engine*"]),
 ]
+# Tests that take their full length in ``soak`` and a short one in ``tests``.
+SOAK = ["packages/wan-data/tests/test_reliability.py"]
 BY_NAME = {package.name: package for package in PACKAGES}
 
 
@@ -161,6 +163,13 @@ def integration(session: nox.Session) -> None:
     """The tests that run the four command lines one after another."""
     prepare_environment(session)
     pytest(session, "integration-tests")
+
+
+@nox.session(venv_backend="none")
+def soak(session: nox.Session) -> None:
+    """Reliability at full length: kills, full disks, races and damaged files by the hundred; half an hour."""
+    prepare_environment(session)
+    run(session, "pytest", *SOAK, "-s", "--durations=0", *session.posargs, **TESTING, WAN_SOAK="1")
 
 
 @nox.session(venv_backend="none")

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
-SMALL: dict[str, Any] = {"area": 32 * 48, "frames": 9, "min_frames": 5, "samples_per_shard": 3}
+SMALL: dict[str, Any] = {"areas": (32 * 48,), "frames": 9, "min_frames": 5, "samples_per_shard": 3}
 
 
 def write_clip(
@@ -88,11 +88,17 @@ class Silent:
     def stage(self, name: str, total: int) -> None:
         self.lines.append(f"{name} {total}")
 
-    def step(self, line: str) -> None:
+    def step(self, line: str, steps: int = 1) -> None:
         self.lines.append(line)
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+
+@pytest.fixture(scope="session")
+def length() -> Callable[[int, int], int]:
+    """How often: the first number in ``nox -s soak``, the second otherwise."""
+    return lambda soak, quick: soak if os.environ.get("WAN_SOAK") else quick
 
 
 @pytest.fixture
@@ -120,12 +126,23 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fill_folder(tmp_path_factory.mktemp("clips"))
 
 
-@pytest.fixture(scope="session")
-def dataset(clips: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> Any:
+    from wan_data.inputs import files_of_folder
     from wan_data.prepare import prepare
 
+    more = {"report": Silent(), "device": "cpu", "decoders": 1, **more}
+    return prepare(files_of_folder(clips, settings), output, str(model), settings, **more)
+
+
+@pytest.fixture(scope="session")
+def prepared() -> Callable[..., Any]:
+    return prepare_folder
+
+
+@pytest.fixture(scope="session")
+def dataset(clips: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "dataset"
-    prepare(clips, folder, str(tiny_model), PrepareSettings(**SMALL), report=Silent(), device="cpu")
+    prepare_folder(clips, folder, tiny_model, PrepareSettings(**SMALL))
     return folder
 
 

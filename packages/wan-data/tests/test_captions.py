@@ -69,5 +69,7 @@ def test_captions_that_differ_are_refused_and_equal_ones_agree(folder):
 
 def test_a_missing_caption_names_unreadable_lists(folder):
     (folder / "list.jsonl").write_bytes(b"{broken\n")
-    with pytest.raises(ValueError, match=r"no caption: expected clip.json or .*list.jsonl line 1 is not JSON"):
+    with pytest.raises(
+        ValueError, match=r"no caption: expected clip.json, .jsonl or .txt beside it.*list.jsonl line 1 is not JSON"
+    ):
         find(folder)

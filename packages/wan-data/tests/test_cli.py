@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from wan_data.cli import main
+from wan_data.manifest import read_manifest
 
 
 @pytest.fixture
@@ -74,9 +76,92 @@ def test_nothing_usable_is_an_error_and_leaves_nothing(run, tiny_model, clip, tm
     )
     assert done.exit_code == 1
     assert "none of the 1 files can be used: mute.mkv: it has no caption" in done.output
-    assert list((tmp_path / "a").iterdir()) == []
+    assert [path.name for path in (tmp_path / "a").iterdir()] in ([], [".wan-data.lock"])
     done = run("prepare", "--video-folder", tmp_path / "a", "--output-folder", tmp_path / "b", "--model", tiny_model)
     assert "holds no files ending in" in done.output
+
+
+def test_plan_says_what_prepare_then_does(run, clips, tiny_model, tmp_path):
+    shutil.copytree(clips, tmp_path / "in")
+    (tmp_path / "in" / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "in" / "broken.txt").write_text("x")
+    options = ("--video-folder", tmp_path / "in", "--output-folder", tmp_path / "out", *SMALL, "--min-frames", 5)
+    done = run("plan", *options, "--json", "--model", tiny_model)
+    assert done.exit_code == 1, done.output
+    found = json.loads(done.stdout)
+    assert (found["sources"], found["accepted"], found["samples"]) == (7, 6, 14)
+    assert [kind["sources"] for kind in found["rejected"]] == [[source] for source in found["rejected"][0]["sources"]]
+    assert found["rejected"][0]["sources"][0].startswith("broken.mp4: it cannot be decoded")
+    assert found["seconds_about"] > 0
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".wan-data.lock"] == [".wan-data"]
+
+    done = run("prepare", *options, "--model", tiny_model, "--allow-rejects")
+    assert done.exit_code == 0, done.output
+    manifest = read_manifest(tmp_path / "out")
+    rows = {(row["split"], row["frames"], row["height"], row["width"]): row for row in found["buckets"]}
+    shapes = {(shape.split, shape.frames, shape.height, shape.width): shape for shape in manifest.shapes}
+    assert {place: row["samples"] for place, row in rows.items()} == {
+        place: shape.samples for place, shape in shapes.items()
+    }
+    assert {row["tokens"] for row in found["buckets"]} == {shape.tokens for shape in manifest.shapes}
+    assert found["shards"] == len(manifest.shards)
+
+    tables = run("plan", *options[:2], *SMALL, "--min-frames", 5, "--allow-rejects")
+    assert tables.exit_code == 0
+    assert "14 samples of 6 of 7 files" in tables.output
+    assert "1 rejected: it cannot be decoded" in tables.output
+    assert "broken.mp4" in tables.output
+
+
+def test_a_listing_instead_of_a_folder(run, clips, tiny_model, tmp_path):
+    (tmp_path / "list.csv").write_text("path,text\nwide.mkv,Wide.\nabsent.mkv,Nothing.\n")
+    options = ("--listing", tmp_path / "list.csv", "--video-folder", clips, "--caption-key", "text")
+    done = run("prepare", *options, "--output-folder", tmp_path / "out", "--model", tiny_model, *SMALL)
+    assert done.exit_code == 1
+    assert "absent.mkv: it cannot be read: No such file or directory" in done.output
+    (wide,) = (record for record in read_manifest(tmp_path / "out").sources if record.verdict == "accepted")
+    assert (wide.path, wide.samples) == ("wide.mkv", 3)
+    nothing = run("prepare", "--output-folder", tmp_path / "x", "--model", tiny_model)
+    assert nothing.exit_code == 1
+    assert "give --video-folder, or --listing" in nothing.output
+
+
+def test_verify(run, dataset, clips, tmp_path):
+    done = run("verify", dataset, "--sources", clips)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "5 shards, 14 samples, 6 sources checked: all is well\n"
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    shard = min(copy.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = run("verify", copy)
+    assert done.exit_code == 1
+    assert f"shard {shard.name} has" in done.stdout
+    assert "problems" in done.stdout.splitlines()[-1]
+    assert "no .nv-meta folder" in run("verify", tmp_path).output
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_preview_shows_the_latents(run, dataset, tiny_model, tmp_path):
+    options = ("preview", dataset, "--model", tiny_model, "--output", tmp_path / "sheet.png", "--device", "cpu")
+    done = run(*options, "--samples", 3)
+    assert done.exit_code == 0, done.output
+    assert done.output == f"3 samples of {dataset}: {tmp_path / 'sheet.png'}\n"
+    width, height = png_size(tmp_path / "sheet.png")
+    run(*options, "--samples", 1)
+    assert png_size(tmp_path / "sheet.png") == (width, pytest.approx(height / 3, abs=2))
+    assert "no split 'test'; it has train, val" in run(*options, "--split", "test").output
+    assert "must be at least 1" in run(*options, "--samples", 0).output
+
+
+def test_inspect_draws(run, dataset, tmp_path):
+    done = run("inspect", dataset, "--png", tmp_path / "sizes.png")
+    assert done.exit_code == 0, done.output
+    assert min(png_size(tmp_path / "sizes.png")) > 300
 
 
 def test_inspect(run, dataset):

@@ -171,12 +171,11 @@ def test_too_few_samples_for_the_ranks_are_refused(dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_refused_sample_ends_the_run_and_is_named(tmp_path, workers):
-    writer = ShardWriter(tmp_path, 10)
-    with writer.split("train") as shard:
+    with ShardWriter(tmp_path, 0, "train") as shard:
         for number in range(4):
             latent = torch.full((16, 1, 2, 2), float("nan") if number == 2 else 0.0)
             shard.write(Sample(f"key{number}", latent, torch.zeros(3, 8), {"caption": "x"}))
-    write_metadata(tmp_path, writer.records)
+    write_metadata(tmp_path, [shard.record])
     with pytest.raises(
         ValueError, match=r"shard shard-rank00-000000.*, sample key2: member key2.pth is refused: .*not finite"
     ):

@@ -1,7 +1,9 @@
 import hashlib
+import importlib
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import uuid
 
@@ -11,7 +13,7 @@ import torch
 from wan_data.energon_metadata import DATASET_YAML
 from wan_data.files import sha256_of, sole_writer
 from wan_data.manifest import read_manifest
-from wan_data.prepare import prepare
+from wan_data.prepare import WORK_FOLDER
 from wan_data.settings import PrepareSettings
 from wan_model.codec import LatentCodec
 
@@ -98,8 +100,10 @@ def test_the_energon_metadata_is_written_without_questions(dataset):
     assert uuid.UUID((meta / "index.uuid").read_text())
 
 
-def test_a_second_run_has_the_same_bytes_with_other_processes(clips, tiny_model, dataset, small, silent, tmp_path):
-    prepare(clips, tmp_path / "a", str(tiny_model), PrepareSettings(**small), report=silent, device="cpu", processes=2)
+def test_a_second_run_has_the_same_bytes_with_other_processes(
+    prepared, clips, tiny_model, dataset, small, silent, tmp_path
+):
+    prepared(clips, tmp_path / "a", tiny_model, PrepareSettings(**small), report=silent, processes=2)
     # index.sqlite: Energon's own index, written by whatever library there is.
     first, second = (
         {name: digest for name, digest in digests(folder).items() if not name.endswith(".sqlite")}
@@ -108,7 +112,7 @@ def test_a_second_run_has_the_same_bytes_with_other_processes(clips, tiny_model,
     assert first == second
 
 
-def test_bad_files_are_rejected_by_name_and_the_others_go_on(clip, tiny_model, small, silent, tmp_path):
+def test_bad_files_are_rejected_by_name_and_the_others_go_on(prepared, clip, tiny_model, small, silent, tmp_path):
     folder = tmp_path / "in"
     for name, size, frames in (("good", (48, 64), 9), ("short", (48, 64), 3), ("little", (16, 24), 9)):
         clip(folder / f"{name}.mkv", range(frames), size=size)
@@ -117,7 +121,7 @@ def test_bad_files_are_rejected_by_name_and_the_others_go_on(clip, tiny_model, s
     (folder / "broken.mp4").write_bytes(b"no video")
     (folder / "broken.json").write_text('{"caption": "x"}')
     settings = PrepareSettings(**small)
-    manifest = prepare(folder, tmp_path / "out", str(tiny_model), settings, report=silent, device="cpu")
+    manifest = prepared(folder, tmp_path / "out", tiny_model, settings, report=silent)
     reasons = {source.path: source.reason for source in manifest.sources}
     assert reasons.pop("good.mkv") is None
     assert set(reasons) == {"short.mkv", "little.mkv", "mute.mkv", "broken.mp4"}
@@ -129,53 +133,99 @@ def test_bad_files_are_rejected_by_name_and_the_others_go_on(clip, tiny_model, s
     assert any("too few for a validation split" in line for line in silent.lines)
 
 
-def test_equal_captions_are_encoded_once(clips, tiny_model, small, silent, tmp_path, monkeypatch):
+def test_equal_captions_are_encoded_once(prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch):
     asked = []
     encode = LatentCodec.encode_text
     monkeypatch.setattr(
         LatentCodec, "encode_text", lambda self, prompts: asked.extend(prompts) or encode(self, prompts)
     )
-    prepare(clips, tmp_path / "out", str(tiny_model), PrepareSettings(**small), report=silent, device="cpu")
+    prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent)
     assert sorted(asked) == sorted(set(asked))
     assert len(asked) == 3
 
 
-def test_frames_mode_makes_images(clip, tiny_model, small, silent, tmp_path):
+def test_frames_mode_makes_images(prepared, clip, tiny_model, small, silent, tmp_path):
     folder = tmp_path / "in"
     clip(folder / "a.mkv", range(4))
     (folder / "a.json").write_text('{"caption": "x"}')
     settings = PrepareSettings(mode="frames", **small)
-    manifest = prepare(folder, tmp_path / "out", str(tiny_model), settings, report=silent, device="cpu")
+    manifest = prepared(folder, tmp_path / "out", tiny_model, settings, report=silent)
     assert [(shape.latent[1], shape.samples) for shape in manifest.shapes] == [(1, 4)]
     infos = [json.loads(data) for _, member, data in members(tmp_path / "out") if member.name.endswith("json")]
     assert [(info["frame_index"], info["total_frames_in_video"]) for info in infos] == [(i, 4) for i in range(4)]
 
 
-def test_folders_of_others_are_left_alone(clips, tiny_model, small, silent, tmp_path):
+def test_folders_of_others_are_left_alone(prepared, clips, tiny_model, small, silent, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="did not write"):
-        prepare(clips, tmp_path, str(tiny_model), PrepareSettings(**small), report=silent, overwrite=True)
+        prepared(clips, tmp_path, tiny_model, PrepareSettings(**small), report=silent, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_dataset_is_replaced_only_when_asked(dataset, clips, clip, tiny_model, small, silent, tmp_path):
-    import shutil
+def without_index(folder):
+    # index.sqlite: Energon's own index, written by whatever library there is.
+    return {name: digest for name, digest in digests(folder).items() if not name.endswith(".sqlite")}
 
-    out = tmp_path / "out"
-    shutil.copytree(dataset, out)
-    (tmp_path / "in").mkdir()
+
+def test_a_dataset_of_other_settings_is_replaced_only_when_asked(
+    prepared, dataset, clips, clip, tiny_model, small, tmp_path
+):
+    out = shutil.copytree(dataset, tmp_path / "out")
     clip(tmp_path / "in" / "a.mkv", range(9))
     (tmp_path / "in" / "a.json").write_text('{"caption": "x"}')
-    settings = PrepareSettings(**small)
-    with pytest.raises(ValueError, match="holds a dataset already; pass --overwrite"):
-        prepare(tmp_path / "in", out, str(tiny_model), settings, report=silent, device="cpu")
+    settings = PrepareSettings(**{**small, "samples_per_shard": 4})
+    with pytest.raises(ValueError, match=r"other settings \(samples_per_shard 4 instead of 3\); .*pass --overwrite"):
+        prepared(tmp_path / "in", out, tiny_model, settings)
     assert digests(out) == digests(dataset)
-    prepare(tmp_path / "in", out, str(tiny_model), settings, report=silent, device="cpu", overwrite=True)
+    prepared(tmp_path / "in", out, tiny_model, settings, overwrite=True)
     assert [path.name for path in sorted(out.glob("*.tar"))] == ["shard-rank00-000000.tar"]
 
 
+def test_the_same_command_again_changes_nothing(prepared, dataset, clips, tiny_model, small, silent, tmp_path):
+    out = shutil.copytree(dataset, tmp_path / "out")
+    manifest = prepared(clips, out, tiny_model, PrepareSettings(**small), report=silent)
+    assert manifest == read_manifest(dataset)
+    assert digests(out) == digests(dataset)
+    assert silent.lines == [], "nothing is examined and no model is loaded"
+
+
+def test_new_files_are_added_and_finished_shards_stay(
+    prepared, dataset, clips, clip, tiny_model, small, silent, tmp_path
+):
+    out, more = shutil.copytree(dataset, tmp_path / "out"), shutil.copytree(clips, tmp_path / "more")
+    clip(more / "a new one.mkv", range(100, 118), size=(48, 64))
+    (more / "a new one.txt").write_text("New.\n")
+    (more / "wide copy.mkv").write_bytes((more / "wide.mkv").read_bytes())
+    (more / "wide copy.txt").write_text("The same frames.")
+    clip(more / "mute.mkv", range(9))
+    before = {path.name: (sha256_of(path), path.stat().st_mtime_ns) for path in out.glob("*.tar")}
+    manifest = prepared(more, out, tiny_model, PrepareSettings(**small), report=silent)
+    assert {name: (sha256_of(out / name), (out / name).stat().st_mtime_ns) for name in before} == before
+    assert manifest.shards[: len(before)] == read_manifest(dataset).shards
+    assert len(manifest.shards) > len(before)
+    records = {record.path: record for record in manifest.sources}
+    assert records["a new one.mkv"].samples == 2
+    assert records["mute.mkv"].verdict == "rejected"
+    assert records["wide copy.mkv"].split == records["wide.mkv"].split, "equal content stands on one side"
+    assert "examining 3" in silent.lines, "what is there already is not examined again"
+    assert sum(manifest.samples.values()) == sum(shape.samples for shape in manifest.shapes) == 14 + 2 + 3
+    assert sum(json.loads((out / ".nv-meta" / ".info.json").read_text())["shard_counts"].values()) == 19
+    # A caption for what had none.
+    (more / "mute.txt").write_text("Now it has one.")
+    again = prepared(more, out, tiny_model, PrepareSettings(**small))
+    assert {record.path: record.verdict for record in again.sources}["mute.mkv"] == "accepted"
+    assert again.shards[:-1] == manifest.shards
+
+
+def test_a_changed_file_is_named(prepared, dataset, clips, clip, tiny_model, small, tmp_path):
+    out, more = shutil.copytree(dataset, tmp_path / "out"), shutil.copytree(clips, tmp_path / "more")
+    clip(more / "wide.mkv", range(200, 220), size=(48, 64))
+    with pytest.raises(ValueError, match=r"wide.mkv is in .* already and has changed since: \d+ bytes instead of"):
+        prepared(more, out, tiny_model, PrepareSettings(**small))
+
+
 def test_a_failing_run_leaves_whole_shards_only_and_is_taken_up(
-    clips, dataset, tiny_model, small, silent, tmp_path, monkeypatch
+    prepared, clips, clip, dataset, tiny_model, small, silent, tmp_path, monkeypatch
 ):
     out, encode, calls = tmp_path / "out", LatentCodec.encode_video, []
 
@@ -185,26 +235,107 @@ def test_a_failing_run_leaves_whole_shards_only_and_is_taken_up(
             raise RuntimeError("out of memory")
         return encode(self, video)
 
+    more = shutil.copytree(clips, tmp_path / "more")
     with monkeypatch.context() as patch:
         patch.setattr(LatentCodec, "encode_video", fail_late)
         with pytest.raises(RuntimeError, match="out of memory"):
-            prepare(clips, out, str(tiny_model), PrepareSettings(**small), report=silent, device="cpu")
+            prepared(more, out, tiny_model, PrepareSettings(**small))
     assert [path.name for path in out.glob("shard*")] == ["shard-rank00-000000.tar"]
-    assert sha256_of(out / "shard-rank00-000000.tar") == sha256_of(dataset / "shard-rank00-000000.tar")
     with pytest.raises(ValueError, match="incomplete"):
         read_manifest(out)
-    prepare(clips, out, str(tiny_model), PrepareSettings(**small), report=silent, device="cpu")
-    assert {n: d for n, d in digests(out).items() if "sqlite" not in n} == {
-        n: d for n, d in digests(dataset).items() if "sqlite" not in n
-    }
+    written = (out / "shard-rank00-000000.tar").stat().st_mtime_ns
+    # What is added in between comes after what had been begun.
+    clip(more / "a new one.mkv", range(100, 118), size=(48, 64))
+    (more / "a new one.txt").write_text("New.")
+    manifest = prepared(more, out, tiny_model, PrepareSettings(**small), report=silent)
+    assert (out / "shard-rank00-000000.tar").stat().st_mtime_ns == written
+    assert "encoding 11" in silent.lines
+    undisturbed = read_manifest(dataset)
+    assert manifest.shards[: len(undisturbed.shards)] == undisturbed.shards
+    assert not (out / WORK_FOLDER).exists()
+    # And the whole is what two undisturbed runs give.
+    twice = shutil.copytree(dataset, tmp_path / "twice")
+    prepared(more, twice, tiny_model, PrepareSettings(**small))
+    assert without_index(out) == without_index(twice)
 
 
-def test_one_writer_a_folder(clips, tiny_model, small, silent, tmp_path):
+def test_what_was_examined_is_not_examined_again(prepared, clips, tiny_model, small, tmp_path, monkeypatch):
+    settings, out = PrepareSettings(**small), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("wan_data.prepare.make_round", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(clips, out, tiny_model, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("wan_data.examination._probe", lambda path, *_: pytest.fail(f"{path} is decoded again"))
+        touched, copy = shutil.copytree(clips, tmp_path / "touched"), shutil.copytree(out, tmp_path / "copy")
+        (touched / "wide.mkv").touch()
+        with pytest.raises(pytest.fail.Exception, match="wide"):
+            prepared(touched, copy, tiny_model, settings)
+        prepared(clips, out, tiny_model, settings)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_window_that_cannot_be_encoded_is_dropped_and_named(
+    prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch, batch_size
+):
+    encode = LatentCodec.encode_video
+
+    def overflow(self, video):
+        latents = encode(self, video)
+        bright = video.mean(dim=(1, 2, 3, 4)) > 110 / 127.5 - 1
+        return torch.where(bright[:, None, None, None, None], torch.inf, latents)
+
+    monkeypatch.setattr(LatentCodec, "encode_video", overflow)
+    settings = PrepareSettings(**small, batch_size=batch_size)
+    manifest = prepared(clips, tmp_path / "out", tiny_model, settings, report=silent)
+    assert sum(manifest.samples.values()) == sum(shard.samples for shard in manifest.shards) == 11
+    records = {record.path: record for record in manifest.sources}
+    half, none = records["many/clip 2.v1.mkv"], records["many/clip 3.v1.mkv"]
+    assert (half.verdict, half.samples, [number for number, _ in half.dropped]) == ("accepted", 1, [1])
+    assert (none.verdict, none.samples, none.shards) == ("rejected", 0, ())
+    assert "values that are not finite; try --dtype float32" in none.reason
+    assert sum("REJECTED" in line for line in silent.lines) == 3
+
+
+def test_batches_give_the_same_samples(prepared, dataset, clips, tiny_model, small, tmp_path):
+    prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small, batch_size=2))
+    for (shard, member, data), (shard_1, member_1, data_1) in zip(
+        members(tmp_path / "out"), members(dataset), strict=True
+    ):
+        assert (shard, member.name) == (shard_1, member_1.name)
+        if member.name.endswith("pth"):
+            ours, theirs = (torch.load(io.BytesIO(one), weights_only=True) for one in (data, data_1))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        else:
+            assert data == data_1
+
+
+def test_a_source_that_breaks_between_examination_and_encoding(
+    prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(clips, tmp_path / "in")
+    load = "wan_data.prepare.load_codec"
+    original = importlib.import_module("wan_data.prepare").load_codec
+
+    def cut_a_file(*arguments, **more):
+        wide = folder / "wide.mkv"
+        wide.write_bytes(wide.read_bytes()[: wide.stat().st_size // 2])
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(load, cut_a_file)
+    manifest = prepared(folder, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent)
+    wide = next(record for record in manifest.sources if record.path == "wide.mkv")
+    assert wide.samples < 3
+    assert all("although it could be decoded before" in reason for _, reason in wide.dropped)
+    assert sum(manifest.samples.values()) == 11 + wide.samples
+
+
+def test_one_writer_a_folder(prepared, clips, tiny_model, small, silent, tmp_path):
     with (
         sole_writer(tmp_path),
         pytest.raises(ValueError, match="being written by process"),
     ):
-        prepare(clips, tmp_path, str(tiny_model), PrepareSettings(**small), report=silent)
+        prepared(clips, tmp_path, tiny_model, PrepareSettings(**small), report=silent)
 
 
 def test_sample_keys_are_safe_whatever_the_name():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wan_data.windows import TOLERANCE, TimedFrame, Window, plan_windows, resample, trim
+from wan_data.windows import TOLERANCE, Lengths, TimedFrame, Window, plan_windows, resample, trim
 
 
 def timed(times, duration=0):
@@ -59,7 +59,7 @@ def test_every_tick_shows_the_latest_frame(times, fps):
 def test_windows_are_4n_plus_1_inside_and_without_overlap(total, kind, longest, shortest):
     longest, shortest = 4 * max(longest, shortest) + 1, 4 * min(longest, shortest) + 1
     try:
-        windows = plan_windows(total, kind, longest, shortest)
+        windows = plan_windows(total, kind, Lengths(shortest, longest))
     except ValueError:
         assert trim(total) < shortest or (kind == "whole" and trim(total) > longest)
         return
@@ -72,9 +72,18 @@ def test_windows_are_4n_plus_1_inside_and_without_overlap(total, kind, longest, 
 
 
 def test_rest_of_a_clip_makes_a_shorter_window():
-    assert plan_windows(26, "consecutive", 9, 5) == [Window(0, 9), Window(9, 18), Window(18, 23)]
+    assert plan_windows(26, "consecutive", Lengths(5, 9)) == [Window(0, 9), Window(9, 18), Window(18, 23)]
 
 
 def test_whole_clips_are_never_cut_in_silence():
     with pytest.raises(ValueError, match=r"26 frames.*longest window of 9.*--windows first"):
-        plan_windows(26, "whole", 9, 5)
+        plan_windows(26, "whole", Lengths(5, 9))
+
+
+def test_length_buckets():
+    lengths = Lengths(9, 33, (9, 17, 33))
+    assert plan_windows(70, "consecutive", lengths) == [Window(0, 33), Window(33, 66)]
+    assert plan_windows(61, "consecutive", lengths) == [Window(0, 33), Window(33, 50), Window(50, 59)]
+    assert plan_windows(32, "whole", lengths) == [Window(0, 17)]
+    with pytest.raises(ValueError, match="8 frames at the target rate; the shortest window is 9"):
+        plan_windows(8, "first", lengths)

@@ -60,13 +60,31 @@ def buckets_of_area(area: int) -> tuple[Size, ...]:
     return tuple(sorted({_size_of_ratio(area, ratio) for ratio in ratios}))
 
 
-def choose_bucket(buckets: tuple[Size, ...], height: float, width: float) -> Size:
+def nearest_aspect(buckets: tuple[Size, ...], height: float, width: float) -> Size:
     """The bucket whose aspect ratio is nearest to that of a frame as it is displayed."""
 
     def distance(bucket: Size) -> tuple[float, Size]:
         return round(abs(math.log(bucket.width / bucket.height / (width / height))), 9), bucket
 
     return min(buckets, key=distance)
+
+
+def choose_bucket(resolutions: tuple[tuple[Size, ...], ...], height: float, width: float) -> Size:
+    """The bucket for a frame: of the nearest aspect ratio, and of the largest resolution that invents no pixels.
+
+    Args:
+        resolutions: the buckets of each resolution, smallest first.
+        height, width: of the frame as it is displayed.
+
+    Returns:
+        A bucket; one of the smallest resolution where even that is larger than the frame.
+    """
+    chosen = nearest_aspect(resolutions[0], height, width)
+    for buckets in resolutions[1:]:
+        larger = nearest_aspect(buckets, height, width)
+        if enlargement(larger, height, width) <= 1:
+            chosen = larger
+    return chosen
 
 
 def enlargement(bucket: Size, height: float, width: float) -> float:

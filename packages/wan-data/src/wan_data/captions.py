@@ -1,21 +1,31 @@
-"""Finding the caption of a clip in the files beside it."""
+"""Captions: finding a clip's in the files beside it, and what counts as one."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 # How one file that lists several clips may name the clip a line is about. The names of NVIDIA's own files come first.
-_NAME_KEYS = ("video_path", "file_name", "filename", "video", "path", "name", "file", "image", "image_path")
+NAME_KEYS = ("video_path", "file_name", "filename", "video", "path", "name", "file", "image", "image_path")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8, or cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")  # a byte order mark is skipped, its absence is fine
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """What a text says.
+
+    Raises:
+        ValueError: it is not JSON; the message begins with ``where``.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -24,7 +34,12 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not JSON of a caption: it is nested too deeply") from None
 
 
-def _caption_in(value: Any, key: str, where: str) -> str:
+def caption_in(value: Any, key: str, where: str) -> str:
+    """The caption under a key of an object.
+
+    Raises:
+        ValueError: there is no such key, or no text under it; the message begins with ``where``.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a JSON {type(value).__name__}; expected an object with the key {key!r}")
     if key not in value:
@@ -33,18 +48,23 @@ def _caption_in(value: Any, key: str, where: str) -> str:
     caption = value[key]
     if not isinstance(caption, str):
         raise ValueError(f"{where} has a {type(caption).__name__} under {key!r}; expected text")
+    return _checked(caption, f"{where} under {key!r}")
+
+
+def _checked(caption: str, where: str) -> str:
     if not caption.strip():
-        raise ValueError(f"{where} has an empty caption under {key!r}")
+        raise ValueError(f"{where} has an empty caption")
     if any(0xD800 <= ord(letter) <= 0xDFFF for letter in caption):
-        raise ValueError(f"{where} has half of a surrogate pair under {key!r}; expected valid Unicode text")
+        raise ValueError(f"{where} has half of a surrogate pair; expected valid Unicode text")
     return caption
 
 
 class CaptionFinder:
-    """Captions of clips, from ``.json`` and ``.jsonl`` files in the clips' own folders.
+    """Captions of clips, from ``.json``, ``.jsonl`` and ``.txt`` files in the clips' own folders.
 
     A clip ``a/clip.mp4`` gets its caption from exactly one of: ``a/clip.json`` (an object), ``a/clip.jsonl`` (one
-    line with an object), or any other ``a/*.jsonl`` that has a line naming ``clip.mp4`` or ``clip``.
+    line with an object), ``a/clip.txt`` (all of it is the caption), or any other ``a/*.jsonl`` that has a line naming
+    ``clip.mp4`` or ``clip``.
 
     Args:
         caption_key: the key of the caption in the object.
@@ -64,30 +84,33 @@ class CaptionFinder:
         beside = clip.with_suffix(".json")
         if beside.is_file():
             found.append(
-                (beside.name, _caption_in(_parse(_read_text(beside), beside.name), self.caption_key, beside.name))
+                (beside.name, caption_in(parse_json(read_text(beside), beside.name), self.caption_key, beside.name))
             )
         beside = clip.with_suffix(".jsonl")
         if beside.is_file() and (caption := self._single_line(beside)) is not None:
             found.append((beside.name, caption))
+        beside = clip.with_suffix(".txt")
+        if beside.is_file():
+            found.append((beside.name, _checked(read_text(beside).strip(), beside.name)))
         listed, broken = self._listed(clip.parent)
         for name in (clip.name, clip.stem):
             for where, value in listed.get(name, []):
-                found.append((where, _caption_in(value, self.caption_key, where)))
+                found.append((where, caption_in(value, self.caption_key, where)))
         if not found:
             hint = f"; unreadable beside it: {'; '.join(broken)}" if broken else ""
-            raise ValueError(f"it has no caption: expected {clip.stem}.json or a .jsonl file beside it{hint}")
+            raise ValueError(f"it has no caption: expected {clip.stem}.json, .jsonl or .txt beside it{hint}")
         if len({caption for _, caption in found}) > 1:
             raise ValueError(f"its captions in {' and '.join(where for where, _ in found)} differ; keep one")
         return found[0][1]
 
     def _single_line(self, path: Path) -> str | None:
-        lines = [line for line in _read_text(path).split("\n") if line.strip()]
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
         if len(lines) != 1:
             return None  # a list of clips; _listed reads it
-        value = _parse(lines[0], path.name)
-        if isinstance(value, dict) and any(isinstance(value.get(key), str) for key in _NAME_KEYS):
+        value = parse_json(lines[0], path.name)
+        if isinstance(value, dict) and any(isinstance(value.get(key), str) for key in NAME_KEYS):
             return None
-        return _caption_in(value, self.caption_key, path.name)
+        return caption_in(value, self.caption_key, path.name)
 
     def _listed(self, folder: Path) -> tuple[dict[str, list[tuple[str, Any]]], list[str]]:
         if folder in self._lists:
@@ -96,7 +119,7 @@ class CaptionFinder:
         broken: list[str] = []
         for path in sorted(folder.glob("*.jsonl")):
             try:
-                lines = _read_text(path).split("\n")  # not splitlines: JSON text may hold U+2028
+                lines = read_text(path).split("\n")  # not splitlines: JSON text may hold U+2028
             except ValueError as error:
                 broken.append(str(error))
                 continue
@@ -105,12 +128,12 @@ class CaptionFinder:
                 if not line.strip():
                     continue
                 try:
-                    value = _parse(line, where)
+                    value = parse_json(line, where)
                 except ValueError as error:
                     broken.append(str(error))
                     continue
                 if isinstance(value, dict):
-                    names = {value[key] for key in _NAME_KEYS if isinstance(value.get(key), str)}
+                    names = {value[key] for key in NAME_KEYS if isinstance(value.get(key), str)}
                     for name in sorted({Path(name).name for name in names}):
                         listed.setdefault(name, []).append((where, value))
         self._lists[folder] = listed, broken

@@ -2,40 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from wan_data import __version__
-from wan_data.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
-from wan_data.windows import WINDOW_KINDS
-
-_DEFAULT = PrepareSettings()
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def _flag(name: str, *more: str, **attributes: Any) -> Callable[[_Command], _Command]:
-    """An option under its kebab-case and its snake_case spelling, and under more names of either kind."""
-    spellings: list[str] = []
-    for one in (name, *more):
-        positive, _, negative = one.partition("/")
-        for spelling in dict.fromkeys((positive, positive.replace("-", "_"))):
-            other = negative if spelling == positive else negative.replace("-", "_")
-            spellings.append(f"--{spelling}/--{other}" if negative else f"--{spelling}")
-    return click.option(*spellings, name.partition("/")[0].replace("-", "_"), show_default=True, **attributes)
-
-
-class _FractionType(click.ParamType[Fraction]):
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
-        try:
-            return Fraction(str(value))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r} is no number such as 16 or 24000/1001", param, ctx)
+from wan_data.cli_options import DEFAULT_MODEL, choices, flag, inputs, sentences, settings_of, sources_of
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,41 +18,27 @@ def main() -> None:
 
 
 @main.command()
-@_flag("video-folder", required=True, type=click.Path(path_type=Path), help="Searched with its subfolders.")
-@_flag("output-folder", "output-dir", required=True, type=click.Path(path_type=Path), help="Where the dataset goes.")
-@_flag(
+@inputs
+@flag("output-folder", "output-dir", required=True, type=click.Path(path_type=Path), help="Where the dataset goes.")
+@flag(
     "model",
-    default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    default=DEFAULT_MODEL,
     help="Folder in diffusers' layout, or hub id, with the autoencoder and the text encoder.",
 )
-@_flag("mode", default=_DEFAULT.mode, type=click.Choice(MODES), help="Videos, or single images of videos and images.")
-@_flag("fps", default=str(_DEFAULT.fps), type=_FractionType(), help="Frames a second that clips are resampled to.")
-@_flag("windows", default=_DEFAULT.windows, type=click.Choice(WINDOW_KINDS), help="How clips are cut.")
-@_flag("frames", default=_DEFAULT.frames, type=int, help="Longest window, 4n+1 frames.")
-@_flag("min-frames", default=None, type=int, help="Shortest window, 4n+1 frames.  [default: 17, or --frames if less]")
-@_flag("area", default=_DEFAULT.area, type=int, help="Pixels that the aspect buckets aim at.")
-@_flag("height", type=int, help="With --width: one fixed size instead of buckets.")
-@_flag("width", type=int, help="With --height: one fixed size instead of buckets.")
-@_flag("resize-mode", default=_DEFAULT.resize_mode, type=click.Choice(RESIZE_MODES), help="How pixels are resampled.")
-@_flag("center-crop/no-center-crop", default=True, help="Cut the margins to keep the aspect ratio, or stretch.")
-@_flag("allow-upscaling/no-allow-upscaling", default=False, help="Take clips that are smaller than their bucket.")
-@_flag("caption-key", default=_DEFAULT.caption_key, help="Key of the caption in .json and .jsonl files.")
-@_flag("samples-per-shard", default=_DEFAULT.samples_per_shard, type=int, help="Samples of a full shard.")
-@_flag("validation-fraction", default=_DEFAULT.validation_fraction, type=float, help="Share of clips kept for val.")
-@_flag("text-length", default=_DEFAULT.text_length, type=int, help="Tokens that captions are cut to.")
-@_flag("dtype", default=_DEFAULT.dtype, type=click.Choice(DTYPES), help="What the encoders compute in.")
-@_flag("seed", default=_DEFAULT.seed, type=int, help="Of the choice of validation clips.")
-@_flag("num-processes", default=1, type=int, help="Processes that encode.")
-@_flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@_flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only one there is.")
-@_flag("allow-rejects", is_flag=True, help="End with exit code 0 although files were rejected.")
-@_flag("overwrite", is_flag=True, help="Replace a dataset in the output folder.")
+@choices
+@flag("num-processes", default=1, type=int, help="Processes that encode.")
+@flag("num-decoders", type=int, help="Processes that examine the clips; one a core if not given.")
+@flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only one there is.")
+@flag("allow-rejects", is_flag=True, help="End with exit code 0 although files were rejected.")
+@flag("overwrite", is_flag=True, help="Begin anew in a folder that holds a dataset.")
 def prepare(
-    video_folder: Path,
+    video_folder: Path | None,
+    listing: Path | None,
     output_folder: Path,
     model: str,
-    min_frames: int | None,
     num_processes: int,
+    num_decoders: int | None,
     device: str,
     output_format: str,
     allow_rejects: bool,
@@ -88,23 +47,25 @@ def prepare(
 ) -> None:
     """Encode a folder of clips with captions beside them into shards and Energon metadata.
 
-    A clip a/clip.mp4 has its caption in a/clip.json ({"caption": "..."}), in a/clip.jsonl, or in any a/*.jsonl with a
-    line that names clip.mp4. Files that cannot be used are named with the reason, the others go on, and the exit code
-    is 1 at the end.
+    A clip a/clip.mp4 has its caption in a/clip.json ({"caption": "..."}), a/clip.jsonl or a/clip.txt, or in any
+    a/*.jsonl with a line that names clip.mp4; or all clips and captions stand in one --listing. Files that cannot be
+    used are named with the reason, the others go on, and the exit code is 1 at the end. The same command goes on after
+    an interruption, and adds what is new in the folder. Under torchrun all processes work on one dataset.
     """
-    from wan_data.progress import make_report
-
     del output_format
-    try:
-        shortest = min(_DEFAULT.min_frames, choices["frames"]) if min_frames is None else min_frames
-        settings = PrepareSettings(min_frames=shortest, **choices)
-        with make_report() as report:
-            report.say(f"loading {model}")
-            from wan_data.prepare import prepare as run
-            from wan_data.summary import summary_of
+    with sentences(output_folder):
+        from wan_data.progress import SilentReport, make_report
 
+        settings = settings_of(choices)
+        sources = sources_of(video_folder, listing, settings)
+        from wan_data.prepare import prepare as run
+        from wan_data.ranks import ranks_of_environment
+        from wan_data.summary import summary_of
+
+        ranks = ranks_of_environment()
+        with make_report() if ranks.rank == 0 else SilentReport() as report:
             manifest = run(
-                video_folder,
+                sources,
                 output_folder,
                 model,
                 settings,
@@ -112,34 +73,123 @@ def prepare(
                 overwrite=overwrite,
                 device=device,
                 processes=num_processes,
+                decoders=num_decoders,
+                ranks=ranks,
             )
-    except OSError as error:
-        # Disk full and the like: which file and why, without a traceback.
-        raise click.ClickException(f"{error.filename or output_folder}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
-    for line in summary_of(manifest, output_folder):
-        click.echo(line)
-    if any(source.verdict == "rejected" for source in manifest.sources) and not allow_rejects:
+    if ranks.rank == 0:
+        for line in summary_of(manifest, output_folder):
+            click.echo(line)
+    if not allow_rejects and any(source.verdict == "rejected" or source.dropped for source in manifest.sources):
+        sys.exit(1)
+
+
+@main.command()
+@inputs
+@flag("output-folder", "output-dir", type=click.Path(path_type=Path), help="Keep the examination there, for prepare.")
+@flag("model", help="Measure its autoencoder here, to estimate the time.")
+@choices
+@flag("num-decoders", type=int, help="Processes that examine the clips; one a core if not given.")
+@flag("device", default="auto", help="auto, cpu, cuda or cuda:N; what is measured.")
+@flag("allow-rejects", is_flag=True, help="End with exit code 0 although files would be rejected.")
+@flag("json", "as-json", is_flag=True, help="Print one JSON object instead of tables.")
+def plan(
+    video_folder: Path | None,
+    listing: Path | None,
+    output_folder: Path | None,
+    model: str | None,
+    num_decoders: int | None,
+    device: str,
+    allow_rejects: bool,
+    **choices: Any,
+) -> None:
+    """Say what prepare would make of the clips, and what it would reject and why, without encoding anything.
+
+    Takes the options of prepare. Every clip is decoded to its end; with --output-folder prepare need not do it again.
+    """
+    as_json = choices.pop("json")
+    with sentences(output_folder or Path()):
+        from wan_data.plan import make_plan, measured_rate, print_plan
+        from wan_data.prepare import examine_only
+        from wan_data.progress import make_report
+
+        settings = settings_of(choices)
+        sources = sources_of(video_folder, listing, settings)
+        with make_report() as report:
+            verdicts = examine_only(sources, settings, report=report, decoders=num_decoders, output=output_folder)
+            rate = None
+            if model is not None:
+                report.say(f"measuring {model}")
+                rate = measured_rate(model, settings, device)
+        found = make_plan(verdicts, settings, rate=rate)
+    if as_json:
+        click.echo(json.dumps(found, indent=1, sort_keys=True))
+    else:
+        print_plan(found)
+    if found["rejected"] and not allow_rejects:
         sys.exit(1)
 
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@_flag("capacity", type=int, help="Tokens of a pack; the largest sample's if not given.")
-@_flag("pad-multiple", default=1, type=int, help="Packs are padded to a multiple of this many tokens.")
-@_flag("packing-buffer", default=64, type=int, help="Samples looked at together when packing.")
-@_flag("json", is_flag=True, help="Print one JSON object instead of tables.")
-def inspect(path: Path, capacity: int | None, pad_multiple: int, packing_buffer: int, **choices: bool) -> None:
+@flag("capacity", type=int, help="Tokens of a pack; the largest sample's if not given.")
+@flag("pad-multiple", default=1, type=int, help="Packs are padded to a multiple of this many tokens.")
+@flag("packing-buffer", default=64, type=int, help="Samples looked at together when packing.")
+@flag("png", type=click.Path(path_type=Path), help="Draw the sizes and the packing into this file.")
+@flag("json", "as-json", is_flag=True, help="Print one JSON object instead of tables.")
+def inspect(
+    path: Path, capacity: int | None, pad_multiple: int, packing_buffer: int, png: Path | None, **choices: bool
+) -> None:
     """Say what a dataset holds: samples, shapes, tokens, captions, and how well they pack."""
     from wan_data.inspect_dataset import inspect as look
     from wan_data.inspect_dataset import print_tables
 
-    try:
+    with sentences(path):
         found = look(path, capacity=capacity, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        if png is not None:
+            from wan_data.pictures import charts
+
+            charts(found, png, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
     if choices["json"]:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
         print_tables(found)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@flag("sources", type=click.Path(path_type=Path), help="The folder it was made from: compare its files' digests too.")
+def verify(path: Path, sources: Path | None) -> None:
+    """Check a dataset to the last byte: digests, every member and value, counts, metadata. Exit code 1 if not whole."""
+    from wan_data.verify import verify as check
+
+    with sentences(path):
+        checked, problems = check(path, sources=sources, step=lambda name: click.echo(f"read {name}", err=True))
+    for problem in problems:
+        click.echo(problem)
+    counts = ", ".join(f"{count} {kind}" for kind, count in checked.items()) or "nothing"
+    click.echo(f"{counts} checked: {f'{len(problems)} problems' if problems else 'all is well'}")
+    if problems:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@flag("model", default=DEFAULT_MODEL, help="Folder in diffusers' layout, or hub id, with the autoencoder.")
+@flag("output", default="preview.png", type=click.Path(path_type=Path), help="The PNG.")
+@flag("samples", default=8, type=int, help="How many.")
+@flag("split", default="train", help="Of which split.")
+@flag("seed", default=0, type=int, help="Which ones.")
+@flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
+def preview(path: Path, model: str, output: Path, samples: int, split: str, seed: int, device: str) -> None:
+    """Decode some latents and draw their frames over their captions: what training will see."""
+    with sentences(path):
+        from wan_data.encoding import choose_device
+        from wan_data.pictures import choose_samples, contact_sheet
+        from wan_model.codec import LatentCodec
+
+        if samples < 1:
+            raise ValueError(f"{samples} samples cannot be shown; it must be at least 1")
+        chosen = choose_samples(path, split, samples, seed)
+        codec = LatentCodec.from_pretrained(model, load_text=False, device=choose_device(device))
+        contact_sheet(chosen, codec, output)
+    click.echo(f"{len(chosen)} samples of {path}: {output}")

@@ -4,7 +4,7 @@ Shapes: T frames, H rows, W columns, 3 colours.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,37 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from wan_data.buckets import Size
+from wan_data.media_types import IMAGE_SUFFIXES
 from wan_data.windows import TimedFrame, Window, resample
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RESIZE_MODES = ("bicubic", "bilinear", "nearest")
-_LARGEST_FRAME = 16384 * 8192  # pixels; a header that claims more is not believed
 
 
 class Rejected(ValueError):
     """A source that cannot be used; the message completes the sentence "SOURCE: ..."."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Caps:
+    """What is read at most; a source beyond it is rejected, never cut.
+
+    Attributes:
+        frames: decoded frames of a source (the default is two hours at 60 a second).
+        pixels: of a frame.
+        bytes: of a file.
+    """
+
+    frames: int = 432_000
+    pixels: int = 8192 * 4608
+    bytes: int = 64 * 2**30
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"max_{name} is {value}; it must be at least 1")
+
+
+_NO_MORE_THAN = Caps()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +85,8 @@ def _display_size(frame: av.VideoFrame, pixel_aspect: Fraction) -> tuple[float, 
 class _Reader:
     """One pass over a file; collects what only a full pass can tell."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, caps: Caps, on_frame: Callable[[int], None]) -> None:
+        self.path, self.caps, self.on_frame = path, caps, on_frame
         self.decoded = 0
         self.first: av.VideoFrame | None = None
         self.pixel_aspect = Fraction(1)
@@ -73,6 +94,9 @@ class _Reader:
         self._last_time = Fraction(0)
 
     def frames(self) -> Iterator[TimedFrame[av.VideoFrame]]:
+        size = self.path.stat().st_size
+        if size > self.caps.bytes:
+            raise Rejected(f"it has {size} bytes; at most {self.caps.bytes} are read (--max-source-bytes)")
         try:
             with av.open(str(self.path), mode="r", metadata_errors="ignore") as container:
                 yield from self._frames(container)
@@ -102,8 +126,15 @@ class _Reader:
     def _timed(self, frame: av.VideoFrame, time_base: Fraction) -> TimedFrame[av.VideoFrame]:
         if frame.is_corrupt:
             raise Rejected(f"its frame {self.decoded} is damaged")
-        if frame.width * frame.height > _LARGEST_FRAME:
-            raise Rejected(f"its frames have {frame.width} x {frame.height} pixels; at most {_LARGEST_FRAME} are read")
+        if frame.width * frame.height > self.caps.pixels:
+            raise Rejected(
+                f"its frames have {frame.width} x {frame.height} pixels; at most {self.caps.pixels} are read "
+                "(--max-source-pixels)"
+            )
+        if self.decoded == self.caps.frames:
+            raise Rejected(
+                f"it has more than the {self.caps.frames} frames that are read at most (--max-source-frames)"
+            )
         if self.first is None:
             self.first = frame
         elif (frame.width, frame.height) != (self.first.width, self.first.height):
@@ -116,6 +147,7 @@ class _Reader:
         base = frame.time_base or time_base
         timed = TimedFrame((frame.pts or 0) * base, (frame.duration or 0) * base, frame)
         self.decoded += 1
+        self.on_frame(self.decoded)
         return timed
 
 
@@ -128,17 +160,25 @@ def _resampled(reader: _Reader, fps: Fraction) -> Iterator[av.VideoFrame]:
         raise Rejected(str(error)) from None
 
 
-def probe(path: Path, fps: Fraction) -> ClipInfo:
+def _ignore(decoded: int) -> None:
+    """Nobody watches."""
+
+
+def probe(
+    path: Path, fps: Fraction, *, caps: Caps = _NO_MORE_THAN, on_frame: Callable[[int], None] = _ignore
+) -> ClipInfo:
     """Decode a source to its end and say what it is.
 
     Args:
         path: a video or an image.
         fps: the target rate.
+        caps: what is read at most.
+        on_frame: told after each decoded frame how many there were.
 
     Raises:
         Rejected: it cannot be decoded fully, or its header is untrue.
     """
-    reader = _Reader(path)
+    reader = _Reader(path, caps, on_frame)
     frames = sum(1 for _ in _resampled(reader, fps))
     assert reader.first is not None, "frames() refuses a file without frames"
     height, width = _display_size(reader.first, reader.pixel_aspect)
@@ -179,7 +219,15 @@ def to_size(
 
 
 def read_windows(
-    path: Path, windows: Sequence[Window], size: Size, *, fps: Fraction, resize_mode: str, center_crop: bool
+    path: Path,
+    windows: Sequence[Window],
+    size: Size,
+    *,
+    fps: Fraction,
+    resize_mode: str,
+    center_crop: bool,
+    caps: Caps = _NO_MORE_THAN,
+    on_frame: Callable[[int], None] = _ignore,
 ) -> Iterator[UInt8[Tensor, "T H W 3"]]:
     """The frames of each window in turn, holding one window in memory.
 
@@ -189,11 +237,12 @@ def read_windows(
         size: of the frames returned.
         fps: the target rate.
         resize_mode, center_crop: as in ``to_size``.
+        caps, on_frame: as in ``probe``.
 
     Raises:
         Rejected: the file is no longer what it was.
     """
-    reader = _Reader(path)
+    reader = _Reader(path, caps, on_frame)
     frames = enumerate(_resampled(reader, fps))
     for window in windows:
         out = torch.empty(window.length, size.height, size.width, 3, dtype=torch.uint8)

@@ -3,12 +3,13 @@
 Shapes: T frames, H rows, W columns, 3 colours; a latent is [C, F, h, w]; L text tokens, D text width.
 """
 
+import atexit
 import collections
 import concurrent.futures
+import dataclasses
 import itertools
 import multiprocessing
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from wan_data.decode import read_windows
+from wan_data.decode import Rejected
+from wan_data.decoder_process import Decoder, Job
+from wan_data.examination import PlannedSource, caps_of
+from wan_data.rounds import Part, Task
 from wan_data.settings import PrepareSettings
 from wan_data.shards import Sample, sample_key
-from wan_data.sources import PlannedSource
 from wan_model.codec import LatentCodec
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,30 +51,109 @@ def load_codec(model: str, settings: PrepareSettings, device: torch.device, *, v
     )
 
 
-def encode_frames(codec: LatentCodec, frames: UInt8[Tensor, "T H W 3"]) -> Float[Tensor, "C F h w"]:
-    """The latent of a window, fp32 on the CPU.
+def encode_batch(codec: LatentCodec, windows: Sequence[UInt8[Tensor, "T H W 3"]]) -> list[Float[Tensor, "C F h w"]]:
+    """The latents of windows of one shape, fp32 on the CPU."""
+    # To the device as bytes: a quarter of what floats would take.
+    frames = torch.stack(list(windows)).to(codec.vae.device)
+    video = rearrange(frames, "b t h w c -> b c t h w").float() / 127.5 - 1
+    return list(codec.encode_video(video).cpu())
 
-    Raises:
-        ValueError: the autoencoder gave values that are not finite.
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What became of a window.
+
+    Attributes:
+        source: its source's name.
+        window: its number.
+        latent: [C, F, h, w], or None.
+        problem: why there is no latent, or None.
     """
-    video = rearrange(frames, "t h w c -> 1 c t h w").float() / 127.5 - 1
-    latent = codec.encode_video(video)[0].cpu()
-    if not bool(torch.isfinite(latent).all()):
-        raise ValueError("the autoencoder gave values that are not finite; try --dtype float32")
-    return latent
+
+    source: str
+    window: int
+    latent: Tensor | None
+    problem: str | None = None
 
 
-def _latents_of(codec: LatentCodec, source: PlannedSource, settings: PrepareSettings) -> Iterator[Tensor]:
-    windows = read_windows(
-        source.path,
-        source.windows,
-        source.size,
-        fps=settings.fps,
-        resize_mode=settings.resize_mode,
-        center_crop=settings.center_crop,
-    )
-    for frames in windows:
-        yield encode_frames(codec, frames)
+class WindowEncoder:
+    """Encodes windows in this process, while a process of its own decodes the next ones.
+
+    Args:
+        codec: with its autoencoder.
+        settings: of the preparation.
+    """
+
+    def __init__(self, codec: LatentCodec, settings: PrepareSettings) -> None:
+        self.codec, self.settings = codec, settings
+        self._decoder = Decoder()
+
+    def __enter__(self) -> "WindowEncoder":
+        """The decoder starts with the first task."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the decoder."""
+        self._decoder.__exit__(*error)
+
+    def encode(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Encoded]]]:
+        """Each task in turn with what became of its windows, in the task's order; the next is decoded meanwhile."""
+        started: collections.deque[Task] = collections.deque()
+
+        def jobs() -> Iterator[Job]:
+            for task in tasks:
+                started.append(task)
+                for part in task.parts:
+                    yield self._job(part)
+
+        results = self._decoder.decode(jobs())
+        for first in results:
+            task = started.popleft()
+            yield task, list(self._encode(task, itertools.chain([first], results)))
+
+    def _job(self, part: Part) -> Job:
+        settings, source = self.settings, part.source
+        return Job(
+            source.path,
+            settings.fps,
+            caps_of(settings),
+            tuple(source.windows[number] for number in part.windows),
+            source.size,
+            settings.resize_mode,
+            settings.center_crop,
+        )
+
+    def _encode(self, task: Task, results: Iterator[tuple[Job, Any]]) -> Iterator[Encoded]:
+        done: dict[tuple[str, int], Encoded] = {}
+        waiting: dict[int, list[tuple[tuple[str, int], Tensor]]] = {}
+        for part in task.parts:
+            name = part.source.name
+            for number in part.windows:
+                _, frames = next(results)
+                if isinstance(frames, Rejected):
+                    # It was decoded to its end when it was examined.
+                    problem = f"{frames}, although it could be decoded before"
+                    for missing in range(number, part.windows.stop):
+                        done[name, missing] = Encoded(name, missing, None, problem)
+                    break
+                batch = waiting.setdefault(len(frames), [])
+                batch.append(((name, number), frames))
+                if len(batch) == self.settings.batch_size:
+                    done |= self._latents(waiting.pop(len(frames)))
+        for batch in waiting.values():
+            done |= self._latents(batch)
+        for part in task.parts:
+            for number in part.windows:
+                yield done[part.source.name, number]
+
+    def _latents(self, batch: list[tuple[tuple[str, int], Tensor]]) -> dict[tuple[str, int], Encoded]:
+        latents = encode_batch(self.codec, [frames for _, frames in batch])
+        done = {}
+        for ((name, number), _), latent in zip(batch, latents, strict=True):
+            finite = bool(torch.isfinite(latent).all())
+            problem = None if finite else "the autoencoder gave values that are not finite; try --dtype float32"
+            done[name, number] = Encoded(name, number, latent if finite else None, problem)
+        return done
 
 
 class TextCache:
@@ -79,21 +161,20 @@ class TextCache:
 
     Args:
         codec: with its text encoder.
-        captions: every caption that will be asked for, as often as it will be.
+        captions: every caption that will be asked for, as often as it will be at most.
     """
 
-    def __init__(self, codec: LatentCodec, captions: Sequence[str]) -> None:
+    def __init__(self, codec: LatentCodec, captions: Iterable[str]) -> None:
         self._codec = codec
         self._left = collections.Counter(captions)
         self._known: dict[str, Tensor] = {}
-        self.encoded = 0
 
     def take(self, caption: str) -> Float[Tensor, "L D"]:
         """The embedding, fp32 on the CPU."""
         embedding = self._known.get(caption)
         if embedding is None:
+            # One at a time: what stands beside a caption in a batch moves its last digits.
             embedding = self._codec.encode_text([caption])[0].cpu()
-            self.encoded += 1
         self._left[caption] -= 1
         if self._left[caption] > 0:
             self._known[caption] = embedding
@@ -104,23 +185,28 @@ class TextCache:
 
 # -- several processes ------------------------------------------------------------------------------------------------
 
-_worker: dict[str, Any] = {}  # of a worker process: its codec, loaded once
+_worker: dict[str, Any] = {}  # of a worker process: its encoder, made once
 
 
-def _start_worker(model: str, settings: PrepareSettings, device: str, processes: int, number: Any) -> None:
+def _start_worker(model: str, settings: PrepareSettings, device: str, threads: int, number: Any) -> None:
     with number.get_lock():
         place, number.value = number.value, number.value + 1
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    _worker["codec"] = load_codec(model, settings, choose_device(device, place), vae=True, text=False)
+    torch.set_num_threads(threads)
+    codec = load_codec(model, settings, choose_device(device, place), vae=True, text=False)
+    _worker["encoder"] = WindowEncoder(codec, settings)
+    atexit.register(_worker["encoder"].__exit__)
 
 
-def _encode_source(source: PlannedSource, settings: PrepareSettings) -> list[Any]:
+def _encode_task(task: Task) -> list[tuple[str, int, Any, str | None]]:
     # As arrays: tensors would travel through shared memory, which containers keep small.
-    return [latent.numpy() for latent in _latents_of(_worker["codec"], source, settings)]
+    ((_, windows),) = _worker["encoder"].encode([task])
+    return [
+        (one.source, one.window, None if one.latent is None else one.latent.numpy(), one.problem) for one in windows
+    ]
 
 
-class SourceEncoder:
-    """Latents of sources, in the order of the sources, whatever the number of processes.
+class EncoderPool:
+    """Encodes tasks here or in several processes; results come in the order of the tasks.
 
     Args:
         model: folder or hub id.
@@ -128,47 +214,73 @@ class SourceEncoder:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         processes: 1 encodes here, with ``codec``; more start that many, each with an autoencoder of its own.
         codec: with its autoencoder where ``processes`` is 1.
+        local_rank: of this launch on its machine; its processes take the devices that follow from it.
     """
 
-    def __init__(self, model: str, settings: PrepareSettings, device: str, processes: int, codec: LatentCodec) -> None:
+    def __init__(
+        self,
+        model: str,
+        settings: PrepareSettings,
+        device: str,
+        processes: int,
+        codec: LatentCodec,
+        local_rank: int = 0,
+    ) -> None:
         self.model, self.settings, self.device, self.processes, self.codec = model, settings, device, processes, codec
+        self.local_rank = local_rank
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._here: WindowEncoder | None = None
 
-    def __enter__(self) -> "SourceEncoder":
+    def __enter__(self) -> "EncoderPool":
         """Start the processes, if there are to be several."""
-        if self.processes > 1:
-            # spawn: a forked copy of a process that has used CUDA or threads may hang.
-            context = multiprocessing.get_context("spawn")
-            arguments = (self.model, self.settings, self.device, self.processes, context.Value("i", 0))
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                self.processes, mp_context=context, initializer=_start_worker, initargs=arguments
-            )
+        if self.processes == 1:
+            self._here = WindowEncoder(self.codec, self.settings)
+            return self
+        # spawn: a forked copy of a process that has used CUDA or threads may hang.
+        context = multiprocessing.get_context("spawn")
+        threads = max(1, torch.get_num_threads() // self.processes)
+        arguments = (
+            self.model,
+            self.settings,
+            self.device,
+            threads,
+            context.Value("i", self.local_rank * self.processes),
+        )
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            self.processes, mp_context=context, initializer=_start_worker, initargs=arguments
+        )
         return self
 
     def __exit__(self, *error: object) -> None:
         """End them; what they have not begun is dropped."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        if self._here is not None:
+            self._here.__exit__(*error)
+        self._pool = self._here = None
 
-    def latents(self, sources: Sequence[PlannedSource]) -> Iterator[tuple[PlannedSource, int, Tensor]]:
-        """Each source's windows in turn: the source, the window's number, its latent."""
-        if self._pool is None:
-            for source in sources:
-                for number, latent in enumerate(_latents_of(self.codec, source, self.settings)):
-                    yield source, number, latent
+    def encode(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Encoded]]]:
+        """Each task with what became of its windows."""
+        if self._here is not None:
+            yield from self._here.encode(tasks)
             return
-        waiting: collections.deque[tuple[PlannedSource, Any]] = collections.deque()
-        rest = iter(sources)
+        assert self._pool is not None, "use it in a with block"
+        waiting: collections.deque[tuple[Task, Any]] = collections.deque()
+        rest = iter(tasks)
         while True:
             # Only so many ahead: what is done waits in memory for its turn.
-            for source in itertools.islice(rest, 2 * self.processes - len(waiting)):
-                waiting.append((source, self._pool.submit(_encode_source, source, self.settings)))
+            for task in itertools.islice(rest, 2 * self.processes - len(waiting)):
+                waiting.append((task, self._pool.submit(_encode_task, task)))
             if not waiting:
                 return
-            source, future = waiting.popleft()
-            for number, array in enumerate(future.result()):
-                yield source, number, torch.from_numpy(array)
+            task, future = waiting.popleft()
+            yield (
+                task,
+                [
+                    Encoded(name, number, None if array is None else torch.from_numpy(array), problem)
+                    for name, number, array, problem in future.result()
+                ],
+            )
 
 
 def make_sample(

@@ -5,17 +5,20 @@ anywhere. So nothing of ``.nv-meta`` is handed to it that is not exactly of the 
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import re
+import sqlite3
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from wan_data.files import naming, written_aside
 from wan_data.shards import ShardRecord
 
 META_FOLDER = ".nv-meta"
@@ -39,7 +42,7 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
     splits = list(dict.fromkeys(shard.split for shard in shards))
     assert "train" in splits, "a dataset without training samples is refused before this"
     names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _as_os_errors(folder / META_FOLDER):
         BaseWebdatasetFactory.prepare_dataset(
             folder,
             [shard.name for shard in shards],
@@ -50,14 +53,28 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
     meta = folder / META_FOLDER
     # Energon draws this at random, and collapses the names of the splits; ours are the same in every run.
     digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).digest()
-    (meta / "index.uuid").write_text(str(uuid.UUID(bytes=digest[:16])), encoding="utf-8")
     split_yaml = yaml.safe_dump({"split_parts": names, "exclude": []}, sort_keys=False)
-    (meta / "split.yaml").write_text(split_yaml, encoding="utf-8")
-    (meta / "dataset.yaml").write_bytes(DATASET_YAML)
+    for name, content in (
+        ("index.uuid", str(uuid.UUID(bytes=digest[:16])).encode()),
+        ("split.yaml", split_yaml.encode()),
+        ("dataset.yaml", DATASET_YAML),
+    ):
+        with written_aside(meta / name) as file:
+            file.write(content)
 
     counted = shard_counts(folder)
     if counted != {shard.name: shard.samples for shard in shards}:
         raise RuntimeError(f"Energon counts other samples than were written: {counted}")
+
+
+@contextlib.contextmanager
+def _as_os_errors(place: Path) -> Iterator[None]:
+    # Energon's index is a database, which has errors of its own for a full disk.
+    try:
+        with naming(place):
+            yield
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.EIO, f"the index cannot be written: {error}", str(place)) from error
 
 
 def shard_counts(folder: Path) -> dict[str, int]:

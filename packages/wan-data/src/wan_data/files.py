@@ -14,11 +14,22 @@ LOCK_NAME = ".wan-data.lock"
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A failing write does not say of which file; the error that leaves the block does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its name only when the block ends well: flushed to the disk, then renamed."""
     aside = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        with aside.open("wb") as file:
+        with naming(path), aside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -57,17 +68,26 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it; the message names it.
     """
-    with (folder / LOCK_NAME).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{folder} is being written by {holder}; wait for it or choose another folder") from None
+    path = folder / LOCK_NAME
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ValueError(
+                    f"{folder} is being written by {holder}; wait for it or choose another folder"
+                ) from None
+            # The holder before may have removed this very file in between: the lock on it would lock nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
         file.truncate(0)
         file.write(f"process {os.getpid()}")
         file.flush()
         try:
             yield
         finally:
-            (folder / LOCK_NAME).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)

@@ -2,8 +2,7 @@
 
 import collections
 import statistics
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +12,8 @@ from rich.table import Table
 
 from wan_data.energon_metadata import check_metadata
 from wan_data.manifest import MANIFEST_NAME, read_manifest
-from wan_data.members import LARGEST_MEMBER, RefusedMember, info_from_json, latent_from_pth, text_from_pickle
 from wan_data.packing import Efficiency, best_fit, efficiency, usable_capacity
-
-
-def _members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    # Samples of a shard: members of one key stand side by side.
-    key, members = "", dict[str, bytes]()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name, _, kind = member.name.partition(".")
-                if not member.isfile():
-                    continue
-                if member.size > LARGEST_MEMBER:
-                    raise RefusedMember(f"{path}: {member.name} has {member.size} bytes; at most {LARGEST_MEMBER}")
-                if name != key and members:
-                    yield key, members
-                    members = {}
-                file = tar.extractfile(member)
-                assert file is not None, "isfile() was true"
-                key, members[kind] = name, file.read()
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is no whole tar file: {error}") from error
-    if members:
-        yield key, members
-
-
-def _sample(shard: Path, key: str, members: dict[str, bytes]) -> tuple[tuple[int, ...], int, int]:
-    try:
-        latent = latent_from_pth(members["pth"])
-        text = text_from_pickle(members["pickle"])
-        info = info_from_json(members["json"])
-    except KeyError as error:
-        raise ValueError(f"shard {shard.name}, sample {key}: it has no {error.args[0]} member") from None
-    except RefusedMember as error:
-        raise RefusedMember(f"shard {shard.name}, sample {key}: {error}") from None
-    return tuple(latent.shape), text.shape[0], len(str(info.get("caption", "")))
+from wan_data.shard_reader import samples_of
 
 
 def simulate_packing(
@@ -107,7 +71,11 @@ def inspect(
         "splits": {},
     }
     for split, shards in parts.items():
-        samples = [_sample(path / shard, key, members) for shard in shards for key, members in _members(path / shard)]
+        samples = [
+            (tuple(sample.latent.shape), sample.text.shape[0], len(str(sample.info.get("caption", ""))))
+            for shard in shards
+            for sample in samples_of(path / shard)
+        ]
         if not samples:
             continue
         tokens = [
@@ -125,6 +93,7 @@ def inspect(
                 {"latent": list(shape), "tokens": count_tokens, "samples": count}
                 for (shape, count_tokens), count in sorted(shapes.items())
             ],
+            "text_lengths": sorted(length for _, length, _ in samples),
             "text_tokens": _spread([length for _, length, _ in samples]),
             "caption_characters": _spread([length for _, _, length in samples]),
             "packing": {

@@ -1,6 +1,8 @@
 """The file ``wan-data.json`` beside the shards: what they hold, from what, and in which latent space."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ class SourceRecord:
         reason: why it was rejected, else None.
         split: the split its samples are in, else None.
         sha256: of the file; None where it could not be read.
-        samples: windows that became samples.
+        bytes: of the file.
+        samples: windows that became samples; their keys are ``shards.sample_key`` of the path.
+        shards: names of the shards that hold them.
+        dropped: number and reason of each window that could not be encoded.
         frames: frames at the target rate; 0 for a rejected source.
         source_fps: the file's own rate.
         height, width: pixels as displayed.
@@ -35,7 +40,10 @@ class SourceRecord:
     reason: str | None = None
     split: str | None = None
     sha256: str | None = None
+    bytes: int = 0
     samples: int = 0
+    shards: tuple[str, ...] = ()
+    dropped: tuple[tuple[int, str], ...] = ()
     frames: int = 0
     source_fps: float = 0.0
     height: float = 0.0
@@ -65,7 +73,7 @@ class ShapeCount:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The whole file; ``complete`` is False while the shards are being written."""
+    """The whole file; ``complete`` is False until there is a first round of shards that can be trained on."""
 
     complete: bool
     wan_data_version: str
@@ -74,6 +82,13 @@ class Manifest:
     sources: tuple[SourceRecord, ...] = ()
     shards: tuple[ShardRecord, ...] = ()
     shapes: tuple[ShapeCount, ...] = ()
+    next_shard: int = 0
+
+    @property
+    def settings_fingerprint(self) -> str:
+        """A digest of the settings; equal fingerprints give equal shards of equal files."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def samples(self) -> dict[str, int]:
@@ -90,9 +105,15 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "latent_spec": self.latent_spec.to_dict(),
             "latent_fingerprint": self.latent_spec.fingerprint,
+            "settings_fingerprint": self.settings_fingerprint,
             "samples": self.samples,
         }
         write_json(folder / MANIFEST_NAME, value)
+
+
+def _source(value: Mapping[str, Any]) -> SourceRecord:
+    shards, dropped = tuple(value["shards"]), tuple((number, reason) for number, reason in value["dropped"])
+    return SourceRecord(**{**value, "shards": shards, "dropped": dropped})
 
 
 def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
@@ -113,15 +134,16 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
             wan_data_version=str(value["wan_data_version"]),
             latent_spec=LatentSpec.from_dict(value["latent_spec"]),
             settings=value["settings"],
-            sources=tuple(SourceRecord(**source) for source in value["sources"]),
+            sources=tuple(_source(source) for source in value["sources"]),
             shards=tuple(ShardRecord(**shard) for shard in value["shards"]),
             shapes=tuple(
                 ShapeCount(**{**shape, "latent": tuple(shape["latent"])})  # JSON has no tuples
                 for shape in value["shapes"]
             ),
+            next_shard=int(value["next_shard"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not (manifest.complete or allow_incomplete):
-        raise ValueError(f"{folder} is incomplete: wan-data prepare did not finish; run it again with --overwrite")
+        raise ValueError(f"{folder} is incomplete: wan-data prepare did not finish; run it again")
     return manifest

@@ -20,14 +20,34 @@ class LogReport:
         """A stage of ``total`` steps begins."""
         self._name, self._total, self._done = name, total, 0
 
-    def step(self, line: str) -> None:
+    def step(self, line: str, steps: int = 1) -> None:
         """One step is done."""
-        self._done += 1
+        self._done += steps
         click.echo(f"{self._name} {self._done}/{self._total}: {line}", err=True)
 
     def say(self, line: str) -> None:
         """Something the user should know."""
         click.echo(line, err=True)
+
+
+class SilentReport:
+    """Nothing: another process of the same preparation reports."""
+
+    def __enter__(self) -> "SilentReport":
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to end."""
+
+    def stage(self, name: str, total: int) -> None:
+        """Not shown."""
+
+    def step(self, line: str, steps: int = 1) -> None:
+        """Not shown."""
+
+    def say(self, line: str) -> None:
+        """Not shown."""
 
 
 class TerminalReport:
@@ -42,11 +62,11 @@ class TerminalReport:
         self._progress.update(self._task, completed=total)
         self._task = self._progress.add_task(name, total=total)
 
-    def step(self, line: str) -> None:
+    def step(self, line: str, steps: int = 1) -> None:
         """One step is done."""
         if line.startswith("REJECTED"):
             self.say(line)
-        self._progress.advance(self._task)
+        self._progress.advance(self._task, steps)
 
     def say(self, line: str) -> None:
         """Something the user should know."""

@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 from wan_data.buckets import Size, buckets_of_area, check_side
-from wan_data.windows import TEMPORAL_STRIDE, WINDOW_KINDS, trim
+from wan_data.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
 
 DEFAULT_AREA = 480 * 832
 DEFAULT_FRAMES = 81
@@ -24,12 +24,16 @@ class PrepareSettings:
         windows: ``whole``, ``first`` or ``consecutive`` (see ``windows.plan_windows``).
         frames: most frames of a window, 4n+1.
         min_frames: fewest frames of a window, 4n+1.
-        area: pixels that the aspect buckets aim at; ignored with a fixed size.
+        lengths: the only numbers of frames that windows may have, 4n+1 each; instead of the two above.
+        areas: pixels that the aspect buckets aim at, one set of buckets each; a source goes to the largest area that
+            it fills. Ignored with a fixed size.
         height, width: one fixed size instead of buckets; both or neither.
         resize_mode: ``bicubic``, ``bilinear`` or ``nearest``.
         center_crop: keep the aspect ratio and cut the margins; otherwise stretch.
         allow_upscaling: take sources that are smaller than their bucket.
         caption_key: the key of captions in their files.
+        max_source_frames, max_source_pixels, max_source_bytes: what is read of a source at most (see ``decode.Caps``).
+        batch_size: windows of one shape that are encoded together; their values depend on it in the last digits.
         samples_per_shard: samples of a full shard.
         validation_fraction: share of the sources whose samples go to the ``val`` split.
         dtype: what the encoders compute in; latents and text are stored as float32.
@@ -42,13 +46,18 @@ class PrepareSettings:
     windows: str = "consecutive"
     frames: int = DEFAULT_FRAMES
     min_frames: int = 17
-    area: int = DEFAULT_AREA
+    lengths: tuple[int, ...] | None = None
+    areas: tuple[int, ...] = (DEFAULT_AREA,)
     height: int | None = None
     width: int | None = None
     resize_mode: str = "bicubic"
     center_crop: bool = True
     allow_upscaling: bool = False
     caption_key: str = "caption"
+    max_source_frames: int = 432_000  # two hours at 60 a second
+    max_source_pixels: int = 8192 * 4608
+    max_source_bytes: int = 64 * 2**30
+    batch_size: int = 1
     samples_per_shard: int = 100
     validation_fraction: float = 0.05
     dtype: str = "float32"
@@ -64,7 +73,13 @@ class PrepareSettings:
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-        for name, frames in (("frames", self.frames), ("min_frames", self.min_frames)):
+        if self.lengths is not None and not self.lengths:
+            raise ValueError("lengths holds none; name at least one length of a window, or leave it out")
+        for name, frames in (
+            ("frames", self.frames),
+            ("min_frames", self.min_frames),
+            *(("length", length) for length in self.lengths or ()),
+        ):
             if frames < 1 or trim(frames) != frames:
                 lower = max(1, trim(frames))
                 raise ValueError(
@@ -84,26 +99,35 @@ class PrepareSettings:
             check_side("width", self.width)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
-        for name, count in (("samples_per_shard", self.samples_per_shard), ("text_length", self.text_length)):
-            if count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1")
+        for name in (
+            *("samples_per_shard", "text_length", "batch_size"),
+            *("max_source_frames", "max_source_pixels", "max_source_bytes"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.areas:
+            raise ValueError("areas holds none; name at least one")
+        self.resolutions()
 
     @property
-    def longest(self) -> int:
-        """Most frames of a sample."""
-        return 1 if self.mode == "frames" else self.frames
+    def window_lengths(self) -> Lengths:
+        """Frames that a sample may have."""
+        if self.mode == "frames":
+            return Lengths(1, 1)
+        if self.lengths is not None:
+            only = tuple(sorted(set(self.lengths)))
+            return Lengths(only[0], only[-1], only)
+        return Lengths(self.min_frames, self.frames)
 
-    @property
-    def shortest(self) -> int:
-        """Fewest frames of a sample."""
-        return 1 if self.mode == "frames" else self.min_frames
-
-    def buckets(self) -> tuple[Size, ...]:
-        """The sizes that sources are resized to."""
+    def resolutions(self) -> tuple[tuple[Size, ...], ...]:
+        """The sizes that sources are resized to: the buckets of each resolution, smallest first."""
         if self.height is not None and self.width is not None:
-            return (Size(self.height, self.width),)
-        return buckets_of_area(self.area)
+            return ((Size(self.height, self.width),),)
+        return tuple(buckets_of_area(area) for area in sorted(set(self.areas)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
-        return {**dataclasses.asdict(self), "fps": str(self.fps)}
+        """Plain JSON values for the manifest."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in ({**dataclasses.asdict(self), "fps": str(self.fps)}).items()
+        }

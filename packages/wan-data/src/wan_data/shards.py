@@ -5,14 +5,13 @@ import dataclasses
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_data.files import sha256_of, written_aside
+from wan_data.files import naming, sha256_of, written_aside
 from wan_data.members import info_to_json, tensor_to_pickle, tensor_to_pth
 
 SHARD_PATTERN = "shard-rank{rank:02d}-{number:06d}.tar"
@@ -64,74 +63,49 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 class ShardWriter:
-    """Collects samples into numbered shards, one open at a time; a shard is visible only when it is whole.
+    """Writes one shard, which is visible under its name only when the block has ended well.
 
     Args:
         folder: where.
-        samples_per_shard: samples of a full shard.
-        rank: the number behind ``shard-rank``.
+        number: of the shard.
+        split: that it belongs to.
+
+    Attributes:
+        record: of the finished shard; None before, and where nothing was written, which leaves no file.
     """
 
-    def __init__(self, folder: Path, samples_per_shard: int, rank: int = 0) -> None:
-        self.folder, self.samples_per_shard, self.rank = folder, samples_per_shard, rank
-        self.records: list[ShardRecord] = []
-
-    @contextlib.contextmanager
-    def split(self, name: str) -> Iterator["SplitWriter"]:
-        """A writer for the samples of one split; its last shard is finished when the block ends well."""
-        writer = SplitWriter(self, name)
-        try:
-            yield writer
-        except BaseException:
-            writer.abandon()
-            raise
-        writer.finish_shard()
-
-
-class SplitWriter:
-    """Writes samples of one split; made by ``ShardWriter.split``."""
-
-    def __init__(self, shards: ShardWriter, split: str) -> None:
-        self.shards, self.split_name = shards, split
-        self._stack: contextlib.ExitStack | None = None
+    def __init__(self, folder: Path, number: int, split: str) -> None:
+        self.path, self.split = folder / SHARD_PATTERN.format(rank=0, number=number), split
+        self.record: ShardRecord | None = None
+        self._stack = contextlib.ExitStack()
         self._tar: tarfile.TarFile | None = None
         self._count = 0
 
-    def _open(self) -> tarfile.TarFile:
-        self._path = self.shards.folder / SHARD_PATTERN.format(rank=self.shards.rank, number=len(self.shards.records))
-        self._stack = contextlib.ExitStack()
-        file = self._stack.enter_context(written_aside(self._path))
-        tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
-        self._tar = self._stack.enter_context(tar)
-        return self._tar
+    def __enter__(self) -> "ShardWriter":
+        """The file is made with the first sample."""
+        return self
 
     def write(self, sample: Sample) -> None:
-        """Add a sample; a full shard is finished at once."""
-        tar = self._tar or self._open()
-        _add(tar, f"{sample.key}.json", info_to_json(sample.info))
-        _add(tar, f"{sample.key}.pickle", tensor_to_pickle(sample.text))
-        _add(tar, f"{sample.key}.pth", tensor_to_pth(sample.latent))
+        """Add a sample."""
+        if self._tar is None:
+            self._file = self._stack.enter_context(written_aside(self.path))
+            self._tar = self._stack.enter_context(
+                tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+            )
+        with naming(self.path):
+            _add(self._tar, f"{sample.key}.json", info_to_json(sample.info))
+            _add(self._tar, f"{sample.key}.pickle", tensor_to_pickle(sample.text))
+            _add(self._tar, f"{sample.key}.pth", tensor_to_pth(sample.latent))
         self._count += 1
-        if self._count == self.shards.samples_per_shard:
-            self.finish_shard()
 
-    def finish_shard(self) -> None:
-        """Make the open shard visible, if there is one."""
-        if self._stack is None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Give the file its name; after a failure remove it."""
+        if kind is not None:
+            # The failure is what the caller is to see, not what follows from it.
+            with contextlib.suppress(Exception):
+                self._stack.__exit__(kind, error, trace)
             return
         self._stack.close()
-        size = self._path.stat().st_size
-        self.shards.records.append(
-            ShardRecord(self._path.name, self.split_name, self._count, size, sha256_of(self._path))
-        )
-        self._stack = self._tar = None
-        self._count = 0
-
-    def abandon(self) -> None:
-        """Drop the open shard, after a failure."""
-        if self._stack is None:
-            return
-        stack, self._stack, self._tar = self._stack, None, None
-        error = RuntimeError("abandoned")
-        with contextlib.suppress(RuntimeError, OSError):
-            stack.__exit__(RuntimeError, error, None)
+        if self._count:
+            size, digest = self.path.stat().st_size, sha256_of(self.path)
+            self.record = ShardRecord(self.path.name, self.split, self._count, size, digest)

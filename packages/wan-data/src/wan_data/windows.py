@@ -88,37 +88,58 @@ def trim(frames: int) -> int:
     return 0 if frames < 1 else frames - (frames - 1) % TEMPORAL_STRIDE
 
 
-def plan_windows(total: int, kind: str, longest: int, shortest: int) -> list[Window]:
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Which numbers of frames a window may have, 4n+1 each.
+
+    Attributes:
+        shortest, longest: the bounds.
+        only: the lengths between them that are allowed; None for all.
+    """
+
+    shortest: int
+    longest: int
+    only: tuple[int, ...] | None = None
+
+    def at_most(self, frames: int) -> int:
+        """The largest length that ``frames`` frames make; 0 if there is none."""
+        if self.only is not None:
+            return max((length for length in self.only if length <= frames), default=0)
+        length = min(self.longest, trim(frames))
+        return length if length >= self.shortest else 0
+
+
+def plan_windows(total: int, kind: str, lengths: Lengths) -> list[Window]:
     """Cut a clip.
 
     Args:
         total: resampled frames of the clip.
-        kind: ``whole`` (all of it, trimmed to 4n+1), ``first`` (its first window) or ``consecutive`` (one behind
-            another without overlap; what is left at the end makes a shorter window).
-        longest: most frames of a window, 4n+1.
-        shortest: fewest frames of a window, 4n+1; a shorter remainder is dropped.
+        kind: ``whole`` (all of it, but for the frames that its length exceeds an allowed one by), ``first`` (its first
+            window) or ``consecutive`` (one behind another without overlap; what is left at the end makes a shorter
+            window, or is dropped if it is too short for any).
+        lengths: that windows may have.
 
     Returns:
-        Windows of 4n+1 frames each, in order.
+        Windows in order.
 
     Raises:
         ValueError: no window of that length fits; the message says what to change.
     """
     if kind not in WINDOW_KINDS:
         raise ValueError(f"windows are {kind!r}; expected one of {', '.join(WINDOW_KINDS)}")
-    if trim(total) < shortest:
-        raise ValueError(f"it has {total} frames at the target rate; the shortest window is {shortest}")
+    if not lengths.at_most(total):
+        raise ValueError(f"it has {total} frames at the target rate; the shortest window is {lengths.shortest}")
     if kind == "whole":
-        if trim(total) > longest:
+        if trim(total) > lengths.longest:
             raise ValueError(
-                f"it has {total} frames at the target rate, more than the longest window of {longest}: "
+                f"it has {total} frames at the target rate, more than the longest window of {lengths.longest}: "
                 "raise --frames, or cut with --windows first or consecutive"
             )
-        return [Window(0, trim(total))]
+        return [Window(0, lengths.at_most(total))]
     if kind == "first":
-        return [Window(0, min(longest, trim(total)))]
+        return [Window(0, lengths.at_most(total))]
     windows, start = [], 0
-    while (length := min(longest, trim(total - start))) >= shortest:
+    while length := lengths.at_most(total - start):
         windows.append(Window(start, start + length))
         start += length
     return windows

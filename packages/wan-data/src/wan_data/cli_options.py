@@ -1,0 +1,133 @@
+"""The options of ``wan-data``, and what becomes of them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from wan_data.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
+from wan_data.windows import WINDOW_KINDS
+
+DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+_DEFAULT = PrepareSettings()
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def flag(name: str, *more: str, **attributes: Any) -> Callable[[_Command], _Command]:
+    """An option under its kebab-case and its snake_case spelling, and under more names of either kind."""
+    spellings: list[str] = []
+    for one in (name, *more):
+        positive, _, negative = one.partition("/")
+        for spelling in dict.fromkeys((positive, positive.replace("-", "_"))):
+            other = negative if spelling == positive else negative.replace("-", "_")
+            spellings.append(f"--{spelling}/--{other}" if negative else f"--{spelling}")
+    return click.option(*spellings, name.partition("/")[0].replace("-", "_"), show_default=True, **attributes)
+
+
+class _FractionType(click.ParamType[Fraction]):
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        try:
+            return Fraction(str(value))
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{value!r} is no number such as 16 or 24000/1001", param, ctx)
+
+
+def settings_of(choices: dict[str, Any]) -> PrepareSettings:
+    """The settings that the options of ``choices`` make.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    frames = choices["frames"]
+    shortest = choices["min_frames"]
+    lengths, areas = choices.pop("length"), choices.pop("area")
+    values = {**choices, "min_frames": min(_DEFAULT.min_frames, frames) if shortest is None else shortest}
+    return PrepareSettings(**values, lengths=lengths or None, areas=areas or _DEFAULT.areas)
+
+
+def sources_of(video_folder: Path | None, listing: Path | None, settings: PrepareSettings) -> Any:
+    """What the options of ``inputs`` name, as ``wan_data.inputs`` lists it.
+
+    Raises:
+        ValueError: there is nothing.
+    """
+    from wan_data.inputs import files_of_folder, files_of_listing
+
+    if listing is not None:
+        return files_of_listing(listing, video_folder, settings)
+    if video_folder is None:
+        raise ValueError("there is nothing to read: give --video-folder, or --listing")
+    return files_of_folder(video_folder, settings)
+
+
+@contextlib.contextmanager
+def sentences(folder: Path) -> Iterator[None]:
+    """What went wrong, without a traceback."""
+    try:
+        yield
+    except OSError as error:
+        # Disk full and the like: which file and why.
+        raise click.ClickException(f"{error.filename or folder}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _all(*flags: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return decorate
+
+
+inputs = _all(
+    flag("video-folder", type=click.Path(path_type=Path), help="Searched with its subfolders."),
+    flag(
+        "listing",
+        "manifest",
+        type=click.Path(path_type=Path),
+        help="A .jsonl, .csv or .parquet with paths (relative to --video-folder, or to itself) and captions.",
+    ),
+)
+
+choices = _all(
+    flag("mode", default=_DEFAULT.mode, type=click.Choice(MODES), help="Videos, or single images of all there is."),
+    flag("fps", default=str(_DEFAULT.fps), type=_FractionType(), help="Frames a second that clips are resampled to."),
+    flag("windows", default=_DEFAULT.windows, type=click.Choice(WINDOW_KINDS), help="How clips are cut."),
+    flag("frames", default=_DEFAULT.frames, type=int, help="Longest window, 4n+1 frames."),
+    flag("min-frames", type=int, help="Shortest window, 4n+1 frames.  [default: 17, or --frames if less]"),
+    flag("length", type=int, multiple=True, help="Only windows of this length, 4n+1; may be repeated."),
+    flag(
+        "area",
+        type=int,
+        multiple=True,
+        help=f"Pixels that the aspect buckets aim at; may be repeated.  [default: {_DEFAULT.areas[0]}]",
+    ),
+    flag("height", type=int, help="With --width: one fixed size instead of buckets."),
+    flag("width", type=int, help="With --height: one fixed size instead of buckets."),
+    flag(
+        "resize-mode", default=_DEFAULT.resize_mode, type=click.Choice(RESIZE_MODES), help="How pixels are resampled."
+    ),
+    flag("center-crop/no-center-crop", default=True, help="Cut the margins to keep the aspect ratio, or stretch."),
+    flag("allow-upscaling/no-allow-upscaling", default=False, help="Take clips that are smaller than their bucket."),
+    flag(
+        "caption-key", default=_DEFAULT.caption_key, help="Key of the caption in .json and .jsonl files and listings."
+    ),
+    flag("max-source-frames", default=_DEFAULT.max_source_frames, type=int, help="A clip with more is rejected."),
+    flag(
+        "max-source-pixels", default=_DEFAULT.max_source_pixels, type=int, help="A clip with larger frames is rejected."
+    ),
+    flag("max-source-bytes", default=_DEFAULT.max_source_bytes, type=int, help="A larger file is rejected."),
+    flag("batch-size", default=_DEFAULT.batch_size, type=int, help="Windows of one shape that are encoded together."),
+    flag("samples-per-shard", default=_DEFAULT.samples_per_shard, type=int, help="Samples of a full shard."),
+    flag("validation-fraction", default=_DEFAULT.validation_fraction, type=float, help="Share of clips kept for val."),
+    flag("text-length", default=_DEFAULT.text_length, type=int, help="Tokens that captions are cut to."),
+    flag("dtype", default=_DEFAULT.dtype, type=click.Choice(DTYPES), help="What the encoders compute in."),
+    flag("seed", default=_DEFAULT.seed, type=int, help="Of the choice of validation clips."),
+)

@@ -1,0 +1,166 @@
+"""Preparations that are killed, starved and raced: run as a program, it prints what it saw as JSON.
+
+Everything is imported and the codec loaded once; each preparation is then a forked copy of this process, so that
+hundreds of them take minutes. Decoding happens in the copy itself: what is tried here is the writing.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_data import encoding, examination
+from wan_data.decode import Caps, Rejected, probe, read_windows
+from wan_data.files import sha256_of
+from wan_data.inputs import files_of_folder
+from wan_data.prepare import prepare
+from wan_data.settings import PrepareSettings
+from wan_model.codec import LatentCodec
+
+SETTINGS = PrepareSettings(areas=(32 * 48,), frames=9, min_frames=5, samples_per_shard=2)
+
+
+class HereDecoder:
+    """``Decoder`` without a process."""
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def decode(self, jobs: Any) -> Any:
+        for job in jobs:
+            caps = Caps(*job.caps)
+            try:
+                if job.windows is None:
+                    yield job, probe(job.path, job.fps, caps=caps)
+                    continue
+                for frames in read_windows(
+                    job.path, job.windows, job.size, fps=job.fps, resize_mode="bicubic", center_crop=True, caps=caps
+                ):
+                    yield job, frames
+            except Rejected as error:
+                yield job, error
+
+
+class Quiet:
+    def stage(self, name: str, total: int) -> None: ...
+    def step(self, line: str, steps: int = 1) -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+def whole(folder: Path) -> dict[str, str]:
+    """Digests of all files but Energon's database, which is of whatever library wrote it."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".sqlite"
+    }
+
+
+def fork(clips: Path, out: Path, model: str, *, limit: int | None = None, log: Path | None = None) -> int:
+    """A preparation as a process of its own; its exit code is 0, 1 after a sentence, 70 after anything else."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code, said = 70, ""
+    try:
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        prepare(files_of_folder(clips, SETTINGS), out, model, SETTINGS, report=Quiet(), device="cpu", decoders=1)
+        code = 0
+    except (ValueError, OSError) as error:
+        code, said = 1, f"{getattr(error, 'filename', '')} | {error}"
+    except BaseException as error:
+        said = repr(error)
+    finally:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if log is not None:
+            log.write_text(said)
+        os._exit(code)
+
+
+def wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kills(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]:
+    """Kill, take up, kill again, until it is through; then anew."""
+    out = work / "reference"
+    start = time.monotonic()
+    assert wait(fork(clips, out, model)) == 0
+    seconds, wanted = time.monotonic() - start, whole(out)
+    shards = {name: digest for name, digest in wanted.items() if name.endswith(".tar")}
+    rng, killed, finished, halves, different = random.Random(0), 0, 0, 0, 0
+    number = 0
+    while killed < count:
+        out = work / f"run{number}"
+        number += 1
+        while True:
+            pid = fork(clips, out, model)
+            time.sleep(rng.uniform(0, 1.1 * seconds))
+            os.kill(pid, signal.SIGKILL)
+            code = wait(pid)
+            if code == -signal.SIGKILL:
+                killed += 1
+            # A shard that can be seen is whole.
+            halves += sum(
+                shards.get(path.name) != sha256_of(path) for path in (out.glob("*.tar") if out.is_dir() else ())
+            )
+            if code == 0 or killed >= count:
+                break
+        assert wait(fork(clips, out, model)) == 0
+        finished += 1
+        different += whole(out) != wanted
+    return {"killed": killed, "finished": finished, "half_shards": halves, "different": different, "seconds": seconds}
+
+
+def full_disk(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]:
+    """No file may grow beyond a limit, which is different each time; then it may."""
+    reference = work / "reference"
+    assert wait(fork(clips, reference, model)) == 0
+    wanted = whole(reference)
+    largest = max(path.stat().st_size for path in reference.rglob("*") if path.is_file())
+    seen = []
+    for number in range(count):
+        out, log = work / f"run{number}", work / f"log{number}"
+        limit = round(largest * (number + 0.5) / count)
+        code = wait(fork(clips, out, model, limit=limit, log=log))
+        again = wait(fork(clips, out, model))
+        seen.append([limit, code, log.read_text(), again, whole(out) == wanted])
+    return {"largest": largest, "runs": seen}
+
+
+def races(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]:
+    """Two at the same moment in one folder."""
+    reference = work / "reference"
+    assert wait(fork(clips, reference, model)) == 0
+    wanted, seen = whole(reference), []
+    for number in range(count):
+        out = work / f"run{number}"
+        logs = [work / f"log{number}{which}" for which in "ab"]
+        pids = [fork(clips, out, model, log=log) for log in logs]
+        codes = [wait(pid) for pid in pids]
+        seen.append([codes, [log.read_text() for log in logs], whole(out) == wanted])
+    return {"runs": seen}
+
+
+def main() -> None:
+    what, clips, work, model, count = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+    torch.set_num_threads(1)
+    codec = LatentCodec.from_pretrained(model)
+    LatentCodec.from_pretrained = classmethod(lambda cls, *_, **__: codec)  # type: ignore[method-assign]
+    examination.Decoder = encoding.Decoder = HereDecoder  # type: ignore[assignment,misc]
+    found = {"kills": kills, "full_disk": full_disk, "races": races}[what](clips, work, model, count)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
