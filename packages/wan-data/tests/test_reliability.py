@@ -2,11 +2,19 @@
 
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+
+from wan_data.settings import PrepareSettings
+from wan_data.verify import verify
 
 PROGRAM = Path(__file__).with_name("reliability_runs.py")
 
@@ -59,3 +67,151 @@ def test_two_writers_one_wins(runs, length):
                 assert code == 1
                 assert "is being written by" in sentence
     assert lost >= 1
+
+
+# -- broken videos ----------------------------------------------------------------------------------------------------
+
+
+def crafted(folder, whole):
+    """Sixty files that are not what they seem."""
+    size = len(whole)
+    files = {f"cut{i:02d}.mp4": whole[: size * i // 20] for i in range(20)}
+    files |= {f"head{i}.mp4": whole[size * (i + 1) // 12 :] for i in range(10)}
+    files |= {
+        f"zeros{i}.mp4": whole[: size * i // 10] + bytes(size // 10) + whole[size * (i + 1) // 10 :] for i in range(10)
+    }
+    files |= {f"twice{i}.mp4": whole[: size * i // 5] + whole for i in range(1, 5)}
+    files |= {
+        "text.mp4": b"a text",
+        "empty.mkv": b"",
+        "newline.avi": b"\n",
+        "riff.avi": b"RIFF\xff\xff\xff\x7fAVI LIST",
+    }
+    files |= {"gif.gif": b"GIF89a\xff\xff\xff\xff\x80\x00\x00", "ebml.webm": b"\x1aE\xdf\xa3" + bytes(range(256))}
+    files |= {"png.mp4": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\x02\x00\x00\x00"}
+    files |= {
+        "list.mp4": b"ffconcat version 1.0\nfile /etc/passwd\n",
+        "m3u.ts": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+    }
+    files |= {"wrong.mkv": whole, "jpeg.mov": b"\xff\xd8\xff\xe0" + bytes(64)}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "dangling.mp4").symlink_to(folder / "nowhere")
+    (folder / "loop.mp4").symlink_to(folder / "loop.mp4")
+    (folder / "zero.mp4").symlink_to("/dev/zero")
+    return len(files) + 4
+
+
+def fuzzed(folder, whole, count):
+    """One to twenty bytes changed, moved or lost, anywhere."""
+    rng = random.Random(1)
+    for number in range(count):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 20)):
+            place, length = rng.randrange(len(data)), rng.randint(1, 8)
+            kind = rng.randrange(3)
+            if kind == 0:
+                data[place] = rng.randrange(256)
+            elif kind == 1:
+                del data[place : place + length]
+            else:
+                data[place:place] = rng.randbytes(length)
+        (folder / f"fuzzed{number:03d}.mp4").write_bytes(data)
+
+
+def captions(folder, count):
+    """Captions of all kinds of wrongness, each beside a clip that is good."""
+    rng = random.Random(2)
+    good = '{"caption": "größer"}'.encode()
+    for number in range(count):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 5)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        (folder / f"caption{number:03d}.json").write_bytes(data)
+
+
+def test_every_broken_video_is_named_and_the_good_ones_are_untouched(
+    prepared, clip, tiny_model, silent, length, tmp_path
+):
+    good, mixed = tmp_path / "good", tmp_path / "mixed"
+    for number in range(4):
+        clip(good / f"good{number}.mkv", range(40 * number, 40 * number + 12), size=(32, 48))
+        (good / f"good{number}.txt").write_text(f"Clip {number}.")
+    shutil.copytree(good, mixed)
+    rng = np.random.default_rng(0)
+    source = write_mpeg4(tmp_path / "source.mp4", rng.integers(0, 256, (12, 32, 48, 3), np.uint8))
+    count = crafted(mixed, source.read_bytes())
+    fuzz, said = length(500, 60), length(200, 40)
+    fuzzed(mixed, source.read_bytes(), fuzz)
+    captions(mixed, said)
+    for path in mixed.iterdir():
+        if (
+            path.suffix in (".mp4", ".avi", ".gif", ".webm", ".ts", ".mov", ".mkv")
+            and not path.with_suffix(".txt").exists()
+        ):
+            path.with_suffix(".txt").write_text("A clip.")
+    for number in range(said):
+        shutil.copy(good / "good0.mkv", mixed / f"caption{number:03d}.mkv")
+    settings = PrepareSettings(areas=(32 * 48,), frames=9, min_frames=5, validation_fraction=0)
+    clean = prepared(good, tmp_path / "clean", tiny_model, settings)
+    manifest = prepared(mixed, tmp_path / "out", tiny_model, settings, decoders=2, report=silent)
+
+    verdicts = {record.path: record for record in manifest.sources}
+    assert len(verdicts) == 4 + count + fuzz + said
+    assert all(bool(record.reason) == (record.verdict == "rejected") for record in verdicts.values())
+    assert sum(record.samples for record in verdicts.values()) == sum(manifest.samples.values())
+    assert all(record.verdict == "accepted" for name, record in verdicts.items() if name.startswith("good"))
+    for name in ("text.mp4", "pipe.mp4", "dangling.mp4", "loop.mp4", "zero.mp4", "list.mp4", "m3u.ts", "cut05.mp4"):
+        assert verdicts[name].verdict == "rejected", name
+    rejected = sum(record.verdict == "rejected" for record in verdicts.values())
+    print({"inputs": len(verdicts), "rejected": rejected, "processed": len(verdicts) - rejected})
+    assert rejected > count / 2
+
+    def members(folder):
+        found = {}
+        for shard in folder.glob("*.tar"):
+            with tarfile.open(shard) as tar:
+                found |= {member.name: tar.extractfile(member).read() for member in tar}
+        return found
+
+    wanted, found = members(tmp_path / "clean"), members(tmp_path / "out")
+    assert sum(clean.samples.values()) == 4
+    assert {name: found.get(name) for name in wanted} == wanted
+
+
+def write_mpeg4(path, images):
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=16)
+        stream.height, stream.width, stream.pix_fmt = images.shape[1], images.shape[2], "yuv420p"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+# -- damaged shards ---------------------------------------------------------------------------------------------------
+
+
+def test_every_cut_and_every_flipped_bit_is_found(dataset, length, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    rng = random.Random(0)
+    shards = sorted(copy.glob("*.tar"))
+
+    def found(shard, data):
+        whole = shard.read_bytes()
+        shard.write_bytes(data(bytearray(whole)))
+        _, problems = verify(copy)
+        shard.write_bytes(whole)
+        return any(shard.name in problem and "damaged" in problem for problem in problems)
+
+    def flip(data):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        return bytes(data)
+
+    cuts = [found(rng.choice(shards), lambda data: data[: rng.randrange(len(data))]) for _ in range(length(300, 10))]
+    flips = [found(rng.choice(shards), flip) for _ in range(length(400, 10))]
+    print({"cuts": len(cuts), "found": sum(cuts), "flips": len(flips), "flips found": sum(flips)})
+    assert all(cuts)
+    assert all(flips)
+    assert verify(copy)[1] == []

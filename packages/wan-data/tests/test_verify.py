@@ -1,5 +1,4 @@
 import json
-import random
 import shutil
 
 import pytest
@@ -24,22 +23,6 @@ def test_a_whole_dataset_has_no_problems(dataset, clips):
     checked, problems = verify(dataset, sources=clips)
     assert problems == []
     assert checked == {"shards": 5, "samples": 14, "sources": 6}
-
-
-def test_every_cut_and_every_flipped_bit_is_found(copy):
-    rng = random.Random(0)
-    shards = sorted(copy.glob("*.tar"))
-    for _ in range(12):
-        shard = rng.choice(shards)
-        whole = shard.read_bytes()
-        flipped = bytearray(whole)
-        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-        for damaged in (whole[: rng.randrange(len(whole))], bytes(flipped)):
-            shard.write_bytes(damaged)
-            _, problems = verify(copy)
-            assert any(shard.name in problem and "damaged" in problem for problem in problems)
-        shard.write_bytes(whole)
-    assert verify(copy)[1] == []
 
 
 @pytest.mark.parametrize(
