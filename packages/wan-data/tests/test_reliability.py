@@ -12,8 +12,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
+from wan_data.energon_metadata import write_metadata
+from wan_data.loader import LoaderConfig, PackLoader
 from wan_data.settings import PrepareSettings
+from wan_data.shards import Sample, ShardWriter
 from wan_data.verify import verify
 
 PROGRAM = Path(__file__).with_name("reliability_runs.py")
@@ -215,3 +219,56 @@ def test_every_cut_and_every_flipped_bit_is_found(dataset, length, tmp_path):
     assert all(cuts)
     assert all(flips)
     assert verify(copy)[1] == []
+
+
+# -- long reading -----------------------------------------------------------------------------------------------------
+
+
+def resident(pids):
+    return sum(
+        int(line.split()[1]) * 1024
+        for pid in pids
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("RssAnon:")
+    )
+
+
+def children():
+    tasks = Path(f"/proc/{os.getpid()}/task")
+    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+
+# Four readers on two cores, which torch advises against; here their number matters and their speed does not.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_each_sample_once_an_epoch_and_memory_stays_flat(length, tmp_path):
+    count, workers, epochs, a_shard = length(10_000, 800), 4, 3, 100
+    latent, text = torch.zeros(16, 1, 2, 2), torch.zeros(2, 8)
+    records = []
+    for number in range(count // a_shard):
+        with ShardWriter(tmp_path, number, "train") as shard:
+            for i in range(a_shard):
+                shard.write(Sample(f"key{number * a_shard + i:06d}", latent, text, {"caption": "x"}))
+        records.append(shard.record)
+    write_metadata(tmp_path, records)
+    share = count // workers
+    # A buffer of packing that divides the share ends with each epoch.
+    config = LoaderConfig(str(tmp_path), capacity=8, packing_buffer=20, num_workers=workers, text_length=2)
+    loader = iter(PackLoader(config, rank=0, world_size=1))
+    streams = [[] for _ in range(workers)]
+    memory = []
+    for number, pack in enumerate(loader):
+        # torch's loader asks its workers in turn.
+        streams[number % workers].extend(pack.keys)
+        drawn = sum(map(len, streams))
+        if drawn >= (len(memory) + 1) * count:
+            memory.append(resident([os.getpid(), *children()]))
+        if all(len(stream) >= epochs * share for stream in streams):
+            break
+    for stream in streams:
+        passes = [stream[epoch * share : (epoch + 1) * share] for epoch in range(epochs)]
+        assert all(len(set(keys)) == share for keys in passes), "a key twice, or never, in an epoch"
+        assert all(set(keys) == set(passes[0]) for keys in passes)
+        assert passes[0] != passes[1], "each epoch has its own order"
+    assert len(set().union(*streams)) == count
+    print({"samples": count, "epochs": epochs, "megabytes after each epoch": [round(size / 1e6) for size in memory]})
+    assert memory[-1] < 1.05 * memory[0] + 20e6

@@ -27,7 +27,7 @@ from wan_model.pack import LatentPack
 
 STATE_VERSION = 1
 # Samples are drawn from at most this many runs of neighbours, which bounds the state: a state lists them.
-_MOST_SEQUENCES = 1000
+_MOST_SEQUENCES = 20_000
 _PREFETCH = 2
 
 
@@ -43,7 +43,8 @@ class LoaderConfig:
         patch_size: latent positions (frames, rows, columns) of a token.
         pad_multiple: packs are padded to a multiple of this many tokens (tensor and context parallelism).
         packing_buffer: samples looked at together when packing; at most a worker's share of the split is.
-        shuffle_buffer: samples shuffled among each other, where a worker's share is too large to be shuffled whole.
+        shuffle_buffer: samples mixed among each other, where a worker's share is too large to be permuted one by one.
+            Epochs then run into each other a little; without it every sample comes exactly once an epoch.
         num_workers: processes that read; 0 reads here.
         seed: of the order.
     """
@@ -55,7 +56,7 @@ class LoaderConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     pad_multiple: int = 1
     packing_buffer: int = 64
-    shuffle_buffer: int = 64
+    shuffle_buffer: int = 0
     num_workers: int = 0
     seed: int = 1234
 
@@ -191,9 +192,9 @@ class PackLoader:
         if self._endless:
             sequence = -(-self._share // _MOST_SEQUENCES)
             # Where each sample is drawn by itself an epoch is a full permutation, and a buffer would only mix epochs.
-            shuffle = min(self.config.shuffle_buffer, self._share) if sequence > 1 else None
+            shuffle = min(self.config.shuffle_buffer, self._share) if sequence > 1 else 0
             dataset = get_train_dataset(
-                self.config.path, shuffle_buffer_size=shuffle, max_samples_per_sequence=sequence, **common
+                self.config.path, shuffle_buffer_size=shuffle or None, max_samples_per_sequence=sequence, **common
             )
         else:
             dataset = get_val_dataset(self.config.path, **common)

@@ -90,7 +90,7 @@ class WanDatasetConfig(DatasetProvider):
         mock: random latents and text instead of a dataset.
         mock_settings: their shapes.
         capacity: tokens of a pack, padding included.
-        packing_buffer, shuffle_buffer: samples looked at together when packing and shuffling.
+        packing_buffer, shuffle_buffer: see ``wan_data.loader.LoaderConfig``.
         seed: of order and mock data.
         dataloader_save: set by the run: the checkpoint folder, so that the loader's state lies inside the checkpoint.
     """
@@ -102,7 +102,7 @@ class WanDatasetConfig(DatasetProvider):
     mock_settings: MockConfig = dataclasses.field(default_factory=MockConfig)
     capacity: int = 32760
     packing_buffer: int = 64
-    shuffle_buffer: int = 64
+    shuffle_buffer: int = 0
     seed: int = 1234
     dataloader_save: str | None = None
 
