@@ -1,11 +1,15 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from wan_data.energon_metadata import check_metadata
+from wan_data.energon_metadata import DATASET_YAML, check_metadata
 from wan_data.loader import LoaderConfig, PackLoader, splits
+
+ENERGON = [sys.executable, "-c", "import sys; from megatron.energon.cli.main import main; sys.exit(main())"]
 
 
 @pytest.fixture
@@ -97,3 +101,33 @@ def test_missing_things_are_named(tmp_path, copy):
         open_it(tmp_path)
     with pytest.raises(ValueError, match="no split 'test'; it has train, val"):
         PackLoader(LoaderConfig(str(copy), capacity=200, split="test"), rank=0, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("info",), "14 samples"),
+        (("lint", "--parallel", "0"), ""),
+        (("preview", "--split-parts", "val"), "caption (<class 'str'>)"),
+    ],
+)
+def test_energons_own_tools(dataset, arguments, says):
+    name, *options = arguments
+    command = [*ENERGON, name, str(dataset), *options]
+    done = subprocess.run(
+        [*command, "--dataset-config", "captioning.yaml"], capture_output=True, text=True, input="y\n" * 20, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
+def test_energon_prepare_makes_a_dataset_of_the_same_shards(dataset, tmp_path):
+    for shard in dataset.glob("*.tar"):
+        shutil.copy(shard, tmp_path)
+    command = [*ENERGON, "prepare", str(tmp_path), "--non-interactive"]
+    command += ["--split-ratio", "8,1,1", "--sample-type", "CrudeWebdataset", "--force-overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sum(splits(tmp_path).values()) == 14
+    assert (tmp_path / ".nv-meta" / "dataset.yaml").read_bytes() == DATASET_YAML
+    assert len(next(iter(PackLoader(LoaderConfig(str(tmp_path), capacity=200), rank=0, world_size=1))).keys) > 1

@@ -24,6 +24,20 @@ from wan_data.shards import ShardRecord
 META_FOLDER = ".nv-meta"
 # Byte for byte what `energon prepare --sample-type CrudeWebdataset` writes too.
 DATASET_YAML = b"__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+# For `energon info`, `lint` and `preview --dataset-config captioning.yaml`: Energon 7.4.1's own tools fail on crude
+# datasets. It is never read by the loader here.
+LOOK_NAME = "captioning.yaml"
+LOOK_YAML = b"""__module__: megatron.energon
+__class__: StandardWebdatasetFactory
+sample_type:
+  __module__: megatron.energon
+  __class__: CaptioningSample
+field_map:
+  image: pth
+  caption: json[caption]
+"""
+# Those that Energon's tools ask for, be they empty.
+_SPLITS = ("train", "val", "test")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.tar")
 # Names in split.yaml may stand as shard-{000..007}.tar. What is outside this set could mean something else to another
 # YAML reader than the one used here.
@@ -39,8 +53,8 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
     """
     from megatron.energon.flavors import BaseWebdatasetFactory
 
-    splits = list(dict.fromkeys(shard.split for shard in shards))
-    assert "train" in splits, "a dataset without training samples is refused before this"
+    splits = dict.fromkeys((*_SPLITS, *(shard.split for shard in shards)))
+    assert any(shard.split == "train" for shard in shards), "a dataset without training samples is refused before this"
     names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
     with contextlib.redirect_stdout(io.StringIO()), _as_os_errors(folder / META_FOLDER):
         BaseWebdatasetFactory.prepare_dataset(
@@ -58,6 +72,7 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
         ("index.uuid", str(uuid.UUID(bytes=digest[:16])).encode()),
         ("split.yaml", split_yaml.encode()),
         ("dataset.yaml", DATASET_YAML),
+        (LOOK_NAME, LOOK_YAML),
     ):
         with written_aside(meta / name) as file:
             file.write(content)
