@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import random
 import shutil
 import tarfile
 
@@ -180,6 +181,21 @@ def test_a_refused_sample_ends_the_run_and_is_named(tmp_path, workers):
         ValueError, match=r"shard shard-rank00-000000.*, sample key2: member key2.pth is refused: .*not finite"
     ):
         drawn(loader(tmp_path, num_workers=workers), 10)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_over_a_split_has_each_sample_once_although_some_wait(tmp_path, workers):
+    rng, records = random.Random(0), []
+    for number, split in enumerate(("train", "val", "val")):
+        with ShardWriter(tmp_path, number, split) as shard:
+            for i in range(30):
+                latent = torch.zeros(16, 1, 2, 2 * rng.randint(1, 9))
+                shard.write(Sample(f"key{number}{i:02d}", latent, torch.zeros(3, 8), {"caption": "x"}))
+        records.append(shard.record)
+    write_metadata(tmp_path, records)
+    one = loader(tmp_path, split="val", capacity=12, packing_buffer=7, num_workers=workers)
+    for _ in range(2):
+        assert sorted(key for pack in one for key in pack.keys) == [f"key{n}{i:02d}" for n in (1, 2) for i in range(30)]
 
 
 def test_a_shard_of_the_recipe_is_read(tmp_path):

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from wan_data.energon_metadata import check_metadata
 from wan_data.manifest import MANIFEST_NAME, read_manifest
-from wan_data.packing import Efficiency, best_fit, efficiency, usable_capacity
+from wan_data.packing import Efficiency, efficiency, full_packs, usable_capacity
 from wan_data.shard_reader import samples_of
 
 
@@ -33,9 +33,15 @@ def simulate_packing(
     """
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed)).tolist()
     packs: list[list[int]] = []
-    for start in range(0, len(order), packing_buffer):
-        lengths = [tokens[index] for index in order[start : start + packing_buffer]]
-        packs += [[lengths[i] for i in pack] for pack in best_fit(lengths, usable_capacity(capacity, pad_multiple))]
+    usable, carried, place = usable_capacity(capacity, pad_multiple), list[int](), 0
+    while place < len(order) or carried:
+        fresh = order[place : place + packing_buffer - len(carried)]
+        place += len(fresh)
+        lengths = [*carried, *(tokens[index] for index in fresh)]
+        # At the end nothing is kept back.
+        chosen, rest = full_packs(lengths, usable, len(carried) if place < len(order) else len(lengths))
+        packs += [[lengths[i] for i in pack] for pack in chosen]
+        carried = [lengths[i] for i in rest]
     return efficiency(packs, capacity, pad_multiple)
 
 

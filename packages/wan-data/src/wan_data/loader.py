@@ -42,7 +42,8 @@ class LoaderConfig:
         text_length: tokens that texts are zero-padded to.
         patch_size: latent positions (frames, rows, columns) of a token.
         pad_multiple: packs are padded to a multiple of this many tokens (tensor and context parallelism).
-        packing_buffer: samples looked at together when packing; at most a worker's share of the split is.
+        packing_buffer: samples looked at together when packing; at most a worker's share of the split is. Those of the
+            emptiest packs are looked at again with the next ones, so a sample comes at most one buffer late.
         shuffle_buffer: samples mixed among each other, where a worker's share is too large to be permuted one by one.
             Epochs then run into each other a little; without it every sample comes exactly once an epoch.
         num_workers: processes that read; 0 reads here.
@@ -139,6 +140,7 @@ class PackLoader:
         manifest = _manifest_of(folder)
         self.dataset_fingerprint = _fingerprint(folder, manifest, parts)
         self._check_capacity(manifest)
+        self._share = available[config.split] // (world_size * max(1, config.num_workers))
         self._encoder = PackEncoder(
             capacity=config.capacity,
             patch_size=config.patch_size,
@@ -146,6 +148,8 @@ class PackLoader:
             pad_multiple=config.pad_multiple,
             seed=config.seed,
             spec=manifest.latent_spec if manifest else None,
+            # Where a buffer holds an epoch, what waits would come in the next one.
+            carry=config.packing_buffer < self._share,
         )
         self._workers = WorkerConfig(
             rank=rank,
@@ -154,7 +158,6 @@ class PackLoader:
             seed_offset=config.seed,
             global_error_handler=reraise_exception,  # the default logs a bad sample and goes on without it
         )
-        self._share = available[config.split] // (world_size * max(1, config.num_workers))
         if config.split == "train" and self._share < 1:
             raise ValueError(
                 f"{folder} has {available['train']} training samples for {world_size} ranks of "

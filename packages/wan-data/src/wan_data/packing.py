@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
+# A pack that is this full is given out at once.
+_FULL = 0.95
+
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the longest sample first, each into the fullest pack that still takes it.
@@ -34,6 +37,34 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             packs.append([index])
             room.append(capacity - length)
     return packs
+
+
+def full_packs(lengths: Sequence[int], capacity: int, carried: int) -> tuple[list[list[int]], list[int]]:
+    """``best_fit``, but for the emptiest packs, whose samples are better looked at again with the next ones.
+
+    At least half of the packs are given out, and a sample is kept back at most once: it comes at most one buffer late.
+
+    Args:
+        lengths: tokens of each sample; those that were kept back before stand first.
+        capacity: tokens of a pack.
+        carried: how many those are.
+
+    Returns:
+        The packs as indices, fullest first, and the indices that are kept back.
+
+    Raises:
+        ValueError: see ``best_fit``.
+    """
+    fullest_first = sorted(best_fit(lengths, capacity), key=lambda pack: (-sum(lengths[i] for i in pack), pack))
+    packs: list[list[int]] = []
+    rest: list[int] = []
+    for number, pack in enumerate(fullest_first):
+        full = sum(lengths[index] for index in pack) >= _FULL * capacity
+        if full or min(pack) < carried or 2 * number < len(fullest_first):
+            packs.append(pack)
+        else:
+            rest += pack
+    return packs, sorted(rest)
 
 
 def usable_capacity(capacity: int, multiple: int) -> int:

@@ -18,7 +18,7 @@ from megatron.energon.wrappers import PackingDataset
 from torch import Tensor
 
 from wan_data.members import MEMBERS, RefusedMember, info_from_json, latent_from_pth, text_from_pickle
-from wan_data.packing import best_fit, usable_capacity
+from wan_data.packing import full_packs, usable_capacity
 from wan_model.config import PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.pack import LatentPack, latent_grid, pack_latents
@@ -84,11 +84,34 @@ class SafeDecoder(FileStoreDecoder):
         return {"decoder": "wan_data"}
 
 
-class _QuietPackingDataset(PackingDataset):
-    # Energon draws a bar on standard error for every worker's first buffer.
+class _CarryingPackingDataset(PackingDataset):
+    """Energon's, which may also keep samples back for its next buffer; they are saved and restored with it."""
+
+    _savable_fields = (*PackingDataset._savable_fields, "_carried")
+
+    def __init__(self, *arguments: Any, encoder: "PackEncoder", **more: Any) -> None:
+        self._encoder, self._exhausted = encoder, False
+        super().__init__(*arguments, pre_packer=self._pre_pack, **more)
+
+    def reset_state_own(self) -> None:
+        super().reset_state_own()
+        self._carried = 0
+
     def _fill_reading_buffer(self, source_iter: Iterator[Any], log_progress: bool = False) -> bool:
-        del log_progress
-        return bool(super()._fill_reading_buffer(source_iter, False))
+        del log_progress  # Energon draws a bar on standard error for every worker's first buffer
+        filled = bool(super()._fill_reading_buffer(source_iter, False))
+        self._exhausted = not filled
+        return filled
+
+    def _pre_pack(self, samples: list[LatentSample]) -> list[list[LatentSample]]:
+        # Called when Energon has emptied its reading buffer: what goes back in stands before what is read next.
+        keep = self._encoder.carry and not self._exhausted
+        carried = self._carried if keep else len(samples)
+        packs, rest = self._encoder.choose_packs(samples, carried)
+        for sample in rest:
+            self._reading_buffer.append(sample)
+        self._carried = len(rest)
+        return packs
 
 
 class PackEncoder(TaskEncoder):
@@ -101,6 +124,7 @@ class PackEncoder(TaskEncoder):
         pad_multiple: packs are padded to a multiple of this.
         seed: of the order of packs.
         spec: the dataset's latent space, if it says.
+        carry: samples that would fill a pack badly may wait for the next buffer.
     """
 
     decoder = SafeDecoder()
@@ -114,9 +138,10 @@ class PackEncoder(TaskEncoder):
         pad_multiple: int,
         seed: int,
         spec: LatentSpec | None,
+        carry: bool,
     ) -> None:
         self.capacity, self.patch_size, self.text_length = capacity, patch_size, text_length
-        self.pad_multiple, self.seed, self.spec = pad_multiple, seed, spec
+        self.pad_multiple, self.seed, self.spec, self.carry = pad_multiple, seed, spec, carry
         self.cookers = [Cooker(self.cook)]
 
     @stateless
@@ -154,15 +179,26 @@ class PackEncoder(TaskEncoder):
         # The recipe's own shards may hold half precision; the order of operations here is fp32 throughout.
         return LatentSample(**basic_sample_keys(sample), latent=latent.float(), text=text.float(), tokens=tokens)
 
-    def select_samples_to_pack(self, samples: Sequence[LatentSample]) -> list[list[LatentSample]]:
-        """Group a buffer of samples; the order of the packs is drawn, or long samples would always come first."""
-        packs = best_fit([sample.tokens for sample in samples], usable_capacity(self.capacity, self.pad_multiple))
+    def choose_packs(
+        self, samples: Sequence[LatentSample], carried: int
+    ) -> tuple[list[list[LatentSample]], list[LatentSample]]:
+        """Group a buffer of samples; the order of the packs is drawn, or full packs would always come first.
+
+        Args:
+            samples: a buffer; those that were kept back before stand first.
+            carried: how many those are.
+
+        Returns:
+            The groups, and the samples that are kept back.
+        """
+        capacity = usable_capacity(self.capacity, self.pad_multiple)
+        packs, rest = full_packs([sample.tokens for sample in samples], capacity, carried)
         # Seeded by what is packed: needs no state, and differs from buffer to buffer and from rank to rank.
         keys = "\n".join(str(sample.__key__) for sample in samples)
         digest = hashlib.sha256(f"{self.seed}\n{keys}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         order = torch.randperm(len(packs), generator=generator).tolist()
-        return [[samples[index] for index in packs[number]] for number in order]
+        return [[samples[index] for index in packs[number]] for number in order], [samples[index] for index in rest]
 
     @stateless
     def pack_selected_samples(self, samples: Sequence[LatentSample]) -> PackedSample:
@@ -190,10 +226,10 @@ class PackEncoder(TaskEncoder):
         assert batch_size is None
         assert not batch_drop_last
         assert packing_buffer_size is not None
-        return _QuietPackingDataset(
+        return _CarryingPackingDataset(
             dataset,
+            encoder=self,
             buffer_size=packing_buffer_size,
-            pre_packer=self.select_samples_to_pack,
             final_packer=self.pack_selected_samples,
             final_packer_stateless=True,
             worker_config=worker_config,
@@ -202,7 +238,7 @@ class PackEncoder(TaskEncoder):
 
 def settings_of(encoder: PackEncoder) -> dict[str, Any]:
     """What decides the packs, as plain values, for comparison on resume."""
-    values = {name: getattr(encoder, name) for name in ("capacity", "text_length", "pad_multiple", "seed")}
+    values = {name: getattr(encoder, name) for name in ("capacity", "text_length", "pad_multiple", "seed", "carry")}
     return {**values, "patch_size": list(encoder.patch_size)}
 
 
