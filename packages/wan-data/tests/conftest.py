@@ -88,7 +88,7 @@ class Silent:
     def stage(self, name: str, total: int) -> None:
         self.lines.append(f"{name} {total}")
 
-    def step(self, line: str, steps: int = 1) -> None:
+    def step(self, line: str) -> None:
         self.lines.append(line)
 
     def say(self, line: str) -> None:

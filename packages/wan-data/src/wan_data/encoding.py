@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wan_data.decode import Rejected
 from wan_data.decoder_process import Decoder, Job
-from wan_data.examination import PlannedSource, caps_of
+from wan_data.examination import PlannedSource, caps_of, in_order
 from wan_data.rounds import Part, Task
 from wan_data.settings import PrepareSettings
 from wan_data.shards import Sample, sample_key
@@ -265,20 +265,13 @@ class EncoderPool:
             yield from self._here.encode(tasks)
             return
         assert self._pool is not None, "use it in a with block"
-        waiting: collections.deque[tuple[Task, Any]] = collections.deque()
-        rest = iter(tasks)
-        while True:
-            # Only so many ahead: what is done waits in memory for its turn.
-            for task in itertools.islice(rest, 2 * self.processes - len(waiting)):
-                waiting.append((task, self._pool.submit(_encode_task, task)))
-            if not waiting:
-                return
-            task, future = waiting.popleft()
+        # Only so many ahead: what is done waits in memory for its turn.
+        for task, windows in in_order(self._pool, _encode_task, tasks, 2 * self.processes):
             yield (
                 task,
                 [
                     Encoded(name, number, None if array is None else torch.from_numpy(array), problem)
-                    for name, number, array, problem in future.result()
+                    for name, number, array, problem in windows
                 ],
             )
 

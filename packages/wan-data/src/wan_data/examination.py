@@ -1,5 +1,6 @@
 """Looking at every source before anything is encoded: what it is, what will be made of it, or why not."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -126,8 +127,8 @@ def examine(
     settings: PrepareSettings,
     report: Callable[[Verdict], None],
     *,
-    decoders: int = 1,
-    journal: Journal | None = None,
+    decoders: int,
+    journal: Journal,
 ) -> list[Verdict]:
     """Decode every source to its end, in processes that may die, and plan its samples.
 
@@ -142,7 +143,6 @@ def examine(
         A verdict a source, in order.
     """
     captions = CaptionFinder(settings.caption_key)
-    journal = journal or Journal(None, settings)
     resolutions = settings.resolutions()
     verdicts: list[Verdict] = []
     idle: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
@@ -162,7 +162,7 @@ def examine(
         idle.put(Decoder())
     with concurrent.futures.ThreadPoolExecutor(decoders) as pool:
         try:
-            for source, (verdict, fresh) in _in_order(pool, look, sources, 4 * decoders):
+            for source, (verdict, fresh) in in_order(pool, look, sources, 4 * decoders):
                 if fresh is not None and source.path is not None:
                     mtime_ns, digest, info = fresh
                     journal.note(source.name, verdict.bytes, mtime_ns, digest, info)
@@ -174,14 +174,15 @@ def examine(
     return verdicts
 
 
-def _in_order(
+def in_order(
     pool: concurrent.futures.Executor, function: Callable[[Any], Any], items: Iterable[Any], ahead: int
 ) -> Iterator[tuple[Any, Any]]:
-    waiting: list[tuple[Any, concurrent.futures.Future[Any]]] = []
+    """Each item with the function's result of it, in the order of the items; at most so many are under way or done."""
+    waiting: collections.deque[tuple[Any, concurrent.futures.Future[Any]]] = collections.deque()
     for item in items:
         waiting.append((item, pool.submit(function, item)))
         if len(waiting) >= ahead:
-            first, future = waiting.pop(0)
+            first, future = waiting.popleft()
             yield first, future.result()
     for item, future in waiting:
         yield item, future.result()

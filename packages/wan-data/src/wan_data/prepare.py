@@ -37,8 +37,8 @@ class Report(Protocol):
     def stage(self, name: str, total: int) -> None:
         """A stage of ``total`` steps begins."""
 
-    def step(self, line: str, steps: int = 1) -> None:
-        """So many steps are done."""
+    def step(self, line: str) -> None:
+        """One step is done."""
 
     def say(self, line: str) -> None:
         """Something the user should know."""
@@ -133,20 +133,33 @@ def examine_only(
     Raises:
         ValueError: the output folder is in use, or holds something else.
     """
-    with contextlib.ExitStack() as stack:
-        journal = None
-        if output is not None:
-            stack.enter_context(output_folder(output, Ranks(), overwrite=False))
-            (output / WORK_FOLDER).mkdir(exist_ok=True)
-            journal = Journal(output / WORK_FOLDER / f"{0:05d}-{JOURNAL_NAME}", settings)
-        report.stage("examining", len(sources))
-        return examine(
-            sources,
-            settings,
-            lambda verdict: report.step(_verdict(verdict)),
-            decoders=decoders or os.cpu_count() or 1,
-            journal=journal,
-        )
+    if output is None:
+        return _examine(sources, settings, report, decoders, None)
+    ranks = Ranks()
+    with output_folder(output, ranks, overwrite=False):
+        (output / WORK_FOLDER).mkdir(exist_ok=True)
+        return _examine(sources, settings, report, decoders, _journal_of(output / WORK_FOLDER, ranks))
+
+
+def _journal_of(work: Path, ranks: Ranks) -> Path:
+    return work / f"{ranks.rank:05d}-{JOURNAL_NAME}"
+
+
+def _examine(
+    sources: Sequence[SourceFile],
+    settings: PrepareSettings,
+    report: Report,
+    decoders: int | None,
+    journal: Path | None,
+) -> list[Verdict]:
+    report.stage("examining", len(sources))
+    return examine(
+        sources,
+        settings,
+        lambda verdict: report.step(_verdict(verdict)),
+        decoders=decoders or os.cpu_count() or 1,
+        journal=Journal(journal, settings),
+    )
 
 
 class _Preparation:
@@ -163,7 +176,7 @@ class _Preparation:
     ) -> None:
         self.output, self.model, self.settings, self.report = output, model, settings, report
         self.device, self.processes, self.ranks = device, processes, ranks
-        self.decoders = decoders or os.cpu_count() or 1
+        self.decoders = decoders
         self.work = output / WORK_FOLDER
         self._codec: LatentCodec | None = None
         self.spec = LatentCodec.from_pretrained(
@@ -225,14 +238,7 @@ class _Preparation:
                 path.unlink()
         self.ranks.wait_for_all("examination")
         mine = self.ranks.share(new)
-        self.report.stage("examining", len(mine))
-        verdicts = examine(
-            mine,
-            self.settings,
-            lambda verdict: self.report.step(_verdict(verdict)),
-            decoders=self.decoders,
-            journal=Journal(self.work / f"{self.ranks.rank:05d}-{JOURNAL_NAME}", self.settings),
-        )
+        verdicts = _examine(mine, self.settings, self.report, self.decoders, _journal_of(self.work, self.ranks))
         if self.ranks.world_size > 1:
             verdicts = self._gathered(verdicts)
         if self.ranks.rank == 0:

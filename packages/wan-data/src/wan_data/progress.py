@@ -20,9 +20,9 @@ class LogReport:
         """A stage of ``total`` steps begins."""
         self._name, self._total, self._done = name, total, 0
 
-    def step(self, line: str, steps: int = 1) -> None:
+    def step(self, line: str) -> None:
         """One step is done."""
-        self._done += steps
+        self._done += 1
         click.echo(f"{self._name} {self._done}/{self._total}: {line}", err=True)
 
     def say(self, line: str) -> None:
@@ -43,7 +43,7 @@ class SilentReport:
     def stage(self, name: str, total: int) -> None:
         """Not shown."""
 
-    def step(self, line: str, steps: int = 1) -> None:
+    def step(self, line: str) -> None:
         """Not shown."""
 
     def say(self, line: str) -> None:
@@ -62,11 +62,11 @@ class TerminalReport:
         self._progress.update(self._task, completed=total)
         self._task = self._progress.add_task(name, total=total)
 
-    def step(self, line: str, steps: int = 1) -> None:
+    def step(self, line: str) -> None:
         """One step is done."""
         if line.startswith("REJECTED"):
             self.say(line)
-        self._progress.advance(self._task, steps)
+        self._progress.advance(self._task)
 
     def say(self, line: str) -> None:
         """Something the user should know."""
