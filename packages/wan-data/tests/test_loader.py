@@ -8,8 +8,9 @@ import tarfile
 import pytest
 import torch
 
+from wan_data.datasets import read_latent_spec, splits
 from wan_data.energon_metadata import write_metadata
-from wan_data.loader import LoaderConfig, PackLoader, read_latent_spec, splits
+from wan_data.loader import LoaderConfig, PackLoader
 from wan_data.manifest import MANIFEST_NAME, read_manifest
 from wan_data.shards import Sample, ShardWriter
 from wan_model.codec import LatentCodec
@@ -160,7 +161,7 @@ def test_samples_too_large_for_a_pack_are_refused(dataset, tmp_path):
     bare = shutil.copytree(dataset, tmp_path / "bare")
     (bare / MANIFEST_NAME).unlink()
     with pytest.raises(
-        ValueError, match=r"shard shard-rank00-\d+.tar, sample \w+: its \d+ tokens do not fit a pack of 12"
+        ValueError, match=r"shard .*/bare/shard-rank00-\d+.tar, sample \w+: its \d+ tokens do not fit a pack of 12"
     ):
         drawn(loader(bare, capacity=15), 20)
 
@@ -178,7 +179,7 @@ def test_a_refused_sample_ends_the_run_and_is_named(tmp_path, workers):
             shard.write(Sample(f"key{number}", latent, torch.zeros(3, 8), {"caption": "x"}))
     write_metadata(tmp_path, [shard.record])
     with pytest.raises(
-        ValueError, match=r"shard shard-rank00-000000.*, sample key2: member key2.pth is refused: .*not finite"
+        ValueError, match=r"shard .*shard-rank00-000000.*, sample key2: member key2.pth is refused: .*not finite"
     ):
         drawn(loader(tmp_path, num_workers=workers), 10)
 

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from wan_data.datasets import splits
 from wan_data.energon_metadata import DATASET_YAML, check_metadata
-from wan_data.loader import LoaderConfig, PackLoader, splits
+from wan_data.loader import LoaderConfig, PackLoader
 
 ENERGON = [sys.executable, "-c", "import sys; from megatron.energon.cli.main import main; sys.exit(main())"]
 

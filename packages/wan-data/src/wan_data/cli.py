@@ -139,7 +139,7 @@ def plan(
 def inspect(
     path: Path, capacity: int | None, pad_multiple: int, packing_buffer: int, png: Path | None, **choices: bool
 ) -> None:
-    """Say what a dataset holds: samples, shapes, tokens, captions, and how well they pack."""
+    """Say what a dataset, or a blend of several, holds: samples, shapes, tokens, captions, and how well they pack."""
     from wan_data.inspect_dataset import inspect as look
     from wan_data.inspect_dataset import print_tables
 

@@ -2,7 +2,7 @@
 
 import collections
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from wan_data.blends import parts_of
+from wan_data.datasets import read_latent_spec
 from wan_data.energon_metadata import check_metadata
 from wan_data.manifest import MANIFEST_NAME, read_manifest
 from wan_data.packing import Efficiency, efficiency, full_packs, usable_capacity
@@ -17,32 +19,44 @@ from wan_data.shard_reader import samples_of
 
 
 def simulate_packing(
-    tokens: Sequence[int], capacity: int, *, pad_multiple: int = 1, packing_buffer: int = 64, seed: int = 1234
+    tokens: Sequence[int], capacity: int, *, pad_multiple: int = 1, packing_buffer: int = 64
 ) -> Efficiency:
-    """How full the packs of one epoch are, with the loader's own algorithm on a shuffled order.
+    """How full packs are, by the loader's own algorithm.
 
     Args:
-        tokens: of each sample.
+        tokens: of each sample, in the order in which they are drawn.
         capacity: tokens of a pack, padding included.
         pad_multiple: what packs are padded to.
         packing_buffer: samples looked at together.
-        seed: of the order.
 
     Raises:
         ValueError: a sample is larger than a pack.
     """
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed)).tolist()
     packs: list[list[int]] = []
     usable, carried, place = usable_capacity(capacity, pad_multiple), list[int](), 0
-    while place < len(order) or carried:
-        fresh = order[place : place + packing_buffer - len(carried)]
+    while place < len(tokens) or carried:
+        fresh = tokens[place : place + packing_buffer - len(carried)]
         place += len(fresh)
-        lengths = [*carried, *(tokens[index] for index in fresh)]
+        lengths = [*carried, *fresh]
         # At the end nothing is kept back.
-        chosen, rest = full_packs(lengths, usable, len(carried) if place < len(order) else len(lengths))
+        chosen, rest = full_packs(lengths, usable, len(carried) if place < len(tokens) else len(lengths))
         packs += [[lengths[i] for i in pack] for pack in chosen]
         carried = [lengths[i] for i in rest]
     return efficiency(packs, capacity, pad_multiple)
+
+
+def _drawn(parts: Sequence[Sequence[int]], weights: Sequence[float], seed: int = 0) -> list[int]:
+    """As many draws as there are samples: parts by weight, the samples of each in permutations."""
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(map(len, parts))
+    chosen = torch.multinomial(torch.tensor(weights), count, replacement=True, generator=generator).tolist()
+
+    def endless(values: Sequence[int]) -> Iterator[int]:
+        while True:
+            yield from (values[index] for index in torch.randperm(len(values), generator=generator).tolist())
+
+    streams = [endless(values) for values in parts]
+    return [next(streams[part]) for part in chosen]
 
 
 def inspect(
@@ -53,55 +67,62 @@ def inspect(
     packing_buffer: int = 64,
     patch_size: tuple[int, int, int] = (1, 2, 2),
 ) -> dict[str, Any]:
-    """Read every sample of a dataset, safely, and count.
+    """Read every sample of a dataset, or of a blend of several, safely, and count.
 
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder, or the YAML file of a blend.
         capacity: tokens of a pack; the largest sample's padded tokens if None.
         pad_multiple: what packs are padded to.
         packing_buffer: samples looked at together.
         patch_size: latent positions (frames, rows, columns) of a token.
 
     Returns:
-        Plain values: ``splits`` -> name -> samples, shapes, text tokens, caption characters, packing.
+        Plain values: ``splits`` -> name -> samples, shapes, text tokens, caption characters, packing of as many
+        draws as there are samples, and the tokens of these draws.
 
     Raises:
         ValueError: it is no dataset, or a sample is refused.
     """
-    parts = check_metadata(Path(path))
-    manifest = read_manifest(path) if (path / MANIFEST_NAME).exists() else None
+    splits = parts_of(path)
+    folders = dict.fromkeys(part.folder for parts in splits.values() for part in parts)
+    manifests = [read_manifest(folder) for folder in folders if (folder / MANIFEST_NAME).exists()]
     found: dict[str, Any] = {
         "path": str(path),
-        "latent_fingerprint": manifest.latent_spec.fingerprint if manifest else None,
-        "rejected": [source.path for source in manifest.sources if source.verdict == "rejected"] if manifest else [],
+        "latent_fingerprint": read_latent_spec(path).fingerprint if len(manifests) == len(folders) else None,
+        "rejected": [source.path for one in manifests for source in one.sources if source.verdict == "rejected"],
         "splits": {},
     }
-    for split, shards in parts.items():
+    for split, parts in splits.items():
+        shards = [(part, shard) for part in parts for shard in check_metadata(part.folder)[part.split]]
         samples = [
-            (tuple(sample.latent.shape), sample.text.shape[0], len(str(sample.info.get("caption", ""))))
-            for shard in shards
-            for sample in samples_of(path / shard)
+            (part, tuple(sample.latent.shape), sample.text.shape[0], len(str(sample.info.get("caption", ""))))
+            for part, shard in shards
+            for sample in samples_of(part.folder / shard)
         ]
         if not samples:
             continue
-        tokens = [
-            (shape[1] // patch_size[0]) * (shape[2] // patch_size[1]) * (shape[3] // patch_size[2])
-            for shape, _, _ in samples
-        ]
-        shapes = collections.Counter(zip([shape for shape, _, _ in samples], tokens, strict=True))
-        room = capacity or max(tokens) + -max(tokens) % pad_multiple
-        packs = simulate_packing(tokens, room, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
+        tokens = {shape: _tokens(shape, patch_size) for _, shape, _, _ in samples}
+        shapes = collections.Counter((part.name, shape) for part, shape, _, _ in samples)
+        room = capacity or max(tokens.values()) + -max(tokens.values()) % pad_multiple
+        drawn = _drawn(
+            [[tokens[shape] for of, shape, _, _ in samples if of == part] for part in parts],
+            [part.weight for part in parts],
+        )
+        packs = simulate_packing(drawn, room, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
+        text, caption = [length for _, _, length, _ in samples], [length for *_, length in samples]
         found["splits"][split] = {
             "samples": len(samples),
             "shards": len(shards),
-            "tokens": sum(tokens),
+            "weights": {part.name: part.weight for part in parts if part.name},
+            "tokens": sum(tokens[shape] for _, shape, _, _ in samples),
             "shapes": [
-                {"latent": list(shape), "tokens": count_tokens, "samples": count}
-                for (shape, count_tokens), count in sorted(shapes.items())
+                {"dataset": name, "latent": list(shape), "tokens": tokens[shape], "samples": count}
+                for (name, shape), count in sorted(shapes.items())
             ],
-            "text_lengths": sorted(length for _, length, _ in samples),
-            "text_tokens": _spread([length for _, length, _ in samples]),
-            "caption_characters": _spread([length for _, _, length in samples]),
+            "drawn_tokens": drawn,
+            "text_lengths": sorted(text),
+            "text_tokens": _spread(text),
+            "caption_characters": _spread(caption),
             "packing": {
                 "capacity": room,
                 "packs": packs.packs,
@@ -110,6 +131,11 @@ def inspect(
             },
         }
     return found
+
+
+def _tokens(latent: tuple[int, ...], patch_size: tuple[int, int, int]) -> int:
+    (_, frames, rows, columns), (pf, ph, pw) = latent, patch_size
+    return (frames // pf) * (rows // ph) * (columns // pw)
 
 
 def _spread(values: Sequence[int]) -> dict[str, float]:
@@ -121,10 +147,13 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     for split, values in found["splits"].items():
         table = Table(title=f"{split}: {values['samples']} samples in {values['shards']} shards", title_justify="left")
-        for column in ("latent", "tokens", "samples"):
+        blended = bool(values["weights"])
+        for column in (*(("dataset", "weight") if blended else ()), "latent", "tokens", "samples"):
             table.add_column(column, justify="right")
         for shape in values["shapes"]:
-            table.add_row("x".join(map(str, shape["latent"])), str(shape["tokens"]), str(shape["samples"]))
+            name = shape["dataset"]
+            place = (name, f"{values['weights'][name]:g}") if blended else ()
+            table.add_row(*place, "x".join(map(str, shape["latent"])), str(shape["tokens"]), str(shape["samples"]))
         console.print(table)
         for name in ("text_tokens", "caption_characters"):
             spread = values[name]

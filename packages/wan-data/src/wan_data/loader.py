@@ -4,25 +4,20 @@ Nothing here needs torch.distributed, a GPU or Megatron-Core: the caller says wh
 """
 
 import dataclasses
-import hashlib
-import json
-import os
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset, get_val_dataset
+from megatron.energon import WorkerConfig, get_savable_loader, load_dataset
 from megatron.energon import __version__ as energon_version
 from megatron.energon.errors import reraise_exception
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 
-from wan_data.energon_metadata import check_metadata, shard_counts
+from wan_data.datasets import OpenPart, check_sizes, latent_spec_of, open_split
 from wan_data.loader_state import from_plain, to_plain
-from wan_data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.packing import usable_capacity
-from wan_data.task_encoder import PackEncoder, settings_of
-from wan_model.latent_spec import LatentSpec
+from wan_data.task_encoder import PART, PackEncoder, settings_of
 from wan_model.pack import LatentPack
 
 STATE_VERSION = 1
@@ -36,7 +31,7 @@ class LoaderConfig:
     """What to load and how to pack it.
 
     Attributes:
-        path: the dataset's folder.
+        path: the dataset's folder, or the YAML file of a blend of several (see ``wan_data.blends``).
         capacity: tokens of a pack, padding included.
         split: ``train`` is read without end in random order; any other split once, in order.
         text_length: tokens that texts are zero-padded to.
@@ -60,49 +55,6 @@ class LoaderConfig:
     shuffle_buffer: int = 0
     num_workers: int = 0
     seed: int = 1234
-
-
-def splits(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Samples of each split of a dataset; empty splits are left out.
-
-    Raises:
-        ValueError: it is no dataset, or its metadata could run code.
-    """
-    counts = shard_counts(Path(path))
-    totals = {name: sum(counts[shard] for shard in shards) for name, shards in check_metadata(Path(path)).items()}
-    return {name: total for name, total in totals.items() if total}
-
-
-def read_latent_spec(path: str | os.PathLike[str]) -> LatentSpec:
-    """The latent space of a dataset, from its own metadata.
-
-    Raises:
-        ValueError: it has none (it was not written by wan-data), or is incomplete.
-    """
-    return read_manifest(Path(path)).latent_spec
-
-
-def _manifest_of(folder: Path) -> Manifest | None:
-    if not (folder / MANIFEST_NAME).exists():
-        return None  # shards of NVIDIA's own script
-    manifest = read_manifest(folder)
-    for shard in manifest.shards:
-        path = folder / shard.name
-        size = path.stat().st_size if path.is_file() else None
-        if size != shard.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{path} {found}; {MANIFEST_NAME} says {shard.bytes} bytes: the dataset is damaged")
-    return manifest
-
-
-def _fingerprint(folder: Path, manifest: Manifest | None, parts: Mapping[str, list[str]]) -> str:
-    # Which samples lie at which index: the restored state speaks of indices.
-    hashes = {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
-    shards = {
-        name: [count, (folder / name).stat().st_size, hashes.get(name, "")]
-        for name, count in shard_counts(folder).items()
-    }
-    return hashlib.sha256(json.dumps([shards, parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class PackLoader:
@@ -130,24 +82,17 @@ class PackLoader:
         if config.num_workers < 0:
             raise ValueError(f"num_workers is {config.num_workers}; it must be at least 0")
         self.config, self.rank, self.world_size = config, rank, world_size
-        folder = Path(config.path)
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder; expected a dataset that wan-data prepare wrote")
-        parts = check_metadata(folder)
-        available = splits(folder)
-        if config.split not in available:
-            raise ValueError(f"{folder} has no split {config.split!r}; it has {', '.join(available) or 'none'}")
-        manifest = _manifest_of(folder)
-        self.dataset_fingerprint = _fingerprint(folder, manifest, parts)
-        self._check_capacity(manifest)
-        self._share = available[config.split] // (world_size * max(1, config.num_workers))
+        self._parts = open_split(config.path, config.split)
+        check_sizes(self._parts, usable_capacity(config.capacity, config.pad_multiple), config.patch_size)
+        self._readers = world_size * max(1, config.num_workers)
+        self._share = sum(one.samples for one in self._parts) // self._readers
         self._encoder = PackEncoder(
             capacity=config.capacity,
             patch_size=config.patch_size,
             text_length=config.text_length,
             pad_multiple=config.pad_multiple,
             seed=config.seed,
-            spec=manifest.latent_spec if manifest else None,
+            spec=latent_spec_of(self._parts),
             # Where a buffer holds an epoch, what waits would come in the next one.
             carry=config.packing_buffer < self._share,
         )
@@ -158,49 +103,37 @@ class PackLoader:
             seed_offset=config.seed,
             global_error_handler=reraise_exception,  # the default logs a bad sample and goes on without it
         )
-        if config.split == "train" and self._share < 1:
-            raise ValueError(
-                f"{folder} has {available['train']} training samples for {world_size} ranks of "
-                f"{max(1, config.num_workers)} workers; each needs at least one"
-            )
+        for one in self._parts if self._endless else ():
+            # One without a share would leave its weight to the others.
+            if one.samples < self._readers:
+                raise ValueError(
+                    f"{one.part.folder} has {one.samples} training samples for {world_size} ranks of "
+                    f"{max(1, config.num_workers)} workers; each needs at least one"
+                )
         self._loader: Any = None
         self._packs: Iterator[LatentPack] | None = None
-
-    def _check_capacity(self, manifest: Manifest | None) -> None:
-        usable = usable_capacity(self.config.capacity, self.config.pad_multiple)
-        pf, ph, pw = self.config.patch_size
-        for shape in manifest.shapes if manifest else ():
-            _, frames, rows, columns = shape.latent
-            tokens = (frames // pf) * (rows // ph) * (columns // pw)
-            if shape.split == self.config.split and tokens > usable:
-                raise ValueError(
-                    f"{self.config.path} has {shape.samples} samples of {shape.frames}x{shape.height}x{shape.width} "
-                    f"with {tokens} tokens each, and a pack holds {usable}: raise the capacity, or prepare the data "
-                    "with fewer frames or a smaller size"
-                )
 
     @property
     def _endless(self) -> bool:
         return self.config.split == "train"
 
     def _build(self) -> Any:
-        buffer = max(1, min(self.config.packing_buffer, self._share))
         common: dict[str, Any] = {
-            "split_part": self.config.split,
             "worker_config": self._workers,
             "batch_size": None,
-            "packing_buffer_size": buffer,
-            "task_encoder": self._encoder,
+            "packing_buffer_size": max(1, min(self.config.packing_buffer, self._share)),
         }
         if self._endless:
-            sequence = -(-self._share // _MOST_SEQUENCES)
             # Where each sample is drawn by itself an epoch is a full permutation, and a buffer would only mix epochs.
-            shuffle = min(self.config.shuffle_buffer, self._share) if sequence > 1 else 0
-            dataset = get_train_dataset(
-                self.config.path, shuffle_buffer_size=shuffle or None, max_samples_per_sequence=sequence, **common
+            drawn_singly = all(self._run_length(one) == 1 for one in self._parts)
+            dataset = self._encoder.build_train_datasets(
+                datasets=[self._open(one) for one in self._parts],
+                blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+                shuffle_buffer_size=None if drawn_singly else min(self.config.shuffle_buffer, self._share) or None,
+                **common,
             )
         else:
-            dataset = get_val_dataset(self.config.path, **common)
+            dataset = self._encoder.build_val_datasets(datasets=[self._open(one) for one in self._parts], **common)
         loader = get_savable_loader(
             dataset,
             # A checkpoint a pack: the state is then that of the last pack drawn, and a resume skips nothing.
@@ -215,6 +148,25 @@ class PackLoader:
         # torch draws a seed for each iterator; from the global generator, if none is given.
         loader.generator = torch.Generator().manual_seed(self.config.seed)
         return loader
+
+    def _run_length(self, one: OpenPart) -> int:
+        return -(-(one.samples // self._readers) // _MOST_SEQUENCES)
+
+    def _open(self, one: OpenPart) -> Any:
+        more = {"max_samples_per_sequence": self._run_length(one)} if self._endless else {}
+        (loaded,) = (
+            load_dataset(one.part.folder)
+            .get_datasets(
+                training=self._endless,
+                split_part=one.part.split,
+                worker_config=self._workers,
+                decoder=self._encoder.decoder,
+                subflavors={PART: one.part.name},
+                **more,
+            )
+            .datasets
+        )
+        return dataclasses.replace(loaded, weight=one.part.weight)
 
     def _current(self) -> Any:
         if self._loader is None:
@@ -246,7 +198,7 @@ class PackLoader:
             "split": self.config.split,
             "packing_buffer": self.config.packing_buffer,
             "shuffle_buffer": self.config.shuffle_buffer,
-            "dataset": self.dataset_fingerprint,
+            "dataset": [one.fingerprint for one in self._parts],
             **settings_of(self._encoder),
         }
 

@@ -91,8 +91,8 @@ def charts(found: dict[str, Any], path: Path, *, pad_multiple: int = 1, packing_
         row[0].tick_params(axis="x", rotation=90)
         row[1].hist(values["text_lengths"], bins=min(40, max(values["text_lengths"])))
         row[1].set(title="texts", xlabel="text tokens of a sample", ylabel="samples")
-        lengths = [count for count in tokens for _ in range(by_tokens[count])]
-        least = max(lengths) + -max(lengths) % pad_multiple
+        lengths = values["drawn_tokens"]
+        least = max(tokens) + -max(tokens) % pad_multiple
         capacities = [least * factor for factor in (1, 1.5, 2, 3, 4, 6, 8)]
         fills = [
             simulate_packing(lengths, int(one), pad_multiple=pad_multiple, packing_buffer=packing_buffer).fill

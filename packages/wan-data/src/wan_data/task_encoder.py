@@ -5,7 +5,7 @@ L text tokens, D text width; a latent is [C, F, H, W].
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from wan_model.config import PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.pack import LatentPack, latent_grid, pack_latents
 
+PART = "part"  # the subflavor that names a sample's dataset in a blend; empty where there is one dataset
 _READERS = {"json": info_from_json, "pickle": text_from_pickle, "pth": latent_from_pth}
 
 
@@ -34,11 +35,13 @@ class LatentSample(Sample):
         latent: normalised latent [C, F, H, W].
         text: text embedding [L, D] of true length.
         tokens: tokens of the latent.
+        name: its key; in a blend, its dataset's name before it.
     """
 
     latent: Tensor
     text: Tensor
     tokens: int
+    name: str
 
 
 @edataclass
@@ -46,6 +49,15 @@ class PackedSample(Sample):
     """Samples laid end to end."""
 
     pack: LatentPack
+
+
+def _key(sample: Mapping[str, Any]) -> str:
+    return str(sample["__key__"]).rpartition("/")[2]
+
+
+def _place(sample: Mapping[str, Any]) -> str:
+    source = sample["__sources__"][0]
+    return f"shard {source.dataset_path / source.shard_name}, sample {_key(sample)}"
 
 
 class SafeDecoder(FileStoreDecoder):
@@ -75,8 +87,7 @@ class SafeDecoder(FileStoreDecoder):
             if missing := [name for name in MEMBERS if name not in decoded]:
                 raise RefusedMember(f"it has no {' and no '.join(missing)}")
         except RefusedMember as error:
-            shard = sample.get("__shard__", "unknown")
-            raise RefusedMember(f"shard {shard}, sample {key.rpartition('/')[2]}: {error}") from None
+            raise RefusedMember(f"{_place(sample)}: {error}") from None
         return decoded
 
     def config(self) -> dict[str, Any]:
@@ -151,7 +162,8 @@ class PackEncoder(TaskEncoder):
         Raises:
             ValueError: it does not fit the model or the pack; the message names shard and key.
         """
-        where = f"shard {sample['__sources__'][0].shard_name}, sample {sample['__key__'].rpartition('/')[2]}"
+        key = _key(sample)
+        part = (sample["__subflavors__"] or {}).get(PART)
         latent, text, info = sample["pth"], sample["pickle"], sample["json"]
         try:
             if self.spec is not None:
@@ -175,9 +187,15 @@ class PackEncoder(TaskEncoder):
                     "fewer frames or a smaller size"
                 )
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{_place(sample)}: {error}") from None
         # The recipe's own shards may hold half precision; the order of operations here is fp32 throughout.
-        return LatentSample(**basic_sample_keys(sample), latent=latent.float(), text=text.float(), tokens=tokens)
+        return LatentSample(
+            **basic_sample_keys(sample),
+            latent=latent.float(),
+            text=text.float(),
+            tokens=tokens,
+            name=f"{part}:{key}" if part else key,
+        )
 
     def choose_packs(
         self, samples: Sequence[LatentSample], carried: int
@@ -194,7 +212,7 @@ class PackEncoder(TaskEncoder):
         capacity = usable_capacity(self.capacity, self.pad_multiple)
         packs, rest = full_packs([sample.tokens for sample in samples], capacity, carried)
         # Seeded by what is packed: needs no state, and differs from buffer to buffer and from rank to rank.
-        keys = "\n".join(str(sample.__key__) for sample in samples)
+        keys = "\n".join(f"{sample.__key__} {sample.name}" for sample in samples)
         digest = hashlib.sha256(f"{self.seed}\n{keys}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         order = torch.randperm(len(packs), generator=generator).tolist()
@@ -206,7 +224,7 @@ class PackEncoder(TaskEncoder):
         pack = pack_latents(
             [sample.latent for sample in samples],
             [sample.text for sample in samples],
-            [str(sample.__key__).rpartition("/")[2] for sample in samples],
+            [sample.name for sample in samples],
             text_length=self.text_length,
             patch_size=self.patch_size,
             multiple=self.pad_multiple,

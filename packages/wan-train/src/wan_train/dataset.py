@@ -142,6 +142,6 @@ class WanDatasetConfig(DatasetProvider):
 
 def dataset_spec(path: str) -> dict[str, Any]:
     """The latent space that a dataset was made in, as plain values."""
-    from wan_data.loader import read_latent_spec
+    from wan_data.datasets import read_latent_spec
 
     return read_latent_spec(path).to_dict()

@@ -1,0 +1,142 @@
+"""Opening a dataset, or a blend of several, for reading: what it holds, checked before Energon sees any of it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wan_data.blends import Part, parts_of
+from wan_data.energon_metadata import check_metadata, shard_counts
+from wan_data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from wan_model.config import PatchSize
+from wan_model.latent_spec import LatentSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenPart:
+    """A part of a split whose metadata are safe and whose shards are all there.
+
+    Attributes:
+        part: which.
+        samples: of the split.
+        manifest: None for shards of NVIDIA's own script.
+        fingerprint: which samples lie at which index: a loader's state speaks of indices.
+    """
+
+    part: Part
+    samples: int
+    manifest: Manifest | None
+    fingerprint: str
+
+
+def splits(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Samples of each split of a dataset, or of a blend of several; empty splits are left out.
+
+    Raises:
+        ValueError: it is no dataset, or its metadata could run code.
+    """
+    totals = {name: sum(_samples(part) for part in parts) for name, parts in parts_of(path).items()}
+    return {name: total for name, total in totals.items() if total}
+
+
+def read_latent_spec(path: str | os.PathLike[str]) -> LatentSpec:
+    """The latent space of a dataset, from its own metadata; of a blend, that of all its datasets.
+
+    Raises:
+        ValueError: it has none (it was not written by wan-data), is incomplete, or its datasets are of several spaces.
+    """
+    if Path(path).is_dir():
+        return read_manifest(Path(path)).latent_spec
+    folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
+    return _common([(str(folder), read_manifest(folder).latent_spec) for folder in folders])
+
+
+def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
+    """The parts of a split.
+
+    Raises:
+        ValueError: there is no such split, or a dataset is damaged, unsafe or of another latent space.
+    """
+    parts = parts_of(path)
+    available = splits(path)
+    if split not in available:
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(available) or 'none'}")
+    opened = []
+    for part in parts[split]:
+        if not (samples := _samples(part)):
+            raise ValueError(f"{path}, split {split}: {part.folder} has no sample in its split {part.split!r}")
+        manifest = _manifest_of(part.folder)
+        opened.append(OpenPart(part, samples, manifest, _fingerprint(part, manifest)))
+    return opened
+
+
+def latent_spec_of(parts: Sequence[OpenPart]) -> LatentSpec | None:
+    """The latent space of the parts; None where none of them says.
+
+    Raises:
+        ValueError: they are of several.
+    """
+    specs = [(str(one.part.folder), one.manifest.latent_spec) for one in parts if one.manifest is not None]
+    return _common(specs) if specs else None
+
+
+def check_sizes(parts: Sequence[OpenPart], usable: int, patch_size: PatchSize) -> None:
+    """Every sample fits into a pack, as far as the manifests say.
+
+    Args:
+        parts: of a split.
+        usable: tokens that samples may fill of a pack.
+        patch_size: latent positions (frames, rows, columns) of a token.
+
+    Raises:
+        ValueError: one does not.
+    """
+    pf, ph, pw = patch_size
+    for one in parts:
+        for shape in one.manifest.shapes if one.manifest else ():
+            _, frames, rows, columns = shape.latent
+            tokens = (frames // pf) * (rows // ph) * (columns // pw)
+            if shape.split == one.part.split and tokens > usable:
+                raise ValueError(
+                    f"{one.part.folder} has {shape.samples} samples of {shape.frames}x{shape.height}x{shape.width} "
+                    f"with {tokens} tokens each, and a pack holds {usable}: raise the capacity, or prepare the data "
+                    "with fewer frames or a smaller size"
+                )
+
+
+def _samples(part: Part) -> int:
+    counts = shard_counts(part.folder)
+    return sum(counts[shard] for shard in check_metadata(part.folder)[part.split])
+
+
+def _common(specs: Sequence[tuple[str, LatentSpec]]) -> LatentSpec:
+    (first, spec), *others = specs
+    for name, other in others:
+        other.require_same(spec, f"the dataset in {name}", f"the one in {first}")
+    return spec
+
+
+def _manifest_of(folder: Path) -> Manifest | None:
+    if not (folder / MANIFEST_NAME).exists():
+        return None  # shards of NVIDIA's own script
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        path = folder / shard.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"{path} {found}; {MANIFEST_NAME} says {shard.bytes} bytes: the dataset is damaged")
+    return manifest
+
+
+def _fingerprint(part: Part, manifest: Manifest | None) -> str:
+    hashes = {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
+    shards: dict[str, Any] = {
+        name: [count, (part.folder / name).stat().st_size, hashes.get(name, "")]
+        for name, count in shard_counts(part.folder).items()
+    }
+    text = json.dumps([shards, check_metadata(part.folder)[part.split], part.weight], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
