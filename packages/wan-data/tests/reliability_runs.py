@@ -33,19 +33,30 @@ class HereDecoder:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def __init__(self) -> None:
+        self.begun: list[Any] = []
+
+    def begin(self, job: Any) -> None:
+        self.begun.append(job)
+
+    def results(self) -> Any:
+        job = self.begun.pop(0)
+        caps = Caps(*job.caps)
+        try:
+            if job.windows is None:
+                yield probe(job.path, job.fps, caps=caps)
+                return
+            yield from read_windows(
+                job.path, job.windows, job.size, fps=job.fps, resize_mode="bicubic", center_crop=True, caps=caps
+            )
+        except Rejected as error:
+            yield error
+
     def decode(self, jobs: Any) -> Any:
         for job in jobs:
-            caps = Caps(*job.caps)
-            try:
-                if job.windows is None:
-                    yield job, probe(job.path, job.fps, caps=caps)
-                    continue
-                for frames in read_windows(
-                    job.path, job.windows, job.size, fps=job.fps, resize_mode="bicubic", center_crop=True, caps=caps
-                ):
-                    yield job, frames
-            except Rejected as error:
-                yield job, error
+            self.begin(job)
+            for result in self.results():
+                yield job, result
 
 
 class Quiet:

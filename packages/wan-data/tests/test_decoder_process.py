@@ -111,3 +111,15 @@ def test_caps(clip, tmp_path, caps, message):
     with pytest.raises(Rejected, match=message):
         probe(path, FPS, caps=caps)
     assert probe(path, FPS, caps=Caps(10, 48 * 64, path.stat().st_size)).frames == 10
+
+
+def test_a_long_job_can_be_lined_up_behind_a_busy_one(decoder, clip, tmp_path):
+    # More bytes than the connection holds, sent while the child itself stands sending frames that nobody takes yet.
+    path = clip(tmp_path / "a.mkv", range(200), size=(160, 160))
+    first = Job(path, FPS, CAPS, tuple(Window(i, i + 5) for i in range(0, 200, 5)), Size(160, 160), "bilinear", True)
+    decoder.begin(first)
+    decoder.begin(windows_of(path, *((i, i + 1) for i in range(50_000))))
+    assert sum(1 for _ in decoder.results()) == 40
+    last = list(decoder.results())
+    assert len(last) == 201
+    assert "it had 201 frames when it was examined" in str(last[-1])

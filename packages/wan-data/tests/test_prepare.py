@@ -2,14 +2,18 @@ import hashlib
 import importlib
 import io
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 import tarfile
 import uuid
 
 import pytest
 import torch
 
+from wan_data import encoder_pool
 from wan_data.energon_metadata import DATASET_YAML
 from wan_data.files import sha256_of, sole_writer
 from wan_data.manifest import read_manifest
@@ -257,6 +261,26 @@ def test_a_failing_run_leaves_whole_shards_only_and_is_taken_up(
     twice = shutil.copytree(dataset, tmp_path / "twice")
     prepared(more, twice, tiny_model, PrepareSettings(**small))
     assert without_index(out) == without_index(twice)
+
+
+def test_a_process_that_dies_is_named_and_the_run_is_taken_up(
+    prepared, dataset, clips, tiny_model, small, silent, tmp_path, monkeypatch
+):
+    started = encoder_pool._Handout.results
+
+    def killed_after_two(self):
+        for number, result in enumerate(started(self)):
+            if number == 2:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+            yield result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder_pool._Handout, "results", killed_after_two)
+        with pytest.raises(ChildProcessError, match="an encoding process died"):
+            prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
+    prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
+    assert without_index(tmp_path / "out") == without_index(dataset)
 
 
 def test_what_was_examined_is_not_examined_again(prepared, clips, tiny_model, small, tmp_path, monkeypatch):

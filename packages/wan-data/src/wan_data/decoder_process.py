@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
 import resource
 import signal
 import socket
@@ -95,6 +96,7 @@ class Decoder:
         self._memory, self._standstill = memory, standstill
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._begun: collections.deque[Job] = collections.deque()
 
     def __enter__(self) -> "Decoder":
         """The child starts with the first job."""
@@ -104,44 +106,57 @@ class Decoder:
         """End the child."""
         self._end()
 
-    def decode(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Any]]:
-        """Each job in turn, the next one always under way already.
+    def begin(self, job: Job) -> None:
+        """Start a job, or line it up behind those that are begun; it is decoded while the caller does other things."""
+        self._begun.append(job)
+        self._send(job)
+
+    def results(self) -> Iterator[Any]:
+        """What comes of the oldest job that was begun.
 
         Yields:
-            (job, result): for a job without windows one ``decode.ClipInfo``, else the frames [T, H, W, 3] of each
-            window, uint8; at a failure one ``decode.Rejected``, and nothing more of that job.
+            For a job without windows one ``decode.ClipInfo``, else the frames [T, H, W, 3] of each window, uint8; at a
+            failure one ``decode.Rejected``, and nothing more of that job.
         """
-        rest = iter(jobs)
-        waiting: collections.deque[Job] = collections.deque()
-        finished = object()
+        assert self._begun, "begin a job first"
+        whole = False
         try:
-            while True:
-                while len(waiting) < 2 and (job := next(rest, finished)) is not finished:
-                    assert isinstance(job, Job)
-                    waiting.append(job)
-                    self._send(job)
-                if not waiting:
-                    return
-                for result in self._results(waiting):
-                    yield waiting[0], result
-                waiting.popleft()
+            yield from self._answers()
+            whole = True
         finally:
-            if waiting:
+            if whole:
+                self._begun.popleft()
+            else:
                 self._end()  # its answers to what nobody waits for any more
+                self._begun.clear()
 
-    def _results(self, waiting: "collections.deque[Job]") -> Iterator[Any]:
+    def decode(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Any]]:
+        """Each job in turn with each of its ``results``, the next job always under way already."""
+        current: Job | None = None
+        for job in jobs:
+            self.begin(job)
+            if current is not None:
+                for result in self.results():
+                    yield current, result
+            current = job
+        if current is not None:
+            for result in self.results():
+                yield current, result
+
+    def _answers(self) -> Iterator[Any]:
         # Of the first job; the others are asked again if the child dies.
         from wan_data.decode import ClipInfo, Rejected
 
-        missing = -1 if waiting[0].windows is None else len(waiting[0].windows)
+        job = self._begun[0]
+        missing = -1 if job.windows is None else len(job.windows)
         while True:
             try:
                 answer = self._receive()
                 frames = self._frames(answer["frames"]) if "frames" in answer else None
             except (EOFError, OSError, TimeoutError) as error:
                 reason = self._end_of_child(error)
-                for job in list(waiting)[1:]:
-                    self._send(job)
+                for behind in list(self._begun)[1:]:
+                    self._send(behind)
                 if missing:
                     yield Rejected(reason)
                 return
@@ -301,16 +316,25 @@ def main() -> None:
     if Path("/proc/self/statm").exists():
         limit = _address_space() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    # Read by a thread: else the parent could stand sending a job while this process stands sending it frames.
+    jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    threading.Thread(target=_read_jobs, args=(connection, jobs), daemon=True).start()
     answers = _Answers(connection)
-    while True:
-        try:
-            job = Job.from_json(connection.recv_bytes())
-        except (EOFError, ConnectionResetError):
-            return
+    while (job := jobs.get()) is not None:
         try:
             _answer(job, answers)
         except (BrokenPipeError, ConnectionResetError):
             return
+
+
+def _read_jobs(connection: Connection, jobs: "queue.SimpleQueue[Job | None]") -> None:
+    try:
+        while True:
+            jobs.put(Job.from_json(connection.recv_bytes()))
+    except (EOFError, OSError):
+        pass
+    finally:
+        jobs.put(None)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,10 @@
-"""From planned sources to samples: windows to latents, captions to embeddings, in one process or several.
+"""From planned sources to samples: windows to latents, captions to embeddings.
 
 Shapes: T frames, H rows, W columns, 3 colours; a latent is [C, F, h, w]; L text tokens, D text width.
 """
 
-import atexit
 import collections
-import concurrent.futures
 import dataclasses
-import itertools
-import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +15,7 @@ from torch import Tensor
 
 from wan_data.decode import Rejected
 from wan_data.decoder_process import Decoder, Job
-from wan_data.examination import PlannedSource, caps_of, in_order
+from wan_data.examination import PlannedSource, caps_of
 from wan_data.rounds import Part, Task
 from wan_data.settings import PrepareSettings
 from wan_data.shards import Sample, sample_key
@@ -96,20 +92,14 @@ class WindowEncoder:
         """End the decoder."""
         self._decoder.__exit__(*error)
 
-    def encode(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Encoded]]]:
-        """Each task in turn with what became of its windows, in the task's order; the next is decoded meanwhile."""
-        started: collections.deque[Task] = collections.deque()
+    def begin(self, task: Task) -> None:
+        """Start to decode a task's windows, behind those of the tasks that are begun."""
+        for part in task.parts:
+            self._decoder.begin(self._job(part))
 
-        def jobs() -> Iterator[Job]:
-            for task in tasks:
-                started.append(task)
-                for part in task.parts:
-                    yield self._job(part)
-
-        results = self._decoder.decode(jobs())
-        for first in results:
-            task = started.popleft()
-            yield task, list(self._encode(task, itertools.chain([first], results)))
+    def finish(self, task: Task) -> list[Encoded]:
+        """What became of the windows of the oldest task that was begun, in its order."""
+        return list(self._encode(task))
 
     def _job(self, part: Part) -> Job:
         settings, source = self.settings, part.source
@@ -123,19 +113,19 @@ class WindowEncoder:
             settings.center_crop,
         )
 
-    def _encode(self, task: Task, results: Iterator[tuple[Job, Any]]) -> Iterator[Encoded]:
+    def _encode(self, task: Task) -> Iterator[Encoded]:
         done: dict[tuple[str, int], Encoded] = {}
         waiting: dict[int, list[tuple[tuple[str, int], Tensor]]] = {}
         for part in task.parts:
             name = part.source.name
-            for number in part.windows:
-                _, frames = next(results)
+            # The results are asked first, and so read to their end: one a window, or a rejection behind the last.
+            for frames, number in zip(self._decoder.results(), part.windows, strict=False):
                 if isinstance(frames, Rejected):
                     # It was decoded to its end when it was examined.
                     problem = f"{frames}, although it could be decoded before"
                     for missing in range(number, part.windows.stop):
                         done[name, missing] = Encoded(name, missing, None, problem)
-                    break
+                    continue
                 batch = waiting.setdefault(len(frames), [])
                 batch.append(((name, number), frames))
                 if len(batch) == self.settings.batch_size:
@@ -181,99 +171,6 @@ class TextCache:
         else:
             self._known.pop(caption, None)
         return embedding
-
-
-# -- several processes ------------------------------------------------------------------------------------------------
-
-_worker: dict[str, Any] = {}  # of a worker process: its encoder, made once
-
-
-def _start_worker(model: str, settings: PrepareSettings, device: str, threads: int, number: Any) -> None:
-    with number.get_lock():
-        place, number.value = number.value, number.value + 1
-    torch.set_num_threads(threads)
-    codec = load_codec(model, settings, choose_device(device, place), vae=True, text=False)
-    _worker["encoder"] = WindowEncoder(codec, settings)
-    atexit.register(_worker["encoder"].__exit__)
-
-
-def _encode_task(task: Task) -> list[tuple[str, int, Any, str | None]]:
-    # As arrays: tensors would travel through shared memory, which containers keep small.
-    ((_, windows),) = _worker["encoder"].encode([task])
-    return [
-        (one.source, one.window, None if one.latent is None else one.latent.numpy(), one.problem) for one in windows
-    ]
-
-
-class EncoderPool:
-    """Encodes tasks here or in several processes; results come in the order of the tasks.
-
-    Args:
-        model: folder or hub id.
-        settings: of the preparation.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        processes: 1 encodes here, with ``codec``; more start that many, each with an autoencoder of its own.
-        codec: with its autoencoder where ``processes`` is 1.
-        local_rank: of this launch on its machine; its processes take the devices that follow from it.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        settings: PrepareSettings,
-        device: str,
-        processes: int,
-        codec: LatentCodec,
-        local_rank: int = 0,
-    ) -> None:
-        self.model, self.settings, self.device, self.processes, self.codec = model, settings, device, processes, codec
-        self.local_rank = local_rank
-        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
-        self._here: WindowEncoder | None = None
-
-    def __enter__(self) -> "EncoderPool":
-        """Start the processes, if there are to be several."""
-        if self.processes == 1:
-            self._here = WindowEncoder(self.codec, self.settings)
-            return self
-        # spawn: a forked copy of a process that has used CUDA or threads may hang.
-        context = multiprocessing.get_context("spawn")
-        threads = max(1, torch.get_num_threads() // self.processes)
-        arguments = (
-            self.model,
-            self.settings,
-            self.device,
-            threads,
-            context.Value("i", self.local_rank * self.processes),
-        )
-        self._pool = concurrent.futures.ProcessPoolExecutor(
-            self.processes, mp_context=context, initializer=_start_worker, initargs=arguments
-        )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End them; what they have not begun is dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        if self._here is not None:
-            self._here.__exit__(*error)
-        self._pool = self._here = None
-
-    def encode(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Encoded]]]:
-        """Each task with what became of its windows."""
-        if self._here is not None:
-            yield from self._here.encode(tasks)
-            return
-        assert self._pool is not None, "use it in a with block"
-        # Only so many ahead: what is done waits in memory for its turn.
-        for task, windows in in_order(self._pool, _encode_task, tasks, 2 * self.processes):
-            yield (
-                task,
-                [
-                    Encoded(name, number, None if array is None else torch.from_numpy(array), problem)
-                    for name, number, array, problem in windows
-                ],
-            )
 
 
 def make_sample(

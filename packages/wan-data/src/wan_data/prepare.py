@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from wan_data import __version__
-from wan_data.encoding import Encoded, EncoderPool, TextCache, choose_device, load_codec, make_sample
+from wan_data.encoder_pool import EncoderPool
+from wan_data.encoding import Encoded, TextCache, choose_device, load_codec, make_sample
 from wan_data.energon_metadata import META_FOLDER, write_metadata
 from wan_data.examination import Journal, PlannedSource, RejectedSource, Verdict, examine
 from wan_data.files import LOCK_NAME, PARTIAL_SUFFIX, sole_writer, write_json
