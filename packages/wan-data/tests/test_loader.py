@@ -14,6 +14,7 @@ from wan_data.loader import LoaderConfig, PackLoader
 from wan_data.manifest import MANIFEST_NAME, read_manifest
 from wan_data.shards import Sample, ShardWriter
 from wan_model.codec import LatentCodec
+from wan_model.tiny import write_tiny_wan
 
 CAPACITY = 60  # the samples have 9 to 18 tokens
 
@@ -150,8 +151,17 @@ def test_validation_is_one_pass_in_order(dataset):
 def test_the_latent_space_comes_from_the_dataset(dataset, tiny_model, tmp_path):
     codec = LatentCodec.from_pretrained(tiny_model, load_vae=False, load_text=False)
     assert read_latent_spec(dataset) == codec.spec
-    with pytest.raises(ValueError, match=r"no wan-data\.json"):
+    with pytest.raises(ValueError, match=r"no \.nv-meta"):
         read_latent_spec(tmp_path)
+    # Shards of others do not say; with the model named, it is its space, which must then be that of all that say.
+    bare = shutil.copytree(dataset, tmp_path / "bare")
+    (bare / MANIFEST_NAME).unlink()
+    with pytest.raises(ValueError, match=r"no wan-data\.json, and so does not say which model"):
+        read_latent_spec(bare)
+    assert read_latent_spec(bare, encoded_by=str(tiny_model)) == codec.spec
+    write_tiny_wan(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="different latent spaces: model_id"):
+        read_latent_spec(dataset, encoded_by=str(tmp_path / "other"))
 
 
 def test_samples_too_large_for_a_pack_are_refused(dataset, tmp_path):

@@ -112,7 +112,7 @@ def test_training_starts_from_released_weights_of_whatever_size(answers: dict[st
         ),
         ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
         ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
-        ("absent data", "which is not a folder; make one with wan-data prepare"),
+        ("absent data", "which does not exist; make one with wan-data prepare"),
         ("two kinds of data", "and not both"),
     ],
 )

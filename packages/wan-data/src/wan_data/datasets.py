@@ -13,6 +13,8 @@ from wan_data.energon_metadata import check_metadata, shard_counts
 from wan_data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_model.config import PatchSize
 from wan_model.latent_spec import LatentSpec
+from wan_model.model_folder import latent_spec_of as spec_of_model
+from wan_model.model_folder import resolve_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +44,31 @@ def splits(path: str | os.PathLike[str]) -> dict[str, int]:
     return {name: total for name, total in totals.items() if total}
 
 
-def read_latent_spec(path: str | os.PathLike[str]) -> LatentSpec:
+def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = None) -> LatentSpec:
     """The latent space of a dataset, from its own metadata; of a blend, that of all its datasets.
 
+    Args:
+        path: a dataset's folder, or the YAML file of a blend.
+        encoded_by: the model (folder or hub id) that the shards were encoded with, for datasets that do not say:
+            those of NVIDIA's own script.
+
     Raises:
-        ValueError: it has none (it was not written by wan-data), is incomplete, or its datasets are of several spaces.
+        ValueError: it does not say, is incomplete, or is of another space than ``encoded_by`` or the blend's others.
     """
-    if Path(path).is_dir():
-        return read_manifest(Path(path)).latent_spec
     folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
-    return _common([(str(folder), read_manifest(folder).latent_spec) for folder in folders])
+    named = []
+    if encoded_by is not None:
+        model = resolve_folder(encoded_by, ["vae", "text_encoder"])
+        named.append((f"the model {encoded_by}", spec_of_model(model)))
+    for folder in folders:
+        if (folder / MANIFEST_NAME).exists():
+            named.append((f"the dataset in {folder}", read_manifest(folder).latent_spec))
+        elif encoded_by is None:
+            raise ValueError(
+                f"{folder} has no {MANIFEST_NAME}, and so does not say which model it was encoded with; "
+                "name that model with encoded_by=MODEL, or prepare the data with wan-data prepare"
+            )
+    return _common(named)
 
 
 def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
@@ -73,13 +90,15 @@ def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
     return opened
 
 
-def latent_spec_of(parts: Sequence[OpenPart]) -> LatentSpec | None:
+def common_latent_spec(parts: Sequence[OpenPart]) -> LatentSpec | None:
     """The latent space of the parts; None where none of them says.
 
     Raises:
         ValueError: they are of several.
     """
-    specs = [(str(one.part.folder), one.manifest.latent_spec) for one in parts if one.manifest is not None]
+    specs = [
+        (f"the dataset in {one.part.folder}", one.manifest.latent_spec) for one in parts if one.manifest is not None
+    ]
     return _common(specs) if specs else None
 
 
@@ -115,7 +134,7 @@ def _samples(part: Part) -> int:
 def _common(specs: Sequence[tuple[str, LatentSpec]]) -> LatentSpec:
     (first, spec), *others = specs
     for name, other in others:
-        other.require_same(spec, f"the dataset in {name}", f"the one in {first}")
+        other.require_same(spec, name, first)
     return spec
 
 

@@ -14,7 +14,7 @@ from megatron.energon import __version__ as energon_version
 from megatron.energon.errors import reraise_exception
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 
-from wan_data.datasets import OpenPart, check_sizes, latent_spec_of, open_split
+from wan_data.datasets import OpenPart, check_sizes, common_latent_spec, open_split
 from wan_data.loader_state import from_plain, to_plain
 from wan_data.packing import usable_capacity
 from wan_data.task_encoder import PART, PackEncoder, settings_of
@@ -92,7 +92,7 @@ class PackLoader:
             text_length=config.text_length,
             pad_multiple=config.pad_multiple,
             seed=config.seed,
-            spec=latent_spec_of(self._parts),
+            spec=common_latent_spec(self._parts),
             # Where a buffer holds an epoch, what waits would come in the next one.
             carry=config.packing_buffer < self._share,
         )

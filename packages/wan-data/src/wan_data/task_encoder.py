@@ -51,13 +51,9 @@ class PackedSample(Sample):
     pack: LatentPack
 
 
-def _key(sample: Mapping[str, Any]) -> str:
-    return str(sample["__key__"]).rpartition("/")[2]
-
-
 def _place(sample: Mapping[str, Any]) -> str:
     source = sample["__sources__"][0]
-    return f"shard {source.dataset_path / source.shard_name}, sample {_key(sample)}"
+    return f"shard {source.dataset_path / source.shard_name}, sample {sample['__key__']}"
 
 
 class SafeDecoder(FileStoreDecoder):
@@ -162,7 +158,7 @@ class PackEncoder(TaskEncoder):
         Raises:
             ValueError: it does not fit the model or the pack; the message names shard and key.
         """
-        key = _key(sample)
+        key = str(sample["__key__"])
         part = (sample["__subflavors__"] or {}).get(PART)
         latent, text, info = sample["pth"], sample["pickle"], sample["json"]
         try:

@@ -86,7 +86,8 @@ class WanDatasetConfig(DatasetProvider):
     """Where packs come from.
 
     Attributes:
-        path: a dataset that ``wan-data prepare`` wrote; None with ``mock``.
+        path: a dataset that ``wan-data prepare`` wrote, or the YAML file of a blend of several; None with ``mock``.
+        encoded_by: the model (folder or hub id) that the data were encoded with, where they do not say.
         mock: random latents and text instead of a dataset.
         mock_settings: their shapes.
         capacity: tokens of a pack, padding included.
@@ -98,6 +99,7 @@ class WanDatasetConfig(DatasetProvider):
     dataloader_type: str = "external"
     num_workers: int = 0
     path: str | None = None
+    encoded_by: str | None = None
     mock: bool = False
     mock_settings: MockConfig = dataclasses.field(default_factory=MockConfig)
     capacity: int = 32760
@@ -140,8 +142,8 @@ class WanDatasetConfig(DatasetProvider):
         return self.train_iterator, None, None
 
 
-def dataset_spec(path: str) -> dict[str, Any]:
+def dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
     """The latent space that a dataset was made in, as plain values."""
     from wan_data.datasets import read_latent_spec
 
-    return read_latent_spec(path).to_dict()
+    return read_latent_spec(path, encoded_by=encoded_by).to_dict()

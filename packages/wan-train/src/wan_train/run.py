@@ -77,9 +77,9 @@ def _bind_data(config: Any) -> None:
     if dataset.mock == (dataset.path is not None):
         raise ValueError("name the data with dataset.path=FOLDER, or ask for random data with --mock, and not both")
     if dataset.path is not None:
-        if not Path(dataset.path).is_dir():
-            raise ValueError(f"dataset.path is {dataset.path}, which is not a folder; make one with wan-data prepare")
-        model.latent_spec = dataset_spec(dataset.path)
+        if not Path(dataset.path).exists():
+            raise ValueError(f"dataset.path is {dataset.path}, which does not exist; make one with wan-data prepare")
+        model.latent_spec = dataset_spec(dataset.path, dataset.encoded_by)
         wanted, got = model.wan_config.text_dim, model.latent_spec["text_dim"]
         if wanted != got:
             raise ValueError(f"the dataset's text embeddings are {got} wide, the model takes {wanted}")
