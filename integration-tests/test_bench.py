@@ -28,7 +28,7 @@ def _python(*arguments: str) -> str:
 
 
 def test_cpu_tables(tmp_path):
-    printed = _python("-m", "bench", "--quick", "--device", "cpu", "--folder", str(tmp_path))
+    printed = _python("-m", "bench", "--quick", "--of", "model", "--device", "cpu", "--folder", str(tmp_path))
     report = json.loads((tmp_path / "model.json").read_text())
     assert report["conditions"]["threads"] == "1"
     titles = [table["title"] for table in report["tables"]]
@@ -42,6 +42,15 @@ def test_cpu_tables(tmp_path):
     limit, small, _, recompute, _ = report["tables"]
     for table, columns in ((limit, range(4, 7)), (small, [4]), (recompute, [3])):
         assert all(0.01 < float(row[i].split()[0]) < 100 for row in table["rows"] for i in columns)
+
+
+def test_data_tables(tmp_path):
+    _python("-m", "bench", "--quick", "--of", "data", "--folder", str(tmp_path))
+    whole, processes, loading = json.loads((tmp_path / "data.json").read_text())["tables"]
+    assert float(whole["rows"][0][3]) > 1, "the program does more than its encoders"
+    assert float(processes["rows"][0][2]) > 0.1
+    assert [row[0] for row in loading["rows"]] == ["tarfile, bytes only", "loader, no worker", "loader, one worker"]
+    assert all(float(row[1]) > 1 for row in loading["rows"])
 
 
 def test_gpu_tables_name_what_cannot_run():

@@ -1,15 +1,17 @@
-"""``python -m bench [--folder FOLDER] [--quick]``: runs what this machine can run and writes the tables."""
+"""``python -m bench [--folder FOLDER] [--of model|data] [--quick]``: what this machine can run, as tables."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from bench import model_cpu, model_cuda
+from bench import data, model_cpu, model_cuda
 from bench.report import Table, to_markdown
 
 
@@ -39,6 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("bench"), help="where the tables go")
     parser.add_argument("--quick", action="store_true", help="few rounds of small sizes: to see that it runs")
+    parser.add_argument("--of", choices=["all", "model", "data"], default="all", help="which package is timed")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: all there are")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -46,27 +49,38 @@ def main() -> int:
         return 2
     arguments.folder.mkdir(parents=True, exist_ok=True)
 
-    tables: list[Table] = []
     surroundings = conditions()
     print(", ".join(f"{key} {value}" for key, value in surroundings.items()))
-    runs = []
-    if arguments.device in ("auto", "cpu"):
-        runs.append(model_cpu.tables(quick=arguments.quick))
-    if arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available()):
-        runs.append(model_cuda.tables(torch.device("cuda"), quick=arguments.quick))
-    for run in runs:
-        for table in run:
+    for name, runs in _chosen(arguments).items():
+        tables: list[Table] = []
+        for table in itertools.chain.from_iterable(runs):
             tables.append(table)
             print("\n" + to_markdown(table), flush=True)
             # Written after each table, so that a run that is cut short leaves what it had.
-            report = {"conditions": surroundings, "tables": [vars(one) for one in tables]}
-            (arguments.folder / "model.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            (arguments.folder / "model.md").write_text(
-                "\n".join([", ".join(f"{k} {v}" for k, v in surroundings.items()), *(to_markdown(t) for t in tables)]),
-                encoding="utf-8",
-            )
-    print(f"\nwritten: {arguments.folder / 'model.md'}, {arguments.folder / 'model.json'}")
+            _write(arguments.folder / name, surroundings, tables)
+        if tables:
+            print(f"\nwritten: {arguments.folder / name}.md and .json", flush=True)
     return 0
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, list[Iterator[Table]]]:
+    cpu, quick = arguments.device in ("auto", "cpu"), arguments.quick
+    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    runs: dict[str, list[Iterator[Table]]] = {}
+    if arguments.of in ("all", "model"):
+        runs["model"] = [model_cpu.tables(quick=quick)] if cpu else []
+        if cuda:
+            runs["model"].append(model_cuda.tables(torch.device("cuda"), quick=quick))
+    if arguments.of in ("all", "data") and cpu:
+        runs["data"] = [data.tables(quick=quick)]
+    return runs
+
+
+def _write(stem: Path, surroundings: dict[str, str], tables: list[Table]) -> None:
+    report = {"conditions": surroundings, "tables": [vars(one) for one in tables]}
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    text = "\n".join([", ".join(f"{k} {v}" for k, v in surroundings.items()), *(to_markdown(t) for t in tables)])
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from wan_data import encoding, examination
-from wan_data.decode import Caps, Rejected, probe, read_windows
+from wan_data import encoder_pool, examination
+from wan_data.decode import Rejected, probe, read_windows
 from wan_data.files import sha256_of
 from wan_data.inputs import files_of_folder
 from wan_data.prepare import prepare
@@ -36,18 +36,20 @@ class HereDecoder:
     def __init__(self) -> None:
         self.begun: list[Any] = []
 
+    def start(self) -> None:
+        pass
+
     def begin(self, job: Any) -> None:
         self.begun.append(job)
 
     def results(self) -> Any:
         job = self.begun.pop(0)
-        caps = Caps(*job.caps)
         try:
             if job.windows is None:
-                yield probe(job.path, job.fps, caps=caps)
+                yield probe(job.path, job.fps, caps=job.caps)
                 return
             yield from read_windows(
-                job.path, job.windows, job.size, fps=job.fps, resize_mode="bicubic", center_crop=True, caps=caps
+                job.path, job.windows, job.size, fps=job.fps, resize_mode="bicubic", center_crop=True, caps=job.caps
             )
         except Rejected as error:
             yield error
@@ -168,7 +170,7 @@ def main() -> None:
     torch.set_num_threads(1)
     codec = LatentCodec.from_pretrained(model)
     LatentCodec.from_pretrained = classmethod(lambda cls, *_, **__: codec)  # type: ignore[method-assign]
-    examination.Decoder = encoding.Decoder = HereDecoder  # type: ignore[assignment,misc]
+    examination.Decoder = encoder_pool.Decoder = HereDecoder  # type: ignore[assignment,misc]
     found = {"kills": kills, "full_disk": full_disk, "races": races}[what](clips, work, model, count)
     print(json.dumps(found))
 

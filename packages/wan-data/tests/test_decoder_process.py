@@ -6,12 +6,13 @@ from fractions import Fraction
 import pytest
 
 from wan_data.buckets import Size
-from wan_data.decode import Caps, Rejected, probe, read_windows
+from wan_data.caps import Caps
+from wan_data.decode import Rejected, probe, read_windows
 from wan_data.decoder_process import Decoder, Job
 from wan_data.windows import Window
 
 FPS = Fraction(16)
-CAPS = (1000, 10**6, 10**7)
+CAPS = Caps(1000, 10**6, 10**7)
 SIZE = Size(32, 48)
 
 
@@ -68,7 +69,7 @@ def test_a_decoder_that_dies_at_once_is_named(clip, tmp_path, monkeypatch):
     # The child's address space ends where its libraries do.
     path = clip(tmp_path / "a.mkv", range(5), size=(1024, 1024))
     with Decoder(memory=1) as decoder:
-        ((_, result),) = decoder.decode([Job(path, FPS, (1000, 10**7, 10**9))])
+        ((_, result),) = decoder.decode([Job(path, FPS, Caps(1000, 10**7, 10**9))])
     assert isinstance(result, Rejected)
     assert any(words in str(result) for words in ("memory", "the decoder died", "cannot be decoded"))
 

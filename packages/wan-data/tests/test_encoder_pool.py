@@ -34,7 +34,7 @@ class Immediately:
 def pool(monkeypatch):
     def make(processes, **how):
         log = []
-        one = EncoderPool("model", PrepareSettings(), "cpu", processes, codec=None)
+        one = EncoderPool("model", PrepareSettings(), "cpu", processes)
         one._processes = [Immediately(log, **how) for _ in range(processes)]
         return one, log
 
@@ -44,13 +44,13 @@ def pool(monkeypatch):
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 50])
 def test_results_come_in_order_and_each_task_once(pool, count):
     one, log = pool(3)
-    assert [task.shard for task, _ in one.encode(tasks(count))] == list(range(count))
+    assert [task.shard for task, _ in one.encode(tasks(count), None)] == list(range(count))
     assert sorted(task for task, *_ in log) == list(range(count))
 
 
 def test_the_next_task_is_known_to_the_process_that_will_do_it(pool):
     one, log = pool(2)
-    list(one.encode(tasks(40)))
+    list(one.encode(tasks(40), None))
     by_thread = {}
     for task, upcoming, thread in log:
         promised = by_thread.get(thread)
@@ -68,7 +68,7 @@ def test_only_so_many_are_under_way(pool):
             drawn.append(task)
             yield task
 
-    results = one.encode(counted())
+    results = one.encode(counted(), None)
     for number in range(50):
         next(results)
         assert len(drawn) <= number + 1 + 6 + 1
@@ -78,7 +78,7 @@ def test_only_so_many_are_under_way(pool):
 def test_errors_of_either_side_reach_the_caller(pool):
     one, _ = pool(2, fails_at=5)
     with pytest.raises(RuntimeError, match="task 5"):
-        list(one.encode(tasks(20)))
+        list(one.encode(tasks(20), None))
 
     def broken():
         yield from tasks(3)
@@ -86,13 +86,13 @@ def test_errors_of_either_side_reach_the_caller(pool):
 
     one, _ = pool(2)
     with pytest.raises(OSError, match="the list of shards"):
-        list(one.encode(broken()))
+        list(one.encode(broken(), None))
 
 
 def test_leaving_early_ends_the_threads(pool):
     one, _ = pool(2)
     before = threading.active_count()
-    results = one.encode(Task(number, ()) for number in itertools.count())
+    results = one.encode((Task(number, ()) for number in itertools.count()), None)
     next(results)
     results.close()
     assert threading.active_count() == before

@@ -11,6 +11,7 @@ from typing import Any
 from wan_data.blends import Part, parts_of
 from wan_data.energon_metadata import check_metadata, shard_counts
 from wan_data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from wan_data.packing import latent_tokens
 from wan_model.config import PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.model_folder import latent_spec_of as spec_of_model
@@ -113,11 +114,9 @@ def check_sizes(parts: Sequence[OpenPart], usable: int, patch_size: PatchSize) -
     Raises:
         ValueError: one does not.
     """
-    pf, ph, pw = patch_size
     for one in parts:
         for shape in one.manifest.shapes if one.manifest else ():
-            _, frames, rows, columns = shape.latent
-            tokens = (frames // pf) * (rows // ph) * (columns // pw)
+            tokens = latent_tokens(shape.latent, patch_size)
             if shape.split == one.part.split and tokens > usable:
                 raise ValueError(
                     f"{one.part.folder} has {shape.samples} samples of {shape.frames}x{shape.height}x{shape.width} "

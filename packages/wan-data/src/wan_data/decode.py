@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from wan_data.buckets import Size
+from wan_data.caps import Caps
 from wan_data.media_types import IMAGE_SUFFIXES
 from wan_data.windows import TimedFrame, Window, resample
 
@@ -25,26 +26,6 @@ RESIZE_MODES = ("bicubic", "bilinear", "nearest")
 
 class Rejected(ValueError):
     """A source that cannot be used; the message completes the sentence "SOURCE: ..."."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Caps:
-    """What is read at most; a source beyond it is rejected, never cut.
-
-    Attributes:
-        frames: decoded frames of a source (the default is two hours at 60 a second).
-        pixels: of a frame.
-        bytes: of a file.
-    """
-
-    frames: int = 432_000
-    pixels: int = 8192 * 4608
-    bytes: int = 64 * 2**30
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"max_{name} is {value}; it must be at least 1")
 
 
 _NO_MORE_THAN = Caps()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.buckets import Size
+from wan_data.caps import Caps
 from wan_data.windows import Window
 
 # A second of silence is normal, a minute of it is a decoder that goes round in circles.
@@ -41,7 +42,7 @@ class Job:
     Attributes:
         path: the source.
         fps: the target rate.
-        caps: frames, pixels and bytes that are read at most (see ``decode.Caps``).
+        caps: what is read at most.
         windows: what to cut from it; None to decode it to its end and say what it is.
         size: of the frames returned; None with ``windows``.
         resize_mode, center_crop: see ``decode.to_size``.
@@ -49,7 +50,7 @@ class Job:
 
     path: Path
     fps: Fraction
-    caps: tuple[int, int, int]
+    caps: Caps
     windows: tuple[Window, ...] | None = None
     size: Size | None = None
     resize_mode: str = "bicubic"
@@ -61,7 +62,7 @@ class Job:
             {
                 "path": os.fsencode(self.path).hex(),
                 "fps": str(self.fps),
-                "caps": self.caps,
+                "caps": dataclasses.astuple(self.caps),
                 "windows": None if self.windows is None else [[w.start, w.stop] for w in self.windows],
                 "size": None if self.size is None else [self.size.height, self.size.width],
                 "resize_mode": self.resize_mode,
@@ -76,7 +77,7 @@ class Job:
         return cls(
             path=Path(os.fsdecode(bytes.fromhex(value["path"]))),
             fps=Fraction(value["fps"]),
-            caps=tuple(value["caps"]),
+            caps=Caps(*value["caps"]),
             windows=None if value["windows"] is None else tuple(Window(*pair) for pair in value["windows"]),
             size=None if value["size"] is None else Size(*value["size"]),
             resize_mode=value["resize_mode"],
@@ -105,6 +106,11 @@ class Decoder:
     def __exit__(self, *error: object) -> None:
         """End the child."""
         self._end()
+
+    def start(self) -> None:
+        """Start the child already, whose libraries take seconds to load."""
+        if self._connection is None:
+            self._start()
 
     def begin(self, job: Job) -> None:
         """Start a job, or line it up behind those that are begun; it is decoded while the caller does other things."""
@@ -173,8 +179,7 @@ class Decoder:
             return
 
     def _send(self, job: Job) -> None:
-        if self._connection is None:
-            self._start()
+        self.start()
         assert self._connection is not None
         # A child that has died is noticed when its answer is read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -253,12 +258,11 @@ class _Answers:
 
 
 def _answer(job: Job, answers: _Answers) -> None:
-    from wan_data.decode import Caps, Rejected, probe, read_windows
+    from wan_data.decode import Rejected, probe, read_windows
 
-    caps = Caps(*job.caps)
     try:
         if job.windows is None:
-            answers.say(info=dataclasses.asdict(probe(job.path, job.fps, caps=caps, on_frame=answers.alive)))
+            answers.say(info=dataclasses.asdict(probe(job.path, job.fps, caps=job.caps, on_frame=answers.alive)))
             return
         assert job.size is not None, "windows have a size"
         for frames in read_windows(
@@ -268,7 +272,7 @@ def _answer(job: Job, answers: _Answers) -> None:
             fps=job.fps,
             resize_mode=job.resize_mode,
             center_crop=job.center_crop,
-            caps=caps,
+            caps=job.caps,
             on_frame=answers.alive,
         ):
             answers.frames(frames)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from wan_data.decoder_process import Decoder
 from wan_data.encoding import Encoded, WindowEncoder, choose_device, load_codec
 from wan_data.rounds import Task
 from wan_data.settings import PrepareSettings
@@ -26,9 +27,15 @@ _here: dict[str, Any] = {}  # its encoder, made once; what has been begun
 
 def _start(model: str, settings: PrepareSettings, device: str, place: int, threads: int) -> None:
     torch.set_num_threads(threads)
+    decoder = Decoder()
+    decoder.start()
+    atexit.register(decoder.__exit__)
     codec = load_codec(model, settings, choose_device(device, place), vae=True, text=False)
-    _here["encoder"], _here["begun"] = WindowEncoder(codec, settings), collections.deque()
-    atexit.register(_here["encoder"].__exit__)
+    _here["encoder"], _here["begun"] = WindowEncoder(codec, settings, decoder), collections.deque()
+
+
+def _ready() -> None:
+    """For the initializer's sake."""
 
 
 def _encode(task: Task, upcoming: Task | None) -> Result:
@@ -125,34 +132,31 @@ def _drive(process: concurrent.futures.Executor, handout: _Handout) -> None:
 class EncoderPool:
     """Encodes tasks here or in several processes; results come in the order of the tasks.
 
+    Use it as a context manager, which starts the processes: they load what they need while the caller does the same.
+
     Args:
         model: folder or hub id.
         settings: of the preparation.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        processes: 1 encodes here, with ``codec``; more start that many, each with an autoencoder of its own.
-        codec: with its autoencoder where ``processes`` is 1.
+        processes: 1 encodes here; more start that many, each with an autoencoder of its own.
         local_rank: of this launch on its machine; its processes take the devices that follow from it.
     """
 
-    def __init__(
-        self,
-        model: str,
-        settings: PrepareSettings,
-        device: str,
-        processes: int,
-        codec: LatentCodec,
-        local_rank: int = 0,
-    ) -> None:
-        self._codec, self._settings = codec, settings
+    def __init__(self, model: str, settings: PrepareSettings, device: str, processes: int, local_rank: int = 0) -> None:
+        self._settings = settings
         self._places = range(local_rank * processes, (local_rank + 1) * processes) if processes > 1 else range(0)
         self._arguments = (model, settings, device)
-        self._processes: list[concurrent.futures.ProcessPoolExecutor] = []
+        self._processes: list[concurrent.futures.Executor] = []
+        self._decoder = Decoder()
 
     def __enter__(self) -> "EncoderPool":
-        """Start the processes, if there are to be several."""
+        """Start the processes."""
+        if not self._places:
+            self._decoder.start()
+            return self
         # spawn: a forked copy of a process that has used CUDA or threads may hang.
         context = multiprocessing.get_context("spawn")
-        threads = max(1, torch.get_num_threads() // max(1, len(self._places)))
+        threads = max(1, torch.get_num_threads() // len(self._places))
         # An executor a process, so that it is known here which one decodes what.
         self._processes = [
             concurrent.futures.ProcessPoolExecutor(
@@ -160,6 +164,8 @@ class EncoderPool:
             )
             for place in self._places
         ]
+        for process in self._processes:
+            process.submit(_ready)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -168,12 +174,17 @@ class EncoderPool:
             process.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.shutdown()
-        self._processes = []
+        self._decoder.__exit__(*error)
 
-    def encode(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Encoded]]]:
-        """Each task with what became of its windows."""
+    def encode(self, tasks: Iterable[Task], codec: LatentCodec) -> Iterator[tuple[Task, list[Encoded]]]:
+        """Each task with what became of its windows.
+
+        Args:
+            tasks: what to encode.
+            codec: with its autoencoder where the processes are 1; else it is not used.
+        """
         if not self._places:
-            yield from self._encode_here(tasks)
+            yield from self._encode_here(tasks, codec)
             return
         # What is done waits in memory for its turn.
         handout = _Handout(tasks, 3 * len(self._processes))
@@ -191,13 +202,13 @@ class EncoderPool:
                     ],
                 )
 
-    def _encode_here(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Encoded]]]:
-        with WindowEncoder(self._codec, self._settings) as encoder:
-            current: Task | None = None
-            for task in tasks:
-                encoder.begin(task)
-                if current is not None:
-                    yield current, encoder.finish(current)
-                current = task
+    def _encode_here(self, tasks: Iterable[Task], codec: LatentCodec) -> Iterator[tuple[Task, list[Encoded]]]:
+        encoder = WindowEncoder(codec, self._settings, self._decoder)
+        current: Task | None = None
+        for task in tasks:
+            encoder.begin(task)
             if current is not None:
                 yield current, encoder.finish(current)
+            current = task
+        if current is not None:
+            yield current, encoder.finish(current)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wan_data.decode import Rejected
 from wan_data.decoder_process import Decoder, Job
-from wan_data.examination import PlannedSource, caps_of
+from wan_data.examination import PlannedSource
 from wan_data.rounds import Part, Task
 from wan_data.settings import PrepareSettings
 from wan_data.shards import Sample, sample_key
@@ -78,19 +78,11 @@ class WindowEncoder:
     Args:
         codec: with its autoencoder.
         settings: of the preparation.
+        decoder: that process; the caller ends it.
     """
 
-    def __init__(self, codec: LatentCodec, settings: PrepareSettings) -> None:
-        self.codec, self.settings = codec, settings
-        self._decoder = Decoder()
-
-    def __enter__(self) -> "WindowEncoder":
-        """The decoder starts with the first task."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the decoder."""
-        self._decoder.__exit__(*error)
+    def __init__(self, codec: LatentCodec, settings: PrepareSettings, decoder: Decoder) -> None:
+        self.codec, self.settings, self._decoder = codec, settings, decoder
 
     def begin(self, task: Task) -> None:
         """Start to decode a task's windows, behind those of the tasks that are begun."""
@@ -106,7 +98,7 @@ class WindowEncoder:
         return Job(
             source.path,
             settings.fps,
-            caps_of(settings),
+            settings.caps,
             tuple(source.windows[number] for number in part.windows),
             source.size,
             settings.resize_mode,

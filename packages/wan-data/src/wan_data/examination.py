@@ -88,7 +88,7 @@ class Journal:
 
     def __init__(self, path: Path | None, settings: PrepareSettings) -> None:
         self.path = path
-        self._about = [str(settings.fps), *caps_of(settings)]
+        self._about = [str(settings.fps), *dataclasses.astuple(settings.caps)]
         self._known: dict[str, dict[str, Any]] = {}
         for line in path.read_bytes().split(b"\n") if path is not None and path.is_file() else ():
             try:
@@ -115,11 +115,6 @@ class Journal:
         # The line begins with its end: whatever stood there cut short is over then.
         with naming(self.path), self.path.open("ab") as file:
             file.write(b"\n" + json.dumps({**value, "info": dataclasses.asdict(info)}).encode())
-
-
-def caps_of(settings: PrepareSettings) -> tuple[int, int, int]:
-    """The caps of a preparation, as decoders are told."""
-    return settings.max_source_frames, settings.max_source_pixels, settings.max_source_bytes
 
 
 def examine(
@@ -224,7 +219,7 @@ def _look(
 
 
 def _probe(path: Path, settings: PrepareSettings, decoder: Decoder) -> ClipInfo:
-    (answer,) = decoder.decode([Job(path, settings.fps, caps_of(settings))])
+    (answer,) = decoder.decode([Job(path, settings.fps, settings.caps)])
     _, found = answer
     if isinstance(found, Rejected):
         raise found

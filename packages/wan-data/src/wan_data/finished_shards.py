@@ -10,6 +10,7 @@ from typing import Any
 from wan_data.examination import PlannedSource, RejectedSource, Verdict
 from wan_data.files import write_json
 from wan_data.manifest import Manifest, ShapeCount, SourceRecord
+from wan_data.packing import latent_tokens
 from wan_data.rounds import Round, ShardPlan
 from wan_data.shards import ShardRecord
 
@@ -85,7 +86,7 @@ def with_round(
         sources=tuple(sorted(sources.values(), key=lambda record: record.path)),
         shards=(*manifest.shards, *(shard.record for shard in finished if shard.record is not None)),
         shapes=tuple(
-            ShapeCount(split, frames, height, width, latent, _tokens(latent), count)
+            ShapeCount(split, frames, height, width, latent, latent_tokens(latent), count)
             for (split, frames, height, width, latent), count in sorted(shapes.items())
         ),
         next_shard=made.first_shard + len(plans),
@@ -112,8 +113,3 @@ def _accepted(
     if whole.samples:
         return whole
     return dataclasses.replace(whole, verdict="rejected", reason=dropped[0][1], split=None)
-
-
-def _tokens(latent: tuple[int, ...]) -> int:
-    _, frames, height, width = latent
-    return frames * (height // 2) * (width // 2)

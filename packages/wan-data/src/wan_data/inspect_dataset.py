@@ -14,7 +14,7 @@ from wan_data.blends import parts_of
 from wan_data.datasets import read_latent_spec
 from wan_data.energon_metadata import check_metadata
 from wan_data.manifest import MANIFEST_NAME, read_manifest
-from wan_data.packing import Efficiency, efficiency, full_packs, usable_capacity
+from wan_data.packing import Efficiency, efficiency, full_packs, latent_tokens, usable_capacity
 from wan_data.shard_reader import samples_of
 
 
@@ -101,7 +101,7 @@ def inspect(
         ]
         if not samples:
             continue
-        tokens = {shape: _tokens(shape, patch_size) for _, shape, _, _ in samples}
+        tokens = {shape: latent_tokens(shape, patch_size) for _, shape, _, _ in samples}
         shapes = collections.Counter((part.name, shape) for part, shape, _, _ in samples)
         room = capacity or max(tokens.values()) + -max(tokens.values()) % pad_multiple
         drawn = _drawn(
@@ -131,11 +131,6 @@ def inspect(
             },
         }
     return found
-
-
-def _tokens(latent: tuple[int, ...], patch_size: tuple[int, int, int]) -> int:
-    (_, frames, rows, columns), (pf, ph, pw) = latent, patch_size
-    return (frames // pf) * (rows // ph) * (columns // pw)
 
 
 def _spread(values: Sequence[int]) -> dict[str, float]:

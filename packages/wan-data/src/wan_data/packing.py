@@ -3,8 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 
+from wan_model.config import PatchSize
+
 # A pack that is this full is given out at once.
 _FULL = 0.95
+
+
+def latent_tokens(shape: Sequence[int], patch_size: PatchSize = (1, 2, 2)) -> int:
+    """Tokens of a latent of shape [C, F, H, W]; the model's patches are of 1 x 2 x 2 positions."""
+    (_, frames, rows, columns), (pf, ph, pw) = shape, patch_size
+    return (frames // pf) * (rows // ph) * (columns // pw)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """``wan-data plan``: what preparing would give, before anything is encoded."""
 
 import collections
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wan_data.examination import PlannedSource, RejectedSource, Verdict
+from wan_data.packing import latent_tokens
 from wan_data.rounds import make_round
 from wan_data.settings import PrepareSettings
 
@@ -44,7 +46,7 @@ def make_plan(verdicts: Sequence[Verdict], settings: PrepareSettings, *, rate: f
             buckets[split, window.length, source.size.height, source.size.width] += 1
     rows: list[dict[str, Any]] = []
     for (split, frames, height, width), samples in sorted(buckets.items()):
-        latent = ((frames - 1) // _TEMPORAL + 1) * (height // _SPATIAL) * (width // _SPATIAL)
+        latent = (_CHANNELS, (frames - 1) // _TEMPORAL + 1, height // _SPATIAL, width // _SPATIAL)
         pixels += samples * frames * height * width
         rows.append(
             {
@@ -53,8 +55,8 @@ def make_plan(verdicts: Sequence[Verdict], settings: PrepareSettings, *, rate: f
                 "height": height,
                 "width": width,
                 "samples": samples,
-                "tokens": latent // 4,
-                "latent_bytes": samples * 4 * _CHANNELS * latent,
+                "tokens": latent_tokens(latent),
+                "latent_bytes": samples * 4 * math.prod(latent),
             }
         )
     reasons: dict[str, list[str]] = collections.defaultdict(list)

@@ -314,9 +314,6 @@ class _Preparation:
         return self.work / f"shard-{number:06d}.json"
 
     def _write_shards(self, missing: Sequence[ShardPlan], name: str) -> None:
-        codec = self._load_codec()
-        text = TextCache(codec, (part.source.caption for plan in missing for part in plan.parts for _ in part.windows))
-        self.report.stage("encoding", sum(plan.samples for plan in missing))
         begun: collections.deque[tuple[ShardPlan, int]] = collections.deque()
 
         def tasks() -> Iterator[Task]:
@@ -325,8 +322,12 @@ class _Preparation:
                 begun.append((plan, len(pieces)))
                 yield from pieces
 
-        with EncoderPool(self.model, self.settings, self.device, self.processes, codec, self.ranks.local_rank) as pool:
-            encoded = pool.encode(tasks())
+        with EncoderPool(self.model, self.settings, self.device, self.processes, self.ranks.local_rank) as pool:
+            codec = self._load_codec()
+            captions = (part.source.caption for plan in missing for part in plan.parts for _ in part.windows)
+            text = TextCache(codec, captions)
+            self.report.stage("encoding", sum(plan.samples for plan in missing))
+            encoded = pool.encode(tasks(), codec)
             for first in encoded:
                 plan, pieces = begun.popleft()
                 results = itertools.islice(itertools.chain([first], encoded), pieces)

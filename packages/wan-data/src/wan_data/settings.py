@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 from wan_data.buckets import Size, buckets_of_area, check_side
+from wan_data.caps import Caps
 from wan_data.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
 
 DEFAULT_AREA = 480 * 832
@@ -32,7 +33,7 @@ class PrepareSettings:
         center_crop: keep the aspect ratio and cut the margins; otherwise stretch.
         allow_upscaling: take sources that are smaller than their bucket.
         caption_key: the key of captions in their files.
-        max_source_frames, max_source_pixels, max_source_bytes: what is read of a source at most (see ``decode.Caps``).
+        max_source_frames, max_source_pixels, max_source_bytes: what is read of a source at most (see ``caps.Caps``).
         batch_size: windows of one shape that are encoded together; their values depend on it in the last digits.
         samples_per_shard: samples of a full shard.
         validation_fraction: share of the sources whose samples go to the ``val`` split.
@@ -54,9 +55,9 @@ class PrepareSettings:
     center_crop: bool = True
     allow_upscaling: bool = False
     caption_key: str = "caption"
-    max_source_frames: int = 432_000  # two hours at 60 a second
-    max_source_pixels: int = 8192 * 4608
-    max_source_bytes: int = 64 * 2**30
+    max_source_frames: int = Caps.frames
+    max_source_pixels: int = Caps.pixels
+    max_source_bytes: int = Caps.bytes
     batch_size: int = 1
     samples_per_shard: int = 100
     validation_fraction: float = 0.05
@@ -99,15 +100,18 @@ class PrepareSettings:
             check_side("width", self.width)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
-        for name in (
-            *("samples_per_shard", "text_length", "batch_size"),
-            *("max_source_frames", "max_source_pixels", "max_source_bytes"),
-        ):
+        for name in ("samples_per_shard", "text_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.areas:
             raise ValueError("areas holds none; name at least one")
         self.resolutions()
+        _ = self.caps
+
+    @property
+    def caps(self) -> Caps:
+        """What is read of a source at most."""
+        return Caps(self.max_source_frames, self.max_source_pixels, self.max_source_bytes)
 
     @property
     def window_lengths(self) -> Lengths:

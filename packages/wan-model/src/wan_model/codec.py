@@ -102,6 +102,8 @@ class LatentCodec:
             text_folder, text_length=text_length, vae=vae_folder, text_encoder=text_folder / "text_encoder"
         )
         vae = text_encoder = tokenizer = None
+        if not (load_vae or load_text):
+            return cls(spec)  # without the seconds that the libraries take
         with _quiet_loading():
             if load_vae:
                 from diffusers import AutoencoderKLWan
