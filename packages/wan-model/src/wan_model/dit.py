@@ -51,14 +51,14 @@ class Stage:
 
 
 @functools.lru_cache(maxsize=8)
-def _frequencies(width: int, device: torch.device) -> Float[Tensor, "half"]:
+def _frequencies(width: int, device: torch.device) -> Float[Tensor, " half"]:
     # A tensor made in inference mode could never be used in training afterwards, and this one is kept.
     with torch.inference_mode(False):
         half = width // 2
         return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=device) / half)
 
 
-def timestep_features(timesteps_B: Float[Tensor, "B"], width: int) -> Float[Tensor, "B width"]:
+def timestep_features(timesteps_B: Float[Tensor, " B"], width: int) -> Float[Tensor, "B width"]:
     """[cos, sin] of t * 10000^(-2i/width), fp32: bf16 would round a timestep by up to 2."""
     angles = timesteps_B.float()[:, None] * _frequencies(width, timesteps_B.device)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
@@ -288,7 +288,7 @@ class WanDiT(nn.Module):
     def forward(
         self,
         x: Tensor,
-        timesteps_B: Float[Tensor, "B"],
+        timesteps_B: Float[Tensor, " B"],
         text_BTD: Float[Tensor, "B T D"],
         layout: PackLayout,
     ) -> Tensor:

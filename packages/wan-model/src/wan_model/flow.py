@@ -36,8 +36,8 @@ class NoisyPack:
 
     tokens_SC: Float[Tensor, "S C"]
     target_SC: Float[Tensor, "S C"]
-    timesteps_B: Float[Tensor, "B"]
-    weights_B: Float[Tensor, "B"]
+    timesteps_B: Float[Tensor, " B"]
+    weights_B: Float[Tensor, " B"]
     text_BTD: Float[Tensor, "B T D"]
 
 
@@ -90,7 +90,7 @@ class FlowMatching:
         """``--training-mode finetune`` of NVIDIA's recipe: uniform, shift 3."""
         return cls(density="uniform", shift=3.0, logit_std=1.0, uniform_mix=0.1)
 
-    def draw_u(self, count: int, generator: torch.Generator) -> Float[Tensor, "B"]:
+    def draw_u(self, count: int, generator: torch.Generator) -> Float[Tensor, " B"]:
         """u of each sample in [1e-5, 1], fp32, on the generator's device.
 
         Every density draws the same amount of randomness, so that changing it leaves the noise that follows alone.
@@ -111,7 +111,7 @@ class FlowMatching:
                 u = 1 - uniform - _MODE_SCALE * (torch.cos(torch.pi * uniform / 2) ** 2 - 1 + uniform)
         return u.clamp(1e-5, 1.0)
 
-    def shift_sigma(self, u_B: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    def shift_sigma(self, u_B: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """sigma = s / (s + 1/u - 1), clamped."""
         return (self.shift / (self.shift + 1 / u_B - 1)).clamp(self.sigma_min, self.sigma_max)
 

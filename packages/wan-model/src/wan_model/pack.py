@@ -124,7 +124,7 @@ class TokenRows:
 
 
 @functools.lru_cache(maxsize=16)
-def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, "S"]:
+def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, " S"]:
     """The sample that each token belongs to; padding counts to the last one."""
     lengths = list(layout.lengths)
     lengths[-1] += layout.padding
