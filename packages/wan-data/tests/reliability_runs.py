@@ -121,8 +121,8 @@ def kills(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]:
             time.sleep(rng.uniform(0, 1.1 * seconds))
             os.kill(pid, signal.SIGKILL)
             code = wait(pid)
-            if code == -signal.SIGKILL:
-                killed += 1
+            assert code in (0, -signal.SIGKILL), f"{out}: what was killed cannot be taken up, exit code {code}"
+            killed += code == -signal.SIGKILL
             # A shard that can be seen is whole.
             halves += sum(
                 shards.get(path.name) != sha256_of(path) for path in (out.glob("*.tar") if out.is_dir() else ())

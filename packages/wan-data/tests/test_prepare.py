@@ -166,6 +166,13 @@ def test_folders_of_others_are_left_alone(prepared, clips, tiny_model, small, si
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_run_killed_in_its_first_manifest_is_taken_up(prepared, clips, dataset, tiny_model, small, silent, tmp_path):
+    (tmp_path / "wan-data.json.partial").write_text('{"complete": fal')
+    (tmp_path / WORK_FOLDER).mkdir()
+    prepared(clips, tmp_path, tiny_model, PrepareSettings(**small), report=silent)
+    assert without_index(tmp_path) == without_index(dataset)
+
+
 def without_index(folder):
     # index.sqlite: Energon's own index, written by whatever library there is.
     return {name: digest for name, digest in digests(folder).items() if not name.endswith(".sqlite")}

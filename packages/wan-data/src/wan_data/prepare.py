@@ -55,7 +55,9 @@ def output_folder(folder: Path, ranks: Ranks, *, overwrite: bool) -> Iterator[No
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder to write to")
     ours = (folder / MANIFEST_NAME).is_file()
-    strangers = folder.is_dir() and any(path.name not in (LOCK_NAME, WORK_FOLDER) for path in folder.iterdir())
+    # The last is what a run leaves that was killed while it wrote its first manifest.
+    before_it = (LOCK_NAME, WORK_FOLDER, MANIFEST_NAME + PARTIAL_SUFFIX)
+    strangers = folder.is_dir() and any(path.name not in before_it for path in folder.iterdir())
     if strangers and not ours:
         raise ValueError(f"{folder} holds files that wan-data did not write; choose an empty or a new folder")
     if ranks.rank == 0:
