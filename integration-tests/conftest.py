@@ -106,21 +106,27 @@ def dataset(run: Run, clips: Path, tiny_model: Path, tmp_path_factory: pytest.Te
     return folder
 
 
-def train(run: Run, dataset: Path, checkpoints: Path, *overrides: str) -> None:
-    run(
-        "wan-train", "pretrain", "--recipe", "tiny", "--nproc-per-node", "2", f"dataset.path={dataset}",
-        f"checkpoint.save={checkpoints}", f"checkpoint.save_interval={SAVED_STEP}",
-        "model.tensor_model_parallel_size=2", "model.sequence_parallel=true",
-        f"train.train_iters={TRAIN_STEPS}", *overrides,
-    )  # fmt: skip
+@pytest.fixture(scope="session")
+def train(run: Run) -> Callable[..., None]:
+    def train(dataset: Path, checkpoints: Path, *overrides: str) -> None:
+        run(
+            "wan-train", "pretrain", "--recipe", "tiny", "--nproc-per-node", "2", f"dataset.path={dataset}",
+            f"checkpoint.save={checkpoints}", f"checkpoint.save_interval={SAVED_STEP}",
+            "model.tensor_model_parallel_size=2", "model.sequence_parallel=true",
+            f"train.train_iters={TRAIN_STEPS}", *overrides,
+        )  # fmt: skip
+
+    return train
 
 
 @pytest.fixture(scope="session")
-def chain(run: Run, clips: Path, tiny_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(
+    train: Callable[..., None], clips: Path, tiny_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Chain:
     """One run stopped at its first save and resumed, and one of as many steps without a stop."""
     folder = tmp_path_factory.mktemp("checkpoints")
     stopped, whole = folder / "stopped", folder / "whole"
     for _ in range(2):  # the same command twice
-        train(run, dataset, stopped, f"train.exit_interval={SAVED_STEP}")
-    train(run, dataset, whole)
+        train(dataset, stopped, f"train.exit_interval={SAVED_STEP}")
+    train(dataset, whole)
     return Chain(clips, tiny_model, dataset, stopped, whole)

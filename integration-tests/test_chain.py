@@ -32,6 +32,15 @@ def _log(checkpoints: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (checkpoints / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def test_captions_are_dropped_in_training(train, dataset, chain, tmp_path):
+    train(dataset, tmp_path, "model.flow.caption_dropout=1.0", "train.exit_interval=3")
+    dropped, kept = _log(tmp_path), _log(chain.whole)
+    # The head begins at zero: the first answer does not depend on the text, later ones do.
+    assert dropped[0]["loss"] == kept[0]["loss"]
+    assert dropped[2]["loss"] != kept[2]["loss"]
+    assert math.isclose(dropped[2]["loss"], kept[2]["loss"], rel_tol=0.5)
+
+
 def test_every_window_of_every_clip_becomes_a_sample(dataset):
     samples = _samples(dataset)
     # 36, 27 and 18 frames in windows of 9, at 64 x 64 pixels' area: latents of 3 frames.

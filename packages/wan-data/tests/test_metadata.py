@@ -1,14 +1,17 @@
+import contextlib
 import itertools
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 
 import pytest
 
 from wan_data.datasets import splits
-from wan_data.energon_metadata import DATASET_YAML, check_metadata
+from wan_data.energon_metadata import DATASET_YAML, check_metadata, write_metadata
 from wan_data.loader import LoaderConfig, PackLoader
+from wan_data.shards import ShardRecord
 
 ENERGON = [sys.executable, "-c", "import sys; from megatron.energon.cli.main import main; sys.exit(main())"]
 
@@ -122,6 +125,19 @@ def test_energons_own_tools(dataset, arguments, says):
     assert says in done.stdout
 
 
+def rows(folder):
+    with contextlib.closing(sqlite3.connect(folder / ".nv-meta" / "index.sqlite")) as index:
+        return sorted(index.iterdump())  # Energon inserts them as its workers get ready
+
+
+def test_a_shard_of_other_samples_than_its_record_is_named(dataset, tmp_path):
+    shutil.copy(dataset / "shard-rank00-000000.tar", tmp_path)
+    with pytest.raises(OSError, match="Energon finds 3 samples instead of 2 in it") as caught:
+        write_metadata(tmp_path, [ShardRecord("shard-rank00-000000.tar", "train", 2, 0, "")])
+    assert caught.value.filename.endswith("shard-rank00-000000.tar")
+    assert not (tmp_path / ".nv-meta" / "index.sqlite").exists()
+
+
 def test_energon_prepare_makes_a_dataset_of_the_same_shards(dataset, tmp_path):
     for shard in dataset.glob("*.tar"):
         shutil.copy(shard, tmp_path)
@@ -130,5 +146,12 @@ def test_energon_prepare_makes_a_dataset_of_the_same_shards(dataset, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sum(splits(tmp_path).values()) == 14
+    # The index is Energon's own, to the last row.
+    assert rows(tmp_path) == rows(dataset)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.idx")} == {
+        path.name: path.read_bytes() for path in dataset.glob("*.idx")
+    }
+    info, ours = (json.loads((folder / ".nv-meta" / ".info.json").read_text()) for folder in (tmp_path, dataset))
+    assert info == ours
     assert (tmp_path / ".nv-meta" / "dataset.yaml").read_bytes() == DATASET_YAML
     assert len(next(iter(PackLoader(LoaderConfig(str(tmp_path), capacity=200), rank=0, world_size=1))).keys) > 1

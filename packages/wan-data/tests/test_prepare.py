@@ -7,18 +7,24 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
 
 from wan_data import encoder_pool
+from wan_data.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.energon_metadata import DATASET_YAML
 from wan_data.files import sha256_of, sole_writer
-from wan_data.manifest import read_manifest
+from wan_data.manifest import MANIFEST_NAME, read_manifest
 from wan_data.prepare import WORK_FOLDER
 from wan_data.settings import PrepareSettings
+from wan_data.verify import verify
 from wan_model.codec import LatentCodec
 
 
@@ -145,7 +151,26 @@ def test_equal_captions_are_encoded_once(prepared, clips, tiny_model, small, sil
     )
     prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent)
     assert sorted(asked) == sorted(set(asked))
-    assert len(asked) == 3
+    assert len(asked) == 4, "three captions, and the empty one"
+
+
+def test_the_empty_caption_stands_beside_the_shards(prepared, dataset, clips, tiny_model, small, silent, tmp_path):
+    codec = LatentCodec.from_pretrained(tiny_model, load_vae=False)
+    assert torch.equal(read_empty_caption(dataset), codec.encode_text([""])[0])
+    # A dataset of before, or of a run that was killed right before it: the same command adds it.
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+    (copy / MANIFEST_NAME).write_text(json.dumps({**manifest, "empty_caption": None}))
+    (copy / EMPTY_CAPTION_NAME).unlink()
+    with pytest.raises(ValueError, match="holds no embedding of the empty caption"):
+        read_empty_caption(copy)
+    prepared(clips, copy, tiny_model, PrepareSettings(**small), report=silent)
+    assert digests(copy) == digests(dataset)
+    data = (copy / EMPTY_CAPTION_NAME).read_bytes()
+    (copy / EMPTY_CAPTION_NAME).write_bytes(data[:-1] + b"x")
+    with pytest.raises(ValueError, match="it is damaged"):
+        read_empty_caption(copy)
+    assert [problem for problem in verify(copy)[1] if "empty-caption" in problem]
 
 
 def test_frames_mode_makes_images(prepared, clip, tiny_model, small, silent, tmp_path):
@@ -288,6 +313,31 @@ def test_a_process_that_dies_is_named_and_the_run_is_taken_up(
             prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
     prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
     assert without_index(tmp_path / "out") == without_index(dataset)
+
+
+def descendants(pid):
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from descendants(int(child))
+
+
+def test_a_killed_run_leaves_no_process_behind(clips, tiny_model, tmp_path):
+    command = [sys.executable, "-c", "from wan_data.cli import main; main()", "prepare", "--num-processes", "2"]
+    command += ["--video-folder", clips, "--output-folder", tmp_path / "out", "--model", tiny_model]
+    command += ["--area", "1536", "--frames", "9", "--min-frames", "5", "--device", "cpu"]
+    run = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in run.stdout:
+        if line.startswith(b"encoding"):
+            break
+    started = list(descendants(run.pid))
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    assert len(started) >= 4, "two encoding processes with a decoder each"
+    deadline = time.monotonic() + 30
+    while survivors := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, survivors
+        time.sleep(0.2)
 
 
 def test_what_was_examined_is_not_examined_again(prepared, clips, tiny_model, small, tmp_path, monkeypatch):

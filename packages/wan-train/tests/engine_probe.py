@@ -123,11 +123,56 @@ def _configuration_answers() -> dict[str, object]:
         "batch": _raises(lambda: _check_layout(build(), 2)),
         "fsdp": _raises(lambda: _check_layout(build("dist.use_megatron_fsdp=true"), 1)),
         "context": _raises(build("model.context_parallel_size=2").model.finalize),
-        "captions": _raises(build("model.flow.caption_dropout=0.1").model.finalize),
         "heads": _raises(wide.model.finalize),
         "no data": _raises(lambda: _bind_data(build())),
         "absent data": _raises(lambda: _bind_data(build(f"dataset.path={folder / 'absent'}"))),
         "two kinds of data": _raises(lambda: _bind_data(build(f"dataset.path={folder}", mock=True))),
+    }
+
+
+def _dropout_answers() -> dict[str, object]:
+    from types import SimpleNamespace
+
+    from wan_model.flow import FlowMatching
+    from wan_model.tiny import TINY_CONFIG
+    from wan_train.dataset import NumberedPack, empty_caption_of
+    from wan_train.mock_data import MockConfig, MockLoader
+    from wan_train.step import WanForwardStep
+
+    settings = MockConfig(shapes=[[1, 4, 4]], context_length=16, number_packed_samples=3)
+    pack = next(iter(MockLoader(settings, TINY_CONFIG, rank=0, ranks=1, multiple=1, seed=0)))
+    empty, seen = torch.ones(2, TINY_CONFIG.text_dim), []
+
+    def model(*, tokens_SC: torch.Tensor, text_BTD: torch.Tensor, **_: object) -> torch.Tensor:
+        seen.append((tokens_SC, text_BTD))
+        return tokens_SC
+
+    for dropout, given in ((0.0, None), (1.0, empty)):
+        flow = FlowMatching(caption_dropout=dropout)
+        state = SimpleNamespace(cfg=SimpleNamespace(model=SimpleNamespace(flow=flow), rng=SimpleNamespace(seed=1)))
+        WanForwardStep(torch.device("cpu"), torch.float32, given)(state, iter([NumberedPack(0, pack)]), model)
+
+    def configured(**changes: object) -> SimpleNamespace:
+        dataset = SimpleNamespace(**{"mock": False, "path": "absent", **changes})
+        flow = FlowMatching(caption_dropout=0.1)
+        return SimpleNamespace(model=SimpleNamespace(flow=flow, wan_config=TINY_CONFIG), dataset=dataset)
+
+    (tokens, texts), (same_tokens, dropped) = seen
+    mock = empty_caption_of(configured(mock=True))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / ".nv-meta").mkdir()
+        (Path(folder) / ".nv-meta" / "dataset.yaml").write_bytes(
+            b"__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+        )
+        (Path(folder) / ".nv-meta" / "split.yaml").write_text("split_parts: {train: []}\nexclude: []\n")
+        (Path(folder) / ".nv-meta" / ".info.json").write_text('{"shard_counts": {}}')
+        refused = _raises(lambda: empty_caption_of(configured(path=folder)))
+    return {
+        "kept": torch.equal(texts, pack.text_BTD),
+        "dropped": torch.equal(dropped[:, :2], empty.expand(3, 2, -1)) and not dropped[:, 2:].any().item(),
+        "noise stays": torch.equal(tokens, same_tokens),
+        "mock": None if mock is None else list(mock.shape),
+        "refused": refused,
     }
 
 
@@ -154,6 +199,7 @@ def main() -> None:
         "devices": _device_answers(),
         "configuration": _configuration_answers(),
         "model": _model_answers(),
+        "dropout": _dropout_answers(),
     }
     model_parallel_cuda_manual_seed(5)
     with get_cuda_rng_tracker().fork():

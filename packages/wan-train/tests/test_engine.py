@@ -89,6 +89,16 @@ def test_the_model_is_what_the_schedules_and_checkpoints_expect(answers: dict[st
     assert model["head is zero"]
 
 
+def test_dropped_captions_become_the_datasets_empty_one(answers: dict[str, Any]) -> None:
+    dropout = answers["dropout"]
+    assert dropout["kept"]
+    assert dropout["dropped"]
+    assert dropout["noise stays"]
+    assert dropout["mock"] == [1, TINY_CONFIG.text_dim]
+    assert "holds no embedding of the empty caption" in dropout["refused"]
+    assert "run wan-data prepare again with the same arguments" in dropout["refused"]
+
+
 def test_training_starts_from_released_weights_of_whatever_size(answers: dict[str, Any]) -> None:
     assert answers["model"]["started from"]
 
@@ -106,10 +116,6 @@ def test_training_starts_from_released_weights_of_whatever_size(answers: dict[st
         ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
         ("fsdp", "fully sharded data parallelism is asked for; this version does not run it"),
         ("context", "context_parallel_size is 2; this version supports 1"),
-        (
-            "captions",
-            "model.flow.caption_dropout is 0.1; this version's datasets hold no embedding of the empty prompt",
-        ),
         ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
         ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
         ("absent data", "which does not exist; make one with wan-data prepare"),

@@ -290,7 +290,8 @@ def _answer(job: Job, answers: _Answers) -> None:
         answers.say(rejected=f"it cannot be decoded: {type(error).__name__}: {reason}")
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
+    """End this process soon after the one that started it, however that ended."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -310,7 +311,7 @@ def main() -> None:
     connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the parent's business
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _leave_with_parent()
+    leave_with_parent()
     import torch
 
     torch.set_num_threads(1)

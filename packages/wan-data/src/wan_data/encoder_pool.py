@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from wan_data.decoder_process import Decoder
+from wan_data.decoder_process import Decoder, leave_with_parent
 from wan_data.encoding import Encoded, WindowEncoder, choose_device, load_codec
 from wan_data.rounds import Task
 from wan_data.settings import PrepareSettings
@@ -26,6 +26,7 @@ _here: dict[str, Any] = {}  # its encoder, made once; what has been begun
 
 
 def _start(model: str, settings: PrepareSettings, device: str, place: int, threads: int) -> None:
+    leave_with_parent()
     torch.set_num_threads(threads)
     decoder = Decoder()
     decoder.start()

@@ -7,7 +7,6 @@ anywhere. So nothing of ``.nv-meta`` is handed to it that is not exactly of the 
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import re
 import sqlite3
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from wan_data.energon_index import write_index
 from wan_data.files import naming, written_aside
 from wan_data.shards import ShardRecord
 
@@ -51,24 +51,21 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
         folder: the dataset's.
         shards: all of them, each with its split; the train split must not be empty.
     """
-    from megatron.energon.flavors import BaseWebdatasetFactory
+    from megatron.energon import __version__ as energon_version
 
     splits = dict.fromkeys((*_SPLITS, *(shard.split for shard in shards)))
     assert any(shard.split == "train" for shard in shards), "a dataset without training samples is refused before this"
     names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
-    with contextlib.redirect_stdout(io.StringIO()), _as_os_errors(folder / META_FOLDER):
-        BaseWebdatasetFactory.prepare_dataset(
-            folder,
-            [shard.name for shard in shards],
-            split_parts_patterns=[("train", ".*")],  # replaced below
-            shuffle_seed=None,
-            workers=1,
-        )
     meta = folder / META_FOLDER
-    # Energon draws this at random, and collapses the names of the splits; ours are the same in every run.
+    meta.mkdir(exist_ok=True)
+    with _as_os_errors(meta):
+        write_index(folder, meta, shards)
+    # Energon draws the identity at random; ours is the same in every run.
     digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).digest()
     split_yaml = yaml.safe_dump({"split_parts": names, "exclude": []}, sort_keys=False)
+    info = {"energon_version": energon_version, "shard_counts": {shard.name: shard.samples for shard in shards}}
     for name, content in (
+        (".info.json", json.dumps(info, indent=2).encode()),
         ("index.uuid", str(uuid.UUID(bytes=digest[:16])).encode()),
         ("split.yaml", split_yaml.encode()),
         ("dataset.yaml", DATASET_YAML),
@@ -76,10 +73,6 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
     ):
         with written_aside(meta / name) as file:
             file.write(content)
-
-    counted = shard_counts(folder)
-    if counted != {shard.name: shard.samples for shard in shards}:
-        raise RuntimeError(f"Energon counts other samples than were written: {counted}")
 
 
 @contextlib.contextmanager

@@ -73,7 +73,10 @@ class ShapeCount:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The whole file; ``complete`` is False until there is a first round of shards that can be trained on."""
+    """The whole file; ``complete`` is False until there is a first round of shards that can be trained on.
+
+    ``empty_caption`` is the sha256 of the embedding of the empty caption (``empty_caption.EMPTY_CAPTION_NAME``).
+    """
 
     complete: bool
     wan_data_version: str
@@ -83,6 +86,7 @@ class Manifest:
     shards: tuple[ShardRecord, ...] = ()
     shapes: tuple[ShapeCount, ...] = ()
     next_shard: int = 0
+    empty_caption: str | None = None
 
     @property
     def settings_fingerprint(self) -> str:
@@ -141,6 +145,7 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
                 for shape in value["shapes"]
             ),
             next_shard=int(value["next_shard"]),
+            empty_caption=value["empty_caption"],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from wan_data import __version__
+from wan_data.empty_caption import EMPTY_CAPTION_NAME, write_empty_caption
 from wan_data.encoder_pool import EncoderPool
 from wan_data.encoding import Encoded, TextCache, choose_device, load_codec, make_sample
 from wan_data.energon_metadata import META_FOLDER, write_metadata
@@ -73,7 +74,7 @@ def _clear(folder: Path) -> None:
     # Only what prepare writes; the manifest goes last, so that an interrupted clearing is still known as ours.
     for name in (META_FOLDER, WORK_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("shard-rank*.tar", "shard-rank*.tar.idx", f"*{PARTIAL_SUFFIX}"):
+    for pattern in ("shard-rank*.tar", "shard-rank*.tar.idx", f"*{PARTIAL_SUFFIX}", EMPTY_CAPTION_NAME):
         for path in folder.glob(pattern):
             path.unlink()
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -195,6 +196,7 @@ class _Preparation:
             if (fresh := self._new_round(sources, manifest)) is not None:
                 manifest = self._encode(fresh, manifest, "new")
             if self.ranks.rank == 0:
+                manifest = self._with_empty_caption(manifest)
                 shutil.rmtree(self.work, ignore_errors=True)
             self.ranks.wait_for_all("end")
         return manifest
@@ -311,6 +313,14 @@ class _Preparation:
             (self.work / ROUND_NAME).unlink()
         self.ranks.wait_for_all(f"{name}-done")
         return read_manifest(self.output)
+
+    def _with_empty_caption(self, manifest: Manifest) -> Manifest:
+        if manifest.empty_caption is not None or not manifest.complete:
+            return manifest
+        (text,) = self._load_codec().encode_text([""])
+        manifest = dataclasses.replace(manifest, empty_caption=write_empty_caption(self.output, text.cpu()))
+        manifest.write(self.output)
+        return manifest
 
     def _finished(self, number: int) -> Path:
         return self.work / f"shard-{number:06d}.json"

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from wan_data.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.energon_metadata import META_FOLDER, check_metadata, shard_counts
 from wan_data.files import sha256_of
 from wan_data.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
@@ -46,6 +47,7 @@ def verify(
     checked["samples"] = found.samples
     if manifest is not None:
         problems += found.problems()
+        problems += _empty_caption_problems(folder, manifest)
         if sources is not None:
             for problem in _source_problems(manifest, sources, step):
                 checked["sources"] += 1
@@ -154,6 +156,18 @@ def _shard_problems(path: Path, count: int, found: _Found) -> Iterator[str]:
         return
     if samples != count:
         yield f"shard {path.name} holds {samples} samples; {META_FOLDER}/.info.json counts {count}"
+
+
+def _empty_caption_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    if manifest.empty_caption is None:
+        return
+    try:
+        text = read_empty_caption(folder)
+    except ValueError as error:
+        yield str(error)
+        return
+    if text.shape[1] != manifest.latent_spec.text_dim:
+        yield f"{EMPTY_CAPTION_NAME} is {text.shape[1]} wide; the dataset's texts are {manifest.latent_spec.text_dim}"
 
 
 def _source_problems(manifest: Manifest, folder: Path, step: Callable[[str], None]) -> Iterator[str]:

@@ -11,8 +11,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Union
 
+import torch
 from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
 from megatron.core import parallel_state
+from torch import Tensor
 
 from wan_model import LatentPack, WanConfig
 from wan_train.mock_data import MockConfig, MockLoader
@@ -147,3 +149,18 @@ def dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
     from wan_data.datasets import read_latent_spec
 
     return read_latent_spec(path, encoded_by=encoded_by).to_dict()
+
+
+def empty_caption_of(config: Any) -> Tensor | None:
+    """What takes the place of a dropped caption, [L, D]; None where no caption is dropped.
+
+    Raises:
+        ValueError: captions are to be dropped, and the data have nothing to put in their place.
+    """
+    if config.model.flow.caption_dropout == 0:
+        return None
+    if config.dataset.mock:
+        return torch.zeros(1, config.model.wan_config.text_dim)
+    from wan_data.empty_caption import read_empty_caption
+
+    return read_empty_caption(config.dataset.path)

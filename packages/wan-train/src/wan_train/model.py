@@ -185,11 +185,6 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         self.calculate_per_token_loss = True
         self.perform_initialization = False
         self.hidden_dropout = self.attention_dropout = 0.0
-        if self.flow.caption_dropout:
-            raise ValueError(
-                f"model.flow.caption_dropout is {self.flow.caption_dropout}; this version's datasets hold no "
-                "embedding of the empty prompt to put in a caption's place: leave it at 0"
-            )
         if self.context_parallel_size != 1:
             raise ValueError(f"context_parallel_size is {self.context_parallel_size}; this version supports 1")
         if self.virtual_pipeline_model_parallel_size is not None:

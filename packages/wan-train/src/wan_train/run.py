@@ -156,9 +156,10 @@ def pretrain(options: RunOptions) -> None:
     from megatron.bridge.training.pretrain import pretrain as bridge_pretrain
 
     from wan_train.callback import WanCallback
+    from wan_train.dataset import empty_caption_of
     from wan_train.step import WanForwardStep
 
-    step = WanForwardStep(running.device, config.model.params_dtype)
+    step = WanForwardStep(running.device, config.model.params_dtype, empty_caption_of(config))
     log = Path(config.checkpoint.save) / "log.jsonl" if config.checkpoint.save else None
     owns_group = _join_process_group(running.backend)
     try:

@@ -41,10 +41,12 @@ class WanForwardStep:
     Args:
         device: where the model is.
         dtype: the precision that text embeddings are sent in.
+        empty_caption: [L, D], what takes the place of captions that are dropped; None where none are.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, empty_caption: Tensor | None = None) -> None:
         self.device, self.dtype = device, dtype
+        self.empty_caption = None if empty_caption is None else empty_caption.to(device, dtype)
         self.counts = Counts()
 
     def take_counts(self) -> Counts:
@@ -64,7 +66,7 @@ class WanForwardStep:
 
         flow: FlowMatching = state.cfg.model.flow
         generator = generator_for("noise", state.cfg.rng.seed, numbered.number, device=self.device)
-        noisy = flow.corrupt(pack, generator)
+        noisy = flow.corrupt(pack, generator, self.empty_caption)
         out = model(
             tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=noisy.text_BTD, layout=pack.layout
         )
