@@ -122,7 +122,6 @@ def _configuration_answers() -> dict[str, object]:
         "layout": _raises(lambda: _check_layout(build("model.tensor_model_parallel_size=2"), 3)),
         "batch": _raises(lambda: _check_layout(build(), 2)),
         "fsdp": _raises(lambda: _check_layout(build("dist.use_megatron_fsdp=true"), 1)),
-        "context": _raises(build("model.context_parallel_size=2").model.finalize),
         "heads": _raises(wide.model.finalize),
         "no data": _raises(lambda: _bind_data(build())),
         "absent data": _raises(lambda: _bind_data(build(f"dataset.path={folder / 'absent'}"))),

@@ -115,7 +115,6 @@ def test_training_starts_from_released_weights_of_whatever_size(answers: dict[st
         ("layout", "3 processes cannot be laid out as tensor 2 x pipeline 1 x context 1"),
         ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
         ("fsdp", "fully sharded data parallelism is asked for; this version does not run it"),
-        ("context", "context_parallel_size is 2; this version supports 1"),
         ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
         ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
         ("absent data", "which does not exist; make one with wan-data prepare"),

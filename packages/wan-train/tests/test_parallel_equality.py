@@ -1,4 +1,4 @@
-"""Two gloo processes, in every layout, give the single process's losses, gradient norms, weights and checkpoints.
+"""Two and four gloo processes, in every layout, give one process's losses, gradient norms, weights and checkpoints.
 
 The runs go through the real command line and Megatron-Bridge's own loop; packs mix three shapes and, under sequence
 parallelism, need padding.
@@ -15,16 +15,23 @@ from wan_model.tiny import TINY_CONFIG
 from wan_model.training_checkpoint import find_checkpoint, read_training_checkpoint
 from wan_model.weights import expected_shapes, initial_tensor
 
+TENSOR = "model.tensor_model_parallel_size=2"
+SEQUENCE = "model.sequence_parallel=true"
+CONTEXT = "model.context_parallel_size=2"
+PIPELINE = "model.pipeline_model_parallel_size=2"
+# Processes, and what they are given; data parallelism takes the rest.
 LAYOUTS = {
-    "data": [],
-    "tensor": ["model.tensor_model_parallel_size=2"],
-    "tensor-and-sequence": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
-    "tensor-and-sequence-recomputing": [
-        "model.tensor_model_parallel_size=2",
-        "model.sequence_parallel=true",
-        "model.recompute_granularity=selective",
-    ],
-    "pipeline": ["model.pipeline_model_parallel_size=2"],
+    "data": (2, []),
+    "tensor": (2, [TENSOR]),
+    "tensor-and-sequence": (2, [TENSOR, SEQUENCE]),
+    "tensor-and-sequence-recomputing": (2, [TENSOR, SEQUENCE, "model.recompute_granularity=selective"]),
+    "context": (2, [CONTEXT]),
+    "pipeline": (2, [PIPELINE]),
+    "data x tensor": (4, [TENSOR, SEQUENCE]),
+    "data x context": (4, [CONTEXT]),
+    "tensor x context": (4, [TENSOR, SEQUENCE, CONTEXT]),
+    "tensor x pipeline": (4, [TENSOR, SEQUENCE, PIPELINE]),
+    "context x pipeline": (4, [CONTEXT, PIPELINE]),
 }
 
 
@@ -35,7 +42,8 @@ def weights(folder: Path) -> tuple[WanConfig, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_one_process(layout: str, one_process_run: Path, tmp_path: Path) -> None:
-    log = train(tmp_path, "--nproc-per-node", "2", "checkpoint.save_interval=100", *LAYOUTS[layout])
+    processes, settings = LAYOUTS[layout]
+    log = train(tmp_path, "--nproc-per-node", str(processes), "checkpoint.save_interval=100", *settings)
     reference = read_log(one_process_run)
     assert len(log) == len(reference) == STEPS
     for got, wanted in zip(log, reference, strict=True):

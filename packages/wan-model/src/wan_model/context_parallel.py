@@ -12,6 +12,7 @@ Legend: S all rows, R rows of this rank (S / ranks), H heads, E head width, K te
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from wan_model.attention import AttentionKind, Offsets, packed_attention
+from wan_model.attention import Offsets
+
+# Attention of packed rows: queries, keys, values, and the offsets of the samples' queries and keys.
+Attend = Callable[[Tensor, Tensor, Tensor, Offsets, Offsets], Tensor]
 
 
 def _all_to_all(x: Tensor, group: Any) -> Tensor:
@@ -91,20 +95,18 @@ class ContextParallel:
         whole: Tensor = _GatherRows.apply(x, self, False)
         return whole
 
-    def self_attention(
-        self, q_RHE: Tensor, k_RHE: Tensor, v_RHE: Tensor, offsets: Offsets, kind: AttentionKind
-    ) -> Tensor:
+    def self_attention(self, q_RHE: Tensor, k_RHE: Tensor, v_RHE: Tensor, offsets: Offsets, attend: Attend) -> Tensor:
         """Attention of the whole pack's samples, given and returned as this rank's rows.
 
         Args:
             q_RHE, k_RHE, v_RHE: this rank's rows, all heads.
             offsets: of the samples in the whole pack.
-            kind: see ``wan_model.attention``.
+            attend: on one device.
         """
         if q_RHE.shape[1] % self.ranks:
             both = _GatherRows.apply(torch.stack((k_RHE, v_RHE), dim=1), self, True)
             k_SHE, v_SHE = both.unbind(dim=1)
-            return self._attend_here(q_RHE, k_SHE, v_SHE, offsets, offsets, kind)
+            return self.cross_attention(q_RHE, k_SHE, v_SHE, offsets, offsets, attend)
         # One exchange for the three of them.
         mine = rearrange(
             torch.stack((q_RHE, k_RHE, v_RHE)), "three r (ranks h) e -> ranks three r h e", ranks=self.ranks
@@ -112,7 +114,7 @@ class ContextParallel:
         q_SHE, k_SHE, v_SHE = rearrange(
             _Exchange.apply(mine, self.group), "ranks three r h e -> three (ranks r) h e"
         ).unbind(0)
-        out = packed_attention(q_SHE, k_SHE, v_SHE, offsets, offsets, kind)
+        out = attend(q_SHE, k_SHE, v_SHE, offsets, offsets)
         back = _Exchange.apply(rearrange(out, "(ranks r) h e -> ranks r h e", ranks=self.ranks), self.group)
         return rearrange(back, "ranks r h e -> r (ranks h) e")
 
@@ -123,7 +125,7 @@ class ContextParallel:
         v_KHE: Tensor,
         q_offsets: Offsets,
         k_offsets: Offsets,
-        kind: AttentionKind,
+        attend: Attend,
     ) -> Tensor:
         """This rank's rows attend to their samples' texts, which every rank holds whole.
 
@@ -131,13 +133,8 @@ class ContextParallel:
             q_RHE: this rank's rows.
             k_KHE, v_KHE: all texts.
             q_offsets, k_offsets: of the samples in the whole pack, and of their texts.
-            kind: see ``wan_model.attention``.
+            attend: on one device.
         """
-        return self._attend_here(q_RHE, k_KHE, v_KHE, q_offsets, k_offsets, kind)
-
-    def _attend_here(
-        self, q_RHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets, kind: AttentionKind
-    ) -> Tensor:
         # Only the samples that have rows here count; they are neighbours, and so are their keys.
         rows = q_RHE.shape[0]
         cut = [min(max(offset - self.rank * rows, 0), rows) for offset in q_offsets]
@@ -146,4 +143,4 @@ class ContextParallel:
         keys = slice(k_offsets[first], k_offsets[end])
         mine = tuple(cut[first : end + 1])
         theirs = tuple(offset - keys.start for offset in k_offsets[first : end + 1])
-        return packed_attention(q_RHE, k_KHE[keys], v_KHE[keys], mine, theirs, kind)
+        return attend(q_RHE, k_KHE[keys], v_KHE[keys], mine, theirs)

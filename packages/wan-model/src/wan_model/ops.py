@@ -174,15 +174,19 @@ class TorchOps:
         """See ``wan_model.attention`` and ``wan_model.context_parallel``."""
         with self_attention_region():
             if self.context:
-                return self.context.self_attention(q_SHE, k_SHE, v_SHE, offsets, self.kind)
-            return packed_attention(q_SHE, k_SHE, v_SHE, offsets, offsets, self.kind)
+                return self.context.self_attention(q_SHE, k_SHE, v_SHE, offsets, self.attend)
+            return self.attend(q_SHE, k_SHE, v_SHE, offsets, offsets)
 
     def cross_attention(
         self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
     ) -> Tensor:
         """See ``wan_model.attention`` and ``wan_model.context_parallel``."""
         if self.context:
-            return self.context.cross_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.kind)
+            return self.context.cross_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.attend)
+        return self.attend(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets)
+
+    def attend(self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
+        """Packed attention of the rows at hand; what another kernel overrides."""
         return packed_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.kind)
 
     def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:

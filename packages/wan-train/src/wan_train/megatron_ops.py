@@ -1,9 +1,10 @@
-"""The runtime of Megatron-Core for ``wan_model.WanDiT``: tensor and sequence parallelism.
+"""The runtime of Megatron-Core for ``wan_model.WanDiT``: tensor, sequence and context parallelism.
 
 Import only after ``wan_train.engine.start``.
 
-With sequence parallelism a rank holds its share of the pack's tokens between the parallel regions; ``enter_tokens``
-gathers them once for all linears that read them, and its backward reduce-scatters once.
+The context-parallel ranks share a pack's tokens first (``wan_model.context_parallel``). With sequence parallelism a
+rank holds its part of these between the parallel regions; ``enter_tokens`` gathers them once for all linears that read
+them, and its backward reduce-scatters once.
 """
 
 import copy
@@ -21,7 +22,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from wan_model import PackLayout, TokenRows
+from wan_model import ContextParallel, PackLayout, TokenRows
 from wan_model.attention import AttentionKind
 from wan_model.elementwise import rotate
 from wan_model.ops import RMSNorm, TorchOps
@@ -85,7 +86,8 @@ class MegatronOps(TorchOps):
     """
 
     def __init__(self, config: Any, attention: AttentionKind = "auto") -> None:
-        super().__init__(attention)
+        shared = parallel_state.get_context_parallel_world_size() > 1
+        super().__init__(attention, ContextParallel(parallel_state.get_context_parallel_group()) if shared else None)
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.ranks: int = parallel_state.get_tensor_model_parallel_world_size()
         self.rank: int = parallel_state.get_tensor_model_parallel_rank()
@@ -126,21 +128,18 @@ class MegatronOps(TorchOps):
         return heads // self.ranks
 
     def shard_tokens(self, x_SD: Tensor) -> Tensor:
-        """This rank's rows, if the sequence is parallel."""
-        if not self.sequence_parallel:
-            return x_SD
-        rows: Tensor = scatter_to_sequence_parallel_region(x_SD)
-        return rows
+        """This rank's share of the context, and of that its rows if the sequence is parallel."""
+        rows = super().shard_tokens(x_SD)
+        return scatter_to_sequence_parallel_region(rows) if self.sequence_parallel else rows
 
     def gather_tokens(self, x_SD: Tensor) -> Tensor:
         """All rows; every rank computes the same loss from them, so the backward takes its own rows of the gradient."""
-        if not self.sequence_parallel:
-            return x_SD
-        whole: Tensor = gather_from_sequence_parallel_region(x_SD, tensor_parallel_output_grad=False)
-        return whole
+        if self.sequence_parallel:
+            x_SD = gather_from_sequence_parallel_region(x_SD, tensor_parallel_output_grad=False)
+        return super().gather_tokens(x_SD)
 
     def enter_tokens(self, x_SD: Tensor) -> Tensor:
-        """All rows; the backward sums the gradients of all ranks."""
+        """All rows of the rank's share of the context; the backward sums the gradients of the tensor-parallel ranks."""
         whole: Tensor = (
             gather_from_sequence_parallel_region(x_SD)
             if self.sequence_parallel
@@ -168,8 +167,3 @@ class MegatronOps(TorchOps):
         if self.ranks > 1 and getattr(parameter, "tensor_model_parallel", False):
             return parameter.partition_dim, self.rank, self.ranks  # type: ignore[attr-defined]
         return None
-
-    @property
-    def pad_multiple(self) -> int:
-        """Packs must be a multiple of this many tokens."""
-        return self.ranks if self.sequence_parallel else 1

@@ -185,8 +185,6 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         self.calculate_per_token_loss = True
         self.perform_initialization = False
         self.hidden_dropout = self.attention_dropout = 0.0
-        if self.context_parallel_size != 1:
-            raise ValueError(f"context_parallel_size is {self.context_parallel_size}; this version supports 1")
         if self.virtual_pipeline_model_parallel_size is not None:
             raise ValueError("virtual_pipeline_model_parallel_size is set; this version runs plain pipeline stages")
         if config.num_heads % self.tensor_model_parallel_size:

@@ -84,7 +84,7 @@ def _bind_data(config: Any) -> None:
         if wanted != got:
             raise ValueError(f"the dataset's text embeddings are {got} wide, the model takes {wanted}")
     sequence_ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    dataset.bind(model.wan_config, sequence_ranks)
+    dataset.bind(model.wan_config, sequence_ranks * model.context_parallel_size)
     model.seq_length = dataset.capacity
 
 

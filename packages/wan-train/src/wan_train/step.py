@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.bridge.training.state import GlobalState
+from megatron.core import parallel_state
 from torch import Tensor
 
 from wan_model import PackLayout
@@ -31,8 +32,11 @@ class Counts:
 
 def _loss(noisy: NoisyPack, layout: PackLayout, predicted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     total, tokens = loss_sum(predicted, noisy, layout)
-    count = torch.tensor(tokens, dtype=torch.int, device=total.device)
-    return total, count, {LOSS: torch.stack([total.detach(), count.to(total.dtype)])}
+    # Megatron sums gradients and counts over the data- and context-parallel ranks. Of a pack that several ranks share,
+    # each has its part of the gradient and the whole loss: the pack counts once.
+    counted = tokens if parallel_state.get_context_parallel_rank() == 0 else 0
+    count = torch.tensor(counted, dtype=torch.int, device=total.device)
+    return total, count, {LOSS: torch.stack([total.detach(), total.new_tensor(tokens)])}
 
 
 class WanForwardStep:

@@ -34,17 +34,8 @@ def _longest(offsets: Offsets) -> int:
 class TransformerEngineOps(MegatronOps):
     """``MegatronOps`` with ``DotProductAttention`` over "thd" (packed) tensors."""
 
-    def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
-        """Each sample attends to itself."""
-        return self._attend(q_SHE, k_SHE, v_SHE, offsets, offsets)
-
-    def cross_attention(
-        self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
-    ) -> Tensor:
-        """Each sample attends to its own text."""
-        return self._attend(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets)
-
-    def _attend(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
+    def attend(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
+        """Packed attention of the rows at hand."""
         # The longest segments are told, never read back.
         heads, width = q_SHE.shape[1:]
         device = q_SHE.device
