@@ -298,17 +298,19 @@ def test_a_failing_run_leaves_whole_shards_only_and_is_taken_up(
 def test_a_process_that_dies_is_named_and_the_run_is_taken_up(
     prepared, dataset, clips, tiny_model, small, silent, tmp_path, monkeypatch
 ):
-    started = encoder_pool._Handout.results
+    take, taken = encoder_pool._Handout.take, []
 
-    def killed_after_two(self):
-        for number, result in enumerate(started(self)):
-            if number == 2:
-                for child in multiprocessing.active_children():
-                    os.kill(child.pid, signal.SIGKILL)
-            yield result
+    def killed_at_the_fourth(self, *, wait):
+        taken.append(wait)
+        if len(taken) == 4:
+            while len(multiprocessing.active_children()) < 2:
+                time.sleep(0.05)
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+        return take(self, wait=wait)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoder_pool._Handout, "results", killed_after_two)
+        patch.setattr(encoder_pool._Handout, "take", killed_at_the_fourth)
         with pytest.raises(ChildProcessError, match="an encoding process died"):
             prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
     prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)

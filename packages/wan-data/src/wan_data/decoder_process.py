@@ -290,8 +290,7 @@ def _answer(job: Job, answers: _Answers) -> None:
         answers.say(rejected=f"it cannot be decoded: {type(error).__name__}: {reason}")
 
 
-def leave_with_parent() -> None:
-    """End this process soon after the one that started it, however that ended."""
+def _leave_with_parent() -> None:
     parent = os.getppid()
 
     def watch() -> None:
@@ -311,7 +310,7 @@ def main() -> None:
     connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the parent's business
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    leave_with_parent()
+    _leave_with_parent()
     import torch
 
     torch.set_num_threads(1)

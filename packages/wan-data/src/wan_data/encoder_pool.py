@@ -1,10 +1,11 @@
 """Encoding in one process or in several, each of which decodes its next clip while it encodes one."""
 
-import atexit
 import collections
 import concurrent.futures
 import contextlib
-import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wan_data.decoder_process import Decoder, leave_with_parent
+from wan_data.decoder_process import Decoder
 from wan_data.encoding import Encoded, WindowEncoder, choose_device, load_codec
 from wan_data.rounds import Task
 from wan_data.settings import PrepareSettings
@@ -26,13 +27,20 @@ _here: dict[str, Any] = {}  # its encoder, made once; what has been begun
 
 
 def _start(model: str, settings: PrepareSettings, device: str, place: int, threads: int) -> None:
-    leave_with_parent()
+    threading.Thread(target=_leave_with_caller, daemon=True).start()
     torch.set_num_threads(threads)
     decoder = Decoder()
-    decoder.start()
-    atexit.register(decoder.__exit__)
+    decoder.start()  # it leaves with this process
     codec = load_codec(model, settings, choose_device(device, place), vae=True, text=False)
     _here["encoder"], _here["begun"] = WindowEncoder(codec, settings, decoder), collections.deque()
+
+
+def _leave_with_caller() -> None:
+    # The parent in the system's sense is the process that this one was forked from, which lives as long as its forks.
+    caller = multiprocessing.parent_process()
+    assert caller is not None, "it was started by multiprocessing"
+    caller.join()
+    os._exit(1)
 
 
 def _ready() -> None:
@@ -53,6 +61,17 @@ def _encode(task: Task, upcoming: Task | None) -> Result:
 
 
 # -- in the process that has it ---------------------------------------------------------------------------------------
+
+
+def warm_up() -> multiprocessing.context.ForkServerContext:
+    """Start to import what encoding processes need, in the process that they are forked from.
+
+    They are not forked from the caller, which may have used CUDA or threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "diffusers.models.autoencoders.autoencoder_kl_wan"])
+    multiprocessing.forkserver.ensure_running()
+    return context
 
 
 class _Handout:
@@ -149,14 +168,14 @@ class EncoderPool:
         self._arguments = (model, settings, device)
         self._processes: list[concurrent.futures.Executor] = []
         self._decoder = Decoder()
+        self._starter: threading.Thread | None = None
 
     def __enter__(self) -> "EncoderPool":
         """Start the processes."""
         if not self._places:
             self._decoder.start()
             return self
-        # spawn: a forked copy of a process that has used CUDA or threads may hang.
-        context = multiprocessing.get_context("spawn")
+        context = warm_up()
         threads = max(1, torch.get_num_threads() // len(self._places))
         # An executor a process, so that it is known here which one decodes what.
         self._processes = [
@@ -165,12 +184,15 @@ class EncoderPool:
             )
             for place in self._places
         ]
-        for process in self._processes:
-            process.submit(_ready)
+        # The first call starts a process, and waits until that process is there.
+        self._starter = threading.Thread(target=lambda: [process.submit(_ready) for process in self._processes])
+        self._starter.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         """End them; what they have not begun is dropped."""
+        if self._starter is not None:
+            self._starter.join()
         for process in self._processes:
             process.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from wan_data import __version__
 from wan_data.empty_caption import EMPTY_CAPTION_NAME, write_empty_caption
-from wan_data.encoder_pool import EncoderPool
+from wan_data.encoder_pool import EncoderPool, warm_up
 from wan_data.encoding import Encoded, TextCache, choose_device, load_codec, make_sample
 from wan_data.energon_metadata import META_FOLDER, write_metadata
 from wan_data.examination import Journal, PlannedSource, RejectedSource, Verdict, examine
@@ -242,6 +242,8 @@ class _Preparation:
             for path in self.work.glob("verdicts-*.json"):
                 path.unlink()
         self.ranks.wait_for_all("examination")
+        if self.processes > 1:
+            warm_up()  # while the sources are examined
         mine = self.ranks.share(new)
         verdicts = _examine(mine, self.settings, self.report, self.decoders, _journal_of(self.work, self.ranks))
         if self.ranks.world_size > 1:

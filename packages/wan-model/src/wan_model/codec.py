@@ -5,6 +5,7 @@ D text width.
 """
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,23 +22,19 @@ from wan_model.text import clean_prompt
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    # Loading prints progress bars and advice about weights and packages; a failed load still raises.
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging
-
+def _quiet_loading(library: str) -> Iterator[None]:
+    # Loading prints progress bars and advice about weights and packages; a failed load still raises. Only the library
+    # that loads is imported: each takes seconds.
+    logging: Any = importlib.import_module(f"{library}.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    diffusers_level = diffusers_logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
-        diffusers_logging.set_verbosity(diffusers_level)
         if bars:
             logging.enable_progress_bar()
 
@@ -102,15 +99,14 @@ class LatentCodec:
             text_folder, text_length=text_length, vae=vae_folder, text_encoder=text_folder / "text_encoder"
         )
         vae = text_encoder = tokenizer = None
-        if not (load_vae or load_text):
-            return cls(spec)  # without the seconds that the libraries take
-        with _quiet_loading():
-            if load_vae:
+        if load_vae:
+            with _quiet_loading("diffusers"):
                 from diffusers import AutoencoderKLWan
 
                 vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)
                 vae = vae.to(device).eval().requires_grad_(False)
-            if load_text:
+        if load_text:
+            with _quiet_loading("transformers"):
                 from transformers import AutoTokenizer, UMT5EncoderModel
 
                 text_encoder = UMT5EncoderModel.from_pretrained(
