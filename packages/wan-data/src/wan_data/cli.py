@@ -9,6 +9,7 @@ import click
 
 from wan_data import __version__
 from wan_data.cli_options import DEFAULT_MODEL, choices, flag, inputs, sentences, settings_of, sources_of
+from wan_data.warm_up import warm_up
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,6 +59,8 @@ def prepare(
 
         settings = settings_of(choices)
         sources = sources_of(video_folder, listing, settings)
+        if num_processes > 1:
+            warm_up()  # while this process imports for itself
         from wan_data.prepare import prepare as run
         from wan_data.ranks import ranks_of_environment
         from wan_data.summary import summary_of

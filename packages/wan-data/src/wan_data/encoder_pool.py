@@ -3,8 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
-import multiprocessing.context
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import queue
 import threading
@@ -17,6 +16,7 @@ from wan_data.decoder_process import Decoder
 from wan_data.encoding import Encoded, WindowEncoder, choose_device, load_codec
 from wan_data.rounds import Task
 from wan_data.settings import PrepareSettings
+from wan_data.warm_up import warm_up
 from wan_model.codec import LatentCodec
 
 Result = list[tuple[str, int, Any, str | None]]  # source, window, latent as an array, problem
@@ -61,17 +61,6 @@ def _encode(task: Task, upcoming: Task | None) -> Result:
 
 
 # -- in the process that has it ---------------------------------------------------------------------------------------
-
-
-def warm_up() -> multiprocessing.context.ForkServerContext:
-    """Start to import what encoding processes need, in the process that they are forked from.
-
-    They are not forked from the caller, which may have used CUDA or threads.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "diffusers.models.autoencoders.autoencoder_kl_wan"])
-    multiprocessing.forkserver.ensure_running()
-    return context
 
 
 class _Handout:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from wan_data import __version__
 from wan_data.empty_caption import EMPTY_CAPTION_NAME, write_empty_caption
-from wan_data.encoder_pool import EncoderPool, warm_up
+from wan_data.encoder_pool import EncoderPool
 from wan_data.encoding import Encoded, TextCache, choose_device, load_codec, make_sample
 from wan_data.energon_metadata import META_FOLDER, write_metadata
 from wan_data.examination import Journal, PlannedSource, RejectedSource, Verdict, examine
@@ -25,6 +25,7 @@ from wan_data.ranks import Ranks
 from wan_data.rounds import ROUND_NAME, Round, ShardPlan, Task, make_round, tasks_of
 from wan_data.settings import PrepareSettings
 from wan_data.shards import ShardWriter
+from wan_data.warm_up import warm_up
 from wan_data.windows import Window
 from wan_model.codec import LatentCodec
 
