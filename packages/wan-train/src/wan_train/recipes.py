@@ -9,7 +9,6 @@ from typing import Literal
 
 from megatron.bridge.training.config import (
     CheckpointConfig,
-    ConfigContainer,
     DistributedDataParallelConfig,
     DistributedInitConfig,
     LoggerConfig,
@@ -23,6 +22,7 @@ from megatron.bridge.training.config import (
 from wan_model import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.flow import FlowMatching
 from wan_model.tiny import TINY_CONFIG
+from wan_train.config import WanRunConfig
 from wan_train.dataset import WanDatasetConfig
 from wan_train.mock_data import MockConfig
 from wan_train.model import WanModelProvider
@@ -39,9 +39,9 @@ def _config(
     learning_rate: float,
     iterations: int,
     warmup: int,
-) -> ConfigContainer:
+) -> WanRunConfig:
     flow = FlowMatching.pretrain() if mode == "pretrain" else FlowMatching.finetune()
-    return ConfigContainer(
+    return WanRunConfig(
         model=WanModelProvider(transformer=model.to_diffusers(), flow=flow, seq_length=capacity),
         dataset=WanDatasetConfig(capacity=capacity),
         train=TrainingConfig(
@@ -69,12 +69,12 @@ def _config(
     )  # fmt: skip
 
 
-def wan_1_3b(mode: TrainingMode) -> ConfigContainer:
+def wan_1_3b(mode: TrainingMode) -> WanRunConfig:
     """Wan 2.1 1.3B text-to-video, bf16."""
     return _config(WAN_1_3B, mode, capacity=43008, bf16=True, learning_rate=0.9e-4, iterations=10_000, warmup=2000)
 
 
-def wan_14b(mode: TrainingMode) -> ConfigContainer:
+def wan_14b(mode: TrainingMode) -> WanRunConfig:
     """Wan 2.1 14B text-to-video, bf16; blocks are recomputed in the backward pass."""
     config = _config(WAN_14B, mode, capacity=43008, bf16=True, learning_rate=0.9e-4, iterations=10_000, warmup=2000)
     config.model.recompute_granularity = "full"
@@ -82,7 +82,7 @@ def wan_14b(mode: TrainingMode) -> ConfigContainer:
     return config
 
 
-def tiny(mode: TrainingMode) -> ConfigContainer:
+def tiny(mode: TrainingMode) -> WanRunConfig:
     """The tiny model of ``wan_model.tiny``, fp32: the whole machinery in seconds, on anything."""
     config = _config(TINY_CONFIG, mode, capacity=512, bf16=False, learning_rate=2e-3, iterations=20, warmup=2)
     config.dataset.mock_settings = MockConfig(
@@ -92,7 +92,7 @@ def tiny(mode: TrainingMode) -> ConfigContainer:
     return config
 
 
-RECIPES: dict[str, Callable[[TrainingMode], ConfigContainer]] = {
+RECIPES: dict[str, Callable[[TrainingMode], WanRunConfig]] = {
     "wan_1_3b": wan_1_3b,
     "wan_14b": wan_14b,
     "tiny": tiny,
