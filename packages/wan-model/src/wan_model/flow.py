@@ -176,12 +176,23 @@ class FlowMatching:
         )
 
 
+def _token_errors(predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack) -> Float[Tensor, " S"]:
+    return (predicted_SC.float() - noisy.target_SC).square().mean(dim=-1)
+
+
 def loss_sum(predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack, layout: PackLayout) -> tuple[Float[Tensor, ""], int]:
     """Weighted squared error, summed over the pack's tokens, and the number of those tokens.
 
     A token's error is the mean over its values, in fp32; the objective is sum / tokens over everything a step sees,
     which is why the two are returned apart.
     """
-    error_S = (predicted_SC.float() - noisy.target_SC).square().mean(dim=-1)
+    error_S = _token_errors(predicted_SC, noisy)
     weights_S = noisy.weights_B.index_select(0, sample_index(layout, error_S.device))
     return (error_S * weights_S)[: layout.valid].sum(), layout.valid
+
+
+@torch.no_grad()
+def sample_losses(predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack, layout: PackLayout) -> Float[Tensor, " B"]:
+    """Mean squared error of each sample, unweighted, fp32; what one sample is does not touch another's."""
+    error_S = _token_errors(predicted_SC, noisy)[: layout.valid]
+    return torch.stack([part.mean() for part in error_S.split(layout.lengths)])

@@ -87,7 +87,12 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_index(path: Path) -> Metadata:
+    """The index of a distributed checkpoint, read by an unpickler that knows only what an index needs.
+
+    Raises:
+        ValueError: it is missing, damaged, or asks for anything else.
+    """
     file = path / METADATA
     try:
         content = file.read_bytes()
@@ -144,7 +149,7 @@ def _read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
 
 
 def _check_complete(path: Path) -> tuple[Metadata, WanConfig, LatentSpec | None]:
-    index = _read_metadata(path)
+    index = read_index(path)
     _check_files(path, index)
     # The trainer writes this file last, so its presence says that all before it is there too.
     return index, *_read_run_config(path)

@@ -36,6 +36,8 @@ class ValidationConfig:
             raise ValueError(f"validation.samples is {self.samples}; expected at least 1, or null for all")
         if not self.timesteps or not all(0 < timestep < 1000 for timestep in self.timesteps):
             raise ValueError(f"validation.timesteps is {self.timesteps}; expected some numbers between 0 and 1000")
+        if len(set(self.timesteps)) < len(self.timesteps):
+            raise ValueError(f"validation.timesteps is {self.timesteps}; each may be there once")
 
 
 @dataclasses.dataclass

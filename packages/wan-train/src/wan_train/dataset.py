@@ -8,6 +8,7 @@ after a resume without any state. Ranks of one tensor- or pipeline-parallel grou
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Union
 
@@ -112,29 +113,50 @@ class WanDatasetConfig(DatasetProvider):
 
     def bind(self, model: WanConfig, pad_multiple: int) -> None:
         """Tell the loader what the model needs; called once the layout of the run is known."""
-        self._model, self._pad_multiple = model, pad_multiple
+        self._model, self.pad_multiple = model, pad_multiple
 
     def loader(self, rank: int, ranks: int) -> Union["PackLoader", MockLoader]:
         """The loader of one data-parallel rank."""
         if self.mock:
             return MockLoader(
-                self.mock_settings, self._model, rank=rank, ranks=ranks, multiple=self._pad_multiple, seed=self.seed
+                self.mock_settings, self._model, rank=rank, ranks=ranks, multiple=self.pad_multiple, seed=self.seed
             )
+        return self._open("train", self.pad_multiple, self.packing_buffer, self.num_workers, rank, ranks)
+
+    def _open(self, split: str, multiple: int, buffer: int, workers: int, rank: int, ranks: int) -> "PackLoader":
         from wan_data.loader import LoaderConfig, PackLoader
 
         assert self.path is not None, "checked by the run"
         config = LoaderConfig(
             path=self.path,
+            split=split,
             capacity=self.capacity,
             text_length=self._model.text_length,
             patch_size=self._model.patch_size,
-            pad_multiple=self._pad_multiple,
-            packing_buffer=self.packing_buffer,
+            pad_multiple=multiple,
+            packing_buffer=buffer,
             shuffle_buffer=self.shuffle_buffer,
-            num_workers=self.num_workers,
+            num_workers=workers,
             seed=self.seed,
         )
         return PackLoader(config, rank=rank, world_size=ranks)
+
+    def validation_packs(self) -> Iterator[LatentPack]:
+        """The validation split in its own order, a sample a pack, on every rank the same; of mock data without end.
+
+        Raises:
+            ValueError: the dataset has no such split.
+        """
+        if self.mock:
+            one_each = dataclasses.replace(self.mock_settings, number_packed_samples=1)
+            for number, shape in enumerate(itertools.cycle(self.mock_settings.shapes)):
+                settings = dataclasses.replace(one_each, shapes=[shape])
+                loader = MockLoader(
+                    settings, self._model, rank=0, ranks=1, multiple=1, seed=self.seed, purpose="held out"
+                )
+                loader.drawn = number
+                yield next(iter(loader))
+        yield from self._open("val", 1, 1, 0, 0, 1)
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[PackIterator, None, None]:
         """Called by Megatron-Bridge on every rank."""

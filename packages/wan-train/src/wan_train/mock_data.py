@@ -34,13 +34,22 @@ class MockLoader:
         rank, ranks: data-parallel place.
         multiple: packs are padded to a multiple of this many tokens.
         seed: of everything.
+        purpose: packs of another purpose are other packs.
     """
 
     def __init__(
-        self, settings: MockConfig, model: WanConfig, *, rank: int, ranks: int, multiple: int, seed: int
+        self,
+        settings: MockConfig,
+        model: WanConfig,
+        *,
+        rank: int,
+        ranks: int,
+        multiple: int,
+        seed: int,
+        purpose: str = "mock",
     ) -> None:
         self.settings, self.model = settings, model
-        self.rank, self.ranks, self.multiple, self.seed = rank, ranks, multiple, seed
+        self.rank, self.ranks, self.multiple, self.seed, self.purpose = rank, ranks, multiple, seed, purpose
         self.drawn = 0
 
     def __iter__(self) -> Iterator[LatentPack]:
@@ -48,13 +57,13 @@ class MockLoader:
         settings = self.settings
         while True:
             number = self.drawn * self.ranks + self.rank
-            generator = generator_for("mock", self.seed, number)
+            generator = generator_for(self.purpose, self.seed, number)
             latents, texts, keys = [], [], []
             for slot in range(settings.number_packed_samples):
                 shape = settings.shapes[slot % len(settings.shapes)]
                 latents.append(torch.randn(self.model.in_channels, *shape, generator=generator))
                 texts.append(torch.randn(settings.context_length, self.model.text_dim, generator=generator))
-                keys.append(f"mock-{number}-{slot}")
+                keys.append(f"{self.purpose}-{number}-{slot}")
             self.drawn += 1
             yield pack_latents(
                 latents, texts, keys, text_length=self.model.text_length, patch_size=self.model.patch_size,

@@ -4,6 +4,7 @@ Import only after ``wan_train.engine.start``.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from wan_model.flow import FlowMatching
 from wan_model.model_folder import resolve_folder
 from wan_model.recompute import Recompute
 from wan_model.weights import load_weights
-from wan_train import engine
+from wan_train import averaging, engine
 from wan_train.megatron_ops import MegatronOps
 
 # Every pipeline stage embeds timesteps and text for itself; all of them must learn the same embedder.
@@ -88,11 +89,23 @@ class MegatronWanDiT(MegatronModule):
             self.dit = WanDiT(provider.wan_config, _ops(provider), stage)
         self.dit.recompute = RECOMPUTE[provider.recompute_granularity]
         self._received: Tensor | None = None
+        # What becomes of the weights' average, if one is kept, and whether a checkpoint at hand has it.
+        self.average: averaging.WeightAverage | None = None
+        self.average_in_checkpoint = True
         parameter: Any
         for name, parameter in self.dit.named_parameters():
             if name.startswith(REPLICATED_ON_STAGES):
                 parameter.pipeline_parallel = True  # its gradient is summed over stages
                 parameter.shared = not stage.is_first  # and counts once in the gradient's norm
+
+    def keep_average(self, decay: float) -> None:
+        """Keep an average of the weights from now on, see ``wan_train.averaging``."""
+        self.average = averaging.WeightAverage(
+            self.dit.named_parameters(),
+            decay,
+            rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            ranks=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        )
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
         """Called by the schedule with what the previous stage sent."""
@@ -130,7 +143,31 @@ class MegatronWanDiT(MegatronModule):
                 *([part] if part else []),
                 replica_id=(stage_replica, 0 if part else tp_rank, dp_rank),
             )
+            if self.average is not None and self.average_in_checkpoint and key in self.average.tensors:
+                # The only one of its data-parallel group.
+                sharded[f"{prefix}{averaging.PREFIX}{key}"] = ShardedTensor.from_rank_offsets(
+                    f"{averaging.PREFIX}{key}",
+                    self.average.tensors[key],
+                    *([part] if part else []),
+                    replica_id=(stage_replica, 0 if part else tp_rank, 0),
+                )
         return sharded
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The weights, and their average; where a checkpoint has none it begins with the weights."""
+        saved, weights = {}, {}
+        for key, value in state_dict.items():
+            if key.startswith(averaging.PREFIX):
+                saved[key.removeprefix(averaging.PREFIX)] = value
+            else:
+                weights[key] = value
+        loaded = super().load_state_dict(weights, strict=strict, assign=assign)
+        if self.average is not None:
+            if self.average_in_checkpoint:
+                self.average.load(saved)
+            else:
+                self.average.restart()
+        return loaded
 
 
 @dataclasses.dataclass
@@ -147,6 +184,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         init_from: a model in diffusers' layout (folder or hub id) whose transformer the training starts from; None
             for the official random initialisation.
         init_seed: of the random initialisation.
+        ema_decay: set by the run from ``ema.decay``.
     """
 
     num_layers: int = 0
@@ -158,6 +196,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     attention: AttentionKind | Literal["transformer_engine"] = "auto"
     init_from: str | None = None
     init_seed: int = 1234
+    ema_decay: float = 0.0
     # Read by Megatron-Bridge of every model.
     seq_length: int = 0
     vocab_size: int | None = 1
@@ -209,6 +248,8 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
             init_weights(model.dit, seed=self.init_seed)
         else:
             load_weights(model.dit, transformer_folder(self.init_from))
+        if self.ema_decay:
+            model.keep_average(self.ema_decay)
         return model
 
     def _get_num_floating_point_operations(self, batch_size: int) -> int:

@@ -5,16 +5,18 @@ step, and hand over to Megatron-Bridge's own loop.
 """
 
 import contextlib
+import functools
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from wan_train import engine
-from wan_train.checkpoints import ResumePoint, find_resume_point
+from wan_train.checkpoints import ResumePoint, find_resume_point, saved_steps
 from wan_train.options import RunOptions
 from wan_train.overrides import apply_file, apply_overrides
 
@@ -62,12 +64,12 @@ def _check_layout(config: Any, world_size: int) -> None:
         raise ValueError(
             f"train.global_batch_size is {batch} packs, which {replicas} data-parallel ranks cannot share equally"
         )
-    if config.dist.use_megatron_fsdp or config.dist.use_torch_fsdp2:
-        raise ValueError(
-            "fully sharded data parallelism is asked for; this version does not run it, leave dist.use_*_fsdp* out"
-        )
+    if config.dist.use_torch_fsdp2:
+        raise ValueError("dist.use_torch_fsdp2 is set; use dist.use_megatron_fsdp for fully sharded weights")
     if config.train.eval_iters:
-        raise ValueError(f"train.eval_iters is {config.train.eval_iters}; this version runs no validation, set it to 0")
+        raise ValueError(
+            f"train.eval_iters is {config.train.eval_iters}; validate with validation.interval and validation.samples"
+        )
 
 
 def _bind_data(config: Any) -> None:
@@ -89,28 +91,69 @@ def _bind_data(config: Any) -> None:
 
 
 def _place_checkpoints(config: Any) -> ResumePoint | None:
+    """Where to save, and what to go on from: what this run saved itself, else what it is told to load."""
     checkpoint = config.checkpoint
-    if checkpoint.save is not None:
-        checkpoint.save = str(Path(checkpoint.save).absolute())
+    saves = None if checkpoint.save is None else Path(checkpoint.save).absolute()
+    loads = None if checkpoint.load is None else Path(checkpoint.load).absolute()
+    if saves is not None:
+        checkpoint.save = str(saves)
         config.dataset.dataloader_save = checkpoint.save  # the loader's state lies inside the checkpoint
-    if checkpoint.load is not None:
-        point = find_resume_point(Path(checkpoint.load), checkpoint.ckpt_step)
-        if point is None:
-            raise ValueError(f"checkpoint.load is {checkpoint.load}, where no checkpoint has been saved")
-    elif checkpoint.save is not None and (point := find_resume_point(Path(checkpoint.save))):
-        checkpoint.load = checkpoint.save
+    if (wanted := checkpoint.ckpt_step) is not None:
+        folder = loads or saves
+        if folder is None:
+            raise ValueError(f"checkpoint.ckpt_step is {wanted} and no folder is named; add checkpoint.load=FOLDER")
+        point = find_resume_point(folder, wanted)
+        if folder == saves and (later := [step for step in saved_steps(folder) if step > wanted]):
+            raise ValueError(
+                f"step {wanted} was asked for, and {folder} holds step {later[0]} too, with which this run's own would "
+                "be mixed; name another folder with checkpoint.save"
+            )
     else:
-        point = None
-    checkpoint.exit_on_missing_checkpoint = checkpoint.load is not None
+        point = None if saves is None else find_resume_point(saves)
+        if point is None and loads is not None and (point := find_resume_point(loads)) is None:
+            raise ValueError(f"checkpoint.load is {loads}, where no complete checkpoint is")
+    checkpoint.load = str(point.folder) if point else None
+    checkpoint.ckpt_step = point.step if point else None
+    checkpoint.exit_on_missing_checkpoint = point is not None
     return point
 
 
+def _settle(config: Any, *, on_cpu: bool) -> None:
+    """What follows from other settings."""
+    config.validation.check()
+    config.ema.check()
+    config.model.ema_decay = config.ema.decay
+    if config.optimizer.clip_grad == 0:
+        config.optimizer.clip_grad = math.inf  # the norm, by which a step is known to be finite, is computed to clip
+    if config.dist.use_megatron_fsdp:
+        config.ddp.use_megatron_fsdp = True
+        config.ddp.data_parallel_sharding_strategy = "optim_grads_params"
+        config.checkpoint.ckpt_format = "fsdp_dtensor"
+        if on_cpu:
+            # gloo can sum, but not scale while it sums.
+            config.ddp.gradient_reduce_div_fusion = False
+
+
+def _make_validator(config: Any, device: Any) -> Any:
+    from wan_train.validation import Validator
+
+    dataset = config.dataset
+    return Validator(
+        config.validation,
+        dataset.validation_packs(),
+        capacity=dataset.capacity,
+        multiple=dataset.pad_multiple,
+        device=device,
+        dtype=config.model.params_dtype,
+    )
+
+
 @contextlib.contextmanager
-def _narration(config: Any, verbose: bool) -> Iterator[Callable[[str], None]]:
+def _narration(config: Any, verbose: bool) -> Iterator[TextIO]:
     """Keep Megatron's narration off the terminal: it goes to a file in the checkpoint folder.
 
     Yields:
-        What prints a line for people.
+        The stream for people.
     """
     terminal = sys.stdout
     with contextlib.ExitStack() as stack:
@@ -125,7 +168,7 @@ def _narration(config: Any, verbose: bool) -> Iterator[Callable[[str], None]]:
                 where = f"{config.checkpoint.save}/megatron-rank{os.environ.get('RANK', '0')}.log"
             file = stack.enter_context(open(where, "a", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(file))
-        yield lambda line: print(line, file=terminal, flush=True)
+        yield terminal
 
 
 def _join_process_group(backend: str) -> bool:
@@ -150,21 +193,30 @@ def pretrain(options: RunOptions) -> None:
     _check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     _bind_data(config)
     resume = _place_checkpoints(config)
+    _settle(config, on_cpu=running.device.type == "cpu")
     if config.logger.logging_level == logging.INFO:
         config.logger.logging_level = logging.WARNING  # Megatron's own narration; set 10 or 30 to choose
 
     from megatron.bridge.training.pretrain import pretrain as bridge_pretrain
 
     from wan_train.callback import WanCallback
+    from wan_train.checkpointing import Checkpointing
     from wan_train.dataset import empty_caption_of
+    from wan_train.report import Report, Terminal
     from wan_train.step import WanForwardStep
 
     step = WanForwardStep(running.device, config.model.params_dtype, empty_caption_of(config))
     log = Path(config.checkpoint.save) / "log.jsonl" if config.checkpoint.save else None
+    validates = functools.partial(_make_validator, config, running.device) if config.validation.interval else None
+    checkpointing = Checkpointing(resume)
+    checkpointing.install()
     owns_group = _join_process_group(running.backend)
     try:
-        with _narration(config, options.verbose) as report:
-            bridge_pretrain(config, step, callbacks=[WanCallback(step, resume, log, report)])
+        with _narration(config, options.verbose) as terminal:
+            report = Report(log, Terminal(terminal), config.train.train_iters)
+            bridge_pretrain(
+                config, step, callbacks=[WanCallback(step, resume, report, validates, checkpointing.take_pause)]
+            )
     except SystemExit as stop:  # the loop leaves this way at train.exit_interval
         if stop.code:
             raise
