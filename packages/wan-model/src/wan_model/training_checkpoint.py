@@ -35,6 +35,9 @@ METADATA = ".metadata"
 RUN_CONFIG = "run_config.yaml"
 _STEP = re.compile(r"iter_(\d{7,})")
 
+# Megatron's fully sharded checkpoints name modules as they are wrapped; the others have diffusers' keys.
+_FSDP_PREFIX = "model.module.dit."
+
 _DCP = "torch.distributed.checkpoint"
 
 
@@ -232,14 +235,22 @@ class _Reader(filesystem.FileSystemReader):
         return self.index
 
 
+def _prefix(index: Metadata) -> str:
+    """What stands before diffusers' keys in this checkpoint."""
+    return _FSDP_PREFIX if any(key.startswith(_FSDP_PREFIX) for key in index.state_dict_metadata) else ""
+
+
 def _model_entries(index: Metadata, config: WanConfig, path: Path) -> dict[str, TensorStorageMetadata]:
     # The optimizer's and the engine's own entries stand beside the model's; whatever begins as the model's keys do is
     # the model's, so that a tensor too many is noticed.
     families = {key.split(".")[0] for key in expected_shapes(config)}
+    prefix = _prefix(index)
     entries = {
-        key: entry
+        key.removeprefix(prefix): entry
         for key, entry in index.state_dict_metadata.items()
-        if key.split(".")[0] in families and isinstance(entry, TensorStorageMetadata)
+        if key.startswith(prefix)
+        and key.removeprefix(prefix).split(".")[0] in families
+        and isinstance(entry, TensorStorageMetadata)
     }
     check_keys({key: tuple(entry.size) for key, entry in entries.items()}, config, str(path))
     for key, entry in entries.items():
@@ -247,7 +258,7 @@ def _model_entries(index: Metadata, config: WanConfig, path: Path) -> dict[str, 
         if stored < math.prod(entry.size):
             raise ValueError(f"{path} holds only {stored} of the {math.prod(entry.size)} values of {key}")
         for chunk in entry.chunks:
-            if MetadataIndex(key, chunk.offsets) not in index.storage_data:
+            if MetadataIndex(prefix + key, chunk.offsets) not in index.storage_data:
                 raise ValueError(f"{path / METADATA} does not say where a part of {key} is stored")
     return entries
 
@@ -279,7 +290,9 @@ def read_training_checkpoint(
         with warnings.catch_warnings():
             # Reading in a single process is what is meant here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(state, storage_reader=_Reader(path, index), no_dist=True)
+            prefix = _prefix(index)
+            named = {prefix + key: value for key, value in state.items()}
+            load(named, storage_reader=_Reader(path, index), no_dist=True)  # into these very tensors
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__

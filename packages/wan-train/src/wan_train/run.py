@@ -125,13 +125,12 @@ def _settle(config: Any, *, on_cpu: bool) -> None:
     config.model.ema_decay = config.ema.decay
     if config.optimizer.clip_grad == 0:
         config.optimizer.clip_grad = math.inf  # the norm, by which a step is known to be finite, is computed to clip
+    # A resumed run follows the configuration that it is given; Megatron would fail where it has changed.
+    config.scheduler.override_opt_param_scheduler = not config.scheduler.use_checkpoint_opt_param_scheduler
     if config.dist.use_megatron_fsdp:
-        config.ddp.use_megatron_fsdp = True
-        config.ddp.data_parallel_sharding_strategy = "optim_grads_params"
-        config.checkpoint.ckpt_format = "fsdp_dtensor"
-        if on_cpu:
-            # gloo can sum, but not scale while it sums.
-            config.ddp.gradient_reduce_div_fusion = False
+        from wan_train import fully_sharded
+
+        fully_sharded.settle(config, on_cpu=on_cpu)
 
 
 def _make_validator(config: Any, device: Any) -> Any:
