@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for training_runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 jaxtyping.install_import_hook(["wan_model", "wan_train.mock_data", "wan_train.dataset"], "beartype.beartype")
 
-from training_runs import train  # noqa: E402  after the hook
+from training_runs import train, write_start  # noqa: E402  after the hook
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,12 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def start_weights(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A model folder to start from, whose every gradient is alive."""
+    return once("start-weights", write_start)
 
 
 @pytest.fixture(scope="session")

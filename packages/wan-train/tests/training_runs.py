@@ -1,10 +1,20 @@
 """Tiny runs through the real command line."""
 
 import json
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from wan_model.tiny import TINY_CONFIG
+from wan_model.training_checkpoint import read_index
+from wan_model.weights import expected_shapes, save_transformer
 
 STEPS = 6
 RUN_OPTIONS = (
@@ -13,10 +23,13 @@ RUN_OPTIONS = (
 )  # fmt: skip
 
 
-def wan_train(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def wan_train(
+    *arguments: str, timeout: float = 300, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The real command line, in processes of its own."""
     return subprocess.run(
         [sys.executable, "-c", "from wan_train.cli import main; main()", "pretrain", *arguments],
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -29,6 +42,41 @@ def train(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return read_log(folder)
+
+
+def write_start(folder: Path) -> None:
+    """Weights to start from: random ones everywhere, so that every gradient of the first step is alive.
+
+    The official initialisation has a head of zeros, behind which nothing has a gradient yet.
+    """
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for key, shape in expected_shapes(TINY_CONFIG).items():
+        noise = torch.randn(shape, generator=generator)
+        norm_weight = "norm" in key and key.endswith("weight")
+        state[key] = 1 + 0.1 * noise if norm_weight else noise * (0.5 / shape[-1] ** 0.5 if len(shape) > 1 else 0.05)
+    save_transformer(state, TINY_CONFIG, folder / "transformer")
+
+
+def steps_of(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of steps, without events."""
+    return [entry for entry in log if "event" not in entry]
+
+
+def read_tensors(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """What a checkpoint stores under names that begin so, whole, by name without the beginning."""
+    index = read_index(checkpoint)
+    found: dict[str, torch.Tensor] = {}
+    names = {}
+    for name, entry in index.state_dict_metadata.items():
+        for prefix in prefixes:
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
+                found[name] = torch.empty(entry.size)
+                names[name] = name.removeprefix(prefix)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        torch.distributed.checkpoint.load(found, checkpoint_id=checkpoint, no_dist=True)
+    return {names[name]: tensor for name, tensor in found.items()}
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

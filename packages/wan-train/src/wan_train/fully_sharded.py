@@ -7,11 +7,15 @@ import functools
 from typing import Any
 
 import megatron.bridge.models.model_provider as provider
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+import megatron.core.distributed.fsdp.mcore_fsdp_adapter as adapter
 
 from wan_model.dit import Block
 
 STRATEGY = "optim_grads_params"
+
+
+class _NoModule:
+    """What no module is an instance of."""
 
 
 def settle(config: Any, *, on_cpu: bool) -> None:
@@ -22,5 +26,8 @@ def settle(config: Any, *, on_cpu: bool) -> None:
     if on_cpu:
         # gloo can sum, but not scale while it sums.
         config.ddp.gradient_reduce_div_fusion = False
+    if not isinstance(adapter.TELinear, type):
+        # It asks of every module whether it is one of Transformer Engine's, which are not there.
+        adapter.TELinear = _NoModule
     # Megatron would look for its own TransformerLayer.
-    provider.FullyShardedDataParallel = functools.partial(FullyShardedDataParallel, fsdp_unit_modules=[Block])
+    provider.FullyShardedDataParallel = functools.partial(adapter.FullyShardedDataParallel, fsdp_unit_modules=[Block])

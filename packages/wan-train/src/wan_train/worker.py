@@ -3,22 +3,22 @@
 Import-light and guarded: Megatron's checkpoint writer starts processes that import it again.
 """
 
-import os
 import sys
+
+from wan_train.lifeline import Starter
 
 
 def main() -> int:
     """Run with the options in the first argument; 0 when training ended, 2 when a user must put something right."""
-    from wan_train.options import RunOptions
-    from wan_train.run import pretrain
-
+    starter = Starter.find()
+    starter.follow()
     try:
+        from wan_train.options import RunOptions
+        from wan_train.run import pretrain
+
         pretrain(RunOptions.from_json(sys.argv[1]))
-    except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" (rank {rank})"
-        print(f"Error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+    except Exception as error:
+        return starter.tell(error)
     return 0
 
 
