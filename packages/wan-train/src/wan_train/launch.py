@@ -69,7 +69,9 @@ class _Rank:
         self.failure: Failure | None = None
         self._stopped_at: float | None = None
         self._link, theirs = socket.socketpair()
-        with theirs:
+        self._link.setblocking(False)
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(self._link.close)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "wan_train.worker", argument],
                 env={**values, DESCRIPTOR: str(theirs.fileno())},
@@ -77,7 +79,7 @@ class _Rank:
                 # An interrupt of the terminal is for the launcher; whatever the rank starts is found by its group.
                 start_new_session=True,
             )
-        self._link.setblocking(False)
+            undo.pop_all()
 
     def look(self) -> None:
         """See what has become of it."""
@@ -187,7 +189,7 @@ def _judge(failures: Mapping[int, Failure], ranks: int) -> _Verdict:
     line = sentence(cause.text, None if shared else number)
     silent = [str(rank) for rank in range(ranks) if rank not in failures]
     if cause.lost_peer and silent:
-        line += f"\nThis is what follows when another process hangs or leaves; nothing was heard of rank {', '.join(silent)}."
+        line += f"\nThis follows when another process hangs or leaves; nothing was heard of rank {', '.join(silent)}."
     return _Verdict(cause.code, line)
 
 
