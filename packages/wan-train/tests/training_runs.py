@@ -12,15 +12,16 @@ import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from wan_model.tiny import TINY_CONFIG
+from wan_model.tiny import TINY_CONFIG, write_tiny_wan
 from wan_model.training_checkpoint import read_index
 from wan_model.weights import expected_shapes, save_transformer
 
 STEPS = 6
-RUN_OPTIONS = (
-    "--recipe", "tiny", "--mock", f"train.train_iters={STEPS}", "train.global_batch_size=2",
+BASE_OPTIONS = (
+    "--recipe", "tiny", f"train.train_iters={STEPS}", "train.global_batch_size=2",
     "scheduler.lr_warmup_iters=1", "optimizer.lr=0.01", "optimizer.min_lr=0.001",
 )  # fmt: skip
+RUN_OPTIONS = (*BASE_OPTIONS, "--mock")
 
 
 def wan_train(
@@ -56,6 +57,38 @@ def write_start(folder: Path) -> None:
         norm_weight = "norm" in key and key.endswith("weight")
         state[key] = 1 + 0.1 * noise if norm_weight else noise * (0.5 / shape[-1] ** 0.5 if len(shape) > 1 else 0.05)
     save_transformer(state, TINY_CONFIG, folder / "transformer")
+
+
+SHAPES = [(3, 8, 8), (1, 6, 10), (2, 4, 10), (1, 4, 4)]
+
+
+def write_dataset(folder: Path, train: int = 40, val: int = 6) -> None:
+    """A dataset of small mixed latents as NVIDIA's script lays it out, and the model it was encoded with beside it."""
+    from wan_data.energon_metadata import write_metadata
+    from wan_data.shards import Sample, ShardWriter
+
+    generator, records = torch.Generator().manual_seed(5), []
+    data = folder / "data"
+    data.mkdir(parents=True)
+    write_tiny_wan(folder / "model")
+    splits = [("train", start, min(start + 10, train)) for start in range(0, train, 10)] + [("val", train, train + val)]
+    for number, (split, start, stop) in enumerate(splits):
+        with ShardWriter(data, number, split) as shard:
+            for i in range(start, stop):
+                latent = torch.randn(TINY_CONFIG.in_channels, *SHAPES[i % len(SHAPES)], generator=generator)
+                text = torch.randn(3 + i % 5, TINY_CONFIG.text_dim, generator=generator)
+                shard.write(Sample(f"{i:06d}", latent, text, {"caption": f"sample {i}"}))
+        assert shard.record is not None
+        records.append(shard.record)
+    write_metadata(data, records)
+
+
+def data_options(folder: Path, workers: int = 0) -> list[str]:
+    """Settings that train on what ``write_dataset`` wrote."""
+    return [
+        f"dataset.path={folder / 'data'}", f"dataset.encoded_by={folder / 'model'}", "dataset.capacity=96",
+        "dataset.packing_buffer=8", f"dataset.num_workers={workers}",
+    ]  # fmt: skip
 
 
 def steps_of(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -186,7 +186,12 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
     # Prints the memory that a language model of these sizes would take.
     train_utils.report_theoretical_memory = _nothing
     if on_cpu:
+        import megatron.bridge.training.state as state
+
         initialize._warmup_jit_function = _nothing
+        # The process that writes checkpoints for a whole run looks for a CUDA device; one is forked for each instead.
+        calls = state.AsyncCallsQueue
+        state.AsyncCallsQueue = lambda persistent: calls(persistent=False)
     if without_te:
         torch_adam.mend()
         # modelopt is left out (see absent_modules): a model that it has not changed has nothing to save or restore.
