@@ -1,0 +1,294 @@
+"""wan-train on the CPU: its loop against bare training, packs against padded batches, and what recomputation saves."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.bare_training import Recipe
+from bench.measure import median, ratio, time_rounds
+from bench.report import Table, gigabytes, seconds
+from wan_data.packing import best_fit
+from wan_model import PackLayout, WanConfig, WanDiT, init_weights
+from wan_model.attention import Offsets
+from wan_model.ops import TorchOps
+
+SIZES = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "text_dim": 512, "freq_dim": 256}
+MIXED = [[5, 16, 28], [1, 20, 20], [3, 16, 24]]
+QUICK = Recipe({"num_layers": 2}, [[1, 8, 8], [2, 8, 8]], context_length=16)
+FIRST_STEPS = 5  # not counted: caches and allocators fill
+
+# A 480p dataset as one finds it, in hundredths: a third images, clips of all lengths, mostly landscape. Latent frames,
+# and tokens of a frame in a thirtieth of their number (1,560 of 480 x 832 and of 832 x 480, 1,521, 1,530, 1,560).
+FRAMES = {1: 30, 5: 10, 9: 15, 13: 15, 17: 10, 21: 20}
+FRAME_TOKENS = {52: 82, 51: 18}
+
+
+def realistic_mix(count: int) -> list[int]:
+    """Tokens of each sample."""
+    rng = random.Random(0)
+    frames = rng.choices(list(FRAMES), list(FRAMES.values()), k=count)
+    sizes = rng.choices(list(FRAME_TOKENS), list(FRAME_TOKENS.values()), k=count)
+    return [frame * size for frame, size in zip(frames, sizes, strict=True)]
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class LoopRun:
+    """What a run of ``wan-train pretrain`` left."""
+
+    seconds: list[float]
+    losses: list[float]
+    peak: int  # bytes
+
+
+def run_loop(recipe: Recipe, steps: int, *options: str) -> LoopRun:
+    """The real command, one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", "from wan_train.cli import main; main()", "pretrain", *recipe.options()]
+        settings = [f"train.train_iters={steps}", f"checkpoint.save={folder}", "checkpoint.save_interval=1000000"]
+        with (Path(folder) / "stderr").open("w+b") as errors:
+            child = subprocess.Popen(
+                [*command, *settings, *options],
+                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+            # The largest process of all that it has waited for: the one that trains.
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            if child.returncode:
+                errors.seek(0)
+                raise RuntimeError(f"wan-train pretrain failed: {errors.read().decode()[-2000:]}")
+        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [entry for entry in log if "event" not in entry]
+    assert len(entries) == steps, f"{len(entries)} steps in the log instead of {steps}"
+    return LoopRun([e["seconds"] for e in entries], [e["loss"] for e in entries], usage.ru_maxrss * 1024)
+
+
+def run_bare(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds and losses of the same training in plain torch, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.bare_training", json.dumps(dataclasses.asdict(recipe)), str(steps)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    return found["seconds"], found["losses"]
+
+
+def loop(quick: bool) -> Table:
+    """What Megatron's loop, and ours around it, add to a step."""
+    recipe = QUICK if quick else Recipe({**SIZES, "num_layers": 4}, MIXED)
+    rounds, steps = (1, FIRST_STEPS + 3) if quick else (4, FIRST_STEPS + 20)
+    bare, ours = [], []
+    for number in range(rounds):
+        for turn in (number, number + 1):
+            if turn % 2 == 0:
+                times, expected = run_bare(recipe, steps)
+                bare.append(median(times[FIRST_STEPS:]))
+            else:
+                run = run_loop(recipe, steps)
+                ours.append(median(run.seconds[FIRST_STEPS:]))
+        # The first step has seen the same weights, pack and noise; later ones differ by the clipping of gradients.
+        assert abs(run.losses[0] - expected[0]) < 1e-4 * expected[0], f"{run.losses[0]} and {expected[0]} differ"
+    each = [a / b for a, b in zip(ours, bare, strict=True)]
+    width = recipe.transformer.get("num_attention_heads", 4) * recipe.transformer.get("attention_head_dim", 24)
+    return Table(
+        f"A step of wan-train pretrain against bare torch: width {width}, {recipe.transformer['num_layers']} layers, "
+        f"packs of {recipe.tokens:,} tokens, fp32",
+        ["bare step", "loop's step", "loop / bare", "of each pair"],
+        [
+            [
+                seconds(median(bare)),
+                seconds(median(ours)),
+                f"{ratio(ours, bare):.3f}",
+                ", ".join(f"{r:.3f}" for r in each),
+            ]
+        ],
+        note="Bare: WanDiT, the objective and torch.optim.AdamW, forward to optimizer, without data, noise, clipping "
+        "or log. The loop: one process on gloo, from log line to log line. Each is a process of its own, in turn; of "
+        f"{steps} steps the first {FIRST_STEPS} are left out, and medians taken. Target: <= 1.10.",
+    )
+
+
+# -- packs ------------------------------------------------------------------------------------------------------------
+
+
+class PaddedOps(TorchOps):
+    """Samples all padded to one length, their attention one call with the padding masked: the classical way."""
+
+    lengths: Sequence[int] = ()
+
+    def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
+        """One batched call; queries of padding attend too, and are thrown away."""
+        batch, longest = len(self.lengths), offsets[1]
+        real = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
+        q, k, v = (x.view(batch, longest, *x.shape[1:]).transpose(1, 2) for x in (q_SHE, k_SHE, v_SHE))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+@dataclasses.dataclass
+class Samples:
+    """Noise of so many tokens each, a position a token along one axis, so that padding behind changes no position."""
+
+    lengths: list[int]
+    tokens: list[Tensor]
+    texts: Tensor
+    timesteps: Tensor
+
+    @classmethod
+    def draw(cls, config: WanConfig, lengths: list[int]) -> "Samples":
+        """Always the same."""
+        rng = torch.Generator().manual_seed(0)
+        return cls(
+            lengths,
+            [torch.randn(length, config.token_in, generator=rng) for length in lengths],
+            torch.randn(len(lengths), config.text_length, config.text_dim, generator=rng),
+            1000 * torch.rand(len(lengths), generator=rng),
+        )
+
+
+def train_packed(model: WanDiT, samples: Samples, packs: list[list[int]]) -> float:
+    """Forward and backward of all of them; returns the sum of squares of what the model says."""
+    total = 0.0
+    for pack in packs:
+        layout = PackLayout(tuple((1, 1, samples.lengths[i]) for i in pack))
+        out = model(torch.cat([samples.tokens[i] for i in pack]), samples.timesteps[pack], samples.texts[pack], layout)
+        loss = out.square().sum()
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def train_padded(model: WanDiT, samples: Samples, batches: list[list[int]]) -> float:
+    """The same of batches, padding left out of the sum."""
+    assert isinstance(model.ops, PaddedOps)
+    total = 0.0
+    for batch in batches:
+        model.ops.lengths = [samples.lengths[i] for i in batch]
+        longest = max(model.ops.lengths)
+        rows = [F.pad(samples.tokens[i], (0, 0, 0, longest - samples.lengths[i])) for i in batch]
+        layout = PackLayout(((1, 1, longest),) * len(batch))
+        out = model(torch.cat(rows), samples.timesteps[batch], samples.texts[batch], layout)
+        real = torch.cat([torch.arange(longest) < samples.lengths[i] for i in batch])
+        loss = out[real].square().sum()
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def packs_against_padding(quick: bool) -> Table:
+    """Samples a second of both, on a mix as one finds it."""
+    config = WanConfig(num_heads=4, head_dim=64, ffn_dim=1024, num_layers=4, text_dim=128, text_length=64, freq_dim=128)
+    if quick:
+        config = dataclasses.replace(config, num_layers=1)
+    samples = Samples.draw(config, realistic_mix(8 if quick else 48))
+    longest = 21 * 52
+    packed = WanDiT(config)
+    init_weights(packed, seed=0)
+    with torch.no_grad():
+        packed.proj_out.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    padded = WanDiT(config, PaddedOps())
+    padded.load_state_dict(packed.state_dict())
+
+    order = list(range(len(samples.lengths)))
+    packs = best_fit(samples.lengths, 2 * longest)
+    found: dict[str, float] = {}
+
+    def call(name: str, train: Callable[..., float], model: WanDiT, groups: list[list[int]]) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            found[name] = train(model, samples, groups)
+
+        return run
+
+    groups = {"packs": packs} | {f"batches of {n}": [order[i : i + n] for i in order[::n]] for n in (2, 4)}
+    calls = {
+        name: call(name, train_packed, packed, group) if name == "packs" else call(name, train_padded, padded, group)
+        for name, group in groups.items()
+    }
+    times = time_rounds(calls, 1 if quick else 3)
+    for name, total in found.items():
+        assert abs(total - found["packs"]) < 1e-3 * found["packs"], f"{name} train on something else: {found}"
+    needed, count = sum(samples.lengths), len(samples.lengths)
+    table = Table(
+        f"Packs against padded batches: {count} samples of 52 to {longest:,} tokens, width {config.hidden_size}, "
+        f"{config.num_layers} layers, fp32",
+        ["", "tokens computed / needed", "samples a second", "packs / this"],
+        note="A third images, clips of 5 to 21 latent frames, a thirtieth of 480p's tokens a frame. Packs: best fit "
+        f"into {2 * longest:,} tokens, as wan-data packs a buffer. Batches: as the samples come, each padded to the "
+        "longest of its batch, attention masked in one call. Same model, forward and backward, and the same result.",
+    )
+    for name, group in groups.items():
+        computed = needed if name == "packs" else sum(len(g) * max(samples.lengths[i] for i in g) for g in group)
+        table.rows.append(
+            [
+                name,
+                f"{computed / needed:.2f}",
+                f"{count / median(times[name]):.2f}",
+                f"{ratio(times[name], times['packs']):.2f}",
+            ]
+        )
+    return table
+
+
+# -- recomputation ----------------------------------------------------------------------------------------------------
+
+MODES = {
+    "none": [],
+    "selective": ["model.recompute_granularity=selective"],
+    "full": ["model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"],
+}
+
+
+def recompute(quick: bool) -> Table:
+    """Memory and time of the real run under each of Megatron's settings."""
+    recipe = QUICK if quick else Recipe({**SIZES, "num_layers": 8}, [[5, 32, 32], [3, 32, 32], [1, 32, 32]])
+    rounds, steps = (1, 4) if quick else (2, 6)
+    runs: dict[str, list[LoopRun]] = {mode: [] for mode in MODES}
+    for _ in range(rounds):
+        for mode, options in MODES.items():
+            runs[mode].append(run_loop(recipe, steps, *options))
+    table = Table(
+        f"Recomputation in wan-train pretrain: {recipe.transformer['num_layers']} layers, packs of {recipe.tokens:,} "
+        "tokens, fp32",
+        ["model.recompute_granularity", "peak of the process", "less than none", "step", "time / none"],
+        note="The largest resident set of the training process, with Python, Megatron, weights, gradients, optimizer. "
+        f"Medians of {steps} steps without the first two, in as many processes as there are rounds ({rounds}).",
+    )
+    times = {mode: [median(run.seconds[2:]) for run in each] for mode, each in runs.items()}
+    peaks = {mode: median([float(run.peak) for run in each]) for mode, each in runs.items()}
+    for mode in MODES:
+        # What is computed again is the same to the last bit or nearly.
+        assert abs(runs[mode][0].losses[-1] - runs["none"][0].losses[-1]) < 1e-4 * runs["none"][0].losses[-1], mode
+        table.rows.append(
+            [
+                mode,
+                gigabytes(peaks[mode]),
+                gigabytes(peaks["none"] - peaks[mode]),
+                seconds(median(times[mode])),
+                f"{ratio(times[mode], times['none']):.2f}",
+            ]
+        )
+    return table
+
+
+def tables(*, quick: bool) -> Iterator[Table]:
+    """Each table as it is ready."""
+    for measure in (loop, packs_against_padding, recompute):
+        yield measure(quick)
