@@ -97,8 +97,9 @@ def _model_answers() -> dict[str, object]:
 
 
 def _configuration_answers() -> dict[str, object]:
+    from wan_train.layout import Layout
     from wan_train.options import RunOptions
-    from wan_train.run import _bind_data, _check_layout, build_config
+    from wan_train.run import bind_data, build_config, check_layout
 
     def build(*overrides: str, **options: Any) -> Any:
         return build_config(RunOptions(**{"recipe": "tiny", **options}, overrides=overrides))
@@ -119,13 +120,15 @@ def _configuration_answers() -> dict[str, object]:
         "bad flow": _raises(lambda: build("model.flow.density=cauchy")),
         "file then command line": [layered.train.train_iters, layered.model.flow.shift, layered.optimizer.lr],
         "finetune": [finetune.model.flow.density, finetune.model.flow.shift],
-        "layout": _raises(lambda: _check_layout(build("model.tensor_model_parallel_size=2"), 3)),
-        "batch": _raises(lambda: _check_layout(build(), 2)),
-        "fsdp": _raises(lambda: _check_layout(build("dist.use_megatron_fsdp=true"), 1)),
-        "heads": _raises(wide.model.finalize),
-        "no data": _raises(lambda: _bind_data(build())),
-        "absent data": _raises(lambda: _bind_data(build(f"dataset.path={folder / 'absent'}"))),
-        "two kinds of data": _raises(lambda: _bind_data(build(f"dataset.path={folder}", mock=True))),
+        "layout": _raises(lambda: check_layout(build("model.tensor_model_parallel_size=2"), 3)),
+        "batch": _raises(lambda: check_layout(build(), 2)),
+        "fsdp": _raises(
+            lambda: check_layout(build("dist.use_megatron_fsdp=true", "model.pipeline_model_parallel_size=2"), 2)
+        ),
+        "heads": _raises(lambda: check_layout(wide, 3)),
+        "no data": _raises(lambda: bind_data(build(), Layout(1))),
+        "absent data": _raises(lambda: bind_data(build(f"dataset.path={folder / 'absent'}"), Layout(1))),
+        "two kinds of data": _raises(lambda: bind_data(build(f"dataset.path={folder}", mock=True), Layout(1))),
     }
 
 
@@ -148,7 +151,9 @@ def _dropout_answers() -> dict[str, object]:
 
     for dropout, given in ((0.0, None), (1.0, empty)):
         flow = FlowMatching(caption_dropout=dropout)
-        state = SimpleNamespace(cfg=SimpleNamespace(model=SimpleNamespace(flow=flow), rng=SimpleNamespace(seed=1)))
+        state = SimpleNamespace(
+            cfg=SimpleNamespace(model=SimpleNamespace(flow=flow, wan_config=TINY_CONFIG), rng=SimpleNamespace(seed=1))
+        )
         WanForwardStep(torch.device("cpu"), torch.float32, given)(state, iter([NumberedPack(0, pack)]), model)
 
     def configured(**changes: object) -> SimpleNamespace:

@@ -114,7 +114,7 @@ def test_training_starts_from_released_weights_of_whatever_size(answers: dict[st
         ("bad flow", "model.flow.density is 'cauchy'; expected one of uniform, logit_normal, mode, lognorm"),
         ("layout", "3 processes cannot be laid out as tensor 2 x pipeline 1 x context 1"),
         ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
-        ("fsdp", "fully sharded data parallelism is asked for; this version does not run it"),
+        ("fsdp", "goes with tensor and context parallelism; set pipeline_model_parallel_size to 1"),
         ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
         ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
         ("absent data", "which does not exist; make one with wan-data prepare"),

@@ -37,6 +37,7 @@ _STEP = re.compile(r"iter_(\d{7,})")
 
 # Megatron's fully sharded checkpoints name modules as they are wrapped; the others have diffusers' keys.
 _FSDP_PREFIX = "model.module.dit."
+_EMA_PREFIX = "ema."
 
 _DCP = "torch.distributed.checkpoint"
 
@@ -235,16 +236,19 @@ class _Reader(filesystem.FileSystemReader):
         return self.index
 
 
-def _prefix(index: Metadata) -> str:
+def _prefix(index: Metadata, path: Path, ema: bool) -> str:
     """What stands before diffusers' keys in this checkpoint."""
+    if ema:
+        if not any(key.startswith(_EMA_PREFIX) for key in index.state_dict_metadata):
+            raise ValueError(f"{path} holds no average of the weights; it was trained without one (ema.decay)")
+        return _EMA_PREFIX
     return _FSDP_PREFIX if any(key.startswith(_FSDP_PREFIX) for key in index.state_dict_metadata) else ""
 
 
-def _model_entries(index: Metadata, config: WanConfig, path: Path) -> dict[str, TensorStorageMetadata]:
+def _model_entries(index: Metadata, config: WanConfig, path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
     # The optimizer's and the engine's own entries stand beside the model's; whatever begins as the model's keys do is
     # the model's, so that a tensor too many is noticed.
     families = {key.split(".")[0] for key in expected_shapes(config)}
-    prefix = _prefix(index)
     entries = {
         key.removeprefix(prefix): entry
         for key, entry in index.state_dict_metadata.items()
@@ -264,33 +268,45 @@ def _model_entries(index: Metadata, config: WanConfig, path: Path) -> dict[str, 
 
 
 def read_training_checkpoint(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    ema: bool = False,
 ) -> tuple[WanConfig, LatentSpec | None, dict[str, Tensor]]:
     """Read the model of one checkpoint (see ``find_checkpoint``); needs no process group.
 
     Args:
         path: of the checkpoint itself, ``.../iter_0000010``.
         device: of the returned tensors.
-        dtype: of most of them (see ``wan_model.dit.precision_of``); each is converted as it is read.
+        dtype: of most of them (see ``wan_model.dit.precision_of``), each is converted as it is read; None leaves every
+            one as it is stored.
+        ema: the average of the weights instead of the weights.
 
     Returns:
         The transformer's sizes, the latent space that it was trained in (None if it was trained on made-up data), and
         its whole tensors by diffusers' keys.
 
     Raises:
-        ValueError: a partial or damaged checkpoint, an index that asks for code, or tensors that are not the model's.
+        ValueError: a partial or damaged checkpoint, an index that asks for code, tensors that are not the model's, or
+            no average of the weights.
     """
     path = Path(path)
     index, config, spec = _check_complete(path)
-    entries = _model_entries(index, config, path)
+    prefix = _prefix(index, path, ema)
+    entries = _model_entries(index, config, path, prefix)
     state = {
-        key: torch.empty(entry.size, device=device, dtype=precision_of(key, dtype)) for key, entry in entries.items()
+        key: torch.empty(
+            entry.size,
+            device=device,
+            dtype=entry.properties.dtype if dtype is None else precision_of(key, dtype),
+        )
+        for key, entry in entries.items()
     }
     try:
         with warnings.catch_warnings():
             # Reading in a single process is what is meant here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            prefix = _prefix(index)
             named = {prefix + key: value for key, value in state.items()}
             load(named, storage_reader=_Reader(path, index), no_dist=True)  # into these very tensors
     except CheckpointException as error:

@@ -2,8 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from wan_train.options import RunOptions
 
 RECIPES = ("wan_1_3b", "wan_14b", "tiny")
 
@@ -33,6 +38,16 @@ def main() -> None:
 @click.option(
     "--verbose", is_flag=True, help="Show Megatron's own output, which otherwise goes to a file beside the log."
 )
+@click.option(
+    "--dry-run", "--dry_run", is_flag=True, help="Check everything and say what the run would be; start nothing."
+)
+@click.option(
+    "--world-size",
+    "--world_size",
+    type=click.IntRange(1),
+    help="With --dry-run: processes of a cluster that is not here.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: one JSON object.")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 def pretrain(
     recipe: str,
@@ -42,6 +57,9 @@ def pretrain(
     mock: bool,
     nproc_per_node: int,
     verbose: bool,
+    dry_run: bool,
+    world_size: int | None,
+    as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Train a model; the same command again resumes from checkpoint.save.
@@ -58,6 +76,12 @@ def pretrain(
         require_installed()
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+    if dry_run:
+        sys.exit(_dry_run(options, world_size or nproc_per_node, as_json))
+    if world_size is not None or as_json:
+        raise click.ClickException(
+            "--world-size and --json belong to --dry-run; torchrun says how many processes there are"
+        )
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:  # one process of torchrun's
         if nproc_per_node != 1:
             raise click.ClickException("--nproc-per-node is given under torchrun, which has started the processes")
@@ -66,3 +90,48 @@ def pretrain(
 
         sys.exit(worker.main())
     sys.exit(launch(options.to_json(), nproc_per_node))
+
+
+def _dry_run(options: "RunOptions", world: int, as_json: bool) -> int:
+    import contextlib
+    import io
+    import warnings
+
+    try:
+        # Megatron talks while it is imported.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            from wan_train.dry_run import main as describe
+
+            lines = describe(options, world, as_json=as_json)
+    except ValueError as error:
+        click.echo(f"Error: {error}", err=True)
+        return 2
+    for line in lines:
+        click.echo(line)
+    return 0
+
+
+@main.command("export")
+@click.argument("checkpoints", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(0), help="Which; the newest complete one if not given.")
+@click.option("--ema", is_flag=True, help="The average of the weights instead of the weights.")
+@click.option(
+    "--dtype", type=click.Choice(["stored", "float32", "bfloat16"]), default="stored", show_default=True,
+    help="Precision of the tensors; stored keeps every bit.",
+)  # fmt: skip
+def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dtype: str) -> None:
+    """Write a step of a training run as a model in diffusers' layout: OUT/transformer.
+
+    \b
+    wan-train export CHECKPOINTS MODEL --ema
+    """
+    from wan_train.export import export
+
+    try:
+        read = export(checkpoints, out, step=step, ema=ema, dtype=dtype)
+    except ValueError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    click.echo(f"{out / 'transformer'}: the {'average of the weights' if ema else 'weights'} of {read}")

@@ -24,6 +24,7 @@ from wan_model.model_folder import resolve_folder
 from wan_model.recompute import Recompute
 from wan_model.weights import load_weights
 from wan_train import averaging, engine
+from wan_train.layout import layers_of_stages
 from wan_train.megatron_ops import MegatronOps
 
 # Every pipeline stage embeds timesteps and text for itself; all of them must learn the same embedder.
@@ -42,18 +43,12 @@ def transformer_folder(model: str) -> Path:
 
 
 def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
-    """The layers of one pipeline stage: as even as can be; what is left over goes to the middle first.
+    """The layers of one pipeline stage.
 
     Raises:
         ValueError: more stages than layers.
     """
-    if ranks > config.num_layers:
-        raise ValueError(f"{config.num_layers} layers cannot be spread over {ranks} pipeline stages")
-    share, extra = divmod(config.num_layers, ranks)
-    sizes = [share] * ranks
-    # The first and the last stage also hold the ends of the model, so what is left over goes to the others first.
-    for place in sorted(range(ranks), key=lambda r: r in (0, ranks - 1))[:extra]:
-        sizes[place] += 1
+    sizes = layers_of_stages(config.num_layers, ranks)
     first = sum(sizes[:rank])
     return Stage(first, first + sizes[rank], rank == 0, rank == ranks - 1)
 
@@ -226,12 +221,6 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         self.hidden_dropout = self.attention_dropout = 0.0
         if self.virtual_pipeline_model_parallel_size is not None:
             raise ValueError("virtual_pipeline_model_parallel_size is set; this version runs plain pipeline stages")
-        if config.num_heads % self.tensor_model_parallel_size:
-            raise ValueError(
-                f"{config.num_heads} attention heads cannot be split over "
-                f"tensor_model_parallel_size {self.tensor_model_parallel_size}"
-            )
-        stage_of(config, 0, self.pipeline_model_parallel_size)
         super().finalize()
 
     def provide(

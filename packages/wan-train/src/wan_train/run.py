@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from wan_train import engine
 from wan_train.checkpoints import ResumePoint, find_resume_point, saved_steps
+from wan_train.layout import Layout
 from wan_train.options import RunOptions
 from wan_train.overrides import apply_file, apply_overrides
 
@@ -47,32 +48,33 @@ def build_config(options: RunOptions) -> Any:
     return config
 
 
-def _check_layout(config: Any, world_size: int) -> None:
-    model = config.model
-    model_ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    if world_size % model_ranks:
-        raise ValueError(
-            f"{world_size} processes cannot be laid out as tensor {model.tensor_model_parallel_size} x pipeline "
-            f"{model.pipeline_model_parallel_size} x context {model.context_parallel_size}: their number must be a "
-            f"multiple of {model_ranks}"
-        )
-    replicas = world_size // model_ranks
-    batch = config.train.global_batch_size
+def check_layout(config: Any, world: int) -> Layout:
+    """The run's layout over that many processes.
+
+    Raises:
+        ValueError: it, or a setting that belongs to it, cannot be.
+    """
     if config.train.micro_batch_size != 1:
         raise ValueError(f"train.micro_batch_size is {config.train.micro_batch_size}; a micro-batch is one pack")
-    if batch % replicas:
-        raise ValueError(
-            f"train.global_batch_size is {batch} packs, which {replicas} data-parallel ranks cannot share equally"
-        )
     if config.dist.use_torch_fsdp2:
         raise ValueError("dist.use_torch_fsdp2 is set; use dist.use_megatron_fsdp for fully sharded weights")
     if config.train.eval_iters:
         raise ValueError(
             f"train.eval_iters is {config.train.eval_iters}; validate with validation.interval and validation.samples"
         )
+    if config.dist.use_megatron_fsdp and config.ema.decay:
+        raise ValueError("ema.decay is set together with dist.use_megatron_fsdp, which keeps no average; set it to 0")
+    layout = Layout.of(config, world)
+    layout.check(config.model.wan_config, packs=config.train.global_batch_size, capacity=config.dataset.capacity)
+    return layout
 
 
-def _bind_data(config: Any) -> None:
+def bind_data(config: Any, layout: Layout) -> None:
+    """Check what the data can be checked for before they are opened, and tell them of the model.
+
+    Raises:
+        ValueError: no data, or data that do not fit the model.
+    """
     from wan_train.dataset import dataset_spec
 
     dataset, model = config.dataset, config.model
@@ -85,8 +87,7 @@ def _bind_data(config: Any) -> None:
         wanted, got = model.wan_config.text_dim, model.latent_spec["text_dim"]
         if wanted != got:
             raise ValueError(f"the dataset's text embeddings are {got} wide, the model takes {wanted}")
-    sequence_ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    dataset.bind(model.wan_config, sequence_ranks * model.context_parallel_size)
+    dataset.bind(model.wan_config, layout.pad_multiple)
     model.seq_length = dataset.capacity
 
 
@@ -189,8 +190,7 @@ def pretrain(options: RunOptions) -> None:
     running = engine.start()
     config = build_config(options)
     config.dist.distributed_backend = running.backend
-    _check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
-    _bind_data(config)
+    bind_data(config, check_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
     resume = _place_checkpoints(config)
     _settle(config, on_cpu=running.device.type == "cpu")
     if config.logger.logging_level == logging.INFO:

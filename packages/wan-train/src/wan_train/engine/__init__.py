@@ -37,8 +37,12 @@ class Engine:
 _started: Engine | None = None
 
 
-def start() -> Engine:
+def start(*, take_device: bool = True) -> Engine:
     """Make Megatron-Bridge's loop importable and runnable here; calling it again returns the same.
+
+    Args:
+        take_device: make this process's CUDA device the current one, which takes memory of it; a process that only
+            looks at configurations leaves it alone.
 
     Raises:
         EngineMissingError: megatron-core or megatron-bridge is not there.
@@ -57,7 +61,8 @@ def start() -> Engine:
             absent_modules.import_bridge_without((absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT))
     if has_cuda:
         local_rank = cpu.local_rank()
-        torch.cuda.set_device(local_rank)
+        if take_device:
+            torch.cuda.set_device(local_rank)
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         cpu.redirect()

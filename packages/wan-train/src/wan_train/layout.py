@@ -1,0 +1,154 @@
+"""How a run is laid out over its processes, and what cannot be; no torch and no Megatron."""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+from wan_model.config import WanConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes of the groups of processes.
+
+    Attributes:
+        world: processes of the run.
+        tensor, context, pipeline: sizes of the model-parallel groups; data parallelism takes the rest.
+        sequence: whether the tensor-parallel ranks share the tokens between their parallel regions.
+        fully_sharded: whether the data-parallel ranks share the weights.
+    """
+
+    world: int
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    fully_sharded: bool = False
+
+    @classmethod
+    def of(cls, config: Any, world: int) -> Self:
+        """What a configuration asks for."""
+        model = config.model
+        return cls(
+            world,
+            tensor=model.tensor_model_parallel_size,
+            context=model.context_parallel_size,
+            pipeline=model.pipeline_model_parallel_size,
+            sequence=model.sequence_parallel,
+            fully_sharded=config.dist.use_megatron_fsdp,
+        )
+
+    @property
+    def replica(self) -> int:
+        """Processes that train one pack together."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world // self.replica
+
+    @property
+    def pad_multiple(self) -> int:
+        """Tokens that a pack is padded to a multiple of."""
+        return self.context * (self.tensor if self.sequence else 1)
+
+    def check(self, model: WanConfig, *, packs: int, capacity: int) -> None:
+        """Refuse what cannot run.
+
+        Args:
+            model: sizes of the transformer.
+            packs: a step, over all data-parallel ranks.
+            capacity: tokens of a pack.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        for name in ("world", "tensor", "context", "pipeline"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"the {name} size is {getattr(self, name)}; it must be at least 1")
+        if self.world % self.replica:
+            raise ValueError(
+                f"{self.world} processes cannot be laid out as tensor {self.tensor} x pipeline {self.pipeline} x "
+                f"context {self.context}: their number must be a multiple of {self.replica}"
+            )
+        if packs % self.data:
+            raise ValueError(
+                f"train.global_batch_size is {packs} packs, which {self.data} data-parallel ranks cannot share equally"
+            )
+        if model.num_heads % self.tensor:
+            raise ValueError(
+                f"{model.num_heads} attention heads cannot be split over tensor_model_parallel_size {self.tensor}"
+            )
+        if self.pipeline > model.num_layers:
+            raise ValueError(f"{model.num_layers} layers cannot be spread over {self.pipeline} pipeline stages")
+        if self.fully_sharded and self.pipeline > 1:
+            raise ValueError(
+                "dist.use_megatron_fsdp shares the weights among data-parallel ranks and goes with tensor and context "
+                "parallelism; set pipeline_model_parallel_size to 1"
+            )
+        if capacity < self.pad_multiple:
+            raise ValueError(
+                f"dataset.capacity is {capacity} tokens, less than the {self.pad_multiple} that {self.tensor} x "
+                f"{self.context} ranks share"
+            )
+
+
+def layers_of_stages(layers: int, stages: int) -> list[int]:
+    """How many layers each pipeline stage has: as even as can be; what is left over goes to the middle first.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    if stages > layers:
+        raise ValueError(f"{layers} layers cannot be spread over {stages} pipeline stages")
+    share, extra = divmod(layers, stages)
+    sizes = [share] * stages
+    # The first and the last stage also hold the ends of the model.
+    for place in sorted(range(stages), key=lambda stage: stage in (0, stages - 1))[:extra]:
+        sizes[place] += 1
+    return sizes
+
+
+def shard_of(key: str) -> int | None:
+    """The axis along which tensor parallelism splits a tensor, by its diffusers key; None where it does not.
+
+    The projections of both attentions and the first layer of the feed-forward are split by output, with their biases
+    and the norms across heads; what follows them by input.
+    """
+    if not key.startswith("blocks."):
+        return None
+    name = key.split(".", 2)[2]
+    if any(part in name for part in (".to_q.", ".to_k.", ".to_v.", ".norm_q.", ".norm_k.", "ffn.net.0.proj.")):
+        return 0
+    if name.endswith((".to_out.0.weight", "ffn.net.2.weight")):
+        return 1
+    return None
+
+
+def parameters_of_rank(shapes: dict[str, tuple[int, ...]], layers: int, layout: Layout, stage: int) -> int:
+    """Parameters that a rank of a pipeline stage computes with, before data parallelism shares anything.
+
+    Args:
+        shapes: of the whole model, by diffusers key.
+        layers: of the whole model.
+        layout: of the run.
+        stage: the pipeline stage.
+    """
+    sizes = layers_of_stages(layers, layout.pipeline)
+    first = sum(sizes[:stage])
+    mine = range(first, first + sizes[stage])
+    total = 0
+    for key, shape in shapes.items():
+        count = math.prod(shape)
+        if key.startswith("blocks."):
+            if int(key.split(".")[1]) not in mine:
+                continue
+            total += count // layout.tensor if shard_of(key) is not None else count
+        elif key.startswith("condition_embedder."):
+            total += count  # every stage embeds timesteps and text for itself
+        elif key.startswith("patch_embedding."):
+            total += count if stage == 0 else 0
+        else:  # the head
+            total += count if stage == layout.pipeline - 1 else 0
+    return total
