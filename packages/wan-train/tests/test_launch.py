@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from training_runs import RUN_OPTIONS
 
 import wan_train.launch
@@ -171,6 +172,21 @@ def test_a_failure_travels_whole() -> None:
     assert (failure.code, failure.lost_peer) == (1, False)
 
 
+def test_what_follows_from_a_lost_peer_is_told_from_its_cause() -> None:
+    def raised(error: Exception, cause: Exception | None = None) -> Failure:
+        try:
+            raise error from cause
+        except Exception as caught:
+            return Failure.of(caught)
+
+    lost = RuntimeError("[x/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    assert raised(lost).lost_peer
+    assert raised(torch.distributed.DistNetworkError("The client socket has failed")).lost_peer
+    assert raised(RuntimeError("the checkpoint is not whole"), lost).lost_peer
+    assert not raised(RuntimeError("the checkpoint is not whole"), OSError(28, "No space left on device")).lost_peer
+    assert not raised(ValueError("a sentence"), lost).lost_peer
+
+
 def test_ranks_that_end_well_leave_nothing(start_ranks: Callable[..., Job]) -> None:
     job = start_ranks(LEAVE_CHILDREN)
     assert job.code() == 0
@@ -241,6 +257,7 @@ def test_a_short_stop_is_forgiven(start_ranks: Callable[..., Job], tmp_path: Pat
         time.sleep(0.5)
         os.kill(job.pid(1), signal.SIGCONT)
         time.sleep(0.2)
+    time.sleep(0.8)
     (tmp_path / "go").touch()
     assert job.code() == 0
     assert job.said() == []
