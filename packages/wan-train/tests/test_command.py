@@ -38,7 +38,7 @@ def test_the_tutorials_spellings_are_accepted(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(main, ["pretrain", *arguments.split()])
     assert result.exit_code == 0, result.output
     options = RunOptions.from_json(seen[0][0])
-    assert options == RunOptions("wan_1_3b", "finetune", "a.yaml", ("train.train_iters=3",), mock=True, init_from="w")
+    assert options == RunOptions(None, "finetune", "a.yaml", ("train.train_iters=3",), mock=True, init_from="w")
     assert seen[0][1] == 4
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import RUN_OPTIONS, read_log, train, wan_train
+from training_runs import RUN_OPTIONS, read_log, rewrite, steps_of, train, wan_train
 
 from wan_model.training_checkpoint import find_checkpoint, read_training_checkpoint
 
@@ -25,8 +25,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(stopped_run: Path, one_process_
     shutil.copytree(stopped_run, folder)
     log = train(folder, "checkpoint.save_interval=3")
     assert [entry for entry in log if "event" in entry] == [{"event": "resumed", "step": 3}]
-    steps = [entry for entry in log if "loss" in entry]
-    reference = read_log(one_process_run)
+    steps, reference = steps_of(log), steps_of(read_log(one_process_run))
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "grad_norm", "learning_rate"):
         assert [float(entry[name]).hex() for entry in steps] == [float(entry[name]).hex() for entry in reference]
@@ -47,10 +46,10 @@ def test_forgetting_where_the_data_was_would_show(stopped_run: Path, one_process
     """Control: with the loader set back to the start, the losses after the resume differ."""
     folder = tmp_path / "resumed"
     shutil.copytree(stopped_run, folder)
-    path = folder / "iter_0000003" / "train_dataloader_dprank000.pt"
-    saved = torch.load(path, weights_only=True)
+    name = "train_dataloader_dprank000.pt"
+    saved = torch.load(folder / "iter_0000003" / name, weights_only=True)
     saved["dataloader_state_dict"]["loader"]["drawn"] = 0
-    torch.save(saved, path)
+    rewrite(folder / "iter_0000003", name, saved)
     losses = [entry["loss"] for entry in train(folder) if "loss" in entry]
     assert losses[3:] != [entry["loss"] for entry in read_log(one_process_run)][3:]
 
@@ -60,9 +59,44 @@ def test_a_checkpoint_without_loader_state_is_refused(stopped_run: Path, tmp_pat
     shutil.copytree(stopped_run, folder)
     (folder / "iter_0000003" / "train_dataloader_dprank000.pt").unlink()
     done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}")
-    assert done.returncode != 0
-    assert "holds no loader state for data-parallel rank 0" in done.stderr
+    assert done.returncode == 2
+    assert "train_dataloader_dprank000.pt is missing, which complete.json names" in done.stderr
     assert len(read_log(folder)) == 3, "no step was taken"
+
+
+def test_another_data_parallel_size_is_refused_before_a_step(stopped_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    shutil.copytree(stopped_run, folder)
+    done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}", "--nproc-per-node", "2")
+    assert done.returncode == 2
+    assert "resume with the data-parallel size that" in done.stderr
+    assert len(read_log(folder)) == 3, "no step was taken"
+
+
+def test_fully_sharded_resumes_to_the_bit(tmp_path: Path) -> None:
+    options = ["--nproc-per-node", "2", "dist.use_megatron_fsdp=true", "checkpoint.save_interval=3"]
+    whole = train(tmp_path / "whole", *options)
+    train(tmp_path / "cut", *options, "train.exit_interval=3")
+    log = steps_of(train(tmp_path / "cut", *options))
+    assert [(entry["loss"], entry["grad_norm"]) for entry in log] == [
+        (entry["loss"], entry["grad_norm"]) for entry in whole
+    ]
+    states = [
+        read_training_checkpoint(find_checkpoint(tmp_path / name), device="cpu", dtype=torch.float32)[2]
+        for name in ("whole", "cut")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_going_back_in_a_folder_with_later_steps_is_refused(one_process_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(one_process_run, folder)
+    done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}", "checkpoint.ckpt_step=3")
+    assert done.returncode == 2
+    assert "step 3 was asked for" in done.stderr
+    other = tmp_path / "other"
+    log = train(other, f"checkpoint.load={folder}", "checkpoint.ckpt_step=3")
+    assert [entry["loss"] for entry in steps_of(log)] == [entry["loss"] for entry in steps_of(read_log(folder))[3:]]
 
 
 def test_a_mistyped_load_path_is_refused(tmp_path: Path) -> None:

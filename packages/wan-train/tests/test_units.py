@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from wan_model.tiny import TINY_CONFIG
-from wan_train.checkpoints import ResumePoint, find_resume_point, read_loader_state
+from wan_train.checkpoints import ResumePoint, read_loader_state
 from wan_train.mock_data import MockConfig, MockLoader
-from wan_train.overrides import apply_file, apply_overrides
+from wan_train.overrides import apply_overrides, apply_sections, read_file
 from wan_train.seeds import generator_for
 
 
@@ -57,18 +57,6 @@ def test_mock_packs_continue_where_they_were() -> None:
     assert torch.equal(next(iter(resumed)).tokens_SC, wanted.tokens_SC)
 
 
-def test_resume_points(tmp_path: Path) -> None:
-    assert find_resume_point(tmp_path) is None
-    (tmp_path / "iter_0000003").mkdir()
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3\n")
-    assert find_resume_point(tmp_path) == ResumePoint(tmp_path, 3)
-    with pytest.raises(ValueError, match=r"has no checkpoint of step 5; the steps there are \[3\]"):
-        find_resume_point(tmp_path, 5)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("")
-    with pytest.raises(ValueError, match="expected the number of the newest saved step"):
-        find_resume_point(tmp_path)
-
-
 class _Payload:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +66,7 @@ class _Payload:
 
 
 def test_a_loader_state_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    point, marker = ResumePoint(tmp_path, 1), tmp_path / "marker"
+    point, marker = ResumePoint(tmp_path, 1, {}), tmp_path / "marker"
     point.step_folder.mkdir()
     torch.save({"dataloader_state_dict": _Payload(marker)}, point.step_folder / "train_dataloader_dprank000.pt")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -140,7 +128,7 @@ def test_a_wrong_override_is_one_sentence(override: str, sentence: str) -> None:
 def test_a_file_of_sections(tmp_path: Path) -> None:
     config, path = _Config(), tmp_path / "run.yaml"
     path.write_text("section:\n  count: 5\n  inner:\n    rate: 0.5\n")
-    apply_file(config, path)
+    apply_sections(config, read_file(path))
     assert (config.section.count, config.section.inner.rate) == (5, 0.5)
     with pytest.raises(ValueError, match="cannot be read"):
-        apply_file(config, tmp_path / "absent.yaml")
+        read_file(tmp_path / "absent.yaml")

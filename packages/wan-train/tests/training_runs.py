@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from wan_model.tiny import TINY_CONFIG, write_tiny_wan
 from wan_model.training_checkpoint import read_index
 from wan_model.weights import expected_shapes, save_transformer
+from wan_train.checkpoint_record import read_record, record_file, write_record
 
 STEPS = 6
 BASE_OPTIONS = (
@@ -110,6 +111,14 @@ def read_tensors(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         torch.distributed.checkpoint.load(found, checkpoint_id=checkpoint, no_dist=True)
     return {names[name]: tensor for name, tensor in found.items()}
+
+
+def rewrite(checkpoint: Path, name: str, content: Any) -> None:
+    """Change a file of a checkpoint, and its record with it."""
+    step = int(checkpoint.name.removeprefix("iter_"))
+    files = read_record(checkpoint, step)
+    torch.save(content, checkpoint / name)
+    write_record(checkpoint, step, {**files, name: record_file(checkpoint / name)})
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

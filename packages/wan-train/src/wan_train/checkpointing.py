@@ -25,6 +25,7 @@ import torch
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -38,6 +39,10 @@ from wan_train.model import MegatronWanDiT
 # Which rank wrote a file of the distributed format.
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp")
 _STATE, _TRACKERS = "train_state.pt", ("latest_train_state.pt", "latest_checkpointed_iteration.txt")
+
+
+class NotSavedError(ValueError):
+    """A checkpoint that could not be written."""
 
 
 class Checkpointing:
@@ -82,9 +87,15 @@ class Checkpointing:
                 discard(Path(config.save), step)  # what a run left that was killed, or that went on from before it
             torch.distributed.barrier()
             self._present.add(folder)
-            save(state, *args, **kwargs)
-            if not config.async_save:
-                _complete(Path(config.save), step, config.most_recent_k)
+            try:
+                save(state, *args, **kwargs)
+                if not config.async_save:
+                    _complete(Path(config.save), step, config.most_recent_k)
+            except (CheckpointException, OSError, RuntimeError) as error:
+                raise NotSavedError(
+                    f"the checkpoint of step {step} could not be written to {folder}: {_reason(error, folder)}; "
+                    "what was saved before is untouched, and the same command goes on from there"
+                ) from error
             self._paused += time.monotonic() - begun
 
         return save_whole
@@ -125,6 +136,19 @@ class Checkpointing:
     def _index(self) -> Metadata:
         assert self._point is not None
         return read_index(self._point.step_folder)
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """The system's word for it, which torch's writers lose: what a small file meets in the same place."""
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(1 << 20))
+    except OSError as found:
+        return f"[Errno {found.errno}] {os.strerror(found.errno or 0)}"
+    finally:
+        probe.unlink(missing_ok=True)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _complete(folder: Path, step: int, keep: int) -> None:

@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from wan_train.options import RunOptions
 
-RECIPES = ("wan_1_3b", "wan_14b", "tiny")
+RECIPES = ("wan_1_3b", "wan_1_3b_t2i", "wan_14b", "wan_14b_t2i", "tiny")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,12 +20,16 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--recipe", type=click.Choice(RECIPES), default="wan_1_3b", show_default=True, help="What to train.")
+@click.option(
+    "--recipe", type=click.Choice(RECIPES), help="What to train; wan_1_3b if neither this nor the file says it."
+)
 @click.option(
     "--training-mode", "--training_mode", type=click.Choice(["pretrain", "finetune"]), default="pretrain",
     show_default=True, help="Preset of the objective's timestep density and shift.",
 )  # fmt: skip
-@click.option("--config-file", "--config_file", type=click.Path(dir_okay=False), help="YAML applied over the recipe.")
+@click.option(
+    "--config-file", "--config_file", metavar="FILE", help="YAML applied over the recipe, or a name of `config list`."
+)
 @click.option(
     "--init-from", "--init_from", metavar="MODEL",
     help="Start from the transformer of a model in diffusers' layout: a folder or a hub id.",
@@ -50,7 +54,7 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: one JSON object.")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 def pretrain(
-    recipe: str,
+    recipe: str | None,
     training_mode: str,
     config_file: str | None,
     init_from: str | None,
@@ -135,3 +139,44 @@ def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dt
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     click.echo(f"{out / 'transformer'}: the {'average of the weights' if ema else 'weights'} of {read}")
+
+
+@main.group()
+def config() -> None:
+    """The configuration files that come with wan-train."""
+
+
+@config.command("list")
+def config_list() -> None:
+    """Their names, and what each is for."""
+    from wan_train.shipped_configs import names, summary
+
+    width = max(map(len, names()))
+    for name in names():
+        click.echo(f"{name:{width}}  {summary(name)}")
+
+
+@config.command("show")
+@click.argument("name")
+def config_show(name: str) -> None:
+    """Print one."""
+    from wan_train.shipped_configs import path_of
+
+    try:
+        click.echo(path_of(name).read_text(encoding="utf-8"), nl=False)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@config.command("copy")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path), default=".")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def config_copy(name: str, target: Path, force: bool) -> None:
+    """Copy one, to change it."""
+    from wan_train.shipped_configs import copy
+
+    try:
+        click.echo(copy(name, target, force=force))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error

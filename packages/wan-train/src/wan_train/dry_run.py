@@ -9,7 +9,7 @@ from wan_model.pack import PackLayout
 from wan_model.weights import expected_shapes
 from wan_train import engine
 from wan_train.layout import Layout, parameters_of_rank
-from wan_train.options import RunOptions
+from wan_train.options import DEFAULT_RECIPE, RunOptions
 from wan_train.run import bind_data, build_config, check_layout
 
 
@@ -84,7 +84,7 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         # One sample that fills a pack needs the most: attention grows with the square of a sample.
         pack = PackLayout(((config.dataset.capacity, 1, 1),))
     return {
-        "recipe": options.recipe,
+        "recipe": options.recipe or options.config_file or DEFAULT_RECIPE,
         "layout": {**dataclasses.asdict(layout), "data": layout.data},
         "parameters": {"model": sum(_count(shape) for shape in shapes.values()), "largest_rank": max(of_stages)},
         "state_bytes": {**dataclasses.asdict(state), "total": state.total},

@@ -4,22 +4,25 @@ import dataclasses
 import json
 from typing import Literal, Self
 
+DEFAULT_RECIPE = "wan_1_3b"
+
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """What the command line says.
 
     Attributes:
-        recipe: name in ``wan_train.recipes.RECIPES``.
+        recipe: name in ``wan_train.recipes.RECIPES``; None takes the one that the configuration file names, else
+            ``wan_1_3b``.
         training_mode: preset of the objective.
-        config_file: YAML applied over the recipe.
+        config_file: YAML applied over the recipe: a file, or the name of a shipped one.
         overrides: ``key.path=value`` settings, applied last.
         mock: random data.
         init_from: a model in diffusers' layout to start from.
         verbose: leave Megatron's own output on the terminal.
     """
 
-    recipe: str
+    recipe: str | None
     training_mode: Literal["pretrain", "finetune"] = "pretrain"
     config_file: str | None = None
     overrides: tuple[str, ...] = ()

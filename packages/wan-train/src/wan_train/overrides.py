@@ -106,18 +106,27 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not YAML: {error}") from error
 
 
-def apply_file(config: Any, path: Path) -> None:
-    """Apply a YAML file of nested sections.
+def read_file(path: Path) -> dict[str, Any]:
+    """A YAML file of nested sections, and the ``recipe`` that it may name.
 
     Raises:
-        ValueError: an unreadable file, an unknown key, a value of the wrong kind.
+        ValueError: it cannot be read, or is none.
     """
     try:
         values = _parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ValueError(f"the configuration file {path} cannot be read: {error.strerror}") from error
-    if not isinstance(values, Mapping):
+    if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; expected sections such as train: and model:")
+    return values
+
+
+def apply_sections(config: Any, values: Mapping[str, Any]) -> None:
+    """Apply nested sections.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong kind.
+    """
     for key, value in _leaves(values):
         _set(config, key.split("."), value, key)
 

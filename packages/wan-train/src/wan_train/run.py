@@ -18,8 +18,9 @@ from typing import Any, TextIO
 from wan_train import engine
 from wan_train.checkpoints import ResumePoint, find_resume_point, saved_steps
 from wan_train.layout import Layout
-from wan_train.options import RunOptions
-from wan_train.overrides import apply_file, apply_overrides
+from wan_train.options import DEFAULT_RECIPE, RunOptions
+from wan_train.overrides import apply_overrides, apply_sections, read_file
+from wan_train.shipped_configs import find
 
 
 def build_config(options: RunOptions) -> Any:
@@ -32,11 +33,15 @@ def build_config(options: RunOptions) -> Any:
     from wan_train.model import transformer_folder
     from wan_train.recipes import RECIPES
 
-    if options.recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {options.recipe!r}; expected one of {', '.join(RECIPES)}")
-    config = RECIPES[options.recipe](options.training_mode)
-    if options.config_file:
-        apply_file(config, Path(options.config_file))
+    sections = read_file(find(options.config_file)) if options.config_file else {}
+    named = sections.pop("recipe", None)
+    if options.recipe is not None and named is not None and options.recipe != named:
+        raise ValueError(f"--recipe is {options.recipe} and {options.config_file} is for {named}; leave --recipe out")
+    recipe = options.recipe or named or DEFAULT_RECIPE
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; expected one of {', '.join(RECIPES)}")
+    config = RECIPES[recipe](options.training_mode)
+    apply_sections(config, sections)
     apply_overrides(config, options.overrides)
     if options.mock:
         config.dataset.mock = True
