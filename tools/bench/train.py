@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.bare_training import Recipe
+from bench.bare_training import Recipe, tiny_sizes
 from bench.measure import median, ratio, time_rounds
 from bench.report import Table, gigabytes, seconds
 from wan_data.packing import best_fit
 from wan_model import PackLayout, WanConfig, WanDiT, init_weights
 from wan_model.attention import Offsets
 from wan_model.ops import TorchOps
+from wan_model.recompute import Recompute
 
 SIZES = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "text_dim": 512, "freq_dim": 256}
 MIXED = [[5, 16, 28], [1, 20, 20], [3, 16, 24]]
@@ -50,7 +51,6 @@ class LoopRun:
 
     seconds: list[float]
     losses: list[float]
-    peak: int  # bytes
 
 
 def run_loop(recipe: Recipe, steps: int, *options: str) -> LoopRun:
@@ -65,16 +65,13 @@ def run_loop(recipe: Recipe, steps: int, *options: str) -> LoopRun:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
-            # The largest process of all that it has waited for: the one that trains.
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            if child.returncode:
+            if child.wait():
                 errors.seek(0)
                 raise RuntimeError(f"wan-train pretrain failed: {errors.read().decode()[-2000:]}")
         log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     entries = [entry for entry in log if "event" not in entry]
     assert len(entries) == steps, f"{len(entries)} steps in the log instead of {steps}"
-    return LoopRun([e["seconds"] for e in entries], [e["loss"] for e in entries], usage.ru_maxrss * 1024)
+    return LoopRun([e["seconds"] for e in entries], [e["loss"] for e in entries])
 
 
 def run_bare(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
@@ -93,7 +90,7 @@ def run_bare(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
 def loop(quick: bool) -> Table:
     """What Megatron's loop, and ours around it, add to a step."""
     recipe = QUICK if quick else Recipe({**SIZES, "num_layers": 4}, MIXED)
-    rounds, steps = (1, FIRST_STEPS + 3) if quick else (4, FIRST_STEPS + 20)
+    rounds, steps = (1, FIRST_STEPS + 3) if quick else (3, FIRST_STEPS + 15)
     bare, ours = [], []
     for number in range(rounds):
         for turn in (number, number + 1):
@@ -197,7 +194,7 @@ def packs_against_padding(quick: bool) -> Table:
     config = WanConfig(num_heads=4, head_dim=64, ffn_dim=1024, num_layers=4, text_dim=128, text_length=64, freq_dim=128)
     if quick:
         config = dataclasses.replace(config, num_layers=1)
-    samples = Samples.draw(config, realistic_mix(8 if quick else 48))
+    samples = Samples.draw(config, realistic_mix(8 if quick else 32))
     longest = 21 * 52
     packed = WanDiT(config)
     init_weights(packed, seed=0)
@@ -222,7 +219,7 @@ def packs_against_padding(quick: bool) -> Table:
         name: call(name, train_packed, packed, group) if name == "packs" else call(name, train_padded, padded, group)
         for name, group in groups.items()
     }
-    times = time_rounds(calls, 1 if quick else 3)
+    times = time_rounds(calls, 1 if quick else 2)
     for name, total in found.items():
         assert abs(total - found["packs"]) < 1e-3 * found["packs"], f"{name} train on something else: {found}"
     needed, count = sum(samples.lengths), len(samples.lengths)
@@ -249,42 +246,45 @@ def packs_against_padding(quick: bool) -> Table:
 
 # -- recomputation ----------------------------------------------------------------------------------------------------
 
-MODES = {
-    "none": [],
-    "selective": ["model.recompute_granularity=selective"],
-    "full": ["model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"],
-}
+# Megatron's model.recompute_granularity, and what wan-train has the model do for it.
+MODES: dict[str, Recompute] = {"none": "none", "selective": "all_but_attention", "full": "block"}
 
 
 def recompute(quick: bool) -> Table:
-    """Memory and time of the real run under each of Megatron's settings."""
-    recipe = QUICK if quick else Recipe({**SIZES, "num_layers": 8}, [[5, 32, 32], [3, 32, 32], [1, 32, 32]])
-    rounds, steps = (1, 4) if quick else (2, 6)
-    runs: dict[str, list[LoopRun]] = {mode: [] for mode in MODES}
-    for _ in range(rounds):
-        for mode, options in MODES.items():
-            runs[mode].append(run_loop(recipe, steps, *options))
+    """What a forward pass on a mixed pack keeps for the backward pass under each setting, and the time of both."""
+    recipe = QUICK if quick else Recipe({**SIZES, "num_layers": 4}, [[5, 32, 32], [3, 32, 32], [1, 32, 32]])
+    config = WanConfig.from_diffusers({**tiny_sizes(), **recipe.transformer})
+    model = WanDiT(config)
+    init_weights(model, seed=0)
+    rng = torch.Generator().manual_seed(0)
+    layout = PackLayout(tuple((f, h // 2, w // 2) for f, h, w in recipe.shapes))
+    tokens = torch.randn(layout.total, config.token_in, generator=rng)
+    texts = torch.randn(layout.num_samples, config.text_length, config.text_dim, generator=rng)
+    timesteps = 1000 * torch.rand(layout.num_samples, generator=rng)
+
+    def in_mode(mode: Recompute) -> Callable[[], None]:
+        def run() -> None:
+            model.recompute = mode
+            model.zero_grad()
+            model(tokens, timesteps, texts, layout).square().sum().backward()
+
+        return run
+
+    times = time_rounds({mode: in_mode(MODES[mode]) for mode in MODES}, 1 if quick else 3)
     table = Table(
-        f"Recomputation in wan-train pretrain: {recipe.transformer['num_layers']} layers, packs of {recipe.tokens:,} "
-        "tokens, fp32",
-        ["model.recompute_granularity", "peak of the process", "less than none", "step", "time / none"],
-        note="The largest resident set of the training process, with Python, Megatron, weights, gradients, optimizer. "
-        f"Medians of {steps} steps without the first two, in as many processes as there are rounds ({rounds}).",
+        f"Recomputation: {config.num_layers} layers of width {config.hidden_size}, {layout.total:,} tokens, fp32",
+        ["model.recompute_granularity", "kept", "forward and backward", "time / none"],
+        note="Kept: what torch's allocator holds after a forward pass that it did not hold before.",
     )
-    times = {mode: [median(run.seconds[2:]) for run in each] for mode, each in runs.items()}
-    peaks = {mode: median([float(run.peak) for run in each]) for mode, each in runs.items()}
     for mode in MODES:
-        # What is computed again is the same to the last bit or nearly.
-        assert abs(runs[mode][0].losses[-1] - runs["none"][0].losses[-1]) < 1e-4 * runs["none"][0].losses[-1], mode
-        table.rows.append(
-            [
-                mode,
-                gigabytes(peaks[mode]),
-                gigabytes(peaks["none"] - peaks[mode]),
-                seconds(median(times[mode])),
-                f"{ratio(times[mode], times['none']):.2f}",
-            ]
-        )
+        model.recompute = MODES[mode]
+        model.zero_grad()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            out = model(tokens, timesteps, texts, layout)
+        kept = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+        del out
+        took = seconds(median(times[mode]))
+        table.rows.append([mode, gigabytes(kept), took, f"{ratio(times[mode], times['none']):.2f}"])
     return table
 
 
