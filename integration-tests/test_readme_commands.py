@@ -20,8 +20,8 @@ from wan_train import engine
 engine.start()
 from wan_train.options import RunOptions
 from wan_train.run import build_config
-for recipe, overrides in json.loads(sys.argv[1]):
-    build_config(RunOptions(recipe, overrides=tuple(overrides)))
+for recipe, file, overrides in json.loads(sys.argv[1]):
+    build_config(RunOptions(recipe, config_file=file, overrides=tuple(overrides)))
 """
 
 
@@ -64,7 +64,7 @@ def test_every_override_is_a_known_setting(run):
     runs = []
     for words in COMMANDS:
         if words[:2] == ["wan-train", "pretrain"]:
-            recipe = words[words.index("--recipe") + 1] if "--recipe" in words else "wan_1_3b"
-            runs.append((recipe, [word for word in words[2:] if re.match(r"[a-z_]+\.[a-z_.0-9]+=", word)]))
-    assert any(overrides for _, overrides in runs)
+            recipe, file = (words[words.index(o) + 1] if o in words else None for o in ("--recipe", "--config-file"))
+            runs.append((recipe, file, [word for word in words[2:] if re.match(r"[a-z_]+\.[a-z_.0-9]+=", word)]))
+    assert any(overrides for _, _, overrides in runs)
     run("python", "-c", BUILD, json.dumps(runs))
