@@ -10,7 +10,7 @@ import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), ROOT / "docker" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/*.md")), ROOT / "docker" / "README.md"]
 PROGRAMS = ("wan-data", "wan-train", "wan-infer")
 
 # Builds the configuration of a run and nothing more: an unknown key or a value of the wrong kind ends it.
