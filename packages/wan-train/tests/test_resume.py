@@ -1,7 +1,12 @@
 """A run that was stopped and resumed is the uninterrupted run, to the bit."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +91,21 @@ def test_fully_sharded_resumes_to_the_bit(tmp_path: Path) -> None:
         for name in ("whole", "cut")
     ]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_signal_ends_a_run_in_order(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from wan_train.cli import main; main()", "pretrain", *RUN_OPTIONS]
+    settings = ["train.train_iters=100000", f"checkpoint.save={tmp_path}", "train.exit_signal_handler=true"]
+    with subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL) as launcher:
+        while not (tmp_path / "log.jsonl").exists():
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        (worker,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGTERM)
+        assert launcher.wait(120) == 0
+    done = read_log(tmp_path)[-1]["step"]
+    assert done < 100000
+    assert find_checkpoint(tmp_path).name == f"iter_{done:07d}"
 
 
 def test_going_back_in_a_folder_with_later_steps_is_refused(one_process_run: Path, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ class WanCallback(Callback):
             iterator = state.cfg.dataset.train_iterator
             iterator.resume(read_loader_state(self.resume, iterator.rank), drawn=done * get_num_microbatches())
             self.report.event(f"resumed from step {done} in {self.resume.folder}", event="resumed", step=done)
+        if state.cfg.train.exit_signal_handler:
+            state.signal_handler.__enter__()  # Bridge asks it whether a signal came, and never installs it
         watch_gradient(context.optimizer, self.step, lambda: state.train_state.step)
         self.peak = state.cfg.report.peak_tflops or peak_tflops(self.step.device)
         if self.make_validator is not None:

@@ -34,6 +34,7 @@ from wan_model.training_checkpoint import read_index
 from wan_train.averaging import PREFIX
 from wan_train.checkpoint_record import RECORD_NAME, changed_files, record_file, write_record
 from wan_train.checkpoints import ResumePoint, discard, prune, step_folder
+from wan_train.engine.torch_adam import agree_on_steps, uses_torch_adam
 from wan_train.model import MegatronWanDiT
 
 # Which rank wrote a file of the distributed format.
@@ -77,7 +78,7 @@ class Checkpointing:
 
     def _saving(self, save: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(save)
-        def save_whole(state: Any, *args: Any, **kwargs: Any) -> None:
+        def save_whole(state: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
             config, step = state.cfg.checkpoint, state.train_state.step
             folder = step_folder(Path(config.save), step)
             if folder in self._present:
@@ -87,8 +88,10 @@ class Checkpointing:
                 discard(Path(config.save), step)  # what a run left that was killed, or that went on from before it
             torch.distributed.barrier()
             self._present.add(folder)
+            if uses_torch_adam(optimizer):
+                agree_on_steps(optimizer)
             try:
-                save(state, *args, **kwargs)
+                save(state, model, optimizer, *args, **kwargs)
                 if not config.async_save:
                     _complete(Path(config.save), step, config.most_recent_k)
             except (CheckpointException, OSError, RuntimeError) as error:

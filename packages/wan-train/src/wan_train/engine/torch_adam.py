@@ -61,6 +61,25 @@ def _load_steps_apart() -> None:
     DistributedOptimizer.load_state_dict = load_and_unshare
 
 
+def uses_torch_adam(optimizer: Any) -> bool:
+    """Whether Megatron fell back to torch's optimizer; the same on every rank."""
+    return bool(_inner_adams(optimizer))
+
+
+def agree_on_steps(optimizer: Any) -> None:
+    """Have every parameter's "step" be the number of steps taken, on every rank; each rank calls it before a save.
+
+    Where weights are fully sharded a rank may hold nothing of a tensor; torch never counts its steps there, and of the
+    ranks' different numbers a checkpoint keeps any.
+    """
+    adams = _inner_adams(optimizer)
+    steps = [state["step"] for adam in adams for state in adam.state.values() if "step" in state]
+    most = torch.tensor(max((float(step) for step in steps), default=0.0), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    for step in steps:
+        step.fill_(float(most))
+
+
 def mend() -> None:
     """Make the distributed optimizer save and resume exactly with torch's AdamW; process-wide."""
     _seed_state()
