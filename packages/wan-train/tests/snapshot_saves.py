@@ -41,8 +41,13 @@ def watch(snapshots: Path, folder: Path, after: int) -> None:
         busy = True
         try:
             begun = begun or begins.exists()
-            if begun:
-                shutil.copytree(folder, snapshots / str(time.time_ns()))
+            while begun:
+                copy = snapshots / str(time.time_ns())
+                try:
+                    shutil.copytree(folder, copy)
+                    break
+                except shutil.Error:  # another writer renamed a file meanwhile
+                    shutil.rmtree(copy)
         finally:
             busy = False
 

@@ -108,7 +108,7 @@ def test_training_starts_from_released_weights_of_whatever_size(answers: dict[st
     [
         ("unknown key", "unknown configuration key train.train_iter; the nearest known one is train.train_iters"),
         ("unknown section", "unknown configuration key trian; the nearest known one is train"),
-        ("unknown recipe", "unknown recipe 'huge'; expected one of wan_1_3b, wan_14b, tiny"),
+        ("unknown recipe", "unknown recipe 'huge'; expected one of wan_1_3b, wan_1_3b_t2i, wan_14b, wan_14b_t2i, tiny"),
         ("no weights", "absent: expected a folder in diffusers' layout"),
         ("wrong kind", "train.train_iters is 'many'; expected"),
         ("bad flow", "model.flow.density is 'cauchy'; expected one of uniform, logit_normal, mode, lognorm"),

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import RUN_OPTIONS, read_log, read_tensors, steps_of, train, wan_train
+from training_runs import (
+    BASE_OPTIONS,
+    RUN_OPTIONS,
+    data_options,
+    read_log,
+    read_tensors,
+    steps_of,
+    train,
+    wan_train,
+    write_dataset,
+)
 
 from wan_model.training_checkpoint import find_checkpoint
 
@@ -106,3 +116,39 @@ def test_the_average_begins_with_the_weights_where_a_checkpoint_has_none(tmp_pat
     for key, value in average.items():
         assert torch.allclose(value, (before[key] + after[key]) / 2, rtol=1e-6, atol=1e-8)
     assert json.loads((tmp_path / "iter_0000004" / "complete.json").read_text())["step"] == 4
+
+
+def test_a_validation_does_not_depend_on_how_samples_are_packed(tmp_path: Path) -> None:
+    found = []
+    for capacity in (512, 48):
+        folder = tmp_path / str(capacity)
+        train(
+            folder,
+            "train.train_iters=1",
+            f"dataset.capacity={capacity}",
+            "validation.interval=1",
+            "validation.samples=7",
+        )
+        (entry,) = [entry for entry in read_log(folder) if entry.get("event") == "validation"]
+        assert entry["samples"] == 7
+        assert entry["loss"] == pytest.approx(sum(entry["timesteps"].values()) / 5)
+        found.append(entry["timesteps"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_validation_reads_the_validation_split_and_misses_none(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    options = (*BASE_OPTIONS, *data_options(tmp_path), "train.train_iters=1", "validation.interval=1")
+    done = wan_train(*options, f"checkpoint.save={tmp_path / 'run'}", "validation.samples=null")
+    assert done.returncode == 0, done.stderr
+    (entry,) = [entry for entry in read_log(tmp_path / "run") if entry.get("event") == "validation"]
+    assert entry["samples"] == 6
+    bare = tmp_path / "without"
+    write_dataset(bare, val=0)
+    done = wan_train(
+        *BASE_OPTIONS, *data_options(bare), "validation.interval=1", f"checkpoint.save={tmp_path / 'none'}"
+    )
+    assert done.returncode == 2
+    assert "val" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "none" / "log.jsonl").exists(), "it took a step"

@@ -26,6 +26,7 @@ from training_runs import (
     rewrite,
     steps_of,
     train,
+    train_on,
     wan_train,
     write_dataset,
 )
@@ -191,12 +192,8 @@ def dataset(once: Once) -> Path:
 
 
 def _train_on_data(folder: Path, dataset: Path, workers: int, *settings: str) -> list[dict[str, Any]]:
-    done = wan_train(
-        *BASE_OPTIONS, *data_options(dataset, workers), "train.train_iters=12", f"checkpoint.save={folder}",
-        "checkpoint.save_interval=1", "ema.decay=0.9", *settings,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return read_log(folder)
+    options = (*BASE_OPTIONS, *data_options(dataset, workers), "train.train_iters=12", "checkpoint.save_interval=1")
+    return train_on((*options, "ema.decay=0.9", *settings), folder)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -66,11 +66,6 @@ def merge(packs: Iterable[LatentPack], capacity: int, multiple: int) -> Iterator
         yield whole()
 
 
-def first_samples(packs: Iterable[LatentPack], samples: int | None) -> list[LatentPack]:
-    """Packs of one sample each, as many as wanted; all of them for None."""
-    return list(itertools.islice(packs, samples))
-
-
 def corrupt_at(pack: LatentPack, timestep: float, seed: int) -> NoisyPack:
     """The pack at one timestep, with the noise that belongs to each sample; nothing is dropped or weighted."""
     sigma = timestep / TIMESTEPS
@@ -90,9 +85,12 @@ class Validator:
 
     Args:
         config: what is validated.
-        packs: every sample of the split, one a pack, the same on every rank.
+        packs: every sample of the split, one a pack, the same on every rank; each keeps its share.
         capacity, multiple: of the packs that the model is given.
         device, dtype: where the model is, and the precision that texts are sent in.
+
+    Raises:
+        ValueError: there is no sample.
     """
 
     def __init__(
@@ -106,18 +104,25 @@ class Validator:
         dtype: torch.dtype,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        chosen = first_samples(packs, config.samples)
-        self.samples = len(chosen)
-        self._packs = list(merge(chosen, capacity, multiple))
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.samples = self.packs = 0
+        self._mine: dict[int, LatentPack] = {}
+        cpu = torch.device("cpu")
+        for number, pack in enumerate(merge(itertools.islice(packs, config.samples), capacity, multiple)):
+            self.samples += pack.layout.num_samples
+            self.packs += 1
+            # The first one serves where a rank has fewer than another, see ``run``.
+            if number % ranks == rank or number == 0:
+                self._mine[number] = pack.to(cpu, dtype)
+        if not self.packs:
+            raise ValueError("the validation split has no sample; prepare one, or set validation.interval to 0")
 
     def run(self, context: CallbackContext) -> ValidationResult | None:
         """The losses of the weights of now; on every rank that knows the model's output, None on the others."""
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        mine = [
-            (number, timestep) for number in range(rank, len(self._packs), ranks) for timestep in self.config.timesteps
-        ]
+        mine = [(number, timestep) for number in range(rank, self.packs, ranks) for timestep in self.config.timesteps]
         # Fully sharded weights are gathered by all ranks together: each makes as many calls as the busiest one.
-        calls = -(-len(self._packs) // ranks) * len(self.config.timesteps)
+        calls = -(-self.packs // ranks) * len(self.config.timesteps)
         counted = len(mine)
         mine += [(0, self.config.timesteps[0])] * (calls - counted)
         sums = torch.zeros(len(self.config.timesteps), dtype=torch.float64, device=self.device)
@@ -131,7 +136,7 @@ class Validator:
 
         def forward(iterator: Iterator[tuple[int, float]], model: Any) -> Any:
             number, timestep = next(iterator)
-            pack = self._packs[number].to(self.device, self.dtype)
+            pack = self._mine[number].to(self.device, self.dtype)
             noisy = corrupt_at(pack, timestep, self.config.seed)
             out = model(
                 tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=noisy.text_BTD, layout=pack.layout

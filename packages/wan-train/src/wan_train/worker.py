@@ -4,6 +4,7 @@ Import-light and guarded: Megatron's checkpoint writer starts processes that imp
 """
 
 import sys
+import warnings
 
 from wan_train.lifeline import Starter
 
@@ -12,6 +13,8 @@ def main() -> int:
     """Run with the options in the first argument; 0 when training ended, 2 when a user must put something right."""
     starter = Starter.find()
     starter.follow()
+    # torch's, of a package that nvidia-resiliency-ext asks for: nothing that a user could put right.
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     try:
         from wan_train.options import RunOptions
         from wan_train.run import pretrain
