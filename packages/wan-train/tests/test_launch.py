@@ -72,6 +72,17 @@ ready()
 SLEEP_WITH_CHILDREN = f"{LEAVE_CHILDREN}time.sleep(600)"
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """What a shell starts in the background ignores interrupts, and so would everything that is started here."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def worker(body: str, place: Path) -> str:
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     return f"PLACE = {str(place)!r}\n{WORKER.replace('BODY', lines)}"

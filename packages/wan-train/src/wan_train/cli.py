@@ -116,6 +116,54 @@ def _dry_run(options: "RunOptions", world: int, as_json: bool) -> int:
     return 0
 
 
+@main.command("plan")
+@click.option("--model", type=click.Choice(["1.3b", "14b"]), default="14b", show_default=True, help="What to train.")
+@click.option(
+    "--gpus", type=click.IntRange(1), multiple=True, metavar="N",
+    help="How many GPUs; may be given several times. 8 to 1024 if it is not given.",
+)  # fmt: skip
+@click.option(
+    "--gpu", default="h100", show_default=True, metavar="NAME|FILE",
+    help="h100, h200, or a YAML file with what differs from an h100.",
+)  # fmt: skip
+@click.option(
+    "--shape", default="81x480x832", show_default=True, metavar="FRAMESxHEIGHTxWIDTH", help="Videos to train on."
+)
+@click.option("--capacity", type=click.IntRange(1), default=43008, show_default=True, help="Tokens of a pack.")
+@click.option(
+    "--packs",
+    type=click.IntRange(1),
+    metavar="N",
+    help="A step, at least; one for every 8 GPUs and at least 8 if not given.",
+)
+@click.option("--best", type=click.IntRange(1), default=1, show_default=True, help="Layouts to show for each.")
+@click.option("--json", "as_json", is_flag=True, help="JSON, with every part of memory and time.")
+def plan_command(
+    model: str,
+    gpus: tuple[int, ...],
+    gpu: str,
+    shape: str,
+    capacity: int,
+    packs: int | None,
+    best: int,
+    as_json: bool,
+) -> None:
+    """Estimate which layout trains fastest on so many GPUs, its memory and the time of a step.
+
+    \b
+    wan-train plan --model 14b --gpus 64 --gpus 128
+    """
+    from wan_train.plan import main as make_plan
+
+    try:
+        lines = make_plan(model, gpus, gpu, shape, capacity, packs, best, as_json=as_json)
+    except ValueError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    for line in lines:
+        click.echo(line)
+
+
 @main.command("export")
 @click.argument("checkpoints", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))

@@ -1,0 +1,84 @@
+"""What a GPU computes, moves and holds: figures that a plan is made from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Self
+
+import yaml
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One GPU and its wires.
+
+    Attributes:
+        name: what it is called.
+        peak: dense bf16 operations per second, of the data sheet.
+        matmul: the most that matrix products reach.
+        attention_forward, attention_backward: the most that attention of long sequences reaches.
+        memory: bytes.
+        reserved: bytes that the driver, communication buffers and the allocator's gaps take.
+        bandwidth: bytes per second between the GPU and its memory.
+        inside: bytes per second in each direction between GPUs of a machine.
+        outside: the same between machines, of one GPU.
+        machine: GPUs of a machine.
+        efficiency: the share of all these rates that a training step reaches.
+    """
+
+    name: str
+    peak: float
+    matmul: float
+    attention_forward: float
+    attention_backward: float
+    memory: float
+    reserved: float
+    bandwidth: float
+    inside: float
+    outside: float
+    machine: int = 8
+    efficiency: float = 0.85
+
+    @classmethod
+    def find(cls, name: str) -> Self:
+        """A known GPU, or one that a YAML file describes.
+
+        Raises:
+            ValueError: neither.
+        """
+        if name in KNOWN:
+            return cls(**dataclasses.asdict(KNOWN[name]))
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(
+                f"--gpu is {name!r}; expected one of {', '.join(KNOWN)}, or a YAML file that describes one"
+            )
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or set(content) - set(fields):
+            unknown = sorted(map(str, set(content) - set(fields))) if isinstance(content, dict) else "no mapping"
+            raise ValueError(f"{path} has {unknown}; expected a mapping of {', '.join(fields)}")
+        given = {**dataclasses.asdict(KNOWN["h100"]), "name": path.stem, **content}
+        for key, value in given.items():
+            if key != "name" and not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"{path}: {key} is {value!r}; expected a number above 0")
+        return cls(**given)
+
+
+_HOPPER = Hardware(
+    name="h100",
+    peak=989e12,
+    matmul=794e12,
+    attention_forward=693e12,
+    attention_backward=572e12,
+    memory=80e9,
+    reserved=6e9,
+    bandwidth=3.35e12,
+    inside=450e9,
+    outside=50e9,
+)
+# Data sheets of the SXM variants, a network card of 400 Gbit/s for each GPU; rates of kernels as published for Hopper
+# (cuBLAS, cuDNN with heads of 128).
+KNOWN = {"h100": _HOPPER, "h200": dataclasses.replace(_HOPPER, name="h200", memory=141e9, bandwidth=4.8e12)}
