@@ -61,9 +61,14 @@ class Hardware:
             unknown = sorted(map(str, set(content) - set(fields))) if isinstance(content, dict) else "no mapping"
             raise ValueError(f"{path} has {unknown}; expected a mapping of {', '.join(fields)}")
         given = {**dataclasses.asdict(KNOWN["h100"]), "name": path.stem, **content}
-        for key, value in given.items():
-            if key != "name" and not (isinstance(value, int | float) and value > 0):
-                raise ValueError(f"{path}: {key} is {value!r}; expected a number above 0")
+        for key in set(given) - {"name"}:
+            try:
+                given[key] = float(given[key])  # YAML takes 9e12 for a text
+            except (TypeError, ValueError):
+                given[key] = 0.0
+            if not given[key] > 0:
+                raise ValueError(f"{path}: {key} is {content[key]!r}; expected a number above 0")
+        given["machine"] = int(given["machine"])
         return cls(**given)
 
 

@@ -5,6 +5,7 @@ The formulae are in PLANNING.md; tests compare them with what models on this mac
 
 import dataclasses
 import functools
+import math
 from typing import Self
 
 from wan_model.config import WanConfig
@@ -21,6 +22,11 @@ def parameters_of_stages(model: WanConfig, tensor: int, pipeline: int) -> tuple[
     """Parameters that a rank of each pipeline stage computes with."""
     layout = Layout(tensor * pipeline, tensor, pipeline=pipeline)
     return tuple(parameters_of_rank(_shapes(model), model.num_layers, layout, stage) for stage in range(pipeline))
+
+
+def parameters_of_model(model: WanConfig) -> int:
+    """All of them."""
+    return sum(math.prod(shape) for shape in _shapes(model).values())
 
 
 @functools.cache
@@ -71,7 +77,9 @@ class ActivationBytes:
         block: what one block keeps when nothing is computed again.
         block_input: what is kept of a block that is computed again.
         attention: the results of its self-attention.
-        ends: what is kept outside the blocks, on the stage that keeps most.
+        ends: what is kept outside the blocks on any stage.
+        head: what the last stage keeps besides, for the last norm and the velocity.
+        rows: what travels between stages.
         transient: the most that the backward pass needs besides, at any time.
     """
 
@@ -79,6 +87,8 @@ class ActivationBytes:
     block_input: float
     attention: float
     ends: float
+    head: float
+    rows: float
     transient: float
 
     @classmethod
@@ -113,27 +123,37 @@ class ActivationBytes:
         if layout.tensor > 1:  # a norm that several ranks share keeps what its weight multiplies
             block += (3 * entered + texts) * part * FP32
         ends = (
-            2 * held * h * size  # the last norm's input and result
-            + pack.total * (model.token_in * 3 + model.token_out) * FP32  # noise, clean and noisy tokens, velocity
+            held * h * size  # the last block's result
+            + pack.total * model.token_in * 3 * FP32  # noise, clean and noisy tokens
             + texts * (model.text_dim + 3 * h) * size  # the text embedder
             + samples * 8 * h * FP32  # the timestep's
             + entered * model.head_dim * FP32  # the rotary table
         )
-        return cls(block, held * h * size, attention, ends, max(2 * held * h, entered * ffn) * size)
+        rows = held * h * size
+        head = rows + pack.total * model.token_out * FP32  # the last norm's result, the velocity
+        return cls(block, rows, attention, ends, head, rows, max(2 * held * h, entered * ffn) * size)
 
-    def kept(self, recompute: Recompute, layers: int) -> float:
-        """Between the forward and the backward pass of one pack, with that many layers."""
+    def kept(self, recompute: Recompute, layers: int, *, last: bool = True) -> float:
+        """Between the two passes of one pack, with that many layers; of the last stage or another."""
         of_layer = {
             "none": self.block,
             "block": self.block_input,
             "all_but_attention": self.block_input + self.attention,
         }[recompute]
-        return layers * of_layer + self.ends
+        return layers * of_layer + self.ends + (self.head if last else 0.0)
 
-    def peak(self, recompute: Recompute, layers: int, in_flight: int = 1) -> float:
-        """The most at any time, with so many packs between their passes."""
-        again = 0.0 if recompute == "none" else self.block - self.block_input
-        return in_flight * self.kept(recompute, layers) + again + self.transient
+    def peak(
+        self, recompute: Recompute, layers: int, in_flight: int = 1, *, last: bool = True, piped: bool = False
+    ) -> float:
+        """The most at any time, with so many packs between their passes; of a stage among several, if ``piped``."""
+        again = {
+            "none": 0.0,
+            "block": self.block - self.block_input,
+            "all_but_attention": self.block - self.block_input - self.attention,
+        }[recompute]
+        # One pack's rows arrive, and another's leave, while a third is computed.
+        travelling = 2 * self.rows if piped else 0.0
+        return in_flight * self.kept(recompute, layers, last=last) + again + self.transient + travelling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,5 +212,8 @@ def rank_bytes(
         gathered = 0.0
         if layout.fully_sharded:  # the block at work and the next one, and a block's gradients
             gathered = parameters / model.num_layers * (2 * (2 if bf16 else FP32) + FP32)
-        found.append(RankBytes(parameters, state, activations.peak(recompute, layers, in_flight), gathered))
+        peak = activations.peak(
+            recompute, layers, in_flight, last=stage == layout.pipeline - 1, piped=layout.pipeline > 1
+        )
+        found.append(RankBytes(parameters, state, peak, gathered))
     return max(found, key=lambda rank: rank.total)

@@ -1,0 +1,90 @@
+"""Train as ``wan_train.worker`` does, counting bytes: what the first pack's forward pass leaves, the most until the
+gradients are there, and what weights, gradients and the optimizer hold between steps.
+
+``python memory_probe.py RESULTS OPTIONS``; each rank writes RESULTS/RANK.json.
+"""
+
+import functools
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def install(results: Path) -> None:
+    from live_memory import LiveMemory
+
+    from wan_train import engine
+
+    engine.start()
+    from megatron.core.utils import unwrap_model
+
+    from wan_train.callback import WanCallback
+    from wan_train.step import WanForwardStep
+
+    memory = LiveMemory()
+    found: dict[str, Any] = {}
+    call, begin, end = WanForwardStep.__call__, WanCallback.on_train_step_start, WanCallback.on_train_step_end
+
+    @functools.wraps(call)
+    def counted_call(self: Any, state: Any, data_iterator: Any, model: Any) -> Any:
+        result = call(self, state, data_iterator, model)
+        gc.collect()
+        found.setdefault("kept", memory.total)
+        return result
+
+    def counted_begin(self: Any, context: Any) -> None:
+        begin(self, context)
+        if "peak" in found:
+            return
+        step = context.optimizer.step
+
+        def counted_step(*args: Any, **kwargs: Any) -> Any:
+            if "peak" not in found:
+                found["peak"] = memory.peak
+                memory.__exit__(None, None, None)
+            return step(*args, **kwargs)
+
+        context.optimizer.step = counted_step
+        memory.__enter__()
+
+    def counted_end(self: Any, context: Any) -> None:
+        end(self, context)
+        parameters = [parameter for part in context.model for parameter in part.parameters()]
+        optimizers = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
+        states = [state for one in optimizers for state in one.optimizer.state.values()]
+        averages = [part.average.tensors for part in unwrap_model(context.model) if part.average is not None]
+        found["weights"] = bytes_of(parameters)
+        found["gradients"] = bytes_of(parameter.main_grad for parameter in parameters)
+        found["optimizer"] = bytes_of(
+            value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()
+        )
+        found["average"] = bytes_of(tensor for average in averages for tensor in average.values())
+        (results / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+    patched: list[tuple[type, str, Callable[..., Any]]] = [
+        (WanForwardStep, "__call__", counted_call),
+        (WanCallback, "on_train_step_start", counted_begin),
+        (WanCallback, "on_train_step_end", counted_end),
+    ]
+    for owner, name, function in patched:
+        setattr(owner, name, function)
+
+
+if __name__ == "__main__":
+    install(Path(sys.argv[1]))
+    sys.argv = [sys.argv[0], sys.argv[2]]
+    from wan_train import worker
+
+    sys.exit(worker.main())
