@@ -96,6 +96,31 @@ def _model_answers() -> dict[str, object]:
     }
 
 
+def _group_answers() -> dict[str, object]:
+    """Of the groups that the model's answers made."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+    from torch.distributed import distributed_c10d as c10d
+
+    groups = [group for group, (backend, _) in c10d._world.pg_map.items() if backend == "gloo"]
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    buffer = torch.arange(4.0)
+    results = [
+        function(buffer, buffer.view(2, 2).view(4), group=groups[-1], async_op=True)
+        for function in (buffers.dist_reduce_scatter_func, buffers.dist_all_gather_func)
+    ]
+    summed = torch.ones(2)
+    torch.distributed.all_reduce(summed, group=groups[-1])
+    return {
+        "groups": len(groups),
+        "threads on the network": threads.count("gloo_tcp_loop"),
+        "nothing started for a group of one": results == [None, None] and buffer.tolist() == [0, 1, 2, 3],
+        "they work": summed.tolist() == [1, 1],
+        "of torch's class": all(
+            isinstance(group._get_backend(torch.device("cpu")), c10d.ProcessGroupGloo) for group in groups
+        ),
+    }
+
+
 def _configuration_answers() -> dict[str, object]:
     from wan_train.layout import Layout
     from wan_train.options import RunOptions
@@ -203,6 +228,7 @@ def main() -> None:
         "devices": _device_answers(),
         "configuration": _configuration_answers(),
         "model": _model_answers(),
+        "groups": _group_answers(),
         "dropout": _dropout_answers(),
     }
     model_parallel_cuda_manual_seed(5)

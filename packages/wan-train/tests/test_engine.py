@@ -76,6 +76,17 @@ def test_no_compiler_and_a_working_rng_tracker(answers: dict[str, Any]) -> None:
     assert answers["rng tracker runs"]
 
 
+@needs_no_cuda
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have names on Linux only")
+def test_groups_leave_the_cores_to_the_computation(answers: dict[str, Any]) -> None:
+    groups = answers["groups"]
+    assert groups["groups"] > 10
+    assert groups["threads on the network"] == 1
+    assert groups["nothing started for a group of one"]
+    assert groups["they work"]
+    assert groups["of torch's class"]
+
+
 def test_one_process_needs_no_port(answers: dict[str, Any]) -> None:
     assert answers["model"]["joined"]
 

@@ -29,7 +29,7 @@ from wan_train.step_time import StepTime
 
 H100 = KNOWN["h100"]
 TENSOR = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
-FULL = ["model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"]
+FULL = ["model.recompute_granularity=full"]
 # Layout, settings, what is computed again.
 MEASURED: dict[str, tuple[Layout, list[str], Recompute]] = {
     "one process": (Layout(1), ["ema.decay=0.9"], "none"),
@@ -225,3 +225,13 @@ def test_a_gpu_file_that_describes_none_is_one_sentence(content: str, tmp_path: 
     assert result.exit_code == 2
     assert str(file) in result.output
     assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_planning_document_has_what_the_command_prints(model: str) -> None:
+    document = (Path(__file__).parents[1] / "PLANNING.md").read_text(encoding="utf-8")
+    result = CliRunner().invoke(main, ["plan", "--model", model])
+    assert result.exit_code == 0
+    rows = [line for line in result.output.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(DEFAULT_GPUS)
+    assert "\n".join(rows) in document

@@ -26,8 +26,6 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         ValueError: an unknown key, a layout that cannot be, data that are not there or do not fit.
     """
     engine.start(take_device=False)
-    from wan_train.model import RECOMPUTE
-
     config = build_config(options)
     layout = check_layout(config, world)
     bind_data(config, layout)
@@ -54,7 +52,7 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         )
         for mode in get_args(Recompute)
     }  # fmt: skip
-    recompute = RECOMPUTE[config.model.recompute_granularity]
+    recompute = config.model.recompute
     fullest = needed[recompute]
     state = fullest.state
     return {

@@ -82,7 +82,7 @@ class MegatronWanDiT(MegatronModule):
         self.pre_process, self.post_process = stage.is_first, stage.is_last
         with torch.device("cuda", torch.cuda.current_device()):
             self.dit = WanDiT(provider.wan_config, _ops(provider), stage)
-        self.dit.recompute = RECOMPUTE[provider.recompute_granularity]
+        self.dit.recompute = provider.recompute
         self._received: Tensor | None = None
         # What becomes of the weights' average, if one is kept, and whether a checkpoint at hand has it.
         self.average: averaging.WeightAverage | None = None
@@ -208,6 +208,20 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         """The latent space of the data."""
         return LatentSpec.from_dict(self.latent_spec) if self.latent_spec else None
 
+    @property
+    def recompute(self) -> Recompute:
+        """What is computed again, as wan-model calls it.
+
+        Raises:
+            ValueError: something else than all layers alike.
+        """
+        if self.recompute_method not in (None, "uniform") or self.recompute_num_layers not in (None, 1):
+            raise ValueError(
+                f"model.recompute_method is {self.recompute_method!r} and recompute_num_layers "
+                f"{self.recompute_num_layers!r}; every layer is treated alike, so leave both out"
+            )
+        return RECOMPUTE[self.recompute_granularity]
+
     def finalize(self) -> None:
         """Derive what Megatron calls the sizes, and the settings that packs of mixed shapes need."""
         config = self.wan_config
@@ -219,6 +233,10 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         self.calculate_per_token_loss = True
         self.perform_initialization = False
         self.hidden_dropout = self.attention_dropout = 0.0
+        # Megatron asks for these two with "full" and refuses them otherwise; they have no other meaning here.
+        full = self.recompute == "block"
+        self.recompute_method = "uniform" if full else None
+        self.recompute_num_layers = 1 if full else None
         if self.virtual_pipeline_model_parallel_size is not None:
             raise ValueError("virtual_pipeline_model_parallel_size is set; this version runs plain pipeline stages")
         super().finalize()

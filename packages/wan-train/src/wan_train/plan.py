@@ -59,10 +59,7 @@ class Plan:
             given.append("dist.use_megatron_fsdp=true")
         elif layout.data > 1:
             given += ["ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"]
-        given.append(f"model.recompute_granularity={SETTING[self.recompute]}")
-        if self.recompute == "block":
-            given += ["model.recompute_method=uniform", "model.recompute_num_layers=1"]
-        return given
+        return [*given, f"model.recompute_granularity={SETTING[self.recompute]}"]
 
 
 def pack_of(model: WanConfig, shape: tuple[int, int, int], capacity: int) -> PackLayout:

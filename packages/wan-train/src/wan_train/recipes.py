@@ -78,7 +78,6 @@ def wan_14b(mode: TrainingMode) -> WanRunConfig:
     """Wan 2.1 14B text-to-video, bf16; blocks are recomputed in the backward pass."""
     config = _config(WAN_14B, mode, capacity=43008, bf16=True, learning_rate=0.9e-4, iterations=10_000, warmup=2000)
     config.model.recompute_granularity = "full"
-    config.model.recompute_method, config.model.recompute_num_layers = "uniform", 1
     return config
 
 

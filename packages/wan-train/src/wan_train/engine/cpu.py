@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from wan_train.engine import torch_adam
+from wan_train.engine import gloo_groups, torch_adam
 
 _CPU = torch.device("cpu")
 
@@ -167,6 +167,7 @@ def redirect() -> None:
     _replace_cuda_functions()
     _keep_rng_tracker_on_cpu()
     _keep_mode_in_backward()
+    gloo_groups.share_device()
     CudaMeansCpu().__enter__()
 
 
@@ -187,6 +188,8 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
     train_utils.report_theoretical_memory = _nothing
     if on_cpu:
         import megatron.bridge.training.state as state
+
+        gloo_groups.leave_alone_groups_of_one()
 
         initialize._warmup_jit_function = _nothing
         # The process that writes checkpoints for a whole run looks for a CUDA device; one is forked for each instead.
