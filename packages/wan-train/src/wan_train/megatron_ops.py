@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wan_model import ContextParallel, PackLayout, TokenRows
 from wan_model.attention import AttentionKind
@@ -43,6 +44,9 @@ class _ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, in] -> [S, out / ranks]."""
+        # There is nothing to communicate here, and torch adds the bias without another pass over the result.
+        if not self.config.gradient_accumulation_fusion:
+            return F.linear(x, self.weight, self.bias)
         out: Tensor = super().forward(x)[0]
         return out
 
@@ -52,6 +56,8 @@ class _RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, in / ranks] -> this rank's rows [S, out]."""
+        if self.input_size_per_partition == self.input_size and not self.config.gradient_accumulation_fusion:
+            return F.linear(x, self.weight, self.bias)
         out: Tensor = super().forward(x)[0]
         return out
 

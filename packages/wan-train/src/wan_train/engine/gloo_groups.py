@@ -1,6 +1,6 @@
 """Megatron's twenty gloo groups, without what they would cost a computation on the same few cores.
 
-A step of one process on two cores took 1.4 times as long with each of the two.
+Together they took a third of the speed of one process with two threads on two cores (BENCHMARKS.md).
 """
 
 import functools
