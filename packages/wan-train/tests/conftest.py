@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for training_runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 jaxtyping.install_import_hook(["wan_model", "wan_train.mock_data", "wan_train.dataset"], "beartype.beartype")
 
-from training_runs import train, write_start  # noqa: E402  after the hook
+from training_runs import train, train_for_equality, write_start  # noqa: E402  after the hook
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +45,9 @@ def start_weights(once: Callable[[str, Callable[[Path], object]], Path]) -> Path
 def one_process_run(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The run that every parallel layout must equal."""
     return once("one-process-run", lambda folder: train(folder, "checkpoint.save_interval=3"))
+
+
+@pytest.fixture(scope="session")
+def equality_reference(once: Callable[[str, Callable[[Path], object]], Path], start_weights: Path) -> Path:
+    """One process, six steps, a checkpoint after each: what every parallel layout is compared with."""
+    return once("equality-reference", lambda folder: train_for_equality(folder, start_weights))

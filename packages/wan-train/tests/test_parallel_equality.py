@@ -3,20 +3,27 @@
 The runs go through the real command line and Megatron-Bridge's own loop, six steps from weights whose every gradient is
 alive, on packs that mix three shapes and, under sequence and context parallelism, need padding. Compared are the
 losses and gradient norms of all steps, every gradient of the first step, the trained weights, their average, and a
-validation in the middle.
+validation in the middle. That the one process is right is for test_plain_training.py.
 
 With WAN_EQUALITY_TABLE=FILE in the environment each case adds the differences that it measured to that file.
 """
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_runs import STEPS, read_log, read_tensors, steps_of, train
+from training_runs import (
+    AVERAGE_DECAY,
+    FULLY_SHARDED,
+    STEPS,
+    read_log,
+    read_tensors,
+    steps_of,
+    train_for_equality,
+)
 
 from wan_model.config import WanConfig
 from wan_model.tiny import TINY_CONFIG
@@ -27,7 +34,6 @@ TENSOR = "model.tensor_model_parallel_size=2"
 SEQUENCE = "model.sequence_parallel=true"
 CONTEXT = "model.context_parallel_size=2"
 PIPELINE = "model.pipeline_model_parallel_size=2"
-FULLY_SHARDED = "dist.use_megatron_fsdp=true"
 OVERLAP = ("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true")
 # Processes, and what they are given; data parallelism takes the rest.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -48,22 +54,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tensor x pipeline": (4, [TENSOR, SEQUENCE, PIPELINE]),
     "context x pipeline": (4, [CONTEXT, PIPELINE]),
 }
-DECAY = 0.9
 # The first moment after the first step is (1 - beta1) times the gradient, clipped alike everywhere.
 FIRST_MOMENT = ("optimizer.state.exp_avg.", "optimizer.state.module.module.dit.")
 TOLERANCE = {"loss": 1e-5, "norm": 1e-4, "gradient": 1e-4, "weight": 1e-3, "average": 1e-3, "validation": 1e-5}
-
-
-def run(folder: Path, start: Path, *settings: str) -> None:
-    average = [] if FULLY_SHARDED in settings else [f"ema.decay={DECAY}"]
-    validation = ["validation.interval=3", "validation.samples=7"]
-    train(folder, "--init-from", str(start), "checkpoint.save_interval=1", *validation, *average, *settings)
-
-
-@pytest.fixture(scope="session")
-def reference(once: Callable[[str, Callable[[Path], object]], Path], start_weights: Path) -> Path:
-    """One process, six steps, a checkpoint after each."""
-    return once("equality-reference", lambda folder: run(folder, start_weights))
 
 
 def weights(folder: Path, step: int = STEPS) -> tuple[WanConfig, dict[str, torch.Tensor]]:
@@ -94,10 +87,10 @@ def validation_losses(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_one_process(layout: str, reference: Path, start_weights: Path, tmp_path: Path) -> None:
+def test_equals_one_process(layout: str, equality_reference: Path, start_weights: Path, tmp_path: Path) -> None:
     processes, settings = LAYOUTS[layout]
-    run(tmp_path, start_weights, "--nproc-per-node", str(processes), *settings)
-    log, wanted_log = steps_of(read_log(tmp_path)), steps_of(read_log(reference))
+    train_for_equality(tmp_path, start_weights, "--nproc-per-node", str(processes), *settings)
+    log, wanted_log = steps_of(read_log(tmp_path)), steps_of(read_log(equality_reference))
     assert len(log) == len(wanted_log) == STEPS
     found: dict[str, float] = {}
     pairs = list(zip(log, wanted_log, strict=True))
@@ -105,7 +98,7 @@ def test_equals_one_process(layout: str, reference: Path, start_weights: Path, t
     found["norm"] = max(abs(got["grad_norm"] / wanted["grad_norm"] - 1) for got, wanted in pairs)
     assert [got["tokens"] for got, _ in pairs] == [wanted["tokens"] for _, wanted in pairs]
 
-    first, wanted_first = gradients(tmp_path), gradients(reference)
+    first, wanted_first = gradients(tmp_path), gradients(equality_reference)
     assert set(first) == set(wanted_first) == set(expected_shapes(TINY_CONFIG))
     assert all(wanted.norm() > 0 for wanted in wanted_first.values()), "a gradient that is zero shows nothing"
     found["gradient"] = max(relative(first[key], wanted) for key, wanted in wanted_first.items())
@@ -114,20 +107,22 @@ def test_equals_one_process(layout: str, reference: Path, start_weights: Path, t
     assert config == TINY_CONFIG
     # Global shapes: a split parameter saved with its local shape would show here.
     assert {key: tuple(value.shape) for key, value in state.items()} == expected_shapes(TINY_CONFIG)
-    _, wanted_state = weights(reference)
+    _, wanted_state = weights(equality_reference)
     start = weights_at_start(start_weights)
     # Relative to how far training moved it: a gradient that is off by a factor hides behind Adam and clipping, but one
     # that misses a rank's share does not.
     found["weight"] = max(relative(state[key], wanted, wanted - start[key]) for key, wanted in wanted_state.items())
 
     if FULLY_SHARDED not in settings:
-        average, wanted_average = (read_tensors(find_checkpoint(one), ("ema.",)) for one in (tmp_path, reference))
+        average, wanted_average = (
+            read_tensors(find_checkpoint(one), ("ema.",)) for one in (tmp_path, equality_reference)
+        )
         assert set(average) == set(expected_shapes(TINY_CONFIG))
         found["average"] = max(
             relative(average[key], wanted, wanted - start[key]) for key, wanted in wanted_average.items()
         )
 
-    validations, wanted_validations = validation_losses(tmp_path), validation_losses(reference)
+    validations, wanted_validations = validation_losses(tmp_path), validation_losses(equality_reference)
     assert [entry["step"] for entry in validations] == [3, 6]
     found["validation"] = max(
         abs(got["timesteps"][timestep] / wanted["timesteps"][timestep] - 1)
@@ -140,17 +135,19 @@ def test_equals_one_process(layout: str, reference: Path, start_weights: Path, t
     assert {name: value for name, value in found.items() if not value <= TOLERANCE[name]} == {}
 
 
-def test_the_average_is_that_of_the_weights_after_each_step(reference: Path, start_weights: Path) -> None:
+def test_the_average_is_that_of_the_weights_after_each_step(equality_reference: Path, start_weights: Path) -> None:
     expected = weights_at_start(start_weights)
     for step in range(1, STEPS + 1):
-        _, state = weights(reference, step)
-        expected = {key: DECAY * average + (1 - DECAY) * state[key] for key, average in expected.items()}
-        saved = read_tensors(find_checkpoint(reference, step), ("ema.",))
+        _, state = weights(equality_reference, step)
+        expected = {
+            key: AVERAGE_DECAY * average + (1 - AVERAGE_DECAY) * state[key] for key, average in expected.items()
+        }
+        saved = read_tensors(find_checkpoint(equality_reference, step), ("ema.",))
         assert all(torch.allclose(saved[key], average, rtol=1e-5, atol=1e-7) for key, average in expected.items())
 
 
-def test_packs_count_their_padding_and_their_operations(reference: Path) -> None:
-    first = read_log(reference)[0]
+def test_packs_count_their_padding_and_their_operations(equality_reference: Path) -> None:
+    first = read_log(equality_reference)[0]
     assert first["tokens"] == first["tokens_padded"] == 2 * (3 * 4 * 4 + 1 * 3 * 5 + 2 * 2 * 5)
     assert first["packing_efficiency"] == 1.0
     assert first["tflops_per_device"] == pytest.approx(first["flops"] / first["seconds"] / 1e12)

@@ -39,12 +39,18 @@ def test_resumed_equals_uninterrupted_to_the_bit(stopped_run: Path, one_process_
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
-def test_resumes_with_another_tensor_parallel_size(stopped_run: Path, one_process_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "resumed"
-    shutil.copytree(stopped_run, folder)
-    log = train(folder, "--nproc-per-node", "2", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert losses == pytest.approx([entry["loss"] for entry in read_log(one_process_run)], rel=1e-5)
+def test_resumes_in_other_layouts_of_the_model(one_process_run: Path, tmp_path: Path) -> None:
+    """Two steps each: over two tensor-parallel ranks, over two stages, alone."""
+    two = ("--nproc-per-node", "2")
+    tensor = (*two, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+    pipeline = (*two, "model.pipeline_model_parallel_size=2")
+    for settings in ((*tensor, "train.exit_interval=2"), (*pipeline, "train.exit_interval=4"), ()):
+        log = train(tmp_path, *settings)
+    assert [entry["step"] for entry in log if "event" in entry] == [2, 4]
+    steps, reference = steps_of(log), steps_of(read_log(one_process_run))
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        assert [entry[name] for entry in steps] == pytest.approx([entry[name] for entry in reference], rel=tolerance)
 
 
 def test_forgetting_where_the_data_was_would_show(stopped_run: Path, one_process_run: Path, tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ BASE_OPTIONS = (
     "scheduler.lr_warmup_iters=1", "optimizer.lr=0.01", "optimizer.min_lr=0.001",
 )  # fmt: skip
 RUN_OPTIONS = (*BASE_OPTIONS, "--mock")
+# What the runs that are compared have besides.
+CAPTION_DROPOUT, AVERAGE_DECAY = 0.3, 0.9
+FULLY_SHARDED = "dist.use_megatron_fsdp=true"
 
 
 def wan_train(
@@ -62,6 +65,14 @@ def train_on(arguments: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     ended = _warm_ranks().run(options.to_json(), ranks)
     assert ended.codes == [0] * ranks, ended.errors
     return read_log(folder)
+
+
+def train_for_equality(folder: Path, start: Path, *settings: str) -> None:
+    """A run from the weights in that model folder with all that is compared: dropped captions, average, validations."""
+    average = [] if FULLY_SHARDED in settings else [f"ema.decay={AVERAGE_DECAY}"]
+    dropout = f"model.flow.caption_dropout={CAPTION_DROPOUT}"
+    validation = ["validation.interval=3", "validation.samples=7"]
+    train(folder, "--init-from", str(start), "checkpoint.save_interval=1", dropout, *validation, *average, *settings)
 
 
 def write_start(folder: Path) -> None:
