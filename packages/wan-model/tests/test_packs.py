@@ -246,3 +246,25 @@ def test_inputs_that_do_not_fit_are_refused(
 def test_shapes_are_checked_while_testing() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
         patchify(torch.zeros(16, 2, 2))
+
+
+@torch.no_grad()
+def test_prepared_text_is_the_same_text_and_computed_once(model: WanDiT) -> None:
+    latents, texts, timesteps = samples([(2, 3, 2), (1, 2, 2)], 5)
+    pack = pack_latents(latents, texts, ["a", "b"], text_length=8)
+    prepared = model.prepare_text(pack.text_BTD)
+    later = timesteps.flip(0)
+    wanted = [model(pack.tokens_SC, at, pack.text_BTD, pack.layout) for at in (timesteps, later)]
+    calls: list[str] = []
+    watched = {name: part for name, part in model.named_modules() if "attn2.to_" in name or "text_embedder" in name}
+    hooks = [part.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, part in watched.items()]
+    got = [model(pack.tokens_SC, at, prepared, pack.layout) for at in (timesteps, later)]
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True))
+    assert not torch.equal(*got)
+    assert set(calls) == {f"blocks.{i}.attn2.{part}" for i in (0, 1) for part in ("to_q", "to_out.0")}
+    with pytest.raises(ValueError, match="got 2 timesteps and 1 texts"):
+        model(pack.tokens_SC, timesteps, model.prepare_text(pack.text_BTD[:1]), pack.layout)
+    with pytest.raises(ValueError, match="got text embeddings of width 5; expected 12"):
+        model.prepare_text(torch.zeros(2, 8, 5))

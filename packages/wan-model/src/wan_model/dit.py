@@ -10,6 +10,7 @@ Source: the official Wan 2.1 ``model.py`` and diffusers' ``transformer_wan.py``.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from einops import rearrange
@@ -100,30 +101,31 @@ class Attention(nn.Module):
         self.norm_k = ops.norm_across_heads(width, config.eps)
         self.to_out = nn.ModuleList([ops.row_linear(width, width)])
 
-    def project(self, x_SD: Tensor, source_KD: Tensor, table_S1P: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [rows, heads, width]; inputs have entered (see ``Ops``)."""
-        q = self.norm_q(self.to_q(x_SD), table_S1P)
-        k = self.norm_k(self.to_k(source_KD), table_S1P)
-        v = self.to_v(source_KD)
-        # Plain views: small models spend their time in calls.
-        q, k, v = (x.view(x.shape[0], self.heads, -1) for x in (q, k, v))
-        return q, k, v
+    def queries(self, x_SD: Tensor, table_S1P: Tensor | None) -> Tensor:
+        """Of tokens that have entered (see ``Ops``): [rows, heads, width]."""
+        return self._by_head(self.norm_q(self.to_q(x_SD), table_S1P))
 
-    def forward(
-        self,
-        x_SD: Tensor,
-        text_TD: Tensor | None,
-        table_S1P: Tensor | None,
-        offsets: Offsets,
-        text_offsets: Offsets | None,
+    def keys_values(self, source_KD: Tensor, table_S1P: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of tokens or text that have entered: [rows, heads, width] each."""
+        return self._by_head(self.norm_k(self.to_k(source_KD), table_S1P)), self._by_head(self.to_v(source_KD))
+
+    def _by_head(self, x_SD: Tensor) -> Tensor:
+        # A plain view: small models spend their time in calls.
+        return x_SD.view(x_SD.shape[0], self.heads, -1)
+
+    def attend_to_tokens(self, x_SD: Tensor, table_S1P: Tensor, offsets: Offsets) -> Tensor:
+        """Self-attention; the result is the rows that this rank holds."""
+        attended = self.ops.self_attention(self.queries(x_SD, table_S1P), *self.keys_values(x_SD, table_S1P), offsets)
+        return self._out(attended)
+
+    def attend_to_text(
+        self, x_SD: Tensor, text: tuple[Tensor, Tensor], offsets: Offsets, text_offsets: Offsets
     ) -> Tensor:
-        """Attend to the text where one is given, else to the tokens; the result is the rows that this rank holds."""
-        if text_TD is None:
-            attended = self.ops.self_attention(*self.project(x_SD, x_SD, table_S1P), offsets)
-        else:
-            assert text_offsets is not None, "a text has offsets"
-            attended = self.ops.cross_attention(*self.project(x_SD, text_TD, None), offsets, text_offsets)
-        out: Tensor = self.to_out[0](attended.flatten(1))
+        """Cross-attention to keys and values; the result is the rows that this rank holds."""
+        return self._out(self.ops.cross_attention(self.queries(x_SD, None), *text, offsets, text_offsets))
+
+    def _out(self, attended_SHE: Tensor) -> Tensor:
+        out: Tensor = self.to_out[0](attended_SHE.flatten(1))
         return out
 
 
@@ -167,24 +169,32 @@ class Block(nn.Module):
         self.attn2 = Attention(config, ops)
         self.ffn = FeedForward(config, ops)
 
+    def text_keys(self, text_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that this layer's tokens find in embedded texts."""
+        return self.attn2.keys_values(self.ops.enter_text(text_TD), None)
+
     def forward(
         self,
         x_SD: Tensor,
         time_B6D: Tensor,
-        text_TD: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
         held: TokenRows,
         table_S1P: Tensor,
         text_offsets: Offsets,
     ) -> Tensor:
-        """One layer, on this rank's rows. Modulation and residual gating are fp32, as in the official code."""
+        """One layer, on this rank's rows. Modulation and residual gating are fp32, as in the official code.
+
+        ``text`` is the embedded texts, or what ``text_keys`` made of them.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_rows(self.scale_shift_table, time_B6D)
         offsets = held.layout.offsets
 
         entered = self.ops.enter_tokens(norm_modulate(x_SD, shift1, scale1, held, self.eps))
-        x_SD = gate_add_(x_SD, self.attn1(entered, None, table_S1P, offsets, None), gate1, held)
+        x_SD = gate_add_(x_SD, self.attn1.attend_to_tokens(entered, table_S1P, offsets), gate1, held)
 
         entered = self.ops.enter_tokens(self.norm2(x_SD))
-        x_SD = add_(x_SD, self.attn2(entered, self.ops.enter_text(text_TD), None, offsets, text_offsets))
+        keys_values = self.text_keys(text) if isinstance(text, Tensor) else text
+        x_SD = add_(x_SD, self.attn2.attend_to_text(entered, keys_values, offsets, text_offsets))
 
         entered = self.ops.enter_tokens(norm_modulate(x_SD, shift2, scale2, held, self.eps))
         return gate_add_(x_SD, self.ffn(entered), gate2, held)
@@ -242,6 +252,21 @@ class PatchEmbedding(nn.Module):
         return F.linear(tokens_SC.to(weight.dtype), weight, self.bias)
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedText:
+    """All that depends on the texts alone, see ``WanDiT.prepare_text``.
+
+    Attributes:
+        keys_values: of each block, by its name: [B * T, H, E] twice.
+        samples: B.
+        length: T.
+    """
+
+    keys_values: dict[str, tuple[Tensor, Tensor]]
+    samples: int
+    length: int
+
+
 class WanDiT(nn.Module):
     """Wan 2.1's velocity field on packs of samples.
 
@@ -285,11 +310,29 @@ class WanDiT(nn.Module):
             parameter.data = parameter.data.to(precision_of(key, dtype))
         return self
 
+    def prepare_text(self, text_BTD: Float[Tensor, "B T D"]) -> PreparedText:
+        """What ``forward`` computes of texts, once for many steps of sampling.
+
+        Memory: two tensors of B * T rows of the hidden width for every block.
+
+        Raises:
+            ValueError: embeddings that are not of the model's width.
+        """
+        self._check_text(text_BTD)
+        text_TD = self.condition_embedder.text(text_BTD)
+        keys_values = {name: block.text_keys(text_TD) for name, block in self._named_blocks()}
+        return PreparedText(keys_values, text_BTD.shape[0], text_BTD.shape[1])
+
+    def _named_blocks(self) -> Iterator[tuple[str, Block]]:
+        for name, block in self.blocks.items():
+            assert isinstance(block, Block)
+            yield name, block
+
     def forward(
         self,
         x: Tensor,
         timesteps_B: Float[Tensor, " B"],
-        text_BTD: Float[Tensor, "B T D"],
+        text: Float[Tensor, "B T D"] | PreparedText,
         layout: PackLayout,
     ) -> Tensor:
         """Predict the velocity ``noise - clean`` of every token.
@@ -297,7 +340,7 @@ class WanDiT(nn.Module):
         Args:
             x: tokens [S, C] on the first stage; elsewhere the previous stage's output, this rank's rows [S, D].
             timesteps_B: 1000 * sigma of each sample, fp32.
-            text_BTD: text embeddings, zero behind their true length.
+            text: embeddings, zero behind their true length, or what ``prepare_text`` made of them.
             layout: where each sample lies.
 
         Returns:
@@ -306,18 +349,22 @@ class WanDiT(nn.Module):
         Raises:
             ValueError: inputs that do not belong to the layout, or that are not of the model's widths.
         """
-        self._check_inputs(x, timesteps_B, text_BTD, layout)
+        self._check_inputs(x, timesteps_B, text, layout)
         check_recompute(self.recompute)
         embedding_BD, time_B6D = self.condition_embedder.time(timesteps_B)
-        text_TD = self.condition_embedder.text(text_BTD)
-        text_offsets = tuple(i * text_BTD.shape[1] for i in range(layout.num_samples + 1))
+        texts: Mapping[str, Tensor | tuple[Tensor, Tensor]]
+        if isinstance(text, PreparedText):
+            length, texts = text.length, text.keys_values
+        else:
+            length, texts = text.shape[1], dict.fromkeys(self.blocks, self.condition_embedder.text(text))
+        text_offsets = tuple(i * length for i in range(layout.num_samples + 1))
         held = self.ops.held_rows(layout)
-        table_S1P = rotary_table(self.ops.entered_rows(layout), self.config.head_dim, text_BTD.device)
+        table_S1P = rotary_table(self.ops.entered_rows(layout), self.config.head_dim, x.device)
 
         x_SD = self.patch_embedding(self.ops.shard_tokens(x)) if self.stage.is_first else x
         recompute = self.recompute != "none" and torch.is_grad_enabled()
-        for block in self.blocks.values():
-            args = (x_SD, time_B6D, text_TD, held, table_S1P, text_offsets)
+        for name, block in self.blocks.items():
+            args = (x_SD, time_B6D, texts[name], held, table_S1P, text_offsets)
             if recompute:
                 x_SD = self.ops.checkpoint(block, *args, keep_attention=self.recompute == "all_but_attention")
             else:
@@ -329,15 +376,20 @@ class WanDiT(nn.Module):
         normed = norm_modulate(x_SD, shift, scale, held, self.config.eps)
         return self.ops.gather_tokens(self.proj_out(normed))
 
-    def _check_inputs(self, x: Tensor, timesteps_B: Tensor, text_BTD: Tensor, layout: PackLayout) -> None:
+    def _check_text(self, text_BTD: Tensor) -> None:
+        if text_BTD.shape[2] != self.config.text_dim:
+            raise ValueError(f"got text embeddings of width {text_BTD.shape[2]}; expected {self.config.text_dim}")
+
+    def _check_inputs(self, x: Tensor, timesteps_B: Tensor, text: Tensor | PreparedText, layout: PackLayout) -> None:
         samples, config = layout.num_samples, self.config
-        if timesteps_B.shape[0] != samples or text_BTD.shape[0] != samples:
+        texts = text.samples if isinstance(text, PreparedText) else text.shape[0]
+        if timesteps_B.shape[0] != samples or texts != samples:
             raise ValueError(
-                f"got {timesteps_B.shape[0]} timesteps and {text_BTD.shape[0]} texts; "
+                f"got {timesteps_B.shape[0]} timesteps and {texts} texts; "
                 f"expected one of each for every one of the layout's {samples} samples"
             )
-        if text_BTD.shape[2] != config.text_dim:
-            raise ValueError(f"got text embeddings of width {text_BTD.shape[2]}; expected {config.text_dim}")
+        if isinstance(text, Tensor):
+            self._check_text(text)
         if self.stage.is_first and tuple(x.shape) != (layout.total, config.token_in):
             raise ValueError(
                 f"got tokens of shape {tuple(x.shape)}; expected {(layout.total, config.token_in)}: the layout's rows, "
