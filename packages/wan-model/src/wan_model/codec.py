@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from wan_model.latent_spec import LatentSpec
 from wan_model.model_folder import latent_spec_of, resolve_folder
 from wan_model.text import clean_prompt
+from wan_model.tiled_decode import Tile, TiledDecoder, split_frame
 
 
 @contextlib.contextmanager
@@ -151,6 +152,46 @@ class LatentCodec:
         mean, std = self._statistics(latents_BCFHW)
         raw = (latents_BCFHW * std + mean).to(vae.device, vae.dtype)
         return vae.decode(raw, return_dict=False)[0].float().clamp(-1, 1)
+
+    def decode_frames(
+        self, latents_CFhw: Float[Tensor, "C F h w"], *, tiles: tuple[int, int] = (1, 1)
+    ) -> Iterator[Float[Tensor, "3 t H W"]]:
+        """The frames of one video in their order, RGB in [-1, 1], fp32 on the CPU: the first, then four at a time.
+
+        What lies on the device at once are the activations of four frames and not of the video. Tiles divide these
+        further; all pixels are then in main memory before the first frames come.
+
+        Args:
+            latents_CFhw: normalised.
+            tiles: so many one above the other, and so many side by side; see ``wan_model.tiled_decode``.
+
+        Raises:
+            ValueError: more tiles than the frame can be cut into.
+        """
+        frame = [size * self.spec.spatial_stride for size in latents_CFhw.shape[2:]]
+        places = split_frame(frame[0], frame[1], *tiles, TiledDecoder(self._need("vae")).scale)
+        features = self.decoder_features(latents_CFhw)
+        if len(places) == 1:
+            yield from (pixels.cpu() for pixels in self.decode_tile(features, places[0]))
+            return
+        kept = list(features)
+        lengths = [1, *[self.spec.temporal_stride] * (len(kept) - 1)]
+        video = [torch.empty(3, length, *frame) for length in lengths]
+        for place in places:
+            for whole, pixels in zip(video, self.decode_tile(kept, place), strict=True):
+                whole[:, :, place.top : place.bottom, place.left : place.right] = pixels
+        yield from video
+
+    def decoder_features(self, latents_CFhw: Float[Tensor, "C F h w"]) -> Iterator[Tensor]:
+        """Of each latent frame what tiles are made from, see ``decode_tile``; latents are normalised."""
+        vae = self._need("vae")
+        mean, std = self._statistics(latents_CFhw)
+        raw = (latents_CFhw[None] * std + mean).to(vae.device, vae.dtype)
+        return TiledDecoder(vae).features(raw)
+
+    def decode_tile(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
+        """One tile's pixels of each latent frame, RGB in [-1, 1], fp32; ``features`` are of ``decoder_features``."""
+        return TiledDecoder(self._need("vae")).pixels(features, tile)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
