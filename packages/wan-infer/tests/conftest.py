@@ -1,3 +1,4 @@
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 if TYPE_CHECKING:
     from wan_infer.sampler import WanSampler
 
+sys.path.insert(0, str(Path(__file__).parent))  # for parallel_probe
 torch.set_num_threads(1)
 jaxtyping.install_import_hook("wan_infer", "beartype.beartype")
 
@@ -32,7 +34,7 @@ def sampler(model_folder: Path) -> "WanSampler":
 
 @pytest.fixture
 def write_checkpoint(model_folder: Path) -> Callable[..., Path]:
-    """Writes one checkpoint as a training run does: ``write_checkpoint(run, step, seed=1, spec="own")``."""
+    """Writes one checkpoint as a training run does; ``average`` is the seed of an average that stands beside it."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
     from wan_model.dit import WanDiT
@@ -40,15 +42,21 @@ def write_checkpoint(model_folder: Path) -> Callable[..., Path]:
     from wan_model.tiny import TINY_CONFIG
     from wan_model.weights import init_weights
 
-    def write(run: Path, step: int, *, seed: int = 1, spec: object = "own") -> Path:
-        path = run / f"iter_{step:07d}"
-        path.mkdir(parents=True)
+    def weights(seed: int) -> dict[str, torch.Tensor]:
         model = WanDiT(TINY_CONFIG)
         init_weights(model, seed=seed)
         torch.nn.init.normal_(model.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
+        return model.state_dict()
+
+    def write(run: Path, step: int, *, seed: int = 1, spec: object = "own", average: int | None = None) -> Path:
+        path = run / f"iter_{step:07d}"
+        path.mkdir(parents=True)
+        state = {**weights(seed), "optimizer.state": torch.ones(3)}
+        if average is not None:
+            state |= {f"ema.{key}": value for key, value in weights(average).items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            save({**model.state_dict(), "optimizer.state": torch.ones(3)}, checkpoint_id=path, no_dist=True)
+            save(state, checkpoint_id=path, no_dist=True)
         spec = latent_spec_of(model_folder).to_dict() if spec == "own" else spec
         config = {"model": {"transformer": TINY_CONFIG.to_diffusers(), "latent_spec": spec}}
         (path / "run_config.yaml").write_text(yaml.safe_dump(config))

@@ -116,6 +116,47 @@ def test_several_videos_and_a_contact_sheet(model_folder: Path, tmp_path: Path) 
     assert {file.name for file in tmp_path.iterdir()} == {"videos", "sheet.png"}
 
 
+def test_a_file_of_prompts_with_settings_of_their_own(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "seed": 5}\n{"prompt": "b", "size": "32*32", "frames": 1, "steps": 1}\n')
+    result = run("--model", model_folder, "--prompts-file", file, *QUICK, "--json", "--output-folder", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    first, second = json.loads(result.stdout)["videos"]
+    assert (first["prompt"], first["seed"], first["steps"], first["height"]) == ("a", 5, 2, 48)
+    assert (second["prompt"], second["seed"], second["steps"], second["height"]) == ("b", 0, 1, 32)
+    assert (Path(first["file"]).suffix, Path(second["file"]).suffix) == (".mp4", ".png")
+    alone = run(
+        *("--model", model_folder, "--prompts", "a", "--base_seed", 5, *QUICK, "--save_file", tmp_path / "a.mp4"),
+        *("--vae-tiles", 2),
+    )
+    assert alone.exit_code == 0, alone.stderr
+    assert np.array_equal(read_video(first["file"])[0], read_video(tmp_path / "a.mp4")[0])
+    assert "not with both" in refused("--model", model_folder, "--prompts", "a", "--prompts-file", file)
+    assert "not with both" in refused("--model", model_folder)
+    assert "give one size, frame count and seed" in refused(
+        "--model", model_folder, "--prompts-file", file, "--base_seed", 1, 2
+    )
+
+
+def test_an_average_of_weights_is_sampled_on_request(
+    model_folder: Path, write_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "run", 10, seed=1, average=2)
+    write_checkpoint(tmp_path / "other", 10, seed=2)
+    shared = ("--model", model_folder, "--prompts", "a", "--json", *QUICK)
+    videos = []
+    for name, given in (("run", ["--ema"]), ("run", []), ("other", [])):
+        path = tmp_path / f"{len(videos)}.mp4"
+        result = run("--checkpoint_dir", tmp_path / name, *given, "--save_file", path, *shared)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["videos"][0]["ema"] == bool(given)
+        videos.append(read_video(path)[0])
+    assert np.array_equal(videos[0], videos[2])
+    assert not np.array_equal(videos[0], videos[1])
+    assert "holds no average of the weights" in refused("--checkpoint_dir", tmp_path / "other", "--ema", *shared)
+    assert "--ema needs --checkpoint-dir" in refused("--ema", *shared)
+
+
 def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tmp_path: Path) -> None:
     common = ("--model", model_folder, *QUICK, "--json", "--output-folder")
     both = json.loads(run(*common, tmp_path / "both", "--prompts", "a", "b").stdout)
@@ -145,6 +186,11 @@ def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tm
         (["--prompts", "a", "b"], r"--save-file takes one video and 2 were asked for"),
         (["--device", "cuda:77"], r"the device cuda:77 was asked for"),
         (["--sample_steps", "0"], r"0 sampling steps"),
+        (["--cfg-parallel"], r"two halves of the processes and there are 1; start an even number"),
+        (["--cfg-parallel", "--nproc-per-node", "2", "--sample_guide_scale", "1"], r"leaves no second branch"),
+        (["--shard-weights"], r"spread over several processes and there is one; add --nproc-per-node N"),
+        (["--lora", "{tmp}/none"], r"no LoRA at .*none"),
+        (["--vae-tiles", "97"], r"cannot be cut into 1\*97 tiles"),
     ],
 )
 def test_what_stands_in_the_way_is_one_sentence(
@@ -164,7 +210,7 @@ def test_what_stands_in_the_way_is_one_sentence(
 def test_a_foreign_latent_space_is_named(
     model_folder: Path, write_checkpoint: Callable[..., Path], sampler: object, tmp_path: Path
 ) -> None:
-    spec = {**sampler.codec.spec.to_dict(), "model_id": "vae-other"}  # type: ignore[attr-defined]
+    spec = {**sampler.spec.to_dict(), "model_id": "vae-other"}  # type: ignore[attr-defined]
     write_checkpoint(tmp_path / "run", 10, spec=spec)
     said = refused(
         *("--model", model_folder, "--checkpoint_dir", tmp_path / "run", "--prompts", "a", *QUICK),

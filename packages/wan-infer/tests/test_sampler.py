@@ -70,13 +70,13 @@ def test_negative_prompt_matters_only_with_guidance(sampler: WanSampler) -> None
 
 def test_each_text_is_embedded_once(sampler: WanSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     embedded: list[str] = []
-    encode = sampler.codec.encode_text
+    encode = sampler.text_codec.encode_text
 
     def recording(prompts: list[str]) -> list[torch.Tensor]:
         embedded.extend(prompts)
         return encode(prompts)
 
-    monkeypatch.setattr(sampler.codec, "encode_text", recording)
+    monkeypatch.setattr(sampler.text_codec, "encode_text", recording)
     settings = Settings(steps=1, negative_prompt="unseen, negative")
     sampler.sample_latents(["unseen one", "unseen one"], settings=settings, **SMALL)
     sampler.sample_latents(["unseen one"], settings=settings, **SMALL)
@@ -90,7 +90,7 @@ def test_training_checkpoint_is_sampled(
     write_checkpoint(tmp_path, 20, seed=2)
     newest = WanSampler.from_training_checkpoint(tmp_path, model_folder, device="cpu")
     older = WanSampler.from_training_checkpoint(tmp_path, model_folder, step=10, device="cpu")
-    assert (newest.transformer.step, older.transformer.step) == (20, 10)
+    assert (newest.source.step, older.source.step) == (20, 10)
     results = [own.sample_latents(["a"], settings=FAST, **SMALL) for own in (newest, older, sampler)]
     assert not torch.allclose(results[0], results[1], atol=1e-2)
     assert not torch.allclose(results[0], results[2], atol=1e-2)
@@ -99,7 +99,7 @@ def test_training_checkpoint_is_sampled(
 def test_another_latent_space_is_refused(
     model_folder: Path, sampler: WanSampler, write_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    spec = {**sampler.codec.spec.to_dict(), "model_id": "vae-other-text-other"}
+    spec = {**sampler.spec.to_dict(), "model_id": "vae-other-text-other"}
     write_checkpoint(tmp_path, 10, spec=spec)
     with pytest.raises(ValueError, match=r"different latent spaces: model_id \(vae-other-text-other against vae-"):
         WanSampler.from_training_checkpoint(tmp_path, model_folder, device="cpu")
@@ -108,7 +108,7 @@ def test_another_latent_space_is_refused(
 def test_prompts_are_cut_where_training_cut_them(
     model_folder: Path, sampler: WanSampler, write_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    write_checkpoint(tmp_path, 10, spec={**sampler.codec.spec.to_dict(), "text_length": 8})
+    write_checkpoint(tmp_path, 10, spec={**sampler.spec.to_dict(), "text_length": 8})
     own = WanSampler.from_training_checkpoint(tmp_path, model_folder, device="cpu")
     assert own.embed(["one two three four five six seven eight nine ten"])[0].shape == (8, 32)
 

@@ -17,7 +17,9 @@ def test_a_straight_path_ends_at_the_data(name: SolverName, steps: int, shift: f
     sample, solver = noise, Solver(name, steps, shift, CPU)
     for index in range(steps):
         sample = solver.step(index, noise - clean, sample)
-    torch.testing.assert_close(sample, clean, atol=1e-5, rtol=0)
+    # diffusers' DPM++ takes the noise for what it is at u = 0.999.
+    tolerance = 1.01e-3 * float((noise - clean).abs().max()) if name == "dpm++" else 1e-5
+    torch.testing.assert_close(sample, clean, atol=tolerance, rtol=0)
 
 
 def test_timesteps_are_the_shifted_ones() -> None:
@@ -38,3 +40,4 @@ def test_order_of_convergence() -> None:
     assert walk("euler", 40) < 0.6 * walk("euler", 20)
     # First order with a corrector leaves 0.0076 here, second order 0.0009.
     assert walk("unipc", 10) < 0.002 < walk("euler", 10)
+    assert walk("dpm++", 10) < 0.5 * walk("euler", 10)

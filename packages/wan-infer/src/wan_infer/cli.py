@@ -1,32 +1,41 @@
 """The command ``wan-infer``. Imports no torch until there is something to sample, so that ``--help`` is immediate."""
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from wan_infer import __version__
-from wan_infer.flags import SeveralValues, flag
+from wan_infer.flags import ARGUMENTS, SeveralValues, flag
+from wan_infer.launch import follow_launcher, is_child, launch, report_failure
+from wan_infer.prompt_file import Shot, read_prompt_file
 from wan_infer.requests import (
     NEGATIVE_PROMPT,
     SOLVERS,
     TASK_SIZES,
     Settings,
-    SolverName,
+    check_processes,
     check_task,
     pair_requests,
 )
 
 
 @click.command(cls=SeveralValues, context_settings={"show_default": True, "max_content_width": 110})
-@flag("prompts", multiple=True, required=True, help="What the video shows; several make several videos.")
+@flag("prompts", multiple=True, help="What the video shows; several make several videos.")
+@flag("prompts-file", type=click.Path(path_type=Path),
+      help=".txt: a prompt a line; .jsonl: an object a line, with settings of its own.")  # fmt: skip
 @flag("model", help="Folder in diffusers' layout, or hub id: text encoder, autoencoder, and, without --checkpoint-dir, "
       "the transformer.")  # fmt: skip
 @flag("revision", help="The hub id's revision.")
 @flag("checkpoint-dir", help="Checkpoint folder of a training run to take the transformer from.")
 @flag("checkpoint-step", type=int, help="Which checkpoint of it.  [default: the newest complete one]")
+@flag("ema", is_flag=True, help="The average of its weights instead of the weights.")
+@flag("lora", type=click.Path(), help="A LoRA in diffusers' format to merge into the transformer.")
+@flag("lora-scale", type=float, default=1.0, help="How much of it.")
 @flag("t5-checkpoint-dir", help="Another model to take text_encoder and tokenizer from.")
 @flag("vae-checkpoint-dir", help="Another model to take vae from.")
 @flag("task", type=click.Choice(list(TASK_SIZES)), help="Insist on this released model's shape and sizes.")
@@ -44,6 +53,13 @@ from wan_infer.requests import (
       help="Precision of transformer and text encoder; auto is bfloat16 on CUDA.")  # fmt: skip
 @flag("t5-cpu", is_flag=True, help="Embed prompts on the CPU.")
 @flag("offload-model", type=bool, default=False, help="Have each part on the device only while it works (true/false).")
+@flag("vae-tiles", type=click.IntRange(1), default=1,
+      help="Decode every frame in so many tiles, for less memory; no seam.")  # fmt: skip
+@flag("nproc-per-node", type=click.IntRange(1), default=1,
+      help="Processes, each with its device. They share the tokens of a video and the tiles of its frames. "
+      "Under torchrun leave it out.")  # fmt: skip
+@flag("cfg-parallel", is_flag=True, help="One half of the processes answers the prompt, the other the negative prompt.")
+@flag("shard-weights", is_flag=True, help="Spread the transformer's weights over the processes.")
 @flag("save-file", type=click.Path(path_type=Path), help="Where to write, for one video.")
 @flag("output-folder", type=click.Path(path_type=Path), default="videos",
       help="Where to write several; names come from place and digest, never from a prompt.")  # fmt: skip
@@ -51,34 +67,8 @@ from wan_infer.requests import (
 @flag("no-metadata", is_flag=True, help="Keep prompt, seed, settings and versions out of the files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.version_option(__version__, prog_name="wan-infer")
-def main(
-    prompts: tuple[str, ...],
-    model: str | None,
-    revision: str | None,
-    checkpoint_dir: str | None,
-    checkpoint_step: int | None,
-    t5_checkpoint_dir: str | None,
-    vae_checkpoint_dir: str | None,
-    task: str | None,
-    sizes: tuple[str, ...],
-    frame_nums: tuple[int, ...],
-    base_seed: tuple[int, ...],
-    negative_prompt: str,
-    sample_solver: SolverName,
-    sample_steps: int,
-    sample_shift: float,
-    sample_guide_scale: float,
-    fps: int,
-    device: str,
-    dtype: str,
-    t5_cpu: bool,
-    offload_model: bool,
-    save_file: Path | None,
-    output_folder: Path,
-    contact_sheet: Path | None,
-    no_metadata: bool,
-    as_json: bool,
-) -> None:
+@click.pass_context
+def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given: Any) -> None:
     """Sample Wan 2.1 text-to-video: from released weights, or from a training checkpoint.
 
     \b
@@ -87,49 +77,128 @@ def main(
 
     Each flag is understood with hyphens and with underscores.
     """
+    if is_child():
+        follow_launcher()
     try:
-        requests = pair_requests(prompts, sizes, frame_nums, base_seed)
-        settings = Settings(sample_steps, sample_shift, sample_guide_scale, sample_solver, negative_prompt)
-        if task is not None:
-            check_task(task, requests)
-        if checkpoint_step is not None and checkpoint_dir is None:
-            raise ValueError("--checkpoint-step needs --checkpoint-dir, the run's checkpoint folder")
-        if checkpoint_dir is None and model is None:
-            raise ValueError(
-                "there is no transformer to sample: give --model (a folder in diffusers' layout, or a hub id such as "
-                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers), or --checkpoint-dir of a training run"
-            )
-        if model is None and (t5_checkpoint_dir is None or vae_checkpoint_dir is None):
-            raise ValueError(
-                "a training checkpoint holds the transformer only: give --model for the text encoder and the "
-                "autoencoder, or both --t5-checkpoint-dir and --vae-checkpoint-dir"
-            )
-
-        from wan_infer.run import Job, check_outputs, run
-
-        job = Job(
-            requests=requests,
-            settings=settings,
-            fps=fps,
-            save_file=save_file,
-            output_folder=output_folder,
-            contact_sheet=contact_sheet,
-            metadata=not no_metadata,
-        )
-        check_outputs(job)
-        sources = {
-            "model": model,
-            "revision": revision,
-            "checkpoint_dir": checkpoint_dir,
-            "checkpoint_step": checkpoint_step,
-            "text_model": t5_checkpoint_dir,
-            "vae_model": vae_checkpoint_dir,
-        }
-        placement = {"device": device, "dtype": dtype, "t5_cpu": t5_cpu, "offload": offload_model}
-        report = run(job, sources, placement, task, sys.stderr)
+        shots = _shots(given)
+        _check(given, shots, nproc_per_node)
+        if nproc_per_node > 1 and not is_child():
+            sys.exit(launch(context.meta[ARGUMENTS], nproc_per_node))
+        report = _run(given, shots)
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
-    _show(report, as_json=as_json)
+        _fail(str(error))
+    except Exception as error:
+        if not is_child():
+            raise
+        # What is told to the launcher is shown once, and not in the midst of what others say.
+        _fail("\n" + traceback.format_exc().rstrip(), lost_peer=_follows_from_another(error))
+    if report is not None:
+        _show(report, as_json=as_json)
+
+
+def _fail(text: str, *, lost_peer: bool = False) -> NoReturn:
+    if not is_child():
+        raise click.ClickException(text)
+    report_failure(text, lost_peer=lost_peer)
+    # Not by the interpreter's end, which may wait for the other processes.
+    os._exit(1)
+
+
+def _follows_from_another(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    distributed = torch is not None and isinstance(error, torch.distributed.DistError)
+    # gloo's errors are plain ones, which begin with the place in its source.
+    return distributed or "gloo/" in str(error) or "NCCL" in str(error)
+
+
+def _shots(given: dict[str, Any]) -> list[Shot]:
+    """What is asked for, of prompts or of a file."""
+    file: Path | None = given["prompts_file"]
+    if bool(given["prompts"]) == (file is not None):
+        raise ValueError("say what the videos show with --prompts, or with --prompts-file, and not with both")
+    settings = Settings(
+        given["sample_steps"],
+        given["sample_shift"],
+        given["sample_guide_scale"],
+        given["sample_solver"],
+        given["negative_prompt"],
+    )
+    # Of a file's lines that do not say it; they may differ in what they say, so one value holds for all.
+    prompts = given["prompts"] or [""]
+    requests = pair_requests(prompts, given["sizes"], given["frame_nums"], given["base_seed"])
+    if file is None:
+        shots = [Shot(request, settings) for request in requests]
+    elif len(requests) > 1:
+        raise ValueError("with --prompts-file give one size, frame count and seed; its lines may have their own")
+    else:
+        shots = read_prompt_file(file, requests[0], settings)
+    if given["task"] is not None:
+        check_task(given["task"], [shot.request for shot in shots])
+    return shots
+
+
+def _check(given: dict[str, Any], shots: list[Shot], nproc_per_node: int) -> None:
+    """What can be seen before anything is loaded."""
+    model, checkpoint = given["model"], given["checkpoint_dir"]
+    for name in ("checkpoint_step", "ema"):
+        if given[name] not in (None, False) and checkpoint is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --checkpoint-dir, the run's checkpoint folder")
+    if checkpoint is None and model is None:
+        raise ValueError(
+            "there is no transformer to sample: give --model (a folder in diffusers' layout, or a hub id such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers), or --checkpoint-dir of a training run"
+        )
+    if model is None and (given["t5_checkpoint_dir"] is None or given["vae_checkpoint_dir"] is None):
+        raise ValueError(
+            "a training checkpoint holds the transformer only: give --model for the text encoder and the "
+            "autoencoder, or both --t5-checkpoint-dir and --vae-checkpoint-dir"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if nproc_per_node > 1 and started > 1 and not is_child():
+        raise ValueError("--nproc-per-node is given under torchrun, which has started the processes")
+    processes = max(nproc_per_node, started)
+    check_processes(processes, cfg_parallel=given["cfg_parallel"], shard_weights=given["shard_weights"])
+    if given["cfg_parallel"] and any(shot.settings.guidance == 1 for shot in shots):
+        raise ValueError("the guidance scale is 1, which leaves no second branch; leave --cfg-parallel out")
+
+
+def _run(given: dict[str, Any], shots: list[Shot]) -> dict[str, Any] | None:
+    """The report, from the first process alone."""
+    from wan_infer.run import Job, Means, Sources, check_outputs, run
+
+    job = Job(
+        shots=shots,
+        fps=given["fps"],
+        save_file=given["save_file"],
+        output_folder=given["output_folder"],
+        contact_sheet=given["contact_sheet"],
+        metadata=not given["no_metadata"],
+    )
+    check_outputs(job)
+    sources = Sources(
+        model=given["model"],
+        revision=given["revision"],
+        checkpoint_dir=given["checkpoint_dir"],
+        checkpoint_step=given["checkpoint_step"],
+        ema=given["ema"],
+        text_model=given["t5_checkpoint_dir"],
+        vae_model=given["vae_checkpoint_dir"],
+        lora=given["lora"],
+        lora_scale=given["lora_scale"],
+    )
+    means = Means(
+        device=given["device"],
+        dtype=given["dtype"],
+        t5_cpu=given["t5_cpu"],
+        offload=given["offload_model"],
+        cfg_parallel=given["cfg_parallel"],
+        shard_weights=given["shard_weights"],
+        tiles=given["vae_tiles"],
+    )
+    first = os.environ.get("RANK", "0") == "0"
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        report = run(job, sources, means, given["task"], sys.stderr if first else nowhere)
+    return report if first else None
 
 
 def _show(report: dict[str, Any], *, as_json: bool) -> None:
@@ -141,4 +210,7 @@ def _show(report: dict[str, Any], *, as_json: bool) -> None:
     seconds = report["seconds"]
     spent = ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in ("load", "text", "denoise", "decode", "write"))
     count = len(report["videos"])
-    click.echo(f"{count} video{'s' if count > 1 else ''} in {seconds['total']:.1f} s ({spent})")
+    memory = report["peak_memory_bytes"] / 2**30
+    click.echo(
+        f"{count} video{'s' if count > 1 else ''} in {seconds['total']:.1f} s ({spent}), {memory:.2f} GiB at most"
+    )

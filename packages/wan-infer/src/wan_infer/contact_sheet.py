@@ -20,9 +20,13 @@ _GAP = 4
 _LARGEST = 320
 
 
+def chosen_frames(count: int, most: int = 12) -> list[int]:
+    """Which of so many frames a sheet shows: the first and the last, and evenly between."""
+    return [int(index) for index in np.linspace(0, count - 1, min(most, count)).round()]
+
+
 def _tiles(frames: AnyFrames, most: int) -> list[Image.Image]:
-    # The first and the last frame, and evenly between.
-    chosen = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
+    chosen = chosen_frames(len(frames), most)
     scale = min(1.0, _LARGEST / max(frames.shape[1:3]))
     size = (max(1, round(frames.shape[2] * scale)), max(1, round(frames.shape[1] * scale)))
     return [Image.fromarray(frames[index]).resize(size, Image.Resampling.LANCZOS) for index in chosen]

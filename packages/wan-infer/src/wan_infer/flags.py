@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+ARGUMENTS = "wan_infer.arguments"
 # Flags that take several values behind one name, as argparse's nargs="+" does in the tutorial's command.
 SEVERAL = ("--prompts", "--sizes", "--frame_nums", "--frame-nums", "--base_seed", "--base-seed")
 
@@ -35,8 +36,9 @@ def repeat_flags(arguments: Sequence[str], several: Sequence[str] = SEVERAL) -> 
 
 
 class SeveralValues(click.Command):
-    """A command whose flags of ``SEVERAL`` take one value or more."""
+    """A command whose flags of ``SEVERAL`` take one value or more; the words as given are in ``meta[ARGUMENTS]``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See ``repeat_flags``."""
+        ctx.meta[ARGUMENTS] = list(args)
         return super().parse_args(ctx, repeat_flags(args))

@@ -1,11 +1,12 @@
 """Where results go: names that owe nothing to the prompt, and files that appear whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def output_name(index: int, record: Mapping[str, Any], frames: int) -> str:
@@ -57,12 +58,23 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         ValueError: the system refuses (a full disk, say), with its reason; nothing is left behind.
     """
+    with written_aside(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which gets its name when the block ends well; see ``write_whole``.
+
+    Raises:
+        ValueError: see ``write_whole``.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import torch
@@ -37,6 +38,8 @@ class Placement:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and (own := os.environ.get("LOCAL_RANK")):
+            device = f"cuda:{own}"  # each process of a machine has a device of its own
         try:
             chosen = torch.device(device)
         except RuntimeError:

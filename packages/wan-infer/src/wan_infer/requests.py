@@ -26,7 +26,7 @@ NEGATIVE_PROMPT = (
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
 
-SolverName = Literal["unipc", "euler"]
+SolverName = Literal["unipc", "dpm++", "euler"]
 SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
 
 
@@ -65,7 +65,7 @@ class Settings:
         steps: evaluations of the model along the way from noise to video.
         shift: s in sigma <- s * sigma / (1 + (s - 1) * sigma).
         guidance: g in u + g * (c - u); at 1 only the prompt's own branch c is run.
-        solver: ``unipc`` (second order) or ``euler`` (first order).
+        solver: ``unipc`` or ``dpm++`` (both second order), or ``euler`` (first order).
         negative_prompt: what u is conditioned on.
     """
 
@@ -83,7 +83,7 @@ class Settings:
         if not (math.isfinite(self.guidance) and self.guidance >= 1):
             raise ValueError(f"the guidance scale is {self.guidance}; it must be 1 (none) or more")
         if self.solver not in SOLVERS:
-            raise ValueError(f"there is no solver {self.solver!r}; expected {' or '.join(SOLVERS)}")
+            raise ValueError(f"there is no solver {self.solver!r}; expected {', '.join(SOLVERS)}")
 
 
 def check_frames(frames: int) -> None:
@@ -152,3 +152,18 @@ def pair_requests(
         )
         for i in range(count)
     ]
+
+
+def check_processes(count: int, *, cfg_parallel: bool, shard_weights: bool) -> None:
+    """Refuse what so many processes cannot share.
+
+    Raises:
+        ValueError: saying how many there should be.
+    """
+    if cfg_parallel and count % 2:
+        raise ValueError(
+            f"guidance is split over two halves of the processes and there are {count}; "
+            "start an even number (--nproc-per-node 2), or leave --cfg-parallel out"
+        )
+    if shard_weights and count == 1:
+        raise ValueError("weights are spread over several processes and there is one; add --nproc-per-node N")

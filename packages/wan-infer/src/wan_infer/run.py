@@ -3,17 +3,22 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
 
 import wan_model
 from wan_infer import __version__
 from wan_infer.output_names import check_save_file, check_writable, ending, output_name
 from wan_infer.progress import Progress
-from wan_infer.requests import Settings, VideoRequest
+from wan_infer.prompt_file import Shot
+
+if TYPE_CHECKING:
+    from wan_infer.sampler import WanSampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +26,7 @@ class Job:
     """What one call makes.
 
     Attributes:
-        requests: the videos.
-        settings: how they are sampled.
+        shots: the videos.
         fps: frames a second of the files.
         save_file: where the only video goes; None for names of our own in ``output_folder``.
         output_folder: made if absent.
@@ -30,13 +34,40 @@ class Job:
         metadata: whether files say how they were made.
     """
 
-    requests: Sequence[VideoRequest]
-    settings: Settings
+    shots: Sequence[Shot]
     fps: int
     save_file: Path | None
     output_folder: Path
     contact_sheet: Path | None
     metadata: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where everything comes from; see ``sources`` and ``WanSampler``."""
+
+    model: str | None = None
+    revision: str | None = None
+    checkpoint_dir: str | None = None
+    checkpoint_step: int | None = None
+    ema: bool = False
+    text_model: str | None = None
+    vae_model: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Means:
+    """By what it is made: devices, precision, processes; see ``placement``, ``sharing`` and ``decode``."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    t5_cpu: bool = False
+    offload: bool = False
+    cfg_parallel: bool = False
+    shard_weights: bool = False
+    tiles: int = 1
 
 
 def check_outputs(job: Job) -> None:
@@ -46,14 +77,14 @@ def check_outputs(job: Job) -> None:
         ValueError: one file for several videos, a wrong ending, or a place that cannot be written to.
     """
     if job.save_file is not None:
-        if len(job.requests) > 1:
+        if len(job.shots) > 1:
             raise ValueError(
-                f"--save-file takes one video and {len(job.requests)} were asked for; use --output-folder for several"
+                f"--save-file takes one video and {len(job.shots)} were asked for; use --output-folder for several"
             )
-        check_save_file(job.save_file, job.requests[0].frames)
+        check_save_file(job.save_file, job.shots[0].request.frames)
         check_writable(job.save_file)
     else:
-        check_writable(job.output_folder / f"0000{ending(job.requests[0].frames)}")
+        check_writable(job.output_folder / f"0000{ending(job.shots[0].request.frames)}")
     if job.contact_sheet is not None:
         if job.contact_sheet.suffix.lower() != ".png":
             raise ValueError(f"cannot save the contact sheet to {job.contact_sheet}: its name must end in .png")
@@ -82,31 +113,45 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _load(sources: Mapping[str, Any], placement: Mapping[str, Any]) -> Any:
+def _make_sampler(sources: Sources, means: Means) -> "WanSampler":
+    from wan_infer.placement import Placement
     from wan_infer.sampler import WanSampler
+    from wan_infer.sharing import Sharing
 
-    shared = {name: sources[name] for name in ("revision", "text_model", "vae_model")} | dict(placement)
-    if sources["checkpoint_dir"] is None:
-        return WanSampler.from_pretrained(sources["model"], **shared)
-    return WanSampler.from_training_checkpoint(
-        sources["checkpoint_dir"], sources["model"], step=sources["checkpoint_step"], **shared
-    )
+    shared: dict[str, Any] = {
+        "device": means.device,
+        "dtype": means.dtype,
+        "t5_cpu": means.t5_cpu,
+        "offload": means.offload,
+        "revision": sources.revision,
+        "text_model": sources.text_model,
+        "vae_model": sources.vae_model,
+        "lora": None if sources.lora is None else (sources.lora, sources.lora_scale),
+        "tiles": means.tiles,
+        "sharing": Sharing.join(
+            Placement.choose(means.device).device, cfg_parallel=means.cfg_parallel, shard_weights=means.shard_weights
+        ),
+    }
+    if sources.checkpoint_dir is not None:
+        return WanSampler.from_training_checkpoint(
+            sources.checkpoint_dir, sources.model, step=sources.checkpoint_step, ema=sources.ema, **shared
+        )
+    assert sources.model is not None, "checked by the command"
+    return WanSampler.from_pretrained(sources.model, **shared)
 
 
-def run(
-    job: Job, sources: Mapping[str, Any], placement: Mapping[str, Any], task: str | None, log: TextIO
-) -> dict[str, Any]:
-    """Make the videos.
+def run(job: Job, sources: Sources, means: Means, task: str | None, log: TextIO) -> dict[str, Any]:
+    """Make the videos; under several processes each makes this call, and the first writes the files.
 
     Args:
         job: what.
-        sources: model, revision, checkpoint_dir, checkpoint_step, text_model, vae_model.
-        placement: device, dtype, t5_cpu, offload; see ``placement.Placement.choose``.
+        sources: of what.
+        means: by what.
         task: a released model that the transformer must be, or None.
         log: where progress goes.
 
     Returns:
-        JSON values: the videos with their files and records, where the model came from, seconds by stage.
+        JSON values: the videos with their files and records, where the model came from, seconds by stage, peak memory.
 
     Raises:
         ValueError: anything that stands in the way, as one sentence.
@@ -114,60 +159,104 @@ def run(
     stages, progress, start = _Stages(), Progress(log), time.monotonic()
     progress.say("loading the model")
     with stages.timed("load"):
-        from wan_infer.contact_sheet import save_contact_sheet
+        from wan_infer.memory import peak_memory
         from wan_infer.sources import check_task
-        from wan_infer.video_file import save_video, to_frames
 
-        sampler = _load(sources, placement)
+        sampler = _make_sampler(sources, means)
+        source = sampler.source
         if task is not None:
-            check_task(task, sampler.model.config, sampler.transformer.origin)
-    transformer, spec, settings = sampler.transformer, sampler.codec.spec, job.settings
-    step = f", step {transformer.step}" if transformer.step is not None else ""
-    progress.say(f"loaded {transformer.origin}{step} on {sampler.placement.device} in {stages.seconds['load']:.1f} s")
-    for request in job.requests:
-        spec.latent_shape(request.frames, request.height, request.width)
+            check_task(task, source.config, source.origin)
+    for shot in job.shots:
+        sampler.spec.latent_shape(shot.request.frames, shot.request.height, shot.request.width)
     with stages.timed("text"):
-        negative = [settings.negative_prompt] if settings.guidance != 1 else []
-        sampler.embed([*(request.prompt for request in job.requests), *negative])
+        negatives = [shot.settings.negative_prompt for shot in job.shots if shot.settings.guidance != 1]
+        sampler.embed([*(shot.request.prompt for shot in job.shots), *negatives])
+        # Its memory is the transformer's now.
+        sampler.release_text()
+    with stages.timed("load"):
+        device = sampler.model.patch_embedding.weight.device
+        sampler.codec  # noqa: B018  what is damaged is to be found before hours of work
+    step = f", step {source.step}" if source.step is not None else ""
+    progress.say(f"loaded {source.origin}{step} on {device} in {stages.seconds['load']:.1f} s")
 
-    made, videos = [], []
-    for index, request in enumerate(job.requests):
-        # All that defines the video, and with it the file's name.
-        record = {
-            **dataclasses.asdict(request),
-            **dataclasses.asdict(settings),
-            "fps": job.fps,
-            "dtype": str(sampler.placement.dtype).removeprefix("torch."),
-            "transformer": transformer.origin,
-            "checkpoint_step": transformer.step,
-            "latent_space": spec.fingerprint,
-        }
-        path = job.save_file or job.output_folder / output_name(index, record, request.frames)
-        progress.start(f"video {index + 1}/{len(job.requests)}")
-        with stages.timed("denoise"):
-            latents = sampler.sample_latents(
-                [request.prompt],
-                width=request.width,
-                height=request.height,
-                frames=request.frames,
-                seed=request.seed,
-                settings=settings,
-                on_step=progress.step,
-            )
-        with stages.timed("decode"):
-            video = sampler.decode(latents)[0]
-        with stages.timed("write"):
-            metadata = {**record, "versions": _versions()} if job.metadata else None
-            save_video(video, path, fps=job.fps, metadata=metadata)
-        if job.contact_sheet is not None:
-            videos.append(to_frames(video))
-        made.append({"file": str(path), **record})
-    if job.contact_sheet is not None:
-        save_contact_sheet(videos, job.contact_sheet)
+    made = [_make(sampler, job, index, stages, progress) for index in range(len(job.shots))]
+    if job.contact_sheet is not None and sampler.sharing.rank == 0:
+        from wan_infer.contact_sheet import save_contact_sheet
+
+        save_contact_sheet([np.stack(video.shown) for video in made], job.contact_sheet)
+    peak = sampler.sharing.largest(peak_memory(sampler.placement.device))
+    sampler.sharing.leave()
     return {
-        "videos": made,
+        "videos": [{"file": str(video.path), **video.record} for video in made],
         "contact_sheet": str(job.contact_sheet) if job.contact_sheet else None,
         "device": str(sampler.placement.device),
+        "processes": sampler.sharing.ranks,
         "versions": _versions(),
         "seconds": {**stages.seconds, "total": time.monotonic() - start},
+        "peak_memory_bytes": peak,
     }
+
+
+@dataclasses.dataclass
+class _Made:
+    """A video that was made, and its frames for the contact sheet."""
+
+    path: Path
+    record: dict[str, Any]
+    shown: list["np.ndarray"]
+
+
+def _make(sampler: "WanSampler", job: Job, index: int, stages: _Stages, progress: Progress) -> _Made:
+    from wan_infer.contact_sheet import chosen_frames
+    from wan_infer.video_file import to_frames, write_video
+
+    request, settings = job.shots[index].request, job.shots[index].settings
+    # All that defines the video, and with it the file's name.
+    record = {
+        **dataclasses.asdict(request),
+        **dataclasses.asdict(settings),
+        "fps": job.fps,
+        "dtype": str(sampler.placement.dtype).removeprefix("torch."),
+        "transformer": sampler.source.origin,
+        "checkpoint_step": sampler.source.step,
+        "ema": sampler.source.ema,
+        "lora": sampler.lora_record,
+        "latent_space": sampler.spec.fingerprint,
+    }
+    path = job.save_file or job.output_folder / output_name(index, record, request.frames)
+    progress.start(f"video {index + 1}/{len(job.shots)}")
+    with stages.timed("denoise"):
+        (latents,) = sampler.sample_latents(
+            [request.prompt],
+            width=request.width,
+            height=request.height,
+            frames=request.frames,
+            seed=request.seed,
+            settings=settings,
+            on_step=progress.step,
+        )
+    made = _Made(path, record, [])
+    wanted = set(chosen_frames(request.frames)) if job.contact_sheet is not None else set()
+
+    def pieces() -> Iterator[Any]:
+        done = 0
+        decoded = sampler.decode_frames(latents)
+        while True:
+            with stages.timed("decode"):
+                piece = next(decoded, None)
+            if piece is None:
+                return
+            frames = to_frames(piece)
+            made.shown.extend(frame for place, frame in enumerate(frames, start=done) if place in wanted)
+            done += len(frames)
+            yield frames
+
+    if sampler.sharing.rank == 0:
+        metadata = {**record, "versions": _versions()} if job.metadata else None
+        before, begun = stages.seconds["decode"], time.monotonic()
+        write_video(pieces(), request.frames, path, fps=job.fps, metadata=metadata)
+        stages.seconds["write"] += time.monotonic() - begun - (stages.seconds["decode"] - before)
+    else:
+        for _ in sampler.decode_frames(latents):
+            pass
+    return made

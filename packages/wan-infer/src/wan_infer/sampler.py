@@ -1,19 +1,27 @@
 """The sampler: prompts in, videos out.
 
-Shapes: B videos, T frames, H rows, W columns (pixels); C latent channels, F latent frames, h rows, w columns.
+Shapes: B videos, T frames, H rows, W columns (pixels); C latent channels, F latent frames, h rows, w columns; t frames
+that come at once.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wan_infer.decode import decode_frames
 from wan_infer.denoise import OnStep, denoise, draw_noise
+from wan_infer.lora import read_lora
 from wan_infer.placement import Placement, at_work
 from wan_infer.requests import NEGATIVE_PROMPT, Settings, SolverName, check_frames, check_size
-from wan_infer.sources import ModelName, Transformer, load_codec, transformer_of_checkpoint, transformer_of_model
+from wan_infer.sharing import Sharing
+from wan_infer.sources import CodecSource, ModelName, TransformerSource, look_at_codec
 from wan_model.codec import LatentCodec
+from wan_model.dit import WanDiT
 
 
 class WanSampler:
@@ -25,19 +33,43 @@ class WanSampler:
         video = sampler.sample(["a rabbit in a meadow"], width=832, height=480, frames=81, seed=42)[0]
         save_video(video, "rabbit.mp4")
 
+    Each part is read when it is needed first. Under torchrun every process makes the same calls and gets the same
+    results.
+
     Args:
-        transformer: see ``sources``.
-        codec: with both halves, on the CPU.
-        placement: devices and precision; the loaded weights have that precision already.
+        source: of the transformer.
+        codec_source: of text encoder and autoencoder.
+        placement: devices and precision.
+        sharing: this process's part; by default it does all.
+        lora: a file in diffusers' format to merge into the transformer, and its scale.
+        tiles: into which each process cuts frames to decode them; more need less memory.
+
+    Attributes:
+        spec: the latent space of the autoencoder and the text encoder.
+        lora_record: name and scale of the LoRA, or None.
+
+    Raises:
+        ValueError: what is given does not fit together.
     """
 
-    def __init__(self, transformer: Transformer, codec: LatentCodec, placement: Placement) -> None:
-        self.transformer = transformer
-        self.codec = codec
-        self.placement = placement
-        self.model = transformer.model.to(placement.home)
-        codec.vae.to(placement.home)
-        codec.text_encoder.to(placement.text_home)
+    def __init__(
+        self,
+        source: TransformerSource,
+        codec_source: CodecSource,
+        placement: Placement,
+        *,
+        sharing: Sharing | None = None,
+        lora: tuple[ModelName, float] | None = None,
+        tiles: int = 1,
+    ) -> None:
+        if tiles < 1:
+            raise ValueError(f"{tiles} tiles; expected at least 1")
+        self.source, self.codec_source, self.placement = source, codec_source, placement
+        self.sharing = sharing or Sharing()
+        self.spec = look_at_codec(source, codec_source)
+        self.tiles = tiles
+        self._lora = None if lora is None else read_lora(lora[0], source.config, lora[1])
+        self.lora_record = None if lora is None else f"{Path(lora[0]).name} x {lora[1]:g}"
         self._embeddings: dict[str, Tensor] = {}
 
     @classmethod
@@ -52,6 +84,7 @@ class WanSampler:
         revision: str | None = None,
         vae_model: ModelName | None = None,
         text_model: ModelName | None = None,
+        **options: Any,
     ) -> "WanSampler":
         """Released weights: a folder in diffusers' layout, or a hub id.
 
@@ -64,21 +97,14 @@ class WanSampler:
             revision: of hub ids.
             vae_model: another model to take the autoencoder from.
             text_model: another model to take the text encoder and the tokenizer from.
+            options: sharing, lora and tiles, see the class.
 
         Raises:
             ValueError: something is missing, is of another model, or does not fit together.
         """
         placement = Placement.choose(device, dtype, t5_cpu=t5_cpu, offload=offload)
-        transformer = transformer_of_model(model, dtype=placement.dtype, revision=revision)
-        codec = load_codec(
-            model,
-            transformer,
-            vae_model=vae_model,
-            text_model=text_model,
-            text_dtype=placement.dtype,
-            revision=revision,
-        )
-        return cls(transformer, codec, placement)
+        source = TransformerSource.of_model(model, revision=revision)
+        return cls(source, CodecSource(model, vae_model, text_model, revision), placement, **options)
 
     @classmethod
     def from_training_checkpoint(
@@ -87,6 +113,7 @@ class WanSampler:
         model: ModelName | None,
         *,
         step: int | None = None,
+        ema: bool = False,
         device: str = "auto",
         dtype: str = "auto",
         t5_cpu: bool = False,
@@ -94,6 +121,7 @@ class WanSampler:
         revision: str | None = None,
         vae_model: ModelName | None = None,
         text_model: ModelName | None = None,
+        **options: Any,
     ) -> "WanSampler":
         """A transformer from a training run, with the text encoder and the autoencoder of a released model.
 
@@ -101,33 +129,55 @@ class WanSampler:
             checkpoint: the run's checkpoint folder.
             model: where text encoder, tokenizer and autoencoder are; None if the last two arguments say it.
             step: which checkpoint; the newest complete one by default.
-            device, dtype, t5_cpu, offload, revision, vae_model, text_model: as in ``from_pretrained``.
+            ema: the average of its weights instead of the weights.
+            device, dtype, t5_cpu, offload, revision, vae_model, text_model, options: as in ``from_pretrained``.
 
         Raises:
             ValueError: no complete checkpoint, a damaged one, or one that was trained in another latent space.
         """
         placement = Placement.choose(device, dtype, t5_cpu=t5_cpu, offload=offload)
-        transformer = transformer_of_checkpoint(checkpoint, step, dtype=placement.dtype)
-        codec = load_codec(
-            model,
-            transformer,
-            vae_model=vae_model,
-            text_model=text_model,
-            text_dtype=placement.dtype,
-            revision=revision,
-        )
-        return cls(transformer, codec, placement)
+        source = TransformerSource.of_checkpoint(checkpoint, step, ema=ema)
+        return cls(source, CodecSource(model, vae_model, text_model, revision), placement, **options)
+
+    @functools.cached_property
+    def model(self) -> WanDiT:
+        """The transformer."""
+        home = self.placement.home
+        return self.source.load(dtype=self.placement.dtype, device=home, sharing=self.sharing, lora=self._lora)
+
+    @functools.cached_property
+    def codec(self) -> LatentCodec:
+        """The autoencoder's half of the codec."""
+        codec = self.codec_source.load_vae(self.source.text_length)
+        codec.vae.to(self.placement.home)
+        return codec
+
+    @functools.cached_property
+    def text_codec(self) -> LatentCodec:
+        """The text encoder's half; see ``release_text``."""
+        codec = self.codec_source.load_text(self.source.text_length, self.placement.dtype)
+        codec.text_encoder.to(self.placement.text_home)
+        return codec
+
+    def release_text(self) -> None:
+        """Give the text encoder's memory back; it is read again for a prompt that was not embedded before."""
+        self.__dict__.pop("text_codec", None)
+        if self.placement.text_device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def embed(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ D"]]:
         """Embeddings of prompts, fp32 on the CPU; each text is embedded once in the sampler's life.
 
-        One at a time, so that a prompt's embedding does not depend on what stands beside it.
+        One at a time, so that a prompt's embedding does not depend on what stands beside it. Of several processes the
+        first embeds for all.
         """
         place = self.placement
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]:
-            with at_work(self.codec.text_encoder, place.text_device, place.text_home):
-                for prompt in new:
-                    self._embeddings[prompt] = self.codec.encode_text([prompt])[0].cpu()
+            found = None
+            if self.sharing.rank == 0:
+                with at_work(self.text_codec.text_encoder, place.text_device, place.text_home):
+                    found = [self.text_codec.encode_text([prompt])[0].cpu() for prompt in new]
+            self._embeddings.update(zip(new, self.sharing.from_first(found), strict=True))
         return [self._embeddings[prompt] for prompt in prompts]
 
     def sample_latents(
@@ -162,7 +212,7 @@ class WanSampler:
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds; expected one seed a prompt")
         check_frames(frames)
         check_size(width, height)
-        shape = self.codec.spec.latent_shape(frames, height, width)
+        shape = self.spec.latent_shape(frames, height, width)
         if noise is None:
             noise = torch.stack([draw_noise(shape, own) for own in seeds])
         elif tuple(noise.shape) != (len(prompts), *shape):
@@ -172,21 +222,28 @@ class WanSampler:
         with at_work(self.model, self.placement.device, self.placement.home):
             latents = denoise(
                 self.model,
-                noise,
+                noise.to(self.placement.device),
                 texts,
                 negative,
                 settings,
-                text_length=self.codec.spec.text_length,
+                text_length=self.spec.text_length,
+                sharing=self.sharing,
                 on_step=on_step,
             )
         return latents.cpu()
 
-    def decode(self, latents_BCFHW: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 T H W"]:
-        """RGB in [-1, 1], fp32 on the CPU; one video at a time is on the device."""
+    def decode_frames(self, latents_CFhw: Float[Tensor, "C F h w"]) -> Iterator[Float[Tensor, "3 t H W"]]:
+        """One video's frames in their order, RGB in [-1, 1], fp32 on the CPU: the first, then four at a time.
+
+        Of several processes each decodes its part of every frame.
+        """
         place = self.placement
         with at_work(self.codec.vae, place.device, place.home):
-            videos = [self.codec.decode_video(latent[None].to(place.device)).cpu() for latent in latents_BCFHW]
-        return torch.cat(videos)
+            yield from decode_frames(self.codec, latents_CFhw.to(place.device), self.sharing, self.tiles)
+
+    def decode(self, latents_BCFHW: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 T H W"]:
+        """RGB in [-1, 1], fp32 on the CPU; one video at a time is on the device."""
+        return torch.stack([torch.cat(list(self.decode_frames(latent)), dim=1) for latent in latents_BCFHW])
 
     def sample(
         self,

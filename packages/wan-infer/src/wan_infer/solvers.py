@@ -3,10 +3,11 @@
 The solvers work element by element, so they are given tokens [S, C] as they lie in the pack.
 """
 
+import warnings
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from wan_infer.requests import SolverName
@@ -26,6 +27,16 @@ def _scheduler(name: SolverName, shift: float) -> Any:
                 lower_order_final=True,
                 final_sigmas_type="zero",
             )
+        case "dpm++":
+            return DPMSolverMultistepScheduler(
+                num_train_timesteps=1000,
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
+                flow_shift=shift,
+                algorithm_type="dpmsolver++",
+                solver_order=2,
+                final_sigmas_type="zero",
+            )
         case "euler":
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
 
@@ -34,18 +45,21 @@ class Solver:
     """One walk from noise to data; it remembers earlier steps, so each walk needs its own.
 
     Args:
-        name: ``unipc`` or ``euler``.
+        name: ``unipc``, ``dpm++`` or ``euler``.
         steps: how many.
         shift: s in sigma <- s * sigma / (1 + (s - 1) * sigma).
         device: of the tokens.
 
     Attributes:
-        timesteps: 1000 * sigma of each step, fp32 on the CPU (whole numbers with ``unipc``).
+        timesteps: 1000 * sigma of each step, fp32 on the CPU (whole numbers but with ``euler``).
     """
 
     def __init__(self, name: SolverName, steps: int, shift: float, device: torch.device) -> None:
         self._scheduler = _scheduler(name, shift)
-        self._scheduler.set_timesteps(steps, device=device)
+        with warnings.catch_warnings():
+            # diffusers' DPM++ hands a tensor to numpy in a way that is out of date.
+            warnings.filterwarnings("ignore", message="__array__ implementation", category=DeprecationWarning)
+            self._scheduler.set_timesteps(steps, device=device)
         # Said here, or the scheduler would look each timestep up on the device.
         self._scheduler.set_begin_index(0)
         self._own = self._scheduler.timesteps

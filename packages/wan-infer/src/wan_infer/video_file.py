@@ -4,10 +4,11 @@ Shapes: T frames, H rows, W columns.
 """
 
 import io
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from wan_infer.output_names import check_save_file, write_whole
+from wan_infer.output_names import check_save_file, write_whole, written_aside
 
 FPS = 16
 # Visually lossless or nearly so.
@@ -39,25 +40,19 @@ def to_frames(video_3THW: Float[Tensor, "3 T H W"]) -> Frames:
     return rearrange(scaled, "c t h w -> t h w c").contiguous().cpu().numpy()
 
 
-def encode_mp4(frames: Frames, fps: int, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """An mp4 file's content: H.264, 4:2:0, BT.709 limited range and marked as such.
-
-    Args:
-        frames: at least one, with even sides.
-        fps: frames a second.
-        metadata: kept as JSON in the container's comment.
-    """
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
+def _encode_mp4(file: IO[bytes], pieces: Iterable[Frames], fps: int, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write an mp4's content as frames come: H.264, 4:2:0, BT.709 limited range and marked as such."""
+    with av.open(file, "w", format="mp4") as container:
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False)
         stream = container.add_stream("libx264", rate=fps, options={"crf": _CRF, "preset": "medium"})
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
         codec.colorspace, codec.color_range = int(Colorspace.ITU709), int(ColorRange.MPEG)
         codec.color_primaries, codec.color_trc = int(ColorPrimaries.BT709), int(ColorTrc.BT709)
-        for pixels in frames:
+        for pixels in itertools.chain.from_iterable(pieces):
+            if not codec.is_open:
+                stream.height, stream.width = pixels.shape[:2]
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
@@ -66,7 +61,6 @@ def encode_mp4(frames: Frames, fps: int, metadata: Mapping[str, Any] | None = No
             )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 def encode_png(pixels: UInt8[np.ndarray, "H W 3"], metadata: Mapping[str, Any] | None = None) -> bytes:
@@ -96,11 +90,30 @@ def save_video(
     Raises:
         ValueError: a wrong ending, or the file cannot be written.
     """
-    path = Path(path)
     frames = to_frames(video_3THW)
-    check_save_file(path, len(frames))
-    content = encode_png(frames[0], metadata) if len(frames) == 1 else encode_mp4(frames, fps, metadata)
-    write_whole(path, content)
+    write_video([frames], len(frames), Path(path), fps=fps, metadata=metadata)
+
+
+def write_video(
+    pieces: Iterable[Frames], count: int, path: Path, *, fps: int = FPS, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a video while its frames come, or one frame as a picture; the file appears whole or not at all.
+
+    Args:
+        pieces: frames in their order, some at a time.
+        count: of the frames.
+        path, fps, metadata: see ``save_video``.
+
+    Raises:
+        ValueError: a wrong ending, or the file cannot be written.
+    """
+    check_save_file(path, count)
+    if count == 1:
+        (frame,) = itertools.chain.from_iterable(pieces)
+        write_whole(path, encode_png(frame, metadata))
+        return
+    with written_aside(path) as file:
+        _encode_mp4(file, pieces, fps, metadata)
 
 
 def read_video(path: str | Path) -> tuple[Frames, float, dict[str, Any]]:

@@ -14,6 +14,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,14 @@ def _check_files(path: Path, index: Metadata) -> None:
             raise ValueError(f"{path / name} has {size} bytes where {METADATA} names {end}: it was cut short")
 
 
-def _read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
+def read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
+    """What a checkpoint says of its model: the transformer's sizes, and the latent space that it was trained in.
+
+    The space is None where it was trained on made-up data.
+
+    Raises:
+        ValueError: the file is missing, is no plain YAML, or describes another model.
+    """
     file = path / RUN_CONFIG
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -156,7 +164,7 @@ def _check_complete(path: Path) -> tuple[Metadata, WanConfig, LatentSpec | None]
     index = read_index(path)
     _check_files(path, index)
     # The trainer writes this file last, so its presence says that all before it is there too.
-    return index, *_read_run_config(path)
+    return index, *read_run_config(path)
 
 
 def _step_folders(folder: Path) -> dict[int, Path]:
@@ -273,6 +281,7 @@ def read_training_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     ema: bool = False,
+    into: Mapping[str, Tensor] | None = None,
 ) -> tuple[WanConfig, LatentSpec | None, dict[str, Tensor]]:
     """Read the model of one checkpoint (see ``find_checkpoint``); needs no process group.
 
@@ -282,6 +291,7 @@ def read_training_checkpoint(
         dtype: of most of them (see ``wan_model.dit.precision_of``), each is converted as it is read; None leaves every
             one as it is stored.
         ema: the average of the weights instead of the weights.
+        into: tensors by diffusers' keys to read into, in place of new ones; of a ``DTensor`` its part on this process.
 
     Returns:
         The transformer's sizes, the latent space that it was trained in (None if it was trained on made-up data), and
@@ -295,14 +305,19 @@ def read_training_checkpoint(
     index, config, spec = _check_complete(path)
     prefix = _prefix(index, path, ema)
     entries = _model_entries(index, config, path, prefix)
-    state = {
-        key: torch.empty(
-            entry.size,
-            device=device,
-            dtype=entry.properties.dtype if dtype is None else precision_of(key, dtype),
-        )
-        for key, entry in entries.items()
-    }
+    state: dict[str, Tensor]
+    if into is not None:
+        assert into.keys() == entries.keys(), "the tensors are those of a model of the checkpoint's sizes"
+        state = dict(into)
+    else:
+        state = {
+            key: torch.empty(
+                entry.size,
+                device=device,
+                dtype=entry.properties.dtype if dtype is None else precision_of(key, dtype),
+            )
+            for key, entry in entries.items()
+        }
     try:
         with warnings.catch_warnings():
             # Reading in a single process is what is meant here.

@@ -7,8 +7,10 @@ there are.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,12 +35,29 @@ def full_shape(model: WanDiT, parameter: nn.Parameter) -> tuple[int, ...]:
 
 def local_slices(model: WanDiT, parameter: nn.Parameter) -> tuple[slice, ...]:
     """Where this rank's part of a parameter lies in the whole tensor."""
+    if (spread := _spread(parameter)) is not None:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sizes, starts = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
+        return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
     slices = [slice(0, size) for size in parameter.shape]
     if part := model.ops.partition(parameter):
         axis, rank, _ = part
         size = parameter.shape[axis]
         slices[axis] = slice(rank * size, (rank + 1) * size)
     return tuple(slices)
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, which may be spread over several (``fully_shard``)."""
+    spread = _spread(parameter)
+    return parameter if spread is None else spread.to_local()
+
+
+def _spread(parameter: Tensor) -> Any:
+    """The parameter if it is a DTensor, else None; their module takes half a second to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return parameter if module is not None and isinstance(parameter, module.DTensor) else None
 
 
 def expected_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
@@ -132,7 +151,7 @@ def load_weights(model: WanDiT, folder: Path) -> None:
             with open_weights(path) as file:
                 for key in keys:
                     parameter = parameters[key]
-                    parameter.copy_(file.get_slice(key)[local_slices(model, parameter)])
+                    local_tensor(parameter).copy_(file.get_slice(key)[local_slices(model, parameter)])
 
 
 def _batches(keys: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
@@ -141,7 +160,7 @@ def _batches(keys: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[
     read = 0
     for key in keys:
         batch.append(key)
-        read += parameters[key].nbytes
+        read += local_tensor(parameters[key]).nbytes
         if read >= _READ_AT_ONCE:
             yield batch
             batch, read = [], 0

@@ -1,0 +1,51 @@
+"""Run as ``python parallel_probe.py MODEL OUT CASES`` in one of several processes: samples each case, keeps results.
+
+CASES is JSON: a list of {"name", "cfg_parallel", "shard_weights", "tiles"}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from wan_infer.placement import Placement
+from wan_infer.requests import Settings
+from wan_infer.sampler import WanSampler
+from wan_infer.sharing import Sharing
+
+REQUEST = {"width": 64, "height": 96, "frames": 9}
+PROMPTS = ["a rabbit in a meadow", "a street"]
+SETTINGS = Settings(steps=4, negative_prompt="grey")
+
+
+def sample(model: str, sharing: Sharing, tiles: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+    sampler = WanSampler.from_pretrained(model, device="cpu", sharing=sharing, tiles=tiles)
+    latents = sampler.sample_latents(PROMPTS, seed=[3, 4], settings=SETTINGS, **REQUEST)
+    tokens: list[int] = []
+    handle = sampler.model.blocks["0"].register_forward_pre_hook(
+        lambda _, inputs: tokens.append(int(inputs[0].shape[0]))
+    )
+    sampler.sample_latents(["a"], settings=Settings(steps=1), **REQUEST)
+    handle.remove()
+    held = sum(
+        (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
+        for parameter in sampler.model.blocks.parameters()
+    )
+    return latents, sampler.decode(latents), {"tokens": tokens[0], "held": held}
+
+
+def main() -> None:
+    model, out, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    device = Placement.choose("cpu").device
+    results = {}
+    for case in cases:
+        sharing = Sharing.join(device, cfg_parallel=case["cfg_parallel"], shard_weights=case["shard_weights"])
+        results[case["name"]] = (*sample(model, sharing, case["tiles"]), sharing.rank)
+    torch.save(results, out / f"{sharing.rank}.pt")
+    sharing.leave()
+
+
+if __name__ == "__main__":
+    main()
