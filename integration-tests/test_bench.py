@@ -53,6 +53,16 @@ def test_data_tables(tmp_path):
     assert all(float(row[1]) > 1 for row in loading["rows"])
 
 
+def test_infer_tables(tmp_path):
+    _python("-m", "bench", "--quick", "--of", "infer", "--folder", str(tmp_path))
+    step, whole, several, decoding = json.loads((tmp_path / "infer.json").read_text())["tables"]
+    assert float(step["rows"][0][3]) < 1e-4, "both sides sample the same"
+    assert all(0.01 < float(table["rows"][0][2]) < 100 for table in (step, whole))
+    assert len(several["rows"]) == len(decoding["rows"]) == 4
+    assert several["rows"][0][2] == "1.00"
+    assert len({row[3] for row in decoding["rows"]}) == 1, "every way decodes the same pixels"
+
+
 def test_gpu_tables_name_what_cannot_run():
     forward, training = json.loads(_python("-c", GPU_TABLES))
     assert [row[0] for row in forward["rows"]] == ["diffusers", "auto", "cudnn", "flash", "varlen"]

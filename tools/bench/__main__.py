@@ -1,4 +1,4 @@
-"""``python -m bench [--folder FOLDER] [--of model|data|train] [--quick]``: what this machine can run, as tables."""
+"""``python -m bench [--folder FOLDER] [--of model|data|train|infer] [--quick]``: what it costs, as tables."""
 
 import argparse
 import itertools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import data, model_cpu, model_cuda, train
+from bench import data, infer, model_cpu, model_cuda, train
 from bench.report import Table, to_markdown
 
 
@@ -41,7 +41,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("bench"), help="where the tables go")
     parser.add_argument("--quick", action="store_true", help="few rounds of small sizes: to see that it runs")
-    parser.add_argument("--of", choices=["all", "model", "data", "train"], default="all", help="which package is timed")
+    parser.add_argument(
+        "--of", choices=["all", "model", "data", "train", "infer"], default="all", help="which package is timed"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: all there are")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -75,6 +77,8 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, list[Iterator[Table]]]:
         runs["data"] = [data.tables(quick=quick)]
     if arguments.of in ("all", "train") and cpu:
         runs["train"] = [train.tables(quick=quick)]
+    if arguments.of in ("all", "infer") and cpu:
+        runs["infer"] = [infer.tables(quick=quick)]
     return runs
 
 

@@ -28,7 +28,7 @@ def test_an_object_a_line_says_what_differs(tmp_path: Path) -> None:
         '"steps": 9, "shift": 3, "guidance": 1.5, "solver": "dpm++"}\n',
     )
     assert first == Shot(VideoRequest("a", 64, 48, 5, 7), SETTINGS)
-    assert second == Shot(VideoRequest("b", 832, 480, 1, 0), Settings(9, 3, 1.5, "dpm++", ""))
+    assert second == Shot(VideoRequest("b", 832, 480, 1, 0), Settings(9, 3.0, 1.5, "dpm++", ""))
 
 
 @pytest.mark.parametrize(

@@ -142,10 +142,17 @@ class Checkpointing:
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """The system's word for it, which torch's writers lose: what a small file meets in the same place."""
+    """The system's word for it, which torch's writers lose: what they meet who write on where it failed."""
     probe = folder / ".probe"
     try:
-        probe.write_bytes(bytes(1 << 20))
+        # Of files that could be written so far, one may be as large as a file can be.
+        for file in (*sorted(folder.iterdir(), key=lambda file: -file.stat().st_size), probe):
+            size = file.stat().st_size if file.exists() else 0
+            try:
+                with file.open("ab") as opened:
+                    opened.write(bytes(1 << 20))
+            finally:
+                os.truncate(file, size)
     except OSError as found:
         return f"[Errno {found.errno}] {os.strerror(found.errno or 0)}"
     finally:

@@ -1,0 +1,279 @@
+"""wan-infer on the CPU: beside diffusers' pipeline, in one process and two, and what decoding needs."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+
+from bench.measure import median, ratio, time_rounds
+from bench.report import Table, gigabytes, seconds
+from wan_infer.denoise import draw_noise
+from wan_infer.requests import Settings
+from wan_infer.sampler import WanSampler
+from wan_model import WanConfig
+from wan_model.tiny import write_tiny_wan
+
+PROMPT, NEGATIVE = "A rabbit wakes in a meadow and looks up at a butterfly.", "blurred, grey"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is sampled.
+
+    Attributes:
+        config: the transformer's sizes.
+        width, height, frames: of the video.
+        steps: of the walk.
+    """
+
+    config: WanConfig
+    width: int
+    height: int
+    frames: int
+    steps: int
+
+    @property
+    def latent(self) -> tuple[int, int, int, int]:
+        """Its shape."""
+        return 16, 1 + (self.frames - 1) // 4, self.height // 8, self.width // 8
+
+    def arguments(self, model: Path, file: Path) -> list[str]:
+        """The same for the command."""
+        return [
+            *("--model", str(model), "--prompts", PROMPT, "--negative-prompt", NEGATIVE, "--save-file", str(file)),
+            *("--sizes", f"{self.width}*{self.height}", "--frame-nums", str(self.frames)),
+            *("--sample-steps", str(self.steps), "--device", "cpu", "--json"),
+        ]
+
+
+REAL = Shape(
+    WanConfig(num_heads=8, head_dim=64, ffn_dim=2304, num_layers=8, text_dim=512, text_length=512), 240, 160, 17, 10
+)
+QUICK = Shape(
+    WanConfig(num_heads=4, head_dim=24, ffn_dim=192, num_layers=2, text_dim=32, text_length=512, freq_dim=64),
+    64,
+    48,
+    5,
+    3,
+)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+
+
+def _wan_infer(shape: Shape, model: Path, folder: Path, threads: int, *extra: str) -> tuple[float, dict[str, Any]]:
+    """Seconds from start to end of the process, and its own report."""
+    file = folder / "ours.mp4"
+    command = [sys.executable, "-m", "wan_infer", *shape.arguments(model, file), *extra]
+    start = time.perf_counter()
+    done = subprocess.run(command, env=_environment(threads), capture_output=True, text=True, check=False)
+    took = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"wan-infer failed: {done.stderr[-2000:]}")
+    file.unlink()
+    return took, json.loads(done.stdout)
+
+
+# As its documentation has it, with the file written by PyAV in one go.
+_THEIRS = """
+import sys, json, time, torch, av
+from diffusers import UniPCMultistepScheduler, WanPipeline
+model, file, given = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+pipe = WanPipeline.from_pretrained(model)
+pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=5.0)
+pipe.set_progress_bar_config(disable=True)
+frames = pipe(**given, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
+with av.open(file, "w") as container:
+    stream = container.add_stream("libx264", rate=16, options={"crf": "17", "preset": "medium"})
+    stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+    for frame in (frames * 255).round().astype("uint8"):
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    container.mux(stream.encode())
+"""
+
+
+def _given(shape: Shape) -> dict[str, Any]:
+    return {
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "width": shape.width,
+        "height": shape.height,
+        "num_frames": shape.frames,
+        "num_inference_steps": shape.steps,
+        "guidance_scale": 5.0,
+    }
+
+
+def _pipeline(shape: Shape, model: Path, folder: Path, threads: int) -> float:
+    """Seconds from start to end of the process."""
+    file = folder / "theirs.mp4"
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", _THEIRS, str(model), str(file), json.dumps(_given(shape))],
+        env=_environment(threads), check=True, capture_output=True,
+    )  # fmt: skip
+    took = time.perf_counter() - start
+    file.unlink()
+    return took
+
+
+def steps(shape: Shape, model: Path, quick: bool) -> Table:
+    """A step of both in one process."""
+    sampler = WanSampler.from_pretrained(model, device="cpu")
+    pipe = WanPipeline.from_pretrained(model)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=5.0)
+    pipe.set_progress_bar_config(disable=True)
+    noise = draw_noise(shape.latent, 0)[None]
+    embeds, negative = pipe.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=512)
+    given = {**_given(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
+    settings = Settings(shape.steps, negative_prompt=NEGATIVE)
+    sampler.embed([PROMPT, NEGATIVE])
+    found: dict[str, torch.Tensor] = {}
+
+    def ours() -> None:
+        found["ours"] = sampler.sample_latents(
+            [PROMPT], width=shape.width, height=shape.height, frames=shape.frames, settings=settings, noise=noise
+        )
+
+    def theirs() -> None:
+        with torch.no_grad():
+            found["theirs"] = pipe(**given, prompt_embeds=embeds, negative_prompt_embeds=negative, latents=noise).frames
+
+    times = time_rounds({"theirs": theirs, "ours": ours}, 1 if quick else 3)
+    off = float((found["ours"] - found["theirs"]).norm() / found["theirs"].norm())
+    assert off < 1e-4, f"the two sample different latents: {off}"
+    grid = shape.latent[1] * shape.latent[2] * shape.latent[3] // 4
+    return Table(
+        f"A sampling step with guidance: width {shape.config.hidden_size}, {shape.config.num_layers} layers, "
+        f"{shape.width}x{shape.height}, {shape.frames} frames ({grid:,} tokens), fp32",
+        ["diffusers' WanPipeline", "wan-infer", "wan-infer / diffusers", "latents differ by"],
+        [
+            [
+                seconds(median(times["theirs"]) / shape.steps),
+                seconds(median(times["ours"]) / shape.steps),
+                f"{ratio(times['ours'], times['theirs']):.2f}",
+                f"{off:.1e}",
+            ]
+        ],
+        f"Of walks of {shape.steps} steps (UniPC) in one process, prompts embedded before, same weights and noise. "
+        "Target: <= 1.00.",
+    )
+
+
+def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
+    """From the start of the process to the finished file."""
+    threads = torch.get_num_threads()
+    spent: dict[str, list[float]] = {}
+
+    def ours() -> None:
+        _, report = _wan_infer(shape, model, folder, threads)
+        for name, value in report["seconds"].items():
+            spent.setdefault(name, []).append(value)
+
+    times = time_rounds({"theirs": lambda: _pipeline(shape, model, folder, threads), "ours": ours}, 1 if quick else 3)
+    parts = ", ".join(f"{name} {median(values):.1f}" for name, values in spent.items())
+    return Table(
+        f"From the start of the process to the finished file: the same, {shape.steps} steps",
+        ["diffusers' WanPipeline", "wan-infer", "wan-infer / diffusers"],
+        [
+            [
+                seconds(median(times["theirs"])),
+                seconds(median(times["ours"])),
+                f"{ratio(times['ours'], times['theirs']):.2f}",
+            ]
+        ],
+        f"Each a process of its own, in turn. wan-infer's own seconds: {parts}; the rest are imports. Target: <= 0.90.",
+    )
+
+
+def several(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
+    """Denoising in two processes of one thread against one."""
+    ways = {
+        "one process": (),
+        "two, guidance split": ("--nproc-per-node", "2", "--cfg-parallel"),
+        "two, tokens shared": ("--nproc-per-node", "2"),
+        "two, guidance split, weights shared": ("--nproc-per-node", "2", "--cfg-parallel", "--shard-weights"),
+    }
+    denoise: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(1 if quick else 3):
+        for name, extra in ways.items():
+            _, report = _wan_infer(shape, model, folder, 1, *extra)
+            denoise[name].append(report["seconds"]["denoise"])
+    table = Table(
+        "Two processes of one thread against one: the same",
+        ["", "a step", "one process / this"],
+        note="Denoising as each call's report says, all of it. Target with guidance split: >= 1.6.",
+    )
+    for name, values in denoise.items():
+        table.rows.append([name, seconds(median(values) / shape.steps), f"{ratio(denoise['one process'], values):.2f}"])
+    return table
+
+
+_DECODE = """
+import json, resource, sys, time, torch
+from wan_model.codec import LatentCodec
+model, shape, way = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+codec = LatentCodec.from_pretrained(model, load_text=False)
+latents = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+if way is None:
+    video = codec.decode_video(latents[None])[0]
+    checksum = video.double().sum().item()
+else:
+    checksum = sum(frames.double().sum().item() for frames in codec.decode_frames(latents, tiles=tuple(way)))
+took = time.perf_counter() - start
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, took, checksum]))
+"""
+
+
+def decoding(folder: Path, quick: bool) -> Table:
+    """Memory and time of decoding the same latents whole, frame by frame, and in tiles."""
+    model = write_tiny_wan(folder / "decoder")
+    if not quick:
+        with torch.random.fork_rng(devices=[]):
+            AutoencoderKLWan().save_pretrained(model / "vae")
+    shape = [16, 3, 6, 8] if quick else [16, 3, 30, 52]
+    ways: dict[str, list[int] | None] = {
+        "whole video (diffusers)": None,
+        "frame by frame": [1, 1],
+        "2 tiles": [1, 2],
+        "4 tiles": [2, 2],
+    }
+    table = Table(
+        f"Decoding {1 + 4 * (shape[1] - 1)} frames of {8 * shape[3]}x{8 * shape[2]}, "
+        f"{'a small' if quick else 'the true'} autoencoder, fp32",
+        ["", "memory on top of the weights", "time", "sum of all pixels"],
+        note="The largest size of a process of its own less its size before. Nothing is blended: tiles give the same "
+        "pixels to rounding (wan-model's tests).",
+    )
+    for name, way in ways.items():
+        done = subprocess.run(
+            [sys.executable, "-c", _DECODE, str(model), json.dumps(shape), json.dumps(way)],
+            env=_environment(torch.get_num_threads()), check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        kilobytes, took, checksum = json.loads(done.stdout)
+        table.rows.append([name, gigabytes(kilobytes * 1024), seconds(took), f"{checksum:.3f}"])
+    return table
+
+
+def tables(*, quick: bool) -> Iterator[Table]:
+    """All of them."""
+    shape = QUICK if quick else REAL
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_tiny_wan(folder / "model", config=shape.config)
+        yield steps(shape, model, quick)
+        yield whole(shape, model, folder, quick)
+        yield several(shape, model, folder, quick)
+        yield decoding(folder, quick)
