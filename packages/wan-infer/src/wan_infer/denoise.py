@@ -70,7 +70,7 @@ def denoise(
     layout = PackLayout((grid,) * len(prompts)).padded_to(sharing.context.ranks if sharing.context else 1)
     # Keys and values of the texts are the same at every step.
     text = model.prepare_text(pad_text(prompts, text_length).to(device))
-    solver = Solver(settings.solver, settings.steps, settings.shift, device)
+    solver = Solver(settings.solver, settings.steps, settings.shift)
 
     # The walk itself stays fp32; the model rounds what it is given to the precision of its weights.
     tokens_SK = torch.cat([patchify(latent, patch_size) for latent in noise_BCFHW.float()])

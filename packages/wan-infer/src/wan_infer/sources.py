@@ -20,7 +20,6 @@ from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.dit import WanDiT
 from wan_model.latent_spec import LatentSpec
 from wan_model.model_folder import resolve_folder
-from wan_model.training_checkpoint import find_checkpoint, read_run_config, read_training_checkpoint
 from wan_model.weights import load_weights, read_config
 
 ModelName = str | os.PathLike[str]
@@ -66,6 +65,9 @@ class TransformerSource:
         Raises:
             ValueError: there is none, or the one asked for is partial or damaged.
         """
+        # Half a second of imports that released weights do without.
+        from wan_model.training_checkpoint import find_checkpoint, read_run_config
+
         path = find_checkpoint(Path(folder), step)
         config, spec = read_run_config(path)
         name = path.name.removeprefix("iter_")
@@ -107,6 +109,8 @@ class TransformerSource:
         sharing.spread_weights(model, torch.device(device))
         model.to_empty(device=device)
         if self.from_training:
+            from wan_model.training_checkpoint import read_training_checkpoint
+
             read_training_checkpoint(self.path, into=dict(model.named_parameters()), ema=self.ema)
         else:
             with readable(self.path.parent):
