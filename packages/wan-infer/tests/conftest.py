@@ -1,5 +1,5 @@
+import functools
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import jaxtyping
 import pytest
 import torch
-import yaml
 
 if TYPE_CHECKING:
     from wan_infer.sampler import WanSampler
@@ -34,32 +33,7 @@ def sampler(model_folder: Path) -> "WanSampler":
 
 @pytest.fixture
 def write_checkpoint(model_folder: Path) -> Callable[..., Path]:
-    """Writes one checkpoint as a training run does; ``average`` is the seed of an average that stands beside it."""
-    from torch.distributed.checkpoint.state_dict_saver import save
+    """``write_checkpoint_of`` for the tiny model."""
+    from tiny_sources import write_checkpoint_of
 
-    from wan_model.dit import WanDiT
-    from wan_model.model_folder import latent_spec_of
-    from wan_model.tiny import TINY_CONFIG
-    from wan_model.weights import init_weights
-
-    def weights(seed: int) -> dict[str, torch.Tensor]:
-        model = WanDiT(TINY_CONFIG)
-        init_weights(model, seed=seed)
-        torch.nn.init.normal_(model.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
-        return model.state_dict()
-
-    def write(run: Path, step: int, *, seed: int = 1, spec: object = "own", average: int | None = None) -> Path:
-        path = run / f"iter_{step:07d}"
-        path.mkdir(parents=True)
-        state = {**weights(seed), "optimizer.state": torch.ones(3)}
-        if average is not None:
-            state |= {f"ema.{key}": value for key, value in weights(average).items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            save(state, checkpoint_id=path, no_dist=True)
-        spec = latent_spec_of(model_folder).to_dict() if spec == "own" else spec
-        config = {"model": {"transformer": TINY_CONFIG.to_diffusers(), "latent_spec": spec}}
-        (path / "run_config.yaml").write_text(yaml.safe_dump(config))
-        return path
-
-    return write
+    return functools.partial(write_checkpoint_of, model_folder)

@@ -1,11 +1,12 @@
 """Run as ``python parallel_probe.py MODEL OUT CASES`` in one of several processes: samples each case, keeps results.
 
-CASES is JSON: a list of {"name", "cfg_parallel", "shard_weights", "tiles"}.
+CASES is JSON: a list of {"name", "cfg_parallel", "shard_weights", "tiles", "source"}, a source {"checkpoint", "lora"}.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +20,19 @@ PROMPTS = ["a rabbit in a meadow", "a street"]
 SETTINGS = Settings(steps=4, negative_prompt="grey")
 
 
-def sample(model: str, sharing: Sharing, tiles: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
-    sampler = WanSampler.from_pretrained(model, device="cpu", sharing=sharing, tiles=tiles)
+Source = dict[str, str | None]
+Sample = tuple[torch.Tensor, torch.Tensor, dict[str, int]]
+
+
+def sample(model: str, source: Source, sharing: Sharing, tiles: int) -> Sample:
+    """Latents and frames of two videos; tokens that the first block is given for one, and weights that are held."""
+    options: dict[str, Any] = {"device": "cpu", "sharing": sharing, "tiles": tiles}
+    if source["lora"] is not None:
+        options["lora"] = (source["lora"], 0.1)
+    if source["checkpoint"] is None:
+        sampler = WanSampler.from_pretrained(model, **options)
+    else:
+        sampler = WanSampler.from_training_checkpoint(source["checkpoint"], model, **options)
     latents = sampler.sample_latents(PROMPTS, seed=[3, 4], settings=SETTINGS, **REQUEST)
     tokens: list[int] = []
     handle = sampler.model.blocks["0"].register_forward_pre_hook(
@@ -42,7 +54,7 @@ def main() -> None:
     results = {}
     for case in cases:
         sharing = Sharing.join(device, cfg_parallel=case["cfg_parallel"], shard_weights=case["shard_weights"])
-        results[case["name"]] = (*sample(model, sharing, case["tiles"]), sharing.rank)
+        results[case["name"]] = (*sample(model, case["source"], sharing, case["tiles"]), sharing.rank)
     torch.save(results, out / f"{sharing.rank}.pt")
     sharing.leave()
 

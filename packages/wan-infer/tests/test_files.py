@@ -2,6 +2,7 @@ import io
 import json
 import re
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -12,7 +13,7 @@ from PIL import Image
 
 from wan_infer.contact_sheet import draw_contact_sheet, save_contact_sheet
 from wan_infer.output_names import check_writable, output_name, write_whole
-from wan_infer.video_file import read_video, save_video, to_frames
+from wan_infer.video_file import read_video, save_video, to_frames, write_video
 
 
 def waves(frames: int = 9, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -71,6 +72,30 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_fills_up_while_a_video_comes_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "waves.mp4"
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=np.uint8)
+    drawn = 0
+
+    def pieces() -> Iterator[np.ndarray]:
+        nonlocal drawn
+        for start in range(0, 40, 4):
+            drawn = start + 4
+            yield noise[start : start + 4]
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*waves\.mp4: .*\(errno 27\)"):
+            write_video(pieces(), 40, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    write_video(pieces(), 40, path)
+    assert drawn == 40
+    assert len(read_video(path)[0]) == 40
 
 
 def test_places_that_cannot_be_written_are_named_beforehand(tmp_path: Path) -> None:

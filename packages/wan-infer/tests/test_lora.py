@@ -6,27 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_sources import CHANGED, tiny_lora
 
 from wan_infer.lora import WEIGHTS_NAME, read_lora
 from wan_infer.requests import Settings
 from wan_infer.sampler import WanSampler
 from wan_model.tiny import TINY_CONFIG
-from wan_model.weights import expected_shapes
 
-CHANGED = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj")
 SMALL = {"width": 32, "height": 48, "frames": 5}
-
-
-def lora(rank: int = 3, *, alpha: float | None = None) -> dict[str, torch.Tensor]:
-    generator, shapes = torch.Generator().manual_seed(2), expected_shapes(TINY_CONFIG)
-    tensors = {}
-    for name in CHANGED:
-        out, width = shapes[f"{name}.weight"]
-        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator)
-        if alpha is not None:
-            tensors[f"transformer.{name}.alpha"] = torch.tensor(alpha)
-    return tensors
 
 
 @pytest.mark.parametrize(
@@ -36,7 +23,7 @@ def lora(rank: int = 3, *, alpha: float | None = None) -> dict[str, torch.Tensor
 def test_merged_weights_are_the_formula(
     model_folder: Path, tmp_path: Path, alpha: float | None, in_metadata: float | None, scale: float, factor: float
 ) -> None:
-    tensors = lora(alpha=alpha)
+    tensors = tiny_lora(alpha=alpha)
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": in_metadata, "transformer.r": 3})}
     save_file(tensors, tmp_path / WEIGHTS_NAME, metadata if in_metadata else None)
     plain = WanSampler.from_pretrained(model_folder, device="cpu").model.state_dict()
@@ -51,7 +38,7 @@ def test_merged_weights_are_the_formula(
 
 def test_the_video_changes_with_the_scale_and_the_record_says_so(model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
-    save_file(lora(), path)
+    save_file(tiny_lora(), path)
     samplers = [WanSampler.from_pretrained(model_folder, device="cpu", lora=(path, scale)) for scale in (0.0, 0.05)]
     none, some = (own.sample_latents(["a"], settings=Settings(steps=2), **SMALL) for own in samplers)
     assert float((some - none).norm() / none.norm()) > 0.01
@@ -59,7 +46,7 @@ def test_the_video_changes_with_the_scale_and_the_record_says_so(model_folder: P
 
 
 def test_bfloat16_weights_are_changed_once_rounded(model_folder: Path, tmp_path: Path) -> None:
-    save_file(lora(), tmp_path / WEIGHTS_NAME)
+    save_file(tiny_lora(), tmp_path / WEIGHTS_NAME)
     exact = WanSampler.from_pretrained(model_folder, device="cpu", lora=(tmp_path, 1.0)).model
     coarse = WanSampler.from_pretrained(model_folder, device="cpu", dtype="bfloat16", lora=(tmp_path, 1.0)).model
     key = f"{CHANGED[0]}.weight"
@@ -77,7 +64,7 @@ def test_what_is_no_lora_of_this_model_is_refused(tmp_path: Path) -> None:
             read_lora(path, TINY_CONFIG)
         return str(error.value)
 
-    good = lora()
+    good = tiny_lora()
     assert "holds diffusion_model.blocks.0.self_attn.q.diff_b, which is no part of a LoRA" in refused(
         {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.zeros(3)}
     )

@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parallel_probe import sample
+from parallel_probe import Sample, Source, sample
+from safetensors.torch import save_file
+from tiny_sources import tiny_lora, write_checkpoint_of
 
 from wan_infer.sharing import Sharing
 from wan_infer.video_file import read_video
 
 
-def case(name: str, *, cfg: bool = False, shard: bool = False, tiles: int = 1) -> dict[str, Any]:
-    return {"name": name, "cfg_parallel": cfg, "shard_weights": shard, "tiles": tiles}
+def case(
+    name: str, *, cfg: bool = False, shard: bool = False, tiles: int = 1, source: str = "released"
+) -> dict[str, Any]:
+    return {"name": name, "cfg_parallel": cfg, "shard_weights": shard, "tiles": tiles, "source": source}
 
 
 # By the number of processes; where guidance is not split all of them share the tokens, else half of them each.
@@ -30,10 +34,30 @@ CASES = {
         case("tokens"),
         case("guidance, weights", cfg=True, shard=True),
         case("tokens, weights", shard=True, tiles=2),
+        case("weights of a checkpoint", shard=True, source="checkpoint"),
+        case("weights with a LoRA", shard=True, source="lora"),
     ],
     3: [case("tokens, heads that do not divide"), case("the same, weights", shard=True)],
     4: [case("guidance x tokens", cfg=True), case("guidance x tokens, weights", cfg=True, shard=True)],
 }
+
+
+@pytest.fixture(scope="module")
+def sources(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    folder = tmp_path_factory.mktemp("sources")
+    write_checkpoint_of(model_folder, folder / "run", 10, seed=5)
+    save_file(tiny_lora(), folder / "lora.safetensors")
+    return {
+        "released": {"checkpoint": None, "lora": None},
+        "checkpoint": {"checkpoint": str(folder / "run"), "lora": None},
+        "lora": {"checkpoint": None, "lora": str(folder / "lora.safetensors")},
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(model_folder: Path, sources: dict[str, Source]) -> dict[str, Sample]:
+    """What one process makes of each source."""
+    return {name: sample(str(model_folder), source, Sharing(), 1) for name, source in sources.items()}
 
 
 def free_port() -> int:
@@ -42,20 +66,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def alone(model_folder: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
-    return sample(str(model_folder), Sharing(), 1)
+def off_by(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def test_sources_differ(alone: dict[str, Sample]) -> None:
+    assert off_by(alone["checkpoint"][0], alone["released"][0]) > 0.01
+    assert off_by(alone["lora"][0], alone["released"][0]) > 0.01
 
 
 @pytest.mark.parametrize("count", CASES)
 def test_equal_to_one_process(
-    count: int, alone: tuple[torch.Tensor, torch.Tensor, dict[str, int]], model_folder: Path, tmp_path: Path
+    count: int, alone: dict[str, Sample], sources: dict[str, Source], model_folder: Path, tmp_path: Path
 ) -> None:
+    cases = [{**one, "source": sources[one["source"]]} for one in CASES[count]]
     port = str(free_port())
     script = Path(__file__).with_name("parallel_probe.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(model_folder), str(tmp_path), json.dumps(CASES[count])],
+            [sys.executable, str(script), str(model_folder), str(tmp_path), json.dumps(cases)],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": port},
             stderr=subprocess.PIPE, text=True,
@@ -64,13 +93,13 @@ def test_equal_to_one_process(
     ]  # fmt: skip
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, errors
-    latents, video, numbers = alone
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)]
     for one in CASES[count]:
+        latents, video, numbers = alone[one["source"]]
         for rank, result in enumerate(results):
             own_latents, own_video, own_numbers, own_rank = result[one["name"]]
             assert own_rank == rank
-            off = float((own_latents - latents).norm() / latents.norm())
+            off = off_by(own_latents, latents)
             assert off < 1e-4, f"{one['name']}: latents off by {off:.1e}"
             assert float((own_video - video).abs().max()) < 1e-3, one["name"]
             # The work is really shared: a process computes its part, and holds its part.

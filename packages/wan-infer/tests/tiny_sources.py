@@ -1,0 +1,57 @@
+"""Sources of a transformer for tests: training checkpoints and a LoRA, of the tiny model."""
+
+import warnings
+from pathlib import Path
+
+import torch
+import yaml
+
+from wan_model.tiny import TINY_CONFIG
+from wan_model.weights import expected_shapes
+
+# Linears that the LoRA changes.
+CHANGED = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj")
+
+
+def write_checkpoint_of(
+    model_folder: Path, run: Path, step: int, *, seed: int = 1, spec: object = "own", average: int | None = None
+) -> Path:
+    """Write one checkpoint as a training run does; ``average`` is the seed of an average that stands beside it."""
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    from wan_model.dit import WanDiT
+    from wan_model.model_folder import latent_spec_of
+    from wan_model.tiny import TINY_CONFIG
+    from wan_model.weights import init_weights
+
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        model = WanDiT(TINY_CONFIG)
+        init_weights(model, seed=seed)
+        torch.nn.init.normal_(model.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
+        return model.state_dict()
+
+    path = run / f"iter_{step:07d}"
+    path.mkdir(parents=True)
+    state = {**weights(seed), "optimizer.state": torch.ones(3)}
+    if average is not None:
+        state |= {f"ema.{key}": value for key, value in weights(average).items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(state, checkpoint_id=path, no_dist=True)
+    spec = latent_spec_of(model_folder).to_dict() if spec == "own" else spec
+    config = {"model": {"transformer": TINY_CONFIG.to_diffusers(), "latent_spec": spec}}
+    (path / "run_config.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
+def tiny_lora(rank: int = 3, *, alpha: float | None = None) -> dict[str, torch.Tensor]:
+    """Random changes of some linears, in diffusers' format."""
+    generator, shapes = torch.Generator().manual_seed(2), expected_shapes(TINY_CONFIG)
+    tensors = {}
+    for name in CHANGED:
+        out, width = shapes[f"{name}.weight"]
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator)
+        if alpha is not None:
+            tensors[f"transformer.{name}.alpha"] = torch.tensor(alpha)
+    return tensors
