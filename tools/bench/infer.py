@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from transformers import UMT5Config, UMT5EncoderModel
 
 from bench.measure import median, ratio, time_rounds
 from bench.report import Table, gigabytes, seconds
 from wan_infer.denoise import draw_noise
 from wan_infer.requests import Settings
 from wan_infer.sampler import WanSampler
-from wan_model import WanConfig
+from wan_model import WAN_1_3B, WAN_14B, PackLayout, WanConfig, pack_flops
+from wan_model.dit import precision_of
 from wan_model.tiny import write_tiny_wan
+from wan_model.weights import expected_shapes
 
 PROMPT, NEGATIVE = "A rabbit wakes in a meadow and looks up at a butterfly.", "blurred, grey"
 
@@ -267,6 +270,66 @@ def decoding(folder: Path, quick: bool) -> Table:
     return table
 
 
+# -- what sizes need --------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "1.3B, 832x480": (WAN_1_3B, 832, 480),
+    "14B, 832x480": (WAN_14B, 832, 480),
+    "14B, 1280x720": (WAN_14B, 1280, 720),
+}
+_RATE = 400e12
+
+
+def needs() -> Table:
+    """Computed, not measured: weights and texts to the byte, operations exactly, activations and time roughly."""
+    text, vae = gigabytes(2 * _text_encoder()), gigabytes(4 * _autoencoder())
+    table = Table(
+        "What 81 frames need: 50 steps with guidance, bf16, the autoencoder fp32",
+        ["", "tokens", "transformer", "keys of the texts", "activations of a step, about", "PFLOP", "at 400 TFLOP/s"],
+        note=f"Computed, not measured. The text encoder (umt5-xxl) takes {text} in bf16 and is gone when the transformer "
+        f"comes, the autoencoder {vae}. Activations: what the larger of the feed-forward layer and self-attention has at "
+        "once, of both branches of guidance. 400 TFLOP/s are two fifths of an H100's peak.",
+    )
+    for name, (config, width, height) in SIZES.items():
+        grid = (21, height // 16, width // 16)
+        once, pair = PackLayout((grid,)), PackLayout((grid, grid))
+        weights = sum(
+            precision_of(key, torch.bfloat16).itemsize * torch.Size(shape).numel()
+            for key, shape in expected_shapes(config).items()
+        )
+        keys = 2 * config.num_layers * 2 * config.text_length * config.hidden_size * 2
+        width_at_once = max(3 * config.hidden_size + config.ffn_dim, 6 * config.hidden_size)
+        flops = 50 * pack_flops(config, pair).forward
+        table.rows.append(
+            [
+                name,
+                f"{once.total:,}",
+                gigabytes(weights),
+                gigabytes(keys),
+                gigabytes(2 * pair.total * width_at_once),
+                f"{flops / 1e15:.1f}",
+                f"{flops / _RATE:.0f} s",
+            ]
+        )
+    return table
+
+
+def _text_encoder() -> int:
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                feed_forward_proj="gated-gelu",
+            )
+        )  # fmt: skip
+    return sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def _autoencoder() -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoencoderKLWan().parameters())
+
+
 def tables(*, quick: bool) -> Iterator[Table]:
     """All of them."""
     shape = QUICK if quick else REAL
@@ -277,3 +340,4 @@ def tables(*, quick: bool) -> Iterator[Table]:
         yield whole(shape, model, folder, quick)
         yield several(shape, model, folder, quick)
         yield decoding(folder, quick)
+        yield needs()

@@ -95,7 +95,10 @@ def test_training_checkpoint_in_both_spellings(
     assert not (tmp_path / "c.mp4").exists()
 
 
-def test_several_videos_and_a_contact_sheet(model_folder: Path, tmp_path: Path) -> None:
+def test_several_videos_and_a_contact_sheet(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary_that_nobody_may_see")
     folder, sheet = tmp_path / "videos", tmp_path / "sheet.png"
     result = run(
         *("--model", model_folder, "--prompts", *HOSTILE, "--sizes", "32*48", "32*48", "64*32", "32*32"),
@@ -114,6 +117,8 @@ def test_several_videos_and_a_contact_sheet(model_folder: Path, tmp_path: Path) 
     with Image.open(sheet) as picture:
         assert picture.size[0] == 4 + 4 * (64 + 4)
     assert {file.name for file in tmp_path.iterdir()} == {"videos", "sheet.png"}
+    assert "hf_canary" not in result.stdout + result.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_canary" in path.read_bytes()]
 
 
 def test_a_file_of_prompts_with_settings_of_their_own(model_folder: Path, tmp_path: Path) -> None:

@@ -142,8 +142,14 @@ class WanSampler:
     @functools.cached_property
     def model(self) -> WanDiT:
         """The transformer."""
-        home = self.placement.home
-        return self.source.load(dtype=self.placement.dtype, device=home, sharing=self.sharing, lora=self._lora)
+        return self.source.load(
+            dtype=self.placement.dtype, device=self._model_home, sharing=self.sharing, lora=self._lora
+        )
+
+    @property
+    def _model_home(self) -> torch.device:
+        # Spread weights stay where they are: a layer is gathered only while it works.
+        return self.placement.device if self.sharing.weights else self.placement.home
 
     @functools.cached_property
     def codec(self) -> LatentCodec:
@@ -219,7 +225,7 @@ class WanSampler:
             raise ValueError(f"the noise has the shape {tuple(noise.shape)}; expected {(len(prompts), *shape)}")
         texts = self.embed(prompts)
         negative = self.embed([settings.negative_prompt])[0] if settings.guidance != 1 else None
-        with at_work(self.model, self.placement.device, self.placement.home):
+        with at_work(self.model, self.placement.device, self._model_home):
             latents = denoise(
                 self.model,
                 noise.to(self.placement.device),

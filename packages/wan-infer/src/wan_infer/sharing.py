@@ -61,6 +61,7 @@ class Sharing:
             return cls()
         if not dist.is_initialized():
             if device.type == "cuda":
+                torch.cuda.set_device(device)
                 dist.init_process_group("nccl", device_id=device)
             else:
                 dist.init_process_group("gloo")
@@ -114,7 +115,7 @@ class Sharing:
             return values
         box: list[Any] = [None if values is None else [(tuple(value.shape), value.dtype) for value in values]]
         dist.broadcast_object_list(box, src=0)
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         received = []
         for index, (shape, dtype) in enumerate(box[0]):
             tensor = torch.empty(shape, dtype=dtype) if values is None else values[index]
