@@ -286,9 +286,9 @@ def needs() -> Table:
     table = Table(
         "What 81 frames need: 50 steps with guidance, bf16, the autoencoder fp32",
         ["", "tokens", "transformer", "keys of the texts", "activations of a step, about", "PFLOP", "at 400 TFLOP/s"],
-        note=f"Computed, not measured. The text encoder (umt5-xxl) takes {text} in bf16 and is gone when the transformer "
-        f"comes, the autoencoder {vae}. Activations: what the larger of the feed-forward layer and self-attention has at "
-        "once, of both branches of guidance. 400 TFLOP/s are two fifths of an H100's peak.",
+        note=f"Computed, not measured. The text encoder (umt5-xxl) takes {text} in bf16 and is gone when the "
+        f"transformer comes, the autoencoder {vae}. Activations: what the larger of the feed-forward layer and "
+        "self-attention has at once, of both branches of guidance. 400 TFLOP/s are two fifths of an H100's peak.",
     )
     for name, (config, width, height) in SIZES.items():
         grid = (21, height // 16, width // 16)
