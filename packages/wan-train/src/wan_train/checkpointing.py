@@ -36,6 +36,7 @@ from wan_train.checkpoint_record import RECORD_NAME, changed_files, record_file,
 from wan_train.checkpoints import ResumePoint, discard, prune, step_folder
 from wan_train.engine.torch_adam import agree_on_steps, uses_torch_adam
 from wan_train.model import MegatronWanDiT
+from wan_train.writer_watch import watch_writer
 
 # Which rank wrote a file of the distributed format.
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp")
@@ -58,6 +59,7 @@ class Checkpointing:
         # The loop saves once more when it ends; what is on the disk already is not written again.
         self._present = {point.step_folder} if point else set()
         self._paused = 0.0
+        self._watching = False
 
     def take_pause(self) -> float:
         """Seconds for which saving has kept the loop waiting since the last call."""
@@ -110,6 +112,11 @@ class Checkpointing:
             # The step of now: the loop goes on before the request is finished.
             finish = functools.partial(_complete, Path(config.save), state.train_state.step, config.most_recent_k)
             request.add_finalize_fn(finish)
+            queue = state.async_calls_queue
+            if queue.persistent and not self._watching:
+                self._watching = True
+                caller = queue._get_async_caller()
+                watch_writer(lambda: caller.process)
             schedule(state, request)
 
         return schedule_whole
