@@ -120,22 +120,32 @@ def command(*arguments: object) -> list[str]:
 QUICK = ("--sizes", "32*48", "--frame_nums", "5", "--sample_steps", "2", "--device", "cpu")
 
 
+WAYS = {
+    "alone": ([], []),
+    "two": ([], ["--nproc-per-node", 2, "--cfg-parallel", "--shard-weights"]),
+    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2], ["--cfg-parallel"]),
+}
+
+
 def test_the_command_in_two_processes(model_folder: Path, tmp_path: Path) -> None:
     videos = {}
-    for name, extra in (("alone", ()), ("two", ("--nproc-per-node", 2, "--cfg-parallel", "--shard-weights"))):
+    for name, (starter, extra) in WAYS.items():
         path = tmp_path / f"{name}.mp4"
         done = subprocess.run(
-            command("--model", model_folder, "--prompts", "a rabbit", "--save_file", path, *QUICK, *extra, "--json"),
+            [sys.executable, *map(str, starter), *command(
+                "--model", model_folder, "--prompts", "a rabbit", "--save_file", path, *QUICK, *extra, "--json"
+            )[1:]],
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
-        assert report["processes"] == (2 if extra else 1)
+        assert report["processes"] == (1 if name == "alone" else 2)
         assert report["peak_memory_bytes"] > 10_000_000
         assert done.stderr.count("step 2/2") == 1, "the first process speaks for all"
         videos[name] = read_video(path)[0].astype(int)
-    assert np.abs(videos["two"] - videos["alone"]).max() <= 2
-    assert {path.name for path in tmp_path.iterdir()} == {"alone.mp4", "two.mp4"}
+    for name in ("two", "torchrun"):
+        assert np.abs(videos[name] - videos["alone"]).max() <= 2
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.mp4" for name in WAYS}
 
 
 def test_what_stands_in_the_way_is_said_once(model_folder: Path, tmp_path: Path) -> None:
