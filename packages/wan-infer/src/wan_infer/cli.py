@@ -11,7 +11,8 @@ import click
 
 from wan_infer import __version__
 from wan_infer.flags import ARGUMENTS, SeveralValues, flag
-from wan_infer.launch import follow_launcher, is_child, launch, report_failure
+from wan_infer.job import Job, Means, Sources, check_outputs
+from wan_infer.launch import follow_parent, is_child, launch, report_failure
 from wan_infer.prompt_file import Shot, read_prompt_file
 from wan_infer.requests import (
     NEGATIVE_PROMPT,
@@ -78,7 +79,7 @@ def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given:
     Each flag is understood with hyphens and with underscores.
     """
     if is_child():
-        follow_launcher()
+        follow_parent()
     try:
         shots = _shots(given)
         _check(given, shots, nproc_per_node)
@@ -164,8 +165,6 @@ def _check(given: dict[str, Any], shots: list[Shot], nproc_per_node: int) -> Non
 
 def _run(given: dict[str, Any], shots: list[Shot]) -> dict[str, Any] | None:
     """The report, from the first process alone."""
-    from wan_infer.run import Job, Means, Sources, check_outputs, run
-
     job = Job(
         shots=shots,
         fps=given["fps"],
@@ -175,6 +174,8 @@ def _run(given: dict[str, Any], shots: list[Shot]) -> dict[str, Any] | None:
         metadata=not given["no_metadata"],
     )
     check_outputs(job)
+    from wan_infer.run import run  # and with it torch
+
     sources = Sources(
         model=given["model"],
         revision=given["revision"],

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-REPORTS = "WAN_INFER_REPORTS"
+REPORTS, PARENT = "WAN_INFER_REPORTS", "WAN_INFER_PARENT"
 _LOOK_SECONDS = 0.05
 # Long enough for the cause to be told behind what followed from it, and for the others to end by themselves.
 _SETTLE_SECONDS = 2.0
@@ -29,11 +29,11 @@ def is_child() -> bool:
     return REPORTS in os.environ
 
 
-def follow_launcher() -> None:
-    """Have this child killed when its launcher is gone."""
+def follow_parent() -> None:
+    """Have this process killed when the one that started it, of number ``PARENT`` in the environment, is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() == 1:
+        if os.getppid() != int(os.environ[PARENT]):
             os._exit(1)
 
 
@@ -99,6 +99,7 @@ def _start(arguments: Sequence[str], rank: int, count: int, port: int, reports: 
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count)),
         REPORTS: reports,
+        PARENT: str(os.getpid()),
     }
     # The first speaks for all.
     silent = None if rank == 0 else subprocess.DEVNULL

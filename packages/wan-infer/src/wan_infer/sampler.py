@@ -153,9 +153,10 @@ class WanSampler:
 
     @functools.cached_property
     def codec(self) -> LatentCodec:
-        """The autoencoder's half of the codec."""
-        codec = self.codec_source.load_vae(self.source.text_length)
-        codec.vae.to(self.placement.home)
+        """What decodes latents."""
+        codec = self.codec_source.load_decoder(self.source.text_length)
+        assert codec.decoder is not None, "it was loaded"
+        codec.decoder.to(self.placement.home)
         return codec
 
     @functools.cached_property
@@ -244,7 +245,8 @@ class WanSampler:
         Of several processes each decodes its part of every frame.
         """
         place = self.placement
-        with at_work(self.codec.vae, place.device, place.home):
+        assert self.codec.decoder is not None, "it was loaded"
+        with at_work(self.codec.decoder, place.device, place.home):
             yield from decode_frames(self.codec, latents_CFhw.to(place.device), self.sharing, self.tiles)
 
     def decode(self, latents_BCFHW: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 T H W"]:

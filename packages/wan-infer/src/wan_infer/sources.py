@@ -199,14 +199,14 @@ class CodecSource:
         with readable(*self.names):
             return self._codec(text_length, load_vae=False, text_dtype=dtype)
 
-    def load_vae(self, text_length: int) -> LatentCodec:
+    def load_decoder(self, text_length: int) -> LatentCodec:
         """The half that decodes latents, in fp32 as in the official code.
 
         Raises:
             ValueError: damaged files.
         """
         with readable(*self.names):
-            return self._codec(text_length, load_text=False)
+            return self._codec(text_length, load_vae=False, load_text=False, load_decoder=True)
 
     def _codec(self, text_length: int, **halves: Any) -> LatentCodec:
         codec: LatentCodec = LatentCodec.from_pretrained(

@@ -20,6 +20,7 @@ from wan_model.latent_spec import LatentSpec
 from wan_model.model_folder import latent_spec_of, resolve_folder
 from wan_model.text import clean_prompt
 from wan_model.tiled_decode import Tile, TiledDecoder, split_frame
+from wan_model.vae_decoder import VaeDecoder
 
 
 @contextlib.contextmanager
@@ -48,13 +49,24 @@ class LatentCodec:
     Args:
         spec: the space, with the statistics that latents are normalised by.
         vae: diffusers' ``AutoencoderKLWan``, or None.
+        decoder: what decodes latents, or None; by default with the weights of ``vae``.
         text_encoder: transformers' ``UMT5EncoderModel``, or None.
         tokenizer: the tokenizer that belongs to it, or None.
     """
 
-    def __init__(self, spec: LatentSpec, vae: Any = None, text_encoder: Any = None, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        spec: LatentSpec,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        decoder: VaeDecoder | None = None,
+    ) -> None:
         self.spec = spec
         self.vae = vae
+        if decoder is None and vae is not None:
+            decoder = VaeDecoder.of_state(vae.config, vae.state_dict(), "the autoencoder")
+        self.decoder = decoder
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
 
@@ -71,6 +83,7 @@ class LatentCodec:
         text_dtype: torch.dtype = torch.float32,
         load_vae: bool = True,
         load_text: bool = True,
+        load_decoder: bool = False,
         text_length: int = 512,
     ) -> "LatentCodec":
         """Load the autoencoder and the text encoder of a diffusers folder or hub id; safetensors only.
@@ -85,6 +98,7 @@ class LatentCodec:
             vae_dtype: the official code runs the autoencoder in float32.
             text_dtype: bfloat16 halves the memory of the text encoder, at the cost of equality.
             load_vae, load_text: which halves to load.
+            load_decoder: of the autoencoder only what decodes, which needs no import of diffusers.
             text_length: tokens that prompts are cut to (512 in the official code).
 
         Raises:
@@ -99,7 +113,9 @@ class LatentCodec:
         spec = latent_spec_of(
             text_folder, text_length=text_length, vae=vae_folder, text_encoder=text_folder / "text_encoder"
         )
-        vae = text_encoder = tokenizer = None
+        vae = text_encoder = tokenizer = decoder = None
+        if load_decoder:
+            decoder = VaeDecoder.from_pretrained(vae_folder, vae_dtype).to(device)
         if load_vae:
             with _quiet_loading("diffusers"):
                 from diffusers import AutoencoderKLWan
@@ -115,7 +131,7 @@ class LatentCodec:
                 )
                 text_encoder = text_encoder.to(device).eval().requires_grad_(False)
                 tokenizer = AutoTokenizer.from_pretrained(text_folder / "tokenizer", trust_remote_code=False)
-        return cls(spec, vae, text_encoder, tokenizer)
+        return cls(spec, vae, text_encoder, tokenizer, decoder)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (
@@ -145,13 +161,9 @@ class LatentCodec:
         mean, std = self._statistics(mu)
         return (mu - mean) / std
 
-    @torch.no_grad()
     def decode_video(self, latents_BCFHW: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 T H W"]:
-        """RGB in [-1, 1], fp32, from normalised latents."""
-        vae = self._need("vae")
-        mean, std = self._statistics(latents_BCFHW)
-        raw = (latents_BCFHW * std + mean).to(vae.device, vae.dtype)
-        return vae.decode(raw, return_dict=False)[0].float().clamp(-1, 1)
+        """RGB in [-1, 1], fp32 on the CPU, from normalised latents; see ``decode_frames``."""
+        return torch.stack([torch.cat(list(self.decode_frames(latent)), dim=1) for latent in latents_BCFHW])
 
     def decode_frames(
         self, latents_CFhw: Float[Tensor, "C F h w"], *, tiles: tuple[int, int] = (1, 1)
@@ -169,7 +181,7 @@ class LatentCodec:
             ValueError: more tiles than the frame can be cut into.
         """
         frame = [size * self.spec.spatial_stride for size in latents_CFhw.shape[2:]]
-        places = split_frame(frame[0], frame[1], *tiles, TiledDecoder(self._need("vae")).scale)
+        places = split_frame(frame[0], frame[1], *tiles, TiledDecoder(self._need("decoder")).scale)
         features = self.decoder_features(latents_CFhw)
         if len(places) == 1:
             yield from (pixels.cpu() for pixels in self.decode_tile(features, places[0]))
@@ -184,14 +196,14 @@ class LatentCodec:
 
     def decoder_features(self, latents_CFhw: Float[Tensor, "C F h w"]) -> Iterator[Tensor]:
         """Of each latent frame what tiles are made from, see ``decode_tile``; latents are normalised."""
-        vae = self._need("vae")
+        decoder = self._need("decoder")
         mean, std = self._statistics(latents_CFhw)
-        raw = (latents_CFhw[None] * std + mean).to(vae.device, vae.dtype)
-        return TiledDecoder(vae).features(raw)
+        raw = (latents_CFhw[None] * std + mean).to(decoder.device, decoder.dtype)
+        return TiledDecoder(decoder).features(raw)
 
     def decode_tile(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
         """One tile's pixels of each latent frame, RGB in [-1, 1], fp32; ``features`` are of ``decoder_features``."""
-        return TiledDecoder(self._need("vae")).pixels(features, tile)
+        return TiledDecoder(self._need("decoder")).pixels(features, tile)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:

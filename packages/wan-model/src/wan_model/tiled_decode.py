@@ -1,6 +1,6 @@
 """The autoencoder's decoder, latent frame by latent frame and tile by tile, without a seam.
 
-diffusers' decoder attends over a whole frame at the resolution of the latents only; everything behind its first
+The decoder attends over a whole frame at the resolution of the latents only; everything behind its first
 upsampling is convolutions. So that first part, a few per cent of the work, is computed for the whole frame, and the
 rest for any tile of it with a border as wide as the convolutions see: a tile's pixels are then those of the whole
 frame, to rounding. (Blending tiles that were decoded from the latents on, as diffusers does, changes the picture.)
@@ -12,11 +12,13 @@ latent frame and 4 for each other); C channels.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
+
+from wan_model.vae_decoder import Memory, UpBlock, VaeDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +61,15 @@ def most_square(tiles: int, height: int, width: int) -> tuple[int, int]:
 
 
 class TiledDecoder:
-    """Decodes one video after the other with the weights of an autoencoder.
+    """Decodes one video after the other with the weights of a decoder.
 
     Args:
-        vae: diffusers' ``AutoencoderKLWan`` of Wan 2.1.
+        decoder: of Wan 2.1.
     """
 
-    def __init__(self, vae: Any) -> None:
-        self._quantised, self._decoder = vae.post_quant_conv, vae.decoder
-        later = list(self._decoder.up_blocks)[1:]
+    def __init__(self, decoder: VaeDecoder) -> None:
+        self._quantised, self._decoder = decoder.post_quant_conv, decoder.decoder
+        later = [block for block in list(self._decoder.up_blocks)[1:] if isinstance(block, UpBlock)]
         # Pixels of the frame for one value behind the first upsampling.
         self.scale = 2 ** sum(block.upsamplers is not None for block in later)
         self.border = _border(later)
@@ -75,13 +77,10 @@ class TiledDecoder:
     @torch.no_grad()
     def features(self, raw_1CFhw: Float[Tensor, "1 C F h w"]) -> Iterator[Tensor]:
         """Of each latent frame what all tiles are made from, from latents that are not normalised."""
-        x = self._quantised(raw_1CFhw)
-        cache: list[Any] = [None] * _SLOTS
-        for frame in range(x.shape[2]):
-            place = [0]
-            out = _convolve(self._decoder.conv_in, x[:, :, frame : frame + 1], cache, place)
-            out = self._decoder.mid_block(out, feat_cache=cache, feat_idx=place)
-            yield self._decoder.up_blocks[0](out, feat_cache=cache, feat_idx=place)
+        memory: Memory = {}
+        for frame in self._quantised(raw_1CFhw).split(1, dim=2):
+            x = self._decoder.mid_block(self._decoder.conv_in(frame, memory), memory)
+            yield self._decoder.up_blocks[0](x, memory)
 
     @torch.no_grad()
     def pixels(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
@@ -89,16 +88,14 @@ class TiledDecoder:
 
         ``tile`` lies on multiples of ``scale`` pixels.
         """
-        cache: list[Any] = [None] * _SLOTS
+        memory: Memory = {}
         for whole in features:
             rows, kept_rows = self._with_border(tile.top, tile.bottom, whole.shape[3])
             columns, kept_columns = self._with_border(tile.left, tile.right, whole.shape[4])
-            place = [0]
             x = whole[:, :, :, rows, columns]
-            for block in self._decoder.up_blocks[1:]:
-                x = block(x, feat_cache=cache, feat_idx=place)
-            x = self._decoder.nonlinearity(self._decoder.norm_out(x))
-            x = _convolve(self._decoder.conv_out, x, cache, place)
+            for block in list(self._decoder.up_blocks)[1:]:
+                x = block(x, memory)
+            x = self._decoder.conv_out(F.silu(self._decoder.norm_out(x)), memory)
             yield x[0, :, :, kept_rows, kept_columns].float().clamp(-1, 1)
 
     def _with_border(self, first: int, end: int, size: int) -> tuple[slice, slice]:
@@ -107,11 +104,7 @@ class TiledDecoder:
         return slice(start, stop), slice(first - start * self.scale, end - start * self.scale)
 
 
-# More than the decoder has causal convolutions; each keeps the frames that it must see again in a slot of its own.
-_SLOTS = 64
-
-
-def _border(blocks: Sequence[Any]) -> int:
+def _border(blocks: Sequence[UpBlock]) -> int:
     """How far beyond a value behind the first upsampling the pixels made from it can see, in such values."""
     reach = 1  # the last convolution, 3 wide
     for block in reversed(blocks):
@@ -119,15 +112,3 @@ def _border(blocks: Sequence[Any]) -> int:
             reach = (reach + 1 + 1) // 2  # a convolution 3 wide on the doubled frame
         reach += 2 * len(block.resnets)
     return reach
-
-
-def _convolve(convolution: Any, x: Tensor, cache: list[Any], place: list[int]) -> Tensor:
-    """A causal convolution outside of diffusers' blocks, with the two frames before these."""
-    index, before = place[0], cache[place[0]]
-    latest = x[:, :, -2:].clone()
-    if latest.shape[2] < 2 and before is not None:
-        latest = torch.cat([before[:, :, -1:], latest], dim=2)
-    out: Tensor = convolution(x, before)
-    cache[index] = latest
-    place[0] += 1
-    return out
