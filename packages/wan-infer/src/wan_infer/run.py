@@ -38,7 +38,7 @@ def _versions() -> dict[str, str]:
     return {
         "wan-infer": __version__,
         "wan-model": wan_model.__version__,
-        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+        **{name: version(name) for name in ("torch", "tokenizers")},
         "python": platform.python_version(),
     }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from wan_model.latent_spec import LatentSpec
 from wan_model.model_folder import latent_spec_of, resolve_folder
 from wan_model.text import clean_prompt
+from wan_model.text_encoder import PromptTokenizer, TextEncoder
 from wan_model.tiled_decode import Tile, TiledDecoder, split_frame
 from wan_model.vae_decoder import VaeDecoder
 
@@ -50,7 +51,7 @@ class LatentCodec:
         spec: the space, with the statistics that latents are normalised by.
         vae: diffusers' ``AutoencoderKLWan``, or None.
         decoder: what decodes latents, or None; by default with the weights of ``vae``.
-        text_encoder: transformers' ``UMT5EncoderModel``, or None.
+        text_encoder: UMT5's encoder, or None.
         tokenizer: the tokenizer that belongs to it, or None.
     """
 
@@ -58,8 +59,8 @@ class LatentCodec:
         self,
         spec: LatentSpec,
         vae: Any = None,
-        text_encoder: Any = None,
-        tokenizer: Any = None,
+        text_encoder: TextEncoder | None = None,
+        tokenizer: PromptTokenizer | None = None,
         decoder: VaeDecoder | None = None,
     ) -> None:
         self.spec = spec
@@ -123,14 +124,8 @@ class LatentCodec:
                 vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)
                 vae = vae.to(device).eval().requires_grad_(False)
         if load_text:
-            with _quiet_loading("transformers"):
-                from transformers import AutoTokenizer, UMT5EncoderModel
-
-                text_encoder = UMT5EncoderModel.from_pretrained(
-                    text_folder / "text_encoder", dtype=text_dtype, use_safetensors=True
-                )
-                text_encoder = text_encoder.to(device).eval().requires_grad_(False)
-                tokenizer = AutoTokenizer.from_pretrained(text_folder / "tokenizer", trust_remote_code=False)
+            text_encoder = TextEncoder.from_pretrained(text_folder / "text_encoder", text_dtype).to(device)
+            tokenizer = PromptTokenizer(text_folder / "tokenizer")
         return cls(spec, vae, text_encoder, tokenizer, decoder)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +204,7 @@ class LatentCodec:
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
         """Embeddings of cleaned prompts, fp32, each of its true length (the zero padding is the model's business).
 
-        Each prompt is embedded with its own attention mask over the fixed length, as the official code does.
+        Each is embedded by itself at its true length, which is what a mask over the fixed length comes to.
 
         Raises:
             ValueError: no list of prompts, or an empty one.
@@ -217,16 +212,8 @@ class LatentCodec:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"got {prompts!r}; expected a list of at least one prompt")
         text_encoder, tokenizer = self._need("text_encoder"), self._need("tokenizer")
-        tokens = tokenizer(
-            [clean_prompt(prompt) for prompt in prompts],
-            padding="max_length",
-            max_length=self.spec.text_length,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        ids, mask = tokens.input_ids.to(text_encoder.device), tokens.attention_mask.to(text_encoder.device)
-        hidden = text_encoder(ids, mask).last_hidden_state.float()
-        lengths = tokens.attention_mask.sum(dim=1).tolist()
-        return [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor(tokenizer(clean_prompt(prompt), self.spec.text_length), device=text_encoder.device)
+            found.append(text_encoder(ids).float())
+        return found
