@@ -163,6 +163,7 @@ class WanSampler:
     def text_codec(self) -> LatentCodec:
         """The text encoder's half; see ``release_text``."""
         codec = self.codec_source.load_text(self.source.text_length, self.placement.dtype)
+        assert codec.text_encoder is not None, "it was loaded"
         codec.text_encoder.to(self.placement.text_home)
         return codec
 
@@ -182,7 +183,9 @@ class WanSampler:
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]:
             found = None
             if self.sharing.rank == 0:
-                with at_work(self.text_codec.text_encoder, place.text_device, place.text_home):
+                encoder = self.text_codec.text_encoder
+                assert encoder is not None, "it was loaded"
+                with at_work(encoder, place.text_device, place.text_home):
                     found = [self.text_codec.encode_text([prompt])[0].cpu() for prompt in new]
             self._embeddings.update(zip(new, self.sharing.from_first(found), strict=True))
         return [self._embeddings[prompt] for prompt in prompts]
