@@ -12,7 +12,7 @@ import click
 from wan_infer import __version__
 from wan_infer.flags import ARGUMENTS, SeveralValues, flag
 from wan_infer.job import Job, Means, Sources, check_outputs
-from wan_infer.launch import follow_parent, is_child, launch, report_failure
+from wan_infer.launch import follow_parent, is_child, launch, processes, report_failure
 from wan_infer.prompt_file import Shot, read_prompt_file
 from wan_infer.requests import (
     NEGATIVE_PROMPT,
@@ -154,11 +154,12 @@ def _check(given: dict[str, Any], shots: list[Shot], nproc_per_node: int) -> Non
             "a training checkpoint holds the transformer only: give --model for the text encoder and the "
             "autoencoder, or both --t5-checkpoint-dir and --vae-checkpoint-dir"
         )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = processes()
     if nproc_per_node > 1 and started > 1 and not is_child():
         raise ValueError("--nproc-per-node is given under torchrun, which has started the processes")
-    processes = max(nproc_per_node, started)
-    check_processes(processes, cfg_parallel=given["cfg_parallel"], shard_weights=given["shard_weights"])
+    check_processes(
+        max(nproc_per_node, started), cfg_parallel=given["cfg_parallel"], shard_weights=given["shard_weights"]
+    )
     if given["cfg_parallel"] and any(shot.settings.guidance == 1 for shot in shots):
         raise ValueError("the guidance scale is 1, which leaves no second branch; leave --cfg-parallel out")
 

@@ -24,6 +24,11 @@ _SETTLE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
+def processes() -> int:
+    """How many processes this one was started as one of, by torchrun's variables."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_child() -> bool:
     """Whether ``launch`` started this process."""
     return REPORTS in os.environ

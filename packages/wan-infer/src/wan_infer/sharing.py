@@ -9,7 +9,6 @@ Shapes: S tokens, K values of a token.
 """
 
 import dataclasses
-import os
 from typing import Any
 
 import torch
@@ -17,15 +16,11 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from wan_infer.launch import processes
 from wan_infer.requests import check_processes
 from wan_model.context_parallel import ContextParallel
 from wan_model.dit import WanDiT
 from wan_model.ops import TorchOps
-
-
-def processes() -> int:
-    """How many processes this one was started as one of, by torchrun's variables."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclasses.dataclass

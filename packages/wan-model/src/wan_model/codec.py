@@ -5,7 +5,6 @@ D text width.
 """
 
 import contextlib
-import importlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,10 +24,11 @@ from wan_model.vae_decoder import VaeDecoder
 
 
 @contextlib.contextmanager
-def _quiet_loading(library: str) -> Iterator[None]:
-    # Loading prints progress bars and advice about weights and packages; a failed load still raises. Only the library
-    # that loads is imported: each takes seconds.
-    logging: Any = importlib.import_module(f"{library}.utils.logging")
+def _quiet_loading() -> Iterator[None]:
+    # diffusers prints progress bars and advice about weights and packages; a failed load still raises. It takes seconds
+    # to import, so it is imported where it is needed.
+    from diffusers.utils import logging
+
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -118,7 +118,7 @@ class LatentCodec:
         if load_decoder:
             decoder = VaeDecoder.from_pretrained(vae_folder, vae_dtype).to(device)
         if load_vae:
-            with _quiet_loading("diffusers"):
+            with _quiet_loading():
                 from diffusers import AutoencoderKLWan
 
                 vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)

@@ -154,12 +154,14 @@ def _reason(error: BaseException, folder: Path) -> str:
     try:
         # Of files that could be written so far, one may be as large as a file can be.
         for file in (*sorted(folder.iterdir(), key=lambda file: -file.stat().st_size), probe):
-            size = file.stat().st_size if file.exists() else 0
+            existed = file.exists()
+            size = file.stat().st_size if existed else 0
             try:
                 with file.open("ab") as opened:
                     opened.write(bytes(1 << 20))
             finally:
-                os.truncate(file, size)
+                if existed:  # or an error of its own would stand for the one that is looked for
+                    os.truncate(file, size)
     except OSError as found:
         return f"[Errno {found.errno}] {os.strerror(found.errno or 0)}"
     finally:
