@@ -14,6 +14,10 @@ from wan_train.writer_watch import WriterDiedError, watch_writer
 def work(how, queue):
     if how == "fails":
         sys.exit(3)
+    if how == "fails slowly":
+        os.closerange(3, 256)  # its pipe closes some time before it has an exit status
+        time.sleep(1)
+        os._exit(3)
     if how == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     queue.get()
@@ -42,6 +46,7 @@ if __name__ == "__main__":
     [
         ("writes", ""),
         ("fails", "the process that writes checkpoints ended with exit status 3"),
+        ("fails slowly", "the process that writes checkpoints ended with exit status 3"),
         (
             "is killed",
             "the process that writes checkpoints ended with SIGKILL; the system does so where memory runs out",
@@ -51,7 +56,7 @@ if __name__ == "__main__":
 def test_who_waits_for_a_dead_writer_is_told(how: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, str(path), how], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, str(path), how], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "went on"
