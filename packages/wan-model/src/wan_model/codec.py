@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from wan_model.extras import brought_by
 from wan_model.latent_spec import LatentSpec
 from wan_model.model_folder import latent_spec_of, resolve_folder
 from wan_model.text import clean_prompt
@@ -27,7 +28,8 @@ from wan_model.vae_decoder import VaeDecoder
 def _quiet_loading() -> Iterator[None]:
     # diffusers prints progress bars and advice about weights and packages; a failed load still raises. It takes seconds
     # to import, so it is imported where it is needed.
-    from diffusers.utils import logging
+    with brought_by("codec"):
+        from diffusers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan_model.extras import brought_by
 from wan_model.latent_spec import LatentSpec
 
 # Tensors small enough to read in a moment and specific enough to tell trainings apart. They are compared in bfloat16,
@@ -35,7 +36,8 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
             raise ValueError(
                 f"no model at {name}: expected a folder in diffusers' layout or a hub id such as Wan-AI/NAME"
             )
-        from huggingface_hub import snapshot_download
+        with brought_by("sampling"):
+            from huggingface_hub import snapshot_download
 
         patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".safetensors", ".model", ".txt")]
         try:

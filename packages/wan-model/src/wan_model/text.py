@@ -3,7 +3,7 @@
 import html
 import re
 
-import ftfy
+from wan_model.extras import brought_by
 
 _WHITESPACE = re.compile(r"\s+")
 
@@ -13,5 +13,8 @@ def clean_prompt(prompt: str) -> str:
 
     Source: ``prompt_clean`` of diffusers' ``WanPipeline`` and the official tokenizer's ``whitespace`` cleaning.
     """
+    with brought_by("sampling"):
+        import ftfy
+
     mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return _WHITESPACE.sub(" ", mended.strip()).strip()

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan_model.extras import brought_by
 from wan_model.model_folder import open_weights, read_json, weight_files
 
 _STEM = "model"
@@ -217,7 +218,8 @@ class PromptTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
+        with brought_by("sampling"):
+            from tokenizers import Tokenizer
 
         file = folder / "tokenizer.json"
         if not file.is_file():

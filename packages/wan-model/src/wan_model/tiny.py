@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from wan_model.config import WanConfig
+from wan_model.extras import brought_by
 
 TINY_CONFIG = WanConfig(num_heads=4, head_dim=24, num_layers=2, ffn_dim=192, text_dim=32, text_length=512, freq_dim=64)
 
@@ -79,8 +80,9 @@ def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONF
     Returns:
         ``folder``.
     """
-    from diffusers import AutoencoderKLWan
-    from transformers import UMT5Config, UMT5EncoderModel
+    with brought_by("tiny"):
+        from diffusers import AutoencoderKLWan
+        from transformers import UMT5Config, UMT5EncoderModel
 
     from wan_model.dit import WanDiT
     from wan_model.weights import save_transformer
@@ -153,7 +155,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    folder = write_tiny_wan(arguments.folder, seed=arguments.seed)
+    try:
+        folder = write_tiny_wan(arguments.folder, seed=arguments.seed)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"Error: {error}") from error
     print(f"wrote a tiny Wan 2.1 with random weights to {folder}")
 
 
