@@ -12,8 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import RUN_OPTIONS, read_log, rewrite, steps_of, train, wan_train
+from training_runs import (
+    BASE_OPTIONS,
+    RUN_OPTIONS,
+    data_options,
+    read_log,
+    refused_on,
+    rewrite,
+    steps_of,
+    train,
+    train_on,
+    wan_train,
+    write_dataset,
+)
 
+from wan_model.tiny import write_tiny_wan
 from wan_model.training_checkpoint import find_checkpoint, read_training_checkpoint
 
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -130,3 +143,29 @@ def test_a_mistyped_load_path_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("Error: checkpoint.load is")
     assert json.dumps(str(tmp_path / "mistyped"))[1:-1] in done.stderr
+
+
+def test_weights_of_another_latent_space_or_other_sizes_are_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "first")
+    write_dataset(tmp_path / "second")
+    shutil.rmtree(tmp_path / "second" / "model")
+    write_tiny_wan(tmp_path / "second" / "model", seed=1)
+    one_step = (*BASE_OPTIONS, "train.train_iters=1")
+    run = tmp_path / "run"
+    train_on((*one_step, *data_options(tmp_path / "first")), run)
+
+    second = (*BASE_OPTIONS, "train.train_iters=2", *data_options(tmp_path / "second"))
+    resumed = refused_on(second, run)
+    assert f"the checkpoint {run / 'iter_0000001'}" in resumed
+    assert "are of different latent spaces: model_id (vae-" in resumed
+    assert [entry["step"] for entry in read_log(run)] == [1], "a step was taken"
+
+    started = (*one_step, *data_options(tmp_path / "second"), "--init-from")
+    assert f"the model {tmp_path / 'first' / 'model'} (fingerprint" in refused_on(
+        (*started, str(tmp_path / "first" / "model")), tmp_path / "other"
+    )
+    assert not list((tmp_path / "other").glob("iter_*"))
+    train_on((*started, str(tmp_path / "second" / "model")), tmp_path / "other")
+
+    wider = refused_on((*RUN_OPTIONS, "model.transformer.ffn_dim=96"), run)
+    assert f"{run / 'iter_0000001'} holds another transformer than this run's: ffn_dim 96 where it has" in wider

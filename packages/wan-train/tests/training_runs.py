@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from warm_ranks import WarmRanks
+from warm_ranks import Ended, WarmRanks
 
 from wan_model.tiny import TINY_CONFIG, write_tiny_wan
 from wan_model.training_checkpoint import read_index
@@ -59,12 +59,25 @@ def train(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def train_on(arguments: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     """What ``wan-train pretrain ARGUMENTS checkpoint.save=FOLDER`` does, sooner; must succeed; returns the log."""
+    ended = _run(arguments, folder)
+    assert set(ended.codes) == {0}, ended.errors
+    return read_log(folder)
+
+
+def refused_on(arguments: Sequence[str], folder: Path) -> str:
+    """The same, which must be refused in one sentence, which is returned."""
+    ended = _run(arguments, folder)
+    (said,) = {line.split(": ", 1)[1] for line in ended.errors.splitlines()}
+    assert set(ended.codes) <= {2, -9}
+    assert 2 in ended.codes
+    return said
+
+
+def _run(arguments: Sequence[str], folder: Path) -> Ended:
     given = pretrain.make_context("pretrain", [*arguments, f"checkpoint.save={folder}"]).params
     ranks = given.pop("nproc_per_node")
     options = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__})
-    ended = _warm_ranks().run(options.to_json(), ranks)
-    assert ended.codes == [0] * ranks, ended.errors
-    return read_log(folder)
+    return _warm_ranks().run(options.to_json(), ranks)
 
 
 def train_for_equality(folder: Path, start: Path, *settings: str) -> None:

@@ -55,7 +55,9 @@ def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
 
 def _ops(provider: "WanModelProvider") -> MegatronOps:
     has_te = engine.start().transformer_engine
-    if provider.attention == "transformer_engine" or (provider.attention == "auto" and has_te):
+    # Its fused kernels take 16 bits; what it has for fp32 is slower than torch's.
+    suits = has_te and provider.params_dtype in (torch.float16, torch.bfloat16)
+    if provider.attention == "transformer_engine" or (provider.attention == "auto" and suits):
         if not has_te:
             raise ValueError(
                 "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
@@ -174,8 +176,8 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         latent_spec: ``LatentSpec.to_dict()`` of the training data, recorded in checkpoints; None for mock data.
         flow: the objective.
         attention: ``sdpa``, ``cudnn``, ``flash`` and ``varlen`` are torch's (see ``wan_model.attention``);
-            ``transformer_engine`` is its fused packed attention; ``auto`` takes that where it is installed, else
-            torch's.
+            ``transformer_engine`` is its fused packed attention; ``auto`` takes that for 16 bits where it is installed,
+            else torch's.
         init_from: a model in diffusers' layout (folder or hub id) whose transformer the training starts from; None
             for the official random initialisation.
         init_seed: of the random initialisation.

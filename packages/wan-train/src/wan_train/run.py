@@ -5,6 +5,7 @@ step, and hand over to Megatron-Bridge's own loop.
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -92,8 +93,21 @@ def bind_data(config: Any, layout: Layout) -> None:
         wanted, got = model.wan_config.text_dim, model.latent_spec["text_dim"]
         if wanted != got:
             raise ValueError(f"the dataset's text embeddings are {got} wide, the model takes {wanted}")
+        if model.init_from is not None:
+            _check_start(model, dataset.path)
     dataset.bind(model.wan_config, layout.pad_multiple)
     model.seq_length = dataset.capacity
+
+
+def _check_start(model: Any, data: str) -> None:
+    """Refuse weights to start from that live in another latent space, where the autoencoder beside them says so."""
+    from wan_model.model_folder import latent_spec_of
+    from wan_train.model import transformer_folder
+
+    folder = transformer_folder(model.init_from).parent
+    if all((folder / part).is_dir() for part in ("vae", "text_encoder")):
+        theirs = latent_spec_of(folder, text_length=model.spec.text_length)
+        theirs.require_same(model.spec, f"the model {model.init_from}", f"the data {data}")
 
 
 def _place_checkpoints(config: Any) -> ResumePoint | None:
@@ -122,6 +136,25 @@ def _place_checkpoints(config: Any) -> ResumePoint | None:
     checkpoint.ckpt_step = point.step if point else None
     checkpoint.exit_on_missing_checkpoint = point is not None
     return point
+
+
+def _check_origin(config: Any, resume: ResumePoint) -> None:
+    """Refuse to go on from weights of other sizes, or that were trained in another latent space than the data's."""
+    from wan_model.training_checkpoint import read_run_config
+
+    transformer, spec = read_run_config(resume.step_folder)
+    ours = config.model.wan_config
+    if differing := [
+        f"{field.name} {getattr(ours, field.name)} where it has {getattr(transformer, field.name)}"
+        for field in dataclasses.fields(ours)
+        if getattr(ours, field.name) != getattr(transformer, field.name)
+    ]:
+        raise ValueError(
+            f"{resume.step_folder} holds another transformer than this run's: {', '.join(differing)}; give the recipe "
+            "that it was trained with, or name another folder with checkpoint.save"
+        )
+    if spec is not None and config.model.spec is not None:
+        spec.require_same(config.model.spec, f"the checkpoint {resume.step_folder}", f"the data {config.dataset.path}")
 
 
 def _settle(config: Any, *, on_cpu: bool) -> None:
@@ -196,7 +229,8 @@ def pretrain(options: RunOptions) -> None:
     config = build_config(options)
     config.dist.distributed_backend = running.backend
     bind_data(config, check_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
-    resume = _place_checkpoints(config)
+    if resume := _place_checkpoints(config):
+        _check_origin(config, resume)
     _settle(config, on_cpu=running.device.type == "cpu")
     if config.logger.logging_level == logging.INFO:
         config.logger.logging_level = logging.WARNING  # Megatron's own narration; set 10 or 30 to choose

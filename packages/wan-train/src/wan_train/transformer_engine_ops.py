@@ -22,9 +22,12 @@ def _on_device(offsets: Offsets, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _attention(heads: int, width: int) -> Any:
-    # It has no parameters, so that one object serves every layer; it draws no random numbers without dropout.
-    return DotProductAttention(heads, width, attention_dropout=0.0, qkv_format="thd", attn_mask_type="padding")
+def _attention(heads: int, width: int, kind: str) -> Any:
+    # It has no parameters, so that one object serves every layer; it draws no random numbers without dropout. By the
+    # kind ("self", "cross") it tells whether keys are masked by their own lengths or by those of the queries.
+    return DotProductAttention(
+        heads, width, attention_dropout=0.0, qkv_format="thd", attn_mask_type="padding", attention_type=kind
+    )
 
 
 def _longest(offsets: Offsets) -> int:
@@ -36,10 +39,12 @@ class TransformerEngineOps(MegatronOps):
 
     def attend(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
         """Packed attention of the rows at hand."""
+        if q_offsets[-1] == 0:  # nothing but padding, which no kernel is asked about
+            return super().attend(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)
         # The longest segments are told, never read back.
         heads, width = q_SHE.shape[1:]
         device = q_SHE.device
-        attended = _attention(heads, width)(
+        attended = _attention(heads, width, "self" if q_offsets == k_offsets else "cross")(
             q_SHE[: q_offsets[-1]].contiguous(),
             k_SHE[: k_offsets[-1]].contiguous(),
             v_SHE[: k_offsets[-1]].contiguous(),
