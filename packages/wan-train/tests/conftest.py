@@ -1,10 +1,13 @@
 """One thread a test process, shapes checked, and runs that several tests look at made once."""
 
 import fcntl
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -51,3 +54,17 @@ def one_process_run(once: Callable[[str, Callable[[Path], object]], Path]) -> Pa
 def equality_reference(once: Callable[[str, Callable[[Path], object]], Path], start_weights: Path) -> Path:
     """One process, six steps, a checkpoint after each: what every parallel layout is compared with."""
     return once("equality-reference", lambda folder: train_for_equality(folder, start_weights))
+
+
+@pytest.fixture(scope="session")
+def engine_answers(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Any]:
+    """What ``engine_probe.py`` found in a process of its own."""
+
+    def probe(path: Path) -> None:
+        command = [sys.executable, str(Path(__file__).parent / "engine_probe.py")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        path.write_text(next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))[8:])
+
+    found: dict[str, Any] = json.loads(once("engine-probe", probe).read_text())
+    return found

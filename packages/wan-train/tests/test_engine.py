@@ -1,10 +1,7 @@
 """The engine where there is no CUDA, obstacle by obstacle; and with CUDA, that nothing is redirected."""
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,22 +10,14 @@ import torch
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights import expected_shapes
 
-Once = Callable[[str, Callable[[Path], object]], Path]
-
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.fixture(scope="session")
-def answers(once: Once) -> dict[str, Any]:
-    def probe(path: Path) -> None:
-        done = python(str(Path(__file__).parent / "engine_probe.py"))
-        assert done.returncode == 0, done.stdout + done.stderr
-        path.write_text(next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))[8:])
-
-    result: dict[str, Any] = json.loads(once("engine-probe", probe).read_text())
-    return result
+@pytest.fixture
+def answers(engine_answers: dict[str, Any]) -> dict[str, Any]:
+    return engine_answers
 
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here, nothing is redirected")
