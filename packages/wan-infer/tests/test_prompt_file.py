@@ -31,6 +31,15 @@ def test_an_object_a_line_says_what_differs(tmp_path: Path) -> None:
     assert second == Shot(VideoRequest("b", 832, 480, 1, 0), Settings(9, 3.0, 1.5, "dpm++", ""))
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e"])
+def test_only_a_newline_ends_a_line(tmp_path: Path, odd: str) -> None:
+    (shot,) = read(tmp_path, "a.txt", f"one{odd}two\r\n")
+    assert shot.request.prompt == f"one{odd}two"
+    if ord(odd) > 31:  # JSON has to escape the others
+        (shot,) = read(tmp_path, "a.jsonl", f'{{"prompt": "one{odd}two"}}\r\n')
+        assert shot.request.prompt == f"one{odd}two"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -36,6 +36,15 @@ def test_task_sizes() -> None:
         check_task("t2v-1.3B", [VideoRequest("a", 1280, 720)])
 
 
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [((1280, 720), r"832\*480"), ((720, 1280), r"480\*832"), ((320, 192), r"416\*240"), ((512, 512), r"480\*832")],
+)
+def test_the_nearest_size_of_a_task_is_named(size: tuple[int, int], nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"the nearest is {nearest};"):
+        check_task("t2v-1.3B", [VideoRequest("a", *size)])
+
+
 def test_lists_go_together_and_single_values_hold_for_all() -> None:
     requests = pair_requests(["a"], ["32*48"], [1, 5], [7, 8])
     assert requests == [VideoRequest("a", 32, 48, 1, 7), VideoRequest("a", 32, 48, 5, 8)]

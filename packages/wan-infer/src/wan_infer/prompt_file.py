@@ -38,7 +38,7 @@ def read_prompt_file(path: Path, request: VideoRequest, settings: Settings) -> l
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"the prompts file {path} must end in .txt (a prompt a line) or .jsonl (an object a line)")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON text may hold U+2028
     except OSError as error:
         raise ValueError(f"the prompts file {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -122,11 +122,17 @@ def check_task(task: str, requests: Sequence[VideoRequest]) -> None:
     """Refuse sizes that a released model was not made for."""
     sizes = TASK_SIZES[task]
     for request in requests:
+        asked = (request.width, request.height)
         if f"{request.width}*{request.height}" not in sizes:
+            nearest = min(sizes, key=lambda size: _apart(asked, parse_size(size)))
             raise ValueError(
                 f"the size {request.width}*{request.height} is not one of {task}'s: {', '.join(sizes)}; "
-                "leave --task out to sample other sizes"
+                f"the nearest is {nearest}; leave --task out to sample other sizes"
             )
+
+
+def _apart(one: tuple[int, int], other: tuple[int, int]) -> float:
+    return sum(abs(math.log(side / wanted)) for side, wanted in zip(one, other, strict=True))
 
 
 def pair_requests(
