@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from training_runs import RUN_OPTIONS, train, wan_train
 
@@ -116,6 +117,23 @@ def test_a_shipped_file_is_shown_and_copied_and_never_written_over(tmp_path: Pat
     code, output = run("config", "show", "huge")
     assert code == 1
     assert "no configuration 'huge' is shipped; expected one of tiny" in output
+
+
+def test_a_resolved_file_names_every_key_and_can_be_given_back(tmp_path: Path) -> None:
+    script = "from wan_train.cli import main; main()"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run([*command, "config", "show", "tiny", "--resolved"], capture_output=True, check=True)
+    values = yaml.safe_load(done.stdout)
+    assert values["ema"]["decay"] == 0.9, "of the file"
+    assert values["optimizer"]["adam_beta2"] == 0.95, "of the recipe"
+    assert values["model"]["flow"]["shift"] == 2.5
+    assert values["checkpoint"]["async_save"] is False, "of Megatron-Bridge"
+    values["ema"]["decay"] = 0.5
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"recipe": "tiny", **values}))
+    given = ["pretrain", "--config-file", str(tmp_path / "mine.yaml"), "--mock", "--dry-run", "--json"]
+    again = subprocess.run([*command, *given], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["state_bytes"]["average"] > 0
 
 
 def test_listing_imports_neither_torch_nor_megatron() -> None:

@@ -1,7 +1,11 @@
 """The ``wan-train`` command. Imports of torch and Megatron wait until a command needs them."""
 
+import contextlib
+import io
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,15 +100,17 @@ def pretrain(
     sys.exit(launch(options.to_json(), nproc_per_node))
 
 
-def _dry_run(options: "RunOptions", world: int, as_json: bool) -> int:
-    import contextlib
-    import io
-    import warnings
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron talks while it is imported."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
+
+def _dry_run(options: "RunOptions", world: int, as_json: bool) -> int:
     try:
-        # Megatron talks while it is imported.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with _quiet():
             from wan_train.dry_run import main as describe
 
             lines = describe(options, world, as_json=as_json)
@@ -206,14 +212,36 @@ def config_list() -> None:
 
 @config.command("show")
 @click.argument("name")
-def config_show(name: str) -> None:
+@click.option(
+    "--resolved", is_flag=True, help="Every key that can be set, with the value it has when the file is applied."
+)
+def config_show(name: str, resolved: bool) -> None:
     """Print one."""
     from wan_train.shipped_configs import path_of
 
     try:
-        click.echo(path_of(name).read_text(encoding="utf-8"), nl=False)
+        text = path_of(name).read_text(encoding="utf-8")
+        click.echo(_resolved(name) if resolved else text, nl=False)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _resolved(name: str) -> str:
+    import yaml
+
+    from wan_train.installed import require_installed
+    from wan_train.options import RunOptions
+
+    require_installed()
+    with _quiet():
+        from wan_train import engine
+        from wan_train.overrides import settable
+
+        engine.start(take_device=False)
+        from wan_train.run import build_config
+
+        values = settable(build_config(RunOptions(None, config_file=name)))
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 @config.command("copy")

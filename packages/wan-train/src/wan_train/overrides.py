@@ -67,7 +67,8 @@ def _set(node: Any, names: list[str], value: Any, path: str, done: str = "") -> 
         raise ValueError(f"{path} is a section; set one of {', '.join(_names(current))} in it")
     elif dataclasses.is_dataclass(node):
         kind = typing.get_type_hints(type(node)).get(name, Any)
-        if not _fits(value, kind):
+        # Some of Megatron's settings are nothing by default and are not said to be able to.
+        if not (_fits(value, kind) or value is current is None):
             raise ValueError(f"{path} is {value!r}; expected {_describe(kind)}")
         if isinstance(value, int) and not isinstance(value, bool) and isinstance(current, float):
             value = float(value)
@@ -86,6 +87,22 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def settable(node: Any) -> dict[str, Any]:
+    """Every key that can be set below a section, with its value, as ``apply_sections`` takes them.
+
+    What no YAML can say (types of tensors, functions) follows from other settings and is left out.
+    """
+    found: dict[str, Any] = {}
+    for name in _names(node):
+        value = node[name] if isinstance(node, Mapping) else getattr(node, name)
+        if dataclasses.is_dataclass(value):
+            if below := settable(value):
+                found[name] = below
+        elif value is None or type(value) in (bool, int, float, str, list, dict):
+            found[name] = value
+    return found
 
 
 class _Loader(yaml.SafeLoader):
