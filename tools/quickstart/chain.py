@@ -86,7 +86,7 @@ class Chain:
         self.stages.command(
             "wan-train", "pretrain", "--recipe", "tiny", "--nproc-per-node", "2",
             f"dataset.path={self._argument('dataset')}", f"checkpoint.save={self._argument(name)}",
-            f"dataset.capacity={CAPACITY}", f"train.train_iters={STEPS}", f"scheduler.lr_decay_iters={STEPS}",
+            f"dataset.capacity={CAPACITY}", f"train.train_iters={STEPS}",
             *overrides,
         )  # fmt: skip
 

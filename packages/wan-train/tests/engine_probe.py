@@ -208,6 +208,35 @@ def _transformer_engine_answers() -> dict[str, object]:
     }
 
 
+def _precision_answers() -> dict[str, object]:
+    """Of the model in the wrapper that Megatron puts around one that trains in bf16."""
+    from megatron.core.transformer.module import Float16Module
+
+    from wan_model import PackLayout
+    from wan_train.options import RunOptions
+    from wan_train.run import build_config
+
+    provider = build_config(RunOptions("tiny")).model
+    provider.finalize()
+    provider.bf16, provider.params_dtype = True, torch.bfloat16
+    wrapped = Float16Module(provider, provider.provide(pre_process=True, post_process=True))
+    seen: list[torch.Tensor] = []
+    wrapped.module.dit.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    layout = PackLayout(((1, 2, 2), (1, 1, 2)))
+    out = wrapped(
+        tokens_SC=torch.ones(layout.total, 64),
+        timesteps_B=torch.tensor([999.0, 0.1]),
+        text_BTD=torch.ones(2, 4, provider.wan_config.text_dim, dtype=torch.bfloat16),
+        layout=layout,
+    )
+    (timesteps,) = seen
+    return {
+        "weights": str(next(wrapped.parameters()).dtype),
+        "timesteps": [round(value, 6) for value in timesteps.tolist()],
+        "velocity": str(out.dtype),
+    }
+
+
 def _group_answers() -> dict[str, object]:
     """Of the groups that the model's answers made."""
     import megatron.core.distributed.param_and_grad_buffer as buffers
@@ -237,6 +266,13 @@ def _configuration_answers() -> dict[str, object]:
     from wan_train.layout import Layout
     from wan_train.options import RunOptions
     from wan_train.run import bind_data, build_config, check_layout
+    from wan_train.settings import settle
+
+    def settled(*overrides: str) -> list[object]:
+        config = build("train.train_iters=7", *overrides)
+        settle(config, on_cpu=True)
+        scheduler = config.scheduler
+        return [scheduler.lr_decay_iters, scheduler.start_weight_decay, scheduler.end_weight_decay]
 
     def build(*overrides: str, **options: Any) -> Any:
         return build_config(RunOptions(**{"recipe": "tiny", **options}, overrides=overrides))
@@ -257,6 +293,9 @@ def _configuration_answers() -> dict[str, object]:
         "bad flow": _raises(lambda: build("model.flow.density=cauchy")),
         "file then command line": [layered.train.train_iters, layered.model.flow.shift, layered.optimizer.lr],
         "finetune": [finetune.model.flow.density, finetune.model.flow.shift],
+        "settled": settled("optimizer.weight_decay=0.5"),
+        "settled otherwise": settled("scheduler.lr_decay_iters=3", "scheduler.end_weight_decay=0.1"),
+        "warming up to the end": settled("scheduler.lr_warmup_iters=9")[0],
         "layout": _raises(lambda: check_layout(build("model.tensor_model_parallel_size=2"), 3)),
         "batch": _raises(lambda: check_layout(build(), 2)),
         "fsdp": _raises(
@@ -341,6 +380,7 @@ def main() -> None:
         "configuration": _configuration_answers(),
         "model": _model_answers(),
         "transformer engine": _transformer_engine_answers(),
+        "precision": _precision_answers(),
         "groups": _group_answers(),
         "dropout": _dropout_answers(),
     }

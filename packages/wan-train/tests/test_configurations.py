@@ -32,6 +32,17 @@ REFUSED = [
     (["--recipe", "tiny", "model.recompute_method=block"], "every layer is treated alike"),
     (["--recipe", "tiny", "train.train_iter=3"], "the nearest known one is train.train_iters"),
     (["--recipe", "tiny", "dist.use_megatron_fsdp=true", "ema.decay=0.9"], "which keeps no average"),
+    (["--recipe", "tiny", "model.num_layers=3"], "does not heed; set model.transformer.num_layers"),
+    (["--recipe", "tiny", "model.hidden_dropout=0.2"], "model.hidden_dropout is 0.2, which a Wan model does not heed"),
+    (
+        ["--recipe", "tiny", "model.fp8=e4m3"],
+        "'e4m3', which a Wan model does not heed; set mixed_precision",
+    ),
+    (["--recipe", "tiny", "mixed_precision=bf16_with_mxfp8_mixed"], "expected null (fp32) or bf16_mixed"),
+    (["--recipe", "tiny", "train.train_samples=10"], "train.train_samples is 10; a run's length is train.train_iters"),
+    (["--recipe", "tiny", "train.train_iters=null"], "train.train_iters is None; expected at least 1"),
+    (["--recipe", "tiny", "train.micro_batch_size=2"], "train.micro_batch_size is 2; a micro-batch is one pack"),
+    (["--recipe", "tiny", "checkpoint.pretrained_checkpoint=x"], "use checkpoint.load with checkpoint.finetune=true"),
     (
         ["--recipe", "tiny", "dataset.capacity=1", "model.context_parallel_size=2", "--world-size", "2"],
         "less than the 2",

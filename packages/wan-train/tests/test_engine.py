@@ -129,6 +129,14 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(answer
     assert answers["configuration"]["file then command line"] == [9, 4.0, 1e-5]
 
 
+def test_the_rate_decays_over_the_run_and_weights_by_the_optimizers_decay(answers: dict[str, Any]) -> None:
+    """Megatron takes the scheduler's weight decay and passes over the optimizer's in silence."""
+    found = answers["configuration"]
+    assert found["settled"] == [7, 0.5, 0.5]
+    assert found["settled otherwise"] == [3, 0.01, 0.1]
+    assert found["warming up to the end"] == 10
+
+
 def test_training_modes_are_presets_of_the_objective(answers: dict[str, Any]) -> None:
     assert answers["configuration"]["finetune"] == ["uniform", 3.0]
 

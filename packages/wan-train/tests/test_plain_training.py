@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from training_runs import CAPTION_DROPOUT, STEPS, read_log, steps_of
+from training_runs import CAPTION_DROPOUT, STEPS, WEIGHT_DECAY, read_log, steps_of
 
 from wan_model import LatentPack
 from wan_model.flow import FlowMatching, loss_sum
@@ -32,10 +32,10 @@ EMPTY_CAPTION = torch.zeros(1, TINY_CONFIG.text_dim)
 
 
 def learning_rate(step: int) -> float:
-    """One step of warm-up from 0, then a cosine from 0.01 to 0.001 over the recipe's 20 steps."""
+    """One step of warm-up from 0, then a cosine from 0.01 to 0.001 over the run's steps."""
     if step == 0:
         return 0.0
-    return 0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * (step - 1) / (20 - 1)))
+    return 0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1)))
 
 
 @dataclasses.dataclass
@@ -52,7 +52,7 @@ def train_plainly(start: Path, number_of: Callable[[int], int] = lambda pack: pa
     for parameter in model.parameters():
         kinds[parameter.ndim > 1].append(parameter)  # biases and norms do not decay
     optimizer = torch.optim.AdamW(
-        [{"params": kinds[True], "weight_decay": 0.01}, {"params": kinds[False], "weight_decay": 0.0}],
+        [{"params": kinds[True], "weight_decay": WEIGHT_DECAY}, {"params": kinds[False], "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         eps=1e-8,
     )

@@ -15,6 +15,7 @@ import torch
 from training_runs import (
     BASE_OPTIONS,
     RUN_OPTIONS,
+    STEPS,
     data_options,
     read_log,
     refused_on,
@@ -28,6 +29,7 @@ from training_runs import (
 
 from wan_model.tiny import write_tiny_wan
 from wan_model.training_checkpoint import find_checkpoint, read_training_checkpoint
+from wan_train.export import export
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 
@@ -169,3 +171,17 @@ def test_weights_of_another_latent_space_or_other_sizes_are_refused(tmp_path: Pa
 
     wider = refused_on((*RUN_OPTIONS, "model.transformer.ffn_dim=96"), run)
     assert f"{run / 'iter_0000001'} holds another transformer than this run's: ffn_dim 96 where it has" in wider
+
+
+def test_a_run_begins_with_the_weights_of_another_and_resumes_its_own(one_process_run: Path, tmp_path: Path) -> None:
+    """``checkpoint.finetune`` is the export of a step, given to ``--init-from``: no other state comes along."""
+    begin = ("train.train_iters=4", f"checkpoint.load={one_process_run}", "checkpoint.finetune=true")
+    export(one_process_run, tmp_path / "exported")
+    wanted = train(tmp_path / "wanted", "train.train_iters=4", "--init-from", str(tmp_path / "exported"))
+    first = train(tmp_path / "begun", *begin, "ema.decay=0.5", "train.exit_interval=2")
+    assert first[0] == {"event": "begun", "weights_of": f"step {STEPS} in {one_process_run}"}
+    log = train(tmp_path / "begun", *begin, "ema.decay=0.5")
+    assert [entry["step"] for entry in log if "event" in entry and entry["event"] == "resumed"] == [2]
+    assert [(entry["step"], entry["loss"]) for entry in steps_of(log)] == [
+        (entry["step"], entry["loss"]) for entry in wanted
+    ]

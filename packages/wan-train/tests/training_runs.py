@@ -29,7 +29,7 @@ BASE_OPTIONS = (
 )  # fmt: skip
 RUN_OPTIONS = (*BASE_OPTIONS, "--mock")
 # What the runs that are compared have besides.
-CAPTION_DROPOUT, AVERAGE_DECAY = 0.3, 0.9
+CAPTION_DROPOUT, AVERAGE_DECAY, WEIGHT_DECAY = 0.3, 0.9, 0.05
 FULLY_SHARDED = "dist.use_megatron_fsdp=true"
 
 
@@ -83,9 +83,9 @@ def _run(arguments: Sequence[str], folder: Path) -> Ended:
 def train_for_equality(folder: Path, start: Path, *settings: str) -> None:
     """A run from the weights in that model folder with all that is compared: dropped captions, average, validations."""
     average = [] if FULLY_SHARDED in settings else [f"ema.decay={AVERAGE_DECAY}"]
-    dropout = f"model.flow.caption_dropout={CAPTION_DROPOUT}"
+    numbers = [f"model.flow.caption_dropout={CAPTION_DROPOUT}", f"optimizer.weight_decay={WEIGHT_DECAY}"]
     validation = ["validation.interval=3", "validation.samples=7"]
-    train(folder, "--init-from", str(start), "checkpoint.save_interval=1", dropout, *validation, *average, *settings)
+    train(folder, "--init-from", str(start), "checkpoint.save_interval=1", *numbers, *validation, *average, *settings)
 
 
 def write_start(folder: Path) -> None:

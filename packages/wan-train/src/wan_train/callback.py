@@ -55,6 +55,9 @@ class WanCallback(Callback):
             iterator = state.cfg.dataset.train_iterator
             iterator.resume(read_loader_state(self.resume, iterator.rank), drawn=done * get_num_microbatches())
             self.report.event(f"resumed from step {done} in {self.resume.folder}", event="resumed", step=done)
+        elif self.resume is not None:
+            origin = f"step {self.resume.step} in {self.resume.folder}"
+            self.report.event(f"begins with the weights of {origin}", event="begun", weights_of=origin)
         if state.cfg.train.exit_signal_handler:
             state.signal_handler.__enter__()  # Bridge asks it whether a signal came, and never installs it
         watch_gradient(context.optimizer, self.step, lambda: state.train_state.step)

@@ -129,7 +129,10 @@ class Checkpointing:
             if torch.distributed.get_rank() == 0:
                 _point_trackers(self._point)
             torch.distributed.barrier()
-            has_average = any(key.startswith(PREFIX) for key in self._index().state_dict_metadata)
+            # Who begins anew from a checkpoint's weights begins a new average too.
+            has_average = not state.cfg.checkpoint.finetune and any(
+                key.startswith(PREFIX) for key in self._index().state_dict_metadata
+            )
             parts = [part for part in unwrap_model(model) if isinstance(part, MegatronWanDiT)]
             for part in parts:
                 part.average_in_checkpoint = has_average

@@ -29,8 +29,6 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
     config = build_config(options)
     layout = check_layout(config, world)
     bind_data(config, layout)
-    config.validation.check()
-    config.ema.check()
     model = config.model.wan_config
     bf16 = config.mixed_precision is not None
     packs = config.train.global_batch_size

@@ -239,8 +239,6 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         full = self.recompute == "block"
         self.recompute_method = "uniform" if full else None
         self.recompute_num_layers = 1 if full else None
-        if self.virtual_pipeline_model_parallel_size is not None:
-            raise ValueError("virtual_pipeline_model_parallel_size is set; this version runs plain pipeline stages")
         super().finalize()
 
     def provide(

@@ -52,8 +52,7 @@ def _config(
             adam_eps=1e-8, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=True,
         ),
         scheduler=SchedulerConfig(
-            lr_decay_style="cosine", lr_warmup_iters=warmup, lr_decay_iters=iterations, start_weight_decay=0.01,
-            end_weight_decay=0.01, weight_decay_incr_style="constant",
+            lr_decay_style="cosine", lr_warmup_iters=warmup,
         ),
         # A non-finite gradient is found in the gradient's norm, on every rank at once, after the reduction.
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, check_for_nan_in_grad=False),

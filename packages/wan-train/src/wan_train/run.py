@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import os
 import sys
 import warnings
@@ -58,18 +57,11 @@ def check_layout(config: Any, world: int) -> Layout:
     """The run's layout over that many processes.
 
     Raises:
-        ValueError: it, or a setting that belongs to it, cannot be.
+        ValueError: it, or another setting, cannot be.
     """
-    if config.train.micro_batch_size != 1:
-        raise ValueError(f"train.micro_batch_size is {config.train.micro_batch_size}; a micro-batch is one pack")
-    if config.dist.use_torch_fsdp2:
-        raise ValueError("dist.use_torch_fsdp2 is set; use dist.use_megatron_fsdp for fully sharded weights")
-    if config.train.eval_iters:
-        raise ValueError(
-            f"train.eval_iters is {config.train.eval_iters}; validate with validation.interval and validation.samples"
-        )
-    if config.dist.use_megatron_fsdp and config.ema.decay:
-        raise ValueError("ema.decay is set together with dist.use_megatron_fsdp, which keeps no average; set it to 0")
+    from wan_train.settings import check_settings
+
+    check_settings(config)
     layout = Layout.of(config, world)
     layout.check(config.model.wan_config, packs=config.train.global_batch_size, capacity=config.dataset.capacity)
     return layout
@@ -132,6 +124,8 @@ def _place_checkpoints(config: Any) -> ResumePoint | None:
         point = None if saves is None else find_resume_point(saves)
         if point is None and loads is not None and (point := find_resume_point(loads)) is None:
             raise ValueError(f"checkpoint.load is {loads}, where no complete checkpoint is")
+    if point is not None and point.folder == saves:
+        checkpoint.finetune = False  # it began with the weights of another run, and goes on with its own
     checkpoint.load = str(point.folder) if point else None
     checkpoint.ckpt_step = point.step if point else None
     checkpoint.exit_on_missing_checkpoint = point is not None
@@ -155,21 +149,6 @@ def _check_origin(config: Any, resume: ResumePoint) -> None:
         )
     if spec is not None and config.model.spec is not None:
         spec.require_same(config.model.spec, f"the checkpoint {resume.step_folder}", f"the data {config.dataset.path}")
-
-
-def _settle(config: Any, *, on_cpu: bool) -> None:
-    """What follows from other settings."""
-    config.validation.check()
-    config.ema.check()
-    config.model.ema_decay = config.ema.decay
-    if config.optimizer.clip_grad == 0:
-        config.optimizer.clip_grad = math.inf  # the norm, by which a step is known to be finite, is computed to clip
-    # A resumed run follows the configuration that it is given; Megatron would fail where it has changed.
-    config.scheduler.override_opt_param_scheduler = not config.scheduler.use_checkpoint_opt_param_scheduler
-    if config.dist.use_megatron_fsdp:
-        from wan_train import fully_sharded
-
-        fully_sharded.settle(config, on_cpu=on_cpu)
 
 
 def _make_validator(config: Any, device: Any) -> Any:
@@ -226,12 +205,14 @@ def pretrain(options: RunOptions) -> None:
         ValueError: anything that a user can put right, before the first step.
     """
     running = engine.start()
+    from wan_train.settings import settle
+
     config = build_config(options)
     config.dist.distributed_backend = running.backend
     bind_data(config, check_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
     if resume := _place_checkpoints(config):
         _check_origin(config, resume)
-    _settle(config, on_cpu=running.device.type == "cpu")
+    settle(config, on_cpu=running.device.type == "cpu")
     if config.logger.logging_level == logging.INFO:
         config.logger.logging_level = logging.WARNING  # Megatron's own narration; set 10 or 30 to choose
 
