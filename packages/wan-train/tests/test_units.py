@@ -1,6 +1,9 @@
-"""Small pieces that need no engine: seeds, mock packs, resume points, overrides."""
+"""Small pieces that need no engine: seeds, mock packs, resume points, overrides, what writers say."""
 
+import contextlib
 import dataclasses
+import os
+import queue
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from wan_model.tiny import TINY_CONFIG
 from wan_train.checkpoints import ResumePoint, read_loader_state
+from wan_train.engine.write_results import WriteResults
 from wan_train.mock_data import MockConfig, MockLoader
 from wan_train.overrides import apply_overrides, apply_sections, read_file
 from wan_train.seeds import generator_for
@@ -132,3 +136,22 @@ def test_a_file_of_sections(tmp_path: Path) -> None:
     assert (config.section.count, config.section.inner.rate) == (5, 0.5)
     with pytest.raises(ValueError, match="cannot be read"):
         read_file(tmp_path / "absent.yaml")
+
+
+def test_what_forked_writers_say_is_there_at_once_and_in_order() -> None:
+    with contextlib.closing(WriteResults()) as results:
+        with pytest.raises(queue.Empty):
+            results.get_nowait()
+        results.put({0: ["here"]})  # a save without forks
+        large = b"x" * 3_000_000  # more than a pipe holds
+        for number in range(2):
+            if (pid := os.fork()) == 0:
+                results.put((number, large))
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+        assert results.get_nowait() == {0: ["here"]}
+        assert [results.get_nowait() for _ in range(2)] == [(0, large), (1, large)]
+        with pytest.raises(queue.Empty):
+            results.get_nowait()
+        results.put(OSError(28, "No space left on device"))
+        assert results.get_nowait().errno == 28

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -67,9 +68,10 @@ def train_on(arguments: Sequence[str], folder: Path) -> list[dict[str, Any]]:
 def refused_on(arguments: Sequence[str], folder: Path) -> str:
     """The same, which must be refused in one sentence, which is returned."""
     ended = _run(arguments, folder)
-    (said,) = {line.split(": ", 1)[1] for line in ended.errors.splitlines()}
-    assert set(ended.codes) <= {2, -9}
-    assert 2 in ended.codes
+    assert 2 in ended.codes, ended.errors
+    assert set(ended.codes) <= {2, -signal.SIGKILL}, ended.errors
+    assert "Traceback" not in ended.errors
+    (said,) = {line.split(": ", 1)[1] for line in ended.errors.splitlines() if line.startswith("Error")}
     return said
 
 

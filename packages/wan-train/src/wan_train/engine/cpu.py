@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from wan_train.engine import gloo_groups, torch_adam
+from wan_train.engine import gloo_groups, torch_adam, write_results
 
 _CPU = torch.device("cpu")
 
@@ -179,6 +179,7 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
         without_te: Transformer Engine is not installed, so the optimizer is torch's AdamW.
     """
     import megatron.bridge.training.initialize as initialize
+    import megatron.bridge.training.train as train
     import megatron.bridge.training.utils.train_utils as train_utils
 
     # Builds an index for language-model corpora. The wheel on PyPI ships it compiled but without its Makefile, and a
@@ -188,10 +189,13 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
     train_utils.report_theoretical_memory = _nothing
     if on_cpu:
         import megatron.bridge.training.state as state
+        import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
 
+        writer._get_write_results_queue = write_results.results_of_process
         gloo_groups.leave_alone_groups_of_one()
 
         initialize._warmup_jit_function = _nothing
+        train._delete_cuda_graphs = _nothing  # there are none, and it looks at every object for them
         # The process that writes checkpoints for a whole run looks for a CUDA device; one is forked for each instead.
         calls = state.AsyncCallsQueue
         state.AsyncCallsQueue = lambda persistent: calls(persistent=False)
@@ -199,7 +203,6 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
         torch_adam.mend()
         # modelopt is left out (see absent_modules): a model that it has not changed has nothing to save or restore.
         import megatron.bridge.training.checkpointing as checkpointing
-        import megatron.bridge.training.train as train
 
         checkpointing.save_sharded_modelopt_state = _nothing
         checkpointing.save_modelopt_state = _nothing
