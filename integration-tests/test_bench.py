@@ -65,6 +65,29 @@ def test_infer_tables(tmp_path):
     assert [row[5] for row in needs["rows"][:2]] == ["28.3", "167.8"]
 
 
+# Likewise of the sampler's.
+GPU_SAMPLING_TABLES = """
+import json
+from bench import infer, infer_cuda
+
+tables = list(infer_cuda.tables(quick=True, shape=infer.QUICK))
+print(json.dumps([vars(table) for table in tables]))
+"""
+
+
+def test_sampling_tables_of_a_gpu_hang_together():
+    step, whole = json.loads(_python("-c", GPU_SAMPLING_TABLES))
+    theirs, auto, *others = step["rows"]
+    assert [row[0] for row in step["rows"]] == [
+        "diffusers' WanPipeline", "wan-infer, auto", "wan-infer, cudnn", "wan-infer, flash"
+    ]  # fmt: skip
+    assert theirs[5] == "1.00"
+    assert 0.01 < float(auto[5]) < 100
+    assert 0 < float(auto[6]) < 0.05, "they sample the same but for rounding"
+    assert all(" needs CUDA" in row[1] for row in others)
+    assert 0.01 < float(whole["rows"][0][2]) < 100
+
+
 def test_gpu_tables_name_what_cannot_run():
     forward, training = json.loads(_python("-c", GPU_TABLES))
     assert [row[0] for row in forward["rows"]] == ["diffusers", "auto", "cudnn", "flash", "varlen"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import data, infer, model_cpu, model_cuda, train
+from bench import data, infer, infer_cuda, model_cpu, model_cuda, train
 from bench.report import Table, to_markdown
 
 
@@ -77,8 +77,10 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, list[Iterator[Table]]]:
         runs["data"] = [data.tables(quick=quick)]
     if arguments.of in ("all", "train") and cpu:
         runs["train"] = [train.tables(quick=quick)]
-    if arguments.of in ("all", "infer") and cpu:
-        runs["infer"] = [infer.tables(quick=quick)]
+    if arguments.of in ("all", "infer"):
+        runs["infer"] = [infer.tables(quick=quick)] if cpu else []
+        if cuda:
+            runs["infer"].append(infer_cuda.tables(quick=quick))
     return runs
 
 

@@ -1,4 +1,7 @@
-"""wan-infer on the CPU: beside diffusers' pipeline, in one process and two, and what decoding needs."""
+"""wan-infer on the CPU: beside diffusers' pipeline, in one process and two, and what decoding needs.
+
+What a GPU is timed with too (``infer_cuda``) takes the device from its shape.
+"""
 
 import dataclasses
 import json
@@ -36,6 +39,7 @@ class Shape:
         config: the transformer's sizes.
         width, height, frames: of the video.
         steps: of the walk.
+        device: that both sample on, in each one's usual precision there.
     """
 
     config: WanConfig
@@ -43,6 +47,7 @@ class Shape:
     height: int
     frames: int
     steps: int
+    device: str = "cpu"
 
     @property
     def latent(self) -> tuple[int, int, int, int]:
@@ -54,7 +59,7 @@ class Shape:
         return [
             *("--model", str(model), "--prompts", PROMPT, "--negative-prompt", NEGATIVE, "--save-file", str(file)),
             *("--sizes", f"{self.width}*{self.height}", "--frame-nums", str(self.frames)),
-            *("--sample-steps", str(self.steps), "--device", "cpu", "--json"),
+            *("--sample-steps", str(self.steps), "--device", self.device, "--json"),
         ]
 
 
@@ -90,9 +95,13 @@ def _wan_infer(shape: Shape, model: Path, folder: Path, threads: int, *extra: st
 # As its documentation has it, with the file written by PyAV in one go.
 _THEIRS = """
 import sys, json, time, torch, av
-from diffusers import UniPCMultistepScheduler, WanPipeline
-model, file, given = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-pipe = WanPipeline.from_pretrained(model)
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+model, file, given, device = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+if device == "cpu":
+    pipe = WanPipeline.from_pretrained(model)
+else:
+    vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(model, vae=vae, torch_dtype=torch.bfloat16).to(device)
 pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=5.0)
 pipe.set_progress_bar_config(disable=True)
 frames = pipe(**given, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
@@ -105,7 +114,8 @@ with av.open(file, "w") as container:
 """
 
 
-def _given(shape: Shape) -> dict[str, Any]:
+def given(shape: Shape) -> dict[str, Any]:
+    """What diffusers' pipeline is called with."""
     return {
         "prompt": PROMPT,
         "negative_prompt": NEGATIVE,
@@ -122,7 +132,7 @@ def _pipeline(shape: Shape, model: Path, folder: Path, threads: int) -> float:
     file = folder / "theirs.mp4"
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-c", _THEIRS, str(model), str(file), json.dumps(_given(shape))],
+        [sys.executable, "-c", _THEIRS, str(model), str(file), json.dumps(given(shape)), shape.device],
         env=_environment(threads), check=True, capture_output=True,
     )  # fmt: skip
     took = time.perf_counter() - start
@@ -138,7 +148,7 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
     pipe.set_progress_bar_config(disable=True)
     noise = draw_noise(shape.latent, 0)[None]
     embeds, negative = pipe.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=512)
-    given = {**_given(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
+    asked = {**given(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
     settings = Settings(shape.steps, negative_prompt=NEGATIVE)
     sampler.embed([PROMPT, NEGATIVE])
     found: dict[str, torch.Tensor] = {}
@@ -150,7 +160,7 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
 
     def theirs() -> None:
         with torch.no_grad():
-            found["theirs"] = pipe(**given, prompt_embeds=embeds, negative_prompt_embeds=negative, latents=noise).frames
+            found["theirs"] = pipe(**asked, prompt_embeds=embeds, negative_prompt_embeds=negative, latents=noise).frames
 
     times = time_rounds({"theirs": theirs, "ours": ours}, 1 if quick else 3)
     off = float((found["ours"] - found["theirs"]).norm() / found["theirs"].norm())
@@ -185,8 +195,9 @@ def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
 
     times = time_rounds({"theirs": lambda: _pipeline(shape, model, folder, threads), "ours": ours}, 1 if quick else 3)
     parts = ", ".join(f"{name} {median(values):.1f}" for name, values in spent.items())
+    where = "the same" if shape.device == "cpu" else f"{shape.width}x{shape.height}, {shape.frames} frames, bf16"
     return Table(
-        f"From the start of the process to the finished file: the same, {shape.steps} steps",
+        f"From the start of the process to the finished file: {where}, {shape.steps} steps",
         ["diffusers' WanPipeline", "wan-infer", "wan-infer / diffusers"],
         [
             [

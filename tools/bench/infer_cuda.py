@@ -1,0 +1,102 @@
+"""wan-infer on a GPU: the whole 1.3B at 480p beside diffusers' pipeline, by the step and from start to file.
+
+A way that does not fit into memory or cannot run on this GPU gets a row that says so; the others go on.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from torch import Tensor
+
+from bench.infer import Shape, given, whole
+from bench.model_cuda import Measured, peak_of
+from bench.models import twins
+from bench.report import Table, gigabytes, seconds
+from wan_infer.denoise import denoise, draw_noise
+from wan_infer.requests import Settings
+from wan_model import WAN_1_3B, PackLayout, TorchOps, pack_flops
+from wan_model.attention import AttentionKind
+from wan_model.tiny import write_tiny_wan
+
+VIDEO = Shape(WAN_1_3B, 832, 480, 81, 6, "cuda")
+KINDS: list[AttentionKind] = ["auto", "cudnn", "flash"]
+COLUMNS = ["", "a step", "TFLOP/s", "of peak", "peak memory", "time / diffusers", "latents differ by"]
+
+
+def steps(shape: Shape, rounds: int) -> Table:
+    """A step with guidance, prompts embedded before, of both with the same weights in bf16."""
+    device = torch.device(shape.device)
+    ours, theirs = twins(shape.config, device, torch.bfloat16)
+    for model in (ours, theirs):
+        model.eval().requires_grad_(False)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    pipe: Any = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=theirs)
+    pipe.set_progress_bar_config(disable=True)
+    noise = draw_noise(shape.latent, 0)[None].to(device)
+    generator = torch.Generator().manual_seed(1)
+    length, width = shape.config.text_length, shape.config.text_dim
+    embeds, negative = (torch.randn(1, length, width, generator=generator).to(device) for _ in range(2))
+    asked = {**given(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
+    found: dict[str, Tensor] = {}
+
+    def their_walk() -> None:
+        with torch.no_grad():
+            found["theirs"] = pipe(
+                **asked,
+                prompt_embeds=embeds.bfloat16(),
+                negative_prompt_embeds=negative.bfloat16(),
+                latents=noise.clone(),
+            ).frames
+
+    def our_walk() -> None:
+        found["ours"] = denoise(ours, noise, [embeds[0]], negative[0], Settings(shape.steps), text_length=length)
+
+    grid = (shape.latent[1], shape.latent[2] // 2, shape.latent[3] // 2)
+    layout = PackLayout((grid, grid))
+    table = Table(
+        f"A sampling step with guidance: {shape.width}x{shape.height}, {shape.frames} frames "
+        f"({layout.total // 2:,} tokens), bf16",
+        COLUMNS,
+        note=f"Of walks of {shape.steps} steps (UniPC), same weights and noise; TFLOP/s by what the mathematics needs. "
+        "The two round at other places, by which bf16 latents differ. Target: <= 0.75.",
+    )
+    tflop = pack_flops(shape.config, layout).forward / 1e12
+    peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    base = Measured(their_walk, device, rounds)
+
+    def row(name: str, it: Measured, result: Tensor | None) -> list[str]:
+        if it.failure:
+            return [name, it.failure, "", "", "", "", ""]
+        rate = tflop * shape.steps / it.seconds
+        share = f"{100 * rate / peak:.1f} %" if peak else "peak unknown"
+        to_base = "" if base.failure else f"{it.seconds / base.seconds:.2f}"
+        off = "" if result is None or base.failure else f"{float((result - reference).norm() / reference.norm()):.1e}"
+        return [name, seconds(it.seconds / shape.steps), f"{rate:.0f}", share, gigabytes(it.peak), to_base, off]
+
+    reference = found["theirs"].float() if "theirs" in found else torch.zeros(1)
+    table.rows.append(row("diffusers' WanPipeline", base, None))
+    for kind in KINDS:
+        assert isinstance(ours.ops, TorchOps), "the model was built with torch's ops"
+        ours.ops.kind = kind
+        it = Measured(our_walk, device, rounds)
+        table.rows.append(row(f"wan-infer, {kind}", it, found.get("ours")))
+    return table
+
+
+def tables(*, quick: bool, shape: Shape = VIDEO) -> Iterator[Table]:
+    """Each table as it is ready."""
+    rounds = 1 if quick else 2
+    yield steps(shape, rounds)
+    if shape.device != "cpu":
+        torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_tiny_wan(folder / "model", config=shape.config)
+        if shape.device != "cpu":  # the true autoencoder; the text encoder has the true width and few layers
+            with torch.random.fork_rng(devices=[]):
+                AutoencoderKLWan().save_pretrained(model / "vae")
+        yield whole(shape, model, folder, quick)
