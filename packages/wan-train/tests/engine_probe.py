@@ -262,6 +262,30 @@ def _group_answers() -> dict[str, object]:
     }
 
 
+# As NVIDIA's documents have it, for one machine of 8 GPUs.
+TUTORIAL = """
+model.tensor_model_parallel_size=1 model.pipeline_model_parallel_size=1 model.context_parallel_size=4
+model.sequence_parallel=false model.crossattn_emb_size=1536 model.hidden_size=1536 model.ffn_hidden_size=8960
+model.num_attention_heads=12 model.num_layers=30 model.qkv_format=thd model.bias_activation_fusion=false
+dataset.path=DATA dataset.packing_buffer_size=50 dataset.num_workers=10
+checkpoint.save=RUN checkpoint.load=RUN checkpoint.load_optim=false checkpoint.save_interval=200
+optimizer.lr=5e-6 optimizer.min_lr=5e-6 train.eval_iters=0 scheduler.lr_decay_style=constant
+scheduler.lr_warmup_iters=0 model.seq_length=40000 dataset.seq_length=40000 train.global_batch_size=2
+train.micro_batch_size=1 dataset.global_batch_size=2 dataset.micro_batch_size=1 logger.log_interval=1
+logger.wandb_project=wan logger.wandb_exp_name=trial logger.wandb_save_dir=RUN
+"""
+
+
+def _tutorial_answers() -> list[object]:
+    from wan_train.options import RunOptions
+    from wan_train.run import build_config, check_layout
+
+    config = build_config(RunOptions("wan_1_3b", "pretrain", overrides=tuple(TUTORIAL.split())))
+    layout = check_layout(config, 8)
+    dataset, train = config.dataset, config.train
+    return [layout.data, layout.context, dataset.capacity, dataset.packing_buffer, train.global_batch_size]
+
+
 def _configuration_answers() -> dict[str, object]:
     from wan_train.layout import Layout
     from wan_train.options import RunOptions
@@ -296,6 +320,8 @@ def _configuration_answers() -> dict[str, object]:
         "settled": settled("optimizer.weight_decay=0.5"),
         "settled otherwise": settled("scheduler.lr_decay_iters=3", "scheduler.end_weight_decay=0.1"),
         "warming up to the end": settled("scheduler.lr_warmup_iters=9")[0],
+        "tutorial": _tutorial_answers(),
+        "other format": _raises(lambda: build("model.qkv_format=sbhd")),
         "layout": _raises(lambda: check_layout(build("model.tensor_model_parallel_size=2"), 3)),
         "batch": _raises(lambda: check_layout(build(), 2)),
         "fsdp": _raises(

@@ -79,6 +79,10 @@ def dry_runs(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str,
             **{f"shipped {name}": ["--config-file", name, "--mock", "--world-size", str(gpus), "--json"]
                for name, gpus in GPUS.items()},
             **{said: ["--mock", *arguments] for arguments, said in REFUSED},
+            "Megatron's words": [
+                "--recipe", "wan_1_3b", "--mock", "model.num_layers=30", "model.num_attention_heads=12",
+                "model.hidden_size=1536", "model.ffn_hidden_size=8960", "model.kv_channels=128",
+            ],
             "people": ["--config-file", "wan_14b_128gpu", "--mock", "--world-size", "128"],
         }  # fmt: skip
         command = [sys.executable, "-c", _DRY_RUNS, json.dumps(wanted)]
@@ -163,6 +167,11 @@ def test_a_dry_run_refuses_what_cannot_be(said: str, dry_runs: dict[str, list[An
     assert code == 2, output
     assert said in errors
     assert len(errors.strip().splitlines()) == 1
+
+
+def test_sizes_in_megatrons_words_may_be_said_where_they_are_so(dry_runs: dict[str, list[Any]]) -> None:
+    code, _, errors = dry_runs["Megatron's words"]
+    assert code == 0, errors
 
 
 def test_a_dry_run_says_what_a_step_is(dry_runs: dict[str, list[Any]]) -> None:

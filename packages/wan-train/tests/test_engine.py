@@ -129,6 +129,12 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(answer
     assert answers["configuration"]["file then command line"] == [9, 4.0, 1e-5]
 
 
+def test_the_tutorials_settings_are_understood(answers: dict[str, Any]) -> None:
+    found = answers["configuration"]
+    assert found["tutorial"] == [2, 4, 40000, 50, 2]
+    assert found["other format"] == "model.qkv_format is 'sbhd'; every batch is a pack, so it is thd or left out"
+
+
 def test_the_rate_decays_over_the_run_and_weights_by_the_optimizers_decay(answers: dict[str, Any]) -> None:
     """Megatron takes the scheduler's weight decay and passes over the optimizer's in silence."""
     found = answers["configuration"]

@@ -140,6 +140,15 @@ def test_going_back_in_a_folder_with_later_steps_is_refused(one_process_run: Pat
     assert [entry["loss"] for entry in steps_of(log)] == [entry["loss"] for entry in steps_of(read_log(folder))[3:]]
 
 
+def test_loading_from_where_a_run_saves_starts_it_and_goes_on(one_process_run: Path, tmp_path: Path) -> None:
+    """As the tutorial has it; the first time there is nothing to load."""
+    settings = (f"checkpoint.load={tmp_path}", "checkpoint.save_interval=3")
+    assert len(train(tmp_path, *settings, "train.exit_interval=3")) == 3
+    log = train(tmp_path, *settings)
+    assert [entry["step"] for entry in log if "event" in entry] == [3]
+    assert [entry["loss"] for entry in steps_of(log)] == [entry["loss"] for entry in read_log(one_process_run)]
+
+
 def test_a_mistyped_load_path_is_refused(tmp_path: Path) -> None:
     done = wan_train(*RUN_OPTIONS, f"checkpoint.load={tmp_path / 'mistyped'}")
     assert done.returncode == 2

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from wan_train.tutorial_names import SAME, translate
+
 
 def _names(node: Any) -> list[str]:
     if dataclasses.is_dataclass(node):
@@ -89,7 +91,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def settable(node: Any) -> dict[str, Any]:
+def settable(node: Any, path: str = "") -> dict[str, Any]:
     """Every key that can be set below a section, with its value, as ``apply_sections`` takes them.
 
     What no YAML can say (types of tensors, functions) follows from other settings and is left out.
@@ -97,8 +99,10 @@ def settable(node: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in _names(node):
         value = node[name] if isinstance(node, Mapping) else getattr(node, name)
+        if f"{path}{name}" in SAME:
+            continue
         if dataclasses.is_dataclass(value):
-            if below := settable(value):
+            if below := settable(value, f"{path}{name}."):
                 found[name] = below
         elif value is None or type(value) in (bool, int, float, str, list, dict):
             found[name] = value
@@ -145,7 +149,12 @@ def apply_sections(config: Any, values: Mapping[str, Any]) -> None:
         ValueError: an unknown key, a value of the wrong kind.
     """
     for key, value in _leaves(values):
-        _set(config, key.split("."), value, key)
+        _apply(config, key, value)
+
+
+def _apply(config: Any, key: str, value: Any) -> None:
+    if (name := translate(key, value)) is not None:
+        _set(config, name.split("."), value, name)
 
 
 def apply_overrides(config: Any, overrides: typing.Sequence[str]) -> None:
@@ -158,4 +167,4 @@ def apply_overrides(config: Any, overrides: typing.Sequence[str]) -> None:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r} is not an override; expected key.path=value")
-        _set(config, key.split("."), _parse(text, override), key)
+        _apply(config, key, _parse(text, override))

@@ -107,6 +107,7 @@ def _place_checkpoints(config: Any) -> ResumePoint | None:
     checkpoint = config.checkpoint
     saves = None if checkpoint.save is None else Path(checkpoint.save).absolute()
     loads = None if checkpoint.load is None else Path(checkpoint.load).absolute()
+    loads = None if loads == saves else loads  # the same command starts a run and goes on with it
     if saves is not None:
         checkpoint.save = str(saves)
         config.dataset.dataloader_save = checkpoint.save  # the loader's state lies inside the checkpoint

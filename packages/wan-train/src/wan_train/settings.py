@@ -66,10 +66,20 @@ def check_settings(config: Any) -> None:
         if (value := _value(config, key)) is None or value < 1:
             raise ValueError(f"{key} is {value!r}; expected at least 1")
     parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
-    fresh = WanModelProvider()
+    fresh, sizes = WanModelProvider(), config.model.wan_config
+    follows = {
+        "num_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "hidden_size": sizes.hidden_size,
+        "kv_channels": sizes.head_dim,
+        "ffn_hidden_size": sizes.ffn_dim,
+        "layernorm_epsilon": sizes.eps,
+    }
     for field in dataclasses.fields(TransformerConfig):
         value = getattr(config.model, field.name)
         if field.name in parallel | _HEEDED or value == getattr(fresh, field.name):
+            continue
+        if field.name in follows and value == follows[field.name]:
             continue
         instead = f"set {_OURS[field.name]}" if field.name in _OURS else "leave it out"
         raise ValueError(f"model.{field.name} is {value!r}, which a Wan model does not heed; {instead}")
