@@ -18,8 +18,8 @@ BUILD = """
 import json, sys
 from wan_train import engine
 engine.start()
-from wan_train.options import RunOptions
-from wan_train.run import build_config
+from wan_train.config.options import RunOptions
+from wan_train.loop.run import build_config
 for recipe, file, overrides in json.loads(sys.argv[1]):
     build_config(RunOptions(recipe, config_file=file, overrides=tuple(overrides)))
 """

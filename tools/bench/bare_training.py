@@ -14,8 +14,8 @@ import torch
 
 from wan_model import WanConfig, WanDiT, init_weights
 from wan_model.flow import FlowMatching, loss_sum
-from wan_train.mock_data import MockConfig, MockLoader
-from wan_train.seeds import generator_for
+from wan_train.data.mock_data import MockConfig, MockLoader
+from wan_train.data.seeds import generator_for
 
 SEED = 1234
 

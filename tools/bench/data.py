@@ -19,15 +19,15 @@ from diffusers import AutoencoderKLWan
 
 from bench.measure import median, ratio, time_rounds
 from bench.report import Table, seconds
-from wan_data.buckets import Size
-from wan_data.decode import read_windows
-from wan_data.encoding import encode_batch
-from wan_data.energon_metadata import write_metadata
-from wan_data.loader import LoaderConfig, PackLoader
-from wan_data.manifest import MANIFEST_NAME
-from wan_data.shards import Sample, ShardWriter
-from wan_data.windows import Window
-from wan_model.codec import LatentCodec
+from wan_data.prepare.encoding import encode_batch
+from wan_data.reading.loader import LoaderConfig, PackLoader
+from wan_data.shards.energon_metadata import write_metadata
+from wan_data.shards.manifest import MANIFEST_NAME
+from wan_data.shards.writer import Sample, ShardWriter
+from wan_data.video.buckets import Size
+from wan_data.video.decode import read_windows
+from wan_data.video.windows import Window
+from wan_model.codec.latent_codec import LatentCodec
 from wan_model.tiny import write_tiny_wan
 
 FRAMES, SOURCE_RATE, RATE = 17, 24, 16

@@ -20,13 +20,13 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from bench.measure import median, ratio, time_rounds
 from bench.report import Table, gigabytes, seconds
-from wan_infer.denoise import draw_noise
-from wan_infer.requests import Settings
-from wan_infer.sampler import WanSampler
+from wan_infer.request.settings import Settings
+from wan_infer.sampling.denoise import draw_noise
+from wan_infer.sampling.sampler import WanSampler
 from wan_model import WAN_1_3B, WAN_14B, PackLayout, WanConfig, pack_flops
-from wan_model.dit import precision_of
+from wan_model.dit.model import precision_of
 from wan_model.tiny import write_tiny_wan
-from wan_model.weights import expected_shapes
+from wan_model.weights.transformer import expected_shapes
 
 PROMPT, NEGATIVE = "A rabbit wakes in a meadow and looks up at a butterfly.", "blurred, grey"
 
@@ -235,7 +235,7 @@ def several(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
 
 _DECODE = """
 import json, resource, sys, time, torch
-from wan_model.codec import LatentCodec
+from wan_model.codec.latent_codec import LatentCodec
 model, shape, way = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 codec = LatentCodec.from_pretrained(model, load_text=False)
 latents = torch.randn(*shape, generator=torch.Generator().manual_seed(0))

@@ -16,10 +16,10 @@ from bench.infer import Shape, given, whole
 from bench.model_cuda import Measured, peak_of
 from bench.models import twins
 from bench.report import Table, gigabytes, seconds
-from wan_infer.denoise import denoise, draw_noise
-from wan_infer.requests import Settings
+from wan_infer.request.settings import Settings
+from wan_infer.sampling.denoise import denoise, draw_noise
 from wan_model import WAN_1_3B, PackLayout, TorchOps, pack_flops
-from wan_model.attention import AttentionKind
+from wan_model.dit.attention import AttentionKind
 from wan_model.tiny import write_tiny_wan
 
 VIDEO = Shape(WAN_1_3B, 832, 480, 81, 6, "cuda")

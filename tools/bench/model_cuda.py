@@ -14,9 +14,9 @@ from bench.model_cpu import forward, training
 from bench.models import Samples, twins
 from bench.report import Table, gigabytes
 from wan_model import WAN_1_3B, PackLayout, TorchOps, WanConfig, WanDiT, pack_flops
-from wan_model.attention import AttentionKind
+from wan_model.dit.attention import AttentionKind
+from wan_model.dit.recompute import Recompute
 from wan_model.pack import Grid
-from wan_model.recompute import Recompute
 
 # 81 frames of 480 x 832: 32,760 tokens.
 VIDEO: Grid = (21, 30, 52)

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from bench.bare_training import Recipe, tiny_sizes
 from bench.measure import median, ratio, time_rounds
 from bench.report import Table, gigabytes, seconds
-from wan_data.packing import best_fit
+from wan_data.reading.packing import best_fit
 from wan_model import PackLayout, WanConfig, WanDiT, init_weights
-from wan_model.attention import Offsets
-from wan_model.ops import TorchOps
-from wan_model.recompute import Recompute
+from wan_model.dit.attention import Offsets
+from wan_model.dit.ops import TorchOps
+from wan_model.dit.recompute import Recompute
 
 SIZES = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "text_dim": 512, "freq_dim": 256}
 MIXED = [[5, 16, 28], [1, 20, 20], [3, 16, 24]]

@@ -21,7 +21,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from wan_data.settings import PrepareSettings  # noqa: E402
+from wan_data.prepare.settings import PrepareSettings  # noqa: E402
 
 torch.set_num_threads(1)
 # Machines differ in speed and tests run side by side: a slow example is no failure, and the examples are the same.
@@ -127,8 +127,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> Any:
-    from wan_data.inputs import files_of_folder
-    from wan_data.prepare import prepare
+    from wan_data.prepare.run import prepare
+    from wan_data.prepare.sources import files_of_folder
 
     more = {"report": Silent(), "device": "cpu", "decoders": 1, **more}
     return prepare(files_of_folder(clips, settings), output, str(model), settings, **more)

@@ -22,11 +22,11 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 def ours(case: Path) -> list[str]:
     """The refusal of each way to read."""
-    from wan_data.datasets import read_latent_spec, splits
-    from wan_data.inspect_dataset import inspect
-    from wan_data.loader import LoaderConfig, PackLoader
-    from wan_data.pictures import choose_samples
-    from wan_data.verify import verify
+    from wan_data.inspect.plots import choose_samples
+    from wan_data.inspect.statistics import inspect
+    from wan_data.inspect.verify import verify
+    from wan_data.reading.datasets import read_latent_spec, splits
+    from wan_data.reading.loader import LoaderConfig, PackLoader
 
     path = case / "blend.yaml" if (case / "blend.yaml").exists() else case / "dataset"
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from wan_data import encoder_pool, examination
-from wan_data.decode import Rejected, probe, read_windows
-from wan_data.files import sha256_of
-from wan_data.inputs import files_of_folder
-from wan_data.prepare import prepare
-from wan_data.settings import PrepareSettings
-from wan_model.codec import LatentCodec
+from wan_data.prepare import encoder_pool
+from wan_data.prepare import probe as probing
+from wan_data.prepare.run import prepare
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.sources import files_of_folder
+from wan_data.shards.files import sha256_of
+from wan_data.video.decode import Rejected, probe, read_windows
+from wan_model.codec.latent_codec import LatentCodec
 
 SETTINGS = PrepareSettings(areas=(32 * 48,), frames=9, min_frames=5, samples_per_shard=2)
 
@@ -170,7 +171,7 @@ def main() -> None:
     torch.set_num_threads(1)
     codec = LatentCodec.from_pretrained(model)
     LatentCodec.from_pretrained = classmethod(lambda cls, *_, **__: codec)  # type: ignore[method-assign]
-    examination.Decoder = encoder_pool.Decoder = HereDecoder  # type: ignore[assignment,misc]
+    probing.Decoder = encoder_pool.Decoder = HereDecoder  # type: ignore[assignment,misc]
     found = {"kills": kills, "full_disk": full_disk, "races": races}[what](clips, work, model, count)
     print(json.dumps(found))
 

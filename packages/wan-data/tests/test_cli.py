@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from wan_data.cli import main
-from wan_data.manifest import read_manifest
+from wan_data.shards.manifest import read_manifest
 
 
 @pytest.fixture

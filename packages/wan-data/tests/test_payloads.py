@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan_data.energon_metadata import write_metadata
-from wan_data.members import info_to_json, tensor_to_pickle, tensor_to_pth
-from wan_data.shards import ShardRecord
+from wan_data.shards.energon_metadata import write_metadata
+from wan_data.shards.serialization import info_to_json, tensor_to_pickle, tensor_to_pth
+from wan_data.shards.writer import ShardRecord
 
 SHARD = "shard-rank00-000000.tar"
 LATENT, TEXT = torch.zeros(16, 1, 4, 4), torch.zeros(3, 8)

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from wan_data.energon_metadata import write_metadata
-from wan_data.loader import LoaderConfig, PackLoader
-from wan_data.settings import PrepareSettings
-from wan_data.shards import Sample, ShardWriter
-from wan_data.verify import verify
+from wan_data.inspect.verify import verify
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.reading.loader import LoaderConfig, PackLoader
+from wan_data.shards.energon_metadata import write_metadata
+from wan_data.shards.writer import Sample, ShardWriter
 
 PROGRAM = Path(__file__).with_name("reliability_runs.py")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from wan_infer.sampler import WanSampler
+    from wan_infer.sampling.sampler import WanSampler
 
 sys.path.insert(0, str(Path(__file__).parent))  # for parallel_probe
 torch.set_num_threads(1)
@@ -26,7 +26,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sampler(model_folder: Path) -> "WanSampler":
-    from wan_infer.sampler import WanSampler
+    from wan_infer.sampling.sampler import WanSampler
 
     return WanSampler.from_pretrained(model_folder, device="cpu")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from wan_infer.placement import Placement
-from wan_infer.requests import Settings
-from wan_infer.sampler import WanSampler
-from wan_infer.sharing import Sharing
+from wan_infer.request.settings import Settings
+from wan_infer.runtime.parallelism import Sharing
+from wan_infer.runtime.placement import Placement
+from wan_infer.sampling.sampler import WanSampler
 
 REQUEST = {"width": 64, "height": 96, "frames": 9}
 PROMPTS = ["a rabbit in a meadow", "a street"]

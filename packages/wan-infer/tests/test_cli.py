@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from wan_infer.cli import main
-from wan_infer.requests import NEGATIVE_PROMPT
-from wan_infer.video_file import read_video
+from wan_infer.output.video_file import read_video
+from wan_infer.request.settings import NEGATIVE_PROMPT
 
 QUICK = ("--sizes", "32*48", "--frame_nums", "5", "--sample_steps", "2", "--device", "cpu")
 HOSTILE = ["../../evil\n; rm -rf /", "/etc/passwd", "$(touch marker)", "兔子 \U0001f430"]

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from wan_model.tiny import TINY_CONFIG
-from wan_model.weights import expected_shapes
+from wan_model.weights.transformer import expected_shapes
 
 # Linears that the LoRA changes.
 CHANGED = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj")
@@ -19,10 +19,10 @@ def write_checkpoint_of(
     """Write one checkpoint as a training run does; ``average`` is the seed of an average that stands beside it."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    from wan_model.dit import WanDiT
-    from wan_model.model_folder import latent_spec_of
+    from wan_model.dit.model import WanDiT
     from wan_model.tiny import TINY_CONFIG
-    from wan_model.weights import init_weights
+    from wan_model.weights.model_folder import latent_spec_of
+    from wan_model.weights.transformer import init_weights
 
     def weights(seed: int) -> dict[str, torch.Tensor]:
         model = WanDiT(TINY_CONFIG)

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from wan_model import ContextParallel, PackLayout, TorchOps, WanConfig, WanDiT
-from wan_model.recompute import Recompute
+from wan_model.dit.recompute import Recompute
 
 HEADS = {"heads that divide": 4, "heads that do not": 3}
 LAYOUTS = {

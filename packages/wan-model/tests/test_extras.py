@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from wan_model.codec import LatentCodec
-from wan_model.text import clean_prompt
+from wan_model.codec.latent_codec import LatentCodec
+from wan_model.codec.prompt_cleaning import clean_prompt
 from wan_model.tiny import write_tiny_wan
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan_model import LatentSpec
-from wan_model.model_folder import latent_spec_of, resolve_folder
+from wan_model.weights.model_folder import latent_spec_of, resolve_folder
 
 SPEC = LatentSpec(
     channels=2,

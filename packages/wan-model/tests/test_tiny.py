@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from wan_model.tiny import TINY_CONFIG, write_tiny_wan
-from wan_model.weights import load_transformer, read_config
+from wan_model.weights.transformer import load_transformer, read_config
 
 
 def digests(folder: Path) -> dict[str, str]:

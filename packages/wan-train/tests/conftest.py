@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for training_runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-jaxtyping.install_import_hook(["wan_model", "wan_train.mock_data", "wan_train.dataset"], "beartype.beartype")
+jaxtyping.install_import_hook(["wan_model", "wan_train.data.mock_data", "wan_train.data.dataset"], "beartype.beartype")
 
 from training_runs import train, train_for_equality, write_start  # noqa: E402  after the hook
 

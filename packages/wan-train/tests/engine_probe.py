@@ -56,10 +56,10 @@ def _model_answers() -> dict[str, object]:
     from megatron.core import parallel_state
 
     from wan_model import WanConfig, save_transformer
-    from wan_model.weights import expected_shapes
-    from wan_train.model import MegatronWanDiT, stage_of
-    from wan_train.options import RunOptions
-    from wan_train.run import _join_process_group, build_config
+    from wan_model.weights.transformer import expected_shapes
+    from wan_train.config.options import RunOptions
+    from wan_train.loop.run import _join_process_group, build_config
+    from wan_train.model.provider import MegatronWanDiT, stage_of
 
     # A single process joins a group without any port.
     owned = _join_process_group("gloo")
@@ -155,10 +155,10 @@ def _transformer_engine_answers() -> dict[str, object]:
     import types
 
     from wan_train import engine
-    from wan_train.megatron_ops import MegatronOps
-    from wan_train.model import _ops
-    from wan_train.options import RunOptions
-    from wan_train.run import build_config
+    from wan_train.config.options import RunOptions
+    from wan_train.loop.run import build_config
+    from wan_train.model.megatron_ops import MegatronOps
+    from wan_train.model.provider import _ops
 
     stand_in: Any = types.ModuleType("transformer_engine.pytorch")
     stand_in.DotProductAttention = _DocumentedAttention
@@ -213,8 +213,8 @@ def _precision_answers() -> dict[str, object]:
     from megatron.core.transformer.module import Float16Module
 
     from wan_model import PackLayout
-    from wan_train.options import RunOptions
-    from wan_train.run import build_config
+    from wan_train.config.options import RunOptions
+    from wan_train.loop.run import build_config
 
     provider = build_config(RunOptions("tiny")).model
     provider.finalize()
@@ -277,8 +277,8 @@ logger.wandb_project=wan logger.wandb_exp_name=trial logger.wandb_save_dir=RUN
 
 
 def _tutorial_answers() -> list[object]:
-    from wan_train.options import RunOptions
-    from wan_train.run import build_config, check_layout
+    from wan_train.config.options import RunOptions
+    from wan_train.loop.run import build_config, check_layout
 
     config = build_config(RunOptions("wan_1_3b", "pretrain", overrides=tuple(TUTORIAL.split())))
     layout = check_layout(config, 8)
@@ -287,10 +287,10 @@ def _tutorial_answers() -> list[object]:
 
 
 def _configuration_answers() -> dict[str, object]:
-    from wan_train.layout import Layout
-    from wan_train.options import RunOptions
-    from wan_train.run import bind_data, build_config, check_layout
-    from wan_train.settings import settle
+    from wan_train.config.options import RunOptions
+    from wan_train.config.settings import settle
+    from wan_train.loop.run import bind_data, build_config, check_layout
+    from wan_train.model.layout import Layout
 
     def settled(*overrides: str) -> list[object]:
         config = build("train.train_iters=7", *overrides)
@@ -339,9 +339,9 @@ def _dropout_answers() -> dict[str, object]:
 
     from wan_model.flow import FlowMatching
     from wan_model.tiny import TINY_CONFIG
-    from wan_train.dataset import NumberedPack, empty_caption_of
-    from wan_train.mock_data import MockConfig, MockLoader
-    from wan_train.step import WanForwardStep
+    from wan_train.data.dataset import NumberedPack, empty_caption_of
+    from wan_train.data.mock_data import MockConfig, MockLoader
+    from wan_train.loop.step import WanForwardStep
 
     settings = MockConfig(shapes=[[1, 4, 4]], context_length=16, number_packed_samples=3)
     pack = next(iter(MockLoader(settings, TINY_CONFIG, rank=0, ranks=1, multiple=1, seed=0)))

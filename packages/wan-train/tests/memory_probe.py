@@ -1,4 +1,4 @@
-"""Train as ``wan_train.worker`` does, counting bytes: what the first pack's forward pass leaves, the most until the
+"""Train as ``wan_train.launch.worker`` does, counting bytes: what the first pack's forward pass leaves, the most until the
 gradients are there, and what weights, gradients and the optimizer hold between steps.
 
 ``python memory_probe.py RESULTS OPTIONS``; each rank writes RESULTS/RANK.json.
@@ -30,8 +30,8 @@ def install(results: Path) -> None:
     engine.start()
     from megatron.core.utils import unwrap_model
 
-    from wan_train.callback import WanCallback
-    from wan_train.step import WanForwardStep
+    from wan_train.loop.callback import WanCallback
+    from wan_train.loop.step import WanForwardStep
 
     memory = LiveMemory()
     found: dict[str, Any] = {}
@@ -85,6 +85,6 @@ def install(results: Path) -> None:
 if __name__ == "__main__":
     install(Path(sys.argv[1]))
     sys.argv = [sys.argv[0], sys.argv[2]]
-    from wan_train import worker
+    from wan_train.launch import worker
 
     sys.exit(worker.main())

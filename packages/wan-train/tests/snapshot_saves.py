@@ -1,4 +1,4 @@
-"""Run training as ``wan_train.worker`` does, and copy the checkpoint folder before every change on the disk.
+"""Run training as ``wan_train.launch.worker`` does, and copy the checkpoint folder before every change on the disk.
 
 ``python snapshot_saves.py SNAPSHOTS FOLDER AFTER OPTIONS``: FOLDER is the checkpoint folder; copies begin once step
 AFTER is complete in it. Each copy is what a kill at that moment would leave; they are named in the order of time. The
@@ -58,6 +58,6 @@ if __name__ == "__main__":
     snapshots, folder, after, options = sys.argv[1:]
     watch(Path(snapshots), Path(folder), int(after))
     sys.argv = [sys.argv[0], options]
-    from wan_train import worker
+    from wan_train.launch import worker
 
     sys.exit(worker.main())

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import wan_train.installed
-import wan_train.launch
-import wan_train.worker
+import wan_train.engine.installed
+import wan_train.launch.launcher
+import wan_train.launch.worker
 from wan_train.cli import RECIPES, main
-from wan_train.options import RunOptions
+from wan_train.config.options import RunOptions
 
 
 @pytest.mark.parametrize("absent", ["megatron.core", "megatron.bridge"])
 def test_a_missing_engine_is_one_sentence(monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
-    monkeypatch.setattr(wan_train.installed, "is_installed", lambda name: name != absent)
+    monkeypatch.setattr(wan_train.engine.installed, "is_installed", lambda name: name != absent)
     result = CliRunner().invoke(main, ["pretrain", "--recipe", "tiny", "--mock"])
     assert result.exit_code == 1
     lines = result.output.strip().splitlines()
@@ -31,7 +31,7 @@ def test_the_tutorials_spellings_are_accepted(monkeypatch: pytest.MonkeyPatch) -
         seen.append((argument, ranks))
         return 0
 
-    monkeypatch.setattr(wan_train.launch, "launch", record)
+    monkeypatch.setattr(wan_train.launch.launcher, "launch", record)
     arguments = (
         "--training_mode finetune --config_file a.yaml --init_from w --mock --nproc_per_node 4 train.train_iters=3"
     )
@@ -52,7 +52,7 @@ def test_under_torchrun_the_process_itself_trains(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(sys, "argv", ["wan-train"])
-    monkeypatch.setattr(wan_train.worker, "main", record)
+    monkeypatch.setattr(wan_train.launch.worker, "main", record)
     result = CliRunner().invoke(main, ["pretrain", "--recipe", "tiny", "--mock"])
     assert result.exit_code == 0, result.output
     assert RunOptions.from_json(seen[0]) == RunOptions("tiny", mock=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from wan_model.tiny import TINY_CONFIG
-from wan_train.checkpoints import ResumePoint, read_loader_state
+from wan_train.checkpoint.folder import ResumePoint, read_loader_state
+from wan_train.config.overrides import apply_overrides, apply_sections, read_file
+from wan_train.data.mock_data import MockConfig, MockLoader
+from wan_train.data.seeds import generator_for
 from wan_train.engine.write_results import WriteResults
-from wan_train.mock_data import MockConfig, MockLoader
-from wan_train.overrides import apply_overrides, apply_sections, read_file
-from wan_train.seeds import generator_for
 
 
 def test_a_seed_depends_on_purpose_and_numbers_alone() -> None:

@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from warm_ranks import Ended, WarmRanks
 
 from wan_model.tiny import TINY_CONFIG, write_tiny_wan
-from wan_model.training_checkpoint import read_index
-from wan_model.weights import expected_shapes, save_transformer
-from wan_train.checkpoint_record import read_record, record_file, write_record
+from wan_model.weights.training_checkpoint import read_index
+from wan_model.weights.transformer import expected_shapes, save_transformer
+from wan_train.checkpoint.record import read_record, record_file, write_record
 from wan_train.cli import pretrain
-from wan_train.options import RunOptions
+from wan_train.config.options import RunOptions
 
 STEPS = 6
 BASE_OPTIONS = (
@@ -109,8 +109,8 @@ SHAPES = [(3, 8, 8), (1, 6, 10), (2, 4, 10), (1, 4, 4)]
 
 def write_dataset(folder: Path, train: int = 40, val: int = 6) -> None:
     """A dataset of small mixed latents as NVIDIA's script lays it out, and the model it was encoded with beside it."""
-    from wan_data.energon_metadata import write_metadata
-    from wan_data.shards import Sample, ShardWriter
+    from wan_data.shards.energon_metadata import write_metadata
+    from wan_data.shards.writer import Sample, ShardWriter
 
     generator, records = torch.Generator().manual_seed(5), []
     data = folder / "data"

@@ -1,6 +1,6 @@
 """Ranks without the nine seconds that each needs to import the engine: forked from a process that has done it.
 
-Everything behind ``wan_train.worker`` runs as ever, in processes of its own. What the launcher does is left out, and
+Everything behind ``wan_train.launch.worker`` runs as ever, in processes of its own. What the launcher does is left out, and
 tested with the real command line in test_launch.py and test_command.py.
 """
 
@@ -33,7 +33,7 @@ class WarmRanks:
         )
 
     def run(self, argument: str, ranks: int, timeout: float = 300) -> Ended:
-        """``python -m wan_train.worker ARGUMENT`` as that many processes; the first that fails ends the others."""
+        """``python -m wan_train.launch.worker ARGUMENT`` as that many processes; the first that fails ends the others."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
@@ -47,8 +47,8 @@ class WarmRanks:
 
 
 def _run_rank(order: dict[str, object], rank: int, port: int) -> int:
-    from wan_train import worker
-    from wan_train.launch import environment
+    from wan_train.launch import worker
+    from wan_train.launch.launcher import environment
 
     ranks = int(str(order["ranks"]))
     os.setsid()
@@ -108,10 +108,10 @@ def _serve() -> None:
     engine.start()
     import megatron.bridge.training.pretrain  # noqa: F401
 
-    import wan_train.callback
-    import wan_train.checkpointing
-    import wan_train.dataset
-    import wan_train.validation  # noqa: F401
+    import wan_train.checkpoint.hooks
+    import wan_train.data.dataset
+    import wan_train.loop.callback
+    import wan_train.loop.validation  # noqa: F401
 
     for line in sys.stdin:
         order = json.loads(line)

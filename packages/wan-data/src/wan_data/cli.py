@@ -9,7 +9,7 @@ import click
 
 from wan_data import __version__
 from wan_data.cli_options import DEFAULT_MODEL, choices, flag, inputs, sentences, settings_of, sources_of
-from wan_data.warm_up import warm_up
+from wan_data.prepare.preload import warm_up
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,9 +61,9 @@ def prepare(
         sources = sources_of(video_folder, listing, settings)
         if num_processes > 1:
             warm_up()  # while this process imports for itself
-        from wan_data.prepare import prepare as run
-        from wan_data.ranks import ranks_of_environment
-        from wan_data.summary import summary_of
+        from wan_data.inspect.summary import summary_of
+        from wan_data.prepare.ranks import ranks_of_environment
+        from wan_data.prepare.run import prepare as run
 
         ranks = ranks_of_environment()
         with make_report() if ranks.rank == 0 else SilentReport() as report:
@@ -111,8 +111,8 @@ def plan(
     """
     as_json = choices.pop("json")
     with sentences(output_folder or Path()):
-        from wan_data.plan import make_plan, measured_rate, print_plan
-        from wan_data.prepare import examine_only
+        from wan_data.prepare.plan import make_plan, measured_rate, print_plan
+        from wan_data.prepare.run import examine_only
         from wan_data.progress import make_report
 
         settings = settings_of(choices)
@@ -143,13 +143,13 @@ def inspect(
     path: Path, capacity: int | None, pad_multiple: int, packing_buffer: int, png: Path | None, **choices: bool
 ) -> None:
     """Say what a dataset, or a blend of several, holds: samples, shapes, tokens, captions, and how well they pack."""
-    from wan_data.inspect_dataset import inspect as look
-    from wan_data.inspect_dataset import print_tables
+    from wan_data.inspect.statistics import inspect as look
+    from wan_data.inspect.statistics import print_tables
 
     with sentences(path):
         found = look(path, capacity=capacity, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
         if png is not None:
-            from wan_data.pictures import charts
+            from wan_data.inspect.plots import charts
 
             charts(found, png, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
     if choices["json"]:
@@ -163,7 +163,7 @@ def inspect(
 @flag("sources", type=click.Path(path_type=Path), help="The folder it was made from: compare its files' digests too.")
 def verify(path: Path, sources: Path | None) -> None:
     """Check a dataset to the last byte: digests, every member and value, counts, metadata. Exit code 1 if not whole."""
-    from wan_data.verify import verify as check
+    from wan_data.inspect.verify import verify as check
 
     with sentences(path):
         checked, problems = check(path, sources=sources, step=lambda name: click.echo(f"read {name}", err=True))
@@ -186,9 +186,9 @@ def verify(path: Path, sources: Path | None) -> None:
 def preview(path: Path, model: str, output: Path, samples: int, split: str, seed: int, device: str) -> None:
     """Decode some latents and draw their frames over their captions: what training will see."""
     with sentences(path):
-        from wan_data.encoding import choose_device
-        from wan_data.pictures import choose_samples, contact_sheet
-        from wan_model.codec import LatentCodec
+        from wan_data.inspect.plots import choose_samples, contact_sheet
+        from wan_data.prepare.encoding import choose_device
+        from wan_model.codec.latent_codec import LatentCodec
 
         if samples < 1:
             raise ValueError(f"{samples} samples cannot be shown; it must be at least 1")

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from wan_data.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
-from wan_data.windows import WINDOW_KINDS
+from wan_data.prepare.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
+from wan_data.video.windows import WINDOW_KINDS
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _DEFAULT = PrepareSettings()
@@ -51,12 +51,12 @@ def settings_of(choices: dict[str, Any]) -> PrepareSettings:
 
 
 def sources_of(video_folder: Path | None, listing: Path | None, settings: PrepareSettings) -> Any:
-    """What the options of ``inputs`` name, as ``wan_data.inputs`` lists it.
+    """What the options of ``inputs`` name, as ``wan_data.prepare.sources`` lists it.
 
     Raises:
         ValueError: there is nothing.
     """
-    from wan_data.inputs import files_of_folder, files_of_listing
+    from wan_data.prepare.sources import files_of_folder, files_of_listing
 
     if listing is not None:
         return files_of_listing(listing, video_folder, settings)

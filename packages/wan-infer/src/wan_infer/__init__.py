@@ -7,10 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wan_infer.contact_sheet import draw_contact_sheet, save_contact_sheet
-    from wan_infer.requests import NEGATIVE_PROMPT
-    from wan_infer.sampler import WanSampler
-    from wan_infer.video_file import read_video, save_video
+    from wan_infer.output.contact_sheet import draw_contact_sheet, save_contact_sheet
+    from wan_infer.output.video_file import read_video, save_video
+    from wan_infer.request.settings import NEGATIVE_PROMPT
+    from wan_infer.sampling.sampler import WanSampler
 
 __all__ = ["NEGATIVE_PROMPT", "WanSampler", "draw_contact_sheet", "read_video", "save_contact_sheet", "save_video"]
 __version__ = "0.1.0"

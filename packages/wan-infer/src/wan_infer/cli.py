@@ -10,11 +10,10 @@ from typing import Any, NoReturn
 import click
 
 from wan_infer import __version__
-from wan_infer.flags import ARGUMENTS, SeveralValues, flag
-from wan_infer.job import Job, Means, Sources, check_outputs
-from wan_infer.launch import follow_parent, is_child, launch, processes, report_failure
-from wan_infer.prompt_file import Shot, read_prompt_file
-from wan_infer.requests import (
+from wan_infer.request.flags import ARGUMENTS, SeveralValues, flag
+from wan_infer.request.job import Job, Means, Sources, check_outputs
+from wan_infer.request.prompt_file import Shot, read_prompt_file
+from wan_infer.request.settings import (
     NEGATIVE_PROMPT,
     SOLVERS,
     TASK_SIZES,
@@ -23,6 +22,7 @@ from wan_infer.requests import (
     check_task,
     pair_requests,
 )
+from wan_infer.runtime.launch import follow_parent, is_child, launch, processes, report_failure
 
 
 @click.command(cls=SeveralValues, context_settings={"show_default": True, "max_content_width": 110})

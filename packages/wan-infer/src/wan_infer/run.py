@@ -13,12 +13,12 @@ import numpy as np
 
 import wan_model
 from wan_infer import __version__
-from wan_infer.job import Job, Means, Sources
-from wan_infer.output_names import output_name
+from wan_infer.output.output_names import output_name
 from wan_infer.progress import Progress
+from wan_infer.request.job import Job, Means, Sources
 
 if TYPE_CHECKING:
-    from wan_infer.sampler import WanSampler
+    from wan_infer.sampling.sampler import WanSampler
 
 
 class _Stages:
@@ -44,9 +44,9 @@ def _versions() -> dict[str, str]:
 
 
 def _make_sampler(sources: Sources, means: Means) -> "WanSampler":
-    from wan_infer.placement import Placement
-    from wan_infer.sampler import WanSampler
-    from wan_infer.sharing import Sharing
+    from wan_infer.runtime.parallelism import Sharing
+    from wan_infer.runtime.placement import Placement
+    from wan_infer.sampling.sampler import WanSampler
 
     shared: dict[str, Any] = {
         "device": means.device,
@@ -89,8 +89,8 @@ def run(job: Job, sources: Sources, means: Means, task: str | None, log: TextIO)
     stages, progress, start = _Stages(), Progress(log), time.monotonic()
     progress.say("loading the model")
     with stages.timed("load"):
-        from wan_infer.memory import peak_memory
-        from wan_infer.sources import check_task
+        from wan_infer.loading.sources import check_task
+        from wan_infer.runtime.memory import peak_memory
 
         sampler = _make_sampler(sources, means)
         source = sampler.source
@@ -110,7 +110,7 @@ def run(job: Job, sources: Sources, means: Means, task: str | None, log: TextIO)
 
     made = [_make(sampler, job, index, stages, progress) for index in range(len(job.shots))]
     if job.contact_sheet is not None and sampler.sharing.rank == 0:
-        from wan_infer.contact_sheet import save_contact_sheet
+        from wan_infer.output.contact_sheet import save_contact_sheet
 
         save_contact_sheet([np.stack(video.shown) for video in made], job.contact_sheet)
     peak = sampler.sharing.largest(peak_memory(sampler.placement.device))
@@ -136,8 +136,8 @@ class _Made:
 
 
 def _make(sampler: "WanSampler", job: Job, index: int, stages: _Stages, progress: Progress) -> _Made:
-    from wan_infer.contact_sheet import chosen_frames
-    from wan_infer.video_file import to_frames, write_video
+    from wan_infer.output.contact_sheet import chosen_frames
+    from wan_infer.output.video_file import to_frames, write_video
 
     request, settings = job.shots[index].request, job.shots[index].settings
     # All that defines the video, and with it the file's name.

@@ -1,13 +1,13 @@
 """Wan 2.1 text-to-video: the transformer, the flow-matching objective, the latent codec."""
 
 from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
-from wan_model.context_parallel import ContextParallel
-from wan_model.dit import Stage, WanDiT
-from wan_model.flops import pack_flops
+from wan_model.dit.context_parallel import ContextParallel
+from wan_model.dit.flops import pack_flops
+from wan_model.dit.model import Stage, WanDiT
+from wan_model.dit.ops import Ops, TorchOps
 from wan_model.latent_spec import LatentSpec
-from wan_model.ops import Ops, TorchOps
 from wan_model.pack import LatentPack, PackLayout, TokenRows, pack_latents, pad_text, patchify, unpatchify
-from wan_model.weights import init_weights, load_transformer, save_transformer
+from wan_model.weights.transformer import init_weights, load_transformer, save_transformer
 
 __all__ = [
     "WAN_1_3B",

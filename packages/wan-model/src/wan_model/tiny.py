@@ -84,8 +84,8 @@ def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONF
         from diffusers import AutoencoderKLWan
         from transformers import UMT5Config, UMT5EncoderModel
 
-    from wan_model.dit import WanDiT
-    from wan_model.weights import save_transformer
+    from wan_model.dit.model import WanDiT
+    from wan_model.weights.transformer import save_transformer
 
     folder = Path(folder)
     vocabulary = _tokenizer(folder / "tokenizer", 640)

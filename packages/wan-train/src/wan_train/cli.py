@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from wan_train.options import RunOptions
+    from wan_train.config.options import RunOptions
 
 RECIPES = ("wan_1_3b", "wan_1_3b_t2i", "wan_14b", "wan_14b_t2i", "tiny")
 
@@ -75,9 +75,9 @@ def pretrain(
     \b
     wan-train pretrain --recipe wan_1_3b --nproc-per-node 8 dataset.path=DATA checkpoint.save=CHECKPOINTS
     """
-    from wan_train.installed import require_installed
-    from wan_train.launch import launch
-    from wan_train.options import RunOptions
+    from wan_train.config.options import RunOptions
+    from wan_train.engine.installed import require_installed
+    from wan_train.launch.launcher import launch
 
     options = RunOptions(recipe, training_mode, config_file, overrides, mock, init_from, verbose)  # type: ignore[arg-type]
     try:
@@ -94,7 +94,7 @@ def pretrain(
         if nproc_per_node != 1:
             raise click.ClickException("--nproc-per-node is given under torchrun, which has started the processes")
         sys.argv = [sys.argv[0], options.to_json()]
-        from wan_train import worker
+        from wan_train.launch import worker
 
         sys.exit(worker.main())
     sys.exit(launch(options.to_json(), nproc_per_node))
@@ -111,7 +111,7 @@ def _quiet() -> Iterator[None]:
 def _dry_run(options: "RunOptions", world: int, as_json: bool) -> int:
     try:
         with _quiet():
-            from wan_train.dry_run import main as describe
+            from wan_train.planning.dry_run import main as describe
 
             lines = describe(options, world, as_json=as_json)
     except ValueError as error:
@@ -159,7 +159,7 @@ def plan_command(
     \b
     wan-train plan --model 14b --gpus 64 --gpus 128
     """
-    from wan_train.plan import main as make_plan
+    from wan_train.planning.plan import main as make_plan
 
     try:
         lines = make_plan(model, gpus, gpu, shape, capacity, packs, best, as_json=as_json)
@@ -185,7 +185,7 @@ def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dt
     \b
     wan-train export CHECKPOINTS MODEL --ema
     """
-    from wan_train.export import export
+    from wan_train.checkpoint.export import export
 
     try:
         read = export(checkpoints, out, step=step, ema=ema, dtype=dtype)
@@ -203,7 +203,7 @@ def config() -> None:
 @config.command("list")
 def config_list() -> None:
     """Their names, and what each is for."""
-    from wan_train.shipped_configs import names, summary
+    from wan_train.config.shipped_configs import names, summary
 
     width = max(map(len, names()))
     for name in names():
@@ -217,7 +217,7 @@ def config_list() -> None:
 )
 def config_show(name: str, resolved: bool) -> None:
     """Print one."""
-    from wan_train.shipped_configs import path_of
+    from wan_train.config.shipped_configs import path_of
 
     try:
         text = path_of(name).read_text(encoding="utf-8")
@@ -229,16 +229,16 @@ def config_show(name: str, resolved: bool) -> None:
 def _resolved(name: str) -> str:
     import yaml
 
-    from wan_train.installed import require_installed
-    from wan_train.options import RunOptions
+    from wan_train.config.options import RunOptions
+    from wan_train.engine.installed import require_installed
 
     require_installed()
     with _quiet():
         from wan_train import engine
-        from wan_train.overrides import settable
+        from wan_train.config.overrides import settable
 
         engine.start(take_device=False)
-        from wan_train.run import build_config
+        from wan_train.loop.run import build_config
 
         values = settable(build_config(RunOptions(None, config_file=name)))
     return yaml.safe_dump(values, sort_keys=False)
@@ -250,7 +250,7 @@ def _resolved(name: str) -> str:
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 def config_copy(name: str, target: Path, force: bool) -> None:
     """Copy one, to change it."""
-    from wan_train.shipped_configs import copy
+    from wan_train.config.shipped_configs import copy
 
     try:
         click.echo(copy(name, target, force=force))

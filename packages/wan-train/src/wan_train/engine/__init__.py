@@ -16,7 +16,7 @@ import dataclasses
 
 import torch
 
-from wan_train.installed import is_installed, require_installed
+from wan_train.engine.installed import is_installed, require_installed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Pictures for people: a contact sheet decoded from the latents, and the charts of ``wan-data inspect``."""
+
+import collections
+import hashlib
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wan_data.inspect.statistics import simulate_packing
+from wan_data.shards.energon_metadata import check_metadata
+from wan_data.shards.reader import StoredSample, samples_of
+from wan_model.codec.latent_codec import LatentCodec
+
+_FRAMES = 4  # of a sample, first to last
+
+
+def _figure(columns: int, rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    # Figures of one's own: pyplot would keep them, and choose a window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def choose_samples(folder: Path, split: str, count: int, seed: int) -> list[StoredSample]:
+    """Some samples of a split, which ones follows from the seed; holds no more than ``count`` at a time.
+
+    Raises:
+        ValueError: it is no dataset, or has no such split.
+    """
+    parts = check_metadata(folder)
+    if not parts.get(split):
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(name for name in parts if parts[name])}")
+    chosen: list[tuple[str, StoredSample]] = []
+    for shard in parts[split]:
+        for sample in samples_of(folder / shard):
+            chosen.append((hashlib.sha256(f"{seed}\n{sample.key}".encode()).hexdigest(), sample))
+        chosen = sorted(chosen, key=lambda pair: pair[0])[:count]
+    return [sample for _, sample in chosen]
+
+
+def contact_sheet(samples: Sequence[StoredSample], codec: LatentCodec, path: Path) -> None:
+    """A PNG with some frames of each sample, decoded from its latent, over its caption.
+
+    Args:
+        samples: what to show.
+        codec: with its autoencoder.
+        path: of the PNG.
+    """
+    figure, axes = _figure(_FRAMES, len(samples), (3.2 * _FRAMES, 2.6 * len(samples)))
+    for row, sample in zip(axes, samples, strict=True):
+        video = codec.decode_video(sample.latent[None].float())[0].cpu()
+        frames = video.shape[1]
+        for column, place in enumerate(row):
+            place.axis("off")
+            number = round(column * (frames - 1) / (_FRAMES - 1))
+            if column and number == round((column - 1) * (frames - 1) / (_FRAMES - 1)):
+                continue
+            place.imshow(np.asarray((video[:, number].permute(1, 2, 0) + 1) / 2).clip(0, 1))
+            place.set_title(f"frame {number + 1} of {frames}", fontsize=7)
+        size = "x".join(str(side) for side in video.shape[1:])
+        caption = textwrap.shorten(str(sample.info.get("caption", "")), 300)
+        name = f"{sample.key}, {sample.info.get('video_path', '')}, {size}"
+        text = "\n".join([name, *textwrap.wrap(caption, 150)])
+        row[0].text(0, -0.04, text, transform=row[0].transAxes, fontsize=8, va="top", parse_math=False)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def charts(found: dict[str, Any], path: Path, *, pad_multiple: int = 1, packing_buffer: int = 64) -> None:
+    """A PNG with the sizes of samples and texts, and how full packs of several capacities are.
+
+    Args:
+        found: of ``inspect_dataset.inspect``.
+        path: of the PNG.
+        pad_multiple, packing_buffer: as for ``inspect``.
+    """
+    splits = found["splits"]
+    figure, axes = _figure(3, len(splits), (15, 4 * len(splits)))
+    for row, (name, values) in zip(axes, splits.items(), strict=True):
+        by_tokens: collections.Counter[int] = collections.Counter()
+        for shape in values["shapes"]:
+            by_tokens[shape["tokens"]] += shape["samples"]
+        tokens = sorted(by_tokens)
+        row[0].bar([str(count) for count in tokens], [by_tokens[count] for count in tokens])
+        row[0].set(title=f"{name}: {values['samples']} samples", xlabel="tokens of a sample", ylabel="samples")
+        row[0].tick_params(axis="x", rotation=90)
+        row[1].hist(values["text_lengths"], bins=min(40, max(values["text_lengths"])))
+        row[1].set(title="texts", xlabel="text tokens of a sample", ylabel="samples")
+        lengths = values["drawn_tokens"]
+        least = max(tokens) + -max(tokens) % pad_multiple
+        capacities = [least * factor for factor in (1, 1.5, 2, 3, 4, 6, 8)]
+        fills = [
+            simulate_packing(lengths, int(one), pad_multiple=pad_multiple, packing_buffer=packing_buffer).fill
+            for one in capacities
+        ]
+        row[2].plot(capacities, [100 * fill for fill in fills], marker="o")
+        row[2].set(
+            title="packing", xlabel="capacity of a pack, tokens", ylabel="% of the capacity filled", ylim=(0, 102)
+        )
+        row[2].grid(alpha=0.3)
+    figure.savefig(path, dpi=110, format="png")

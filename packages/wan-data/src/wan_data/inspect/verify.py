@@ -1,0 +1,185 @@
+"""``wan-data verify``: is a dataset what its manifest says, to the last byte and value?"""
+
+import collections
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
+from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
+from wan_data.shards.files import sha256_of
+from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
+from wan_data.shards.reader import StoredSample, samples_of
+from wan_data.shards.writer import sample_key
+
+
+def verify(
+    folder: Path, *, sources: Path | None = None, step: Callable[[str], None] = lambda name: None
+) -> tuple[dict[str, int], list[str]]:
+    """Read everything and compare.
+
+    Shards: size, digest, every member decodable without running anything, finite values, shapes as their side
+    information says, keys that belong to their sources and stand once. Metadata: Energon's counts and splits. Manifest:
+    samples of every source, shape and shard. A dataset without a manifest (of NVIDIA's own script) is read and counted.
+
+    Args:
+        folder: the dataset.
+        sources: the folder that it was made from, to compare the sources' digests too.
+        step: told the name of each file that has been read.
+
+    Returns:
+        What was checked, by kind, and the problems in sentences; none if all is well.
+    """
+    problems: list[str] = []
+    checked: collections.Counter[str] = collections.Counter()
+    try:
+        manifest = read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
+        splits = check_metadata(folder)
+        counts = shard_counts(folder)
+    except ValueError as error:
+        return {}, [str(error)]
+    if manifest is not None:
+        problems += _metadata_problems(manifest, splits, counts)
+    found = _Found(manifest)
+    for name in sorted(counts):
+        checked["shards"] += 1
+        problems += _shard_problems(folder / name, counts[name], found)
+        step(name)
+    checked["samples"] = found.samples
+    if manifest is not None:
+        problems += found.problems()
+        problems += _empty_caption_problems(folder, manifest)
+        if sources is not None:
+            for problem in _source_problems(manifest, sources, step):
+                checked["sources"] += 1
+                if problem:
+                    problems.append(problem)
+    return dict(checked), problems
+
+
+def _metadata_problems(manifest: Manifest, splits: dict[str, list[str]], counts: dict[str, int]) -> Iterator[str]:
+    wanted = {shard.name: shard.samples for shard in manifest.shards}
+    if counts != wanted:
+        names = sorted(name for name in {*counts, *wanted} if counts.get(name) != wanted.get(name))
+        yield (
+            f"{META_FOLDER}/.info.json and {MANIFEST_NAME} do not agree on {', '.join(names[:3])}"
+            f"{' and others' if len(names) > 3 else ''}: run wan-data prepare again, which writes both anew"
+        )
+    for split in {*splits, *manifest.samples}:
+        names_here = [shard.name for shard in manifest.shards if shard.split == split]
+        if sorted(splits.get(split, [])) != sorted(names_here):
+            yield f"{META_FOLDER}/split.yaml lists other shards for {split} than {MANIFEST_NAME}"
+
+
+class _Found:
+    """What the shards hold, held against the manifest."""
+
+    def __init__(self, manifest: Manifest | None) -> None:
+        self.manifest = manifest
+        self.samples = 0
+        self.records = {record.path: record for record in manifest.sources} if manifest else {}
+        self.shards = {shard.name: shard for shard in manifest.shards} if manifest else {}
+        self.keys: set[str] = set()
+        self.by_source: collections.Counter[str] = collections.Counter()
+        self.by_shape: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
+
+    def take(self, shard: str, sample: StoredSample) -> Iterator[str]:
+        """Count a sample; yields what is wrong with it."""
+        self.samples += 1
+        where = f"shard {shard}, sample {sample.key}"
+        if sample.key in self.keys:
+            yield f"{where}: its key stands in another shard too"
+        self.keys.add(sample.key)
+        info = sample.info
+        if self.manifest is None:
+            return
+        source = str(info.get("video_path"))
+        record: SourceRecord | None = self.records.get(source)
+        if record is None or record.verdict != "accepted":
+            yield f"{where}: its source {source!r} is not among those of the manifest"
+            return
+        if sample.key != sample_key(source, int(info.get("frame_start", -1))):
+            yield f"{where}: its key is not that of its source and window"
+        if info.get("source_sha256") != record.sha256:
+            yield f"{where}: its source has another digest in the manifest"
+        if info.get("latent_fingerprint") != self.manifest.latent_spec.fingerprint:
+            yield f"{where}: it is of the latent space {info.get('latent_fingerprint')}"
+        size = tuple(int(info.get(f"processed_{name}", 0)) for name in ("frames", "height", "width"))
+        try:
+            wanted = self.manifest.latent_spec.latent_shape(*size)
+        except ValueError as error:
+            yield f"{where}: {error}"
+            return
+        if tuple(sample.latent.shape) != tuple(wanted):
+            yield f"{where}: its latent is {tuple(sample.latent.shape)}; its side information says {tuple(wanted)}"
+        if info.get("text_tokens") != sample.text.shape[0]:
+            says = info.get("text_tokens")
+            yield f"{where}: its text has {sample.text.shape[0]} tokens; its side information says {says}"
+        self.by_source[source] += 1
+        if shard in self.shards:
+            self.by_shape[self.shards[shard].split, tuple(sample.latent.shape)] += 1
+
+    def problems(self) -> Iterator[str]:
+        """Counts that differ."""
+        assert self.manifest is not None
+        for record in self.manifest.sources:
+            if record.samples != self.by_source[record.path]:
+                yield f"{record.path} has {self.by_source[record.path]} samples; {MANIFEST_NAME} says {record.samples}"
+        wanted: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
+        for shape in self.manifest.shapes:
+            wanted[shape.split, shape.latent] += shape.samples
+        for split, latent in sorted({*wanted, *self.by_shape}):
+            if wanted[split, latent] != self.by_shape[split, latent]:
+                yield (
+                    f"there are {self.by_shape[split, latent]} samples of {latent} in {split}; "
+                    f"{MANIFEST_NAME} says {wanted[split, latent]}"
+                )
+
+
+def _shard_problems(path: Path, count: int, found: _Found) -> Iterator[str]:
+    record = found.shards.get(path.name)
+    if record is not None:
+        size = path.stat().st_size
+        if size != record.bytes:
+            yield f"shard {path.name} has {size} bytes; {MANIFEST_NAME} says {record.bytes}: it is damaged"
+        elif (digest := sha256_of(path)) != record.sha256:
+            yield (
+                f"shard {path.name} has the digest {digest[:16]}; "
+                f"{MANIFEST_NAME} says {record.sha256[:16]}: it is damaged"
+            )
+    samples = 0
+    try:
+        for sample in samples_of(path):
+            samples += 1
+            yield from found.take(path.name, sample)
+    except (ValueError, OSError) as error:
+        yield str(error)
+        return
+    if samples != count:
+        yield f"shard {path.name} holds {samples} samples; {META_FOLDER}/.info.json counts {count}"
+
+
+def _empty_caption_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    if manifest.empty_caption is None:
+        return
+    try:
+        text = read_empty_caption(folder)
+    except ValueError as error:
+        yield str(error)
+        return
+    if text.shape[1] != manifest.latent_spec.text_dim:
+        yield f"{EMPTY_CAPTION_NAME} is {text.shape[1]} wide; the dataset's texts are {manifest.latent_spec.text_dim}"
+
+
+def _source_problems(manifest: Manifest, folder: Path, step: Callable[[str], None]) -> Iterator[str]:
+    """One text a source that was used; empty if it is what it was."""
+    for record in manifest.sources:
+        if record.verdict != "accepted":
+            continue
+        path = folder / record.path
+        try:
+            digest = sha256_of(path)
+        except OSError as error:
+            yield f"{record.path} cannot be read: {error.strerror or error}"
+        else:
+            yield "" if digest == record.sha256 else f"{record.path} has changed since it was encoded"
+        step(record.path)

@@ -1,0 +1,154 @@
+"""``wan-data plan``: what preparing would give, before anything is encoded."""
+
+import collections
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from wan_data.prepare.probe import PlannedSource, RejectedSource, Verdict
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.shard_batches import make_round
+from wan_data.reading.packing import latent_tokens
+
+# What a letter of a caption makes of the text encoder's tokens, roughly, and the width of the released one.
+_LETTERS_PER_TOKEN = 4
+_TEXT_WIDTH = 4096
+_CHANNELS, _SPATIAL, _TEMPORAL = 16, 8, 4
+
+
+def make_plan(verdicts: Sequence[Verdict], settings: PrepareSettings, *, rate: float | None = None) -> dict[str, Any]:
+    """Count what the verdicts lead to.
+
+    Args:
+        verdicts: of the examination.
+        settings: of the preparation.
+        rate: pixels (of all frames) that the autoencoder encodes in a second; None where it was not measured.
+
+    Returns:
+        Plain values: ``buckets`` (a row a split and shape), ``rejected`` (reasons with their sources), totals, bytes
+        and, given a rate, seconds.
+    """
+    accepted = [verdict for verdict in verdicts if isinstance(verdict, PlannedSource)]
+    rejected = [verdict for verdict in verdicts if isinstance(verdict, RejectedSource)]
+    buckets: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
+    text_bytes = unused = pixels = 0
+    made = make_round(verdicts, settings, first_shard=0, known={}) if accepted else None
+    for source, split in made.accepted if made else ():
+        unused += source.info.frames - sum(window.length for window in source.windows)
+        tokens = min(settings.text_length, len(source.caption) // _LETTERS_PER_TOKEN + 2)
+        text_bytes += 4 * _TEXT_WIDTH * tokens * len(source.windows)
+        for window in source.windows:
+            buckets[split, window.length, source.size.height, source.size.width] += 1
+    rows: list[dict[str, Any]] = []
+    for (split, frames, height, width), samples in sorted(buckets.items()):
+        latent = (_CHANNELS, (frames - 1) // _TEMPORAL + 1, height // _SPATIAL, width // _SPATIAL)
+        pixels += samples * frames * height * width
+        rows.append(
+            {
+                "split": split,
+                "frames": frames,
+                "height": height,
+                "width": width,
+                "samples": samples,
+                "tokens": latent_tokens(latent),
+                "latent_bytes": samples * 4 * math.prod(latent),
+            }
+        )
+    reasons: dict[str, list[str]] = collections.defaultdict(list)
+    for verdict in rejected:
+        reasons[_kind(verdict.reason)].append(f"{verdict.name}: {verdict.reason}")
+    return {
+        "sources": len(verdicts),
+        "accepted": len(accepted),
+        "samples": sum(row["samples"] for row in rows),
+        "shards": len(made.shards(settings.samples_per_shard)) if made else 0,
+        "tokens": sum(row["samples"] * row["tokens"] for row in rows),
+        "buckets": rows,
+        "frames": sum(source.info.frames for source in accepted),
+        "frames_unused": unused,
+        "rejected": [{"reason": kind, "sources": sources} for kind, sources in sorted(reasons.items())],
+        "latent_bytes": sum(row["latent_bytes"] for row in rows),
+        "text_bytes_about": text_bytes,
+        "pixels": pixels,
+        "seconds_about": None if rate is None else pixels / rate,
+    }
+
+
+def _kind(reason: str) -> str:
+    """Reasons that differ in figures and names only are one kind."""
+    return re.sub(r"\d+([.x]\d+)*", "N", re.sub(r"\S+\.(jsonl?|txt|csv|parquet)\b", "FILE", reason))
+
+
+def measured_rate(model: str, settings: PrepareSettings, device: str) -> float:
+    """Pixels (of all frames) a second that this machine's autoencoder encodes, from the second of two small windows.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    import torch
+
+    from wan_data.prepare.encoding import choose_device, encode_batch, load_codec
+
+    codec = load_codec(model, settings, choose_device(device), vae=True, text=False)
+    frames = min(5, settings.window_lengths.longest)
+    size = min(size for sizes in settings.resolutions() for size in sizes)
+    window = torch.zeros(frames, size.height, size.width, 3, dtype=torch.uint8)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        encode_batch(codec, [window])
+        seconds = time.perf_counter() - start
+    return frames * size.height * size.width / seconds
+
+
+def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
+    """The result of ``make_plan``, for people."""
+    console = console or Console()
+    table = Table(
+        title=f"{plan['samples']} samples of {plan['accepted']} of {plan['sources']} files", title_justify="left"
+    )
+    for column in ("split", "frames x height x width", "samples", "tokens a sample", "latents"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for row in plan["buckets"]:
+        shape = f"{row['frames']}x{row['height']}x{row['width']}"
+        table.add_row(
+            row["split"], shape, str(row["samples"]), f"{row['tokens']:,}", readable_bytes(row["latent_bytes"])
+        )
+    console.print(table)
+    if plan["frames"]:
+        share = plan["frames_unused"] / plan["frames"]
+        console.print(f"{plan['frames_unused']:,} of {plan['frames']:,} frames ({share:.1%}) are in no window")
+    console.print(
+        f"{plan['shards']} shards, {plan['tokens']:,} tokens, {readable_bytes(plan['latent_bytes'])} of latents and "
+        f"about {readable_bytes(plan['text_bytes_about'])} of text embeddings"
+    )
+    if plan["seconds_about"] is not None:
+        console.print(f"encoding the videos takes about {readable_time(plan['seconds_about'])} on one such device")
+    for kind in plan["rejected"]:
+        console.print(f"\n{len(kind['sources'])} rejected: {kind['reason']}", markup=False, highlight=False)
+        for source in kind["sources"][:5]:
+            console.print(f"  {source}", markup=False, highlight=False)
+        if len(kind["sources"]) > 5:
+            console.print(f"  and {len(kind['sources']) - 5} more (--json lists all)")
+
+
+def readable_bytes(count: float) -> str:
+    """In the unit that suits."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def readable_time(seconds: float) -> str:
+    """In the unit that suits."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

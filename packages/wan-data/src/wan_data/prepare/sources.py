@@ -1,0 +1,174 @@
+"""What there is to prepare: the files of a folder, or the rows of a listing with paths and captions."""
+
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wan_data.prepare.captions import NAME_KEYS, CaptionFinder, caption_in, parse_json, read_text
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One thing to prepare.
+
+    Attributes:
+        name: what it is called everywhere: its path relative to the input folder, with forward slashes.
+        path: where it lies; None where a listing does not say.
+        caption: of a listing; None where it lies beside the file.
+        problem: why it cannot be used, if that is known already.
+    """
+
+    name: str
+    path: Path | None
+    caption: str | None = None
+    problem: str | None = None
+
+
+def files_of_folder(folder: Path, settings: PrepareSettings) -> list[SourceFile]:
+    """Videos under a folder, and images too in ``frames`` mode, in an order that depends on their names only.
+
+    Raises:
+        ValueError: the folder is missing or holds none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; expected one with videos and captions")
+    suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if settings.mode == "frames" else ())
+    found = [
+        Path(place, file)
+        for place, _, files in os.walk(folder)
+        for file in files
+        if Path(file).suffix.lower() in suffixes and not file.startswith(".")
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds no files ending in {', '.join(suffixes)}")
+    return sorted((_named(path, folder) for path in found), key=lambda source: source.name)
+
+
+def _named(path: Path, folder: Path) -> SourceFile:
+    name = path.relative_to(folder).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        # Such a name could not be written down in the manifest.
+        readable = name.encode("utf-8", "backslashreplace").decode()
+        return SourceFile(readable, path, problem="its name is not valid Unicode; rename it")
+    return SourceFile(name, path)
+
+
+def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettings) -> list[SourceFile]:
+    """The rows of a .jsonl, .csv or .parquet file, in an order that depends on their names only.
+
+    A row has a path under one of the names in ``captions.NAME_KEYS``, relative to ``folder`` or absolute, and the
+    caption under ``settings.caption_key``; other columns are not looked at.
+
+    Args:
+        listing: the file.
+        folder: what paths are relative to; the listing's own folder if None.
+        settings: of the preparation.
+
+    Raises:
+        ValueError: a listing that cannot be read, or has no rows.
+    """
+    if listing.suffix.lower() not in LISTING_SUFFIXES:
+        raise ValueError(f"{listing} is no listing; expected a file ending in {', '.join(LISTING_SUFFIXES)}")
+    if not listing.is_file():
+        raise ValueError(f"{listing} does not exist; expected a listing of paths and captions")
+    read = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[listing.suffix.lower()]
+    folder = listing.parent if folder is None else folder
+    sources: dict[str, SourceFile] = {}
+    twice: list[SourceFile] = []
+    for where, row in read(listing):
+        source = _row(where, row, folder, settings)
+        if source.name in sources:
+            twice.append(
+                SourceFile(f"{source.name} ({where})", source.path, problem="it is listed twice; keep one row")
+            )
+        else:
+            sources[source.name] = source
+    if not sources:
+        raise ValueError(f"{listing} has no rows; expected one a video, with its path and its caption")
+    return sorted([*sources.values(), *twice], key=lambda source: source.name)
+
+
+def _row(where: str, row: Any, folder: Path, settings: PrepareSettings) -> SourceFile:
+    if isinstance(row, ValueError):
+        return SourceFile(where, None, problem=str(row))
+    listed = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
+    if listed is None:
+        return SourceFile(where, None, problem=f"it has no path: expected one under {', '.join(NAME_KEYS)}")
+    path = folder / listed
+    name = Path(os.path.normpath(listed)).as_posix()
+    if path.is_relative_to(folder):
+        name = Path(os.path.normpath(path.relative_to(folder))).as_posix()
+    suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if settings.mode == "frames" else ())
+    if path.suffix.lower() not in suffixes:
+        return SourceFile(name, path, problem=f"{where} names it; expected a file ending in {', '.join(suffixes)}")
+    try:
+        name.encode()
+        return SourceFile(name, path, caption_in(row, settings.caption_key, where))
+    except UnicodeEncodeError:
+        return SourceFile(where, path, problem="its name is not valid Unicode; rename it")
+    except ValueError as error:
+        return SourceFile(name, path, problem=str(error))
+
+
+def _rows_of_jsonl(listing: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(read_text(listing).split("\n"), start=1):  # JSON text may hold other line ends
+        if not line.strip():
+            continue
+        where = f"{listing.name} line {number}"
+        try:
+            value = parse_json(line, where)
+            if not isinstance(value, dict):
+                raise ValueError(f"{where} holds a JSON {type(value).__name__}; expected an object")
+        except ValueError as error:
+            yield where, error
+            continue
+        yield where, value
+
+
+def _rows_of_csv(listing: Path) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(read_text(listing), newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{listing.name} line {reader.line_num}"
+            yield where, ValueError(f"{where} has more cells than the first line has names") if None in row else row
+    except csv.Error as error:
+        raise ValueError(f"{listing} is not CSV: {error} at line {reader.line_num}") from None
+
+
+def _rows_of_parquet(listing: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        raise ValueError(f"{listing} needs pyarrow to be read: pip install 'wan-data[parquet]'") from None
+    try:
+        with parquet.ParquetFile(listing) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{listing.name} row {number}", row
+    except (ArrowException, OSError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"{listing} is not Parquet: {reason}") from None
+
+
+def caption_of(source: SourceFile, captions: CaptionFinder) -> str:
+    """A source's caption: the listing's, or the one beside the file.
+
+    Raises:
+        ValueError: there is none, or no single one.
+    """
+    if source.caption is not None:
+        return source.caption
+    assert source.path is not None, "a source without a path has a problem"
+    return captions.find(source.path)

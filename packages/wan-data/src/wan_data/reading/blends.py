@@ -1,0 +1,100 @@
+"""Several datasets as one: a YAML file in the form of Energon's MetadatasetV2, read without building what it names."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wan_data.shards.energon_metadata import check_metadata
+
+_HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
+_EXPECTED = (
+    "expected Energon's MetadatasetV2 with splits -> a name -> either path, or blend: a list of path and weight, "
+    "each with split_part if the names of the splits differ"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One dataset's share in a split.
+
+    Attributes:
+        name: as the blend spells its path; empty where a dataset is read by itself.
+        folder: of the dataset.
+        split: the dataset's own split.
+        weight: share of the samples that are drawn from it, relative to the other parts' weights.
+    """
+
+    name: str
+    folder: Path
+    split: str
+    weight: float = 1.0
+
+
+def parts_of(path: str | os.PathLike[str]) -> dict[str, tuple[Part, ...]]:
+    """What each split of a dataset, or of a blend of several, is drawn from.
+
+    Args:
+        path: a dataset's folder, or the YAML file of a blend, whose paths are relative to its folder.
+
+    Raises:
+        ValueError: neither of the two, or a dataset whose metadata could run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return {split: (Part("", path, split),) for split in check_metadata(path)}
+    if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
+        return _read(path)
+    raise ValueError(
+        f"{path} is no folder and no .yaml file; expected a dataset that wan-data prepare wrote, or a blend of several"
+    )
+
+
+def _read(path: Path) -> dict[str, tuple[Part, ...]]:
+    try:
+        value = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict) or {**_HEAD, **value} != {**value, **_HEAD} or set(value) - {*_HEAD, "splits"}:
+        raise ValueError(f"{path} is no blend of datasets; {_EXPECTED}")
+    splits = value.get("splits")
+    if not isinstance(splits, dict) or not splits:
+        raise ValueError(f"{path} has no splits; {_EXPECTED}")
+    return {str(name): _parts(path, str(name), part) for name, part in splits.items()}
+
+
+def _parts(path: Path, split: str, value: Any) -> tuple[Part, ...]:
+    blended = isinstance(value, dict) and set(value) == {"blend"}
+    items = value["blend"] if blended else [value]
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{path}, split {split}: it names no dataset; {_EXPECTED}")
+    parts = tuple(_part(path, split, item, weighted=blended) for item in items)
+    places = [(part.folder.resolve(), part.split) for part in parts]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise ValueError(f"{path}, split {split}: {parts[number].name} stands in it twice; add up the weights")
+    return parts
+
+
+def _part(path: Path, split: str, value: Any, *, weighted: bool) -> Part:
+    known = {"path", "split_part", *(("weight",) if weighted else ())}
+    if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
+        raise ValueError(f"{path}, split {split}: {value!r} names no path; {_EXPECTED}")
+    name = value["path"]
+    if strange := sorted(map(str, set(value) - known)):
+        raise ValueError(f"{path}, split {split}, {name}: {', '.join(strange)} cannot be used here; {_EXPECTED}")
+    weight, own = value.get("weight", 1.0), value.get("split_part", split)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ValueError(f"{path}, split {split}, {name}: its weight is {weight!r}; it must be a positive number")
+    folder = path.parent / name
+    if not folder.is_dir():
+        raise ValueError(
+            f"{path}, split {split}: {folder} is no folder; expected a dataset that wan-data prepare wrote"
+        )
+    if own not in (there := check_metadata(folder)):
+        raise ValueError(f"{path}, split {split}: {folder} has no split {own!r}; it has {', '.join(there) or 'none'}")
+    return Part(name, folder, own, float(weight))

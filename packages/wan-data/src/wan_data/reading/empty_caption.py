@@ -1,0 +1,61 @@
+"""The embedding of the empty caption, which stands beside the shards: training puts it where it drops a caption."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from wan_data.reading.blends import parts_of
+from wan_data.shards.files import written_aside
+from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
+
+EMPTY_CAPTION_NAME = "empty-caption.safetensors"
+_KEY = "text"
+
+
+def write_empty_caption(folder: Path, text: Float[Tensor, "L D"]) -> str:
+    """Write it into a dataset's folder; returns the file's sha256."""
+    data = save({_KEY: text.float().contiguous()})
+    with written_aside(folder / EMPTY_CAPTION_NAME) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_empty_caption(path: str | os.PathLike[str]) -> Float[Tensor, "L D"]:
+    """The embedding of the empty caption of a dataset; of a blend, that of the first dataset that has one.
+
+    The datasets of a blend are of one text encoder, so their embeddings are the same.
+
+    Raises:
+        ValueError: there is none, or the file is not what the manifest says.
+    """
+    folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
+    for folder in folders:
+        digest = read_manifest(folder).empty_caption if (folder / MANIFEST_NAME).exists() else None
+        if digest is not None:
+            return _read(folder / EMPTY_CAPTION_NAME, digest)
+    raise ValueError(
+        f"{path} holds no embedding of the empty caption, which takes the place of captions that are dropped; "
+        "run wan-data prepare again with the same arguments, which adds it, or drop no captions"
+    )
+
+
+def _read(file: Path, digest: str) -> Float[Tensor, "L D"]:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    if (found := hashlib.sha256(data).hexdigest()) != digest:
+        raise ValueError(f"{file} has the digest {found[:16]}; {MANIFEST_NAME} says {digest[:16]}: it is damaged")
+    try:
+        text = load(data).get(_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from None
+    if text is None or text.ndim != 2 or not bool(torch.isfinite(text).all()):
+        raise ValueError(f"{file} holds no finite text embedding [tokens, width] named {_KEY}")
+    return text

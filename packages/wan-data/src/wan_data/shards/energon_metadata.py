@@ -1,0 +1,160 @@
+"""Energon's ``.nv-meta``: writing it without questions, and checking it before Energon reads it.
+
+Energon builds whatever class ``dataset.yaml`` names and imports the files it points to, and follows shard names
+anywhere. So nothing of ``.nv-meta`` is handed to it that is not exactly of the form written here.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import sqlite3
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wan_data.shards.energon_index import write_index
+from wan_data.shards.files import naming, written_aside
+from wan_data.shards.writer import ShardRecord
+
+META_FOLDER = ".nv-meta"
+# Byte for byte what `energon prepare --sample-type CrudeWebdataset` writes too.
+DATASET_YAML = b"__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+# For `energon info`, `lint` and `preview --dataset-config captioning.yaml`: Energon 7.4.1's own tools fail on crude
+# datasets. It is never read by the loader here.
+LOOK_NAME = "captioning.yaml"
+LOOK_YAML = b"""__module__: megatron.energon
+__class__: StandardWebdatasetFactory
+sample_type:
+  __module__: megatron.energon
+  __class__: CaptioningSample
+field_map:
+  image: pth
+  caption: json[caption]
+"""
+# Those that Energon's tools ask for, be they empty.
+_SPLITS = ("train", "val", "test")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.tar")
+# Names in split.yaml may stand as shard-{000..007}.tar. What is outside this set could mean something else to another
+# YAML reader than the one used here.
+_SPLIT_BYTES = re.compile(rb"[A-Za-z0-9_.,{}:\-\[\]'\" \n]*")
+
+
+def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
+    """Write ``.nv-meta`` for finished shards: index, counts, splits and the dataset's type.
+
+    Args:
+        folder: the dataset's.
+        shards: all of them, each with its split; the train split must not be empty.
+    """
+    from megatron.energon import __version__ as energon_version
+
+    splits = dict.fromkeys((*_SPLITS, *(shard.split for shard in shards)))
+    assert any(shard.split == "train" for shard in shards), "a dataset without training samples is refused before this"
+    names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
+    meta = folder / META_FOLDER
+    meta.mkdir(exist_ok=True)
+    with _as_os_errors(meta):
+        write_index(folder, meta, shards)
+    # Energon draws the identity at random; ours is the same in every run.
+    digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).digest()
+    split_yaml = yaml.safe_dump({"split_parts": names, "exclude": []}, sort_keys=False)
+    info = {"energon_version": energon_version, "shard_counts": {shard.name: shard.samples for shard in shards}}
+    for name, content in (
+        (".info.json", json.dumps(info, indent=2).encode()),
+        ("index.uuid", str(uuid.UUID(bytes=digest[:16])).encode()),
+        ("split.yaml", split_yaml.encode()),
+        ("dataset.yaml", DATASET_YAML),
+        (LOOK_NAME, LOOK_YAML),
+    ):
+        with written_aside(meta / name) as file:
+            file.write(content)
+
+
+@contextlib.contextmanager
+def _as_os_errors(place: Path) -> Iterator[None]:
+    # Energon's index is a database, which has errors of its own for a full disk.
+    try:
+        with naming(place):
+            yield
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.EIO, f"the index cannot be written: {error}", str(place)) from error
+
+
+def shard_counts(folder: Path) -> dict[str, int]:
+    """Samples of each shard, by Energon's own count.
+
+    Raises:
+        ValueError: the file is missing or names anything but shards of this folder.
+    """
+    path = folder / META_FOLDER / ".info.json"
+    try:
+        info = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {META_FOLDER}/.info.json: run wan-data prepare or energon prepare") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    counts = info.get("shard_counts") if isinstance(info, dict) else None
+    if not isinstance(counts, dict) or any(not isinstance(count, int) or count < 0 for count in counts.values()):
+        raise ValueError(f"{path} does not count the samples of shards")
+    for name in counts:
+        _check_shard(folder, name, path)
+    return counts
+
+
+def _check_shard(folder: Path, name: Any, where: Path) -> None:
+    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"{where} names {name!r}; expected the plain name of a .tar file beside {META_FOLDER}")
+    if not (folder / name).is_file():
+        raise ValueError(f"{where} names {name}, which is missing from {folder}")
+
+
+def check_metadata(folder: Path) -> dict[str, list[str]]:
+    """Make sure that ``.nv-meta`` can be read by Energon without running anything.
+
+    Returns:
+        The shards of each split.
+
+    Raises:
+        ValueError: a file is missing or differs from what ``write_metadata`` writes in more than names and counts.
+    """
+    import braceexpand
+
+    meta = folder / META_FOLDER
+    if not meta.is_dir():
+        raise ValueError(f"{folder} has no {META_FOLDER} folder: expected a dataset that wan-data prepare wrote")
+    dataset_yaml = meta / "dataset.yaml"
+    if not dataset_yaml.is_file():
+        raise ValueError(f"{dataset_yaml} is missing: run wan-data prepare or energon prepare")
+    if dataset_yaml.read_bytes() != DATASET_YAML:
+        raise ValueError(
+            f"{dataset_yaml} is not what wan-data writes and could run code when it is loaded; "
+            f"expected exactly {DATASET_YAML.decode()!r}"
+        )
+    counts = shard_counts(folder)
+    split_yaml = meta / "split.yaml"
+    data = split_yaml.read_bytes() if split_yaml.is_file() else b""
+    # Two underscores would name a class or module to Energon's reader.
+    if not data or not _SPLIT_BYTES.fullmatch(data) or b"__" in data:
+        raise ValueError(f"{split_yaml} is missing or holds more than names of shards")
+    try:
+        value = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{split_yaml} is not YAML: {error}") from None
+    parts = value.get("split_parts") if isinstance(value, dict) else None
+    if not isinstance(parts, dict) or set(value) - {"split_parts", "exclude"} or value.get("exclude"):
+        raise ValueError(f"{split_yaml} must hold split_parts and an empty exclude, nothing else")
+    splits: dict[str, list[str]] = {}
+    for split, patterns in parts.items():
+        if not isinstance(split, str) or not isinstance(patterns, list):
+            raise ValueError(f"{split_yaml} must list the shards of each split")
+        names = [name for pattern in patterns for name in braceexpand.braceexpand(str(pattern))]
+        for name in names:
+            if name not in counts:
+                raise ValueError(f"{split_yaml} names {name!r}, which .info.json does not count")
+        splits[split] = names
+    return splits

@@ -1,0 +1,154 @@
+"""The file ``wan-data.json`` beside the shards: what they hold, from what, and in which latent space."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wan_data.shards.files import write_json
+from wan_data.shards.writer import ShardRecord
+from wan_model.latent_spec import LatentSpec
+from wan_model.weights.model_folder import read_json
+
+MANIFEST_NAME = "wan-data.json"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRecord:
+    """What became of a source.
+
+    Attributes:
+        path: relative to the input folder, with forward slashes.
+        verdict: ``accepted`` or ``rejected``.
+        reason: why it was rejected, else None.
+        split: the split its samples are in, else None.
+        sha256: of the file; None where it could not be read.
+        bytes: of the file.
+        samples: windows that became samples; their keys are ``shards.sample_key`` of the path.
+        shards: names of the shards that hold them.
+        dropped: number and reason of each window that could not be encoded.
+        frames: frames at the target rate; 0 for a rejected source.
+        source_fps: the file's own rate.
+        height, width: pixels as displayed.
+    """
+
+    path: str
+    verdict: str
+    reason: str | None = None
+    split: str | None = None
+    sha256: str | None = None
+    bytes: int = 0
+    samples: int = 0
+    shards: tuple[str, ...] = ()
+    dropped: tuple[tuple[int, str], ...] = ()
+    frames: int = 0
+    source_fps: float = 0.0
+    height: float = 0.0
+    width: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeCount:
+    """Samples of one shape in one split.
+
+    Attributes:
+        split: the split.
+        frames, height, width: of the video, in frames and pixels.
+        latent: shape [C, F, H, W] of the latent.
+        tokens: tokens a sample with the model's patch of (1, 2, 2).
+        samples: how many there are.
+    """
+
+    split: str
+    frames: int
+    height: int
+    width: int
+    latent: tuple[int, int, int, int]
+    tokens: int
+    samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The whole file; ``complete`` is False until there is a first round of shards that can be trained on.
+
+    ``empty_caption`` is the sha256 of the embedding of the empty caption (``empty_caption.EMPTY_CAPTION_NAME``).
+    """
+
+    complete: bool
+    wan_data_version: str
+    latent_spec: LatentSpec
+    settings: Mapping[str, Any]
+    sources: tuple[SourceRecord, ...] = ()
+    shards: tuple[ShardRecord, ...] = ()
+    shapes: tuple[ShapeCount, ...] = ()
+    next_shard: int = 0
+    empty_caption: str | None = None
+
+    @property
+    def settings_fingerprint(self) -> str:
+        """A digest of the settings; equal fingerprints give equal shards of equal files."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Samples of each split."""
+        counts: dict[str, int] = {}
+        for shard in self.shards:
+            counts[shard.split] = counts.get(shard.split, 0) + shard.samples
+        return counts
+
+    def write(self, folder: Path) -> None:
+        """Write it into a dataset's folder."""
+        value = dataclasses.asdict(self)
+        value |= {
+            "format_version": FORMAT_VERSION,
+            "latent_spec": self.latent_spec.to_dict(),
+            "latent_fingerprint": self.latent_spec.fingerprint,
+            "settings_fingerprint": self.settings_fingerprint,
+            "samples": self.samples,
+        }
+        write_json(folder / MANIFEST_NAME, value)
+
+
+def _source(value: Mapping[str, Any]) -> SourceRecord:
+    shards, dropped = tuple(value["shards"]), tuple((number, reason) for number, reason in value["dropped"])
+    return SourceRecord(**{**value, "shards": shards, "dropped": dropped})
+
+
+def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
+    """The manifest of a dataset.
+
+    Raises:
+        ValueError: it is missing, of another version, or of a run that did not finish.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {MANIFEST_NAME}: expected a folder that wan-data prepare wrote")
+    value = read_json(path)
+    if value.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} is of format {value.get('format_version')}; this version reads {FORMAT_VERSION}")
+    try:
+        manifest = Manifest(
+            complete=bool(value["complete"]),
+            wan_data_version=str(value["wan_data_version"]),
+            latent_spec=LatentSpec.from_dict(value["latent_spec"]),
+            settings=value["settings"],
+            sources=tuple(_source(source) for source in value["sources"]),
+            shards=tuple(ShardRecord(**shard) for shard in value["shards"]),
+            shapes=tuple(
+                ShapeCount(**{**shape, "latent": tuple(shape["latent"])})  # JSON has no tuples
+                for shape in value["shapes"]
+            ),
+            next_shard=int(value["next_shard"]),
+            empty_caption=value["empty_caption"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not (manifest.complete or allow_incomplete):
+        raise ValueError(f"{folder} is incomplete: wan-data prepare did not finish; run it again")
+    return manifest

@@ -1,0 +1,111 @@
+"""Writing shards: FORMAT.md beside this file says what they hold. Equal samples give equal bytes."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from wan_data.shards.files import naming, sha256_of, written_aside
+from wan_data.shards.serialization import info_to_json, tensor_to_pickle, tensor_to_pth
+
+SHARD_PATTERN = "shard-rank{rank:02d}-{number:06d}.tar"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A window's latent with its text.
+
+    Attributes:
+        key: its name in the shard; letters, digits and ``_`` only.
+        latent: normalised latent [C, F, H, W].
+        text: text embedding [L, D] of true length.
+        info: side information for the json member.
+    """
+
+    key: str
+    latent: Float[Tensor, "C F H W"]
+    text: Float[Tensor, "L D"]
+    info: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard, as the manifest lists it."""
+
+    name: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def sample_key(source: str, start: int) -> str:
+    """The name of a window: a digest of its source's relative path, and its first frame at the target rate.
+
+    File names may hold dots, blanks and anything else that readers of shards stumble over; a digest holds none of it,
+    and the same window has the same name in every run.
+    """
+    return f"{hashlib.sha256(source.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}_{start:06d}"
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    member.mtime = 0  # no trace of when, where and by whom
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(data))
+
+
+class ShardWriter:
+    """Writes one shard, which is visible under its name only when the block has ended well.
+
+    Args:
+        folder: where.
+        number: of the shard.
+        split: that it belongs to.
+
+    Attributes:
+        record: of the finished shard; None before, and where nothing was written, which leaves no file.
+    """
+
+    def __init__(self, folder: Path, number: int, split: str) -> None:
+        self.path, self.split = folder / SHARD_PATTERN.format(rank=0, number=number), split
+        self.record: ShardRecord | None = None
+        self._stack = contextlib.ExitStack()
+        self._tar: tarfile.TarFile | None = None
+        self._count = 0
+
+    def __enter__(self) -> "ShardWriter":
+        """The file is made with the first sample."""
+        return self
+
+    def write(self, sample: Sample) -> None:
+        """Add a sample."""
+        if self._tar is None:
+            self._file = self._stack.enter_context(written_aside(self.path))
+            self._tar = self._stack.enter_context(
+                tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+            )
+        with naming(self.path):
+            _add(self._tar, f"{sample.key}.json", info_to_json(sample.info))
+            _add(self._tar, f"{sample.key}.pickle", tensor_to_pickle(sample.text))
+            _add(self._tar, f"{sample.key}.pth", tensor_to_pth(sample.latent))
+        self._count += 1
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Give the file its name; after a failure remove it."""
+        if kind is not None:
+            # The failure is what the caller is to see, not what follows from it.
+            with contextlib.suppress(Exception):
+                self._stack.__exit__(kind, error, trace)
+            return
+        self._stack.close()
+        if self._count:
+            size, digest = self.path.stat().st_size, sha256_of(self.path)
+            self.record = ShardRecord(self.path.name, self.split, self._count, size, digest)

@@ -1,0 +1,66 @@
+import json
+import shutil
+
+import pytest
+
+from wan_data.inspect.verify import verify
+from wan_data.shards.manifest import MANIFEST_NAME
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    return shutil.copytree(dataset, tmp_path / "copy")
+
+
+def change_manifest(folder, change):
+    path = folder / MANIFEST_NAME
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_a_whole_dataset_has_no_problems(dataset, clips):
+    checked, problems = verify(dataset, sources=clips)
+    assert problems == []
+    assert checked == {"shards": 5, "samples": 14, "sources": 6}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value["sources"][0].update(samples=99), r"has \d samples; wan-data.json says 99"),
+        (lambda value: value["sources"].pop(0), "is not among those of the manifest"),
+        (lambda value: value["sources"][0].update(sha256="0" * 64), "another digest in the manifest"),
+        (lambda value: value["shapes"][0].update(samples=99), "wan-data.json says 99"),
+        (lambda value: value["shards"].pop(), r".info.json and wan-data.json do not agree on shard-rank00-000004.tar"),
+        (lambda value: value["shards"][0].update(split="val"), "split.yaml lists other shards for"),
+        (lambda value: value.update(complete=False), "incomplete"),
+        (lambda value: value["latent_spec"].update(model_id="another"), "of the latent space"),
+    ],
+)
+def test_a_manifest_that_says_something_else(copy, change, message):
+    import re
+
+    change_manifest(copy, change)
+    _, problems = verify(copy)
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+def test_a_shard_that_was_written_anew_but_is_not_the_one(copy):
+    # Whole, decodable, of the right size even: another shard's samples under this name.
+    first, second = sorted(copy.glob("*.tar"))[:2]
+    shutil.copy(second, first)
+    _, problems = verify(copy)
+    assert any("stands in another shard too" in problem for problem in problems)
+    assert any(first.name in problem and "damaged" in problem for problem in problems)
+
+
+def test_sources_that_have_changed(dataset, clips, tmp_path):
+    changed = shutil.copytree(clips, tmp_path / "clips")
+    with (changed / "wide.mkv").open("ab") as file:
+        file.write(b"x")
+    (changed / "deep" / "tall.mkv").unlink()
+    _, problems = verify(dataset, sources=changed)
+    assert len(problems) == 2
+    assert any(problem == "wide.mkv has changed since it was encoded" for problem in problems)
+    assert any(problem.startswith("deep/tall.mkv cannot be read: ") for problem in problems)

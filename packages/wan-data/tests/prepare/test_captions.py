@@ -1,0 +1,75 @@
+import pytest
+
+from wan_data.prepare.captions import CaptionFinder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "clip.mp4").touch()
+    return tmp_path
+
+
+def find(folder, key="caption"):
+    return CaptionFinder(key).find(folder / "clip.mp4")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("clip.json", '{"caption": "größer"}'),
+        ("clip.jsonl", '{"caption": "größer"}\n'),
+        ("list.jsonl", '{"video": "other.mp4", "caption": "no"}\n\n{"video": "a/clip.mp4", "caption": "größer"}\n'),
+        ("clip.jsonl", '{"file_name": "x.mp4", "caption": "no"}\n{"file_name": "clip", "caption": "größer"}'),
+    ],
+)
+def test_every_kind_with_and_without_byte_order_mark(folder, name, text, encoding):
+    (folder / name).write_text(text, encoding=encoding)
+    assert find(folder) == "größer"
+
+
+def test_line_separators_inside_text_do_not_end_a_line(folder):
+    (folder / "clip.jsonl").write_text('{"caption": "one\u2028two"}', encoding="utf-8")
+    assert find(folder) == "one\u2028two"
+
+
+def test_the_key_is_a_setting(folder):
+    (folder / "clip.json").write_text('{"text": "other"}', encoding="utf-8")
+    assert find(folder, "text") == "other"
+    with pytest.raises(ValueError, match="no key 'caption', only 'text'; choose another with --caption-key"):
+        find(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"caption": "gr\xf6\xdfer"}', "not UTF-8"),
+        (b'{"caption": ', "not JSON.*line 1"),
+        (b'["caption"]', "JSON list; expected an object"),
+        (b'{"caption": 3}', "int under 'caption'; expected text"),
+        (b'{"caption": "  "}', "empty caption"),
+        (b'{"caption": "\\ud800"}', "surrogate"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_named(folder, content, message):
+    (folder / "clip.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"clip.json .*{message}|clip.json.*{message}"):
+        find(folder)
+
+
+def test_captions_that_differ_are_refused_and_equal_ones_agree(folder):
+    (folder / "clip.json").write_text('{"caption": "a"}', encoding="utf-8")
+    (folder / "clip.jsonl").write_text('{"caption": "a"}', encoding="utf-8")
+    assert find(folder) == "a"
+    (folder / "clip.jsonl").write_text('{"caption": "b"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"clip.json and clip.jsonl differ"):
+        find(folder)
+
+
+def test_a_missing_caption_names_unreadable_lists(folder):
+    (folder / "list.jsonl").write_bytes(b"{broken\n")
+    with pytest.raises(
+        ValueError, match=r"no caption: expected clip.json, .jsonl or .txt beside it.*list.jsonl line 1 is not JSON"
+    ):
+        find(folder)

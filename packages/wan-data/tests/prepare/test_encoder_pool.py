@@ -1,0 +1,105 @@
+import itertools
+import threading
+
+import pytest
+
+from wan_data.prepare.encoder_pool import EncoderPool, _Handout
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.shard_batches import Task
+
+
+def tasks(count):
+    return [Task(number, ()) for number in range(count)]
+
+
+class Immediately:
+    """An executor that is called like one and does the work in the calling thread."""
+
+    def __init__(self, log, fails_at=None):
+        self.log, self.fails_at = log, fails_at
+
+    def submit(self, _, task, upcoming):
+        from concurrent.futures import Future
+
+        self.log.append((task.shard, upcoming and upcoming.shard, threading.get_ident()))
+        future = Future()
+        if task.shard == self.fails_at:
+            future.set_exception(RuntimeError(f"task {task.shard}"))
+        else:
+            future.set_result([("source", task.shard, None, "nothing to encode")])
+        return future
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    def make(processes, **how):
+        log = []
+        one = EncoderPool("model", PrepareSettings(), "cpu", processes)
+        one._processes = [Immediately(log, **how) for _ in range(processes)]
+        return one, log
+
+    return make
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 50])
+def test_results_come_in_order_and_each_task_once(pool, count):
+    one, log = pool(3)
+    assert [task.shard for task, _ in one.encode(tasks(count), None)] == list(range(count))
+    assert sorted(task for task, *_ in log) == list(range(count))
+
+
+def test_the_next_task_is_known_to_the_process_that_will_do_it(pool):
+    one, log = pool(2)
+    list(one.encode(tasks(40), None))
+    by_thread = {}
+    for task, upcoming, thread in log:
+        promised = by_thread.get(thread)
+        assert promised in (None, task), "what was decoded meanwhile is encoded there"
+        by_thread[thread] = upcoming
+    assert sum(upcoming is not None for _, upcoming, _ in log) > 20
+
+
+def test_only_so_many_are_under_way(pool):
+    one, _ = pool(2)
+    drawn = []
+
+    def counted():
+        for task in tasks(100):
+            drawn.append(task)
+            yield task
+
+    results = one.encode(counted(), None)
+    for number in range(50):
+        next(results)
+        assert len(drawn) <= number + 1 + 6 + 1
+    results.close()
+
+
+def test_errors_of_either_side_reach_the_caller(pool):
+    one, _ = pool(2, fails_at=5)
+    with pytest.raises(RuntimeError, match="task 5"):
+        list(one.encode(tasks(20), None))
+
+    def broken():
+        yield from tasks(3)
+        raise OSError("the list of shards cannot be read")
+
+    one, _ = pool(2)
+    with pytest.raises(OSError, match="the list of shards"):
+        list(one.encode(broken(), None))
+
+
+def test_leaving_early_ends_the_threads(pool):
+    one, _ = pool(2)
+    before = threading.active_count()
+    results = one.encode((Task(number, ()) for number in itertools.count()), None)
+    next(results)
+    results.close()
+    assert threading.active_count() == before
+
+
+def test_nothing_is_handed_out_after_the_end():
+    handout = _Handout(tasks(1), 2)
+    assert handout.take(wait=True) is not None
+    assert handout.take(wait=True) is None
+    assert handout.take(wait=True) is None

@@ -1,0 +1,433 @@
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from wan_data.inspect.verify import verify
+from wan_data.prepare import encoder_pool
+from wan_data.prepare.run import WORK_FOLDER
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
+from wan_data.shards.energon_metadata import DATASET_YAML
+from wan_data.shards.files import sha256_of, sole_writer
+from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
+from wan_model.codec.latent_codec import LatentCodec
+
+
+def members(folder):
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                yield shard.name, member, tar.extractfile(member).read()
+
+
+def digests(folder):
+    return {
+        path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def test_shards_are_those_of_the_recipe(dataset, tiny_model):
+    found = list(members(dataset))
+    kinds = [member.name.rpartition(".")[2] for _, member, _ in found]
+    assert kinds == ["json", "pickle", "pth"] * 14
+    assert {shard for shard, _, _ in found} == {f"shard-rank00-{number:06d}.tar" for number in range(5)}
+    assert {member.mtime for _, member, _ in found} == {0}
+    assert {(member.uid, member.gid, member.uname, member.gname) for _, member, _ in found} == {(0, 0, "", "")}
+    codec = LatentCodec.from_pretrained(tiny_model)
+    for index in range(0, len(found), 3):
+        info, text, latent = (data for _, _, data in found[index : index + 3])
+        info = json.loads(info)
+        latent = torch.load(io.BytesIO(latent), weights_only=True)
+        frames, height, width = (info[f"processed_{name}"] for name in ("frames", "height", "width"))
+        assert tuple(latent.shape) == codec.spec.latent_shape(frames, height, width)
+        assert latent.dtype == torch.float32
+        # As NVIDIA's recipe reads it: by plain pickle. The text has its true length.
+        assert torch.equal(pickle.loads(text), codec.encode_text([info["caption"]])[0])
+        assert info["fps"] == 16
+        assert info["model_version"] == "wan2.1"
+        assert info["resize_settings"]["target_size"] == [height, width]
+        assert info["frame_stop"] - info["frame_start"] == frames
+        assert info["latent_fingerprint"] == codec.spec.fingerprint
+
+
+def test_latents_are_those_of_the_codec(dataset, tiny_model):
+    codec = LatentCodec.from_pretrained(tiny_model, load_text=False)
+    for index, (_, member, data) in enumerate(found := list(members(dataset))):
+        if member.name.endswith(".json") and json.loads(data)["video_path"] == "wide.mkv":
+            info, latent = json.loads(data), torch.load(io.BytesIO(found[index + 2][2]))
+            shades = torch.arange(info["frame_start"], info["frame_stop"]).float() / 127.5 - 1
+            size = (info["processed_height"], info["processed_width"])
+            video = shades[None, None, :, None, None].expand(1, 3, -1, *size)
+            torch.testing.assert_close(latent, codec.encode_video(video)[0], rtol=0, atol=1e-5)
+            return
+    pytest.fail("no sample of wide.mkv")
+
+
+def test_the_manifest_tells_what_is_there(dataset):
+    manifest = read_manifest(dataset)
+    assert manifest.complete
+    assert sum(manifest.samples.values()) == 14
+    assert len({shape.latent for shape in manifest.shapes}) >= 3
+    assert sum(shape.samples for shape in manifest.shapes) == 14
+    for shard in manifest.shards:
+        path = dataset / shard.name
+        assert (path.stat().st_size, sha256_of(path)) == (shard.bytes, shard.sha256)
+    assert [source.path for source in manifest.sources] == sorted(source.path for source in manifest.sources)
+    assert {source.verdict for source in manifest.sources} == {"accepted"}
+
+
+def test_validation_shares_no_source_with_training(dataset):
+    manifest = read_manifest(dataset)
+    split_of = {shard.name: shard.split for shard in manifest.shards}
+    sources = {"train": set(), "val": set()}
+    for shard, member, data in members(dataset):
+        if member.name.endswith(".json"):
+            sources[split_of[shard]].add(json.loads(data)["video_path"])
+    assert sources["train"]
+    assert sources["val"]
+    assert not sources["train"] & sources["val"]
+
+
+def test_the_energon_metadata_is_written_without_questions(dataset):
+    meta = dataset / ".nv-meta"
+    assert (meta / "dataset.yaml").read_bytes() == DATASET_YAML
+    assert sum(json.loads((meta / ".info.json").read_text())["shard_counts"].values()) == 14
+    assert uuid.UUID((meta / "index.uuid").read_text())
+
+
+def test_a_second_run_has_the_same_bytes_with_other_processes(
+    prepared, clips, tiny_model, dataset, small, silent, tmp_path
+):
+    prepared(clips, tmp_path / "a", tiny_model, PrepareSettings(**small), report=silent, processes=2)
+    # index.sqlite: Energon's own index, written by whatever library there is.
+    first, second = (
+        {name: digest for name, digest in digests(folder).items() if not name.endswith(".sqlite")}
+        for folder in (dataset, tmp_path / "a")
+    )
+    assert first == second
+
+
+def test_bad_files_are_rejected_by_name_and_the_others_go_on(prepared, clip, tiny_model, small, silent, tmp_path):
+    folder = tmp_path / "in"
+    for name, size, frames in (("good", (48, 64), 9), ("short", (48, 64), 3), ("little", (16, 24), 9)):
+        clip(folder / f"{name}.mkv", range(frames), size=size)
+        (folder / f"{name}.json").write_text('{"caption": "x"}')
+    clip(folder / "mute.mkv", range(9))
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "broken.json").write_text('{"caption": "x"}')
+    settings = PrepareSettings(**small)
+    manifest = prepared(folder, tmp_path / "out", tiny_model, settings, report=silent)
+    reasons = {source.path: source.reason for source in manifest.sources}
+    assert reasons.pop("good.mkv") is None
+    assert set(reasons) == {"short.mkv", "little.mkv", "mute.mkv", "broken.mp4"}
+    assert "3 frames at the target rate; the shortest window is 5" in reasons["short.mkv"]
+    assert "enlarged 2.00 times" in reasons["little.mkv"]
+    assert "no caption: expected mute.json" in reasons["mute.mkv"]
+    assert "cannot be decoded" in reasons["broken.mp4"]
+    assert manifest.samples == {"train": 1}
+    assert any("too few for a validation split" in line for line in silent.lines)
+
+
+def test_equal_captions_are_encoded_once(prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch):
+    asked = []
+    encode = LatentCodec.encode_text
+    monkeypatch.setattr(
+        LatentCodec, "encode_text", lambda self, prompts: asked.extend(prompts) or encode(self, prompts)
+    )
+    prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent)
+    assert sorted(asked) == sorted(set(asked))
+    assert len(asked) == 4, "three captions, and the empty one"
+
+
+def test_the_empty_caption_stands_beside_the_shards(prepared, dataset, clips, tiny_model, small, silent, tmp_path):
+    codec = LatentCodec.from_pretrained(tiny_model, load_vae=False)
+    assert torch.equal(read_empty_caption(dataset), codec.encode_text([""])[0])
+    # A dataset of before, or of a run that was killed right before it: the same command adds it.
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+    (copy / MANIFEST_NAME).write_text(json.dumps({**manifest, "empty_caption": None}))
+    (copy / EMPTY_CAPTION_NAME).unlink()
+    with pytest.raises(ValueError, match="holds no embedding of the empty caption"):
+        read_empty_caption(copy)
+    prepared(clips, copy, tiny_model, PrepareSettings(**small), report=silent)
+    assert digests(copy) == digests(dataset)
+    data = (copy / EMPTY_CAPTION_NAME).read_bytes()
+    (copy / EMPTY_CAPTION_NAME).write_bytes(data[:-1] + b"x")
+    with pytest.raises(ValueError, match="it is damaged"):
+        read_empty_caption(copy)
+    assert [problem for problem in verify(copy)[1] if "empty-caption" in problem]
+
+
+def test_frames_mode_makes_images(prepared, clip, tiny_model, small, silent, tmp_path):
+    folder = tmp_path / "in"
+    clip(folder / "a.mkv", range(4))
+    (folder / "a.json").write_text('{"caption": "x"}')
+    settings = PrepareSettings(mode="frames", **small)
+    manifest = prepared(folder, tmp_path / "out", tiny_model, settings, report=silent)
+    assert [(shape.latent[1], shape.samples) for shape in manifest.shapes] == [(1, 4)]
+    infos = [json.loads(data) for _, member, data in members(tmp_path / "out") if member.name.endswith("json")]
+    assert [(info["frame_index"], info["total_frames_in_video"]) for info in infos] == [(i, 4) for i in range(4)]
+
+
+def test_folders_of_others_are_left_alone(prepared, clips, tiny_model, small, silent, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="did not write"):
+        prepared(clips, tmp_path, tiny_model, PrepareSettings(**small), report=silent, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_killed_in_its_first_manifest_is_taken_up(prepared, clips, dataset, tiny_model, small, silent, tmp_path):
+    (tmp_path / "wan-data.json.partial").write_text('{"complete": fal')
+    (tmp_path / WORK_FOLDER).mkdir()
+    prepared(clips, tmp_path, tiny_model, PrepareSettings(**small), report=silent)
+    assert without_index(tmp_path) == without_index(dataset)
+
+
+def without_index(folder):
+    # index.sqlite: Energon's own index, written by whatever library there is.
+    return {name: digest for name, digest in digests(folder).items() if not name.endswith(".sqlite")}
+
+
+def test_a_dataset_of_other_settings_is_replaced_only_when_asked(
+    prepared, dataset, clips, clip, tiny_model, small, tmp_path
+):
+    out = shutil.copytree(dataset, tmp_path / "out")
+    clip(tmp_path / "in" / "a.mkv", range(9))
+    (tmp_path / "in" / "a.json").write_text('{"caption": "x"}')
+    settings = PrepareSettings(**{**small, "samples_per_shard": 4})
+    with pytest.raises(ValueError, match=r"other settings \(samples_per_shard 4 instead of 3\); .*pass --overwrite"):
+        prepared(tmp_path / "in", out, tiny_model, settings)
+    assert digests(out) == digests(dataset)
+    prepared(tmp_path / "in", out, tiny_model, settings, overwrite=True)
+    assert [path.name for path in sorted(out.glob("*.tar"))] == ["shard-rank00-000000.tar"]
+
+
+def test_the_same_command_again_changes_nothing(prepared, dataset, clips, tiny_model, small, silent, tmp_path):
+    out = shutil.copytree(dataset, tmp_path / "out")
+    manifest = prepared(clips, out, tiny_model, PrepareSettings(**small), report=silent)
+    assert manifest == read_manifest(dataset)
+    assert digests(out) == digests(dataset)
+    assert silent.lines == [], "nothing is examined and no model is loaded"
+
+
+def test_new_files_are_added_and_finished_shards_stay(
+    prepared, dataset, clips, clip, tiny_model, small, silent, tmp_path
+):
+    out, more = shutil.copytree(dataset, tmp_path / "out"), shutil.copytree(clips, tmp_path / "more")
+    clip(more / "a new one.mkv", range(100, 118), size=(48, 64))
+    (more / "a new one.txt").write_text("New.\n")
+    (more / "wide copy.mkv").write_bytes((more / "wide.mkv").read_bytes())
+    (more / "wide copy.txt").write_text("The same frames.")
+    clip(more / "mute.mkv", range(9))
+    before = {path.name: (sha256_of(path), path.stat().st_mtime_ns) for path in out.glob("*.tar")}
+    manifest = prepared(more, out, tiny_model, PrepareSettings(**small), report=silent)
+    assert {name: (sha256_of(out / name), (out / name).stat().st_mtime_ns) for name in before} == before
+    assert manifest.shards[: len(before)] == read_manifest(dataset).shards
+    assert len(manifest.shards) > len(before)
+    records = {record.path: record for record in manifest.sources}
+    assert records["a new one.mkv"].samples == 2
+    assert records["mute.mkv"].verdict == "rejected"
+    assert records["wide copy.mkv"].split == records["wide.mkv"].split, "equal content stands on one side"
+    assert "examining 3" in silent.lines, "what is there already is not examined again"
+    assert sum(manifest.samples.values()) == sum(shape.samples for shape in manifest.shapes) == 14 + 2 + 3
+    assert sum(json.loads((out / ".nv-meta" / ".info.json").read_text())["shard_counts"].values()) == 19
+    # A caption for what had none.
+    (more / "mute.txt").write_text("Now it has one.")
+    again = prepared(more, out, tiny_model, PrepareSettings(**small))
+    assert {record.path: record.verdict for record in again.sources}["mute.mkv"] == "accepted"
+    assert again.shards[:-1] == manifest.shards
+
+
+def test_a_changed_file_is_named(prepared, dataset, clips, clip, tiny_model, small, tmp_path):
+    out, more = shutil.copytree(dataset, tmp_path / "out"), shutil.copytree(clips, tmp_path / "more")
+    clip(more / "wide.mkv", range(200, 220), size=(48, 64))
+    with pytest.raises(ValueError, match=r"wide.mkv is in .* already and has changed since: \d+ bytes instead of"):
+        prepared(more, out, tiny_model, PrepareSettings(**small))
+
+
+def test_a_failing_run_leaves_whole_shards_only_and_is_taken_up(
+    prepared, clips, clip, dataset, tiny_model, small, silent, tmp_path, monkeypatch
+):
+    out, encode, calls = tmp_path / "out", LatentCodec.encode_video, []
+
+    def fail_late(self, video):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+        return encode(self, video)
+
+    more = shutil.copytree(clips, tmp_path / "more")
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentCodec, "encode_video", fail_late)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            prepared(more, out, tiny_model, PrepareSettings(**small))
+    assert [path.name for path in out.glob("shard*")] == ["shard-rank00-000000.tar"]
+    with pytest.raises(ValueError, match="incomplete"):
+        read_manifest(out)
+    written = (out / "shard-rank00-000000.tar").stat().st_mtime_ns
+    # What is added in between comes after what had been begun.
+    clip(more / "a new one.mkv", range(100, 118), size=(48, 64))
+    (more / "a new one.txt").write_text("New.")
+    manifest = prepared(more, out, tiny_model, PrepareSettings(**small), report=silent)
+    assert (out / "shard-rank00-000000.tar").stat().st_mtime_ns == written
+    assert "encoding 11" in silent.lines
+    undisturbed = read_manifest(dataset)
+    assert manifest.shards[: len(undisturbed.shards)] == undisturbed.shards
+    assert not (out / WORK_FOLDER).exists()
+    # And the whole is what two undisturbed runs give.
+    twice = shutil.copytree(dataset, tmp_path / "twice")
+    prepared(more, twice, tiny_model, PrepareSettings(**small))
+    assert without_index(out) == without_index(twice)
+
+
+def test_a_process_that_dies_is_named_and_the_run_is_taken_up(
+    prepared, dataset, clips, tiny_model, small, silent, tmp_path, monkeypatch
+):
+    take, taken = encoder_pool._Handout.take, []
+    # A loader that another test has left to the garbage collector may still have its workers.
+    others = {child.pid for child in multiprocessing.active_children()}
+
+    def encoders():
+        return [child.pid for child in multiprocessing.active_children() if child.pid not in others]
+
+    def killed_at_the_fourth(self, *, wait):
+        taken.append(wait)
+        if len(taken) == 4:
+            while len(encoders()) < 2:
+                time.sleep(0.05)
+            for pid in encoders():
+                os.kill(pid, signal.SIGKILL)
+        return take(self, wait=wait)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder_pool._Handout, "take", killed_at_the_fourth)
+        with pytest.raises(ChildProcessError, match="an encoding process died"):
+            prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
+    prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
+    assert without_index(tmp_path / "out") == without_index(dataset)
+
+
+def descendants(pid):
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from descendants(int(child))
+
+
+def test_a_killed_run_leaves_no_process_behind(clips, tiny_model, tmp_path):
+    command = [sys.executable, "-c", "from wan_data.cli import main; main()", "prepare", "--num-processes", "2"]
+    command += ["--video-folder", clips, "--output-folder", tmp_path / "out", "--model", tiny_model]
+    command += ["--area", "1536", "--frames", "9", "--min-frames", "5", "--device", "cpu"]
+    run = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in run.stdout:
+        if line.startswith(b"encoding"):
+            break
+    started = list(descendants(run.pid))
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    assert len(started) >= 4, "two encoding processes with a decoder each"
+    deadline = time.monotonic() + 30
+    while survivors := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, survivors
+        time.sleep(0.2)
+
+
+def test_what_was_examined_is_not_examined_again(prepared, clips, tiny_model, small, tmp_path, monkeypatch):
+    settings, out = PrepareSettings(**small), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("wan_data.prepare.run.make_round", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepared(clips, out, tiny_model, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("wan_data.prepare.probe._probe", lambda path, *_: pytest.fail(f"{path} is decoded again"))
+        touched, copy = shutil.copytree(clips, tmp_path / "touched"), shutil.copytree(out, tmp_path / "copy")
+        (touched / "wide.mkv").touch()
+        with pytest.raises(pytest.fail.Exception, match="wide"):
+            prepared(touched, copy, tiny_model, settings)
+        prepared(clips, out, tiny_model, settings)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_window_that_cannot_be_encoded_is_dropped_and_named(
+    prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch, batch_size
+):
+    encode = LatentCodec.encode_video
+
+    def overflow(self, video):
+        latents = encode(self, video)
+        bright = video.mean(dim=(1, 2, 3, 4)) > 110 / 127.5 - 1
+        return torch.where(bright[:, None, None, None, None], torch.inf, latents)
+
+    monkeypatch.setattr(LatentCodec, "encode_video", overflow)
+    settings = PrepareSettings(**small, batch_size=batch_size)
+    manifest = prepared(clips, tmp_path / "out", tiny_model, settings, report=silent)
+    assert sum(manifest.samples.values()) == sum(shard.samples for shard in manifest.shards) == 11
+    records = {record.path: record for record in manifest.sources}
+    half, none = records["many/clip 2.v1.mkv"], records["many/clip 3.v1.mkv"]
+    assert (half.verdict, half.samples, [number for number, _ in half.dropped]) == ("accepted", 1, [1])
+    assert (none.verdict, none.samples, none.shards) == ("rejected", 0, ())
+    assert "values that are not finite; try --dtype float32" in none.reason
+    assert sum("REJECTED" in line for line in silent.lines) == 3
+
+
+def test_batches_give_the_same_samples(prepared, dataset, clips, tiny_model, small, tmp_path):
+    prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small, batch_size=2))
+    for (shard, member, data), (shard_1, member_1, data_1) in zip(
+        members(tmp_path / "out"), members(dataset), strict=True
+    ):
+        assert (shard, member.name) == (shard_1, member_1.name)
+        if member.name.endswith("pth"):
+            ours, theirs = (torch.load(io.BytesIO(one), weights_only=True) for one in (data, data_1))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        else:
+            assert data == data_1
+
+
+def test_a_source_that_breaks_between_examination_and_encoding(
+    prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(clips, tmp_path / "in")
+    load = "wan_data.prepare.run.load_codec"
+    original = importlib.import_module("wan_data.prepare.run").load_codec
+
+    def cut_a_file(*arguments, **more):
+        wide = folder / "wide.mkv"
+        wide.write_bytes(wide.read_bytes()[: wide.stat().st_size // 2])
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(load, cut_a_file)
+    manifest = prepared(folder, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent)
+    wide = next(record for record in manifest.sources if record.path == "wide.mkv")
+    assert wide.samples < 3
+    assert all("although it could be decoded before" in reason for _, reason in wide.dropped)
+    assert sum(manifest.samples.values()) == 11 + wide.samples
+
+
+def test_one_writer_a_folder(prepared, clips, tiny_model, small, silent, tmp_path):
+    with (
+        sole_writer(tmp_path),
+        pytest.raises(ValueError, match="being written by process"),
+    ):
+        prepared(clips, tmp_path, tiny_model, PrepareSettings(**small), report=silent)
+
+
+def test_sample_keys_are_safe_whatever_the_name():
+    from wan_data.shards.writer import sample_key
+
+    key = sample_key("a/__b__/clip.v1 ü.mp4", 34)
+    assert key == f"{hashlib.sha256('a/__b__/clip.v1 ü.mp4'.encode()).hexdigest()[:16]}_000034"

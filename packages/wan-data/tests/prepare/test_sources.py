@@ -1,0 +1,118 @@
+import json
+
+import pytest
+
+from wan_data.prepare.captions import CaptionFinder
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.sources import caption_of, files_of_folder, files_of_listing
+
+VIDEOS, IMAGES = PrepareSettings(), PrepareSettings(mode="frames")
+ROWS = [
+    {"video": "b.mp4", "caption": "größer, with a comma"},
+    {"video": "deep/a.mp4", "caption": "two\nlines"},
+    {"video": "c.mp4", "caption": None},
+]
+
+
+def write_csv(path, rows):
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["video", "caption"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+
+
+def write_parquet(path, rows):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+WRITERS = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_parquet}
+
+
+def test_folders_are_searched_and_sorted(tmp_path):
+    for name in ("b.mp4", "a/z.MKV", "a/still.png", ".hidden.mp4", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [source.name for source in files_of_folder(tmp_path, VIDEOS)] == ["a/z.MKV", "b.mp4"]
+    assert [source.name for source in files_of_folder(tmp_path, IMAGES)] == ["a/still.png", "a/z.MKV", "b.mp4"]
+    with pytest.raises(ValueError, match="is no folder"):
+        files_of_folder(tmp_path / "absent", VIDEOS)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_listings(tmp_path, kind):
+    listing = tmp_path / f"clips.{kind}"
+    WRITERS[kind](listing, ROWS)
+    b, c, a = files_of_listing(listing, None, VIDEOS)
+    assert (a.name, a.path, a.caption) == ("deep/a.mp4", tmp_path / "deep" / "a.mp4", "two\nlines")
+    assert (b.name, b.caption, b.problem) == ("b.mp4", "größer, with a comma", None)
+    assert c.caption is None
+    assert "caption" in c.problem
+    elsewhere = files_of_listing(listing, tmp_path / "videos", VIDEOS)
+    assert elsewhere[0].path == tmp_path / "videos" / "b.mp4"
+    assert [source.name for source in elsewhere] == ["b.mp4", "c.mp4", "deep/a.mp4"]
+    assert caption_of(a, CaptionFinder()) == "two\nlines", "nothing beside the file is looked for"
+
+
+def test_every_row_is_accounted_for(tmp_path):
+    rows = [
+        '{"video": "a.mp4", "caption": "x"}',
+        "{broken",
+        '["a list"]',
+        '{"caption": "no path"}',
+        '{"video": "./deep/../a.mp4", "caption": "again"}',
+        '{"video": "notes.doc", "caption": "x"}',
+        '{"video": "/elsewhere/b.mp4", "caption": "x"}',
+        '{"video": "d.mp4", "text": "another key"}',
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    sources = files_of_listing(tmp_path / "list.jsonl", None, VIDEOS)
+    assert len(sources) == len(rows)
+    problems = {source.name: source.problem for source in sources}
+    assert problems.pop("a.mp4") is None
+    assert problems.pop("/elsewhere/b.mp4") is None
+    assert "not JSON" in problems.pop("list.jsonl line 2")
+    assert "JSON list; expected an object" in problems.pop("list.jsonl line 3")
+    assert "no path: expected one under" in problems.pop("list.jsonl line 4")
+    assert problems.pop("a.mp4 (list.jsonl line 5)") == "it is listed twice; keep one row"
+    assert "expected a file ending in" in problems.pop("notes.doc")
+    assert "no key 'caption', only 'text', 'video'; choose another with --caption-key" in problems.pop("d.mp4")
+    assert not problems
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("clips.xlsx", b"", "no listing; expected a file ending in .jsonl, .csv, .parquet"),
+        ("clips.jsonl", b"\n\n", "has no rows"),
+        ("clips.csv", b"", "has no rows"),
+        ("clips.csv", b'video,caption\n"a.mp4,x\n', "not CSV"),
+        ("clips.csv", "video,caption\na.mp4,größer\n".encode("latin1"), "not UTF-8"),
+        ("clips.parquet", b"PAR1 nothing PAR1", "not Parquet"),
+    ],
+)
+def test_broken_listings_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        files_of_listing(tmp_path / name, None, VIDEOS)
+    with pytest.raises(ValueError, match="does not exist"):
+        files_of_listing(tmp_path / "absent.csv", None, VIDEOS)
+
+
+def test_a_text_file_is_a_caption(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeff One line,\nand another. \n", encoding="utf-8")
+    assert CaptionFinder().find(tmp_path / "a.mp4") == "One line,\nand another."
+    (tmp_path / "a.json").write_text('{"caption": "Something else."}')
+    with pytest.raises(ValueError, match=r"captions in a.json and a.txt differ; keep one"):
+        CaptionFinder().find(tmp_path / "a.mp4")
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"b\.txt has an empty caption"):
+        CaptionFinder().find(tmp_path / "b.mp4")

@@ -1,0 +1,148 @@
+import contextlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wan_data.shards.serialization import (
+    RefusedMember,
+    info_from_json,
+    info_to_json,
+    latent_from_pth,
+    tensor_to_pickle,
+    tensor_to_pth,
+    text_from_pickle,
+)
+
+LATENT = torch.arange(48, dtype=torch.float32).reshape(2, 3, 2, 4)
+TEXT = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+
+
+class Touch:
+    """Unpickled by a stock loader, this makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def saved(value, **kwargs):
+    out = io.BytesIO()
+    torch.save(value, out, **kwargs)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_and_the_stock_loaders_agree(dtype):
+    latent, text = LATENT.to(dtype), TEXT.to(dtype)
+    assert torch.equal(latent_from_pth(tensor_to_pth(latent)), latent)
+    assert torch.equal(text_from_pickle(tensor_to_pickle(text)), text)
+    assert torch.equal(torch.load(io.BytesIO(tensor_to_pth(latent))), latent)
+    assert torch.equal(pickle.loads(tensor_to_pickle(text)), text)
+
+
+def test_what_others_pickle_is_read():
+    for protocol in range(2, 6):
+        assert torch.equal(text_from_pickle(pickle.dumps(TEXT, protocol=protocol)), TEXT)
+    assert torch.equal(latent_from_pth(saved(LATENT, _use_new_zipfile_serialization=False)), LATENT)
+
+
+def test_views_do_not_take_their_storage_along():
+    assert len(tensor_to_pickle(torch.zeros(100_000)[:12].reshape(3, 4))) < 5000
+    assert len(tensor_to_pth(torch.zeros(100_000)[:48].reshape(2, 3, 2, 4))) < 5000
+
+
+def test_bytes_are_the_same_in_another_process():
+    code = (
+        "import sys, torch; from wan_data.shards.serialization import *; t = torch.arange(12.).reshape(3, 4);"
+        "sys.stdout.buffer.write(tensor_to_pickle(t) + tensor_to_pth(t))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == tensor_to_pickle(TEXT) + tensor_to_pth(TEXT)
+
+
+def test_stock_pickles_of_equal_tensors_differ_which_is_why_ours_are_made_so():
+    assert pickle.dumps(TEXT.clone()) != pickle.dumps(TEXT.clone())
+    assert tensor_to_pickle(TEXT.clone()) == tensor_to_pickle(TEXT.clone())
+
+
+def hostile_pickles(path):
+    inner = io.BytesIO()
+    torch.save([Touch(path)], inner, _use_new_zipfile_serialization=False)
+
+    class Nested:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (inner.getvalue(),)
+
+    class Rebuilt:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (Touch(path), 0, (1, 1), (1, 1), False, {})
+
+    return {"plain": pickle.dumps(Touch(path)), "nested": pickle.dumps(Nested()), "part": pickle.dumps(Rebuilt())}
+
+
+@pytest.mark.parametrize("kind", ["plain", "nested", "part"])
+def test_pickles_run_nothing(tmp_path, kind):
+    marker = tmp_path / "marker"
+    payload = hostile_pickles(marker)[kind]
+    with pytest.raises(RefusedMember):
+        text_from_pickle(payload)
+    assert not marker.exists()
+    # The control: the stock loader runs it.
+    with contextlib.suppress(TypeError, AttributeError, RuntimeError):
+        pickle.loads(payload)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pth_members_run_nothing(tmp_path, zipped):
+    marker = tmp_path / "marker"
+    payload = saved(Touch(marker), _use_new_zipfile_serialization=zipped)
+    with pytest.raises(RefusedMember, match="does not hold a tensor"):
+        latent_from_pth(payload)
+    assert not marker.exists()
+    torch.load(io.BytesIO(payload), weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"", "does not hold"),
+        (bytes(range(100)), "does not hold"),
+        (pickle.dumps([1, 2]), "holds a list"),
+        (tensor_to_pickle(TEXT)[:-40], "does not hold"),
+        (tensor_to_pickle(LATENT), "its shape is"),
+        (tensor_to_pickle(TEXT.long()), "values are torch.int64"),
+        (tensor_to_pickle(TEXT / 0), "not finite"),
+        (tensor_to_pickle(torch.zeros(5000, 1)), "at most"),
+    ],
+    ids=["empty", "noise", "list", "cut", "latent", "integers", "infinite", "long"],
+)
+def test_wrong_text_members_are_refused(payload, message):
+    with pytest.raises(RefusedMember, match=message):
+        text_from_pickle(payload)
+
+
+def test_a_tensor_that_claims_more_than_it_stores_is_refused():
+    class Lie:
+        def __reduce__(self):
+            storage = TEXT[:1].clone()._typed_storage()
+            return torch._utils._rebuild_tensor_v2, (storage, 0, (4000, 60000), (0, 0), False, {})
+
+    with pytest.raises(RefusedMember, match="more values than it stores"):
+        text_from_pickle(pickle.dumps(Lie()))
+
+
+def test_json():
+    assert info_from_json(info_to_json({"b": "ü", "a": 1})) == {"a": 1, "b": "ü"}
+    assert info_to_json({"b": 1, "a": 2}) == info_to_json({"a": 2, "b": 1})
+    for wrong in (b"[]", b"\xff", b"{"):
+        with pytest.raises(RefusedMember):
+            info_from_json(wrong)

@@ -1,0 +1,137 @@
+"""Videos as H.264 mp4 files, single frames as PNG, with the settings that made them inside.
+
+Shapes: T frames, H rows, W columns.
+"""
+
+import io
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from wan_infer.output.output_names import check_save_file, write_whole, written_aside
+
+FPS = 16
+# Visually lossless or nearly so.
+_CRF = "17"
+_PNG_KEY = "wan-infer"
+# The fast conversion darkens every pixel by one level of 255.
+_EXACT = (
+    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+)
+
+Frames = UInt8[np.ndarray, "T H W 3"]
+
+
+def to_frames(video_3THW: Float[Tensor, "3 T H W"]) -> Frames:
+    """Eight-bit RGB from [-1, 1]."""
+    scaled = ((video_3THW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(scaled, "c t h w -> t h w c").contiguous().cpu().numpy()
+
+
+def _encode_mp4(file: IO[bytes], pieces: Iterable[Frames], fps: int, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write an mp4's content as frames come: H.264, 4:2:0, BT.709 limited range and marked as such."""
+    with av.open(file, "w", format="mp4") as container:
+        if metadata is not None:
+            container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False)
+        stream = container.add_stream("libx264", rate=fps, options={"crf": _CRF, "preset": "medium"})
+        stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context
+        codec.colorspace, codec.color_range = int(Colorspace.ITU709), int(ColorRange.MPEG)
+        codec.color_primaries, codec.color_trc = int(ColorPrimaries.BT709), int(ColorTrc.BT709)
+        for pixels in itertools.chain.from_iterable(pieces):
+            if not codec.is_open:
+                stream.height, stream.width = pixels.shape[:2]
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=_EXACT,
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def encode_png(pixels: UInt8[np.ndarray, "H W 3"], metadata: Mapping[str, Any] | None = None) -> bytes:
+    """A PNG file's content; the metadata are kept as JSON in a text field named ``wan-infer``."""
+    buffer, info = io.BytesIO(), PngInfo()
+    if metadata is not None:
+        info.add_itxt(_PNG_KEY, json.dumps(metadata, ensure_ascii=False))
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def save_video(
+    video_3THW: Float[Tensor, "3 T H W"],
+    path: str | Path,
+    *,
+    fps: int = FPS,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a video, or one frame as a picture; the file appears whole or not at all.
+
+    Args:
+        video_3THW: RGB in [-1, 1].
+        path: ends in .mp4, or in .png for one frame.
+        fps: frames a second.
+        metadata: JSON values kept inside the file.
+
+    Raises:
+        ValueError: a wrong ending, or the file cannot be written.
+    """
+    frames = to_frames(video_3THW)
+    write_video([frames], len(frames), Path(path), fps=fps, metadata=metadata)
+
+
+def write_video(
+    pieces: Iterable[Frames], count: int, path: Path, *, fps: int = FPS, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a video while its frames come, or one frame as a picture; the file appears whole or not at all.
+
+    Args:
+        pieces: frames in their order, some at a time.
+        count: of the frames.
+        path, fps, metadata: see ``save_video``.
+
+    Raises:
+        ValueError: a wrong ending, or the file cannot be written.
+    """
+    check_save_file(path, count)
+    if count == 1:
+        (frame,) = itertools.chain.from_iterable(pieces)
+        write_whole(path, encode_png(frame, metadata))
+        return
+    with written_aside(path) as file:
+        _encode_mp4(file, pieces, fps, metadata)
+
+
+def read_video(path: str | Path) -> tuple[Frames, float, dict[str, Any]]:
+    """Frames, frames a second, and the metadata that ``save_video`` kept (empty if there are none).
+
+    Raises:
+        ValueError: the file is missing or is no video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 0)
+            frames = [frame.to_ndarray(format="rgb24", interpolation=_EXACT) for frame in container.decode(stream)]
+            comment = container.metadata.get("comment", "{}")
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise ValueError(f"cannot read {path} as a video: {error}") from error
+    try:
+        metadata = json.loads(comment)
+    except json.JSONDecodeError:
+        metadata = {}
+    return np.stack(frames), rate, metadata if isinstance(metadata, dict) else {}

@@ -1,0 +1,84 @@
+"""LoRA files as diffusers writes them, merged: the plain formula, what peft computes, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_sources import CHANGED, tiny_lora
+
+from wan_infer.loading.lora import WEIGHTS_NAME, read_lora
+from wan_infer.request.settings import Settings
+from wan_infer.sampling.sampler import WanSampler
+from wan_model.tiny import TINY_CONFIG
+
+SMALL = {"width": 32, "height": 48, "frames": 5}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "in_metadata", "scale", "factor"),
+    [(None, None, 1.0, 1.0), (6.0, None, 0.5, 1.0), (None, 1.5, 2.0, 1.0), (None, None, 0.0, 0.0)],
+)
+def test_merged_weights_are_the_formula(
+    model_folder: Path, tmp_path: Path, alpha: float | None, in_metadata: float | None, scale: float, factor: float
+) -> None:
+    tensors = tiny_lora(alpha=alpha)
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": in_metadata, "transformer.r": 3})}
+    save_file(tensors, tmp_path / WEIGHTS_NAME, metadata if in_metadata else None)
+    plain = WanSampler.from_pretrained(model_folder, device="cpu").model.state_dict()
+    changed = WanSampler.from_pretrained(model_folder, device="cpu", lora=(tmp_path, scale)).model.state_dict()
+    for key, weight in changed.items():
+        wanted, name = plain[key], key.removesuffix(".weight")
+        if name in CHANGED and key.endswith("weight"):
+            down, up = (tensors[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
+            wanted = wanted + factor * up @ down
+        torch.testing.assert_close(weight, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_video_changes_with_the_scale_and_the_record_says_so(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file(tiny_lora(), path)
+    samplers = [WanSampler.from_pretrained(model_folder, device="cpu", lora=(path, scale)) for scale in (0.0, 0.05)]
+    none, some = (own.sample_latents(["a"], settings=Settings(steps=2), **SMALL) for own in samplers)
+    assert float((some - none).norm() / none.norm()) > 0.01
+    assert samplers[1].lora_record == "style.safetensors x 0.05"
+
+
+def test_bfloat16_weights_are_changed_once_rounded(model_folder: Path, tmp_path: Path) -> None:
+    save_file(tiny_lora(), tmp_path / WEIGHTS_NAME)
+    exact = WanSampler.from_pretrained(model_folder, device="cpu", lora=(tmp_path, 1.0)).model
+    coarse = WanSampler.from_pretrained(model_folder, device="cpu", dtype="bfloat16", lora=(tmp_path, 1.0)).model
+    key = f"{CHANGED[0]}.weight"
+    got, wanted = coarse.get_parameter(key), exact.get_parameter(key)
+    assert got.dtype == torch.bfloat16
+    assert float((got.float() - wanted).norm() / wanted.norm()) < 2**-8
+
+
+def test_what_is_no_lora_of_this_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+
+    def refused(tensors: dict[str, torch.Tensor]) -> str:
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=r"lora\.safetensors") as error:
+            read_lora(path, TINY_CONFIG)
+        return str(error.value)
+
+    good = tiny_lora()
+    assert "holds diffusion_model.blocks.0.self_attn.q.diff_b, which is no part of a LoRA" in refused(
+        {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.zeros(3)}
+    )
+    assert "changes blocks.9.attn1.to_q.weight, which this transformer does not have" in refused(
+        {key.replace("blocks.0", "blocks.9"): value for key, value in good.items()}
+    )
+    assert "holds only a part of what changes" in refused(
+        {key: value for key, value in good.items() if "attn1.to_q.lora_B" not in key}
+    )
+    assert "of shape [96, 96] by [96, 3] times [3, 95], which does not fit" in refused(
+        {**good, "transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(3, 95)}
+    )
+    path.write_bytes(b"no")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        read_lora(path, TINY_CONFIG)
+    with pytest.raises(ValueError, match=r"no LoRA at .*absent"):
+        read_lora(tmp_path / "absent", TINY_CONFIG)

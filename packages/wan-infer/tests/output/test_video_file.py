@@ -1,0 +1,142 @@
+import io
+import json
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wan_infer.output.contact_sheet import draw_contact_sheet, save_contact_sheet
+from wan_infer.output.output_names import check_writable, output_name, write_whole
+from wan_infer.output.video_file import read_video, save_video, to_frames, write_video
+
+
+def waves(frames: int = 9, height: int = 48, width: int = 64) -> torch.Tensor:
+    """A smooth colour video in [-1, 1], [3, T, H, W]."""
+    t, y, x = (torch.linspace(0, 3, size) for size in (frames, height, width))
+    phase = t[:, None, None] + y[:, None] + x
+    return torch.stack([phase.sin(), (phase * 0.7).cos(), (phase * 0.5 + 1).sin()])
+
+
+def test_mp4_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "waves.mp4"
+    save_video(waves(), path, fps=12, metadata={"prompt": '兔子 "quoted"\nline', "seed": 3})
+    frames, fps, metadata = read_video(path)
+    assert frames.shape == (9, 48, 64, 3)
+    assert fps == 12
+    assert metadata == {"prompt": '兔子 "quoted"\nline', "seed": 3}
+    error = frames.astype(float) - to_frames(waves())
+    assert 10 * np.log10(255**2 / np.square(error).mean()) > 40
+    assert abs(error.mean(axis=(0, 1, 2))).max() < 1, "a colour is off everywhere: the wrong matrix or range"
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        assert (codec.name, codec.pix_fmt, codec.colorspace, codec.color_range) == ("h264", "yuv420p", 1, 1)
+    assert [file.name for file in path.parent.iterdir()] == ["waves.mp4"]
+
+
+def test_png_reads_back(tmp_path: Path) -> None:
+    save_video(waves(1), tmp_path / "wave.png", metadata={"prompt": "兔子"})
+    with Image.open(tmp_path / "wave.png") as picture:
+        assert np.array_equal(np.asarray(picture), to_frames(waves(1))[0])
+        assert json.loads(picture.info["wan-infer"]) == {"prompt": "兔子"}
+
+
+def test_extremes_become_black_and_white() -> None:
+    video = torch.tensor([-1.0, 1.0, 0.0, -7.0, 7.0]).reshape(1, 5, 1, 1).expand(3, 5, 1, 1)
+    assert to_frames(video)[:, 0, 0, 0].tolist() == [0, 255, 128, 0, 255]
+
+
+def test_endings_must_say_what_is_inside(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"9 frames are saved as a video, so the name must end in \.mp4"):
+        save_video(waves(), tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"one frame is saved as a picture, so the name must end in \.png"):
+        save_video(waves(1), tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*file: File too large \(errno 27\)"):
+            write_whole(path, bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_fills_up_while_a_video_comes_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "waves.mp4"
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=np.uint8)
+    drawn = 0
+
+    def pieces() -> Iterator[np.ndarray]:
+        nonlocal drawn
+        for start in range(0, 40, 4):
+            drawn = start + 4
+            yield noise[start : start + 4]
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*waves\.mp4: .*\(errno 27\)"):
+            write_video(pieces(), 40, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    write_video(pieces(), 40, path)
+    assert drawn == 40
+    assert len(read_video(path)[0]) == 40
+
+
+def test_places_that_cannot_be_written_are_named_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ValueError, match="file is not a folder"):
+        check_writable(tmp_path / "file" / "deeper" / "a.mp4")
+    with pytest.raises(ValueError, match="it is a folder"):
+        check_writable(tmp_path / "folder.mp4")
+    check_writable(tmp_path / "new" / "newer" / "a.mp4")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("prompt", ["../../etc/passwd", "a/b", "\0", "兔子", "x" * 5000, "$(reboot)", "\ud800"])
+def test_names_owe_nothing_to_the_prompt(prompt: str) -> None:
+    assert re.fullmatch(r"0007-[0-9a-f]{12}\.mp4", output_name(7, {"prompt": prompt}, 9))
+
+
+def test_names_tell_videos_apart() -> None:
+    names = {output_name(0, {"prompt": prompt, "seed": seed}, 9) for prompt in "ab" for seed in (1, 2)}
+    assert len(names) == 4
+
+
+def test_reading_what_is_no_video_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"nothing")
+    for name in ("a.mp4", "absent.mp4"):
+        with pytest.raises(ValueError, match=f"cannot read .*{name} as a video"):
+            read_video(tmp_path / name)
+
+
+def test_contact_sheet_shows_first_and_last_frames(tmp_path: Path) -> None:
+    video = np.zeros((30, 20, 10, 3), np.uint8)
+    video[0], video[-1] = 50, 200
+    tall = np.full((2, 640, 320, 3), 99, np.uint8)
+    sheet = draw_contact_sheet([video, tall], columns=3, most=6)
+    # Rows of three frames of 10x20, two of them, then one of two frames scaled from 320x640 to 160x320.
+    assert sheet.shape == (4 + 2 * 24 + 324, 4 + 2 * 164, 3)
+    assert sheet[4 + 5, 4 + 5].tolist() == [50] * 3
+    assert sheet[28 + 5, 4 + 2 * 14 + 5].tolist() == [200] * 3
+    assert sheet[52 + 160, 4 + 80].tolist() == [99] * 3
+    save_contact_sheet([video], tmp_path / "sheet.png")
+    assert Image.open(io.BytesIO((tmp_path / "sheet.png").read_bytes())).size == (4 + 4 * 14, 4 + 3 * 24)
+    with pytest.raises(ValueError, match="nothing to show"):
+        draw_contact_sheet([])

@@ -1,0 +1,177 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wan_infer import draw_contact_sheet, save_video  # noqa: F401  what the README imports
+from wan_infer.request.settings import Settings
+from wan_infer.runtime.placement import Placement, at_work
+from wan_infer.sampling.denoise import draw_noise
+from wan_infer.sampling.sampler import WanSampler
+
+SMALL: dict[str, Any] = {"width": 32, "height": 48, "frames": 5}
+FAST = Settings(steps=3)
+
+
+def test_a_seed_means_one_video_alone_and_among_others(sampler: WanSampler) -> None:
+    together = sampler.sample_latents(["a rabbit", "a street"], seed=[3, 4], settings=FAST, **SMALL)
+    alone = sampler.sample_latents(["a street"], seed=4, settings=FAST, **SMALL)
+    torch.testing.assert_close(together[1], alone[0], atol=1e-4, rtol=1e-4)
+    other = sampler.sample_latents(["a street"], seed=5, settings=FAST, **SMALL)
+    assert not torch.allclose(alone, other, atol=0.1)
+
+
+def test_the_global_generator_is_neither_used_nor_moved(sampler: WanSampler) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = sampler.sample_latents(["a rabbit"], seed=3, settings=FAST, **SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(first, sampler.sample_latents(["a rabbit"], seed=3, settings=FAST, **SMALL))
+
+
+def test_noise_is_pinned() -> None:
+    # What a seed means must not change between versions.
+    noise = draw_noise((16, 1, 4, 4), seed=42)
+    torch.testing.assert_close(noise[0, 0, 0, :2], torch.tensor([1.9269153, 1.4872841]), atol=1e-6, rtol=0)
+
+
+def test_videos_have_the_asked_size_and_range(sampler: WanSampler) -> None:
+    steps = []
+    video = sampler.sample(["a rabbit"], steps=2, on_step=lambda done, total: steps.append((done, total)), **SMALL)
+    assert video.shape == (1, 3, 5, 48, 32)
+    assert video.dtype == torch.float32
+    assert -1 <= video.min() < video.max() <= 1
+    assert steps == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(("guidance", "samples"), [(1.0, 2), (5.0, 4)])
+def test_guidance_runs_both_branches_in_one_pack(sampler: WanSampler, guidance: float, samples: int) -> None:
+    packs = []
+    handle = sampler.model.register_forward_pre_hook(lambda module, inputs: packs.append(inputs[3].num_samples))
+    try:
+        sampler.sample_latents(["a", "b"], settings=Settings(steps=2, guidance=guidance), **SMALL)
+    finally:
+        handle.remove()
+    assert packs == [samples, samples]
+
+
+def test_negative_prompt_matters_only_with_guidance(sampler: WanSampler) -> None:
+    def sample(negative: str, guidance: float) -> torch.Tensor:
+        settings = Settings(steps=2, guidance=guidance, negative_prompt=negative)
+        return sampler.sample_latents(["a rabbit"], settings=settings, **SMALL)
+
+    assert torch.equal(sample("grey", 1.0), sample("a man in a car", 1.0))
+    assert not torch.allclose(sample("grey", 5.0), sample("a man in a car", 5.0))
+
+
+def test_each_text_is_embedded_once(sampler: WanSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded: list[str] = []
+    encode = sampler.text_codec.encode_text
+
+    def recording(prompts: list[str]) -> list[torch.Tensor]:
+        embedded.extend(prompts)
+        return encode(prompts)
+
+    monkeypatch.setattr(sampler.text_codec, "encode_text", recording)
+    settings = Settings(steps=1, negative_prompt="unseen, negative")
+    sampler.sample_latents(["unseen one", "unseen one"], settings=settings, **SMALL)
+    sampler.sample_latents(["unseen one"], settings=settings, **SMALL)
+    assert embedded == ["unseen one", "unseen, negative"]
+
+
+def test_training_checkpoint_is_sampled(
+    model_folder: Path, sampler: WanSampler, write_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, 10, seed=1)
+    write_checkpoint(tmp_path, 20, seed=2)
+    newest = WanSampler.from_training_checkpoint(tmp_path, model_folder, device="cpu")
+    older = WanSampler.from_training_checkpoint(tmp_path, model_folder, step=10, device="cpu")
+    assert (newest.source.step, older.source.step) == (20, 10)
+    results = [own.sample_latents(["a"], settings=FAST, **SMALL) for own in (newest, older, sampler)]
+    assert not torch.allclose(results[0], results[1], atol=1e-2)
+    assert not torch.allclose(results[0], results[2], atol=1e-2)
+
+
+def test_another_latent_space_is_refused(
+    model_folder: Path, sampler: WanSampler, write_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    spec = {**sampler.spec.to_dict(), "model_id": "vae-other-text-other"}
+    write_checkpoint(tmp_path, 10, spec=spec)
+    with pytest.raises(ValueError, match=r"different latent spaces: model_id \(vae-other-text-other against vae-"):
+        WanSampler.from_training_checkpoint(tmp_path, model_folder, device="cpu")
+
+
+def test_prompts_are_cut_where_training_cut_them(
+    model_folder: Path, sampler: WanSampler, write_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, 10, spec={**sampler.spec.to_dict(), "text_length": 8})
+    own = WanSampler.from_training_checkpoint(tmp_path, model_folder, device="cpu")
+    assert own.embed(["one two three four five six seven eight nine ten"])[0].shape == (8, 32)
+
+
+def test_weights_that_give_nan_are_named(sampler: WanSampler) -> None:
+    noise = torch.full((1, 16, 2, 6, 4), float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        sampler.sample_latents(["a"], settings=FAST, noise=noise, **SMALL)
+
+
+def test_wrong_counts_are_named(sampler: WanSampler) -> None:
+    with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
+        sampler.sample_latents(["a", "b"], seed=[1], settings=FAST, **SMALL)
+    with pytest.raises(ValueError, match=r"noise has the shape .* expected \(1, 16, 2, 6, 4\)"):
+        sampler.sample_latents(["a"], noise=torch.zeros(1, 16, 2, 6, 6), settings=FAST, **SMALL)
+
+
+class Traveller(nn.Module):
+    """Remembers where it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path: list[str] = []
+
+    def to(self, device: torch.device) -> "Traveller":  # type: ignore[override]
+        self.path.append(str(device))
+        return self
+
+
+def test_offloaded_parts_come_home_even_after_a_failure() -> None:
+    module = Traveller()
+    with pytest.raises(RuntimeError, match="at work"), at_work(module, torch.device("meta"), torch.device("cpu")):
+        raise RuntimeError("failed at work")
+    assert module.path == ["meta", "cpu"]
+
+
+def test_placement_says_where_parts_live_and_work() -> None:
+    placement = Placement(torch.device("cuda"), torch.bfloat16, torch.device("cpu"), offload=True)
+    assert (placement.home.type, placement.text_home.type) == ("cpu", "cpu")
+    assert Placement.choose("cpu").dtype == torch.float32
+    assert Placement.choose("cpu", "bfloat16").dtype == torch.bfloat16
+    for device in ("cuda:99", "mps", "nonsense"):
+        with pytest.raises(ValueError, match=device):
+            Placement.choose(device)
+
+
+def test_bfloat16_stays_near_float32(model_folder: Path, sampler: WanSampler) -> None:
+    coarse = WanSampler.from_pretrained(model_folder, device="cpu", dtype="bfloat16")
+    assert coarse.model.proj_out.weight.dtype == torch.bfloat16
+    assert next(coarse.codec.decoder.parameters()).dtype == torch.float32
+    settings = Settings(steps=3, guidance=1.0)
+    ours, exact = (own.sample_latents(["a"], settings=settings, **SMALL) for own in (coarse, sampler))
+    assert 0 < float((ours - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_cpus_video_and_offloading_leaves_nothing(model_folder: Path, sampler: WanSampler) -> None:
+    own = WanSampler.from_pretrained(model_folder, device="cuda", dtype="float32", offload=True)
+    latents = own.sample_latents(["a rabbit"], seed=3, settings=FAST, **SMALL)
+    torch.testing.assert_close(
+        latents, sampler.sample_latents(["a rabbit"], seed=3, settings=FAST, **SMALL), atol=1e-2, rtol=1e-2
+    )
+    own.decode(latents)
+    assert {parameter.device.type for parameter in own.model.parameters()} == {"cpu"}
+    assert {parameter.device.type for parameter in own.codec.decoder.parameters()} == {"cpu"}

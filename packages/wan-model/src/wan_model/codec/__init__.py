@@ -1,0 +1,1 @@
+"""Videos and prompts to latents and back."""

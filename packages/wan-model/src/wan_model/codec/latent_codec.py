@@ -1,0 +1,221 @@
+"""The latent codec: the autoencoder and the text encoder that define the space the transformer lives in.
+
+Shapes: B videos, C colour or latent channels, T frames, H rows, W columns (pixels), F latent frames, L text tokens,
+D text width.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from wan_model.codec.prompt_cleaning import clean_prompt
+from wan_model.codec.text_encoder import PromptTokenizer, TextEncoder
+from wan_model.codec.tiled_decode import Tile, TiledDecoder, split_frame
+from wan_model.codec.vae_decoder import VaeDecoder
+from wan_model.extras import brought_by
+from wan_model.latent_spec import LatentSpec
+from wan_model.weights.model_folder import latent_spec_of, resolve_folder
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    # diffusers prints progress bars and advice about weights and packages; a failed load still raises. It takes seconds
+    # to import, so it is imported where it is needed.
+    with brought_by("codec"):
+        from diffusers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class LatentCodec:
+    """Videos to latents and back, prompts to embeddings, exactly as diffusers' ``WanPipeline`` has them.
+
+    Either half may be absent: a sampler that has its embeddings needs no text encoder.
+
+    Args:
+        spec: the space, with the statistics that latents are normalised by.
+        vae: diffusers' ``AutoencoderKLWan``, or None.
+        decoder: what decodes latents, or None; by default with the weights of ``vae``.
+        text_encoder: UMT5's encoder, or None.
+        tokenizer: the tokenizer that belongs to it, or None.
+    """
+
+    def __init__(
+        self,
+        spec: LatentSpec,
+        vae: Any = None,
+        text_encoder: TextEncoder | None = None,
+        tokenizer: PromptTokenizer | None = None,
+        decoder: VaeDecoder | None = None,
+    ) -> None:
+        self.spec = spec
+        self.vae = vae
+        if decoder is None and vae is not None:
+            decoder = VaeDecoder.of_state(vae.config, vae.state_dict(), "the autoencoder")
+        self.decoder = decoder
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] | None,
+        *,
+        vae_model: str | os.PathLike[str] | None = None,
+        text_model: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        vae_dtype: torch.dtype = torch.float32,
+        text_dtype: torch.dtype = torch.float32,
+        load_vae: bool = True,
+        load_text: bool = True,
+        load_decoder: bool = False,
+        text_length: int = 512,
+    ) -> "LatentCodec":
+        """Load the autoencoder and the text encoder of a diffusers folder or hub id; safetensors only.
+
+        Args:
+            model: a folder with ``vae``, ``text_encoder`` and ``tokenizer`` in it, or a hub id; None where both of the
+                following are given.
+            vae_model: another model to take ``vae`` from.
+            text_model: another model to take ``text_encoder`` and ``tokenizer`` from.
+            revision: the hub id's revision.
+            device: where both are put.
+            vae_dtype: the official code runs the autoencoder in float32.
+            text_dtype: bfloat16 halves the memory of the text encoder, at the cost of equality.
+            load_vae, load_text: which halves to load.
+            load_decoder: of the autoencoder only what decodes, which needs no import of diffusers.
+            text_length: tokens that prompts are cut to (512 in the official code).
+
+        Raises:
+            ValueError: a missing folder or file, naming it.
+        """
+        vae_model, text_model = vae_model or model, text_model or model
+        if vae_model is None or text_model is None:
+            raise ValueError("no model was given to take the autoencoder and the text encoder from")
+        text_parts = ["text_encoder"] + (["tokenizer"] if load_text else [])
+        vae_folder = resolve_folder(vae_model, ["vae"], revision=revision) / "vae"
+        text_folder = resolve_folder(text_model, text_parts, revision=revision)
+        spec = latent_spec_of(
+            text_folder, text_length=text_length, vae=vae_folder, text_encoder=text_folder / "text_encoder"
+        )
+        vae = text_encoder = tokenizer = decoder = None
+        if load_decoder:
+            decoder = VaeDecoder.from_pretrained(vae_folder, vae_dtype).to(device)
+        if load_vae:
+            with _quiet_loading():
+                from diffusers import AutoencoderKLWan
+
+                vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)
+                vae = vae.to(device).eval().requires_grad_(False)
+        if load_text:
+            text_encoder = TextEncoder.from_pretrained(text_folder / "text_encoder", text_dtype).to(device)
+            tokenizer = PromptTokenizer(text_folder / "tokenizer")
+        return cls(spec, vae, text_encoder, tokenizer, decoder)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            torch.tensor(values, dtype=like.dtype, device=like.device) for values in (self.spec.mean, self.spec.std)
+        )
+        return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
+
+    def _need(self, part: str) -> Any:
+        loaded = getattr(self, part)
+        if loaded is None:
+            raise ValueError(f"this codec was loaded without its {part}; load it with both halves")
+        return loaded
+
+    @torch.no_grad()
+    def encode_video(self, video_BCTHW: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B C F h w"]:
+        """The normalised posterior mean, fp32.
+
+        Args:
+            video_BCTHW: RGB in [-1, 1]; 4n+1 frames, sides that 16 divides.
+
+        Raises:
+            ValueError: sizes that the autoencoder would silently cut.
+        """
+        vae = self._need("vae")
+        self.spec.latent_shape(*video_BCTHW.shape[2:])
+        mu = vae.encode(video_BCTHW.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        mean, std = self._statistics(mu)
+        return (mu - mean) / std
+
+    def decode_video(self, latents_BCFHW: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 T H W"]:
+        """RGB in [-1, 1], fp32 on the CPU, from normalised latents; see ``decode_frames``."""
+        return torch.stack([torch.cat(list(self.decode_frames(latent)), dim=1) for latent in latents_BCFHW])
+
+    def decode_frames(
+        self, latents_CFhw: Float[Tensor, "C F h w"], *, tiles: tuple[int, int] = (1, 1)
+    ) -> Iterator[Float[Tensor, "3 t H W"]]:
+        """The frames of one video in their order, RGB in [-1, 1], fp32 on the CPU: the first, then four at a time.
+
+        What lies on the device at once are the activations of four frames and not of the video. Tiles divide these
+        further; all pixels are then in main memory before the first frames come.
+
+        Args:
+            latents_CFhw: normalised.
+            tiles: so many one above the other, and so many side by side; see ``wan_model.codec.tiled_decode``.
+
+        Raises:
+            ValueError: more tiles than the frame can be cut into.
+        """
+        frame = [size * self.spec.spatial_stride for size in latents_CFhw.shape[2:]]
+        places = split_frame(frame[0], frame[1], *tiles, TiledDecoder(self._need("decoder")).scale)
+        features = self.decoder_features(latents_CFhw)
+        if len(places) == 1:
+            yield from (pixels.cpu() for pixels in self.decode_tile(features, places[0]))
+            return
+        kept = list(features)
+        lengths = [1, *[self.spec.temporal_stride] * (len(kept) - 1)]
+        video = [torch.empty(3, length, *frame) for length in lengths]
+        for place in places:
+            for whole, pixels in zip(video, self.decode_tile(kept, place), strict=True):
+                whole[:, :, place.top : place.bottom, place.left : place.right] = pixels
+        yield from video
+
+    def decoder_features(self, latents_CFhw: Float[Tensor, "C F h w"]) -> Iterator[Tensor]:
+        """Of each latent frame what tiles are made from, see ``decode_tile``; latents are normalised."""
+        decoder = self._need("decoder")
+        mean, std = self._statistics(latents_CFhw)
+        raw = (latents_CFhw[None] * std + mean).to(decoder.device, decoder.dtype)
+        return TiledDecoder(decoder).features(raw)
+
+    def decode_tile(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
+        """One tile's pixels of each latent frame, RGB in [-1, 1], fp32; ``features`` are of ``decoder_features``."""
+        return TiledDecoder(self._need("decoder")).pixels(features, tile)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
+        """Embeddings of cleaned prompts, fp32, each of its true length (the zero padding is the model's business).
+
+        Each is embedded by itself at its true length, which is what a mask over the fixed length comes to.
+
+        Raises:
+            ValueError: no list of prompts, or an empty one.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"got {prompts!r}; expected a list of at least one prompt")
+        text_encoder, tokenizer = self._need("text_encoder"), self._need("tokenizer")
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor(tokenizer(clean_prompt(prompt), self.spec.text_length), device=text_encoder.device)
+            found.append(text_encoder(ids).float())
+        return found

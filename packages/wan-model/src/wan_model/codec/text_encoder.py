@@ -1,0 +1,237 @@
+"""The text encoder of Wan 2.1, UMT5's encoder, with transformers' parameter names; and its tokenizer.
+
+It is written anew because transformers takes seconds to import, which a sampler would spend on this one module, and
+because a prompt may be embedded at its true length: masked positions add nothing, and a prompt of twenty tokens needs a
+twenty-fifth of the work of 512.
+
+Shapes: L tokens of a prompt, D width, H heads, E head width.
+
+Source: the official ``t5.py`` and transformers' ``UMT5EncoderModel``, whose numbers these are.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wan_model.extras import brought_by
+from wan_model.weights.model_folder import open_weights, read_json, weight_files
+
+_STEM = "model"
+# The embedding stands in files under both names.
+_SAME = "encoder.embed_tokens.weight"
+
+
+class _Linear(nn.Linear):
+    def __init__(self, inward: int, outward: int) -> None:
+        super().__init__(inward, outward, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weights are loaded."""
+
+
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: the weights are loaded."""
+
+
+class _Norm(nn.Module):
+    """To a root mean square of one, statistics in fp32, and a weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x_LD: Tensor) -> Tensor:
+        scale = torch.rsqrt(x_LD.float().square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * (x_LD * scale).to(self.weight.dtype)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+        self.heads = config["num_heads"]
+        self.buckets = config.get("relative_attention_num_buckets", 32)
+        self.farthest = config.get("relative_attention_max_distance", 128)
+        self.q, self.k, self.v = (_Linear(width, inner) for _ in range(3))
+        self.o = _Linear(inner, width)
+        self.relative_attention_bias = _Embedding(self.buckets, self.heads)
+
+    def forward(self, x_LD: Tensor) -> Tensor:
+        q, k, v = (rearrange(to(x_LD), "l (h e) -> h l e", h=self.heads) for to in (self.q, self.k, self.v))
+        buckets = distance_buckets(x_LD.shape[0], self.buckets, self.farthest, x_LD.device)
+        bias = rearrange(self.relative_attention_bias(buckets), "q k h -> h q k")
+        # T5's scores are not divided by the root of the head's width.
+        scores = q @ k.transpose(-1, -2) + bias
+        attended = scores.float().softmax(dim=-1).to(scores.dtype) @ v
+        out: Tensor = self.o(rearrange(attended, "h l e -> l (h e)"))
+        return out
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: Mapping[str, Any], eps: float) -> None:
+        super().__init__()
+        self.SelfAttention = _Attention(config)
+        self.layer_norm = _Norm(config["d_model"], eps)
+
+    def forward(self, x_LD: Tensor) -> Tensor:
+        out: Tensor = x_LD + self.SelfAttention(self.layer_norm(x_LD))
+        return out
+
+
+class _Gated(nn.Module):
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        width, inner = config["d_model"], config["d_ff"]
+        self.wi_0, self.wi_1, self.wo = _Linear(width, inner), _Linear(width, inner), _Linear(inner, width)
+
+    def forward(self, x_LD: Tensor) -> Tensor:
+        out: Tensor = self.wo(F.gelu(self.wi_0(x_LD), approximate="tanh") * self.wi_1(x_LD))
+        return out
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, config: Mapping[str, Any], eps: float) -> None:
+        super().__init__()
+        self.DenseReluDense = _Gated(config)
+        self.layer_norm = _Norm(config["d_model"], eps)
+
+    def forward(self, x_LD: Tensor) -> Tensor:
+        out: Tensor = x_LD + self.DenseReluDense(self.layer_norm(x_LD))
+        return out
+
+
+class _Block(nn.Module):
+    def __init__(self, config: Mapping[str, Any], eps: float) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([_SelfAttention(config, eps), _FeedForward(config, eps)])
+
+    def forward(self, x_LD: Tensor) -> Tensor:
+        for layer in self.layer:
+            x_LD = layer(x_LD)
+        return x_LD
+
+
+class _Stack(nn.Module):
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        eps = config.get("layer_norm_epsilon", 1e-6)
+        self.block = nn.ModuleList([_Block(config, eps) for _ in range(config["num_layers"])])
+        self.final_layer_norm = _Norm(config["d_model"], eps)
+
+
+def distance_buckets(
+    length: int, buckets: int, farthest: int, device: torch.device | None = None
+) -> Int[Tensor, "length length"]:
+    """Into which bucket the distance from each token to each other falls.
+
+    Half of the buckets are for what stands behind; of each half one half counts single tokens and the rest grows in
+    proportion, up to ``farthest``.
+    """
+    places = torch.arange(length, device=device)
+    distance = places[None, :] - places[:, None]
+    half = buckets // 2
+    exact = half // 2
+    far = distance.abs()
+    grown = exact + (
+        (far.clamp(min=1).float() / exact).log() / math.log(farthest / exact) * (half - exact)
+    ).long().clamp(max=half - 1 - exact)
+    return torch.where(far < exact, far, grown) + half * (distance > 0)
+
+
+class TextEncoder(nn.Module):
+    """Tokens to embeddings.
+
+    Args:
+        config: of transformers' ``text_encoder/config.json``.
+
+    Raises:
+        ValueError: another encoder than UMT5's with gated tanh-GELU.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        kind, activation = config.get("model_type"), config.get("feed_forward_proj")
+        if (kind, activation) != ("umt5", "gated-gelu"):
+            raise ValueError(f"the text encoder is {kind} with {activation}; expected umt5 with gated-gelu")
+        self.shared = _Embedding(config["vocab_size"], config["d_model"])
+        self.encoder = _Stack(config)
+
+    @torch.no_grad()
+    def forward(self, ids_L: Int[Tensor, " L"]) -> Float[Tensor, "L D"]:
+        """Of one prompt at its true length."""
+        x_LD = self.shared(ids_L)
+        for block in self.encoder.block:
+            x_LD = block(x_LD)
+        out: Tensor = self.encoder.final_layer_norm(x_LD)
+        return out
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.shared.weight.device
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "TextEncoder":
+        """Of a transformers ``text_encoder`` folder, on the CPU, tensor by tensor.
+
+        Raises:
+            ValueError: files that are missing or damaged, or weights of another model.
+        """
+        with torch.device("meta"):
+            made = cls(read_json(folder / "config.json"))
+        made = made.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        files = weight_files(folder, _STEM)
+        if "shared.weight" not in files and _SAME in files:
+            files["shared.weight"] = files[_SAME]
+        mine = dict(made.named_parameters())
+        if missing := sorted(mine.keys() - files.keys()):
+            raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more of UMT5's weights")
+        for path in sorted({files[key] for key in mine}):
+            with open_weights(path) as file:
+                held = set(file.keys())
+                for key in (key for key in mine if files[key] == path):
+                    stored = file.get_tensor(key if key in held else _SAME)
+                    if stored.shape != mine[key].shape:
+                        raise ValueError(
+                            f"{path} holds {key} of shape {list(stored.shape)}; expected {list(mine[key].shape)}"
+                        )
+                    mine[key].copy_(stored)
+        return made.eval()
+
+
+class PromptTokenizer:
+    """The tokenizer of a ``tokenizer`` folder.
+
+    Args:
+        folder: with ``tokenizer.json``.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with brought_by("sampling"):
+            from tokenizers import Tokenizer
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; save the tokenizer with transformers' AutoTokenizer, which writes it")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain ones
+            raise ValueError(f"{file} is no tokenizer: {error}") from error
+        self._tokenizer.no_padding()
+
+    def __call__(self, text: str, length: int) -> list[int]:
+        """At most so many tokens, the end mark among them."""
+        self._tokenizer.enable_truncation(length)
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids

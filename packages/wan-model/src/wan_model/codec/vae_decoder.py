@@ -1,0 +1,242 @@
+"""The decoder of Wan 2.1's autoencoder, latent frame by latent frame, with diffusers' parameter names.
+
+It is written anew because diffusers' whole library is seconds of imports, which a sampler would spend on this one
+module, and because a caller may then hold the frames that it looks back on (``Memory``) for each tile apart.
+
+Shapes: B videos, C channels, t frames of a step (1 latent frame, or what has become of it), H rows, W columns.
+
+Source: the official ``vae.py`` (``Decoder3d``) and diffusers' ``AutoencoderKLWan``, whose numbers these are.
+"""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wan_model.weights.model_folder import open_weights, read_json, weight_files
+
+_PREFIXES = ("decoder.", "post_quant_conv.")
+_STEM = "diffusion_pytorch_model"
+
+# The last two frames that each causal convolution was given.
+Memory = dict[nn.Module, Tensor]
+
+
+class CausalConv(nn.Conv3d):
+    """A convolution that looks two frames back and never ahead; rows and columns are padded with zeros."""
+
+    def __init__(self, inward: int, outward: int, frames: int = 1, side: int = 1) -> None:
+        super().__init__(inward, outward, (frames, side, side), padding=(0, side // 2, side // 2))
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weights are loaded."""
+
+    def forward(self, x_BCtHW: Tensor, memory: Memory | None = None) -> Tensor:
+        """Of the frames as they come; before the first there are zeros."""
+        if self.kernel_size[0] > 1:
+            assert memory is not None, "a convolution over frames needs its memory"
+            before = memory.get(self)
+            if before is None:
+                before = x_BCtHW.new_zeros(*x_BCtHW.shape[:2], 2, *x_BCtHW.shape[3:])
+            x_BCtHW = torch.cat([before, x_BCtHW], dim=2)
+            # A copy, or all frames would be kept for the sake of two.
+            memory[self] = x_BCtHW[:, :, -2:].clone()
+        return super().forward(x_BCtHW)
+
+
+class Conv2d(nn.Conv2d):
+    """A plain one, left uninitialised."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weights are loaded."""
+
+
+class ChannelNorm(nn.Module):
+    """Every position's channels to the length sqrt(C), and a weight for each."""
+
+    def __init__(self, channels: int, *, frames: bool) -> None:
+        super().__init__()
+        self.scale = channels**0.5
+        self.gamma = nn.Parameter(torch.empty(channels, *(1,) * (3 if frames else 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In fp32 where the input is coarser."""
+        return F.normalize(x.float(), dim=1).to(x.dtype) * self.scale * self.gamma
+
+
+class Residual(nn.Module):
+    """Norm, SiLU, convolution, twice, beside the input."""
+
+    def __init__(self, inward: int, outward: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = ChannelNorm(inward, frames=True), CausalConv(inward, outward, 3, 3)
+        self.norm2, self.conv2 = ChannelNorm(outward, frames=True), CausalConv(outward, outward, 3, 3)
+        self.conv_shortcut = CausalConv(inward, outward) if inward != outward else nn.Identity()
+
+    def forward(self, x_BCtHW: Tensor, memory: Memory) -> Tensor:
+        """The same frames."""
+        out = self.conv1(F.silu(self.norm1(x_BCtHW)), memory)
+        out = self.conv2(F.silu(self.norm2(out)), memory)
+        return out + self.conv_shortcut(x_BCtHW)
+
+
+class FrameAttention(nn.Module):
+    """Every position of a frame attends to all of the frame, with one head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, frames=False)
+        self.to_qkv, self.proj = Conv2d(channels, 3 * channels, 1), Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCtHW: Tensor) -> Tensor:
+        """The same frames, with what they attended to added."""
+        batch, _, _, height, _ = x_BCtHW.shape
+        frames = rearrange(x_BCtHW, "b c t h w -> (b t) c h w")
+        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        out = self.proj(rearrange(attended, "n 1 (h w) c -> n c h w", h=height))
+        return x_BCtHW + rearrange(out, "(b t) c h w -> b c t h w", b=batch)
+
+
+class Middle(nn.Module):
+    """Residual, attention, residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([FrameAttention(channels)])
+        self.resnets = nn.ModuleList([Residual(channels, channels) for _ in range(2)])
+
+    def forward(self, x_BCtHW: Tensor, memory: Memory) -> Tensor:
+        """The same frames."""
+        out: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](x_BCtHW, memory)), memory)
+        return out
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns at half the channels; with ``time`` twice the frames, but for the first of a video."""
+
+    def __init__(self, channels: int, *, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv2d(channels, channels // 2, 3, padding=1)})
+        self.time_conv = CausalConv(channels, 2 * channels, 3) if time else None
+
+    def forward(self, x_BCtHW: Tensor, memory: Memory) -> Tensor:
+        """More and larger frames."""
+        batch = x_BCtHW.shape[0]
+        if self.time_conv is not None:
+            if self.time_conv in memory:
+                x_BCtHW = rearrange(
+                    self.time_conv(x_BCtHW, memory), "b (two c) t h w -> b c (t two) h w", two=2
+                ).contiguous()
+            else:
+                # The first frame stays one, and what follows does not look back on it.
+                memory[self.time_conv] = torch.zeros_like(x_BCtHW[:, :, :1]).repeat(1, 1, 2, 1, 1)
+        frames = rearrange(x_BCtHW, "b c t h w -> (b t) c h w")
+        doubled = F.interpolate(frames.float(), scale_factor=(2.0, 2.0), mode="nearest-exact").to(frames.dtype)
+        return rearrange(self.resample["1"](doubled), "(b t) c h w -> b c t h w", b=batch)
+
+
+class UpBlock(nn.Module):
+    """Residuals, and an upsampling behind them in all blocks but the last."""
+
+    def __init__(self, inward: int, outward: int, residuals: int, upsampling: str | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([Residual(inward if i == 0 else outward, outward) for i in range(residuals)])
+        self.upsamplers = None
+        if upsampling is not None:
+            self.upsamplers = nn.ModuleList([Upsample(outward, time=upsampling == "time")])
+
+    def forward(self, x_BCtHW: Tensor, memory: Memory) -> Tensor:
+        """More and larger frames."""
+        for residual in self.resnets:
+            x_BCtHW = residual(x_BCtHW, memory)
+        return x_BCtHW if self.upsamplers is None else self.upsamplers[0](x_BCtHW, memory)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        base = config.get("decoder_base_dim") or config["base_dim"]
+        multiples = list(config["dim_mult"])
+        widths = [base * multiple for multiple in [multiples[-1], *reversed(multiples)]]
+        in_time = list(reversed(config["temperal_downsample"]))
+        self.conv_in = CausalConv(config["z_dim"], widths[0], 3, 3)
+        self.mid_block = Middle(widths[0])
+        self.up_blocks = nn.ModuleList()
+        for i, (inward, outward) in enumerate(itertools.pairwise(widths)):
+            upsampling = None if i == len(multiples) - 1 else ("time" if in_time[i] else "space")
+            # Each upsampling has halved the channels.
+            halved = inward // 2 if i else inward
+            self.up_blocks.append(UpBlock(halved, outward, config["num_res_blocks"] + 1, upsampling))
+        self.norm_out = ChannelNorm(widths[-1], frames=True)
+        self.conv_out = CausalConv(widths[-1], 3, 3, 3)
+
+
+class VaeDecoder(nn.Module):
+    """Latents to pixels; see ``wan_model.codec.tiled_decode`` for how it is used.
+
+    Args:
+        config: of diffusers' ``vae/config.json``.
+
+    Raises:
+        ValueError: a decoder with parts that Wan 2.1's does not have.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        if config.get("attn_scales") or config.get("is_residual") or config.get("patch_size"):
+            raise ValueError("the autoencoder has parts that Wan 2.1's does not have; only that is supported")
+        self.post_quant_conv = CausalConv(config["z_dim"], config["z_dim"])
+        self.decoder = _Decoder(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.post_quant_conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.post_quant_conv.weight.device
+
+    @classmethod
+    def of_state(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> "VaeDecoder":
+        """A decoder of these very tensors; others than its own are ignored.
+
+        Raises:
+            ValueError: missing or misshapen tensors.
+        """
+        with torch.device("meta"):
+            made = cls(config)
+        mine = {key: value for key, value in state.items() if key.startswith(_PREFIXES)}
+        wanted = {key: value.shape for key, value in made.state_dict().items()}
+        for key in sorted(wanted.keys() | mine.keys()):
+            got, want = mine.get(key), wanted.get(key)
+            if got is None or got.shape != want:
+                found = "missing" if got is None else list(got.shape)
+                expected = "none" if want is None else list(want)
+                raise ValueError(
+                    f"the weights in {where} are not those of Wan 2.1's decoder: {key} is {found}, expected {expected}"
+                )
+        made.load_state_dict(mine, assign=True)
+        return made.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "VaeDecoder":
+        """Of a diffusers ``vae`` folder, on the CPU.
+
+        Raises:
+            ValueError: files that are missing or damaged, or weights of another model.
+        """
+        state = {}
+        files = {key: path for key, path in weight_files(folder, _STEM).items() if key.startswith(_PREFIXES)}
+        for path in sorted(set(files.values())):
+            with open_weights(path) as file:
+                for key in (key for key, place in files.items() if place == path):
+                    state[key] = file.get_tensor(key).to(dtype)
+        return cls.of_state(read_json(folder / "config.json"), state, str(folder))

@@ -1,0 +1,1 @@
+"""The transformer and what it runs on."""

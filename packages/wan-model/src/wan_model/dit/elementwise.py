@@ -1,0 +1,254 @@
+"""What stands between the matrix products: norms, modulation, gates, rotation, activation.
+
+On the CPU these cost what they read and write, so each is one pass over memory where that is possible, in pieces that
+stay in the cache where it takes several operations. On CUDA the chains are fused by ``torch.compile`` (torch's own
+switch ``TORCH_COMPILE_DISABLE=1`` turns that off). Results agree to rounding; everything is computed in fp32 and
+rounded once to the precision of the input.
+
+A function whose name ends in an underscore may write its result over one of its inputs, which the caller gives up.
+
+Legend: S tokens on this rank, D width, B samples, H heads, E head width.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from wan_model.pack import TokenRows
+
+# Elements of a piece and thread: a few such buffers stay in a core's caches. Smaller tensors stay there anyway.
+_PIECE = 131_072
+_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32; what is more precise stays as it is, so that a model in fp64 is one throughout."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@functools.cache
+def _fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(function, dynamic=True)
+    return compiled
+
+
+PerSample = Sequence[Tensor]
+
+
+def _by_segment(
+    rows: TokenRows, function: Callable[..., Tensor], tokens: Sequence[Tensor], samples: Sequence[PerSample]
+) -> Tensor:
+    """A function of each segment's rows of ``tokens`` and its sample's row of ``samples``."""
+    if len(rows.segments) == 1:
+        sample = rows.segments[0][0]
+        return function(*tokens, *(rows_D[sample] for rows_D in samples))
+    # Split, not sliced: the gradient of a slice is a tensor of the full size.
+    lengths = [stop - start for _, start, stop in rows.segments]
+    parts = zip(*(x_SD.split(lengths) for x_SD in tokens), strict=True)
+    return torch.cat(
+        [
+            function(*segment, *(rows_D[sample] for rows_D in samples))
+            for segment, (sample, _, _) in zip(parts, rows.segments, strict=True)
+        ]
+    )
+
+
+# -- modulation -------------------------------------------------------------------------------------------------------
+
+
+def _norm_modulate_chain(x_SD: Tensor, shift_D: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+    normed = F.layer_norm(wide(x_SD), x_SD.shape[-1:], eps=eps)
+    return (normed * (1 + scale_D) + shift_D).to(x_SD.dtype)
+
+
+def norm_modulate(x_SD: Tensor, shifts: PerSample, scales: PerSample, rows: TokenRows, eps: float) -> Tensor:
+    """LN(x) * (1 + scale) + shift, with the scale and shift (fp32, [D] a sample) of each token's sample."""
+    if x_SD.is_cuda:
+        chain = functools.partial(_fused(_norm_modulate_chain), eps=eps)
+        return _by_segment(rows, chain, (x_SD,), (shifts, scales))
+    # A layer norm with weight 1 + scale and bias shift is the same function, in one pass.
+    width = x_SD.shape[-1:]
+    return _by_segment(
+        rows, lambda x, shift, scale: F.layer_norm(x, width, 1 + scale, shift, eps), (x_SD,), (shifts, scales)
+    )
+
+
+def _gate_add_chain(x_SD: Tensor, update_SD: Tensor, gate_D: Tensor) -> Tensor:
+    return torch.addcmul(wide(x_SD), wide(update_SD), gate_D).to(x_SD.dtype)
+
+
+def gate_add_(x_SD: Tensor, update_SD: Tensor, gates: PerSample, rows: TokenRows) -> Tensor:
+    """x + gate * update, with the gate (fp32, [D] a sample) of each token's sample.
+
+    Without gradients, over ``update``.
+    """
+    if update_SD.is_cpu and update_SD.dtype == x_SD.dtype == torch.float32 and not torch.is_grad_enabled():
+        for sample, start, stop in rows.segments:
+            update = update_SD[start:stop]
+            torch.addcmul(x_SD[start:stop], update, gates[sample], out=update)
+        return update_SD
+    chain = _fused(_gate_add_chain) if x_SD.is_cuda else _gate_add_chain
+    return _by_segment(rows, chain, (x_SD, update_SD), (gates,))
+
+
+def add_(x_SD: Tensor, update_SD: Tensor) -> Tensor:
+    """x + update. Without gradients, over ``update``."""
+    if torch.is_grad_enabled() or update_SD.dtype != x_SD.dtype:
+        return x_SD + update_SD
+    return update_SD.add_(x_SD)
+
+
+# -- the norm of queries and keys, and their rotation -----------------------------------------------------------------
+
+
+def _rotate_chain(x_SHE: Tensor, turns_S1P2: Tensor) -> Tensor:
+    cos, sin = turns_S1P2.unbind(-1)
+    even, odd = rearrange(wide(x_SHE), "s h (p two) -> two s h p", two=2)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rearrange(turned, "s h p two -> s h (p two)").to(x_SHE.dtype)
+
+
+def _as_pairs(x_SD: Tensor, pairs: int) -> Tensor:
+    # A plain view: this runs once a piece.
+    return torch.view_as_complex(x_SD.view(x_SD.shape[0], -1, pairs, 2))
+
+
+def rotate(x_SD: Tensor, table_S1P: Tensor) -> Tensor:
+    """Turn the heads that lie side by side in one width: each pair of values (2i, 2i+1) by its token's angle, in fp32.
+
+    Args:
+        x_SD: tokens.
+        table_S1P: of ``wan_model.dit.rope.rotary_table``; P is half of a head's width.
+    """
+    pairs = table_S1P.shape[-1]
+    if x_SD.is_cuda:
+        heads = rearrange(x_SD, "s (h e) -> s h e", e=2 * pairs)
+        return rearrange(_fused(_rotate_chain)(heads, torch.view_as_real(table_S1P)), "s h e -> s (h e)")
+    turned = _as_pairs(wide(x_SD), pairs) * table_S1P
+    return torch.view_as_real(turned).flatten(1).to(x_SD.dtype)
+
+
+def rms_norm_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None = None) -> Tensor:
+    """RMS norm over the whole width, then, given a table, ``rotate``. Without gradients, over its input."""
+    if x_SD.is_cpu and x_SD.dtype == weight_D.dtype == torch.float32:
+        normed: Tensor
+        if torch.is_grad_enabled():
+            normed = _RMSNormRotate.apply(x_SD, weight_D, eps, table_S1P)
+        else:
+            normed, _ = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P, out_SD=x_SD)
+        return normed
+    normed = F.rms_norm(wide(x_SD), x_SD.shape[-1:], wide(weight_D), eps).to(x_SD.dtype)
+    return normed if table_S1P is None else rotate(normed, table_S1P)
+
+
+def _pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same rows of several tensors, so many at a time that they stay in the cache; None stays None."""
+    rows, width = first.shape
+    step = max(1, _PIECE * torch.get_num_threads() // width)
+    if rows <= step:
+        return iter([(first, *others)])
+    count = -(-rows // step)
+    return zip(*([None] * count if x is None else x.split(step) for x in (first, *others)), strict=True)
+
+
+def _rms_norm_pieces(
+    x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None, out_SD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The result, which ``out_SD`` becomes, and what each row was multiplied by."""
+    rows, width = x_SD.shape
+    scale_S1 = x_SD.new_empty(rows, 1)
+    eps_1 = x_SD.new_full((1,), eps)
+    for x, out, scale, turns in _pieces(x_SD, out_SD, scale_S1, table_S1P):
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=scale)
+        torch.addcmul(eps_1, scale, scale, value=1 / width, out=scale).rsqrt_()
+        if turns is None:
+            torch.mul(x, scale, out=out).mul_(weight_D)
+        else:
+            # A row's scale goes with its turns, of which there are fewer than values.
+            _as_pairs(torch.mul(x, weight_D, out=out), turns.shape[-1]).mul_(turns * scale.unsqueeze(-1))
+    return out_SD, scale_S1
+
+
+class _RMSNormRotate(torch.autograd.Function):
+    """Both in one pass over memory, forward and backward; fp32 on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None) -> Tensor:
+        out_SD, scale_S1 = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P, torch.empty_like(x_SD))
+        ctx.save_for_backward(x_SD, weight_D, scale_S1, table_S1P)
+        return out_SD
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_SD, weight_D, scale_S1, table_S1P = ctx.saved_tensors
+        width = x_SD.shape[1]
+        grad_x_SD, grad_weight_D = torch.empty_like(x_SD), torch.zeros_like(weight_D)
+        back_S1P = None if table_S1P is None else table_S1P.conj().resolve_conj()
+        for x, grad, scale, out, back in _pieces(x_SD, grad_SD.contiguous(), scale_S1, grad_x_SD, back_S1P):
+            if back is not None:
+                grad = torch.view_as_real(_as_pairs(grad, back.shape[-1]) * back).flatten(1)
+            normed = x * scale
+            # With n the normed row: dx = scale (g w - n mean(g w n)), dw = sum of g n over rows.
+            torch.mul(grad, normed, out=out)
+            grad_weight_D += out.sum(dim=0)
+            dots = torch.mv(out, weight_D).unsqueeze(-1)
+            torch.mul(grad, weight_D, out=out).addcmul_(normed, dots, value=-1 / width).mul_(scale)
+        return grad_x_SD, grad_weight_D, None, None
+
+
+# -- activation -------------------------------------------------------------------------------------------------------
+
+
+def tanh_gelu_(x: Tensor) -> Tensor:
+    """GELU in its tanh form, over its input where nobody needs that any more.
+
+    0.5 x (1 + tanh z) is x sigmoid(2 z), which needs one exponential and does not cancel for negative x.
+    """
+    if x.is_cpu and x.dtype == torch.float32 and x.numel() > _PIECE and x.is_contiguous():
+        activated: Tensor = _TanhGelu.apply(x)
+        return activated
+    return F.gelu(x, approximate="tanh")
+
+
+class _TanhGelu(torch.autograd.Function):
+    """The derivative is kept instead of the input, while that is in the cache: the backward is one product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        derivative = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        flat = x.view(-1)
+        linear = x.new_full((1,), _GELU_LINEAR)
+        flat_derivative = None if derivative is None else derivative.view(-1)
+        size = _PIECE * torch.get_num_threads()
+        buffer = x.new_empty(min(size, flat.numel()))
+        for start in range(0, flat.numel(), size):
+            piece = flat[start : start + size]
+            gate = buffer[: piece.numel()]
+            # s = sigmoid(u) with u = x (linear + cubic x²)
+            torch.addcmul(linear, piece, piece, value=_GELU_CUBIC, out=gate).mul_(piece).sigmoid_()
+            if flat_derivative is None:
+                piece.mul_(gate)
+                continue
+            # y = x s and dy/dx = s + x u' s (1 - s) = s + (y - y s) u'
+            slope = flat_derivative[start : start + size]
+            torch.addcmul(linear, piece, piece, value=3 * _GELU_CUBIC, out=slope)
+            piece.mul_(gate)
+            slope.mul_(torch.addcmul(piece, piece, gate, value=-1)).add_(gate)
+        if derivative is not None:
+            ctx.save_for_backward(derivative)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (derivative,) = ctx.saved_tensors
+        # Over the derivative: a fresh tensor of this size costs more than the product. Autograd itself refuses a second
+        # backward pass then, because what it saved has changed.
+        return derivative.mul_(grad)

@@ -1,0 +1,397 @@
+"""The Wan 2.1 diffusion transformer, written as single-device mathematics against ``Ops``.
+
+Legend: S tokens of the pack (this rank's rows between shard and gather), B samples, T text length, D hidden width,
+H heads on this rank, E head width, C values of a token.
+
+State-dict keys are those of diffusers' ``WanTransformer3DModel``; released weights need no renaming.
+Source: the official Wan 2.1 ``model.py`` and diffusers' ``transformer_wan.py``.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wan_model.config import WanConfig
+from wan_model.dit.attention import Offsets
+from wan_model.dit.elementwise import add_, gate_add_, norm_modulate, tanh_gelu_, wide
+from wan_model.dit.ops import Linear, Ops, TorchOps
+from wan_model.dit.recompute import Recompute, check_recompute
+from wan_model.dit.rope import rotary_table
+from wan_model.pack import PackLayout, TokenRows
+
+# As in diffusers' ``_keep_in_fp32_modules``.
+KEPT_IN_FP32 = (".time_embedder.", ".scale_shift_table", ".norm2.")
+
+
+def precision_of(key: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision of one parameter in a model of the given one."""
+    kept = dtype.itemsize < 4 and any(part in f".{key}" for part in KEPT_IN_FP32)
+    return torch.float32 if kept else dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The part of the model that one pipeline stage holds: layers ``first`` to ``last`` (excluded), and its ends."""
+
+    first: int
+    last: int
+    is_first: bool
+    is_last: bool
+
+    @classmethod
+    def whole(cls, config: WanConfig) -> "Stage":
+        """All layers and both ends."""
+        return cls(0, config.num_layers, True, True)
+
+
+@functools.lru_cache(maxsize=8)
+def _frequencies(width: int, device: torch.device) -> Float[Tensor, " half"]:
+    # A tensor made in inference mode could never be used in training afterwards, and this one is kept.
+    with torch.inference_mode(False):
+        half = width // 2
+        return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=device) / half)
+
+
+def timestep_features(timesteps_B: Float[Tensor, " B"], width: int) -> Float[Tensor, "B width"]:
+    """[cos, sin] of t * 10000^(-2i/width), fp32: bf16 would round a timestep by up to 2."""
+    angles = timesteps_B.float()[:, None] * _frequencies(width, timesteps_B.device)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def modulation_rows(table_1ND: Tensor, time_BND: Tensor) -> list[tuple[Tensor, ...]]:
+    """The N modulation rows of a table plus a time embedding, fp32: for each, one [D] a sample."""
+    modulation_BND = wide(table_1ND) + wide(time_BND)
+    return list(zip(*(sample.unbind(0) for sample in modulation_BND.unbind(0)), strict=True))
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with weight and bias, in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_SD: Tensor) -> Tensor:
+        """Normalise the last axis; the result has the input's precision."""
+        weight, bias = wide(self.weight), wide(self.bias)
+        return F.layer_norm(wide(x_SD), x_SD.shape[-1:], weight, bias, self.eps).to(x_SD.dtype)
+
+
+class Attention(nn.Module):
+    """Queries from the tokens; keys and values from the tokens (self) or from the text (cross)."""
+
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.ops = ops
+        self.heads = ops.local_heads(config.num_heads)
+        self.to_q = ops.column_linear(width, width)
+        self.to_k = ops.column_linear(width, width)
+        self.to_v = ops.column_linear(width, width)
+        self.norm_q = ops.norm_across_heads(width, config.eps)
+        self.norm_k = ops.norm_across_heads(width, config.eps)
+        self.to_out = nn.ModuleList([ops.row_linear(width, width)])
+
+    def queries(self, x_SD: Tensor, table_S1P: Tensor | None) -> Tensor:
+        """Of tokens that have entered (see ``Ops``): [rows, heads, width]."""
+        return self._by_head(self.norm_q(self.to_q(x_SD), table_S1P))
+
+    def keys_values(self, source_KD: Tensor, table_S1P: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of tokens or text that have entered: [rows, heads, width] each."""
+        return self._by_head(self.norm_k(self.to_k(source_KD), table_S1P)), self._by_head(self.to_v(source_KD))
+
+    def _by_head(self, x_SD: Tensor) -> Tensor:
+        # A plain view: small models spend their time in calls.
+        return x_SD.view(x_SD.shape[0], self.heads, -1)
+
+    def attend_to_tokens(self, x_SD: Tensor, table_S1P: Tensor, offsets: Offsets) -> Tensor:
+        """Self-attention; the result is the rows that this rank holds."""
+        attended = self.ops.self_attention(self.queries(x_SD, table_S1P), *self.keys_values(x_SD, table_S1P), offsets)
+        return self._out(attended)
+
+    def attend_to_text(
+        self, x_SD: Tensor, text: tuple[Tensor, Tensor], offsets: Offsets, text_offsets: Offsets
+    ) -> Tensor:
+        """Cross-attention to keys and values; the result is the rows that this rank holds."""
+        return self._out(self.ops.cross_attention(self.queries(x_SD, None), *text, offsets, text_offsets))
+
+    def _out(self, attended_SHE: Tensor) -> Tensor:
+        out: Tensor = self.to_out[0](attended_SHE.flatten(1))
+        return out
+
+
+class FeedForwardIn(nn.Module):
+    """The first linear with its tanh-GELU; a module of its own because diffusers' keys have it so."""
+
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
+        super().__init__()
+        self.proj = ops.column_linear(config.hidden_size, config.ffn_dim)
+
+    def forward(self, x_SD: Tensor) -> Tensor:
+        """Expand and activate."""
+        return tanh_gelu_(self.proj(x_SD))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear."""
+
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
+        super().__init__()
+        # diffusers has a dropout at 1; the numbers are part of the keys.
+        self.net = nn.ModuleDict(
+            {"0": FeedForwardIn(config, ops), "2": ops.row_linear(config.ffn_dim, config.hidden_size)}
+        )
+
+    def forward(self, x_SD: Tensor) -> Tensor:
+        """Apply to tokens that have entered; the result is this rank's rows."""
+        out: Tensor = self.net["2"](self.net["0"](x_SD))
+        return out
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward, modulated by the sample's timestep."""
+
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
+        super().__init__()
+        self.eps, self.ops = config.eps, ops
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.hidden_size))
+        self.attn1 = Attention(config, ops)
+        self.norm2 = LayerNorm(config.hidden_size, config.eps)
+        self.attn2 = Attention(config, ops)
+        self.ffn = FeedForward(config, ops)
+
+    def text_keys(self, text_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that this layer's tokens find in embedded texts."""
+        return self.attn2.keys_values(self.ops.enter_text(text_TD), None)
+
+    def forward(
+        self,
+        x_SD: Tensor,
+        time_B6D: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        held: TokenRows,
+        table_S1P: Tensor,
+        text_offsets: Offsets,
+    ) -> Tensor:
+        """One layer, on this rank's rows. Modulation and residual gating are fp32, as in the official code.
+
+        ``text`` is the embedded texts, or what ``text_keys`` made of them.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_rows(self.scale_shift_table, time_B6D)
+        offsets = held.layout.offsets
+
+        entered = self.ops.enter_tokens(norm_modulate(x_SD, shift1, scale1, held, self.eps))
+        x_SD = gate_add_(x_SD, self.attn1.attend_to_tokens(entered, table_S1P, offsets), gate1, held)
+
+        entered = self.ops.enter_tokens(self.norm2(x_SD))
+        keys_values = self.text_keys(text) if isinstance(text, Tensor) else text
+        x_SD = add_(x_SD, self.attn2.attend_to_text(entered, keys_values, offsets, text_offsets))
+
+        entered = self.ops.enter_tokens(norm_modulate(x_SD, shift2, scale2, held, self.eps))
+        return gate_add_(x_SD, self.ffn(entered), gate2, held)
+
+
+class TwoLayers(nn.Module):
+    """Linear, activation, linear: the shape of both embedders; its names are part of diffusers' keys."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(width_in, width)
+        self.linear_2 = Linear(width, width)
+
+
+class ConditionEmbedder(nn.Module):
+    """Timesteps and text to the width of the model."""
+
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLayers(config.freq_dim, config.hidden_size)
+        self.time_proj = Linear(config.hidden_size, 6 * config.hidden_size)
+        self.text_embedder = TwoLayers(config.text_dim, config.hidden_size)
+        # Time reaches the loss through each rank's own rows only; text enters every rank's heads whole.
+        ops.on_token_rows(self.time_embedder)
+        ops.on_token_rows(self.time_proj)
+
+    def time(self, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(embedding [B, D], projection [B, 6, D])."""
+        mlp = self.time_embedder
+        features = timestep_features(timesteps_B, self.freq_dim).to(mlp.linear_1.weight.dtype)
+        embedding = mlp.linear_2(F.silu(mlp.linear_1(features)))
+        projection = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
+        return embedding, rearrange(projection, "b (six d) -> b six d", six=6)
+
+    def text(self, text_BTD: Tensor) -> Tensor:
+        """Embedded text rows of all samples, [B*T, D]; zero rows go through the biases too, as in the official code."""
+        mlp = self.text_embedder
+        rows = rearrange(text_BTD, "b t d -> (b t) d").to(mlp.linear_1.weight.dtype)
+        out: Tensor = mlp.linear_2(tanh_gelu_(mlp.linear_1(rows)))
+        return out
+
+
+class PatchEmbedding(nn.Module):
+    """The patch convolution as a linear on tokens; the weight keeps the convolution's shape [D, c, pf, ph, pw]."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.in_channels, *config.patch_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, tokens_SC: Tensor) -> Tensor:
+        """Embed tokens whose values run (pf, ph, pw, c)."""
+        weight = rearrange(self.weight, "d c f h w -> d (f h w c)")
+        return F.linear(tokens_SC.to(weight.dtype), weight, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedText:
+    """All that depends on the texts alone, see ``WanDiT.prepare_text``.
+
+    Attributes:
+        keys_values: of each block, by its name: [B * T, H, E] twice.
+        samples: B.
+        length: T.
+    """
+
+    keys_values: dict[str, tuple[Tensor, Tensor]]
+    samples: int
+    length: int
+
+
+class WanDiT(nn.Module):
+    """Wan 2.1's velocity field on packs of samples.
+
+    Args:
+        config: sizes.
+        ops: the runtime; ``TorchOps`` by default.
+        stage: the part to build; all of it by default.
+
+    The parameters are uninitialised until ``init_weights`` or a loader of ``wan_model.weights.transformer`` fills them.
+    """
+
+    def __init__(self, config: WanConfig, ops: Ops | None = None, stage: Stage | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.ops: Ops = ops or TorchOps()
+        self.stage = stage or Stage.whole(config)
+        self.recompute: Recompute = "none"
+        self.condition_embedder = ConditionEmbedder(config, self.ops)
+        if self.stage.is_first:
+            self.patch_embedding = PatchEmbedding(config)
+            self.ops.on_token_rows(self.patch_embedding)
+        # Numbered by their place in the whole model, so that a stage's keys are the whole model's.
+        self.blocks = nn.ModuleDict()
+        for i in range(self.stage.first, self.stage.last):
+            block = Block(config, self.ops)
+            self.ops.on_token_rows(block.norm2)
+            self.ops.on_token_rows(nn.ParameterList([block.scale_shift_table]))
+            self.blocks[str(i)] = block
+        if self.stage.is_last:
+            self.proj_out = Linear(config.hidden_size, config.token_out)
+            self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.hidden_size))
+            self.ops.on_token_rows(self.proj_out)
+            self.ops.on_token_rows(nn.ParameterList([self.scale_shift_table]))
+
+    def to_precision(self, dtype: torch.dtype) -> "WanDiT":
+        """Round the weights to a precision, but for the few that diffusers too keeps in fp32 (in place).
+
+        These are the time embedder, the modulation tables and the affine norm: 0.2 % of the released weights.
+        """
+        for key, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(precision_of(key, dtype))
+        return self
+
+    def prepare_text(self, text_BTD: Float[Tensor, "B T D"]) -> PreparedText:
+        """What ``forward`` computes of texts, once for many steps of sampling.
+
+        Memory: two tensors of B * T rows of the hidden width for every block.
+
+        Raises:
+            ValueError: embeddings that are not of the model's width.
+        """
+        self._check_text(text_BTD)
+        text_TD = self.condition_embedder.text(text_BTD)
+        keys_values = {name: block.text_keys(text_TD) for name, block in self._named_blocks()}
+        return PreparedText(keys_values, text_BTD.shape[0], text_BTD.shape[1])
+
+    def _named_blocks(self) -> Iterator[tuple[str, Block]]:
+        for name, block in self.blocks.items():
+            assert isinstance(block, Block)
+            yield name, block
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps_B: Float[Tensor, " B"],
+        text: Float[Tensor, "B T D"] | PreparedText,
+        layout: PackLayout,
+    ) -> Tensor:
+        """Predict the velocity ``noise - clean`` of every token.
+
+        Args:
+            x: tokens [S, C] on the first stage; elsewhere the previous stage's output, this rank's rows [S, D].
+            timesteps_B: 1000 * sigma of each sample, fp32.
+            text: embeddings, zero behind their true length, or what ``prepare_text`` made of them.
+            layout: where each sample lies.
+
+        Returns:
+            Tokens [S, C] in the weights' precision on the last stage (all rows, on every rank); else hidden rows.
+
+        Raises:
+            ValueError: inputs that do not belong to the layout, or that are not of the model's widths.
+        """
+        self._check_inputs(x, timesteps_B, text, layout)
+        check_recompute(self.recompute)
+        embedding_BD, time_B6D = self.condition_embedder.time(timesteps_B)
+        texts: Mapping[str, Tensor | tuple[Tensor, Tensor]]
+        if isinstance(text, PreparedText):
+            length, texts = text.length, text.keys_values
+        else:
+            length, texts = text.shape[1], dict.fromkeys(self.blocks, self.condition_embedder.text(text))
+        text_offsets = tuple(i * length for i in range(layout.num_samples + 1))
+        held = self.ops.held_rows(layout)
+        table_S1P = rotary_table(self.ops.entered_rows(layout), self.config.head_dim, x.device)
+
+        x_SD = self.patch_embedding(self.ops.shard_tokens(x)) if self.stage.is_first else x
+        recompute = self.recompute != "none" and torch.is_grad_enabled()
+        for name, block in self.blocks.items():
+            args = (x_SD, time_B6D, texts[name], held, table_S1P, text_offsets)
+            if recompute:
+                x_SD = self.ops.checkpoint(block, *args, keep_attention=self.recompute == "all_but_attention")
+            else:
+                x_SD = block(*args)
+        if not self.stage.is_last:
+            return x_SD
+
+        shift, scale = modulation_rows(self.scale_shift_table, embedding_BD[:, None])
+        normed = norm_modulate(x_SD, shift, scale, held, self.config.eps)
+        return self.ops.gather_tokens(self.proj_out(normed))
+
+    def _check_text(self, text_BTD: Tensor) -> None:
+        if text_BTD.shape[2] != self.config.text_dim:
+            raise ValueError(f"got text embeddings of width {text_BTD.shape[2]}; expected {self.config.text_dim}")
+
+    def _check_inputs(self, x: Tensor, timesteps_B: Tensor, text: Tensor | PreparedText, layout: PackLayout) -> None:
+        samples, config = layout.num_samples, self.config
+        texts = text.samples if isinstance(text, PreparedText) else text.shape[0]
+        if timesteps_B.shape[0] != samples or texts != samples:
+            raise ValueError(
+                f"got {timesteps_B.shape[0]} timesteps and {texts} texts; "
+                f"expected one of each for every one of the layout's {samples} samples"
+            )
+        if isinstance(text, Tensor):
+            self._check_text(text)
+        if self.stage.is_first and tuple(x.shape) != (layout.total, config.token_in):
+            raise ValueError(
+                f"got tokens of shape {tuple(x.shape)}; expected {(layout.total, config.token_in)}: the layout's rows, "
+                "padding included, and a patch's values"
+            )

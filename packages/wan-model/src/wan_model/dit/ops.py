@@ -1,0 +1,194 @@
+"""What the transformer asks of its runtime: the one seam between the mathematics and parallelism.
+
+Shapes: S tokens, D width, H heads on this rank, E head width.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from wan_model.dit.attention import AttentionKind, Offsets, check_kind, packed_attention
+from wan_model.dit.context_parallel import ContextParallel
+from wan_model.dit.elementwise import rms_norm_
+from wan_model.dit.recompute import recomputed, self_attention_region
+from wan_model.pack import PackLayout, TokenRows
+
+
+class Linear(nn.Linear):
+    """Left uninitialised: torch's own initialisation takes time and draws from the global generator."""
+
+    def reset_parameters(self) -> None:
+        """Nothing; see ``wan_model.init_weights``."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width, statistics in fp32, with the rotation that follows it.
+
+    A runtime that holds only a part of the width overrides ``forward``.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
+        """Normalise the last axis; given a table (``wan_model.dit.rope``), turn each head after it.
+
+        The input is given up: without gradients the result is written over it.
+        """
+        return rms_norm_(x_SD, self.weight, self.eps, table_S1P)
+
+
+@runtime_checkable
+class Ops(Protocol):
+    """A runtime. ``TorchOps`` is the single-device one; wan-train has Megatron's.
+
+    Between ``shard_tokens`` and ``gather_tokens`` a rank holds only some rows of the token sequence (``held_rows``).
+    ``enter_tokens`` leads to the rows that linears and attention work on (``entered_rows``), of which the rank may then
+    hold only some heads; ``row_linear`` returns to the rows that are held.
+    """
+
+    def column_linear(self, width_in: int, width_out: int) -> nn.Module:
+        """A biased linear whose output is split over ranks."""
+
+    def row_linear(self, width_in: int, width_out: int) -> nn.Module:
+        """A biased linear whose input is split over ranks and whose output is this rank's rows, whole in width."""
+
+    def norm_across_heads(self, width: int, eps: float) -> nn.Module:
+        """RMS norm over the full width, applied to a column-linear's output."""
+
+    def local_heads(self, heads: int) -> int:
+        """Heads on this rank."""
+
+    def shard_tokens(self, x_SD: Tensor) -> Tensor:
+        """This rank's rows of the sequence."""
+
+    def gather_tokens(self, x_SD: Tensor) -> Tensor:
+        """All rows, on every rank; the gradient that comes back is the same on every rank."""
+
+    def enter_tokens(self, x_SD: Tensor) -> Tensor:
+        """All rows, as the input of column-linears."""
+
+    def enter_text(self, x_SD: Tensor) -> Tensor:
+        """Text rows, which every rank holds whole, as the input of column-linears."""
+
+    def held_rows(self, layout: PackLayout) -> TokenRows:
+        """The rows that ``shard_tokens`` leaves on this rank.
+
+        Raises:
+            ValueError: the ranks cannot share the pack's tokens evenly.
+        """
+
+    def entered_rows(self, layout: PackLayout) -> TokenRows:
+        """The rows that ``enter_tokens`` leads to."""
+
+    def on_token_rows(self, module: nn.Module) -> None:
+        """Declare that a module's parameters are whole on every rank but see only this rank's rows."""
+
+    def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
+        """(axis, rank, ranks) of a parameter that is split over ranks, None for one that is whole."""
+
+    def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
+        """Each sample attends to itself; entered rows in and out, ``offsets`` of the samples in the whole pack."""
+
+    def cross_attention(
+        self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
+    ) -> Tensor:
+        """Each sample attends to its own text; entered rows in and out, ``q_offsets`` as above."""
+
+    def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
+        """Call a function, and again in the backward pass instead of keeping its activations.
+
+        ``keep_attention`` keeps the results of self-attention.
+        """
+
+
+class TorchOps:
+    """Plain torch: one device, or several that share the tokens of a pack.
+
+    Args:
+        attention: see ``wan_model.dit.attention``.
+        context: the ranks that share each pack's tokens; None for one device.
+
+    Raises:
+        ValueError: an attention that does not exist.
+    """
+
+    def __init__(self, attention: AttentionKind = "auto", context: ContextParallel | None = None) -> None:
+        check_kind(attention)
+        self.kind = attention
+        self.context = context
+
+    def column_linear(self, width_in: int, width_out: int) -> nn.Module:
+        """A plain linear."""
+        return Linear(width_in, width_out)
+
+    def row_linear(self, width_in: int, width_out: int) -> nn.Module:
+        """A plain linear."""
+        return Linear(width_in, width_out)
+
+    def norm_across_heads(self, width: int, eps: float) -> nn.Module:
+        """A plain RMS norm."""
+        return RMSNorm(width, eps)
+
+    def local_heads(self, heads: int) -> int:
+        """All of them."""
+        return heads
+
+    def shard_tokens(self, x_SD: Tensor) -> Tensor:
+        """This rank's share of the context."""
+        return self.context.shard_rows(x_SD) if self.context else x_SD
+
+    def gather_tokens(self, x_SD: Tensor) -> Tensor:
+        """All rows."""
+        return self.context.gather_rows(x_SD) if self.context else x_SD
+
+    def enter_tokens(self, x_SD: Tensor) -> Tensor:
+        """The rows as they are."""
+        return x_SD
+
+    def enter_text(self, x_SD: Tensor) -> Tensor:
+        """The rows as they are."""
+        return x_SD
+
+    def held_rows(self, layout: PackLayout) -> TokenRows:
+        """This rank's share of the context."""
+        return self.entered_rows(layout)
+
+    def entered_rows(self, layout: PackLayout) -> TokenRows:
+        """This rank's share of the context."""
+        rows = TokenRows.whole(layout)
+        return rows.part(self.context.rank, self.context.ranks) if self.context else rows
+
+    def on_token_rows(self, module: nn.Module) -> None:
+        """Nothing to declare."""
+
+    def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
+        """Every parameter is whole."""
+        return None
+
+    def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
+        """See ``wan_model.dit.attention`` and ``wan_model.dit.context_parallel``."""
+        with self_attention_region():
+            if self.context:
+                return self.context.self_attention(q_SHE, k_SHE, v_SHE, offsets, self.attend)
+            return self.attend(q_SHE, k_SHE, v_SHE, offsets, offsets)
+
+    def cross_attention(
+        self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
+    ) -> Tensor:
+        """See ``wan_model.dit.attention`` and ``wan_model.dit.context_parallel``."""
+        if self.context:
+            return self.context.cross_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.attend)
+        return self.attend(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets)
+
+    def attend(self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
+        """Packed attention of the rows at hand; what another kernel overrides."""
+        return packed_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.kind)
+
+    def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
+        """See ``wan_model.dit.recompute``."""
+        return recomputed(function, *args, keep_attention=keep_attention)

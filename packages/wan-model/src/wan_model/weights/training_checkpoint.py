@@ -1,0 +1,331 @@
+"""Training checkpoints, read without the engine that wrote them and without running anything that they contain.
+
+A training run leaves ``FOLDER/iter_0000010/`` with ``.metadata``, ``*.distcp`` and ``run_config.yaml`` in it: a
+``torch.distributed.checkpoint`` directory whose model tensors have diffusers' keys and global shapes. ``.metadata`` is
+a pickle, so it is read by an unpickler that knows exactly the classes such a file needs; the tensors themselves are
+read with ``weights_only``; ``run_config.yaml`` is read as plain YAML.
+"""
+
+import enum
+import io
+import math
+import pathlib
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.serialization import _get_layout
+
+from wan_model.config import WanConfig
+from wan_model.dit.model import precision_of
+from wan_model.latent_spec import LatentSpec
+from wan_model.weights.transformer import check_keys, expected_shapes
+
+METADATA = ".metadata"
+RUN_CONFIG = "run_config.yaml"
+_STEP = re.compile(r"iter_(\d{7,})")
+
+# Megatron's fully sharded checkpoints name modules as they are wrapped; the others have diffusers' keys.
+_FSDP_PREFIX = "model.module.dit."
+_EMA_PREFIX = "ema."
+
+_DCP = "torch.distributed.checkpoint"
+
+
+def _enum_member(owner: Any, name: Any) -> enum.Enum:
+    # Python 3.11 before 3.11.4 pickles an enum's member as getattr(enum, name).
+    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of {owner!r}, which no checkpoint needs")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{
+        (f"{_DCP}.metadata", name): getattr(metadata, name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "BytesStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    # Megatron-Core keeps the writers' plans in the index.
+    **{
+        (f"{_DCP}.planner", name): getattr(planner, name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+    },
+    (f"{_DCP}.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("builtins", "getattr"): _enum_member,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): OrderedDict,
+    # The writer's path, recorded for information only: a pure path touches no disk.
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+    # Megatron-Core 0.15 wrote subclasses with one more field, which concerns the optimizer alone.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): planner.SavePlan,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def read_index(path: Path) -> Metadata:
+    """The index of a distributed checkpoint, read by an unpickler that knows only what an index needs.
+
+    Raises:
+        ValueError: it is missing, damaged, or asks for anything else.
+    """
+    file = path / METADATA
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: the checkpoint was never completed") from None
+    try:
+        found = _MetadataUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a damaged pickle fails in any way it likes
+        raise ValueError(f"{file} is refused: {error or type(error).__name__}") from error
+    if not (
+        isinstance(found, Metadata)
+        and isinstance(getattr(found, "state_dict_metadata", None), dict)
+        and isinstance(getattr(found, "storage_data", None), dict)
+        and all(
+            isinstance(index, MetadataIndex) and isinstance(info, filesystem._StorageInfo)
+            for index, info in found.storage_data.items()
+        )
+    ):
+        raise ValueError(f"{file} is not the index of a distributed checkpoint")
+    return found
+
+
+def _check_files(path: Path, index: Metadata) -> None:
+    # Where each file must end, by the index; a file that is shorter was cut.
+    ends: dict[str, int] = {}
+    for info in index.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        if Path(name).name != name or not name:
+            raise ValueError(f"{path / METADATA} names {name!r}, which is not a file beside it")
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing, which {METADATA} names: the checkpoint is partial")
+        if (size := (path / name).stat().st_size) < end:
+            raise ValueError(f"{path / name} has {size} bytes where {METADATA} names {end}: it was cut short")
+
+
+def read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
+    """What a checkpoint says of its model: the transformer's sizes, and the latent space that it was trained in.
+
+    The space is None where it was trained on made-up data.
+
+    Raises:
+        ValueError: the file is missing, is no plain YAML, or describes another model.
+    """
+    file = path / RUN_CONFIG
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: the checkpoint is partial, or of another program") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    transformer = model.get("transformer") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(transformer, dict) or "latent_spec" not in model:
+        raise ValueError(f"{file} lacks model.transformer or model.latent_spec: it was cut, or is of another program")
+    try:
+        spec = None if model["latent_spec"] is None else LatentSpec.from_dict(model["latent_spec"])
+        return WanConfig.from_diffusers(transformer), spec
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not describe a Wan 2.1 transformer: {error}") from error
+
+
+def _check_complete(path: Path) -> tuple[Metadata, WanConfig, LatentSpec | None]:
+    index = read_index(path)
+    _check_files(path, index)
+    # The trainer writes this file last, so its presence says that all before it is there too.
+    return index, *read_run_config(path)
+
+
+def _step_folders(folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint folder at {folder}: expected one with iter_0000010 and the like in it")
+    found = {
+        int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir()
+    }
+    return dict(sorted(found.items()))
+
+
+def checkpoint_steps(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints of a training run, by step, ascending.
+
+    Complete means: the index is readable, every file that it names is there and long enough, and so is the run's
+    configuration.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    complete = {}
+    for step, path in _step_folders(Path(folder)).items():
+        try:
+            _check_complete(path)
+        except ValueError:
+            continue
+        complete[step] = path
+    return complete
+
+
+def find_checkpoint(folder: Path, step: int | None = None) -> Path:
+    """The checkpoint to read.
+
+    Args:
+        folder: of the training run, or of one checkpoint in it.
+        step: which one; by default the newest complete one. A partial one is never returned.
+
+    Raises:
+        ValueError: there is none, or the one asked for is partial, naming what is missing of it.
+    """
+    folder = Path(folder)
+    match = _STEP.fullmatch(folder.name)
+    if folder.is_dir() and (match or (folder / METADATA).is_file()):
+        own = int(match[1]) if match else None
+        if step is not None and step != own:
+            raise ValueError(f"{folder} is one checkpoint, of step {own or 'unknown'}; step {step} was asked for")
+        _check_complete(folder)
+        return folder
+    folders = _step_folders(folder)
+    if not folders:
+        raise ValueError(f"{folder} holds no checkpoint: expected folders such as iter_0000010 in it")
+    if step is not None:
+        if step not in folders:
+            raise ValueError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, folders))}")
+        _check_complete(folders[step])
+        return folders[step]
+    newest_problem: ValueError | None = None
+    for path in reversed(folders.values()):
+        try:
+            _check_complete(path)
+        except ValueError as error:
+            newest_problem = newest_problem or error
+        else:
+            return path
+    raise ValueError(f"no checkpoint in {folder} is complete; of the newest, {newest_problem}")
+
+
+class _Reader(filesystem.FileSystemReader):
+    """torch's reader, given the index that was read safely."""
+
+    def __init__(self, path: Path, index: Metadata) -> None:
+        super().__init__(path)
+        self.index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self.index.storage_meta = StorageMeta(load_id=self.load_id)
+        return self.index
+
+
+def _prefix(index: Metadata, path: Path, ema: bool) -> str:
+    """What stands before diffusers' keys in this checkpoint."""
+    if ema:
+        if not any(key.startswith(_EMA_PREFIX) for key in index.state_dict_metadata):
+            raise ValueError(f"{path} holds no average of the weights; it was trained without one (ema.decay)")
+        return _EMA_PREFIX
+    return _FSDP_PREFIX if any(key.startswith(_FSDP_PREFIX) for key in index.state_dict_metadata) else ""
+
+
+def _model_entries(index: Metadata, config: WanConfig, path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
+    # The optimizer's and the engine's own entries stand beside the model's; whatever begins as the model's keys do is
+    # the model's, so that a tensor too many is noticed.
+    families = {key.split(".")[0] for key in expected_shapes(config)}
+    entries = {
+        key.removeprefix(prefix): entry
+        for key, entry in index.state_dict_metadata.items()
+        if key.startswith(prefix)
+        and key.removeprefix(prefix).split(".")[0] in families
+        and isinstance(entry, TensorStorageMetadata)
+    }
+    check_keys({key: tuple(entry.size) for key, entry in entries.items()}, config, str(path))
+    for key, entry in entries.items():
+        stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        if stored < math.prod(entry.size):
+            raise ValueError(f"{path} holds only {stored} of the {math.prod(entry.size)} values of {key}")
+        for chunk in entry.chunks:
+            if MetadataIndex(prefix + key, chunk.offsets) not in index.storage_data:
+                raise ValueError(f"{path / METADATA} does not say where a part of {key} is stored")
+    return entries
+
+
+def read_training_checkpoint(
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    ema: bool = False,
+    into: Mapping[str, Tensor] | None = None,
+) -> tuple[WanConfig, LatentSpec | None, dict[str, Tensor]]:
+    """Read the model of one checkpoint (see ``find_checkpoint``); needs no process group.
+
+    Args:
+        path: of the checkpoint itself, ``.../iter_0000010``.
+        device: of the returned tensors.
+        dtype: of most of them (see ``wan_model.dit.model.precision_of``), each is converted as it is read; None leaves every
+            one as it is stored.
+        ema: the average of the weights instead of the weights.
+        into: tensors by diffusers' keys to read into, in place of new ones; of a ``DTensor`` its part on this process.
+
+    Returns:
+        The transformer's sizes, the latent space that it was trained in (None if it was trained on made-up data), and
+        its whole tensors by diffusers' keys.
+
+    Raises:
+        ValueError: a partial or damaged checkpoint, an index that asks for code, tensors that are not the model's, or
+            no average of the weights.
+    """
+    path = Path(path)
+    index, config, spec = _check_complete(path)
+    prefix = _prefix(index, path, ema)
+    entries = _model_entries(index, config, path, prefix)
+    state: dict[str, Tensor]
+    if into is not None:
+        assert into.keys() == entries.keys(), "the tensors are those of a model of the checkpoint's sizes"
+        state = dict(into)
+    else:
+        state = {
+            key: torch.empty(
+                entry.size,
+                device=device,
+                dtype=entry.properties.dtype if dtype is None else precision_of(key, dtype),
+            )
+            for key, entry in entries.items()
+        }
+    try:
+        with warnings.catch_warnings():
+            # Reading in a single process is what is meant here.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            named = {prefix + key: value for key, value in state.items()}
+            load(named, storage_reader=_Reader(path, index), no_dist=True)  # into these very tensors
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise ValueError(f"the tensors in {path} cannot be read; its files are damaged: {reason}") from error
+    return config, spec, state

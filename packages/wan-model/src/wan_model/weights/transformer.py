@@ -1,0 +1,244 @@
+"""Weights in and out: official initialisation, diffusers' ``transformer`` folders.
+
+A tensor-parallel or pipelined model takes its own part of each tensor; what a rank holds never depends on how many
+there are.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wan_model.config import WanConfig
+from wan_model.dit.model import Stage, WanDiT
+from wan_model.weights.model_folder import open_weights, read_json, weight_files
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+_READ_AT_ONCE = 64 * 2**20
+
+
+def full_shape(model: WanDiT, parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter in the whole model."""
+    shape = list(parameter.shape)
+    if part := model.ops.partition(parameter):
+        axis, _, ranks = part
+        shape[axis] *= ranks
+    return tuple(shape)
+
+
+def local_slices(model: WanDiT, parameter: nn.Parameter) -> tuple[slice, ...]:
+    """Where this rank's part of a parameter lies in the whole tensor."""
+    if (spread := _spread(parameter)) is not None:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sizes, starts = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
+        return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    slices = [slice(0, size) for size in parameter.shape]
+    if part := model.ops.partition(parameter):
+        axis, rank, _ = part
+        size = parameter.shape[axis]
+        slices[axis] = slice(rank * size, (rank + 1) * size)
+    return tuple(slices)
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, which may be spread over several (``fully_shard``)."""
+    spread = _spread(parameter)
+    return parameter if spread is None else spread.to_local()
+
+
+def _spread(parameter: Tensor) -> Any:
+    """The parameter if it is a DTensor, else None; their module takes half a second to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return parameter if module is not None and isinstance(parameter, module.DTensor) else None
+
+
+def expected_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor of the whole model."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in WanDiT(config).state_dict().items()}
+
+
+def initial_tensor(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """The official initial value of one whole tensor, fp32, drawn from a generator of its own.
+
+    Source: ``WanModel.init_weights`` of the official release: xavier-uniform linears and patch embedding,
+    N(0, 0.02) for the text and time embedders, N(0, 1/width) modulation tables, zero biases, zero head.
+    """
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    if key.endswith("scale_shift_table"):
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+    if key.endswith("bias") or key.startswith("proj_out."):
+        return torch.zeros(shape)
+    if ".norm" in key:
+        return torch.ones(shape)
+    if ".time_embedder." in key or ".text_embedder." in key:
+        return torch.randn(shape, generator=generator) * 0.02
+    fan_out, fan_in = shape[0], torch.Size(shape[1:]).numel()
+    bound = (6 / (fan_in + fan_out)) ** 0.5
+    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+@torch.no_grad()
+def init_weights(model: WanDiT, *, seed: int) -> None:
+    """Fill a model, or a rank's part of one, with the official initial values.
+
+    Every rank of every layout gets its part of the same tensors: tensor by tensor, from the seed and the key alone.
+    """
+    for key, parameter in model.named_parameters():
+        whole = initial_tensor(key, full_shape(model, parameter), seed=seed)
+        parameter.copy_(whole[local_slices(model, parameter)])
+
+
+def read_config(folder: Path) -> WanConfig:
+    """The configuration of a diffusers ``transformer`` folder.
+
+    Raises:
+        ValueError: the file is missing, or describes a model that is not Wan 2.1 text-to-video.
+    """
+    return WanConfig.from_diffusers(read_json(Path(folder) / "config.json"))
+
+
+def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: str) -> None:
+    """Refuse a set of tensors that is not exactly the model's.
+
+    Raises:
+        ValueError: naming the first missing, unexpected or misshapen keys and what was expected.
+    """
+    expected = expected_shapes(config)
+    problems = [f"{key} is missing (expected {list(expected[key])})" for key in expected if key not in found]
+    problems += [f"{key} is unexpected ({list(found[key])})" for key in found if key not in expected]
+    problems += [
+        f"{key} has shape {list(found[key])}, expected {list(expected[key])}"
+        for key in expected
+        if key in found and found[key] != expected[key]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the weights in {where} are not this model's: {'; '.join(problems[:5])}{more}")
+
+
+def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
+    # What the files hold, whatever an index beside them says.
+    for path in sorted(set(files.values())):
+        with open_weights(path) as file:
+            for key in file.keys():  # noqa: SIM118  the file is no mapping
+                yield key, path, tuple(file.get_slice(key).get_shape())
+
+
+@torch.no_grad()
+def load_weights(model: WanDiT, folder: Path) -> None:
+    """Copy a diffusers ``transformer`` folder into a model, or a rank's part of it, tensor by tensor.
+
+    Raises:
+        ValueError: a missing, unexpected or misshapen key.
+    """
+    folder = Path(folder)
+    stored = list(_stored_tensors(weight_files(folder, WEIGHTS_STEM)))
+    check_keys({key: shape for key, _, shape in stored}, model.config, str(folder))
+    files = {key: path for key, path, _ in stored}
+    parameters = dict(model.named_parameters())
+    for path in sorted({files[key] for key in parameters}):
+        for keys in _batches([key for key, place, _ in stored if place == path and key in parameters], parameters):
+            with open_weights(path) as file:
+                for key in keys:
+                    parameter = parameters[key]
+                    local_tensor(parameter).copy_(file.get_slice(key)[local_slices(model, parameter)])
+
+
+def _batches(keys: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    # What has been read of a file stays in memory as long as the file is open: it is opened anew every so often.
+    batch: list[str] = []
+    read = 0
+    for key in keys:
+        batch.append(key)
+        read += local_tensor(parameters[key]).nbytes
+        if read >= _READ_AT_ONCE:
+            yield batch
+            batch, read = [], 0
+    if batch:
+        yield batch
+
+
+def load_transformer(
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stage: Stage | None = None,
+) -> WanDiT:
+    """Build a model from a diffusers ``transformer`` folder, in evaluation mode, for one device.
+
+    Memory: the weights once, and the largest of them again (see ``WanDiT.to_precision`` for ``dtype``).
+
+    The parameters are made twice here, which loses what another runtime notes on them: with other ops than
+    ``TorchOps``, build the model first and fill it with ``load_weights``.
+    """
+    with torch.device("meta"):
+        model = WanDiT(read_config(folder), stage=stage)
+    model = model.to_precision(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model.eval()
+
+
+def save_transformer(
+    state: Mapping[str, Tensor], config: WanConfig, folder: Path, *, shard_bytes: int = 10**10
+) -> None:
+    """Write a diffusers ``transformer`` folder; each file appears whole or not at all.
+
+    Args:
+        state: every tensor of the whole model, by key.
+        config: its sizes.
+        folder: where; made if absent.
+        shard_bytes: above this many bytes the weights are split over several files with an index.
+
+    Raises:
+        ValueError: the tensors are not exactly the model's.
+    """
+    folder = Path(folder)
+    check_keys({key: tuple(value.shape) for key, value in state.items()}, config, "the state to be saved")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and size > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][key] = tensor
+        room -= size
+    names = [f"{WEIGHTS_STEM}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{WEIGHTS_STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        aside = folder / f".{name}.partial"
+        save_file(shard, aside, metadata={"format": "pt"})
+        os.replace(aside, folder / name)
+    index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for shard in shards for tensor in shard.values())
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        table = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_text(index, json.dumps(table, indent=2, sort_keys=True) + "\n")
+    else:
+        # Readers prefer an index; one left by an earlier save would point them at the earlier weights.
+        index.unlink(missing_ok=True)
+    for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
+        if path.name not in names:
+            path.unlink()
+    _write_text(folder / "config.json", json.dumps(config.to_diffusers(), indent=2, sort_keys=True) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,110 @@
+"""UMT5's encoder and its tokenizer against transformers', with the same weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wan_model.codec.text_encoder import PromptTokenizer, TextEncoder, distance_buckets
+
+PROMPTS = ["", "a rabbit", "一只兔子在草地上, \U0001f430!", "a rabbit and a butterfly in a meadow " * 100]
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    encoder = UMT5EncoderModel.from_pretrained(tiny_folder / "text_encoder", dtype=torch.float32)
+    return encoder.eval(), AutoTokenizer.from_pretrained(tiny_folder / "tokenizer")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_embeddings_are_those_of_the_masked_ones(tiny_folder: Path, theirs: tuple[Any, Any], prompt: str) -> None:
+    encoder, tokenizer = theirs
+    given = tokenizer([prompt], padding="max_length", max_length=512, truncation=True, return_tensors="pt")
+    ids = PromptTokenizer(tiny_folder / "tokenizer")(prompt, 512)
+    length = int(given.attention_mask.sum())
+    assert ids == given.input_ids[0, :length].tolist()
+    with torch.no_grad():
+        wanted = encoder(given.input_ids, given.attention_mask).last_hidden_state[0, :length]
+    got = TextEncoder.from_pretrained(tiny_folder / "text_encoder")(torch.tensor(ids))
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_coarse_weights_are_as_near_as_transformers_own(tiny_folder: Path, theirs: tuple[Any, Any]) -> None:
+    from transformers import UMT5EncoderModel
+
+    ids = torch.tensor(PromptTokenizer(tiny_folder / "tokenizer")(PROMPTS[1], 512))
+    coarse = UMT5EncoderModel.from_pretrained(tiny_folder / "text_encoder", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        exact, their = (model(ids[None]).last_hidden_state[0].float() for model in (theirs[0], coarse))
+    ours = TextEncoder.from_pretrained(tiny_folder / "text_encoder", torch.bfloat16)(ids).float()
+    off_by = [float((one - exact).norm() / exact.norm()) for one in (ours, their)]
+    assert off_by[0] < 1.2 * off_by[1]
+    assert 1e-4 < off_by[0] < 0.02
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (16, 20)])
+def test_buckets_are_transformers(buckets: int, farthest: int) -> None:
+    from transformers.models.umt5.modeling_umt5 import UMT5Attention
+
+    layer = UMT5Attention.__new__(UMT5Attention)
+    torch.nn.Module.__init__(layer)
+    layer.is_decoder = False
+    layer.relative_attention_num_buckets, layer.relative_attention_max_distance = buckets, farthest
+    places = torch.arange(300)
+    wanted = layer._relative_position_bucket(places[None, :] - places[:, None])
+    assert torch.equal(distance_buckets(300, buckets, farthest), wanted)
+
+
+def test_it_needs_no_transformers(tiny_folder: Path) -> None:
+    script = """
+import sys, torch
+from wan_model.codec.latent_codec import LatentCodec
+codec = LatentCodec.from_pretrained(sys.argv[1], load_vae=False)
+assert codec.encode_text(["a rabbit"])[0].shape[1] == 32
+assert not {"diffusers", "transformers"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tiny_folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_encoder_of_wan_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder / "text_encoder", tmp_path / "text_encoder")
+    weights = folder / "model.safetensors"
+    state = load_file(weights)
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            TextEncoder.from_pretrained(folder)
+
+    key = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    save_file({name: value for name, value in state.items() if name != key}, weights)
+    refused(r"lacks encoder\.block\.1\.layer\.0\.SelfAttention\.q\.weight and 0 more of UMT5's weights")
+    save_file({**state, key: state[key][:-1].clone()}, weights)
+    refused(r"holds encoder\.block\.1.*of shape \[31, 32\]; expected \[32, 32\]")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+    refused("the text encoder is t5 with gated-gelu; expected umt5 with gated-gelu")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+        PromptTokenizer(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        PromptTokenizer(folder)
+
+
+def test_an_embedding_under_its_other_name_is_found(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder / "text_encoder", tmp_path / "text_encoder")
+    state = load_file(folder / "model.safetensors")
+    shared = state.pop("shared.weight", None)
+    state.setdefault("encoder.embed_tokens.weight", shared)
+    save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
+    ids = torch.arange(5)
+    one, other = (TextEncoder.from_pretrained(path)(ids) for path in (folder, tiny_folder / "text_encoder"))
+    assert torch.equal(one, other)

@@ -1,0 +1,138 @@
+"""Attention over packs: against plain softmax, which kernel is taken, and memory that grows with the tokens only."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from wan_model import PackLayout, TorchOps, WanConfig, WanDiT, attention
+from wan_model.dit.attention import packed_attention, resolve_kind
+
+Q, K = (0, 7, 8, 8, 20), (0, 3, 9, 12, 16)
+
+
+def tensors(rng: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(rows, 3, 10, generator=rng, dtype=dtype) for rows in (23, 16, 16))
+    return q, k, v
+
+
+def test_each_segment_attends_to_its_own_keys(rng: torch.Generator, near: Any) -> None:
+    q, k, v = tensors(rng)
+    out = packed_attention(q, k, v, Q, K)
+    for i in range(4):
+        mine, keys = slice(Q[i], Q[i + 1]), slice(K[i], K[i + 1])
+        weights = torch.einsum("qhe,khe->hqk", q[mine], k[keys]).div(10**0.5).softmax(-1)
+        near(out[mine], torch.einsum("hqk,khe->qhe", weights, v[keys]), 1e-12)
+    assert not out[20:].any(), "padding comes out as zeros"
+
+
+def test_nothing_but_padding_still_takes_part_in_the_backward_pass(rng: torch.Generator) -> None:
+    leaves = [x.requires_grad_() for x in tensors(rng)]
+    out = packed_attention(*leaves, (0, 0), (0, 16))
+    assert not out.any()
+    assert all(not gradient.any() for gradient in torch.autograd.grad(out.sum(), leaves))
+
+
+class OnCuda:
+    """As much of a CUDA tensor as the choice looks at."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "chosen"),
+    [((0, 32760), "sdpa"), ((0, 1024), "sdpa"), ((0, 30000, 30256), "sdpa"), ((0, 256, 512, 768), "varlen")],
+    ids=["a video", "an image", "a video and an image", "images"],
+)
+def test_auto_takes_one_launch_for_many_short_segments(offsets: tuple[int, ...], chosen: str) -> None:
+    choose: Any = resolve_kind
+    choose = getattr(choose, "__wrapped__", choose)
+    assert choose("auto", OnCuda(), offsets) == chosen
+    assert choose("cudnn", OnCuda(), offsets) == "cudnn"
+    cpu = torch.zeros(1, 1, 1, dtype=torch.bfloat16)
+    assert resolve_kind("auto", cpu, offsets) == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["cudnn", "flash", "varlen"])
+def test_kernels_that_cannot_run_here_say_so(kind: Any, rng: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=rf"attention {kind} needs CUDA and bfloat16.*float64 on cpu: choose sdpa"):
+        packed_attention(*tensors(rng), Q, K, kind)
+
+
+def test_unknown_attention_is_refused() -> None:
+    make: Any = getattr(TorchOps.__init__, "__wrapped__", TorchOps.__init__)
+    with pytest.raises(ValueError, match="attention is 'fast'; expected one of auto, sdpa, cudnn, flash, varlen"):
+        make(TorchOps(), "fast")
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)]
+)
+def test_one_kernel_alone_is_asked_of_torch(
+    kind: Any, kernel: SDPBackend, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    @contextlib.contextmanager
+    def record(*args: Any, **kwargs: Any) -> Iterator[None]:
+        asked.append((args, kwargs))
+        yield
+
+    monkeypatch.setattr(attention, "sdpa_kernel", record)
+    monkeypatch.setattr(attention, "resolve_kind", lambda kind, *_: kind)
+    packed_attention(*tensors(rng), Q, K, kind)
+    assert asked == [((kernel,), {})]
+
+
+def test_variable_lengths_are_told_to_the_kernel_not_read_back(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention import varlen
+
+    q, k, v = tensors(rng)
+    calls = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        calls.append((cu_q.tolist(), cu_k.tolist(), cu_q.dtype, max_q, max_k))
+        return packed_attention(q, k, v, Q, K, "sdpa")
+
+    resolve = attention.resolve_kind
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(
+        attention, "resolve_kind", lambda kind, *args: kind if kind == "varlen" else resolve(kind, *args)
+    )
+    got = packed_attention(q, k, v, Q, K, "varlen")
+    assert calls == [(list(Q), list(K), torch.int32, 12, 6)]
+    assert torch.equal(got, packed_attention(q, k, v, Q, K))
+
+
+def peak_bytes(model: WanDiT, layout: PackLayout) -> int:
+    """The most memory that a forward and backward pass holds at once, as torch's allocator counts it."""
+    tokens = torch.ones(layout.total, model.config.token_in)
+    text = torch.ones(layout.num_samples, 8, model.config.text_dim)
+    model.zero_grad()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        model(tokens, torch.full((layout.num_samples,), 5.0), text, layout).sum().backward()
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_memory_is_linear_in_the_tokens() -> None:
+    model = WanDiT(
+        WanConfig(num_heads=1, head_dim=16, num_layers=1, ffn_dim=32, text_dim=8, text_length=8, freq_dim=16)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    few, many = (peak_bytes(model, PackLayout(((1, side, 64),))) for side in (32, 128))
+    assert few > 32 * 64 * 16 * 4, "the profiler saw the allocations"
+    assert many < 4.4 * few
+    # One mask, or one head's scores, of 8,192 x 8,192.
+    assert many < 8192 * 8192

@@ -1,0 +1,187 @@
+"""What stands between the matrix products, against plain fp64 lines: values, gradients, the fused forms for CUDA."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wan_model import PackLayout, TokenRows
+from wan_model.dit import elementwise as ew
+from wan_model.dit.rope import rotary_table
+
+ROWS = TokenRows.whole(PackLayout(((2, 3, 4), (1, 2, 2), (1, 1, 5)), padding=3))
+ONE = TokenRows.whole(PackLayout(((4, 3, 3),)))
+WIDTH, PAIRS = 48, 8
+
+
+def sample_of(rows: TokenRows) -> Tensor:
+    index = torch.full((rows.stop - rows.start,), -1)
+    for sample, start, stop in rows.segments:
+        index[start:stop] = sample
+    assert index.min() >= 0, "segments leave no gap"
+    return index
+
+
+def leaf(*shape: int, rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=rng).to(dtype).requires_grad_()
+
+
+def compare(
+    got: Callable[..., Tensor], wanted: Callable[..., Tensor], leaves: list[Tensor], near: Any, tolerance: float
+) -> None:
+    """Values and gradients of two functions of the same leaves, the second in fp64."""
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    out, reference = got(*leaves), wanted(*exact)
+    near(out, reference, tolerance)
+    probe = torch.arange(out.numel(), dtype=torch.float64).square().sin().add(0.3).view(out.shape)
+    gradients = torch.autograd.grad((out * probe.to(out.dtype)).sum(), leaves)
+    references = torch.autograd.grad((reference * probe).sum(), exact)
+    for i, (gradient, reference) in enumerate(zip(gradients, references, strict=True)):
+        near(gradient, reference, tolerance, f"gradient {i}")
+
+
+@pytest.fixture(params=["whole", "pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways through the small tensors of these tests."""
+    if request.param == "pieces":
+        monkeypatch.setattr(ew, "_PIECE", 7 * WIDTH)
+
+
+@pytest.mark.parametrize("rows", [ONE, ROWS], ids=["one sample", "pack"])
+@pytest.mark.parametrize("chain", [False, True], ids=["one pass", "chain"])
+def test_norm_modulate(
+    rows: TokenRows, chain: bool, rng: torch.Generator, near: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, index = rows.layout.num_samples, sample_of(rows)
+    x, shift, scale = (leaf(n, WIDTH, rng=rng) for n in (len(index), samples, samples))
+
+    def ours(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if chain:
+            per_token = lambda x, shift, scale: ew._norm_modulate_chain(x, shift, scale, 1e-6)  # noqa: E731
+            return ew._by_segment(rows, per_token, (x,), (shift.unbind(), scale.unbind()))
+        return ew.norm_modulate(x, shift.unbind(), scale.unbind(), rows, 1e-6)
+
+    def plain(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return normed * (1 + scale[index]) + shift[index]
+
+    compare(ours, plain, [x, shift, scale], near, 2e-6)
+
+
+@pytest.mark.parametrize("rows", [ONE, ROWS], ids=["one sample", "pack"])
+def test_gate_add(rows: TokenRows, rng: torch.Generator, near: Any) -> None:
+    index = sample_of(rows)
+    leaves = [leaf(n, WIDTH, rng=rng) for n in (len(index), len(index), rows.layout.num_samples)]
+    compare(
+        lambda x, y, gate: ew.gate_add_(x, y, gate.unbind(), rows),
+        lambda x, y, gate: x + y * gate[index],
+        leaves,
+        near,
+        1e-6,
+    )
+    x, y, gate = (leaf.detach() for leaf in leaves)
+    kept = x.clone()
+    with torch.no_grad():
+        near(ew.gate_add_(x, y.clone(), gate.unbind(), rows), x + y * gate[index], 1e-6)
+        near(ew.add_(x, y.clone()), x + y, 1e-6)
+    assert torch.equal(x, kept), "only the update is given up"
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("turned", [False, True])
+def test_rms_norm_with_rotation(turned: bool, rng: torch.Generator, near: Any) -> None:
+    table = rotary_table(ROWS, 2 * PAIRS, torch.device("cpu")) if turned else None
+    x, weight = leaf(ROWS.stop, WIDTH, rng=rng), leaf(WIDTH, rng=rng)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        normed = x / (x.square().sum(-1, keepdim=True) / WIDTH + 1e-6).sqrt() * weight
+        if table is None:
+            return normed
+        pairs = torch.view_as_complex(normed.view(len(x), -1, PAIRS, 2)) * table.to(torch.complex128)
+        return torch.view_as_real(pairs).flatten(1)
+
+    compare(lambda x, weight: ew.rms_norm_(x, weight, 1e-6, table), plain, [x, weight], near, 2e-6)
+    with torch.no_grad():
+        near(ew.rms_norm_(x.clone(), weight, 1e-6, table), plain(x.double(), weight.double()), 1e-6)
+
+
+def test_rotation_without_complex_numbers_is_the_same(rng: torch.Generator, near: Any) -> None:
+    table = rotary_table(ROWS, 2 * PAIRS, torch.device("cpu"))
+    x = leaf(ROWS.stop, WIDTH, rng=rng)
+    chain = lambda x: ew._rotate_chain(x.view(len(x), -1, 2 * PAIRS), torch.view_as_real(table)).flatten(1)  # noqa: E731
+    near(chain(x), ew.rotate(x, table), 1e-6)
+    compare(chain, lambda x: ew.rotate(x, table), [x], near, 1e-6)
+
+
+@pytest.mark.usefixtures("pieces")
+def test_tanh_gelu(rng: torch.Generator, near: Any) -> None:
+    x = torch.cat([torch.randn(40, WIDTH, generator=rng), torch.linspace(-30, 30, 10 * WIDTH).view(10, WIDTH)])
+    x.requires_grad_()
+
+    def plain(x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    compare(lambda x: ew.tanh_gelu_(x * 1), plain, [x], near, 1e-6)
+    with torch.no_grad():
+        near(ew.tanh_gelu_(x.clone()), plain(x.double()), 1e-6)
+
+
+def test_tanh_gelu_of_large_tensors_takes_no_second_one(rng: torch.Generator) -> None:
+    x = torch.randn(2, ew._PIECE, generator=rng)
+    with torch.no_grad():
+        assert ew.tanh_gelu_(x).data_ptr() == x.data_ptr()
+    hidden = (x.requires_grad_() * 1).view(-1)
+    ew.tanh_gelu_(hidden).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()
+
+
+def test_rounding_happens_once(rng: torch.Generator, near: Any) -> None:
+    """Of bf16 tensors: computed in fp32, rounded to the nearest bf16 number at the end."""
+    index, samples = sample_of(ROWS), ROWS.layout.num_samples
+    x, y = (torch.randn(len(index), WIDTH, generator=rng).bfloat16() for _ in range(2))
+    shift, scale = (torch.randn(samples, WIDTH, generator=rng) for _ in range(2))
+    table = rotary_table(ROWS, 2 * PAIRS, torch.device("cpu"))
+    for got, wanted in (
+        (
+            ew.norm_modulate(x, shift.unbind(), scale.unbind(), ROWS, 1e-6),
+            F.layer_norm(x.float(), (WIDTH,), eps=1e-6) * (1 + scale[index]) + shift[index],
+        ),
+        (ew.gate_add_(x, y, scale.unbind(), ROWS), x.float() + y.float() * scale[index]),
+        (ew.rotate(x, table), ew.rotate(x.float(), table)),
+        (
+            ew.rms_norm_(x, shift[0].bfloat16(), 1e-6),
+            F.rms_norm(x.float(), (WIDTH,), shift[0].bfloat16().float(), 1e-6),
+        ),
+    ):
+        assert got.dtype == torch.bfloat16
+        # Half a unit in the last place, and a little for sums in another order.
+        assert ((got.float() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-6).all()
+        assert (got == wanted.bfloat16()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("chain", ["_norm_modulate_chain", "_gate_add_chain", "_rotate_chain"])
+def test_chains_compile_whole_for_any_number_of_tokens(chain: str, rng: torch.Generator) -> None:
+    """What CUDA runs: one graph without a break, not compiled anew for each length."""
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    function = getattr(ew, chain)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True, backend=count)
+    for tokens in (5, 9, 31):
+        x = torch.randn(tokens, WIDTH, generator=rng)
+        args = {
+            "_norm_modulate_chain": (x, x[0], x[1], 1e-6),
+            "_gate_add_chain": (x, x + 1, x[0]),
+            "_rotate_chain": (x.view(tokens, 3, 16), torch.randn(tokens, 1, 8, 2, generator=rng)),
+        }[chain]
+        assert torch.equal(compiled(*args), function(*args))
+    assert len(graphs) == 1

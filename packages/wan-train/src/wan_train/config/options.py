@@ -1,0 +1,41 @@
+"""What the command line says, for the processes that it starts."""
+
+import dataclasses
+import json
+from typing import Literal, Self
+
+DEFAULT_RECIPE = "wan_1_3b"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What the command line says.
+
+    Attributes:
+        recipe: name in ``wan_train.config.recipes.RECIPES``; None takes the one that the configuration file names, else
+            ``wan_1_3b``.
+        training_mode: preset of the objective.
+        config_file: YAML applied over the recipe: a file, or the name of a shipped one.
+        overrides: ``key.path=value`` settings, applied last.
+        mock: random data.
+        init_from: a model in diffusers' layout to start from.
+        verbose: leave Megatron's own output on the terminal.
+    """
+
+    recipe: str | None
+    training_mode: Literal["pretrain", "finetune"] = "pretrain"
+    config_file: str | None = None
+    overrides: tuple[str, ...] = ()
+    mock: bool = False
+    init_from: str | None = None
+    verbose: bool = False
+
+    def to_json(self) -> str:
+        """One argument for a worker process."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse."""
+        values = json.loads(text)
+        return cls(**{**values, "overrides": tuple(values["overrides"])})

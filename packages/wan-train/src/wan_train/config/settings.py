@@ -1,0 +1,110 @@
+"""What a configuration may not say, and what follows from what it says.
+
+Import only after ``wan_train.engine.start``.
+
+Megatron-Bridge's sections have some five hundred keys, made for language models. Those that a Wan run would not heed,
+or that would break what is promised of it, are refused by name instead of being passed over.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from megatron.bridge.models.transformer_config import TransformerConfig
+from megatron.core.model_parallel_config import ModelParallelConfig
+
+from wan_train.model.provider import WanModelProvider
+
+# A key, what it can be, and what to do instead of anything else.
+_ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("train.micro_batch_size", (1,), "a micro-batch is one pack"),
+    ("train.train_samples", (None,), "a run's length is train.train_iters"),
+    ("train.rampup_batch_size", (None,), "every step has train.global_batch_size packs"),
+    ("train.decrease_batch_size_if_needed", (False,), "every step has train.global_batch_size packs"),
+    ("train.eval_iters", (0,), "validate with validation.interval and validation.samples"),
+    ("dist.use_torch_fsdp2", (False,), "use dist.use_megatron_fsdp for fully sharded weights"),
+    ("checkpoint.ckpt_format", ("torch_dist", "fsdp_dtensor"), "leave it out, dist.use_megatron_fsdp decides it"),
+    ("checkpoint.pretrained_checkpoint", (None,), "use checkpoint.load with checkpoint.finetune=true, or --init-from"),
+    ("checkpoint.ckpt_convert_format", (None,), "use wan-train export"),
+    ("checkpoint.non_persistent_save_interval", (None,), "use checkpoint.save_interval with checkpoint.most_recent_k"),
+    ("mixed_precision", (None, "bf16_mixed", "bf16-mixed"), "expected null (fp32) or bf16_mixed"),
+    ("model.fp16", (False,), "set mixed_precision to null (fp32) or bf16_mixed"),
+    ("model.bf16", (False,), "set mixed_precision to null (fp32) or bf16_mixed"),
+    ("model.virtual_pipeline_model_parallel_size", (None,), "this version runs plain pipeline stages"),
+    ("model.expert_model_parallel_size", (1,), "a Wan model has no experts"),
+)
+# Of Megatron's keys for a transformer, those that a Wan model heeds (model.py), beside those for parallelism.
+_HEEDED = frozenset({"recompute_granularity", "recompute_method", "recompute_num_layers"})
+_OURS = {
+    "num_layers": "model.transformer.num_layers",
+    "num_attention_heads": "model.transformer.num_attention_heads",
+    "hidden_size": "model.transformer.num_attention_heads and attention_head_dim",
+    "kv_channels": "model.transformer.attention_head_dim",
+    "ffn_hidden_size": "model.transformer.ffn_dim",
+    "layernorm_epsilon": "model.transformer.eps",
+    "attention_backend": "model.attention",
+    "fp8": "mixed_precision",
+}
+
+
+def _value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def check_settings(config: Any) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        ValueError: naming the key, and what to do.
+    """
+    for key, possible, instead in _ONLY:
+        if (value := _value(config, key)) not in possible:
+            raise ValueError(f"{key} is {value!r}; {instead}")
+    for key in ("train.train_iters", "train.global_batch_size"):
+        if (value := _value(config, key)) is None or value < 1:
+            raise ValueError(f"{key} is {value!r}; expected at least 1")
+    parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
+    fresh, sizes = WanModelProvider(), config.model.wan_config
+    follows = {
+        "num_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "hidden_size": sizes.hidden_size,
+        "kv_channels": sizes.head_dim,
+        "ffn_hidden_size": sizes.ffn_dim,
+        "layernorm_epsilon": sizes.eps,
+    }
+    for field in dataclasses.fields(TransformerConfig):
+        value = getattr(config.model, field.name)
+        if field.name in parallel | _HEEDED or value == getattr(fresh, field.name):
+            continue
+        if field.name in follows and value == follows[field.name]:
+            continue
+        instead = f"set {_OURS[field.name]}" if field.name in _OURS else "leave it out"
+        raise ValueError(f"model.{field.name} is {value!r}, which a Wan model does not heed; {instead}")
+    if config.dist.use_megatron_fsdp and config.ema.decay:
+        raise ValueError("ema.decay is set together with dist.use_megatron_fsdp, which keeps no average; set it to 0")
+    config.validation.check()
+    config.ema.check()
+
+
+def settle(config: Any, *, on_cpu: bool) -> None:
+    """Set what follows from other settings."""
+    config.model.ema_decay = config.ema.decay
+    optimizer, scheduler = config.optimizer, config.scheduler
+    if optimizer.clip_grad == 0:
+        optimizer.clip_grad = math.inf  # the norm, by which a step is known to be finite, is computed to clip
+    if scheduler.lr_decay_iters is None:
+        # A run that ends while it warms up decays nothing.
+        scheduler.lr_decay_iters = max(config.train.train_iters, scheduler.lr_warmup_iters + 1)
+    # Megatron takes the scheduler's weight decay for every step and the optimizer's for none.
+    for name in ("start_weight_decay", "end_weight_decay"):
+        if getattr(scheduler, name) is None:
+            setattr(scheduler, name, optimizer.weight_decay)
+    # A resumed run follows the configuration that it is given; Megatron would fail where it has changed.
+    scheduler.override_opt_param_scheduler = not scheduler.use_checkpoint_opt_param_scheduler
+    if config.dist.use_megatron_fsdp:
+        from wan_train.model import fully_sharded
+
+        fully_sharded.settle(config, on_cpu=on_cpu)

@@ -1,0 +1,188 @@
+"""The ``dataset`` section of the configuration, and the iterators that Megatron's loop draws packs from.
+
+Import only after ``wan_train.engine.start``.
+
+Every pack carries its number in the run: pack n of a data-parallel rank r of R is number n*R + r. Noise is seeded by
+that number, so it differs between data-parallel ranks, agrees between the ranks that share a pack, and continues
+after a resume without any state. Ranks of one tensor- or pipeline-parallel group read the same data for themselves.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
+from megatron.core import parallel_state
+from torch import Tensor
+
+from wan_model import LatentPack, WanConfig
+from wan_train.data.mock_data import MockConfig, MockLoader
+
+if TYPE_CHECKING:  # Energon takes seconds to import, and mock data needs none of it
+    from wan_data.reading.loader import PackLoader
+
+
+@dataclasses.dataclass
+class NumberedPack:
+    """A pack and its number in the run."""
+
+    number: int
+    pack: LatentPack
+
+
+class PackIterator:
+    """What the loop calls ``next`` on; it starts when the loop knows where to start from.
+
+    Args:
+        loader: an iterable of packs with ``state_dict`` and ``load_state_dict``.
+        rank, ranks: data-parallel place.
+    """
+
+    def __init__(self, loader: Union["PackLoader", MockLoader], rank: int, ranks: int) -> None:
+        self.loader = loader
+        self.rank, self.ranks = rank, ranks
+        self.drawn = 0
+        self._packs: Iterator[LatentPack] | None = None
+
+    def resume(self, state: dict[str, Any], drawn: int) -> None:
+        """Continue a run.
+
+        Args:
+            state: what ``save_state`` returned on this data-parallel rank.
+            drawn: packs that this rank had drawn, by the loop's own count.
+
+        Raises:
+            ValueError: the state belongs to another place, dataset or configuration.
+        """
+        place = {"rank": self.rank, "ranks": self.ranks, "drawn": drawn}
+        if found := {key: state.get(key) for key in place if state.get(key) != place[key]}:
+            wanted = {key: place[key] for key in found}
+            raise ValueError(
+                f"the checkpoint's loader state is of {found}, this run needs {wanted}: "
+                "resume with the data-parallel size that the checkpoint was saved with"
+            )
+        self.loader.load_state_dict(state["loader"])
+        self.drawn = drawn
+
+    def __iter__(self) -> "PackIterator":
+        """Itself."""
+        return self
+
+    def __next__(self) -> NumberedPack:
+        """The next pack with its number."""
+        if self._packs is None:
+            self._packs = iter(self.loader)
+        pack = next(self._packs)
+        number = self.drawn * self.ranks + self.rank
+        self.drawn += 1
+        return NumberedPack(number, pack)
+
+    def save_state(self) -> dict[str, Any]:
+        """Plain values from which ``resume`` continues with the very next pack."""
+        return {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": self.loader.state_dict()}
+
+
+@dataclasses.dataclass
+class WanDatasetConfig(DatasetProvider):
+    """Where packs come from.
+
+    Attributes:
+        path: a dataset that ``wan-data prepare`` wrote, or the YAML file of a blend of several; None with ``mock``.
+        encoded_by: the model (folder or hub id) that the data were encoded with, where they do not say.
+        mock: random latents and text instead of a dataset.
+        mock_settings: their shapes.
+        capacity: tokens of a pack, padding included.
+        packing_buffer, shuffle_buffer: see ``wan_data.reading.loader.LoaderConfig``.
+        seed: of order and mock data.
+        dataloader_save: set by the run: the checkpoint folder, so that the loader's state lies inside the checkpoint.
+    """
+
+    dataloader_type: str = "external"
+    num_workers: int = 0
+    path: str | None = None
+    encoded_by: str | None = None
+    mock: bool = False
+    mock_settings: MockConfig = dataclasses.field(default_factory=MockConfig)
+    capacity: int = 32760
+    packing_buffer: int = 64
+    shuffle_buffer: int = 0
+    seed: int = 1234
+    dataloader_save: str | None = None
+
+    def bind(self, model: WanConfig, pad_multiple: int) -> None:
+        """Tell the loader what the model needs; called once the layout of the run is known."""
+        self._model, self.pad_multiple = model, pad_multiple
+
+    def loader(self, rank: int, ranks: int) -> Union["PackLoader", MockLoader]:
+        """The loader of one data-parallel rank."""
+        if self.mock:
+            return MockLoader(
+                self.mock_settings, self._model, rank=rank, ranks=ranks, multiple=self.pad_multiple, seed=self.seed
+            )
+        return self._open("train", self.pad_multiple, self.packing_buffer, self.num_workers, rank, ranks)
+
+    def _open(self, split: str, multiple: int, buffer: int, workers: int, rank: int, ranks: int) -> "PackLoader":
+        from wan_data.reading.loader import LoaderConfig, PackLoader
+
+        assert self.path is not None, "checked by the run"
+        config = LoaderConfig(
+            path=self.path,
+            split=split,
+            capacity=self.capacity,
+            text_length=self._model.text_length,
+            patch_size=self._model.patch_size,
+            pad_multiple=multiple,
+            packing_buffer=buffer,
+            shuffle_buffer=self.shuffle_buffer,
+            num_workers=workers,
+            seed=self.seed,
+        )
+        return PackLoader(config, rank=rank, world_size=ranks)
+
+    def validation_packs(self) -> Iterator[LatentPack]:
+        """The validation split in its own order, a sample a pack, on every rank the same; of mock data without end.
+
+        Raises:
+            ValueError: the dataset has no such split.
+        """
+        if self.mock:
+            one_each = dataclasses.replace(self.mock_settings, number_packed_samples=1)
+            for number, shape in enumerate(itertools.cycle(self.mock_settings.shapes)):
+                settings = dataclasses.replace(one_each, shapes=[shape])
+                loader = MockLoader(
+                    settings, self._model, rank=0, ranks=1, multiple=1, seed=self.seed, purpose="held out"
+                )
+                loader.drawn = number
+                yield next(iter(loader))
+        yield from self._open("val", 1, 1, 0, 0, 1)
+
+    def build_datasets(self, context: DatasetBuildContext) -> tuple[PackIterator, None, None]:
+        """Called by Megatron-Bridge on every rank."""
+        del context
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.train_iterator = PackIterator(self.loader(rank, ranks), rank, ranks)
+        return self.train_iterator, None, None
+
+
+def dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
+    """The latent space that a dataset was made in, as plain values."""
+    from wan_data.reading.datasets import read_latent_spec
+
+    return read_latent_spec(path, encoded_by=encoded_by).to_dict()
+
+
+def empty_caption_of(config: Any) -> Tensor | None:
+    """What takes the place of a dropped caption, [L, D]; None where no caption is dropped.
+
+    Raises:
+        ValueError: captions are to be dropped, and the data have nothing to put in their place.
+    """
+    if config.model.flow.caption_dropout == 0:
+        return None
+    if config.dataset.mock:
+        return torch.zeros(1, config.model.wan_config.text_dim)
+    from wan_data.reading.empty_caption import read_empty_caption
+
+    return read_empty_caption(config.dataset.path)

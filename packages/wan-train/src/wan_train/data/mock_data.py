@@ -1,0 +1,79 @@
+"""Random packs of settable shapes, for trying a layout without data."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from wan_model import LatentPack, WanConfig, pack_latents
+from wan_train.data.seeds import generator_for
+
+
+@dataclasses.dataclass
+class MockConfig:
+    """Shapes of mock samples; the defaults are those of NVIDIA's recipe (37,440 tokens a sample).
+
+    Attributes:
+        shapes: latent frames, rows and columns; the samples of a pack take them in turn.
+        context_length: true length of the text embeddings.
+        number_packed_samples: samples in a pack.
+    """
+
+    shapes: list[list[int]] = dataclasses.field(default_factory=lambda: [[24, 104, 60]])
+    context_length: int = 512
+    number_packed_samples: int = 1
+
+
+class MockLoader:
+    """Packs of fresh noise, without end; a seed means the same packs a step however many ranks share them.
+
+    Args:
+        settings: shapes.
+        model: sizes of the transformer.
+        rank, ranks: data-parallel place.
+        multiple: packs are padded to a multiple of this many tokens.
+        seed: of everything.
+        purpose: packs of another purpose are other packs.
+    """
+
+    def __init__(
+        self,
+        settings: MockConfig,
+        model: WanConfig,
+        *,
+        rank: int,
+        ranks: int,
+        multiple: int,
+        seed: int,
+        purpose: str = "mock",
+    ) -> None:
+        self.settings, self.model = settings, model
+        self.rank, self.ranks, self.multiple, self.seed, self.purpose = rank, ranks, multiple, seed, purpose
+        self.drawn = 0
+
+    def __iter__(self) -> Iterator[LatentPack]:
+        """Packs, from where the state says."""
+        settings = self.settings
+        while True:
+            number = self.drawn * self.ranks + self.rank
+            generator = generator_for(self.purpose, self.seed, number)
+            latents, texts, keys = [], [], []
+            for slot in range(settings.number_packed_samples):
+                shape = settings.shapes[slot % len(settings.shapes)]
+                latents.append(torch.randn(self.model.in_channels, *shape, generator=generator))
+                texts.append(torch.randn(settings.context_length, self.model.text_dim, generator=generator))
+                keys.append(f"{self.purpose}-{number}-{slot}")
+            self.drawn += 1
+            yield pack_latents(
+                latents, texts, keys, text_length=self.model.text_length, patch_size=self.model.patch_size,
+                multiple=self.multiple,
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many packs were drawn."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after that many."""
+        self.drawn = int(state["drawn"])

@@ -1,0 +1,29 @@
+"""The main module of a training process.
+
+Import-light and guarded: Megatron's checkpoint writer starts processes that import it again.
+"""
+
+import sys
+import warnings
+
+from wan_train.launch.supervision import Starter
+
+
+def main() -> int:
+    """Run with the options in the first argument; 0 when training ended, 2 when a user must put something right."""
+    starter = Starter.find()
+    starter.follow()
+    # torch's, of a package that nvidia-resiliency-ext asks for: nothing that a user could put right.
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    try:
+        from wan_train.config.options import RunOptions
+        from wan_train.loop.run import pretrain
+
+        pretrain(RunOptions.from_json(sys.argv[1]))
+    except Exception as error:
+        return starter.tell(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

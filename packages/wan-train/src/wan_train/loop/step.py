@@ -1,0 +1,100 @@
+"""One forward step: a pack, its noise, the model's answer, the loss.
+
+Import only after ``wan_train.engine.start``.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.bridge.training.state import GlobalState
+from megatron.core import parallel_state
+from torch import Tensor
+
+from wan_model import LatentPack
+from wan_model.dit.flops import pack_flops
+from wan_model.flow import FlowMatching, NoisyPack, loss_sum, sample_losses
+from wan_train.data.dataset import NumberedPack
+from wan_train.data.seeds import generator_for
+
+LOSS = "loss"
+
+
+@dataclasses.dataclass
+class Counts:
+    """What this rank has trained on since the counts were last taken.
+
+    Attributes:
+        samples, tokens: of the packs.
+        tokens_padded: the same with their padding.
+        flops: that training on them needs, see ``wan_model.dit.flops``.
+        data_wait: seconds spent waiting for packs.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    tokens_padded: int = 0
+    flops: int = 0
+    data_wait: float = 0.0
+
+
+class WanForwardStep:
+    """Megatron-Bridge's forward step for flow matching on packs.
+
+    Args:
+        device: where the model is.
+        dtype: the precision that text embeddings are sent in.
+        empty_caption: [L, D], what takes the place of captions that are dropped; None where none are.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, empty_caption: Tensor | None = None) -> None:
+        self.device, self.dtype = device, dtype
+        self.empty_caption = None if empty_caption is None else empty_caption.to(device, dtype)
+        self.counts = Counts()
+        self._losses: list[tuple[tuple[str, ...], Tensor]] = []
+
+    def take_counts(self) -> Counts:
+        """The counts, which start anew."""
+        counts, self.counts = self.counts, Counts()
+        return counts
+
+    def begin(self) -> None:
+        """A step of the optimizer begins: forget the last one's samples."""
+        self._losses.clear()
+
+    def losses_of_samples(self) -> list[tuple[str, float]]:
+        """Key and unweighted loss of every sample since ``begin``; where the loss is not known, nothing. Waits."""
+        return [(key, loss) for keys, losses in self._losses for key, loss in zip(keys, losses.tolist(), strict=True)]
+
+    def __call__(
+        self, state: GlobalState, data_iterator: Iterator[NumberedPack], model: Any
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+        """Called by the schedule once a microbatch on every stage."""
+        asked = time.perf_counter()
+        numbered = next(data_iterator)
+        self.counts.data_wait += time.perf_counter() - asked
+        pack = numbered.pack.to(self.device, self.dtype)
+        self.counts.samples += pack.layout.num_samples
+        self.counts.tokens += pack.layout.valid
+        self.counts.tokens_padded += pack.layout.total
+        self.counts.flops += pack_flops(state.cfg.model.wan_config, pack.layout).training
+
+        flow: FlowMatching = state.cfg.model.flow
+        generator = generator_for("noise", state.cfg.rng.seed, numbered.number, device=self.device)
+        noisy = flow.corrupt(pack, generator, self.empty_caption)
+        out = model(
+            tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=noisy.text_BTD, layout=pack.layout
+        )
+        return out, partial(self._loss, noisy, pack)
+
+    def _loss(self, noisy: NoisyPack, pack: LatentPack, predicted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, tokens = loss_sum(predicted, noisy, pack.layout)
+        self._losses.append((pack.keys, sample_losses(predicted, noisy, pack.layout)))
+        # Megatron sums gradients and counts over the data- and context-parallel ranks. Of a pack that several ranks
+        # share, each has its part of the gradient and the whole loss: the pack counts once.
+        counted = tokens if parallel_state.get_context_parallel_rank() == 0 else 0
+        count = torch.tensor(counted, dtype=torch.int, device=total.device)
+        return total, count, {LOSS: torch.stack([total.detach(), total.new_tensor(tokens)])}

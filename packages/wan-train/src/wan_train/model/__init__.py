@@ -1,0 +1,1 @@
+"""``WanDiT`` on Megatron, laid out over ranks."""

@@ -1,0 +1,175 @@
+"""The runtime of Megatron-Core for ``wan_model.WanDiT``: tensor, sequence and context parallelism.
+
+Import only after ``wan_train.engine.start``.
+
+The context-parallel ranks share a pack's tokens first (``wan_model.dit.context_parallel``). With sequence parallelism a
+rank holds its part of these between the parallel regions; ``enter_tokens`` gathers them once for all linears that read
+them, and its backward reduce-scatters once.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wan_model import ContextParallel, PackLayout, TokenRows
+from wan_model.dit.attention import AttentionKind
+from wan_model.dit.elementwise import rotate
+from wan_model.dit.ops import RMSNorm, TorchOps
+
+
+def _no_init(weight: Tensor) -> None:
+    """Weights are filled by ``wan_model.init_weights``, from the key, whatever the layout."""
+
+
+def _mark_split(parameter: nn.Parameter, axis: int) -> None:
+    # Megatron marks its weights only where it also initialises them, which is ours to do.
+    split: Any = parameter
+    split.tensor_model_parallel, split.partition_dim, split.partition_stride = True, axis, 1
+
+
+class _ColumnLinear(ColumnParallelLinear):
+    """Output split over ranks; its input has entered already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, in] -> [S, out / ranks]."""
+        # There is nothing to communicate here, and torch adds the bias without another pass over the result.
+        if not self.config.gradient_accumulation_fusion:
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = super().forward(x)[0]
+        return out
+
+
+class _RowLinear(RowParallelLinear):
+    """Input split over ranks; output summed, and scattered over the sequence if that is parallel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, in / ranks] -> this rank's rows [S, out]."""
+        if self.input_size_per_partition == self.input_size and not self.config.gradient_accumulation_fusion:
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = super().forward(x)[0]
+        return out
+
+
+class _SplitRMSNorm(RMSNorm):
+    """RMS norm of a width that is split over ranks: the squares are summed over all of them, in fp32."""
+
+    def __init__(self, width: int, eps: float, ranks: int) -> None:
+        super().__init__(width // ranks, eps)
+        self.full_width = width
+        _mark_split(self.weight, 0)
+
+    def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
+        """Normalise this rank's part of the width, and turn its heads."""
+        wide = x_SD.float()
+        squares = wide.square().sum(dim=-1, keepdim=True)
+        # Every rank's output depends on the sum, so its gradient is summed over ranks as well.
+        total = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+        normed = (wide * torch.rsqrt(total / self.full_width + self.eps) * self.weight.float()).to(x_SD.dtype)
+        return normed if table_S1P is None else rotate(normed, table_S1P)
+
+
+class MegatronOps(TorchOps):
+    """Megatron-Core's linears on the current tensor-parallel group.
+
+    Args:
+        config: Megatron's ``TransformerConfig`` of the run.
+        attention: see ``wan_model.dit.attention``.
+
+    Raises:
+        ValueError: heads that the tensor-parallel size does not divide.
+    """
+
+    def __init__(self, config: Any, attention: AttentionKind = "auto") -> None:
+        shared = parallel_state.get_context_parallel_world_size() > 1
+        super().__init__(attention, ContextParallel(parallel_state.get_context_parallel_group()) if shared else None)
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        self.ranks: int = parallel_state.get_tensor_model_parallel_world_size()
+        self.rank: int = parallel_state.get_tensor_model_parallel_rank()
+        self.sequence_parallel: bool = config.sequence_parallel and self.ranks > 1
+        self._row_config = copy.copy(config)
+        self._row_config.sequence_parallel = self.sequence_parallel
+        # The gather is ours (enter_tokens), so a column-linear must not make a second one.
+        self._column_config = copy.copy(config)
+        self._column_config.sequence_parallel = False
+
+    def column_linear(self, width_in: int, width_out: int) -> nn.Module:
+        """Megatron's ``ColumnParallelLinear``."""
+        linear = _ColumnLinear(
+            width_in, width_out, config=self._column_config, init_method=_no_init, bias=True, gather_output=False,
+            disable_grad_reduce=True,
+        )  # fmt: skip
+        _mark_split(linear.weight, 0)
+        _mark_split(linear.bias, 0)
+        return linear
+
+    def row_linear(self, width_in: int, width_out: int) -> nn.Module:
+        """Megatron's ``RowParallelLinear``."""
+        linear = _RowLinear(
+            width_in, width_out, config=self._row_config, init_method=_no_init, bias=True, input_is_parallel=True,
+            skip_bias_add=False,
+        )  # fmt: skip
+        _mark_split(linear.weight, 1)
+        return linear
+
+    def norm_across_heads(self, width: int, eps: float) -> nn.Module:
+        """RMS norm whose mean spans all ranks."""
+        return _SplitRMSNorm(width, eps, self.ranks) if self.ranks > 1 else RMSNorm(width, eps)
+
+    def local_heads(self, heads: int) -> int:
+        """This rank's share."""
+        if heads % self.ranks:
+            raise ValueError(f"{heads} attention heads cannot be split over tensor-parallel size {self.ranks}")
+        return heads // self.ranks
+
+    def shard_tokens(self, x_SD: Tensor) -> Tensor:
+        """This rank's share of the context, and of that its rows if the sequence is parallel."""
+        rows = super().shard_tokens(x_SD)
+        return scatter_to_sequence_parallel_region(rows) if self.sequence_parallel else rows
+
+    def gather_tokens(self, x_SD: Tensor) -> Tensor:
+        """All rows; every rank computes the same loss from them, so the backward takes its own rows of the gradient."""
+        if self.sequence_parallel:
+            x_SD = gather_from_sequence_parallel_region(x_SD, tensor_parallel_output_grad=False)
+        return super().gather_tokens(x_SD)
+
+    def enter_tokens(self, x_SD: Tensor) -> Tensor:
+        """All rows of the rank's share of the context; the backward sums the gradients of the tensor-parallel ranks."""
+        whole: Tensor = (
+            gather_from_sequence_parallel_region(x_SD)
+            if self.sequence_parallel
+            else copy_to_tensor_model_parallel_region(x_SD)
+        )
+        return whole
+
+    def enter_text(self, x_SD: Tensor) -> Tensor:
+        """The rows as they are; the backward sums the gradients of all ranks."""
+        same: Tensor = copy_to_tensor_model_parallel_region(x_SD)
+        return same
+
+    def held_rows(self, layout: PackLayout) -> TokenRows:
+        """This rank's rows, if the sequence is parallel."""
+        rows = self.entered_rows(layout)
+        return rows.part(self.rank, self.ranks) if self.sequence_parallel else rows
+
+    def on_token_rows(self, module: nn.Module) -> None:
+        """Mark parameters whose gradients Megatron must sum over the ranks that share the sequence."""
+        for parameter in module.parameters():
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
+        """Where Megatron split it."""
+        if self.ranks > 1 and getattr(parameter, "tensor_model_parallel", False):
+            return parameter.partition_dim, self.rank, self.ranks  # type: ignore[attr-defined]
+        return None

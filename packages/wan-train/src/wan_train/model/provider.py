@@ -1,0 +1,266 @@
+"""``WanDiT`` as Megatron's loop wants it: a provider in the configuration, a module with pipeline stages.
+
+Import only after ``wan_train.engine.start``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from megatron.bridge.models.model_provider import ModelProviderMixin
+from megatron.bridge.models.transformer_config import TransformerConfig
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT, init_weights
+from wan_model.dit.attention import AttentionKind
+from wan_model.dit.recompute import Recompute
+from wan_model.flow import FlowMatching
+from wan_model.weights.model_folder import resolve_folder
+from wan_model.weights.transformer import load_weights
+from wan_train import engine
+from wan_train.model import ema
+from wan_train.model.ema import WeightAverage
+from wan_train.model.layout import layers_of_stages
+from wan_train.model.megatron_ops import MegatronOps
+
+# Every pipeline stage embeds timesteps and text for itself; all of them must learn the same embedder.
+REPLICATED_ON_STAGES = "condition_embedder."
+# Megatron's names beside ours: "selective" keeps what is dearest to compute again.
+RECOMPUTE: dict[str | None, Recompute] = {None: "none", "full": "block", "selective": "all_but_attention"}
+
+
+def transformer_folder(model: str) -> Path:
+    """The ``transformer`` folder of a model given by path or hub id.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return resolve_folder(model, ["transformer"]) / "transformer"
+
+
+def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
+    """The layers of one pipeline stage.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    sizes = layers_of_stages(config.num_layers, ranks)
+    first = sum(sizes[:rank])
+    return Stage(first, first + sizes[rank], rank == 0, rank == ranks - 1)
+
+
+def _ops(provider: "WanModelProvider") -> MegatronOps:
+    has_te = engine.start().transformer_engine
+    # Its fused kernels take 16 bits; what it has for fp32 is slower than torch's.
+    suits = has_te and provider.params_dtype in (torch.float16, torch.bfloat16)
+    if provider.attention == "transformer_engine" or (provider.attention == "auto" and suits):
+        if not has_te:
+            raise ValueError(
+                "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
+                "pip install 'wan-train[te]', or leave the setting at auto"
+            )
+        from wan_train.model.transformer_engine_ops import TransformerEngineOps
+
+        return TransformerEngineOps(provider)
+    return MegatronOps(provider, provider.attention)
+
+
+class MegatronWanDiT(MegatronModule):
+    """One pipeline stage's part of the model.
+
+    Args:
+        provider: the run's model configuration.
+        stage: which part.
+    """
+
+    share_embeddings_and_output_weights = False
+
+    def __init__(self, provider: "WanModelProvider", stage: Stage) -> None:
+        super().__init__(config=provider)
+        self.pre_process, self.post_process = stage.is_first, stage.is_last
+        with torch.device("cuda", torch.cuda.current_device()):
+            self.dit = WanDiT(provider.wan_config, _ops(provider), stage)
+        self.dit.recompute = provider.recompute
+        self._received: Tensor | None = None
+        # What becomes of the weights' average, if one is kept, and whether a checkpoint at hand has it.
+        self.average: WeightAverage | None = None
+        self.average_in_checkpoint = True
+        parameter: Any
+        for name, parameter in self.dit.named_parameters():
+            if name.startswith(REPLICATED_ON_STAGES):
+                parameter.pipeline_parallel = True  # its gradient is summed over stages
+                parameter.shared = not stage.is_first  # and counts once in the gradient's norm
+
+    def keep_average(self, decay: float) -> None:
+        """Keep an average of the weights from now on, see ``wan_train.model.ema``."""
+        self.average = WeightAverage(
+            self.dit.named_parameters(),
+            decay,
+            rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            ranks=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        )
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
+        """Called by the schedule with what the previous stage sent."""
+        self._received = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, *, tokens_SC: Tensor, timesteps_B: Tensor, text_BTD: Tensor, layout: PackLayout) -> Tensor:
+        """Velocity tokens [S, C] on the last stage, else hidden rows [S, 1, D] for the next one.
+
+        The arguments have names because Megatron's precision wrapper rounds positional ones: timesteps stay fp32.
+        """
+        if self.pre_process:
+            x = tokens_SC
+        else:
+            assert self._received is not None, "the schedule gave this stage no input"
+            x = rearrange(self._received, "s 1 d -> s d")
+        out: Tensor = self.dit(x, timesteps_B, text_BTD, layout)
+        return out if self.post_process else rearrange(out, "s d -> s 1 d")
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Every tensor under its diffusers key with its global shape, whoever holds which part."""
+        del metadata
+        assert not sharded_offsets, "layers are numbered over the whole model, never offset"
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        sharded = {}
+        for key, parameter in self.dit.named_parameters():
+            part = self.dit.ops.partition(parameter)
+            stage_replica = pp_rank if key.startswith(REPLICATED_ON_STAGES) else 0
+            sharded[f"{prefix}dit.{key}"] = ShardedTensor.from_rank_offsets(
+                key,
+                parameter,
+                *([part] if part else []),
+                replica_id=(stage_replica, 0 if part else tp_rank, dp_rank),
+            )
+            if self.average is not None and self.average_in_checkpoint and key in self.average.tensors:
+                # The only one of its data-parallel group.
+                sharded[f"{prefix}{ema.PREFIX}{key}"] = ShardedTensor.from_rank_offsets(
+                    f"{ema.PREFIX}{key}",
+                    self.average.tensors[key],
+                    *([part] if part else []),
+                    replica_id=(stage_replica, 0 if part else tp_rank, 0),
+                )
+        return sharded
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The weights, and their average; where a checkpoint has none it begins with the weights."""
+        saved, weights = {}, {}
+        for key, value in state_dict.items():
+            if key.startswith(ema.PREFIX):
+                saved[key.removeprefix(ema.PREFIX)] = value
+            else:
+                weights[key] = value
+        loaded = super().load_state_dict(weights, strict=strict, assign=assign)
+        if self.average is not None:
+            if self.average_in_checkpoint:
+                self.average.load(saved)
+            else:
+                self.average.restart()
+        return loaded
+
+
+@dataclasses.dataclass
+class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
+    """The ``model`` section of the configuration: what is trained, and how it is spread over ranks.
+
+    Attributes:
+        transformer: the content of diffusers' ``transformer/config.json``.
+        latent_spec: ``LatentSpec.to_dict()`` of the training data, recorded in checkpoints; None for mock data.
+        flow: the objective.
+        attention: ``sdpa``, ``cudnn``, ``flash`` and ``varlen`` are torch's (see ``wan_model.dit.attention``);
+            ``transformer_engine`` is its fused packed attention; ``auto`` takes that for 16 bits where it is installed,
+            else torch's.
+        init_from: a model in diffusers' layout (folder or hub id) whose transformer the training starts from; None
+            for the official random initialisation.
+        init_seed: of the random initialisation.
+        ema_decay: set by the run from ``ema.decay``.
+    """
+
+    num_layers: int = 0
+    hidden_size: int = 0
+    num_attention_heads: int = 0
+    transformer: dict[str, Any] = dataclasses.field(default_factory=WAN_1_3B.to_diffusers)
+    latent_spec: dict[str, Any] | None = None
+    flow: FlowMatching = dataclasses.field(default_factory=FlowMatching)
+    attention: AttentionKind | Literal["transformer_engine"] = "auto"
+    init_from: str | None = None
+    init_seed: int = 1234
+    ema_decay: float = 0.0
+    # Read by Megatron-Bridge of every model.
+    seq_length: int = 0
+    vocab_size: int | None = 1
+    should_pad_vocab: bool = False
+    has_cond_embedder: bool = True
+
+    @property
+    def wan_config(self) -> WanConfig:
+        """The sizes."""
+        return WanConfig.from_diffusers(self.transformer)
+
+    @property
+    def spec(self) -> LatentSpec | None:
+        """The latent space of the data."""
+        return LatentSpec.from_dict(self.latent_spec) if self.latent_spec else None
+
+    @property
+    def recompute(self) -> Recompute:
+        """What is computed again, as wan-model calls it.
+
+        Raises:
+            ValueError: something else than all layers alike.
+        """
+        if self.recompute_method not in (None, "uniform") or self.recompute_num_layers not in (None, 1):
+            raise ValueError(
+                f"model.recompute_method is {self.recompute_method!r} and recompute_num_layers "
+                f"{self.recompute_num_layers!r}; every layer is treated alike, so leave both out"
+            )
+        return RECOMPUTE[self.recompute_granularity]
+
+    def finalize(self) -> None:
+        """Derive what Megatron calls the sizes, and the settings that packs of mixed shapes need."""
+        config = self.wan_config
+        self.num_layers, self.hidden_size = config.num_layers, config.hidden_size
+        self.num_attention_heads, self.ffn_hidden_size = config.num_heads, config.ffn_dim
+        self.add_bias_linear = True
+        self.variable_seq_lengths = True
+        self.moe_token_dispatcher_type = "alltoall"  # there are no experts, but Megatron checks the pair
+        self.calculate_per_token_loss = True
+        self.perform_initialization = False
+        self.hidden_dropout = self.attention_dropout = 0.0
+        # Megatron asks for these two with "full" and refuses them otherwise; they have no other meaning here.
+        full = self.recompute == "block"
+        self.recompute_method = "uniform" if full else None
+        self.recompute_num_layers = 1 if full else None
+        super().finalize()
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> MegatronWanDiT:
+        """Build this rank's part and fill it with the initial weights, which depend on no layout."""
+        assert vp_stage is None, "refused in finalize"
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        ranks = parallel_state.get_pipeline_model_parallel_world_size()
+        stage = stage_of(self.wan_config, rank, ranks)
+        assert (pre_process, post_process) == (stage.is_first, stage.is_last), "Megatron and we disagree on the stage"
+        model = MegatronWanDiT(self, stage)
+        if self.init_from is None:
+            init_weights(model.dit, seed=self.init_seed)
+        else:
+            load_weights(model.dit, transformer_folder(self.init_from))
+        if self.ema_decay:
+            model.keep_average(self.ema_decay)
+        return model
+
+    def _get_num_floating_point_operations(self, batch_size: int) -> int:
+        # Without this hook Bridge would apply its formula for language models. A pack's FLOPs depend on its samples.
+        return 0

@@ -1,0 +1,108 @@
+"""``wan-train pretrain --dry-run``: what a run would be, before any process group or GPU is touched."""
+
+import dataclasses
+import json
+from typing import Any, get_args
+
+from wan_model.dit.flops import pack_flops
+from wan_model.dit.recompute import Recompute
+from wan_model.pack import PackLayout
+from wan_train import engine
+from wan_train.config.options import DEFAULT_RECIPE, RunOptions
+from wan_train.loop.run import bind_data, build_config, check_layout
+from wan_train.planning.memory import parameters_of_model, rank_bytes
+
+
+def describe(options: RunOptions, world: int) -> dict[str, Any]:
+    """What a run of so many processes would be.
+
+    Returns:
+        Plain values: ``layout``, ``parameters`` (of the model, and of the fullest rank), ``state_bytes`` of that rank,
+        ``recompute`` and ``activation_bytes`` (at the most, with each kind of recomputation), ``packs``, ``tokens`` and
+        ``training_flops`` of a step. Where data decide, one sample fills a pack: the most FLOPs that can be, and
+        activations but for further texts.
+
+    Raises:
+        ValueError: an unknown key, a layout that cannot be, data that are not there or do not fit.
+    """
+    engine.start(take_device=False)
+    config = build_config(options)
+    layout = check_layout(config, world)
+    bind_data(config, layout)
+    model = config.model.wan_config
+    bf16 = config.mixed_precision is not None
+    packs = config.train.global_batch_size
+    if config.dataset.mock:
+        mock = config.dataset.mock_settings
+        patch = model.patch_size
+        grids = [
+            tuple(size // one for size, one in zip(mock.shapes[slot % len(mock.shapes)], patch, strict=True))
+            for slot in range(mock.number_packed_samples)
+        ]
+        pack = PackLayout(tuple(grids)).padded_to(layout.pad_multiple)
+    else:
+        # One sample that fills a pack needs the most: attention grows with the square of a sample.
+        pack = PackLayout(((config.dataset.capacity, 1, 1),))
+    needed = {
+        mode: rank_bytes(
+            model, layout, pack.padded_to(layout.pad_multiple), mode, packs=packs // layout.data, bf16=bf16,
+            fp32_gradients=not bf16 or _reduces_in_fp32(config), ema=config.ema.decay > 0,
+        )
+        for mode in get_args(Recompute)
+    }  # fmt: skip
+    recompute = config.model.recompute
+    fullest = needed[recompute]
+    state = fullest.state
+    return {
+        "recipe": options.recipe or options.config_file or DEFAULT_RECIPE,
+        "layout": {**dataclasses.asdict(layout), "data": layout.data},
+        "parameters": {"model": parameters_of_model(model), "largest_rank": fullest.parameters},
+        "state_bytes": {**dataclasses.asdict(state), "total": state.total},
+        "recompute": recompute,
+        "activation_bytes": {mode: found.activations + found.gathered for mode, found in needed.items()},
+        "precision": "bf16" if bf16 else "fp32",
+        "packs": packs,
+        "packs_a_rank": packs // layout.data,
+        "tokens": packs * pack.valid,
+        "training_flops": packs * pack_flops(model, pack).training,
+        "exact": config.dataset.mock,
+    }
+
+
+def _reduces_in_fp32(config: Any) -> bool:
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    precision = config.mixed_precision
+    if isinstance(precision, str):
+        precision = get_mixed_precision_config(precision)
+    return bool(precision.grad_reduce_in_fp32)
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    """For people."""
+    layout, parameters, state = found["layout"], found["parameters"], found["state_bytes"]
+    most = "" if found["exact"] else " at most"
+    sharded = ", weights fully sharded" if layout["fully_sharded"] else ""
+    gib = {name: size / 2**30 for name, size in state.items()}
+    activations = {mode: size / 2**30 for mode, size in found["activation_bytes"].items()}
+    chosen = found["recompute"]
+    others = ", ".join(f"{size:.2f} with {mode}" for mode, size in activations.items() if mode != chosen)
+    tflop = found["training_flops"] / 1e12
+    return [
+        f"{found['recipe']}: {parameters['model']:,} parameters, {found['precision']}",
+        f"{layout['world']} processes: data {layout['data']} x tensor {layout['tensor']}"
+        f"{' with sequence' if layout['sequence'] else ''} x context {layout['context']} x pipeline "
+        f"{layout['pipeline']}{sharded}",
+        f"the fullest rank computes with {parameters['largest_rank']:,} parameters and holds {gib['total']:.2f} GiB "
+        f"between steps (weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer "
+        f"{gib['optimizer']:.2f}, average {gib['average']:.2f})",
+        f"activations come on top, about {activations[chosen]:.2f} GiB with recompute {chosen} ({others})",
+        f"a step: {found['packs']} packs, {found['packs_a_rank']} a data-parallel rank,{most} {found['tokens']:,} "
+        f"tokens and{most} {tflop:,.2f} TFLOP, {tflop / layout['world']:,.2f} a process",
+    ]
+
+
+def main(options: RunOptions, world: int, *, as_json: bool) -> list[str]:
+    """What to print."""
+    found = describe(options, world)
+    return [json.dumps(found, indent=1, sort_keys=True)] if as_json else lines_of(found)

@@ -1,0 +1,216 @@
+"""``wan-train plan``: which layout a model would train fastest in on so many GPUs, and what that needs.
+
+Nothing is started and no engine imported: every layout that can be and fits is estimated, by ``wan_train.planning.memory`` and
+``wan_train.planning.step_time``.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from wan_model import WAN_1_3B, WAN_14B
+from wan_model.config import WanConfig
+from wan_model.dit.recompute import Recompute
+from wan_model.pack import PackLayout
+from wan_train.model.layout import Layout
+from wan_train.planning.hardware import Hardware
+from wan_train.planning.memory import RankBytes, rank_bytes
+from wan_train.planning.step_time import StepTime
+
+MODELS = {"1.3b": WAN_1_3B, "14b": WAN_14B}
+DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+# As ``model.recompute_granularity`` calls them.
+SETTING: dict[Recompute, str] = {"none": "null", "all_but_attention": "selective", "block": "full"}
+_SIZES = (1, 2, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One layout, with what it needs.
+
+    Attributes:
+        layout: of the run.
+        recompute: what is computed again.
+        packs: a step, over all ranks.
+        memory: of the fullest rank.
+        time: of a step.
+    """
+
+    layout: Layout
+    recompute: Recompute
+    packs: int
+    memory: RankBytes
+    time: StepTime
+
+    def settings(self) -> list[str]:
+        """What to give to ``wan-train pretrain`` for it."""
+        layout = self.layout
+        given = [f"train.global_batch_size={self.packs}"]
+        for name, size in (("tensor_model", layout.tensor), ("context", layout.context), ("pipeline", layout.pipeline)):
+            if size > 1:
+                key = f"model.{name}_parallel_size" if name != "pipeline" else "model.pipeline_model_parallel_size"
+                given.append(f"{key}={size}")
+        if layout.sequence:
+            given.append("model.sequence_parallel=true")
+        if layout.fully_sharded:
+            given.append("dist.use_megatron_fsdp=true")
+        elif layout.data > 1:
+            given += ["ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"]
+        return [*given, f"model.recompute_granularity={SETTING[self.recompute]}"]
+
+
+def pack_of(model: WanConfig, shape: tuple[int, int, int], capacity: int) -> PackLayout:
+    """As many videos of one shape as a pack holds.
+
+    Args:
+        model: sizes.
+        shape: frames, height and width in pixels.
+        capacity: tokens.
+
+    Raises:
+        ValueError: a shape that the latent grid does not divide, or that exceeds the capacity.
+    """
+    frames, height, width = shape
+    if frames < 1 or (frames - 1) % 4 or height < 16 or width < 16 or height % 16 or width % 16:
+        raise ValueError(
+            f"the shape is {frames} x {height} x {width}; expected 4n + 1 frames, and sides that 16 divides"
+        )
+    grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
+    tokens = grid[0] * grid[1] * grid[2]
+    if tokens > capacity:
+        raise ValueError(
+            f"a video of that shape has {tokens:,} tokens, more than a pack's {capacity:,}; raise --capacity"
+        )
+    return PackLayout((grid,) * (capacity // tokens))
+
+
+def layouts(model: WanConfig, gpus: int, machine: int) -> Iterator[Layout]:
+    """Every layout worth a look: tensor parallelism inside a machine, pipelines only of replicated weights."""
+    for tensor, context, pipeline in itertools.product(_SIZES, _SIZES, _SIZES):
+        # Context parallelism with heads that do not divide gathers keys and values, which these formulae leave out.
+        if tensor > machine or model.num_heads % (tensor * context) or model.num_layers % pipeline:
+            continue
+        if gpus % (tensor * context * pipeline):
+            continue
+        yield Layout(gpus, tensor, context, pipeline, sequence=tensor > 1)
+        if pipeline == 1 and gpus > tensor:
+            yield Layout(gpus, tensor, context, sequence=tensor > 1, fully_sharded=True)
+
+
+def candidates(model: WanConfig, pack: PackLayout, gpus: int, hardware: Hardware, packs: int) -> list[Plan]:
+    """What fits, the fastest first.
+
+    Args:
+        model: sizes.
+        pack: what every rank trains on.
+        gpus: of the run.
+        hardware: of each of them.
+        packs: that a step should have at least; rounded up to what the data-parallel ranks share equally.
+    """
+    found = []
+    for layout in layouts(model, gpus, hardware.machine):
+        of_rank = -(-packs // layout.data)
+        padded = pack.padded_to(layout.pad_multiple)
+        for recompute in SETTING:
+            memory = rank_bytes(model, layout, padded, recompute, packs=of_rank)
+            if memory.total > hardware.memory - hardware.reserved:
+                continue
+            time = StepTime.of(model, layout, padded, recompute, hardware, packs=of_rank)
+            found.append(Plan(layout, recompute, of_rank * layout.data, memory, time))
+    # Of equally fast ones the simplest.
+    return sorted(found, key=lambda plan: (-round(plan.time.rate / 1e12, 1), plan.layout.replica))
+
+
+def best_plans(
+    model: WanConfig, pack: PackLayout, gpus: int, hardware: Hardware, packs: int, count: int = 1
+) -> list[Plan]:
+    """The fastest that fit, at least one.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    found = candidates(model, pack, gpus, hardware, packs)
+    if not found:
+        raise ValueError(
+            f"no layout of {gpus} GPUs of {hardware.memory / 1e9:.0f} GB holds this model with packs of {pack.total:,} "
+            "tokens; take more GPUs or a smaller --capacity"
+        )
+    return found[:count]
+
+
+def entry(plan: Plan, hardware: Hardware) -> dict[str, Any]:
+    """Plain values, for ``--json``."""
+    return {
+        "layout": {**dataclasses.asdict(plan.layout), "data": plan.layout.data},
+        "recompute": plan.recompute,
+        "packs": plan.packs,
+        "memory": {**dataclasses.asdict(plan.memory), "total": plan.memory.total},
+        "seconds": {**dataclasses.asdict(plan.time), "total": plan.time.total},
+        "tflops_per_gpu": plan.time.rate / 1e12,
+        "mfu": plan.time.rate / hardware.peak,
+        "settings": plan.settings(),
+    }
+
+
+HEADER = (
+    "| GPUs | data | tensor | context | pipeline | sharded | again | packs | GB | s a step | TFLOP/s a GPU | of peak |"
+)
+
+
+def table(plans: list[Plan], hardware: Hardware) -> list[str]:
+    """Markdown, one line a plan."""
+    lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
+    for plan in plans:
+        layout, time = plan.layout, plan.time
+        cells = [
+            layout.world, layout.data, layout.tensor, layout.context, layout.pipeline,
+            "yes" if layout.fully_sharded else "no", SETTING[plan.recompute].replace("null", "nothing"), plan.packs,
+            f"{plan.memory.total / 1e9:.1f}", f"{time.total:.2f}", f"{time.rate / 1e12:.0f}",
+            f"{time.rate / hardware.peak:.0%}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return lines
+
+
+def main(
+    model: str,
+    gpus: Sequence[int],
+    gpu: str,
+    shape: str,
+    capacity: int,
+    packs: int | None,
+    best: int,
+    *,
+    as_json: bool,
+) -> list[str]:
+    """What to print.
+
+    Raises:
+        ValueError: a shape or GPU that cannot be, or nothing that fits.
+    """
+    match = re.fullmatch(r"(\d+)[x*](\d+)[x*](\d+)", shape)
+    if match is None:
+        raise ValueError(f"--shape is {shape!r}; expected FRAMESxHEIGHTxWIDTH, such as 81x480x832")
+    frames, height, width = map(int, match.groups())
+    hardware, config = Hardware.find(gpu), MODELS[model]
+    pack = pack_of(config, (frames, height, width), capacity)
+    plans = [
+        plan
+        for number in gpus or DEFAULT_GPUS
+        for plan in best_plans(config, pack, number, hardware, packs or max(8, number // 8), best)
+    ]
+    if as_json:
+        return [json.dumps([entry(plan, hardware) for plan in plans], indent=1)]
+    lines = [
+        f"Wan 2.1 {model}, bf16, packs of {pack.total:,} tokens ({pack.num_samples} x {frames} frames of "
+        f"{height} x {width}), {hardware.name} with {hardware.memory / 1e9:.0f} GB, "
+        f"{hardware.reserved / 1e9:.0f} GB of it kept free",
+        "",
+        *table(plans, hardware),
+    ]
+    if len(plans) == 1:
+        lines += ["", "wan-train pretrain ... " + " ".join(plans[0].settings())]
+    return lines

@@ -1,0 +1,182 @@
+"""The time of a training step, from its operations and the bytes that it moves. No torch and no Megatron.
+
+The formulae are in PLANNING.md. The times of what happens one after another are added; gradients and weights travel
+while blocks are computed.
+"""
+
+import dataclasses
+from typing import Self
+
+from wan_model.config import WanConfig
+from wan_model.dit.flops import pack_flops
+from wan_model.dit.recompute import Recompute
+from wan_model.pack import PackLayout
+from wan_train.model.layout import Layout, layers_of_stages
+from wan_train.planning.hardware import Hardware
+from wan_train.planning.memory import parameters_of_stages
+
+BF16, FP32 = 2, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on the slowest rank, by what they are spent on.
+
+    Attributes:
+        matmul: matrix products, with those computed again.
+        attention: scores and weighted sums, with those computed again.
+        elementwise: norms, gates, activations: bytes through the GPU's memory.
+        tensor: gathering and scattering rows among tensor-parallel ranks.
+        context: exchanging heads for rows among context-parallel ranks.
+        pipeline: sending rows between stages, and waiting for the first and last packs.
+        data: reducing gradients and gathering weights, as far as no computation hides it.
+        optimizer: reading and writing its state.
+        needed: operations that the mathematics of all packs needs, of the whole run.
+        world: GPUs.
+    """
+
+    matmul: float
+    attention: float
+    elementwise: float
+    tensor: float
+    context: float
+    pipeline: float
+    data: float
+    optimizer: float
+    needed: float
+    world: int
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return (
+            self.matmul + self.attention + self.elementwise + self.tensor + self.context + self.pipeline + self.data
+            + self.optimizer
+        )  # fmt: skip
+
+    @property
+    def rate(self) -> float:
+        """Operations per second and GPU; recomputation counts for nothing."""
+        return self.needed / self.total / self.world
+
+    @classmethod
+    def of(
+        cls,
+        model: WanConfig,
+        layout: Layout,
+        pack: PackLayout,
+        recompute: Recompute,
+        hardware: Hardware,
+        *,
+        packs: int,
+    ) -> Self:
+        """Of a step on equal packs.
+
+        Args:
+            model: sizes.
+            layout: of the run.
+            pack: padded for the layout.
+            recompute: what is computed again.
+            hardware: of every GPU.
+            packs: of a data-parallel rank.
+        """
+        share = packs * max(layers_of_stages(model.num_layers, layout.pipeline)) / model.num_layers
+        split = layout.tensor * layout.context
+        flops = pack_flops(model, pack)
+        speed = hardware.efficiency
+
+        again = 0 if recompute == "none" else 1
+        # The ends belong to one stage each, and are small.
+        products = share * (flops.block_linears * (3 + again) + 3 * flops.ends) / split
+        matmul = products / (hardware.matmul * speed)
+        kept = recompute == "all_but_attention"
+        scores = share * (flops.self_attention * (0 if kept else again) + flops.cross_attention * again)
+        once = share * (flops.self_attention + flops.cross_attention)
+        attention = (
+            (once + scores) / hardware.attention_forward + 2 * once / hardware.attention_backward
+        ) / split / speed  # fmt: skip
+
+        rows = _Rows.of(model, layout, pack)
+        elementwise = share * model.num_layers * rows.touched * (3 + again) / (hardware.bandwidth * speed)
+        passes = 2 + again
+        tensor = share * model.num_layers * passes * rows.tensor_wire / _ring(hardware, layout.tensor, 1)
+        exchanged = share * model.num_layers * passes * rows.context_wire
+        context = exchanged / _exchange(hardware, layout.context, layout.tensor)
+
+        computing = matmul + attention + elementwise + tensor + context
+        bubble = computing / packs * (layout.pipeline - 1)
+        sent = 2 * packs * rows.held_bytes / (hardware.outside * speed) if layout.pipeline > 1 else 0.0
+        parameters = max(parameters_of_stages(model, layout.tensor, layout.pipeline))
+        return cls(
+            matmul=matmul,
+            attention=attention,
+            elementwise=elementwise,
+            tensor=tensor,
+            context=context,
+            pipeline=bubble + sent,
+            data=_data(hardware, layout, parameters, packs, computing),
+            # Moments and the fp32 weights read and written, gradients read, bf16 weights written.
+            optimizer=parameters * 30 / (layout.data * layout.context) / (hardware.bandwidth * speed),
+            needed=packs * layout.data * flops.training,
+            world=layout.world,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Bytes of one block's forward pass on a rank: through memory between matrix products, and on the wires."""
+
+    touched: float
+    tensor_wire: float
+    context_wire: float
+    held_bytes: float
+
+    @classmethod
+    def of(cls, model: WanConfig, layout: Layout, pack: PackLayout) -> "_Rows":
+        entered = pack.total / layout.context
+        held = entered / (layout.tensor if layout.sequence else 1)
+        h, part, ffn = model.hidden_size, model.hidden_size / layout.tensor, model.ffn_dim / layout.tensor
+        # Two modulated norms (2 each), the norm with weights (2), two gates and a sum (3 each); three norms of queries
+        # and keys (2 each) and two rotations (2 each); the activation (2).
+        touched = (15 * held * h + 10 * entered * part + 2 * entered * ffn) * BF16
+        others = (layout.tensor - 1) / layout.tensor
+        # Three gathers and three sums a block; a sum without sequence parallelism is a scatter and a gather.
+        journeys = 6
+        tensor = journeys * others * entered * h * BF16
+        context = 4 * entered * part * BF16 * (layout.context - 1) / layout.context
+        return cls(touched, tensor, context, held * h * BF16)
+
+
+def _inside(hardware: Hardware, ranks: int, stride: int) -> int:
+    """How many ranks of a group are in one machine."""
+    return max(1, min(ranks, hardware.machine // stride))
+
+
+def _ring(hardware: Hardware, ranks: int, stride: int) -> float:
+    """Bytes per second at which a rank's rows pass all ranks: the machine's ranks share their network cards."""
+    inside = _inside(hardware, ranks, stride)
+    slowest = hardware.inside if inside == ranks else min(hardware.inside, hardware.outside * inside)
+    return slowest * hardware.efficiency
+
+
+def _exchange(hardware: Hardware, ranks: int, stride: int) -> float:
+    """The same where each rank sends something else to each other one, through its own card if that is elsewhere."""
+    inside = _inside(hardware, ranks, stride)
+    if inside == ranks:
+        return hardware.inside * hardware.efficiency
+    return hardware.outside * hardware.efficiency * (ranks - 1) / (ranks - inside)
+
+
+def _data(hardware: Hardware, layout: Layout, parameters: int, packs: int, computing: float) -> float:
+    ranks = layout.data * layout.context
+    if ranks == 1:
+        return 0.0
+    wire = _ring(hardware, ranks, layout.tensor)
+    if layout.fully_sharded:
+        # Weights twice for every pack, gradients too: each must fit behind the pack's own computation.
+        moved = packs * parameters * (2 * BF16 + FP32) * (ranks - 1) / ranks / wire
+        hidden = computing
+    else:
+        moved = parameters * (BF16 + FP32) * (ranks - 1) / ranks / wire
+        hidden = computing / packs  # the last pack's backward pass and the first one's forward pass
+    return max(0.0, moved - hidden)

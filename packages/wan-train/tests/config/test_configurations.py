@@ -1,0 +1,261 @@
+"""What is shipped, what a dry run says, and what an export leaves."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from training_runs import RUN_OPTIONS, train, wan_train
+
+from wan_model import WAN_1_3B, WAN_14B
+from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
+from wan_model.weights.transformer import expected_shapes
+from wan_train.cli import main
+from wan_train.config.shipped_configs import names
+from wan_train.model.layout import Layout, layers_of_stages, parameters_of_rank
+
+REFUSED = [
+    (["--recipe", "wan_14b", "--world-size", "12", "model.tensor_model_parallel_size=8"], "multiple of 8"),
+    (["--recipe", "wan_14b", "--world-size", "7", "model.tensor_model_parallel_size=7"], "40 attention heads"),
+    (["--recipe", "wan_1_3b", "--world-size", "8"], "train.global_batch_size is 1 packs, which 8"),
+    (["--recipe", "wan_1_3b", "--world-size", "31", "model.pipeline_model_parallel_size=31"], "30 layers cannot"),
+    (["--recipe", "tiny", "--config-file", "wan_1_3b"], "--recipe is tiny and wan_1_3b is for wan_1_3b"),
+    (["--config-file", "nowhere.yaml"], "nowhere.yaml is not there; name a file, or a shipped one of tiny"),
+    (["--recipe", "tiny", "model.recompute_granularity=half"], "'half'; expected one of full, selective or null"),
+    (["--recipe", "tiny", "model.recompute_method=block"], "every layer is treated alike"),
+    (["--recipe", "tiny", "train.train_iter=3"], "the nearest known one is train.train_iters"),
+    (["--recipe", "tiny", "dist.use_megatron_fsdp=true", "ema.decay=0.9"], "which keeps no average"),
+    (["--recipe", "tiny", "model.num_layers=3"], "does not heed; set model.transformer.num_layers"),
+    (["--recipe", "tiny", "model.hidden_dropout=0.2"], "model.hidden_dropout is 0.2, which a Wan model does not heed"),
+    (
+        ["--recipe", "tiny", "model.fp8=e4m3"],
+        "'e4m3', which a Wan model does not heed; set mixed_precision",
+    ),
+    (["--recipe", "tiny", "mixed_precision=bf16_with_mxfp8_mixed"], "expected null (fp32) or bf16_mixed"),
+    (["--recipe", "tiny", "train.train_samples=10"], "train.train_samples is 10; a run's length is train.train_iters"),
+    (["--recipe", "tiny", "train.train_iters=null"], "train.train_iters is None; expected at least 1"),
+    (["--recipe", "tiny", "train.micro_batch_size=2"], "train.micro_batch_size is 2; a micro-batch is one pack"),
+    (["--recipe", "tiny", "checkpoint.pretrained_checkpoint=x"], "use checkpoint.load with checkpoint.finetune=true"),
+    (
+        ["--recipe", "tiny", "dataset.capacity=1", "model.context_parallel_size=2", "--world-size", "2"],
+        "less than the 2",
+    ),
+]
+GPUS = {
+    "tiny": 1, "wan_1_3b": 8, "wan_1_3b_t2i": 8, "wan_14b_128gpu": 128, "wan_14b_64gpu_fsdp": 64, "wan_14b_t2i": 32
+}  # fmt: skip
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, list(arguments))
+    return result.exit_code, result.output
+
+
+_DRY_RUNS = """
+import json, sys
+from click.testing import CliRunner
+from wan_train.cli import main
+results = {}
+for key, arguments in json.loads(sys.argv[1]).items():
+    result = CliRunner().invoke(main, ["pretrain", "--dry-run", *arguments])
+    results[key] = [result.exit_code, result.stdout, result.stderr]
+print("RESULTS " + json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="session")
+def dry_runs(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, list[Any]]:
+    """All of them in one process, which starts the engine once: exit status, output and errors."""
+
+    def build(folder: Path) -> None:
+        wanted = {
+            **{f"shipped {name}": ["--config-file", name, "--mock", "--world-size", str(gpus), "--json"]
+               for name, gpus in GPUS.items()},
+            **{said: ["--mock", *arguments] for arguments, said in REFUSED},
+            "Megatron's words": [
+                "--recipe", "wan_1_3b", "--mock", "model.num_layers=30", "model.num_attention_heads=12",
+                "model.hidden_size=1536", "model.ffn_hidden_size=8960", "model.kv_channels=128",
+            ],
+            "people": ["--config-file", "wan_14b_128gpu", "--mock", "--world-size", "128"],
+        }  # fmt: skip
+        command = [sys.executable, "-c", _DRY_RUNS, json.dumps(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        folder.mkdir()
+        (folder / "results.json").write_text(done.stdout.split("RESULTS ", 1)[1])
+
+    results: dict[str, list[Any]] = json.loads((once("dry-runs", build) / "results.json").read_text())
+    return results
+
+
+def test_every_shipped_file_is_listed_with_what_it_is_for() -> None:
+    code, output = run("config", "list")
+    assert code == 0
+    lines = dict(line.split(None, 1) for line in output.splitlines())
+    assert sorted(lines) == sorted(GPUS) == names()
+    assert all(lines.values())
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_shipped_file_applies_and_its_layout_can_be(name: str, dry_runs: dict[str, list[Any]]) -> None:
+    code, output, errors = dry_runs[f"shipped {name}"]
+    assert code == 0, errors
+    found = json.loads(output)
+    layout = found["layout"]
+    assert layout["world"] == GPUS[name]
+    assert layout["data"] * layout["tensor"] * layout["context"] * layout["pipeline"] == GPUS[name]
+    assert found["state_bytes"]["total"] < 70 * 2**30, "it would not fit a GPU of 80 GiB"
+
+
+def test_a_shipped_file_is_shown_and_copied_and_never_written_over(tmp_path: Path) -> None:
+    code, shown = run("config", "show", "tiny")
+    assert code == 0
+    code, output = run("config", "copy", "tiny", str(tmp_path))
+    copied = tmp_path / "tiny.yaml"
+    assert code == 0
+    assert output.strip() == str(copied)
+    assert copied.read_text() == shown
+    copied.write_text("mine")
+    code, output = run("config", "copy", "tiny", str(copied))
+    assert code == 1
+    assert "is there already" in output
+    assert copied.read_text() == "mine"
+    assert run("config", "copy", "tiny", str(copied), "--force")[0] == 0
+    assert copied.read_text() == shown
+    code, output = run("config", "show", "huge")
+    assert code == 1
+    assert "no configuration 'huge' is shipped; expected one of tiny" in output
+
+
+def test_a_resolved_file_names_every_key_and_can_be_given_back(tmp_path: Path) -> None:
+    script = "from wan_train.cli import main; main()"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run([*command, "config", "show", "tiny", "--resolved"], capture_output=True, check=True)
+    values = yaml.safe_load(done.stdout)
+    assert values["ema"]["decay"] == 0.9, "of the file"
+    assert values["optimizer"]["adam_beta2"] == 0.95, "of the recipe"
+    assert values["model"]["flow"]["shift"] == 2.5
+    assert values["checkpoint"]["async_save"] is False, "of Megatron-Bridge"
+    values["ema"]["decay"] = 0.5
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"recipe": "tiny", **values}))
+    given = ["pretrain", "--config-file", str(tmp_path / "mine.yaml"), "--mock", "--dry-run", "--json"]
+    again = subprocess.run([*command, *given], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["state_bytes"]["average"] > 0
+
+
+def test_listing_imports_neither_torch_nor_megatron() -> None:
+    script = (
+        "import sys\nfrom click.testing import CliRunner\nfrom wan_train.cli import main\n"
+        "assert CliRunner().invoke(main, ['config', 'list']).exit_code == 0\n"
+        "print([name for name in ('torch', 'megatron', 'wan_model') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("said", [said for _, said in REFUSED])
+def test_a_dry_run_refuses_what_cannot_be(said: str, dry_runs: dict[str, list[Any]]) -> None:
+    code, output, errors = dry_runs[said]
+    assert code == 2, output
+    assert said in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_sizes_in_megatrons_words_may_be_said_where_they_are_so(dry_runs: dict[str, list[Any]]) -> None:
+    code, _, errors = dry_runs["Megatron's words"]
+    assert code == 0, errors
+
+
+def test_a_dry_run_says_what_a_step_is(dry_runs: dict[str, list[Any]]) -> None:
+    code, output, errors = dry_runs["people"]
+    assert code == 0, errors
+    assert "14,288,491,584 parameters, bf16" in output
+    assert "data 16 x tensor 2 with sequence x context 4 x pipeline 1" in output
+    # 6.184 PFLOP a sample of 37,440 tokens, and 16 of them.
+    assert "16 packs, 1 a data-parallel rank, 599,040 tokens and 98,945" in output
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 2)])
+def test_parameters_are_those_that_megatron_builds(tensor: int, pipeline: int, tmp_path: Path) -> None:
+    layout = Layout(tensor * pipeline, tensor=tensor, pipeline=pipeline)
+    shapes = expected_shapes(TINY_CONFIG)
+    expected = [parameters_of_rank(shapes, TINY_CONFIG.num_layers, layout, stage) for stage in range(pipeline)]
+    done = wan_train(
+        *RUN_OPTIONS, "--nproc-per-node", str(layout.world), "train.train_iters=1", f"checkpoint.save={tmp_path}",
+        "checkpoint.save_interval=0", f"model.tensor_model_parallel_size={tensor}",
+        f"model.pipeline_model_parallel_size={pipeline}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    built = {}
+    for log in tmp_path.glob("megatron-rank*.log"):
+        for line in log.read_text().splitlines():
+            if "number of parameters on (tensor, pipeline)" in line:
+                place, count = line.split("(tensor, pipeline) model parallel rank ")[1].split(": ")
+                built[place.strip()] = int(count)
+    assert built == {f"({t}, {p})": expected[p] for t in range(tensor) for p in range(pipeline)}
+
+
+@pytest.mark.parametrize(("model", "parameters"), [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584)])
+def test_shares_add_up_to_the_released_models(model: object, parameters: int) -> None:
+    shapes = expected_shapes(model)  # type: ignore[arg-type]
+    assert parameters_of_rank(shapes, model.num_layers, Layout(1), 0) == parameters  # type: ignore[attr-defined]
+
+
+def test_layers_left_over_go_to_the_middle() -> None:
+    assert layers_of_stages(10, 4) == [2, 3, 3, 2]
+    assert sum(layers_of_stages(40, 7)) == 40
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(folder, "checkpoint.save_interval=3", "ema.decay=0.5")
+    return folder
+
+
+@pytest.mark.parametrize(("step", "ema"), [(None, False), (3, False), (None, True)])
+def test_an_export_is_what_trained_to_the_bit(trained: Path, step: int | None, ema: bool, tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    arguments = [*(["--step", str(step)] if step else []), *(["--ema"] if ema else [])]
+    code, output = run("export", str(trained), str(tmp_path / "out"), *arguments)
+    assert code == 0, output
+    assert f"iter_{step or 6:07d}" in output
+    _, _, wanted = read_training_checkpoint(find_checkpoint(trained, step), dtype=None, ema=ema)
+    found = dict(WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer").named_parameters())
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    if ema:
+        _, _, weights = read_training_checkpoint(find_checkpoint(trained), dtype=None)
+        assert any(not torch.equal(weights[key], value) for key, value in wanted.items())
+
+
+def test_an_export_refuses_what_it_would_write_over_and_what_is_not_whole(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, output = run("export", str(trained), str(tmp_path))
+    assert code == 2
+    assert "is there already and not an empty folder" in output
+    code, output = run("export", str(trained), str(tmp_path / "out"), "--step", "4")
+    assert code == 2
+    assert "has no checkpoint of step 4; it has 3, 6" in output
+    plain = tmp_path / "plain"
+    train(plain, "train.train_iters=1")
+    code, output = run("export", str(plain), str(tmp_path / "out"), "--ema")
+    assert code == 2
+    assert "holds no average of the weights" in output
+    file = plain / "iter_0000001" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    code, output = run("export", str(plain), str(tmp_path / "out"))
+    assert code == 2
+    assert f"{file} is not what was saved" in output
+    assert not (tmp_path / "out").exists()

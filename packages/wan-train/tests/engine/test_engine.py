@@ -1,0 +1,182 @@
+"""The engine where there is no CUDA, obstacle by obstacle; and with CUDA, that nothing is redirected."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.transformer import expected_shapes
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def answers(engine_answers: dict[str, Any]) -> dict[str, Any]:
+    return engine_answers
+
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here, nothing is redirected")
+
+
+@needs_no_cuda
+def test_starts_on_the_cpu_with_gloo(answers: dict[str, Any]) -> None:
+    assert answers["engine"] == ["cpu", "gloo", False]
+    assert answers["started twice is the same"]
+
+
+@needs_no_cuda
+def test_bridge_is_importable_without_transformer_engine_and_core_knows(answers: dict[str, Any]) -> None:
+    assert answers["bridge imported"] == "megatron.bridge.peft.lora"
+    assert answers["core has te"] is False
+    assert answers["stand-ins left behind"] == []
+    assert answers["providers"] == "megatron.bridge.models.gpt_provider"
+    assert answers["model families"] == []
+
+
+@needs_no_cuda
+@pytest.mark.parametrize(
+    "way", ["by name", "by number", "by object", "moved", "moved by method", "module", "cpu stays"]
+)
+def test_tensors_for_cuda_land_on_the_cpu(answers: dict[str, Any], way: str) -> None:
+    assert answers["devices"][way] == "cpu"
+
+
+@needs_no_cuda
+def test_the_current_device_is_a_number_and_the_type_name_is_cudas(answers: dict[str, Any]) -> None:
+    assert answers["devices"]["index is int"]
+    assert answers["devices"]["type name"] == "torch.cuda.FloatTensor"
+
+
+@needs_no_cuda
+def test_custom_backwards_and_hooks_are_redirected_too(answers: dict[str, Any]) -> None:
+    assert answers["devices"]["gradient of custom backward"] == [2.0, 2.0]
+    assert answers["devices"]["gradient of hook"] == [3.0, 3.0]
+
+
+@needs_no_cuda
+def test_no_compiler_and_a_working_rng_tracker(answers: dict[str, Any]) -> None:
+    assert not answers["compiled by Megatron"]
+    assert answers["torch.compile is torch's"] == "torch"
+    assert answers["rng tracker runs"]
+
+
+@needs_no_cuda
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have names on Linux only")
+def test_groups_leave_the_cores_to_the_computation(answers: dict[str, Any]) -> None:
+    groups = answers["groups"]
+    assert groups["groups"] > 10
+    assert groups["threads on the network"] == 1
+    assert groups["nothing started for a group of one"]
+    assert groups["they work"]
+    assert groups["of torch's class"]
+
+
+def test_one_process_needs_no_port(answers: dict[str, Any]) -> None:
+    assert answers["model"]["joined"]
+
+
+def test_the_model_is_what_the_schedules_and_checkpoints_expect(answers: dict[str, Any]) -> None:
+    model = answers["model"]
+    assert model["keys"] == sorted(expected_shapes(TINY_CONFIG))
+    assert model["no attribute called decoder"]
+    assert model["shares no embeddings"]
+    assert model["stages"] == [[0, 1], [1, 2]]
+    assert model["head is zero"]
+
+
+def test_dropped_captions_become_the_datasets_empty_one(answers: dict[str, Any]) -> None:
+    dropout = answers["dropout"]
+    assert dropout["kept"]
+    assert dropout["dropped"]
+    assert dropout["noise stays"]
+    assert dropout["mock"] == [1, TINY_CONFIG.text_dim]
+    assert "holds no embedding of the empty caption" in dropout["refused"]
+    assert "run wan-data prepare again with the same arguments" in dropout["refused"]
+
+
+def test_training_starts_from_released_weights_of_whatever_size(answers: dict[str, Any]) -> None:
+    assert answers["model"]["started from"]
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("unknown key", "unknown configuration key train.train_iter; the nearest known one is train.train_iters"),
+        ("unknown section", "unknown configuration key trian; the nearest known one is train"),
+        ("unknown recipe", "unknown recipe 'huge'; expected one of wan_1_3b, wan_1_3b_t2i, wan_14b, wan_14b_t2i, tiny"),
+        ("no weights", "absent: expected a folder in diffusers' layout"),
+        ("wrong kind", "train.train_iters is 'many'; expected"),
+        ("bad flow", "model.flow.density is 'cauchy'; expected one of uniform, logit_normal, mode, lognorm"),
+        ("layout", "3 processes cannot be laid out as tensor 2 x pipeline 1 x context 1"),
+        ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
+        ("fsdp", "goes with tensor and context parallelism; set pipeline_model_parallel_size to 1"),
+        ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
+        ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
+        ("absent data", "which does not exist; make one with wan-data prepare"),
+        ("two kinds of data", "and not both"),
+    ],
+)
+def test_bad_configuration_is_one_sentence(answers: dict[str, Any], case: str, sentence: str) -> None:
+    assert sentence in answers["configuration"][case]
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(answers: dict[str, Any]) -> None:
+    assert answers["configuration"]["file then command line"] == [9, 4.0, 1e-5]
+
+
+def test_the_tutorials_settings_are_understood(answers: dict[str, Any]) -> None:
+    found = answers["configuration"]
+    assert found["tutorial"] == [2, 4, 40000, 50, 2]
+    assert found["other format"] == "model.qkv_format is 'sbhd'; every batch is a pack, so it is thd or left out"
+
+
+def test_the_rate_decays_over_the_run_and_weights_by_the_optimizers_decay(answers: dict[str, Any]) -> None:
+    """Megatron takes the scheduler's weight decay and passes over the optimizer's in silence."""
+    found = answers["configuration"]
+    assert found["settled"] == [7, 0.5, 0.5]
+    assert found["settled otherwise"] == [3, 0.01, 0.1]
+    assert found["warming up to the end"] == 10
+
+
+def test_training_modes_are_presets_of_the_objective(answers: dict[str, Any]) -> None:
+    assert answers["configuration"]["finetune"] == ["uniform", 3.0]
+
+
+def test_with_cuda_nothing_is_redirected() -> None:
+    script = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda rank: None
+zeros, backward = torch.zeros, torch.autograd._engine_run_backward
+import wan_train.engine as engine, wan_train.engine.cpu as cpu
+def refuse(): raise SystemExit("redirected")
+cpu.redirect = refuse
+started = engine.start()
+assert (str(started.device), started.backend) == ("cuda:0", "nccl"), started
+assert torch.autograd._engine_run_backward is backward
+assert torch.zeros(1).type() == "torch.FloatTensor"
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_and_its_worker_starts_nothing() -> None:
+    script = """
+import sys
+import wan_train, wan_train.launch.worker, wan_train.cli, wan_train.config.options
+heavy = {"torch", "megatron", "wan_model"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_starts_on_cuda_with_nccl(answers: dict[str, Any]) -> None:
+    assert answers["engine"][:2] == ["cuda:0", "nccl"]

@@ -1,0 +1,165 @@
+"""What a run says: JSON lines, curves, lines for people; and that it stops on every rank before what is not finite."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import (
+    BASE_OPTIONS,
+    FULLY_SHARDED,
+    RUN_OPTIONS,
+    data_options,
+    read_log,
+    read_tensors,
+    refused_on,
+    steps_of,
+    train,
+    wan_train,
+    write_dataset,
+)
+
+from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
+
+
+def test_curves_and_lines_say_what_the_log_says(tmp_path: Path) -> None:
+    board, bias = tmp_path / "board", tmp_path / "wandb"
+    folder = tmp_path / "run"
+    done = wan_train(
+        *RUN_OPTIONS, "--nproc-per-node", "2", "train.train_iters=4", f"checkpoint.save={folder}",
+        "checkpoint.save_interval=100", f"logger.tensorboard_dir={board}", "logger.wandb_project=wan",
+        "logger.wandb_exp_name=trial", f"logger.wandb_save_dir={bias}", "logger.log_interval=2",
+        "report.peak_tflops=0.5", "validation.interval=4", "validation.samples=3", "validation.timesteps=[250, 750]",
+        environment={"WANDB_MODE": "offline", "WANDB_API_KEY": "canary-key-that-nobody-may-see"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    log = read_log(folder)
+    assert [(entry.get("event", "step"), entry["step"]) for entry in log] == [
+        ("step", 2),
+        ("step", 4),
+        ("validation", 4),
+    ]
+    for entry in steps_of(log):
+        assert entry["samples"] == 2 * 2 * 3, "two steps of two packs of three samples"
+        assert entry["tokens_per_second"] == pytest.approx(entry["tokens"] / entry["seconds"])
+        assert entry["packing_efficiency"] == entry["tokens"] / entry["tokens_padded"] == 1
+        assert entry["tflops_per_device"] == pytest.approx(entry["flops"] / entry["seconds"] / 2 / 1e12)
+        assert entry["mfu"] == pytest.approx(entry["tflops_per_device"] / 0.5)
+        assert 0 <= entry["data_wait"] < entry["seconds"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(board))
+    events.Reload()
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "packing_efficiency", "mfu", "data_wait"):
+        drawn = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert drawn == pytest.approx({entry["step"]: entry[name] for entry in steps_of(log)}, rel=1e-6), name
+    assert events.Scalars("validation/loss")[0].value == pytest.approx(log[-1]["loss"])
+    assert events.Scalars("validation/loss_at_750")[0].value == pytest.approx(log[-1]["timesteps"]["750"])
+
+    assert list(bias.glob("**/offline-run-*/*.wandb")), "no offline run was written"
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert [re.match(r"step (\d+)(/4)?  (loss|validation loss)", line).group(1) for line in lines] == ["2", "4", "4"]  # type: ignore[union-attr]
+    assert all(word in lines[0] for word in ("gradient", "tokens/s", "TFLOP/s a device", "MFU", "full 100.0%", "left"))
+    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert b"canary-key" not in file.read_bytes(), f"{file} holds a secret"
+    assert "canary-key" not in done.stdout + done.stderr
+
+
+# The first step has the rate 0, the second throws the weights so far that the third overflows.
+THROWN = ("optimizer.lr=1e30", "optimizer.min_lr=1e29", "optimizer.clip_grad=0", "checkpoint.save_interval=1")
+TWO = ("--nproc-per-node", "2")
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "alone": (),
+    "data": TWO,
+    "tensor and sequence": (*TWO, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
+    "context": (*TWO, "model.context_parallel_size=2"),
+    "pipeline": (*TWO, "model.pipeline_model_parallel_size=2"),
+    "fully sharded": (*TWO, FULLY_SHARDED),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_weights_change(layout: str, tmp_path: Path) -> None:
+    said = refused_on((*RUN_OPTIONS, *LAYOUTS[layout], *THROWN), tmp_path)
+    number = int(re.search(r"^the gradient's norm is \S+ at step (\d+): ", said)[1])  # type: ignore[index]
+    # Every pack of the step is named, whichever rank had it.
+    assert all(f"mock-{pack}-{slot}" in said for pack in (2 * number - 2, 2 * number - 1) for slot in range(3))
+    assert [entry["step"] for entry in read_log(tmp_path)] == list(range(1, number))
+    checkpoint = find_checkpoint(tmp_path)
+    assert checkpoint.name == f"iter_{number - 1:07d}"
+    _, _, saved = read_training_checkpoint(checkpoint)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.values())
+
+
+def test_the_command_says_once_what_is_not_finite(tmp_path: Path) -> None:
+    done = wan_train(*RUN_OPTIONS, *TWO, *THROWN, f"checkpoint.save={tmp_path}")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("the gradient's norm is") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("validation.timesteps=[0]", "validation.timesteps is [0]; expected some numbers between 0 and 1000"),
+        ("validation.samples=0", "validation.samples is 0; expected at least 1"),
+        ("ema.decay=1.0", "ema.decay is 1.0; expected 0 for none, or a number below 1"),
+        ("train.eval_iters=2", "validate with validation.interval"),
+        ("validation.intervall=2", "unknown configuration key validation.intervall; the nearest known one is"),
+    ],
+)
+def test_settings_that_cannot_be_meant(setting: str, said: str) -> None:
+    done = wan_train(*RUN_OPTIONS, setting)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_average_begins_with_the_weights_where_a_checkpoint_has_none(tmp_path: Path) -> None:
+    train(tmp_path, "train.exit_interval=3")
+    train(tmp_path, "ema.decay=0.5", "train.train_iters=4")
+    before = read_tensors(find_checkpoint(tmp_path, 3), ("blocks.",))
+    after = read_tensors(find_checkpoint(tmp_path, 4), ("blocks.",))
+    average = read_tensors(find_checkpoint(tmp_path, 4), ("ema.blocks.",))
+    assert average
+    for key, value in average.items():
+        assert torch.allclose(value, (before[key] + after[key]) / 2, rtol=1e-6, atol=1e-8)
+    assert json.loads((tmp_path / "iter_0000004" / "complete.json").read_text())["step"] == 4
+
+
+def test_a_validation_does_not_depend_on_how_samples_are_packed(tmp_path: Path) -> None:
+    found = []
+    for capacity in (512, 48):
+        folder = tmp_path / str(capacity)
+        train(
+            folder,
+            "train.train_iters=1",
+            f"dataset.capacity={capacity}",
+            "validation.interval=1",
+            "validation.samples=7",
+        )
+        (entry,) = [entry for entry in read_log(folder) if entry.get("event") == "validation"]
+        assert entry["samples"] == 7
+        assert entry["loss"] == pytest.approx(sum(entry["timesteps"].values()) / 5)
+        found.append(entry["timesteps"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_validation_reads_the_validation_split_and_misses_none(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    options = (*BASE_OPTIONS, *data_options(tmp_path), "train.train_iters=1", "validation.interval=1")
+    done = wan_train(*options, f"checkpoint.save={tmp_path / 'run'}", "validation.samples=null")
+    assert done.returncode == 0, done.stderr
+    (entry,) = [entry for entry in read_log(tmp_path / "run") if entry.get("event") == "validation"]
+    assert entry["samples"] == 6
+    bare = tmp_path / "without"
+    write_dataset(bare, val=0)
+    done = wan_train(
+        *BASE_OPTIONS, *data_options(bare), "validation.interval=1", f"checkpoint.save={tmp_path / 'none'}"
+    )
+    assert done.returncode == 2
+    assert "val" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "none" / "log.jsonl").exists(), "it took a step"
