@@ -21,9 +21,9 @@ from wan_data.prepare import probe as probing
 from wan_data.prepare.run import prepare
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import files_of_folder
-from wan_data.shards.files import sha256_of
 from wan_data.video.decode import Rejected, probe, read_windows
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.files import sha256_of
 
 SETTINGS = PrepareSettings(areas=(32 * 48,), frames=9, min_frames=5, samples_per_shard=2)
 

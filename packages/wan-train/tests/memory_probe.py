@@ -1,5 +1,5 @@
-"""Train as ``wan_train.launch.worker`` does, counting bytes: what the first pack's forward pass leaves, the most until the
-gradients are there, and what weights, gradients and the optimizer hold between steps.
+"""Train as ``wan_train.launch.worker`` does, counting bytes: what the first pack's forward pass leaves, the
+most until the gradients are there, and what weights, gradients and the optimizer hold between steps.
 
 ``python memory_probe.py RESULTS OPTIONS``; each rank writes RESULTS/RANK.json.
 """

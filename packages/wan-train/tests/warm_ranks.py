@@ -1,7 +1,7 @@
 """Ranks without the nine seconds that each needs to import the engine: forked from a process that has done it.
 
-Everything behind ``wan_train.launch.worker`` runs as ever, in processes of its own. What the launcher does is left out, and
-tested with the real command line in test_launch.py and test_command.py.
+Everything behind ``wan_train.launch.worker`` runs as ever, in processes of its own. What the launcher does is left
+out, and tested with the real command line in test_launch.py and test_command.py.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class WarmRanks:
         )
 
     def run(self, argument: str, ranks: int, timeout: float = 300) -> Ended:
-        """``python -m wan_train.launch.worker ARGUMENT`` as that many processes; the first that fails ends the others."""
+        """``wan_train.launch.worker`` as that many processes; the first that fails ends the others."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         with tempfile.TemporaryDirectory() as folder:

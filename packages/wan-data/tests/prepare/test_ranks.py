@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from wan_data.shards.files import sha256_of
+from wan_model.system.files import sha256_of
 
 RANK = """
 import json, os, sys

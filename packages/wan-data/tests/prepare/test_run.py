@@ -23,9 +23,10 @@ from wan_data.prepare.run import WORK_FOLDER
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.shards.energon_metadata import DATASET_YAML
-from wan_data.shards.files import sha256_of, sole_writer
+from wan_data.shards.lock import sole_writer
 from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.files import sha256_of
 
 
 def members(folder):

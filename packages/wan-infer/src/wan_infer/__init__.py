@@ -3,8 +3,9 @@
 Importing this package imports no torch; the names below load what they need when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from wan_model.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wan_infer.output.contact_sheet import draw_contact_sheet, save_contact_sheet
@@ -15,17 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["NEGATIVE_PROMPT", "WanSampler", "draw_contact_sheet", "read_video", "save_contact_sheet", "save_video"]
 __version__ = "0.1.0"
 
-_HOMES = {
-    "NEGATIVE_PROMPT": "requests",
-    "WanSampler": "sampler",
-    "draw_contact_sheet": "contact_sheet",
-    "read_video": "video_file",
-    "save_contact_sheet": "contact_sheet",
-    "save_video": "video_file",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "NEGATIVE_PROMPT": "request.settings",
+        "WanSampler": "sampling.sampler",
+        **dict.fromkeys(("draw_contact_sheet", "save_contact_sheet"), "output.contact_sheet"),
+        **dict.fromkeys(("read_video", "save_video"), "output.video_file"),
+    },
+)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from wan_infer.output.contact_sheet import draw_contact_sheet, save_contact_sheet
-from wan_infer.output.output_names import check_writable, output_name, write_whole
+from wan_infer.output.output_names import check_writable, output_file, output_name
 from wan_infer.output.video_file import read_video, save_video, to_frames, write_video
 
 
@@ -66,8 +66,9 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(ValueError, match=r"cannot write .*file: File too large \(errno 27\)"):
-            write_whole(path, bytes(5000))
+        refused = pytest.raises(ValueError, match=r"cannot write .*file: File too large \(errno 27\)")
+        with refused, output_file(path) as file:
+            file.write(bytes(5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"

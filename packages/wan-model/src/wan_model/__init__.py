@@ -1,13 +1,21 @@
-"""Wan 2.1 text-to-video: the transformer, the flow-matching objective, the latent codec."""
+"""Wan 2.1 text-to-video: the transformer, the flow-matching objective, the latent codec.
 
-from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
-from wan_model.dit.context_parallel import ContextParallel
-from wan_model.dit.flops import pack_flops
-from wan_model.dit.model import Stage, WanDiT
-from wan_model.dit.ops import Ops, TorchOps
-from wan_model.latent_spec import LatentSpec
-from wan_model.pack import LatentPack, PackLayout, TokenRows, pack_latents, pad_text, patchify, unpatchify
-from wan_model.weights.transformer import init_weights, load_transformer, save_transformer
+Importing this package imports no torch; the names below load what they need when they are first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from wan_model.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
+    from wan_model.dit.context_parallel import ContextParallel
+    from wan_model.dit.flops import pack_flops
+    from wan_model.dit.model import Stage, WanDiT
+    from wan_model.dit.ops import Ops, TorchOps
+    from wan_model.latent_spec import LatentSpec
+    from wan_model.pack import LatentPack, PackLayout, TokenRows, pack_latents, pad_text, patchify, unpatchify
+    from wan_model.weights.transformer import init_weights, load_transformer, save_transformer
 
 __all__ = [
     "WAN_1_3B",
@@ -32,3 +40,19 @@ __all__ = [
     "unpatchify",
 ]
 __version__ = "0.1.0"
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(("WAN_1_3B", "WAN_14B", "WanConfig"), "config"),
+        "ContextParallel": "dit.context_parallel",
+        "pack_flops": "dit.flops",
+        **dict.fromkeys(("Stage", "WanDiT"), "dit.model"),
+        **dict.fromkeys(("Ops", "TorchOps"), "dit.ops"),
+        "LatentSpec": "latent_spec",
+        **dict.fromkeys(
+            ("LatentPack", "PackLayout", "TokenRows", "pack_latents", "pad_text", "patchify", "unpatchify"), "pack"
+        ),
+        **dict.fromkeys(("init_weights", "load_transformer", "save_transformer"), "weights.transformer"),
+    },
+)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
-from wan_data.shards.files import sha256_of
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
 from wan_data.shards.reader import StoredSample, samples_of
 from wan_data.shards.writer import sample_key
+from wan_model.system.files import sha256_of
 
 
 def verify(

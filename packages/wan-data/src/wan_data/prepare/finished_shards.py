@@ -10,9 +10,9 @@ from typing import Any
 from wan_data.prepare.probe import PlannedSource, RejectedSource, Verdict
 from wan_data.prepare.shard_batches import Round, ShardPlan
 from wan_data.reading.packing import latent_tokens
-from wan_data.shards.files import write_json
 from wan_data.shards.manifest import Manifest, ShapeCount, SourceRecord
 from wan_data.shards.writer import ShardRecord
+from wan_model.system.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from wan_data.prepare.probe import PlannedSource, RejectedSource, Verdict
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import make_round
 from wan_data.reading.packing import latent_tokens
+from wan_model.system.units import format_bytes, format_seconds
 
 # What a letter of a caption makes of the text encoder's tokens, roughly, and the width of the released one.
 _LETTERS_PER_TOKEN = 4
@@ -116,39 +117,20 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         table.add_column(column, justify="left" if column == "split" else "right")
     for row in plan["buckets"]:
         shape = f"{row['frames']}x{row['height']}x{row['width']}"
-        table.add_row(
-            row["split"], shape, str(row["samples"]), f"{row['tokens']:,}", readable_bytes(row["latent_bytes"])
-        )
+        table.add_row(row["split"], shape, str(row["samples"]), f"{row['tokens']:,}", format_bytes(row["latent_bytes"]))
     console.print(table)
     if plan["frames"]:
         share = plan["frames_unused"] / plan["frames"]
         console.print(f"{plan['frames_unused']:,} of {plan['frames']:,} frames ({share:.1%}) are in no window")
     console.print(
-        f"{plan['shards']} shards, {plan['tokens']:,} tokens, {readable_bytes(plan['latent_bytes'])} of latents and "
-        f"about {readable_bytes(plan['text_bytes_about'])} of text embeddings"
+        f"{plan['shards']} shards, {plan['tokens']:,} tokens, {format_bytes(plan['latent_bytes'])} of latents and "
+        f"about {format_bytes(plan['text_bytes_about'])} of text embeddings"
     )
     if plan["seconds_about"] is not None:
-        console.print(f"encoding the videos takes about {readable_time(plan['seconds_about'])} on one such device")
+        console.print(f"encoding the videos takes about {format_seconds(plan['seconds_about'])} on one such device")
     for kind in plan["rejected"]:
         console.print(f"\n{len(kind['sources'])} rejected: {kind['reason']}", markup=False, highlight=False)
         for source in kind["sources"][:5]:
             console.print(f"  {source}", markup=False, highlight=False)
         if len(kind["sources"]) > 5:
             console.print(f"  and {len(kind['sources']) - 5} more (--json lists all)")
-
-
-def readable_bytes(count: float) -> str:
-    """In the unit that suits."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def readable_time(seconds: float) -> str:
-    """In the unit that suits."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

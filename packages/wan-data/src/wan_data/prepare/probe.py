@@ -13,11 +13,11 @@ from typing import Any
 from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile, caption_of
-from wan_data.shards.files import naming, sha256_of
 from wan_data.video.buckets import Size, choose_bucket, enlargement
 from wan_data.video.decode import ClipInfo, Rejected
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.windows import Window, plan_windows
+from wan_model.system.files import naming, sha256_of
 
 
 @dataclasses.dataclass(frozen=True)

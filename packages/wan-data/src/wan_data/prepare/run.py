@@ -23,11 +23,12 @@ from wan_data.prepare.shard_batches import ROUND_NAME, Round, ShardPlan, Task, m
 from wan_data.prepare.sources import SourceFile
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, write_empty_caption
 from wan_data.shards.energon_metadata import META_FOLDER, write_metadata
-from wan_data.shards.files import LOCK_NAME, PARTIAL_SUFFIX, sole_writer, write_json
+from wan_data.shards.lock import LOCK_NAME, sole_writer
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.shards.writer import ShardWriter
 from wan_data.video.windows import Window
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.files import PARTIAL_SUFFIX, write_json
 
 # What a run knows before it has ended: taken up by the next run, removed at the end.
 WORK_FOLDER = ".wan-data"

@@ -15,7 +15,7 @@ from typing import Any
 
 from wan_data.prepare.probe import PlannedSource, RejectedSource, Verdict
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.shards.files import write_json
+from wan_model.system.files import write_json
 
 ROUND_NAME = "round.json"
 SPLITS = ("train", "val")

@@ -11,8 +11,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from wan_data.reading.blends import parts_of
-from wan_data.shards.files import written_aside
 from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
+from wan_model.system.files import atomic_write
 
 EMPTY_CAPTION_NAME = "empty-caption.safetensors"
 _KEY = "text"
@@ -21,7 +21,7 @@ _KEY = "text"
 def write_empty_caption(folder: Path, text: Float[Tensor, "L D"]) -> str:
     """Write it into a dataset's folder; returns the file's sha256."""
     data = save({_KEY: text.float().contiguous()})
-    with written_aside(folder / EMPTY_CAPTION_NAME) as file:
+    with atomic_write(folder / EMPTY_CAPTION_NAME) as file:
         file.write(data)
     return hashlib.sha256(data).hexdigest()
 

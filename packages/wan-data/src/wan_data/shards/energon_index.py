@@ -7,13 +7,12 @@ threads may hang.
 import contextlib
 import errno
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_data.shards.files import PARTIAL_SUFFIX
 from wan_data.shards.writer import ShardRecord
+from wan_model.system.files import atomic_path
 
 INDEX_NAME = "index.sqlite"
 _ROWS = 4096  # written at once
@@ -37,25 +36,23 @@ def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None
         WebdatasetPreparator,
     )
 
-    aside = meta / (INDEX_NAME + PARTIAL_SUFFIX)
-    for left in (aside, *meta.glob(f"{INDEX_NAME}*-journal")):
-        left.unlink(missing_ok=True)
     places = {shard.name: number for number, shard in enumerate(shards)}
-    index: Any = SqliteIndexWriterAggregator(EPath(aside), total_tasks=len(shards))
-    index.on_start(None)
-    with contextlib.closing(index.writer.db):
-        for shard in shards:
-            rows = WebdatasetPreparator._preprocess_tar(
-                shard.name, shard_to_idx=places, parent_path=EPath(folder), max_parts=50
-            )
-            while batch := list(itertools.islice(rows, _ROWS)):
-                last = batch[-1]
-                # Energon logs what goes wrong and goes on with no samples.
-                if isinstance(last, IndexShardInfo) and last.shard_info.count != shard.samples:
-                    found = f"{last.shard_info.count} samples instead of {shard.samples}"
-                    raise OSError(errno.EIO, f"Energon finds {found} in it", str(folder / shard.name))
-                index.on_item(batch, None)
-        index.on_finish(None)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(meta / INDEX_NAME)
+    with atomic_path(meta / INDEX_NAME) as partial:
+        # A killed process may have left them.
+        for left in (partial, *meta.glob(f"{INDEX_NAME}*-journal")):
+            left.unlink(missing_ok=True)
+        index: Any = SqliteIndexWriterAggregator(EPath(partial), total_tasks=len(shards))
+        index.on_start(None)
+        with contextlib.closing(index.writer.db):
+            for shard in shards:
+                rows = WebdatasetPreparator._preprocess_tar(
+                    shard.name, shard_to_idx=places, parent_path=EPath(folder), max_parts=50
+                )
+                while batch := list(itertools.islice(rows, _ROWS)):
+                    last = batch[-1]
+                    # Energon logs what goes wrong and goes on with no samples.
+                    if isinstance(last, IndexShardInfo) and last.shard_info.count != shard.samples:
+                        found = f"{last.shard_info.count} samples instead of {shard.samples}"
+                        raise OSError(errno.EIO, f"Energon finds {found} in it", str(folder / shard.name))
+                    index.on_item(batch, None)
+            index.on_finish(None)

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from wan_data.shards.energon_index import write_index
-from wan_data.shards.files import naming, written_aside
 from wan_data.shards.writer import ShardRecord
+from wan_model.system.files import atomic_write, naming
 
 META_FOLDER = ".nv-meta"
 # Byte for byte what `energon prepare --sample-type CrudeWebdataset` writes too.
@@ -71,7 +71,7 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
         ("dataset.yaml", DATASET_YAML),
         (LOOK_NAME, LOOK_YAML),
     ):
-        with written_aside(meta / name) as file:
+        with atomic_write(meta / name) as file:
             file.write(content)
 
 

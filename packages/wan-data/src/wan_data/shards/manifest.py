@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wan_data.shards.files import write_json
 from wan_data.shards.writer import ShardRecord
 from wan_model.latent_spec import LatentSpec
+from wan_model.system.files import write_json
 from wan_model.weights.model_folder import read_json
 
 MANIFEST_NAME = "wan-data.json"

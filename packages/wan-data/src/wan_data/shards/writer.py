@@ -11,8 +11,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_data.shards.files import naming, sha256_of, written_aside
 from wan_data.shards.serialization import info_to_json, tensor_to_pickle, tensor_to_pth
+from wan_model.system.files import atomic_write, naming, sha256_of
 
 SHARD_PATTERN = "shard-rank{rank:02d}-{number:06d}.tar"
 
@@ -88,7 +88,7 @@ class ShardWriter:
     def write(self, sample: Sample) -> None:
         """Add a sample."""
         if self._tar is None:
-            self._file = self._stack.enter_context(written_aside(self.path))
+            self._file = self._stack.enter_context(atomic_write(self.path))
             self._tar = self._stack.enter_context(
                 tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
             )

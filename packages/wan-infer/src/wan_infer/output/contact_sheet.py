@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from wan_infer.output.output_names import write_whole
+from wan_infer.output.output_names import output_file
 
 # Unnamed sizes: the videos of a sheet need not be alike.
 AnyFrames = UInt8[np.ndarray, "_ _ _ 3"]
@@ -74,4 +74,5 @@ def save_contact_sheet(videos: Sequence[AnyFrames], path: str | Path, *, columns
     """
     buffer = io.BytesIO()
     Image.fromarray(draw_contact_sheet(videos, columns=columns, most=most)).save(buffer, format="PNG")
-    write_whole(Path(path), buffer.getvalue())
+    with output_file(Path(path)) as file:
+        file.write(buffer.getvalue())

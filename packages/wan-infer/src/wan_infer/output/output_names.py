@@ -6,7 +6,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
+
+from wan_model.system.files import atomic_write
 
 
 def output_name(index: int, record: Mapping[str, Any], frames: int) -> str:
@@ -52,33 +54,17 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: {folder} may not be written to")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it, making its folder if absent; a name in use is replaced.
+@contextlib.contextmanager
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, whose folder is made if absent; it gets its name, replacing a file of that name, when the block
+    ends well.
 
     Raises:
         ValueError: the system refuses (a full disk, say), with its reason; nothing is left behind.
     """
-    with written_aside(path) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which gets its name when the block ends well; see ``write_whole``.
-
-    Raises:
-        ValueError: see ``write_whole``.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with aside.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with atomic_write(path, unique=True) as file:
+            yield file
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error} (errno {error.errno})") from error

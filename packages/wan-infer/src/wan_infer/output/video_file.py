@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from wan_infer.output.output_names import check_save_file, write_whole, written_aside
+from wan_infer.output.output_names import check_save_file, output_file
 
 FPS = 16
 # Visually lossless or nearly so.
@@ -110,9 +110,10 @@ def write_video(
     check_save_file(path, count)
     if count == 1:
         (frame,) = itertools.chain.from_iterable(pieces)
-        write_whole(path, encode_png(frame, metadata))
+        with output_file(path) as file:
+            file.write(encode_png(frame, metadata))
         return
-    with written_aside(path) as file:
+    with output_file(path) as file:
         _encode_mp4(file, pieces, fps, metadata)
 
 

@@ -288,8 +288,8 @@ def read_training_checkpoint(
     Args:
         path: of the checkpoint itself, ``.../iter_0000010``.
         device: of the returned tensors.
-        dtype: of most of them (see ``wan_model.dit.model.precision_of``), each is converted as it is read; None leaves every
-            one as it is stored.
+        dtype: of most of them (see ``wan_model.dit.model.precision_of``), each is converted as it is read; None leaves
+            every one as it is stored.
         ema: the average of the weights instead of the weights.
         into: tensors by diffusers' keys to read into, in place of new ones; of a ``DTensor`` its part on this process.
 

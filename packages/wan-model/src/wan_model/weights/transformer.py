@@ -5,8 +5,6 @@ there are.
 """
 
 import hashlib
-import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from wan_model.config import WanConfig
 from wan_model.dit.model import Stage, WanDiT
+from wan_model.system.files import atomic_path, write_json
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -220,25 +219,18 @@ def save_transformer(
     if len(shards) > 1:
         names = [f"{WEIGHTS_STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        aside = folder / f".{name}.partial"
-        save_file(shard, aside, metadata={"format": "pt"})
-        os.replace(aside, folder / name)
+        with atomic_path(folder / name) as partial:
+            save_file(shard, partial, metadata={"format": "pt"})
     index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for shard in shards for tensor in shard.values())
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         table = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_text(index, json.dumps(table, indent=2, sort_keys=True) + "\n")
+        write_json(index, table)
     else:
         # Readers prefer an index; one left by an earlier save would point them at the earlier weights.
         index.unlink(missing_ok=True)
     for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
         if path.name not in names:
             path.unlink()
-    _write_text(folder / "config.json", json.dumps(config.to_diffusers(), indent=2, sort_keys=True) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_json(folder / "config.json", config.to_diffusers())

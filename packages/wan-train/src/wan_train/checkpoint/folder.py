@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from wan_model.system.files import sync_folder
 from wan_train.checkpoint.record import (
     RECORD_NAME,
     DamagedCheckpointError,
     FileRecord,
     PartialCheckpointError,
     read_record,
-    sync_folder,
 )
 
 _FOLDER = re.compile(r"iter_(\d{7,})")

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from wan_model.system.files import write_bytes
 from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.folder import ResumePoint, discard, prune, step_folder
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
@@ -211,9 +212,7 @@ def _point_trackers(point: ResumePoint) -> None:
         path = point.folder / name
         if path.is_file() and path.read_bytes() == content:
             continue
-        partial = path.with_name(f"{name}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        write_bytes(path, content)
 
 
 def _load_strictly(module: torch.nn.Module, state: dict[str, Any], strict: bool) -> None:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from wan_model.system.files import write_json
+
 RECORD_NAME = "complete.json"
 _FORMAT = 1
 _BLOCK = 1 << 22
@@ -54,22 +56,7 @@ def write_record(folder: Path, step: int, files: Mapping[str, FileRecord]) -> No
         "step": step,
         "files": {name: dataclasses.asdict(record) for name, record in sorted(files.items())},
     }
-    partial = folder / f"{RECORD_NAME}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / RECORD_NAME)
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_json(folder / RECORD_NAME, content)
 
 
 def read_record(folder: Path, step: int) -> dict[str, FileRecord]:

@@ -5,8 +5,8 @@ Whatever ends one of them ends all, within ``GRACE_SECONDS``, and is named in on
 ==========================  ===========================================================================================
 a process                   is noticed by
 ==========================  ===========================================================================================
-raises                      what it tells (``wan_train.launch.supervision``); of all ranks' errors the cause is shown, not what
-                            followed from it
+raises                      what it tells (``wan_train.launch.supervision``); of all ranks' errors the cause is shown,
+                            not what followed from it
 is killed, or exits         its exit status
 is stopped (SIGSTOP)        the same call; ``STOPPED_SECONDS`` are forgiven
 hangs in a collective       its peers' error when ``dist.distributed_timeout_minutes`` (10) have passed

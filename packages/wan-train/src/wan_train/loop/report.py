@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import torch
 from megatron.core import parallel_state
 
+from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
 from wan_train.loop.validation import ValidationResult
 
@@ -185,7 +186,7 @@ class Report:
             f"step {record.step}/{self.steps}  loss {record.loss:.4f}{norm}  rate {record.learning_rate:.2e}  "
             f"{record.samples} samples  {record.tokens_per_second:,.0f} tokens/s  "
             f"{record.tflops_per_device:.3g} TFLOP/s a device{efficiency}  "
-            f"full {record.packing_efficiency:.1%}  waited {record.data_wait:.2f} s  left {_duration(left)}"
+            f"full {record.packing_efficiency:.1%}  waited {record.data_wait:.2f} s  left {format_seconds(left)}"
         )
 
     def _pace(self, record: StepRecord) -> float:
@@ -221,9 +222,3 @@ class Report:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"

@@ -1,7 +1,7 @@
 """``wan-train plan``: which layout a model would train fastest in on so many GPUs, and what that needs.
 
-Nothing is started and no engine imported: every layout that can be and fits is estimated, by ``wan_train.planning.memory`` and
-``wan_train.planning.step_time``.
+Nothing is started and no engine imported: every layout that can be and fits is estimated, by
+``wan_train.planning.memory`` and ``wan_train.planning.step_time``.
 """
 
 import dataclasses

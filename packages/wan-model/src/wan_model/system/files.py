@@ -1,0 +1,85 @@
+"""Atomic writes: a file is whole, and on the disk, before it gets its name. Imports no torch."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the path to an ``OSError`` that leaves the block without one, as those of a failing write do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to the disk."""
+    with naming(path), path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk: a rename is not durable before that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path``, whose file is flushed to the disk and renamed when the block ends well.
+
+    Args:
+        path: the name that the file gets; a file of that name is replaced.
+        unique: put this process's number into the temporary name, for files that several processes may write at once.
+            Otherwise a file that a killed process has left is overwritten by the next attempt.
+
+    Raises:
+        OSError: the system refuses, naming the path; after any error the temporary file is removed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}" if unique else path.name + PARTIAL_SUFFIX)
+    try:
+        with naming(path):
+            yield partial
+            sync_file(partial)
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, *, unique: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name when the block ends well; see ``atomic_path``."""
+    with atomic_path(path, unique=unique) as partial, partial.open("wb") as file:
+        yield file
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, whole or not at all."""
+    write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode())
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,21 @@
+"""Names of a package that are imported when they are first used, so that a command's ``--help`` waits for no torch."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a package's ``__init__`` (PEP 562).
+
+    Args:
+        package: its ``__name__``.
+        modules: for each name, the module below the package that defines it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+
+    return get
