@@ -1,0 +1,44 @@
+"""What one mutation is."""
+
+import dataclasses
+
+PACKAGES = ("wan-model", "wan-data", "wan-train", "wan-infer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """A mistake of one line, and the tests that must fail because of it.
+
+    Attributes:
+        name: unique in the list, by which it is chosen on the command line.
+        package: the distribution, such as ``wan-model``.
+        file: the module, relative to the package's source, such as ``dit/rope.py``.
+        old: a part of a line that stands in the file exactly once.
+        new: what replaces it.
+        harm: what a user would suffer.
+        tests: files or single tests, relative to the package's ``tests``, in the order in which they are run.
+    """
+
+    name: str
+    package: str
+    file: str
+    old: str
+    new: str
+    harm: str
+    tests: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        assert self.package in PACKAGES, f"{self.name}: there is no package {self.package}"
+        assert "\n" not in self.old + self.new, f"{self.name}: a mutation changes one line"
+        assert self.old != self.new, f"{self.name}: it changes nothing"
+        assert self.tests, f"{self.name}: no test is named"
+
+    @property
+    def path(self) -> str:
+        """The changed file, relative to the root of the repository."""
+        return f"packages/{self.package}/src/{self.package.replace('-', '_')}/{self.file}"
+
+    @property
+    def test_paths(self) -> tuple[str, ...]:
+        """The tests, relative to the root of the repository."""
+        return tuple(f"packages/{self.package}/tests/{test}" for test in self.tests)

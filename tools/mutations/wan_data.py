@@ -1,0 +1,107 @@
+"""Mutations of wan-data."""
+
+from mutations.mutation import Mutation
+
+
+def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
+    return Mutation(name, "wan-data", file, old, new, harm, tests)
+
+
+MUTATIONS = (
+    _of(
+        "loader-state-without-waiting-samples", "reading/task_encoder.py",
+        '(*PackingDataset._savable_fields, "_carried")', "PackingDataset._savable_fields",
+        "a resume packs the samples that waited for a better pack otherwise than the uninterrupted run",
+        "reading/test_loader.py",
+    ),
+    _of(
+        "every-rank-reads-the-same", "reading/loader.py",
+        "            rank=rank,", "            rank=0,",
+        "all data-parallel ranks train on the same samples and most of the dataset is never seen",
+        "reading/test_loader.py",
+    ),
+    _of(
+        "bad-samples-skipped", "reading/loader.py",
+        "global_error_handler=reraise_exception,", "",
+        "a damaged sample is left out in silence and training goes on without it",
+        "reading/test_loader.py",
+    ),
+    _of(
+        "padding-beyond-the-capacity", "reading/packing.py",
+        "usable = capacity - capacity % multiple", "usable = capacity",
+        "padded packs exceed the capacity that memory was planned for",
+        "reading/test_packing.py",
+    ),
+    _of(
+        "blend-weights-ignored", "reading/loader.py",
+        "dataclasses.replace(loaded, weight=one.part.weight)", "loaded",
+        "a blend draws its datasets in equal shares whatever weights it names",
+        "reading/test_blends.py",
+    ),
+    _of(
+        "known-split-forgotten", "prepare/shard_batches.py",
+        'content: known.get(content) or ("val" if draw <', 'content: ("val" if draw <',
+        "a copy of a validation clip that is added later goes into training",
+        "prepare",
+    ),
+    _of(
+        "dropped-windows-exit-0", "cli.py",
+        'source.verdict == "rejected" or source.dropped for', 'source.verdict == "rejected" for',
+        "the exit code is 0 although windows of accepted clips are missing",
+        "test_cli.py",
+    ),
+    _of(
+        "replaced-clip-of-equal-size", "prepare/probe.py",
+        '[value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]', 'value.get("bytes") != size',
+        "a clip that was replaced by one of equal size keeps the digest and the frames of the one before",
+        "prepare/test_run.py::test_what_was_examined_is_not_examined_again", "prepare/test_run.py",
+    ),
+    _of(
+        "finished-shards-encoded-again", "prepare/run.py",
+        "if not self._finished(plan.number).is_file()]", "]",
+        "after an interruption all shards are encoded again: hours of GPU time",
+        "prepare/test_run.py::test_a_failing_run_leaves_whole_shards_only_and_is_taken_up", "prepare/test_run.py",
+    ),
+    _of(
+        "pixels-from-0-to-2", "prepare/encoding.py",
+        ".float() / 127.5 - 1", ".float() / 127.5",
+        "all latents are of videos twice as bright as the autoencoder knows",
+        "prepare/test_run.py::test_latents_are_those_of_the_codec", "prepare/test_run.py",
+    ),
+    _of(
+        "frame-rate-ignored", "video/decode.py",
+        "yield from resample(reader.frames(), fps)", "yield from (frame.image for frame in reader.frames())",
+        "clips of 30 frames a second are encoded as if they had 16: motion at half speed",
+        "video/test_decode.py",
+    ),
+    _of(
+        "rotation-ignored", "video/decode.py",
+        "_rotation(frame) // 90)", "0 * _rotation(frame))",
+        "videos of phones are encoded lying on their side",
+        "video/test_decode.py",
+    ),
+    _of(
+        "windows-overlap-by-one-frame", "video/windows.py",
+        "start += length", "start += length - 1",
+        "the last frame of each window is the first of the next",
+        "video/test_windows.py",
+    ),
+    _of(
+        "verify-without-digests", "inspect/verify.py",
+        "(digest := sha256_of(path)) != record.sha256", "not (digest := sha256_of(path))",
+        "wan-data verify says that a shard with a flipped bit is whole",
+        "inspect/test_verify.py", "test_cli.py",
+    ),
+    _of(
+        "lock-is-shared", "shards/lock.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "two preparations write into one folder and damage each other's shards",
+        "shards", "prepare/test_run.py::test_one_writer_a_folder",
+    ),
+    _of(
+        "shards-run-code", "shards/serialization.py",
+        "weights_only=True", "weights_only=False",
+        "reading a downloaded dataset runs whatever its members hold",
+        "shards/test_serialization.py",
+    ),
+)  # fmt: skip

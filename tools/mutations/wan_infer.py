@@ -1,0 +1,71 @@
+"""Mutations of wan-infer."""
+
+from mutations.mutation import Mutation
+
+
+def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
+    return Mutation(name, "wan-infer", file, old, new, harm, tests)
+
+
+MUTATIONS = (
+    _of(
+        "text-encoder-not-released", "sampling/sampler.py",
+        'self.__dict__.pop("text_codec", None)', "pass",
+        "11 GB of the text encoder stay in memory for the whole run",
+        "sampling/test_sampler.py",
+    ),
+    _of(
+        "guidance-branches-swapped", "sampling/denoise.py",
+        "conditional, unconditional = both", "unconditional, conditional = both",
+        "guidance pushes videos away from the prompt and towards the negative prompt",
+        "sampling/test_diffusers_parity.py",
+    ),
+    _of(
+        "one-noise-for-all-videos", "sampling/sampler.py",
+        "draw_noise(shape, own) for own in seeds", "draw_noise(shape, seeds[0]) for own in seeds",
+        "videos of one call ignore their own seeds and look alike",
+        "sampling/test_sampler.py",
+    ),
+    _of(
+        "solver-of-first-order", "sampling/solvers.py",
+        "second = len(self._answers) == 2 and not last", "second = False",
+        "the second-order solvers take first-order steps: other and worse videos at the same number of steps",
+        "sampling/test_solvers.py",
+    ),
+    _of(
+        "lora-not-divided-by-its-rank", "loading/lora.py",
+        "(rank if own_alpha is None else own_alpha) / rank", "(1 if own_alpha is None else own_alpha)",
+        "an adapter with an alpha changes the weights by its rank times too much",
+        "loading/test_lora.py",
+    ),
+    _of(
+        "frame-count-off-by-one", "request/settings.py",
+        "if frames >= 1 and (frames - 1) % TEMPORAL_STRIDE == 0:", "if frames >= 1 and frames % TEMPORAL_STRIDE == 0:",
+        "the 81 frames of the released models are refused and 80 accepted",
+        "request/test_settings.py",
+    ),
+    _of(
+        "fps-ignored", "output/video_file.py",
+        "rate=fps, options", "rate=FPS, options",
+        "--fps has no effect",
+        "output/test_video_file.py",
+    ),
+    _of(
+        "pixels-cut-not-rounded", "output/video_file.py",
+        "((video_3THW.float() + 1) * 127.5).round()", "((video_3THW.float() + 1) * 127.5)",
+        "all frames are half a level too dark",
+        "output/test_video_file.py",
+    ),
+    _of(
+        "metadata-always-kept", "cli.py",
+        'metadata=not given["no_metadata"]', "metadata=True",
+        "--no-metadata has no effect: prompts travel with published files",
+        "test_cli.py",
+    ),
+    _of(
+        "tiles-of-another-process", "sampling/decode.py",
+        "places[sharing.rank * tiles : (sharing.rank + 1) * tiles]", "places[sharing.rank : sharing.rank + tiles]",
+        "with several processes and tiles parts of every frame are missing",
+        "runtime/test_several_processes.py::test_equal_to_one_process",
+    ),
+)  # fmt: skip

@@ -1,0 +1,109 @@
+"""Mutations of wan-model."""
+
+from mutations.mutation import Mutation
+
+
+def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
+    return Mutation(name, "wan-model", file, old, new, harm, tests)
+
+
+MUTATIONS = (
+    _of(
+        "rope-axes-swapped", "dit/rope.py",
+        "return head_dim - 2 * side, side, side", "return side, side, head_dim - 2 * side",
+        "released weights see rows and columns at wrong angles; videos fall apart",
+        "dit/test_block_reference.py", "dit/test_transformer_parity.py",
+    ),
+    _of(
+        "norm-weight-gradient-of-last-piece", "dit/elementwise.py",
+        "grad_weight_D += out.sum(dim=0)", "grad_weight_D = out.sum(dim=0)",
+        "the norms of queries and keys learn from the last tokens of a long pack only",
+        "dit/test_elementwise.py",
+    ),
+    _of(
+        "modulation-tables-in-bfloat16", "dit/model.py",
+        '(".time_embedder.", ".scale_shift_table", ".norm2.")', '(".time_embedder.", ".norm2.")',
+        "bfloat16 models round the modulation tables, which diffusers keeps in fp32; other videos than diffusers'",
+        "weights/test_weights.py", "dit/test_transformer_parity.py",
+    ),
+    _of(
+        "padding-before-the-samples", "pack.py",
+        "rows.append(rows[0].new_zeros(layout.padding, rows[0].shape[1]))",
+        "rows.insert(0, rows[0].new_zeros(layout.padding, rows[0].shape[1]))",
+        "with a padded pack every sample is shifted against its offsets: tokens of one sample count to another",
+        "dit/test_packs.py",
+    ),
+    _of(
+        "context-parallel-text-of-another-sample", "dit/context_parallel.py",
+        "theirs = tuple(offset - keys.start for", "theirs = tuple(offset for",
+        "under context parallelism tokens attend to the text of another sample",
+        "dit/test_context_parallel.py",
+    ),
+    _of(
+        "context-parallel-gradient-times-ranks", "dit/context_parallel.py",
+        "_GatherRows.apply(x, self, False)", "_GatherRows.apply(x, self, True)",
+        "under context parallelism every gradient is multiplied by the number of ranks",
+        "dit/test_context_parallel.py",
+    ),
+    _of(
+        "velocity-sign", "flow.py",
+        "target_SC=noise - clean", "target_SC=clean - noise",
+        "training learns the opposite of what released weights predict; finetuning destroys the model",
+        "test_flow.py",
+    ),
+    _of(
+        "timesteps-not-scaled", "flow.py",
+        "timesteps_B=TIMESTEPS * sigma_B", "timesteps_B=sigma_B",
+        "the model trains on timesteps of 0 to 1 and is sampled at 0 to 1000",
+        "test_flow.py",
+    ),
+    _of(
+        "caption-dropout-ignored", "flow.py",
+        "if self.caption_dropout == 0:", "if self.caption_dropout < 1:",
+        "no caption is dropped, so guidance has no unconditional branch to work with",
+        "test_flow.py",
+    ),
+    _of(
+        "one-draw-for-all-tensors", "weights/transformer.py",
+        'f"{seed}/{key}".encode()', 'f"{seed}".encode()',
+        "all layers begin with the same weights",
+        "weights/test_init_weights.py",
+    ),
+    _of(
+        "latent-mean-before-deviation", "codec/latent_codec.py",
+        "(latents_CFhw[None] * std + mean)", "(latents_CFhw[None] + mean) * std",
+        "every decoded video has wrong colours",
+        "codec/test_codec_parity.py",
+    ),
+    _of(
+        "decoder-memory-is-a-view", "codec/vae_decoder.py",
+        "memory[self] = x_BCtHW[:, :, -2:].clone()", "memory[self] = x_BCtHW[:, :, -2:]",
+        "each causal convolution holds all of its frames instead of two: gigabytes at 480p",
+        "codec",
+    ),
+    _of(
+        "content-not-flushed", "system/files.py",
+        "os.fsync(file.fileno())", "file.fileno()",
+        "after a power failure a file has its name and no content",
+        "system",
+    ),
+    _of(
+        "written-in-place", "system/files.py",
+        "partial = path.with_name(", "partial = path; path.with_name(",
+        "a save that fails half way destroys the file that it was to replace",
+        "system", "weights/test_weights.py",
+    ),
+    _of(
+        "index-runs-code", "weights/training_checkpoint.py",
+        'raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")',
+        "return super().find_class(module, name)",
+        "opening a downloaded checkpoint runs whatever its index holds",
+        "weights/test_training_checkpoint.py",
+    ),
+    _of(
+        "partial-checkpoint-accepted", "weights/training_checkpoint.py",
+        "    _check_files(path, index)", "    pass",
+        "a checkpoint that was cut while it was written is sampled or exported as the newest",
+        "weights/test_training_checkpoint.py",
+    ),
+)  # fmt: skip

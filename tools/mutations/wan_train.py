@@ -1,0 +1,123 @@
+"""Mutations of wan-train."""
+
+from mutations.mutation import Mutation
+
+_EQUAL = "loop/test_parallel_equality.py::test_equals_one_process"
+
+
+def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
+    return Mutation(name, "wan-train", file, old, new, harm, tests)
+
+
+MUTATIONS = (
+    _of(
+        "same-noise-on-every-rank", "data/dataset.py",
+        "number = self.drawn * self.ranks + self.rank", "number = self.drawn",
+        "data-parallel ranks draw the same noise and timesteps: a step sees far fewer of them than it should",
+        "test_units.py", f"{_EQUAL}[data]",
+    ),
+    _of(
+        "same-noise-for-every-pack", "loop/step.py",
+        'generator_for("noise", state.cfg.rng.seed, numbered.number, ', 'generator_for("noise", state.cfg.rng.seed, ',
+        "every pack of a run is trained with one noise and one timestep",
+        "loop/test_plain_training.py",
+    ),
+    _of(
+        "pack-numbers-restart-at-a-resume", "data/dataset.py",
+        "self.drawn = drawn", "pass",
+        "a resumed run repeats the noise of its first steps: it is not the uninterrupted run",
+        "test_units.py", "checkpoint/test_resume.py::test_resumed_equals_uninterrupted_to_the_bit",
+    ),
+    _of(
+        "context-parallel-pack-counted-twice", "loop/step.py",
+        "counted = tokens if parallel_state.get_context_parallel_rank() == 0 else 0", "counted = tokens",
+        "under context parallelism gradients are divided by the number of ranks",
+        f"{_EQUAL}[context]",
+    ),
+    _of(
+        "sequence-parallel-gradients-not-summed", "model/megatron_ops.py",
+        "parameter.sequence_parallel = self.sequence_parallel", "parameter.sequence_parallel = False",
+        "under sequence parallelism norms and modulation tables learn from a part of the tokens",
+        f"{_EQUAL}[tensor and sequence]",
+    ),
+    _of(
+        "tensor-parallel-norm-gradient", "model/megatron_ops.py",
+        "copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))",
+        "reduce_from_tensor_model_parallel_region(squares)",
+        "under tensor parallelism the gradient of queries and keys misses what the other ranks' heads say",
+        f"{_EQUAL}[tensor]",
+    ),
+    _of(
+        "embedders-of-stages-drift-apart", "model/provider.py",
+        "parameter.pipeline_parallel = True", "parameter.pipeline_parallel = False",
+        "with pipeline stages each stage learns a timestep embedder of its own",
+        f"{_EQUAL}[pipeline]",
+    ),
+    _of(
+        "average-decays-the-wrong-way", "model/ema.py",
+        "1 - self.decay)", "self.decay)",
+        "the average of the weights is nearly the last step's weights",
+        "model", "loop/test_parallel_equality.py::test_the_average_is_that_of_the_weights_after_each_step",
+    ),
+    _of(
+        "average-not-restored", "model/provider.py",
+        "self.average.load(saved)", "self.average.restart()",
+        "each resume begins the average of the weights anew",
+        "model", "loop/test_report.py", "checkpoint/test_resume.py",
+    ),
+    _of(
+        "validation-noise-not-seeded", "loop/validation.py",
+        "torch.randn(stop - start, clean.shape[1], generator=generator)", "torch.randn(stop - start, clean.shape[1])",
+        "validation losses differ from step to step and from run to run by their noise",
+        "loop/test_report.py::test_a_validation_does_not_depend_on_how_samples_are_packed",
+    ),
+    _of(
+        "infinite-gradient-steps", "loop/nan_guard.py",
+        "norm is not None and not math.isfinite(norm)", "norm is not None and math.isnan(norm)",
+        "a step with an infinite gradient ruins the weights, and the next checkpoint with them",
+        "loop/test_report.py",
+    ),
+    _of(
+        "record-not-flushed", "checkpoint/record.py",
+        "os.fsync(file.fileno())", "file.fileno()",
+        "after a power failure a checkpoint is declared complete and its files are empty",
+        "checkpoint/test_folder.py",
+    ),
+    _of(
+        "only-sizes-compared", "checkpoint/record.py",
+        "if record_file(folder / name) != files[name]]",
+        "if record_file(folder / name).bytes != files[name].bytes]",
+        "a checkpoint with flipped bits is resumed from and ruins the run",
+        "checkpoint/test_folder.py",
+    ),
+    _of(
+        "cut-file-accepted", "checkpoint/record.py",
+        "if size != record.bytes:", "if size > record.bytes:",
+        "a checkpoint with a file cut short counts as complete",
+        "checkpoint/test_folder.py",
+    ),
+    _of(
+        "retention-deletes-the-newest", "checkpoint/folder.py",
+        "complete_steps(folder)[-max(1, keep) :]", "complete_steps(folder)[: max(1, keep)]",
+        "the newest checkpoints are deleted and the oldest kept",
+        "checkpoint/test_folder.py",
+    ),
+    _of(
+        "loader-state-runs-code", "checkpoint/folder.py",
+        "weights_only=True", "weights_only=False",
+        "resuming from a downloaded checkpoint runs whatever its loader state holds",
+        "test_units.py", "checkpoint/test_checkpoint_payloads.py",
+    ),
+    _of(
+        "refused-dry-run-exits-0", "cli.py",
+        "        return 2", "        return 0",
+        "scripts take a configuration that cannot run for a good one",
+        "config/test_configurations.py::test_a_dry_run_refuses_what_cannot_be",
+    ),
+    _of(
+        "plan-forgets-fp32-weights", "planning/memory.py",
+        "optimizer=parameters * (12 if bf16 else 8) / sharing", "optimizer=parameters * 8 / sharing",
+        "wan-train plan recommends layouts that run out of memory at the first step",
+        "planning/test_plan.py",
+    ),
+)  # fmt: skip
