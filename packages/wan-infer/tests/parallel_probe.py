@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from wan_infer.request.options import ParallelOptions
 from wan_infer.request.settings import Settings
-from wan_infer.runtime.parallelism import Sharing
-from wan_infer.runtime.placement import Placement
+from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.sampling.sampler import WanSampler
 
 REQUEST = {"width": 64, "height": 96, "frames": 9}
@@ -24,9 +24,9 @@ Source = dict[str, str | None]
 Sample = tuple[torch.Tensor, torch.Tensor, dict[str, int]]
 
 
-def sample(model: str, source: Source, sharing: Sharing, tiles: int) -> Sample:
+def sample(model: str, source: Source, parallelism: Parallelism, tiles: int) -> Sample:
     """Latents and frames of two videos; tokens that the first block is given for one, and weights that are held."""
-    options: dict[str, Any] = {"device": "cpu", "sharing": sharing, "tiles": tiles}
+    options: dict[str, Any] = {"device": "cpu", "parallelism": parallelism, "tiles": tiles}
     if source["lora"] is not None:
         options["lora"] = (source["lora"], 0.1)
     if source["checkpoint"] is None:
@@ -50,13 +50,13 @@ def sample(model: str, source: Source, sharing: Sharing, tiles: int) -> Sample:
 def main() -> None:
     model, out, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    device = Placement.choose("cpu").device
     results = {}
     for case in cases:
-        sharing = Sharing.join(device, cfg_parallel=case["cfg_parallel"], shard_weights=case["shard_weights"])
-        results[case["name"]] = (*sample(model, case["source"], sharing, case["tiles"]), sharing.rank)
-    torch.save(results, out / f"{sharing.rank}.pt")
-    sharing.leave()
+        options = ParallelOptions(cfg_parallel=case["cfg_parallel"], shard_weights=case["shard_weights"])
+        parallelism = Parallelism.initialize(torch.device("cpu"), options)
+        results[case["name"]] = (*sample(model, case["source"], parallelism, case["tiles"]), parallelism.rank)
+    torch.save(results, out / f"{parallelism.rank}.pt")
+    parallelism.close()
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ import click
 
 from wan_infer import __version__
 from wan_infer.request.flags import ARGUMENTS, SeveralValues, flag
-from wan_infer.request.job import Job, Means, Sources, check_outputs
-from wan_infer.request.prompt_file import Shot, read_prompt_file
+from wan_infer.request.job import Job, check_outputs
+from wan_infer.request.options import ComputeOptions, ModelSources, ParallelOptions
+from wan_infer.request.prompt_file import read_prompt_file
 from wan_infer.request.settings import (
     NEGATIVE_PROMPT,
     SOLVERS,
     TASK_SIZES,
     Settings,
-    check_processes,
+    VideoRequest,
     check_task,
     pair_requests,
 )
@@ -26,46 +27,49 @@ from wan_infer.runtime.launch import follow_parent, is_child, launch, processes,
 
 
 @click.command(cls=SeveralValues, context_settings={"show_default": True, "max_content_width": 110})
-@flag("prompts", multiple=True, help="What the video shows; several make several videos.")
+@flag("prompts", multiple=True, help="Text of the video; several make several videos.")
 @flag("prompts-file", type=click.Path(path_type=Path),
-      help=".txt: a prompt a line; .jsonl: an object a line, with settings of its own.")  # fmt: skip
+      help=".txt: one prompt a line; .jsonl: one object a line, which may have settings of its own.")  # fmt: skip
 @flag("model", help="Folder in diffusers' layout, or hub id: text encoder, autoencoder, and, without --checkpoint-dir, "
       "the transformer.")  # fmt: skip
 @flag("revision", help="The hub id's revision.")
 @flag("checkpoint-dir", help="Checkpoint folder of a training run to take the transformer from.")
-@flag("checkpoint-step", type=int, help="Which checkpoint of it.  [default: the newest complete one]")
-@flag("ema", is_flag=True, help="The average of its weights instead of the weights.")
+@flag("checkpoint-step", type=int, help="Its step.  [default: the newest complete checkpoint]")
+@flag("ema", is_flag=True, help="Use the EMA of the checkpoint's weights instead of the weights.")
 @flag("lora", type=click.Path(), help="A LoRA in diffusers' format to merge into the transformer.")
-@flag("lora-scale", type=float, default=1.0, help="How much of it.")
+@flag("lora-scale", type=float, default=1.0, help="Scale of the LoRA.")
 @flag("t5-checkpoint-dir", help="Another model to take text_encoder and tokenizer from.")
 @flag("vae-checkpoint-dir", help="Another model to take vae from.")
-@flag("task", type=click.Choice(list(TASK_SIZES)), help="Insist on this released model's shape and sizes.")
+@flag("task", type=click.Choice(list(TASK_SIZES)), help="Require this released model's shape and sizes.")
 @flag("sizes", multiple=True, default=["832*480"], help="width*height, for all prompts or one each.")
 @flag("frame-nums", multiple=True, type=int, default=[81], help="Frames, 4n+1, for all or one each; 1 makes a PNG.")
 @flag("base-seed", multiple=True, type=int, default=[0], help="Seed of the noise, for all or one each.")
-@flag("negative-prompt", default=NEGATIVE_PROMPT, show_default="the official one", help="What to keep away from.")
-@flag("sample-solver", type=click.Choice(SOLVERS), default="unipc", help="How to walk from noise to video.")
-@flag("sample-steps", type=int, default=50, help="Steps of the walk.")
+@flag(
+    "negative-prompt", default=NEGATIVE_PROMPT, show_default="the official one", help="What the video should not show."
+)
+@flag("sample-solver", type=click.Choice(SOLVERS), default="unipc", help="Solver of the sampling steps.")
+@flag("sample-steps", type=int, default=50, help="Sampling steps.")
 @flag("sample-shift", type=float, default=5.0, help="Shift of the noise levels; 3 suits 480p, 5 suits 720p.")
-@flag("sample-guide-scale", type=float, default=5.0, help="Guidance; 1 is none and takes half the time.")
-@flag("fps", type=click.IntRange(1, 240), default=16, help="Frames a second of the file; the models were made for 16.")
+@flag("sample-guide-scale", type=float, default=5.0, help="Guidance scale; 1 is none and takes half the time.")
+@flag("fps", type=click.IntRange(1, 240), default=16, help="Frames per second; the models were trained for 16.")
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @flag("dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
       help="Precision of transformer and text encoder; auto is bfloat16 on CUDA.")  # fmt: skip
 @flag("t5-cpu", is_flag=True, help="Embed prompts on the CPU.")
-@flag("offload-model", type=bool, default=False, help="Have each part on the device only while it works (true/false).")
+@flag("offload-model", type=bool, default=False,
+      help="Keep each part in main memory, and on the device only while it computes (true/false).")  # fmt: skip
 @flag("vae-tiles", type=click.IntRange(1), default=1,
-      help="Decode every frame in so many tiles, for less memory; no seam.")  # fmt: skip
+      help="Tiles that every frame is decoded in, for less memory; without seams.")  # fmt: skip
 @flag("nproc-per-node", type=click.IntRange(1), default=1,
-      help="Processes, each with its device. They share the tokens of a video and the tiles of its frames. "
-      "Under torchrun leave it out.")  # fmt: skip
-@flag("cfg-parallel", is_flag=True, help="One half of the processes answers the prompt, the other the negative prompt.")
-@flag("shard-weights", is_flag=True, help="Spread the transformer's weights over the processes.")
-@flag("save-file", type=click.Path(path_type=Path), help="Where to write, for one video.")
+      help="Processes, each with its own device. They divide the tokens of a video and the tiles of its frames. "
+      "Not under torchrun, which starts the processes itself.")  # fmt: skip
+@flag("cfg-parallel", is_flag=True, help="Compute the two branches of guidance in one half of the processes each.")
+@flag("shard-weights", is_flag=True, help="Shard the transformer's weights over the processes (FSDP).")
+@flag("save-file", type=click.Path(path_type=Path), help="File to write, for one video.")
 @flag("output-folder", type=click.Path(path_type=Path), default="videos",
-      help="Where to write several; names come from place and digest, never from a prompt.")  # fmt: skip
+      help="Folder to write several to; names are made of index and digest, never of a prompt.")  # fmt: skip
 @flag("contact-sheet", type=click.Path(path_type=Path), help="Also write a PNG with frames of all videos.")
-@flag("no-metadata", is_flag=True, help="Keep prompt, seed, settings and versions out of the files.")
+@flag("no-metadata", is_flag=True, help="Leave prompt, seed, settings and versions out of the files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.version_option(__version__, prog_name="wan-infer")
 @click.pass_context
@@ -81,11 +85,11 @@ def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given:
     if is_child():
         follow_parent()
     try:
-        shots = _shots(given)
-        _check(given, shots, nproc_per_node)
+        requests = _parse_requests(given)
+        _check(given, requests, nproc_per_node)
         if nproc_per_node > 1 and not is_child():
             sys.exit(launch(context.meta[ARGUMENTS], nproc_per_node))
-        report = _run(given, shots)
+        report = _run(given, requests)
     except ValueError as error:
         _fail(str(error))
     except Exception as error:
@@ -112,8 +116,8 @@ def _follows_from_another(error: BaseException) -> bool:
     return distributed or "gloo/" in str(error) or "NCCL" in str(error)
 
 
-def _shots(given: dict[str, Any]) -> list[Shot]:
-    """What is asked for, of prompts or of a file."""
+def _parse_requests(given: dict[str, Any]) -> list[VideoRequest]:
+    """One request a video, from the prompts or from a file."""
     file: Path | None = given["prompts_file"]
     if bool(given["prompts"]) == (file is not None):
         raise ValueError("say what the videos show with --prompts, or with --prompts-file, and not with both")
@@ -124,22 +128,25 @@ def _shots(given: dict[str, Any]) -> list[Shot]:
         given["sample_solver"],
         given["negative_prompt"],
     )
-    # Of a file's lines that do not say it; they may differ in what they say, so one value holds for all.
-    prompts = given["prompts"] or [""]
-    requests = pair_requests(prompts, given["sizes"], given["frame_nums"], given["base_seed"])
-    if file is None:
-        shots = [Shot(request, settings) for request in requests]
-    elif len(requests) > 1:
-        raise ValueError("with --prompts-file give one size, frame count and seed; its lines may have their own")
-    else:
-        shots = read_prompt_file(file, requests[0], settings)
+    requests = pair_requests(
+        given["prompts"] or [""], given["sizes"], given["frame_nums"], given["base_seed"], settings
+    )
+    if file is not None:
+        # The values of lines that have none of their own.
+        if len(requests) > 1:
+            raise ValueError("with --prompts-file give one size, frame count and seed; its lines may have their own")
+        requests = read_prompt_file(file, requests[0])
     if given["task"] is not None:
-        check_task(given["task"], [shot.request for shot in shots])
-    return shots
+        check_task(given["task"], requests)
+    return requests
 
 
-def _check(given: dict[str, Any], shots: list[Shot], nproc_per_node: int) -> None:
-    """What can be seen before anything is loaded."""
+def _parallel_options(given: dict[str, Any]) -> ParallelOptions:
+    return ParallelOptions(cfg_parallel=given["cfg_parallel"], shard_weights=given["shard_weights"])
+
+
+def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: int) -> None:
+    """Refuse what can be refused before anything is loaded."""
     model, checkpoint = given["model"], given["checkpoint_dir"]
     for name in ("checkpoint_step", "ema"):
         if given[name] not in (None, False) and checkpoint is None:
@@ -157,17 +164,15 @@ def _check(given: dict[str, Any], shots: list[Shot], nproc_per_node: int) -> Non
     started = processes()
     if nproc_per_node > 1 and started > 1 and not is_child():
         raise ValueError("--nproc-per-node is given under torchrun, which has started the processes")
-    check_processes(
-        max(nproc_per_node, started), cfg_parallel=given["cfg_parallel"], shard_weights=given["shard_weights"]
-    )
-    if given["cfg_parallel"] and any(shot.settings.guidance == 1 for shot in shots):
+    _parallel_options(given).check(max(nproc_per_node, started))
+    if given["cfg_parallel"] and any(request.settings.guidance == 1 for request in requests):
         raise ValueError("the guidance scale is 1, which leaves no second branch; leave --cfg-parallel out")
 
 
-def _run(given: dict[str, Any], shots: list[Shot]) -> dict[str, Any] | None:
-    """The report, from the first process alone."""
+def _run(given: dict[str, Any], requests: list[VideoRequest]) -> dict[str, Any] | None:
+    """The report, from rank 0 alone."""
     job = Job(
-        shots=shots,
+        requests=requests,
         fps=given["fps"],
         save_file=given["save_file"],
         output_folder=given["output_folder"],
@@ -175,31 +180,28 @@ def _run(given: dict[str, Any], shots: list[Shot]) -> dict[str, Any] | None:
         metadata=not given["no_metadata"],
     )
     check_outputs(job)
-    from wan_infer.run import run  # and with it torch
+    from wan_infer.run import run  # imports torch
 
-    sources = Sources(
+    sources = ModelSources(
         model=given["model"],
-        revision=given["revision"],
-        checkpoint_dir=given["checkpoint_dir"],
-        checkpoint_step=given["checkpoint_step"],
+        checkpoint=given["checkpoint_dir"],
+        step=given["checkpoint_step"],
         ema=given["ema"],
-        text_model=given["t5_checkpoint_dir"],
+        revision=given["revision"],
         vae_model=given["vae_checkpoint_dir"],
-        lora=given["lora"],
-        lora_scale=given["lora_scale"],
+        text_model=given["t5_checkpoint_dir"],
+        lora=None if given["lora"] is None else (given["lora"], given["lora_scale"]),
     )
-    means = Means(
+    options = ComputeOptions(
         device=given["device"],
         dtype=given["dtype"],
         t5_cpu=given["t5_cpu"],
         offload=given["offload_model"],
-        cfg_parallel=given["cfg_parallel"],
-        shard_weights=given["shard_weights"],
         tiles=given["vae_tiles"],
     )
     first = os.environ.get("RANK", "0") == "0"
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        report = run(job, sources, means, given["task"], sys.stderr if first else nowhere)
+    with open(os.devnull, "w", encoding="utf-8") as devnull:
+        report = run(job, sources, options, _parallel_options(given), given["task"], sys.stderr if first else devnull)
     return report if first else None
 
 
@@ -210,9 +212,9 @@ def _show(report: dict[str, Any], *, as_json: bool) -> None:
     for video in report["videos"]:
         click.echo(video["file"])
     seconds = report["seconds"]
-    spent = ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in ("load", "text", "denoise", "decode", "write"))
+    stages = ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in ("load", "text", "denoise", "decode", "write"))
     count = len(report["videos"])
     memory = report["peak_memory_bytes"] / 2**30
     click.echo(
-        f"{count} video{'s' if count > 1 else ''} in {seconds['total']:.1f} s ({spent}), {memory:.2f} GiB at most"
+        f"{count} video{'s' if count > 1 else ''} in {seconds['total']:.1f} s ({stages}), {memory:.2f} GiB at most"
     )

@@ -5,7 +5,7 @@ from typing import TextIO
 
 
 class Progress:
-    """Says what is going on, on a stream of its own so that results stay apart.
+    """Progress messages, on another stream than the results.
 
     Args:
         stream: usually standard error; on a terminal one line is rewritten, elsewhere at most ten lines a video are
@@ -19,17 +19,17 @@ class Progress:
         self._start = 0.0
         self._open = False
 
-    def say(self, text: str) -> None:
-        """One finished line."""
+    def line(self, text: str) -> None:
+        """Write one line."""
         self._end_line()
         print(text, file=self.stream, flush=True)
 
     def start(self, label: str) -> None:
-        """A new series of steps begins."""
+        """Begin a new series of steps."""
         self._label, self._start = label, time.monotonic()
 
     def step(self, done: int, total: int) -> None:
-        """``done`` of ``total`` steps are done."""
+        """Report that ``done`` of ``total`` steps are done."""
         per_step = (time.monotonic() - self._start) / done
         text = f"{self._label}  step {done}/{total}  {per_step:.2f} s/step  {per_step * (total - done):.0f} s left"
         if self.terminal:

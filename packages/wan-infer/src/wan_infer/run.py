@@ -1,4 +1,4 @@
-"""One call of the command, from checked requests to files: models are loaded once, then video follows video."""
+"""One call of the command, from checked requests to files: models are loaded once for all videos."""
 
 import dataclasses
 import platform
@@ -15,7 +15,8 @@ import wan_model
 from wan_infer import __version__
 from wan_infer.output.output_names import output_name
 from wan_infer.progress import Progress
-from wan_infer.request.job import Job, Means, Sources
+from wan_infer.request.job import Job
+from wan_infer.request.options import ComputeOptions, ModelSources, ParallelOptions
 
 if TYPE_CHECKING:
     from wan_infer.sampling.sampler import WanSampler
@@ -43,83 +44,67 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _make_sampler(sources: Sources, means: Means) -> "WanSampler":
-    from wan_infer.runtime.parallelism import Sharing
-    from wan_infer.runtime.placement import Placement
-    from wan_infer.sampling.sampler import WanSampler
-
-    shared: dict[str, Any] = {
-        "device": means.device,
-        "dtype": means.dtype,
-        "t5_cpu": means.t5_cpu,
-        "offload": means.offload,
-        "revision": sources.revision,
-        "text_model": sources.text_model,
-        "vae_model": sources.vae_model,
-        "lora": None if sources.lora is None else (sources.lora, sources.lora_scale),
-        "tiles": means.tiles,
-        "sharing": Sharing.join(
-            Placement.choose(means.device).device, cfg_parallel=means.cfg_parallel, shard_weights=means.shard_weights
-        ),
-    }
-    if sources.checkpoint_dir is not None:
-        return WanSampler.from_training_checkpoint(
-            sources.checkpoint_dir, sources.model, step=sources.checkpoint_step, ema=sources.ema, **shared
-        )
-    assert sources.model is not None, "checked by the command"
-    return WanSampler.from_pretrained(sources.model, **shared)
-
-
-def run(job: Job, sources: Sources, means: Means, task: str | None, log: TextIO) -> dict[str, Any]:
-    """Make the videos; under several processes each makes this call, and the first writes the files.
+def run(
+    job: Job,
+    sources: ModelSources,
+    options: ComputeOptions,
+    parallel: ParallelOptions,
+    task: str | None,
+    log: TextIO,
+) -> dict[str, Any]:
+    """Make the videos; of several processes each makes this call, and rank 0 writes the files.
 
     Args:
-        job: what.
-        sources: of what.
-        means: by what.
-        task: a released model that the transformer must be, or None.
-        log: where progress goes.
+        job: the videos and their files.
+        sources: of the models.
+        options: devices, precision and memory.
+        parallel: how several processes divide the work.
+        task: a released model whose shape the transformer must have, or None.
+        log: stream of the progress.
 
     Returns:
-        JSON values: the videos with their files and records, where the model came from, seconds by stage, peak memory.
+        JSON values: the videos with their files and records, seconds by stage, versions, peak memory.
 
     Raises:
-        ValueError: anything that stands in the way, as one sentence.
+        ValueError: whatever prevents it, as one sentence.
     """
     stages, progress, start = _Stages(), Progress(log), time.monotonic()
-    progress.say("loading the model")
+    progress.line("loading the model")
     with stages.timed("load"):
         from wan_infer.loading.sources import check_task
         from wan_infer.runtime.memory import peak_memory
+        from wan_infer.runtime.parallelism import Parallelism
+        from wan_infer.runtime.placement import Placement
+        from wan_infer.sampling.sampler import WanSampler
 
-        sampler = _make_sampler(sources, means)
+        parallelism = Parallelism.initialize(Placement.choose(options).device, parallel)
+        sampler = WanSampler(sources, options, parallelism=parallelism)
         source = sampler.source
         if task is not None:
             check_task(task, source.config, source.origin)
-        for shot in job.shots:
-            sampler.spec.latent_shape(shot.request.frames, shot.request.height, shot.request.width)
+        for request in job.requests:
+            sampler.spec.latent_shape(request.frames, request.height, request.width)
     with stages.timed("text"):
         sampler.embed(job.texts)
-        # Its memory is the transformer's now.
-        sampler.release_text()
+        sampler.release_text()  # before the transformer is loaded
     with stages.timed("load"):
         device = sampler.model.patch_embedding.weight.device
-        sampler.codec  # noqa: B018  what is damaged is to be found before hours of work
+        sampler.codec  # noqa: B018  a damaged file is refused before the videos are sampled
     step = f", step {source.step}" if source.step is not None else ""
-    progress.say(f"loaded {source.origin}{step} on {device} in {stages.seconds['load']:.1f} s")
+    progress.line(f"loaded {source.origin}{step} on {device} in {stages.seconds['load']:.1f} s")
 
-    made = [_make(sampler, job, index, stages, progress) for index in range(len(job.shots))]
-    if job.contact_sheet is not None and sampler.sharing.rank == 0:
+    made = [_make(sampler, job, index, stages, progress) for index in range(len(job.requests))]
+    if job.contact_sheet is not None and parallelism.rank == 0:
         from wan_infer.output.contact_sheet import save_contact_sheet
 
         save_contact_sheet([np.stack(video.shown) for video in made], job.contact_sheet)
-    peak = sampler.sharing.largest(peak_memory(sampler.placement.device))
-    sampler.sharing.leave()
+    peak = parallelism.max(peak_memory(sampler.placement.device))
+    parallelism.close()
     return {
         "videos": [{"file": str(video.path), **video.record} for video in made],
         "contact_sheet": str(job.contact_sheet) if job.contact_sheet else None,
         "device": str(sampler.placement.device),
-        "processes": sampler.sharing.ranks,
+        "processes": parallelism.world_size,
         "versions": _versions(),
         "seconds": {**stages.seconds, "total": time.monotonic() - start},
         "peak_memory_bytes": peak,
@@ -128,7 +113,7 @@ def run(job: Job, sources: Sources, means: Means, task: str | None, log: TextIO)
 
 @dataclasses.dataclass
 class _Made:
-    """A video that was made, and its frames for the contact sheet."""
+    """A written video, and its frames for the contact sheet."""
 
     path: Path
     record: dict[str, Any]
@@ -139,11 +124,13 @@ def _make(sampler: "WanSampler", job: Job, index: int, stages: _Stages, progress
     from wan_infer.output.contact_sheet import chosen_frames
     from wan_infer.output.video_file import to_frames, write_video
 
-    request, settings = job.shots[index].request, job.shots[index].settings
-    # All that defines the video, and with it the file's name.
+    request = job.requests[index]
+    fields = dataclasses.asdict(request)
+    settings = fields.pop("settings")
+    # Everything that defines the video; generated names contain its digest.
     record = {
-        **dataclasses.asdict(request),
-        **dataclasses.asdict(settings),
+        **fields,
+        **settings,
         "fps": job.fps,
         "dtype": str(sampler.placement.dtype).removeprefix("torch."),
         "transformer": sampler.source.origin,
@@ -153,7 +140,7 @@ def _make(sampler: "WanSampler", job: Job, index: int, stages: _Stages, progress
         "latent_space": sampler.spec.fingerprint,
     }
     path = job.save_file or job.output_folder / output_name(index, record, request.frames)
-    progress.start(f"video {index + 1}/{len(job.shots)}")
+    progress.start(f"video {index + 1}/{len(job.requests)}")
     with stages.timed("denoise"):
         (latents,) = sampler.sample_latents(
             [request.prompt],
@@ -161,7 +148,7 @@ def _make(sampler: "WanSampler", job: Job, index: int, stages: _Stages, progress
             height=request.height,
             frames=request.frames,
             seed=request.seed,
-            settings=settings,
+            settings=request.settings,
             on_step=progress.step,
         )
     made = _Made(path, record, [])
@@ -180,7 +167,7 @@ def _make(sampler: "WanSampler", job: Job, index: int, stages: _Stages, progress
             done += len(frames)
             yield frames
 
-    if sampler.sharing.rank == 0:
+    if sampler.parallelism.rank == 0:
         metadata = {**record, "versions": _versions()} if job.metadata else None
         before, begun = stages.seconds["decode"], time.monotonic()
         write_video(pieces(), request.frames, path, fps=job.fps, metadata=metadata)

@@ -1,23 +1,23 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from wan_infer.request.prompt_file import Shot, read_prompt_file
+from wan_infer.request.prompt_file import read_prompt_file
 from wan_infer.request.settings import Settings, VideoRequest
 
-REQUEST, SETTINGS = VideoRequest("", 64, 48, 5, 7), Settings(steps=3)
+DEFAULT = VideoRequest("", 64, 48, 5, 7, Settings(steps=3))
 
 
-def read(tmp_path: Path, name: str, content: str | bytes) -> list[Shot]:
+def read(tmp_path: Path, name: str, content: str | bytes) -> list[VideoRequest]:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_prompt_file(path, REQUEST, SETTINGS)
+    return read_prompt_file(path, DEFAULT)
 
 
 def test_a_prompt_a_line(tmp_path: Path) -> None:
-    shots = read(tmp_path, "a.txt", '\ufeff a rabbit \r\n\n兔子, "quoted"\n')
-    assert [shot.request.prompt for shot in shots] == ["a rabbit", '兔子, "quoted"']
-    assert all(shot.settings == SETTINGS and shot.request.seed == 7 and shot.request.width == 64 for shot in shots)
+    requests = read(tmp_path, "a.txt", '\ufeff a rabbit \r\n\n兔子, "quoted"\n')
+    assert requests == [dataclasses.replace(DEFAULT, prompt=prompt) for prompt in ("a rabbit", '兔子, "quoted"')]
 
 
 def test_an_object_a_line_says_what_differs(tmp_path: Path) -> None:
@@ -27,17 +27,17 @@ def test_an_object_a_line_says_what_differs(tmp_path: Path) -> None:
         '{"prompt": "a"}\n\n{"prompt": "b", "size": "832*480", "frames": 1, "seed": 0, "negative_prompt": "", '
         '"steps": 9, "shift": 3, "guidance": 1.5, "solver": "dpm++"}\n',
     )
-    assert first == Shot(VideoRequest("a", 64, 48, 5, 7), SETTINGS)
-    assert second == Shot(VideoRequest("b", 832, 480, 1, 0), Settings(9, 3.0, 1.5, "dpm++", ""))
+    assert first == dataclasses.replace(DEFAULT, prompt="a")
+    assert second == VideoRequest("b", 832, 480, 1, 0, Settings(9, 3.0, 1.5, "dpm++", ""))
 
 
 @pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e"])
 def test_only_a_newline_ends_a_line(tmp_path: Path, odd: str) -> None:
-    (shot,) = read(tmp_path, "a.txt", f"one{odd}two\r\n")
-    assert shot.request.prompt == f"one{odd}two"
+    (request,) = read(tmp_path, "a.txt", f"one{odd}two\r\n")
+    assert request.prompt == f"one{odd}two"
     if ord(odd) > 31:  # JSON has to escape the others
-        (shot,) = read(tmp_path, "a.jsonl", f'{{"prompt": "one{odd}two"}}\r\n')
-        assert shot.request.prompt == f"one{odd}two"
+        (request,) = read(tmp_path, "a.jsonl", f'{{"prompt": "one{odd}two"}}\r\n')
+        assert request.prompt == f"one{odd}two"
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_what_cannot_be_meant_is_named_with_its_line(tmp_path: Path, name: str, 
 
 def test_an_absent_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: No such file"):
-        read_prompt_file(tmp_path / "absent.txt", REQUEST, SETTINGS)
+        read_prompt_file(tmp_path / "absent.txt", DEFAULT)

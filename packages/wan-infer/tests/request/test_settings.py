@@ -6,7 +6,7 @@ from wan_infer.request.settings import NEGATIVE_PROMPT, Settings, VideoRequest, 
 
 def test_sizes_are_width_by_height() -> None:
     assert parse_size("832*480") == parse_size(" 832x480 ") == (832, 480)
-    request = pair_requests(["a"], ["480*832"], [81], [0])[0]
+    request = pair_requests(["a"], ["480*832"], [81], [0], Settings())[0]
     assert (request.width, request.height) == (480, 832)
 
 
@@ -46,12 +46,13 @@ def test_the_nearest_size_of_a_task_is_named(size: tuple[int, int], nearest: str
 
 
 def test_lists_go_together_and_single_values_hold_for_all() -> None:
-    requests = pair_requests(["a"], ["32*48"], [1, 5], [7, 8])
-    assert requests == [VideoRequest("a", 32, 48, 1, 7), VideoRequest("a", 32, 48, 5, 8)]
+    settings = Settings(steps=3)
+    requests = pair_requests(["a"], ["32*48"], [1, 5], [7, 8], settings)
+    assert requests == [VideoRequest("a", 32, 48, 1, 7, settings), VideoRequest("a", 32, 48, 5, 8, settings)]
     with pytest.raises(
         ValueError, match="2 prompts, 3 sizes, 1 frame counts, 1 seeds; give each either once or 3 times"
     ):
-        pair_requests(["a", "b"], ["32*32"] * 3, [1], [0])
+        pair_requests(["a", "b"], ["32*32"] * 3, [1], [0], settings)
 
 
 @pytest.mark.parametrize(

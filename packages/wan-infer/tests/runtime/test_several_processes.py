@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tiny_sources import tiny_lora, write_checkpoint_of
 
 from wan_infer.output.video_file import read_video
-from wan_infer.runtime.parallelism import Sharing
+from wan_infer.runtime.parallelism import Parallelism
 
 
 def case(
@@ -57,7 +57,7 @@ def sources(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.fixture(scope="module")
 def alone(model_folder: Path, sources: dict[str, Source]) -> dict[str, Sample]:
     """What one process makes of each source."""
-    return {name: sample(str(model_folder), source, Sharing(), 1) for name, source in sources.items()}
+    return {name: sample(str(model_folder), source, Parallelism(), 1) for name, source in sources.items()}
 
 
 def free_port() -> int:

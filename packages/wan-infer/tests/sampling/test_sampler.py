@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from wan_infer import draw_contact_sheet, save_video  # noqa: F401  what the README imports
+from wan_infer.request.options import ComputeOptions
 from wan_infer.request.settings import Settings
-from wan_infer.runtime.placement import Placement, at_work
+from wan_infer.runtime.placement import Placement, onload
 from wan_infer.sampling.denoise import draw_noise
 from wan_infer.sampling.sampler import WanSampler
 
@@ -140,19 +141,19 @@ class Traveller(nn.Module):
 
 def test_offloaded_parts_come_home_even_after_a_failure() -> None:
     module = Traveller()
-    with pytest.raises(RuntimeError, match="at work"), at_work(module, torch.device("meta"), torch.device("cpu")):
-        raise RuntimeError("failed at work")
+    with pytest.raises(RuntimeError, match="failed"), onload(module, torch.device("meta"), torch.device("cpu")):
+        raise RuntimeError("failed")
     assert module.path == ["meta", "cpu"]
 
 
 def test_placement_says_where_parts_live_and_work() -> None:
     placement = Placement(torch.device("cuda"), torch.bfloat16, torch.device("cpu"), offload=True)
-    assert (placement.home.type, placement.text_home.type) == ("cpu", "cpu")
-    assert Placement.choose("cpu").dtype == torch.float32
-    assert Placement.choose("cpu", "bfloat16").dtype == torch.bfloat16
+    assert (placement.offload_device.type, placement.text_offload_device.type) == ("cpu", "cpu")
+    assert Placement.choose(ComputeOptions("cpu")).dtype == torch.float32
+    assert Placement.choose(ComputeOptions("cpu", "bfloat16")).dtype == torch.bfloat16
     for device in ("cuda:99", "mps", "nonsense"):
         with pytest.raises(ValueError, match=device):
-            Placement.choose(device)
+            Placement.choose(ComputeOptions(device))
 
 
 def test_bfloat16_stays_near_float32(model_folder: Path, sampler: WanSampler) -> None:

@@ -2,8 +2,8 @@
 
 A file holds, for a linear of the transformer, ``transformer.NAME.lora_A.weight`` [r, in],
 ``transformer.NAME.lora_B.weight`` [out, r] and, in some files, ``transformer.NAME.alpha`` (or ``lora_alpha`` in the
-file's metadata). Merged, the linear's weight is W + scale * alpha / r * B A, with alpha = r where the file does not
-say it. Anything else (changed biases or norms) is refused. Source: peft's ``LoraLayer``, diffusers'
+file's metadata). The merged weight is W + scale * alpha / r * B A, with alpha = r where the file gives none. Anything
+else (changed biases or norms) is refused. Source: peft's ``LoraLayer``, diffusers'
 ``load_lora_weights``.
 """
 
@@ -28,11 +28,11 @@ _KEY = re.compile(r"(?:transformer\.)?(?P<name>.+)\.(?P<part>lora_A\.weight|lora
 
 @dataclasses.dataclass(frozen=True)
 class LoraWeights:
-    """The changes of one file, by the key of the weight that they change.
+    """The adapters of one file, by the key of the weight that each is added to.
 
     Attributes:
         down, up: A [r, in] and B [out, r].
-        factors: what each product B A is multiplied by, ``scale`` included.
+        factors: of the products B A: scale * alpha / r.
     """
 
     down: dict[str, Tensor]
@@ -41,12 +41,12 @@ class LoraWeights:
 
     @torch.no_grad()
     def merge_into(self, model: WanDiT) -> None:
-        """Change a model of the sizes that they were read for, each weight in its own precision."""
+        """Add the adapters to a model's weights; sums are fp32, rounded once to the weight's precision."""
         for key, down in self.down.items():
             parameter = model.get_parameter(key)
-            change = (self.up[key].float() @ down.float()).view(parameter.shape) * self.factors[key]
+            delta = (self.up[key].float() @ down.float()).view(parameter.shape) * self.factors[key]
             held = local_tensor(parameter)
-            held.copy_(held.float() + change[local_slices(model, parameter)].to(held.device))
+            held.copy_(held.float() + delta[local_slices(model, parameter)].to(held.device))
 
 
 def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.0) -> LoraWeights:
@@ -54,8 +54,8 @@ def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.
 
     Args:
         path: of either.
-        config: of the transformer that it is for.
-        scale: of its whole change; 0 is none.
+        config: of the transformer.
+        scale: that B A is multiplied by beside alpha / r; 0 leaves the weights as they are.
 
     Raises:
         ValueError: no such file, or tensors that are not a LoRA of this transformer, naming the first.
@@ -100,7 +100,7 @@ def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.
 
 
 def _alpha_of(metadata: Mapping[str, str]) -> float | None:
-    """What diffusers writes beside the tensors: peft's configuration of each model, as JSON."""
+    """``lora_alpha`` in peft's configuration, which diffusers writes into the metadata as JSON."""
     try:
         content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError:

@@ -1,6 +1,6 @@
 """Where the transformer and the latent codec come from: a model in diffusers' layout, a training checkpoint, or both.
 
-A source is looked at before anything large is read, so that what does not fit together is refused at once.
+The small files are read first, so that models that do not match are refused before large files are read.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from wan_infer.loading.lora import LoraWeights
-from wan_infer.runtime.parallelism import Sharing
+from wan_infer.request.options import ModelName, ModelSources
+from wan_infer.runtime.parallelism import Parallelism
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.dit.model import WanDiT
@@ -22,22 +23,20 @@ from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import resolve_folder
 from wan_model.weights.transformer import load_weights, read_config
 
-ModelName = str | os.PathLike[str]
-
 _TASKS = {"t2v-1.3B": WAN_1_3B, "t2v-14B": WAN_14B}
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerSource:
-    """A transformer that can be loaded, and what is known of it.
+    """A transformer whose configuration has been read, and whose weights have not.
 
     Attributes:
         path: diffusers' ``transformer`` folder, or one training checkpoint.
         config: its sizes.
-        origin: what it came from, for messages and records: the last part of a path, or a hub id.
+        origin: its name in messages and records: the last part of a path, or a hub id.
         step: of the training checkpoint; None for released weights.
         spec: the latent space that it was trained in, where that is recorded.
-        ema: the average of the weights instead of the weights.
+        ema: load the EMA of the weights instead of the weights.
     """
 
     path: Path
@@ -48,30 +47,26 @@ class TransformerSource:
     ema: bool = False
 
     @classmethod
-    def of_model(cls, model: ModelName, *, revision: str | None = None) -> "TransformerSource":
-        """The transformer of a folder in diffusers' layout, or of a hub id.
+    def find(cls, sources: ModelSources) -> "TransformerSource":
+        """The transformer of a training checkpoint where one is given, else of the model.
 
         Raises:
-            ValueError: it is missing, or is not Wan 2.1 text-to-video.
+            ValueError: it is missing, partial or damaged, or is not Wan 2.1 text-to-video.
         """
-        with readable(model):
-            folder = resolve_folder(model, ["transformer"], revision=revision) / "transformer"
-            return cls(folder, read_config(folder), _origin(model))
+        if sources.checkpoint is not None:
+            # Half a second of imports that released weights do not need.
+            from wan_model.weights.training_checkpoint import find_checkpoint, read_run_config
 
-    @classmethod
-    def of_checkpoint(cls, folder: ModelName, step: int | None = None, *, ema: bool = False) -> "TransformerSource":
-        """The transformer of a training run's checkpoint; the newest complete one where no step is given.
-
-        Raises:
-            ValueError: there is none, or the one asked for is partial or damaged.
-        """
-        # Half a second of imports that released weights do without.
-        from wan_model.weights.training_checkpoint import find_checkpoint, read_run_config
-
-        path = find_checkpoint(Path(folder), step)
-        config, spec = read_run_config(path)
-        name = path.name.removeprefix("iter_")
-        return cls(path, config, _origin(folder), int(name) if name.isdecimal() else None, spec, ema)
+            path = find_checkpoint(Path(sources.checkpoint), sources.step)
+            config, spec = read_run_config(path)
+            name = path.name.removeprefix("iter_")
+            step = int(name) if name.isdecimal() else None
+            return cls(path, config, _origin(sources.checkpoint), step, spec, sources.ema)
+        if sources.model is None:
+            raise ValueError("no model was given to take the transformer from")
+        with naming_models(sources.model):
+            folder = resolve_folder(sources.model, ["transformer"], revision=sources.revision) / "transformer"
+            return cls(folder, read_config(folder), _origin(sources.model))
 
     @property
     def from_training(self) -> bool:
@@ -80,7 +75,7 @@ class TransformerSource:
 
     @property
     def text_length(self) -> int:
-        """Tokens that prompts are cut to: no property of the model folder; what it was trained with counts."""
+        """Tokens that prompts are truncated to: those of the training run where it recorded them."""
         return self.spec.text_length if self.spec else self.config.text_length
 
     def load(
@@ -88,32 +83,32 @@ class TransformerSource:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        sharing: Sharing | None = None,
+        parallelism: Parallelism | None = None,
         lora: LoraWeights | None = None,
     ) -> WanDiT:
-        """Read the weights, tensor by tensor, in evaluation mode.
+        """The model in evaluation mode; weights are read tensor by tensor.
 
         Args:
             dtype: see ``WanDiT.to_precision``.
             device: of the weights.
-            sharing: the runtime, and whether each process keeps only its share of them.
-            lora: merged into them.
+            parallelism: of the model, and of its weights.
+            lora: merged into the weights.
 
         Raises:
             ValueError: damaged files, or other weights than the model's.
         """
-        sharing = sharing or Sharing()
+        parallelism = parallelism or Parallelism()
         with torch.device("meta"):
-            model = WanDiT(self.config, sharing.ops)
+            model = WanDiT(self.config, parallelism.ops)
         model.to_precision(dtype).requires_grad_(False)
-        sharing.spread_weights(model, torch.device(device))
+        parallelism.shard(model, torch.device(device))
         model.to_empty(device=device)
         if self.from_training:
             from wan_model.weights.training_checkpoint import read_training_checkpoint
 
             read_training_checkpoint(self.path, into=dict(model.named_parameters()), ema=self.ema)
         else:
-            with readable(self.path.parent):
+            with naming_models(self.path.parent):
                 load_weights(model, self.path)
         if lora is not None:
             lora.merge_into(model)
@@ -121,16 +116,16 @@ class TransformerSource:
 
 
 def _origin(model: ModelName) -> str:
-    # A full path says more of the machine than of the model.
+    # Without the rest of the path, which belongs to the machine.
     return Path(model).resolve().name if Path(model).is_dir() else os.fspath(model)
 
 
 @contextlib.contextmanager
-def readable(*models: ModelName | None) -> Iterator[None]:
-    """Damaged files fail inside libraries, in words that do not say which model is meant: say it.
+def naming_models(*models: ModelName | None) -> Iterator[None]:
+    """Name the models in errors that libraries raise about damaged files, which often do not.
 
     Raises:
-        ValueError: in place of what a library raised.
+        ValueError: in place of the library's error.
     """
     try:
         yield
@@ -143,14 +138,13 @@ def readable(*models: ModelName | None) -> Iterator[None]:
         raise ValueError(f"the model in {' and '.join(names)} cannot be read: {reason}") from error
 
 
-def look_at_codec(source: TransformerSource, parts: "CodecSource") -> LatentSpec:
-    """The latent space of the autoencoder and the text encoder, from their small files.
+def check_latent_space(source: TransformerSource, codec: "CodecSource") -> LatentSpec:
+    """The latent space of the autoencoder and the text encoder, read from their small files.
 
     Raises:
-        ValueError: they are missing, or span another space than the one that the transformer was trained in.
+        ValueError: files are missing, or the space is not the one that the transformer was trained in.
     """
-    with readable(*parts.names):
-        spec: LatentSpec = parts.look(source.text_length)
+    spec = codec.latent_spec(source.text_length)
     if source.spec is not None:
         source.spec.require_same(spec, f"the checkpoint {source.origin}", "the given text encoder and autoencoder")
     for name, has, needs in (
@@ -165,63 +159,60 @@ def look_at_codec(source: TransformerSource, parts: "CodecSource") -> LatentSpec
     return spec
 
 
-@dataclasses.dataclass(frozen=True)
 class CodecSource:
-    """Where the autoencoder and the text encoder are.
+    """An autoencoder and a text encoder that have not been loaded.
 
-    Attributes:
-        model: a folder in diffusers' layout or a hub id; None where both of the following are given.
-        vae_model: another model to take the autoencoder from.
-        text_model: another model to take the text encoder and the tokenizer from.
-        revision: of hub ids.
+    Args:
+        sources: of the models.
     """
 
-    model: ModelName | None
-    vae_model: ModelName | None = None
-    text_model: ModelName | None = None
-    revision: str | None = None
+    def __init__(self, sources: ModelSources) -> None:
+        self._sources = sources
+        names = (sources.vae_model or sources.model, sources.text_model or sources.model)
+        self._names: list[ModelName | None] = list(dict.fromkeys(names))
 
-    @property
-    def names(self) -> list[ModelName | None]:
-        """Of the models, each once."""
-        return list(dict.fromkeys((self.vae_model or self.model, self.text_model or self.model)))
+    def latent_spec(self, text_length: int) -> LatentSpec:
+        """Their latent space, from small files.
 
-    def look(self, text_length: int) -> LatentSpec:
-        """The space that they span, by their small files."""
-        return self._codec(text_length, load_vae=False, load_text=False).spec
+        Raises:
+            ValueError: missing or damaged files.
+        """
+        return self._load(text_length).spec
 
     def load_text(self, text_length: int, dtype: torch.dtype) -> LatentCodec:
-        """The half that embeds prompts.
+        """A codec that embeds prompts.
 
         Raises:
             ValueError: damaged files.
         """
-        with readable(*self.names):
-            return self._codec(text_length, load_vae=False, text_dtype=dtype)
+        return self._load(text_length, load_text=True, text_dtype=dtype)
 
     def load_decoder(self, text_length: int) -> LatentCodec:
-        """The half that decodes latents, in fp32 as in the official code.
+        """A codec that decodes latents, in fp32 as in the official code.
 
         Raises:
             ValueError: damaged files.
         """
-        with readable(*self.names):
-            return self._codec(text_length, load_vae=False, load_text=False, load_decoder=True)
+        return self._load(text_length, load_decoder=True)
 
-    def _codec(self, text_length: int, **halves: Any) -> LatentCodec:
-        codec: LatentCodec = LatentCodec.from_pretrained(
-            self.model,
-            vae_model=self.vae_model,
-            text_model=self.text_model,
-            revision=self.revision,
-            text_length=text_length,
-            **halves,
-        )
+    def _load(self, text_length: int, *, load_text: bool = False, **parts: Any) -> LatentCodec:
+        sources = self._sources
+        with naming_models(*self._names):
+            codec: LatentCodec = LatentCodec.from_pretrained(
+                sources.model,
+                vae_model=sources.vae_model,
+                text_model=sources.text_model,
+                revision=sources.revision,
+                text_length=text_length,
+                load_vae=False,
+                load_text=load_text,
+                **parts,
+            )
         return codec
 
 
 def check_task(task: str, config: WanConfig, origin: str) -> None:
-    """Refuse a transformer that is not the task's.
+    """Refuse a transformer that is not of the task.
 
     Raises:
         ValueError: its sizes differ from the released model's.

@@ -1,7 +1,7 @@
-"""A file of prompts: a line each, or JSON lines with settings of their own. Imports no torch.
+"""A file of prompts: one a line, or JSON lines with settings of their own. Imports no torch.
 
 In a ``.txt`` file every line that is not empty is a prompt. In a ``.jsonl`` file every line is an object with
-``prompt`` and whatever differs from the command line: ``size`` (``"832*480"``), ``frames``, ``seed``,
+``prompt`` and the values that differ from the command line's: ``size`` (``"832*480"``), ``frames``, ``seed``,
 ``negative_prompt``, ``steps``, ``shift``, ``guidance``, ``solver``.
 """
 
@@ -10,30 +10,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wan_infer.request.settings import SOLVERS, Settings, VideoRequest, parse_size
+from wan_infer.request.settings import SOLVERS, VideoRequest, parse_size
 
-_OF_REQUEST = {"prompt": str, "size": str, "frames": int, "seed": int}
-_OF_SETTINGS = {"negative_prompt": str, "steps": int, "shift": float, "guidance": float, "solver": str}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shot:
-    """One video: what, and how."""
-
-    request: VideoRequest
-    settings: Settings
+_REQUEST_KINDS = {"prompt": str, "size": str, "frames": int, "seed": int}
+_SETTINGS_KINDS = {"negative_prompt": str, "steps": int, "shift": float, "guidance": float, "solver": str}
 
 
-def read_prompt_file(path: Path, request: VideoRequest, settings: Settings) -> list[Shot]:
-    """What a file asks for.
+def read_prompt_file(path: Path, default: VideoRequest) -> list[VideoRequest]:
+    """The requests of a file.
 
     Args:
         path: ends in .txt or .jsonl; UTF-8.
-        request: size, frames and seed where a line does not say; its prompt is replaced.
-        settings: likewise.
+        default: size, frames, seed and settings where a line does not give them; its prompt is replaced.
 
     Raises:
-        ValueError: no such file, nothing in it, or a line that cannot be meant, with its number.
+        ValueError: no such file, no prompt in it, or an invalid line, with its number.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"the prompts file {path} must end in .txt (a prompt a line) or .jsonl (an object a line)")
@@ -43,45 +34,45 @@ def read_prompt_file(path: Path, request: VideoRequest, settings: Settings) -> l
         raise ValueError(f"the prompts file {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompts file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    shots = []
+    requests = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             if path.suffix == ".txt":
-                shots.append(Shot(dataclasses.replace(request, prompt=line.strip()), settings))
+                requests.append(dataclasses.replace(default, prompt=line.strip()))
             else:
-                shots.append(_shot(line, request, settings))
+                requests.append(_parse_object(line, default))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    if not shots:
+    if not requests:
         raise ValueError(f"the prompts file {path} holds no prompt")
-    return shots
+    return requests
 
 
-def _shot(line: str, request: VideoRequest, settings: Settings) -> Shot:
+def _parse_object(line: str, default: VideoRequest) -> VideoRequest:
     try:
         given = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(given, dict) or "prompt" not in given:
         raise ValueError('expected an object such as {"prompt": "a rabbit", "seed": 1}')
-    kinds = {**_OF_REQUEST, **_OF_SETTINGS}
+    kinds = {**_REQUEST_KINDS, **_SETTINGS_KINDS}
     for name, value in given.items():
         if name not in kinds:
             raise ValueError(f"there is no setting {name!r}; expected some of {', '.join(kinds)}")
-        if not _is(value, kinds[name]):
+        if not _is_kind(value, kinds[name]):
             raise ValueError(f"{name} is {value!r}; expected {kinds[name].__name__}")
     if given.get("solver", SOLVERS[0]) not in SOLVERS:
         raise ValueError(f"there is no solver {given['solver']!r}; expected {', '.join(SOLVERS)}")
     changes: dict[str, Any] = {name: given[name] for name in ("prompt", "frames", "seed") if name in given}
     if "size" in given:
         changes["width"], changes["height"] = parse_size(given["size"])
-    own: dict[str, Any] = {name: kind(given[name]) for name, kind in _OF_SETTINGS.items() if name in given}
-    return Shot(dataclasses.replace(request, **changes), dataclasses.replace(settings, **own))
+    own: dict[str, Any] = {name: kind(given[name]) for name, kind in _SETTINGS_KINDS.items() if name in given}
+    return dataclasses.replace(default, **changes, settings=dataclasses.replace(default.settings, **own))
 
 
-def _is(value: object, kind: type) -> bool:
+def _is_kind(value: object, kind: type) -> bool:
     if isinstance(value, bool):
         return False
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)

@@ -1,4 +1,4 @@
-"""What is asked for: one video each, checked before anything is loaded. Imports no torch.
+"""Requests for videos and their sampling settings, checked before anything is loaded. Imports no torch.
 
 Sizes are written W*H, as the official release does: ``832*480`` is landscape.
 """
@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-# Wan 2.1's own: frames per latent frame, and pixels per token both ways. The model's folder has the last word.
+# Of Wan 2.1: frames per latent frame, and pixels per token in both directions. The model folder's own are checked too.
 TEMPORAL_STRIDE = 4
 SIDE_MULTIPLE = 16
 
@@ -31,42 +31,15 @@ SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoRequest:
-    """One video.
-
-    Attributes:
-        prompt: what it shows.
-        width, height: pixels, multiples of 16.
-        frames: 4n+1; one frame is a picture.
-        seed: of its noise; the same seed and settings give the same video, alone or among others.
-
-    Raises:
-        ValueError: a size or a frame count that the model cannot have, naming the nearest.
-    """
-
-    prompt: str
-    width: int = 832
-    height: int = 480
-    frames: int = 81
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_frames(self.frames)
-        check_size(self.width, self.height)
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"the seed is {self.seed}; expected a number from 0 to 2^63 - 1")
-
-
-@dataclasses.dataclass(frozen=True)
 class Settings:
     """How videos are sampled; the defaults are the official ones.
 
     Attributes:
-        steps: evaluations of the model along the way from noise to video.
+        steps: evaluations of the model.
         shift: s in sigma <- s * sigma / (1 + (s - 1) * sigma).
-        guidance: g in u + g * (c - u); at 1 only the prompt's own branch c is run.
+        guidance: g in u + g * (c - u); at 1 only the conditional branch c is computed.
         solver: ``unipc`` or ``dpm++`` (both second order), or ``euler`` (first order).
-        negative_prompt: what u is conditioned on.
+        negative_prompt: what the unconditional branch u is conditioned on.
     """
 
     steps: int = 50
@@ -84,6 +57,35 @@ class Settings:
             raise ValueError(f"the guidance scale is {self.guidance}; it must be 1 (none) or more")
         if self.solver not in SOLVERS:
             raise ValueError(f"there is no solver {self.solver!r}; expected {', '.join(SOLVERS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRequest:
+    """One video.
+
+    Attributes:
+        prompt: what it shows.
+        width, height: pixels, multiples of 16.
+        frames: 4n+1; one frame is a picture.
+        seed: of its noise; the same seed and settings give the same video, alone or among others.
+        settings: how it is sampled.
+
+    Raises:
+        ValueError: a size or a frame count that the model does not support, naming the nearest.
+    """
+
+    prompt: str
+    width: int = 832
+    height: int = 480
+    frames: int = 81
+    seed: int = 0
+    settings: Settings = Settings()
+
+    def __post_init__(self) -> None:
+        check_frames(self.frames)
+        check_size(self.width, self.height)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"the seed is {self.seed}; expected a number from 0 to 2^63 - 1")
 
 
 def check_frames(frames: int) -> None:
@@ -119,29 +121,33 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def check_task(task: str, requests: Sequence[VideoRequest]) -> None:
-    """Refuse sizes that a released model was not made for."""
+    """Refuse sizes that a released model was not trained for.
+
+    Raises:
+        ValueError: naming its sizes, and the nearest of them.
+    """
     sizes = TASK_SIZES[task]
     for request in requests:
         asked = (request.width, request.height)
         if f"{request.width}*{request.height}" not in sizes:
-            nearest = min(sizes, key=lambda size: _apart(asked, parse_size(size)))
+            nearest = min(sizes, key=lambda size: _distance(asked, parse_size(size)))
             raise ValueError(
                 f"the size {request.width}*{request.height} is not one of {task}'s: {', '.join(sizes)}; "
                 f"the nearest is {nearest}; leave --task out to sample other sizes"
             )
 
 
-def _apart(one: tuple[int, int], other: tuple[int, int]) -> float:
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> float:
     return sum(abs(math.log(side / wanted)) for side, wanted in zip(one, other, strict=True))
 
 
 def pair_requests(
-    prompts: Sequence[str], sizes: Sequence[str], frames: Sequence[int], seeds: Sequence[int]
+    prompts: Sequence[str], sizes: Sequence[str], frames: Sequence[int], seeds: Sequence[int], settings: Settings
 ) -> list[VideoRequest]:
-    """One request a video: lists of equal length go together, and what is given once holds for all.
+    """One request a video: lists of equal length are paired, and a single value applies to all.
 
     Raises:
-        ValueError: lists of different lengths, or a request that the model cannot have.
+        ValueError: lists of different lengths, or a request that the model does not support.
     """
     given = {"prompts": prompts, "sizes": sizes, "frame counts": frames, "seeds": seeds}
     count = max(len(values) for values in given.values())
@@ -155,21 +161,7 @@ def pair_requests(
             *parse_size(sizes[i % len(sizes)]),
             frames[i % len(frames)],
             seeds[i % len(seeds)],
+            settings,
         )
         for i in range(count)
     ]
-
-
-def check_processes(count: int, *, cfg_parallel: bool, shard_weights: bool) -> None:
-    """Refuse what so many processes cannot share.
-
-    Raises:
-        ValueError: saying how many there should be.
-    """
-    if cfg_parallel and count % 2:
-        raise ValueError(
-            f"guidance is split over two halves of the processes and there are {count}; "
-            "start an even number (--nproc-per-node 2), or leave --cfg-parallel out"
-        )
-    if shard_weights and count == 1:
-        raise ValueError("weights are spread over several processes and there is one; add --nproc-per-node N")

@@ -1,1 +1,1 @@
-"""Devices and processes."""
+"""Devices, memory and parallelism."""

@@ -1,4 +1,4 @@
-"""The most memory that a process has held so far."""
+"""Peak memory of a process."""
 
 import resource
 import sys
@@ -7,8 +7,8 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a CUDA device, else of the whole process in main memory."""
+    """Bytes: of tensors on a CUDA device, else of the whole process in main memory (resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,9 +1,10 @@
-"""Several processes on one video: which of them computes what.
+"""Parallelism: which process computes which part of a video.
 
-Guidance asks the model twice a step, with the prompt and with the negative prompt: with ``cfg_parallel`` one half of
-the processes answers the first and the other half the second. The processes of a half share the tokens of the video
-(``wan_model.ContextParallel``). The weights may be spread over all of them (``fully_shard``), and so are the tiles of
-the decoder. Every process takes the same steps from the same noise.
+Classifier-free guidance evaluates the model twice a step, with the prompt and with the negative prompt. With
+``cfg_parallel`` one half of the processes computes the first branch and the other half the second. The processes of a
+branch divide the tokens of the video (``wan_model.dit.context_parallel``). The transformer's weights may be sharded
+over all processes (``fully_shard``), and the tiles of the decoder are divided over them. Every process takes the same
+steps from the same noise.
 
 Shapes: S tokens, K values of a token.
 """
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_infer.request.settings import check_processes
+from wan_infer.request.options import ParallelOptions
 from wan_infer.runtime.launch import processes
 from wan_model.dit.context_parallel import ContextParallel
 from wan_model.dit.model import WanDiT
@@ -24,35 +25,40 @@ from wan_model.dit.ops import TorchOps
 
 
 @dataclasses.dataclass
-class Sharing:
-    """This process's part.
+class Parallelism:
+    """The part of this process.
 
     Attributes:
-        rank, ranks: of all processes.
-        context: the processes that share a branch's tokens; None where there is one.
-        branch: the branch of guidance that this process answers, 0 the prompt's, 1 the negative prompt's; None for
+        rank, world_size: among all processes.
+        context: the processes that divide the tokens of a branch; None where there is one.
+        branch: the branch of guidance that this process computes, 0 the prompt's, 1 the negative prompt's; None for
             both.
-        pair: the processes that hold the same tokens of both branches.
-        weights: whether the transformer's weights are spread over all processes.
+        branch_group: the two processes that hold the same tokens of both branches.
+        sharded: whether the transformer's weights are sharded over all processes.
     """
 
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
     context: ContextParallel | None = None
     branch: int | None = None
-    pair: Any = None
-    weights: bool = False
+    branch_group: Any = None
+    sharded: bool = False
 
     @classmethod
-    def join(cls, device: torch.device, *, cfg_parallel: bool = False, shard_weights: bool = False) -> "Sharing":
-        """Meet the other processes; collective. A single process meets nobody.
+    def initialize(cls, device: torch.device, options: ParallelOptions | None = None) -> "Parallelism":
+        """Create the process groups, from torchrun's environment variables; collective.
+
+        Args:
+            device: of this process.
+            options: see ``ParallelOptions``.
 
         Raises:
-            ValueError: branches for an odd number of processes, or weights to share with nobody.
+            ValueError: options that do not allow this number of processes.
         """
-        ranks = processes()
-        check_processes(ranks, cfg_parallel=cfg_parallel, shard_weights=shard_weights)
-        if ranks == 1:
+        options = options or ParallelOptions()
+        world_size = processes()
+        options.check(world_size)
+        if world_size == 1:
             return cls()
         if not dist.is_initialized():
             if device.type == "cuda":
@@ -60,74 +66,76 @@ class Sharing:
                 dist.init_process_group("nccl", device_id=device)
             else:
                 dist.init_process_group("gloo")
-        rank, halves = dist.get_rank(), 2 if cfg_parallel else 1
-        size = ranks // halves
-        # Every process takes part in making every group.
-        context_groups = [dist.new_group(list(range(half * size, (half + 1) * size))) for half in range(halves)]
-        pairs = [dist.new_group([place, place + size]) for place in range(size)] if cfg_parallel else []
-        branch, place = divmod(rank, size)
+        rank, branches = dist.get_rank(), 2 if options.cfg_parallel else 1
+        size = world_size // branches
+        # new_group is collective: every process creates every group.
+        context_groups = [dist.new_group(list(range(half * size, (half + 1) * size))) for half in range(branches)]
+        branch_groups = [dist.new_group([index, index + size]) for index in range(size)] if branches == 2 else []
+        branch, index = divmod(rank, size)
         return cls(
             rank,
-            ranks,
+            world_size,
             ContextParallel(context_groups[branch]) if size > 1 else None,
-            branch if cfg_parallel else None,
-            pairs[place] if cfg_parallel else None,
-            shard_weights,
+            branch if branches == 2 else None,
+            branch_groups[index] if branches == 2 else None,
+            options.shard_weights,
         )
 
     @property
     def ops(self) -> TorchOps:
-        """The runtime that the transformer is built for."""
+        """The operations that the transformer is built with."""
         return TorchOps(context=self.context)
 
-    def spread_weights(self, model: WanDiT, device: torch.device) -> None:
-        """Where asked for, have each process keep its share of every layer; before the weights are there.
+    def shard(self, model: WanDiT, device: torch.device) -> None:
+        """With ``sharded``, shard the weights of every block over the processes; before the weights are loaded.
 
-        A layer is gathered when it is called and given up behind it.
+        A block is gathered when it is called, and freed after the call.
         """
-        if not self.weights:
+        if not self.sharded:
             return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        mesh = init_device_mesh(device.type, (self.ranks,))
+        mesh = init_device_mesh(device.type, (self.world_size,))
         for block in model.blocks.values():
             fully_shard(block, mesh=mesh)
             register_fsdp_forward_method(block, "text_keys")
         fully_shard(model, mesh=mesh)
         register_fsdp_forward_method(model, "prepare_text")
 
-    def both_branches(self, velocity_SK: Float[Tensor, "S K"]) -> Float[Tensor, "2 S K"]:
-        """Of this process's branch and of its partner's, the prompt's first."""
+    def gather_branches(self, velocity_SK: Float[Tensor, "S K"]) -> Float[Tensor, "2 S K"]:
+        """Of both branches, the prompt's first; with ``cfg_parallel``."""
         both = velocity_SK.new_empty(2, *velocity_SK.shape)
-        dist.all_gather_into_tensor(both.view(-1, velocity_SK.shape[1]), velocity_SK.contiguous(), group=self.pair)
+        dist.all_gather_into_tensor(
+            both.view(-1, velocity_SK.shape[1]), velocity_SK.contiguous(), group=self.branch_group
+        )
         return both
 
-    def from_first(self, values: list[Tensor] | None) -> list[Tensor]:
-        """Tensors of the first process, on all; the others give None. In main memory."""
-        if self.ranks == 1:
-            assert values is not None, "the only process is the first"
+    def broadcast(self, values: list[Tensor] | None) -> list[Tensor]:
+        """Tensors of rank 0, on every rank and in main memory; the other ranks pass None."""
+        if self.world_size == 1:
+            assert values is not None, "the only process is rank 0"
             return values
-        box: list[Any] = [None if values is None else [(tuple(value.shape), value.dtype) for value in values]]
-        dist.broadcast_object_list(box, src=0)
+        shapes: list[Any] = [None if values is None else [(tuple(value.shape), value.dtype) for value in values]]
+        dist.broadcast_object_list(shapes, src=0)
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         received = []
-        for index, (shape, dtype) in enumerate(box[0]):
+        for index, (shape, dtype) in enumerate(shapes[0]):
             tensor = torch.empty(shape, dtype=dtype) if values is None else values[index]
             tensor = tensor.to(device)
             dist.broadcast(tensor, src=0)
             received.append(tensor.cpu())
         return received
 
-    def largest(self, value: int) -> int:
-        """The largest of all processes' values."""
-        if self.ranks == 1:
+    def max(self, value: int) -> int:
+        """The maximum over all ranks."""
+        if self.world_size == 1:
             return value
-        values: list[int] = [0] * self.ranks
+        values: list[int] = [0] * self.world_size
         dist.all_gather_object(values, value)
         return max(values)
 
-    def leave(self) -> None:
-        """The end; collective."""
-        if self.ranks > 1 and dist.is_initialized():
+    def close(self) -> None:
+        """Destroy the process groups; collective."""
+        if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()

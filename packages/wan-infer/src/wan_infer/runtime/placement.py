@@ -1,4 +1,4 @@
-"""Where each part of the sampler lives, and where it works."""
+"""Devices and precision of the sampler's parts, and offloading."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from wan_infer.request.options import ComputeOptions
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -16,10 +18,10 @@ class Placement:
     """Devices and precision.
 
     Attributes:
-        device: where the work is done.
+        device: the execution device of transformer and autoencoder.
         dtype: of the transformer's and the text encoder's weights; the autoencoder is fp32, as in the official code.
-        text_device: where prompts are embedded.
-        offload: keep every part in main memory and have it on the device only while it works.
+        text_device: the execution device of the text encoder.
+        offload: keep every part in main memory, and on its execution device only while it computes.
     """
 
     device: torch.device
@@ -28,18 +30,17 @@ class Placement:
     offload: bool = False
 
     @classmethod
-    def choose(
-        cls, device: str = "auto", dtype: str = "auto", *, t5_cpu: bool = False, offload: bool = False
-    ) -> "Placement":
-        """From the command line's words: ``auto`` is CUDA with bfloat16 where there is one, else the CPU with float32.
+    def choose(cls, options: ComputeOptions) -> "Placement":
+        """Resolve ``auto``, and check that the device exists.
 
         Raises:
-            ValueError: a device that is not here, or an unknown precision.
+            ValueError: a device that this machine does not have, or an unknown precision.
         """
+        device, dtype = options.device, options.dtype
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and (own := os.environ.get("LOCAL_RANK")):
-            device = f"cuda:{own}"  # each process of a machine has a device of its own
+        if device == "cuda" and (local_rank := os.environ.get("LOCAL_RANK")):
+            device = f"cuda:{local_rank}"  # each process of a machine has its own device
         try:
             chosen = torch.device(device)
         except RuntimeError:
@@ -55,26 +56,26 @@ class Placement:
             dtype = "bfloat16" if chosen.type == "cuda" else "float32"
         if dtype not in DTYPES:
             raise ValueError(f"there is no precision {dtype!r}; expected auto, {' or '.join(DTYPES)}")
-        return cls(chosen, DTYPES[dtype], torch.device("cpu") if t5_cpu else chosen, offload)
+        return cls(chosen, DTYPES[dtype], torch.device("cpu") if options.t5_cpu else chosen, options.offload)
 
     @property
-    def home(self) -> torch.device:
-        """Where the parts wait."""
+    def offload_device(self) -> torch.device:
+        """Of transformer and autoencoder while they do not compute."""
         return torch.device("cpu") if self.offload else self.device
 
     @property
-    def text_home(self) -> torch.device:
-        """Where the text encoder waits."""
+    def text_offload_device(self) -> torch.device:
+        """Of the text encoder while it does not compute."""
         return torch.device("cpu") if self.offload else self.text_device
 
 
 @contextlib.contextmanager
-def at_work(module: nn.Module, device: torch.device, home: torch.device) -> Iterator[None]:
-    """Have a module on ``device`` inside the block, and back home behind it."""
+def onload(module: nn.Module, device: torch.device, offload_device: torch.device) -> Iterator[None]:
+    """Move a module to its execution device for the block, and to the offload device after it."""
     module.to(device)
     try:
         yield
     finally:
-        module.to(home)
-        if device.type == "cuda" and home != device:
+        module.to(offload_device)
+        if device.type == "cuda" and offload_device != device:
             torch.cuda.empty_cache()

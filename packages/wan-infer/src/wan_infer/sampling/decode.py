@@ -1,4 +1,4 @@
-"""Latents to frames, by one process or by several, each with its own tiles of every frame.
+"""Latents to frames, in one process or in several that decode different tiles of every frame.
 
 Shapes: C latent channels, F latent frames, h rows, w columns; t frames that come at once, H rows, W columns of pixels.
 """
@@ -10,48 +10,48 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_infer.runtime.parallelism import Sharing
+from wan_infer.runtime.parallelism import Parallelism
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.codec.tiled_decode import Tile, most_square, split_frame
 
 
 def decode_frames(
-    codec: LatentCodec, latents_CFhw: Float[Tensor, "C F h w"], sharing: Sharing, tiles: int = 1
+    codec: LatentCodec, latents_CFhw: Float[Tensor, "C F h w"], parallelism: Parallelism, tiles: int = 1
 ) -> Iterator[Float[Tensor, "3 t H W"]]:
     """The frames of one video in their order, RGB in [-1, 1], fp32 on the CPU; on every process all of them.
 
     Args:
         codec: with its autoencoder.
         latents_CFhw: normalised, on the device of the autoencoder.
-        sharing: the processes among which each frame is cut up.
-        tiles: into which each process cuts its part.
+        parallelism: the processes that the tiles of each frame are divided over.
+        tiles: of each process.
 
     Raises:
         ValueError: a frame that is too small for so many tiles.
     """
     height, width = (size * codec.spec.spatial_stride for size in latents_CFhw.shape[2:])
-    shape = most_square(tiles * sharing.ranks, height, width)
-    if sharing.ranks == 1:
-        yield from codec.decode_frames(latents_CFhw, tiles=shape)
+    grid = most_square(tiles * parallelism.world_size, height, width)
+    if parallelism.world_size == 1:
+        yield from codec.decode_frames(latents_CFhw, tiles=grid)
         return
-    places = split_frame(height, width, *shape)
-    mine = places[sharing.rank * tiles : (sharing.rank + 1) * tiles]
+    all_tiles = split_frame(height, width, *grid)
+    own_tiles = all_tiles[parallelism.rank * tiles : (parallelism.rank + 1) * tiles]
     features = list(codec.decoder_features(latents_CFhw)) if tiles > 1 else codec.decoder_features(latents_CFhw)
-    for parts in zip(*(codec.decode_tile(features, tile) for tile in mine), strict=True):
-        yield _gather(list(parts), mine, places, sharing.ranks)
+    for parts in zip(*(codec.decode_tile(features, tile) for tile in own_tiles), strict=True):
+        yield _gather(list(parts), own_tiles, all_tiles, parallelism.world_size)
 
 
-def _gather(parts: list[Tensor], mine: list[Tile], places: list[Tile], ranks: int) -> Tensor:
+def _gather(parts: list[Tensor], own_tiles: list[Tile], all_tiles: list[Tile], world_size: int) -> Tensor:
     """The whole frames from every process's tiles, which may differ in size by a few pixels."""
-    largest = (max(tile.bottom - tile.top for tile in places), max(tile.right - tile.left for tile in places))
+    largest = (max(tile.bottom - tile.top for tile in all_tiles), max(tile.right - tile.left for tile in all_tiles))
     length = parts[0].shape[1]
-    sent = parts[0].new_zeros(len(mine), 3, length, *largest)
+    sent = parts[0].new_zeros(len(own_tiles), 3, length, *largest)
     for slot, part in zip(sent, parts, strict=True):
         slot[:, :, : part.shape[2], : part.shape[3]] = part
-    received = sent.new_empty(ranks * len(mine), *sent.shape[1:])
+    received = sent.new_empty(world_size * len(own_tiles), *sent.shape[1:])
     dist.all_gather_into_tensor(received, sent)
-    frame = torch.empty(3, length, places[-1].bottom, places[-1].right)
-    for tile, slot in zip(places, received.cpu(), strict=True):
+    frame = torch.empty(3, length, all_tiles[-1].bottom, all_tiles[-1].right)
+    for tile, slot in zip(all_tiles, received.cpu(), strict=True):
         height, width = tile.bottom - tile.top, tile.right - tile.left
         frame[:, :, tile.top : tile.bottom, tile.left : tile.right] = slot[:, :, :height, :width]
     return frame

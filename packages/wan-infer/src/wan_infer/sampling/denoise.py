@@ -1,7 +1,7 @@
 """The sampling loop, on packs.
 
-All videos of a call, and both branches of guidance, lie end to end in one pack: first every video with its prompt, then
-every video again with the negative prompt. Where processes share the work (``sharing``), a pack holds one branch.
+All videos of a call and both branches of classifier-free guidance are concatenated in one pack: every video with its
+prompt, then every video with the negative prompt. With ``cfg_parallel`` a pack holds one branch.
 
 Shapes: B videos, C latent channels, F latent frames, h rows, w columns; S tokens of the B videos, K values of a token;
 L text tokens, D text width.
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wan_infer.request.settings import Settings
-from wan_infer.runtime.parallelism import Sharing
+from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.sampling.solvers import Solver
 from wan_model.dit.model import WanDiT
 from wan_model.pack import PackLayout, latent_grid, pad_text, patchify, unpatchify
@@ -24,9 +24,9 @@ OnStep = Callable[[int, int], None]
 
 
 def draw_noise(shape: tuple[int, ...], seed: int) -> Float[Tensor, "C F h w"]:
-    """Standard normal noise of one video, on the CPU.
+    """Standard normal noise of one video, from a CPU generator of its own.
 
-    A device's own generator depends on its make, and a shared one on who drew before; this is the same everywhere.
+    It is the same on every device, and does not depend on earlier draws as a shared generator's would.
     """
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -40,39 +40,40 @@ def denoise(
     settings: Settings,
     *,
     text_length: int = 512,
-    sharing: Sharing | None = None,
+    parallelism: Parallelism | None = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B C F h w"]:
-    """Walk from noise to normalised latents.
+    """Denoise to normalised latents.
 
     Args:
-        model: on the device that the work is done on, built for the runtime of ``sharing``.
+        model: on the execution device, built with the operations of ``parallelism``.
         noise_BCFHW: see ``draw_noise``.
         texts: embedded prompts, one a video.
         negative_text: embedded negative prompt; unused, and may be None, where the guidance is 1.
         settings: steps, shift, guidance, solver.
         text_length: tokens that texts are zero-padded to.
-        sharing: this process's part; by default it does all.
+        parallelism: the part of this process; by default it computes everything.
         on_step: called with (steps done, steps) after each.
 
     Returns:
         Latents, fp32, on the model's device, on every process.
 
     Raises:
-        ValueError: the model's output is not finite, or there is no guidance whose branches could be shared.
+        ValueError: the model's output is not finite, or guidance is to be split and is 1.
     """
-    sharing = sharing or Sharing()
+    parallelism = parallelism or Parallelism()
     device, patch_size = noise_BCFHW.device, model.config.patch_size
     grid = latent_grid(noise_BCFHW[0], patch_size)
     count = len(texts)
-    prompts = _texts_of_branches(texts, negative_text, settings, sharing)
+    prompts = _texts_of_branches(texts, negative_text, settings, parallelism)
     branches = len(prompts) // count
-    layout = PackLayout((grid,) * len(prompts)).padded_to(sharing.context.ranks if sharing.context else 1)
-    # Keys and values of the texts are the same at every step.
+    context = parallelism.context
+    layout = PackLayout((grid,) * len(prompts)).padded_to(context.ranks if context else 1)
+    # Keys and values of the texts do not depend on the step.
     text = model.prepare_text(pad_text(prompts, text_length).to(device))
     solver = Solver(settings.solver, settings.steps, settings.shift)
 
-    # The walk itself stays fp32; the model rounds what it is given to the precision of its weights.
+    # The sample stays fp32; the model rounds its input to the precision of its weights.
     tokens_SK = torch.cat([patchify(latent, patch_size) for latent in noise_BCFHW.float()])
     padding = tokens_SK.new_zeros(layout.padding, tokens_SK.shape[1])
     for index, timestep in enumerate(solver.timesteps):
@@ -80,10 +81,10 @@ def denoise(
         rows = torch.cat([*[tokens_SK] * branches, padding])
         velocity = model(rows, timesteps_B, text, layout)[: layout.valid].float()
         if settings.guidance != 1:
-            if sharing.branch is None:
+            if parallelism.branch is None:
                 both = rearrange(velocity, "(branch s) k -> branch s k", branch=2)
             else:
-                both = sharing.both_branches(velocity)
+                both = parallelism.gather_branches(velocity)
             conditional, unconditional = both
             velocity = unconditional + settings.guidance * (conditional - unconditional)
         tokens_SK = solver.step(index, velocity, tokens_SK)
@@ -100,13 +101,13 @@ def denoise(
 
 
 def _texts_of_branches(
-    texts: Sequence[Tensor], negative_text: Tensor | None, settings: Settings, sharing: Sharing
+    texts: Sequence[Tensor], negative_text: Tensor | None, settings: Settings, parallelism: Parallelism
 ) -> list[Tensor]:
-    """What this process's samples are conditioned on, a branch after the other."""
+    """The texts that the samples of this process's pack are conditioned on."""
     if settings.guidance == 1:
-        if sharing.branch is not None:
+        if parallelism.branch is not None:
             raise ValueError("the guidance scale is 1, which leaves no second branch; leave --cfg-parallel out")
         return list(texts)
     assert negative_text is not None, "guidance needs the negative prompt's embedding"
     both = [list(texts), [negative_text] * len(texts)]
-    return both[0] + both[1] if sharing.branch is None else both[sharing.branch]
+    return both[0] + both[1] if parallelism.branch is None else both[parallelism.branch]

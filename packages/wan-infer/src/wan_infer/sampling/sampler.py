@@ -1,4 +1,4 @@
-"""The sampler: prompts in, videos out.
+"""The sampler: prompts to videos.
 
 Shapes: B videos, T frames, H rows, W columns (pixels); C latent channels, F latent frames, h rows, w columns; t frames
 that come at once.
@@ -7,17 +7,18 @@ that come at once.
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_infer.loading.lora import read_lora
-from wan_infer.loading.sources import CodecSource, ModelName, TransformerSource, look_at_codec
+from wan_infer.loading.lora import LoraWeights, read_lora
+from wan_infer.loading.sources import CodecSource, TransformerSource, check_latent_space
+from wan_infer.request.options import ComputeOptions, ModelName, ModelSources, SamplerOptions, parse_options
 from wan_infer.request.settings import NEGATIVE_PROMPT, Settings, SolverName, check_frames, check_size
-from wan_infer.runtime.parallelism import Sharing
-from wan_infer.runtime.placement import Placement, at_work
+from wan_infer.runtime.parallelism import Parallelism
+from wan_infer.runtime.placement import Placement, onload
 from wan_infer.sampling.decode import decode_frames
 from wan_infer.sampling.denoise import OnStep, denoise, draw_noise
 from wan_model.codec.latent_codec import LatentCodec
@@ -33,78 +34,52 @@ class WanSampler:
         video = sampler.sample(["a rabbit in a meadow"], width=832, height=480, frames=81, seed=42)[0]
         save_video(video, "rabbit.mp4")
 
-    Each part is read when it is needed first. Under torchrun every process makes the same calls and gets the same
-    results.
+    Each part is loaded when it is first needed. With ``parallelism`` every process makes the same calls and gets the
+    same results.
 
     Args:
-        source: of the transformer.
-        codec_source: of text encoder and autoencoder.
-        placement: devices and precision.
-        sharing: this process's part; by default it does all.
-        lora: a file in diffusers' format to merge into the transformer, and its scale.
-        tiles: into which each process cuts frames to decode them; more need less memory.
+        sources: of the models.
+        options: devices, precision and memory.
+        parallelism: the part of this process; by default it computes everything.
 
     Attributes:
         spec: the latent space of the autoencoder and the text encoder.
         lora_record: name and scale of the LoRA, or None.
 
     Raises:
-        ValueError: what is given does not fit together.
+        ValueError: something is missing, belongs to another model, or does not match the rest.
     """
 
     def __init__(
-        self,
-        source: TransformerSource,
-        codec_source: CodecSource,
-        placement: Placement,
-        *,
-        sharing: Sharing | None = None,
-        lora: tuple[ModelName, float] | None = None,
-        tiles: int = 1,
+        self, sources: ModelSources, options: ComputeOptions | None = None, *, parallelism: Parallelism | None = None
     ) -> None:
-        if tiles < 1:
-            raise ValueError(f"{tiles} tiles; expected at least 1")
-        self.source, self.codec_source, self.placement = source, codec_source, placement
-        self.sharing = sharing or Sharing()
-        self.spec = look_at_codec(source, codec_source)
-        self.tiles = tiles
-        self._lora = None if lora is None else read_lora(lora[0], source.config, lora[1])
-        self.lora_record = None if lora is None else f"{Path(lora[0]).name} x {lora[1]:g}"
+        options = options or ComputeOptions()
+        self.placement = Placement.choose(options)
+        self.tiles = options.tiles
+        self.parallelism = parallelism or Parallelism()
+        self.source = TransformerSource.find(sources)
+        self._codec_source = CodecSource(sources)
+        self.spec = check_latent_space(self.source, self._codec_source)
+        self._lora = sources.lora
+        self.lora_record = None if self._lora is None else f"{Path(self._lora[0]).name} x {self._lora[1]:g}"
+        self._read_lora()  # to refuse an invalid file before large ones are read
         self._embeddings: dict[str, Tensor] = {}
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: ModelName,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        t5_cpu: bool = False,
-        offload: bool = False,
-        revision: str | None = None,
-        vae_model: ModelName | None = None,
-        text_model: ModelName | None = None,
-        **options: Any,
+        cls, model: ModelName, *, parallelism: Parallelism | None = None, **options: Unpack[SamplerOptions]
     ) -> "WanSampler":
         """Released weights: a folder in diffusers' layout, or a hub id.
 
         Args:
-            model: where the transformer is, and the rest unless the last two arguments say otherwise.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            dtype: ``auto`` (bfloat16 on CUDA, else float32), ``float32`` or ``bfloat16``.
-            t5_cpu: embed prompts on the CPU.
-            offload: have each part on the device only while it works.
-            revision: of hub ids.
-            vae_model: another model to take the autoencoder from.
-            text_model: another model to take the text encoder and the tokenizer from.
-            options: sharing, lora and tiles, see the class.
+            model: of the transformer, and of the parts that no option gives.
+            parallelism: see the class.
+            options: see ``ModelSources`` and ``ComputeOptions``.
 
         Raises:
-            ValueError: something is missing, is of another model, or does not fit together.
+            ValueError: see the class.
         """
-        placement = Placement.choose(device, dtype, t5_cpu=t5_cpu, offload=offload)
-        source = TransformerSource.of_model(model, revision=revision)
-        return cls(source, CodecSource(model, vae_model, text_model, revision), placement, **options)
+        return cls(*parse_options(options, model=model), parallelism=parallelism)
 
     @classmethod
     def from_training_checkpoint(
@@ -114,80 +89,81 @@ class WanSampler:
         *,
         step: int | None = None,
         ema: bool = False,
-        device: str = "auto",
-        dtype: str = "auto",
-        t5_cpu: bool = False,
-        offload: bool = False,
-        revision: str | None = None,
-        vae_model: ModelName | None = None,
-        text_model: ModelName | None = None,
-        **options: Any,
+        parallelism: Parallelism | None = None,
+        **options: Unpack[SamplerOptions],
     ) -> "WanSampler":
         """A transformer from a training run, with the text encoder and the autoencoder of a released model.
 
         Args:
             checkpoint: the run's checkpoint folder.
-            model: where text encoder, tokenizer and autoencoder are; None if the last two arguments say it.
+            model: of text encoder, tokenizer and autoencoder; None if ``vae_model`` and ``text_model`` are given.
             step: which checkpoint; the newest complete one by default.
-            ema: the average of its weights instead of the weights.
-            device, dtype, t5_cpu, offload, revision, vae_model, text_model, options: as in ``from_pretrained``.
+            ema: load the EMA of the checkpoint's weights instead of the weights.
+            parallelism: see the class.
+            options: see ``ModelSources`` and ``ComputeOptions``.
 
         Raises:
             ValueError: no complete checkpoint, a damaged one, or one that was trained in another latent space.
         """
-        placement = Placement.choose(device, dtype, t5_cpu=t5_cpu, offload=offload)
-        source = TransformerSource.of_checkpoint(checkpoint, step, ema=ema)
-        return cls(source, CodecSource(model, vae_model, text_model, revision), placement, **options)
+        sources, compute = parse_options(options, model=model, checkpoint=checkpoint, step=step, ema=ema)
+        return cls(sources, compute, parallelism=parallelism)
+
+    def _read_lora(self) -> LoraWeights | None:
+        return None if self._lora is None else read_lora(self._lora[0], self.source.config, self._lora[1])
 
     @functools.cached_property
     def model(self) -> WanDiT:
         """The transformer."""
+        # The LoRA is read again, so that its tensors are not kept beside the weights that they are merged into.
         return self.source.load(
-            dtype=self.placement.dtype, device=self._model_home, sharing=self.sharing, lora=self._lora
+            dtype=self.placement.dtype,
+            device=self._model_offload_device,
+            parallelism=self.parallelism,
+            lora=self._read_lora(),
         )
 
     @property
-    def _model_home(self) -> torch.device:
-        # Spread weights stay where they are: a layer is gathered only while it works.
-        return self.placement.device if self.sharing.weights else self.placement.home
+    def _model_offload_device(self) -> torch.device:
+        # Sharded weights stay on the device: a block is gathered only while it computes.
+        return self.placement.device if self.parallelism.sharded else self.placement.offload_device
 
     @functools.cached_property
     def codec(self) -> LatentCodec:
-        """What decodes latents."""
-        codec = self.codec_source.load_decoder(self.source.text_length)
+        """The autoencoder's decoder."""
+        codec = self._codec_source.load_decoder(self.source.text_length)
         assert codec.decoder is not None, "it was loaded"
-        codec.decoder.to(self.placement.home)
+        codec.decoder.to(self.placement.offload_device)
         return codec
 
     @functools.cached_property
     def text_codec(self) -> LatentCodec:
-        """The text encoder's half; see ``release_text``."""
-        codec = self.codec_source.load_text(self.source.text_length, self.placement.dtype)
+        """The text encoder; see ``release_text``."""
+        codec = self._codec_source.load_text(self.source.text_length, self.placement.dtype)
         assert codec.text_encoder is not None, "it was loaded"
-        codec.text_encoder.to(self.placement.text_home)
+        codec.text_encoder.to(self.placement.text_offload_device)
         return codec
 
     def release_text(self) -> None:
-        """Give the text encoder's memory back; it is read again for a prompt that was not embedded before."""
+        """Free the text encoder's memory; it is loaded again for a prompt that was not embedded before."""
         self.__dict__.pop("text_codec", None)
         if self.placement.text_device.type == "cuda":
             torch.cuda.empty_cache()
 
     def embed(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ D"]]:
-        """Embeddings of prompts, fp32 on the CPU; each text is embedded once in the sampler's life.
+        """Embeddings of prompts, fp32 on the CPU; they are cached.
 
-        One at a time, so that a prompt's embedding does not depend on what stands beside it. Of several processes the
-        first embeds for all.
+        Prompts are embedded one at a time, so that an embedding does not depend on the other prompts. Of several
+        processes rank 0 embeds, and the others receive.
         """
-        place = self.placement
+        placement = self.placement
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]:
             found = None
-            if self.sharing.rank == 0:
+            if self.parallelism.rank == 0:
                 encoder = self.text_codec.text_encoder
                 assert encoder is not None, "it was loaded"
-                with at_work(encoder, place.text_device, place.text_home):
+                with onload(encoder, placement.text_device, placement.text_offload_device):
                     found = [self.text_codec.encode_text([prompt])[0].cpu() for prompt in new]
-            self._embeddings.update(zip(new, self.sharing.from_first(found), strict=True))
+            self._embeddings.update(zip(new, self.parallelism.broadcast(found), strict=True))
         return [self._embeddings[prompt] for prompt in prompts]
 
     def sample_latents(
@@ -208,13 +184,13 @@ class WanSampler:
             prompts: one a video.
             width, height: pixels, multiples of 16.
             frames: 4n+1.
-            seed: one for all, or one a video; a video depends on its own alone.
-            settings: how to sample; the official ones by default.
-            noise: in place of drawn noise.
+            seed: one for all, or one a video; a video does not depend on the seeds of others.
+            settings: of sampling; the official ones by default.
+            noise: instead of noise drawn from the seeds.
             on_step: called with (steps done, steps) after each.
 
         Raises:
-            ValueError: sizes that the model cannot have, or counts that differ.
+            ValueError: sizes that the model does not support, or counts that differ.
         """
         settings = settings or Settings()
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
@@ -229,7 +205,7 @@ class WanSampler:
             raise ValueError(f"the noise has the shape {tuple(noise.shape)}; expected {(len(prompts), *shape)}")
         texts = self.embed(prompts)
         negative = self.embed([settings.negative_prompt])[0] if settings.guidance != 1 else None
-        with at_work(self.model, self.placement.device, self._model_home):
+        with onload(self.model, self.placement.device, self._model_offload_device):
             latents = denoise(
                 self.model,
                 noise.to(self.placement.device),
@@ -237,7 +213,7 @@ class WanSampler:
                 negative,
                 settings,
                 text_length=self.spec.text_length,
-                sharing=self.sharing,
+                parallelism=self.parallelism,
                 on_step=on_step,
             )
         return latents.cpu()
@@ -245,12 +221,12 @@ class WanSampler:
     def decode_frames(self, latents_CFhw: Float[Tensor, "C F h w"]) -> Iterator[Float[Tensor, "3 t H W"]]:
         """One video's frames in their order, RGB in [-1, 1], fp32 on the CPU: the first, then four at a time.
 
-        Of several processes each decodes its part of every frame.
+        Of several processes each decodes its tiles of every frame, and gets all of them.
         """
-        place = self.placement
+        placement = self.placement
         assert self.codec.decoder is not None, "it was loaded"
-        with at_work(self.codec.decoder, place.device, place.home):
-            yield from decode_frames(self.codec, latents_CFhw.to(place.device), self.sharing, self.tiles)
+        with onload(self.codec.decoder, placement.device, placement.offload_device):
+            yield from decode_frames(self.codec, latents_CFhw.to(placement.device), self.parallelism, self.tiles)
 
     def decode(self, latents_BCFHW: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 T H W"]:
         """RGB in [-1, 1], fp32 on the CPU; one video at a time is on the device."""
@@ -274,15 +250,15 @@ class WanSampler:
         """Videos of one size: RGB in [-1, 1], fp32 on the CPU.
 
         Args:
-            prompts: one a video; all are computed together, so memory grows with their number.
+            prompts: one a video; all are computed in one batch, so memory grows with their number.
             width, height: pixels, multiples of 16.
             frames: 4n+1; 1 makes a picture.
-            steps, shift, guidance, negative_prompt, solver: see ``requests.Settings``.
-            seed: one for all, or one a video; a video depends on its own alone.
+            steps, shift, guidance, negative_prompt, solver: see ``wan_infer.request.settings.Settings``.
+            seed: one for all, or one a video; a video does not depend on the seeds of others.
             on_step: called with (steps done, steps) after each.
 
         Raises:
-            ValueError: sizes or settings that the model cannot have, naming what it can.
+            ValueError: sizes or settings that the model does not support, naming those that it does.
         """
         settings = Settings(steps, shift, guidance, solver, negative_prompt)
         latents = self.sample_latents(

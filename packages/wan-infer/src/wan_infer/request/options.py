@@ -1,0 +1,121 @@
+"""Options of the sampler: which models are loaded, on which devices, over how many processes. Imports no torch."""
+
+import dataclasses
+import os
+from typing import Any, TypedDict
+
+ModelName = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSources:
+    """The models that are loaded.
+
+    Attributes:
+        model: a folder in diffusers' layout or a hub id: text encoder, autoencoder and, without ``checkpoint``, the
+            transformer. None where ``checkpoint``, ``vae_model`` and ``text_model`` are given.
+        checkpoint: checkpoint folder of a training run, to take the transformer from.
+        step: which of its checkpoints; the newest complete one by default.
+        ema: load the EMA of the checkpoint's weights instead of the weights.
+        revision: of hub ids.
+        vae_model: another model to take the autoencoder from.
+        text_model: another model to take the text encoder and the tokenizer from.
+        lora: a LoRA in diffusers' format to merge into the transformer, and its scale.
+    """
+
+    model: ModelName | None = None
+    checkpoint: ModelName | None = None
+    step: int | None = None
+    ema: bool = False
+    revision: str | None = None
+    vae_model: ModelName | None = None
+    text_model: ModelName | None = None
+    lora: tuple[ModelName, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeOptions:
+    """Devices, precision and memory.
+
+    Attributes:
+        device: ``auto`` (CUDA where there is a CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: of the transformer and the text encoder: ``auto`` (bfloat16 on CUDA, else float32), ``float32`` or
+            ``bfloat16``.
+        t5_cpu: embed prompts on the CPU.
+        offload: keep each part in main memory, and on the device only while it computes.
+        tiles: into which each process divides frames to decode them; more tiles need less memory.
+
+    Raises:
+        ValueError: fewer than one tile.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    t5_cpu: bool = False
+    offload: bool = False
+    tiles: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tiles < 1:
+            raise ValueError(f"{self.tiles} tiles; expected at least 1")
+
+
+class SamplerOptions(TypedDict, total=False):
+    """Keyword arguments of ``WanSampler``'s constructors; see ``ModelSources`` and ``ComputeOptions``."""
+
+    revision: str | None
+    vae_model: ModelName | None
+    text_model: ModelName | None
+    lora: tuple[ModelName, float] | None
+    device: str
+    dtype: str
+    t5_cpu: bool
+    offload: bool
+    tiles: int
+
+
+def parse_options(options: SamplerOptions, **sources: Any) -> tuple[ModelSources, ComputeOptions]:
+    """Keyword arguments as the two dataclasses.
+
+    Args:
+        options: of the caller.
+        sources: further fields of ``ModelSources``.
+
+    Raises:
+        TypeError: an option that does not exist.
+    """
+    if unknown := sorted(options.keys() - SamplerOptions.__annotations__.keys()):
+        raise TypeError(
+            f"there is no option {', '.join(unknown)}; expected some of {', '.join(SamplerOptions.__annotations__)}"
+        )
+    fields = {field.name for field in dataclasses.fields(ComputeOptions)}
+    compute: dict[str, Any] = {name: value for name, value in options.items() if name in fields}
+    models: dict[str, Any] = {name: value for name, value in options.items() if name not in fields}
+    return ModelSources(**sources, **models), ComputeOptions(**compute)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelOptions:
+    """How several processes divide the work on a video.
+
+    Attributes:
+        cfg_parallel: compute the two branches of classifier-free guidance in one half of the processes each.
+        shard_weights: shard the transformer's weights over all processes.
+    """
+
+    cfg_parallel: bool = False
+    shard_weights: bool = False
+
+    def check(self, world_size: int) -> None:
+        """Refuse a number of processes that these options do not allow.
+
+        Raises:
+            ValueError: saying how many there should be.
+        """
+        if self.cfg_parallel and world_size % 2:
+            raise ValueError(
+                f"guidance is split over two halves of the processes and there are {world_size}; "
+                "start an even number (--nproc-per-node 2), or leave --cfg-parallel out"
+            )
+        if self.shard_weights and world_size == 1:
+            raise ValueError("weights are spread over several processes and there is one; add --nproc-per-node N")
