@@ -28,7 +28,7 @@ MUTATIONS = (
     ),
     _of(
         "solver-of-first-order", "sampling/solvers.py",
-        "second = len(self._answers) == 2 and not last", "second = False",
+        "second = len(self._predictions) == 2 and not last", "second = False",
         "the second-order solvers take first-order steps: other and worse videos at the same number of steps",
         "sampling/test_solvers.py",
     ),
@@ -64,7 +64,8 @@ MUTATIONS = (
     ),
     _of(
         "tiles-of-another-process", "sampling/decode.py",
-        "places[sharing.rank * tiles : (sharing.rank + 1) * tiles]", "places[sharing.rank : sharing.rank + tiles]",
+        "all_tiles[parallelism.rank * tiles : (parallelism.rank + 1) * tiles]",
+        "all_tiles[parallelism.rank : parallelism.rank + tiles]",
         "with several processes and tiles parts of every frame are missing",
         "runtime/test_several_processes.py::test_equal_to_one_process",
     ),
