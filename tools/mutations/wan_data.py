@@ -82,7 +82,7 @@ MUTATIONS = (
     ),
     _of(
         "windows-overlap-by-one-frame", "video/windows.py",
-        "start += length", "start += length - 1",
+        "start += length", "start += max(1, length - 1)",
         "the last frame of each window is the first of the next",
         "video/test_windows.py",
     ),
