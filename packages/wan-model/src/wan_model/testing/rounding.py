@@ -59,13 +59,16 @@ def rounding_scale(
         exact = _copied(run())
         if wrong := [f"{name} in {value.dtype}" for name, value in exact.items() if value.dtype != torch.float64]:
             raise ValueError(f"got {', '.join(wrong)}; expected float64 everywhere: pass model.double() and its inputs")
+        unit = torch.finfo(dtype).eps / 2
+        # Of float64 itself the noise would be lost in the rounding of these runs; its effect is proportional.
+        noise = max(unit, 2.0**-36)
         squares = {name: torch.zeros_like(value) for name, value in exact.items()}
         for sample in range(samples):
-            with _Rounding(torch.finfo(dtype).eps / 2, sample):
+            with _Rounding(noise, sample):
                 results = run()
             for name, value in results.items():
                 squares[name] += (value.detach() - exact[name]).square()
-    return {name: (value / samples).sqrt() for name, value in squares.items()}
+    return {name: (value / samples).sqrt() * (unit / noise) for name, value in squares.items()}
 
 
 def _copied(results: Results) -> dict[str, Tensor]:
@@ -74,7 +77,7 @@ def _copied(results: Results) -> dict[str, Tensor]:
 
 
 def assert_within(
-    actual: Tensor, expected: Tensor, scale: Tensor, name: str = "result", factor: float = FACTOR
+    actual: Tensor, expected: Tensor, scale: Tensor, name: str = "result", factor: int | float = FACTOR
 ) -> None:
     """Assert that two results differ by no more than rounding: ||actual - expected|| <= factor * ||scale||.
 
@@ -106,7 +109,7 @@ def assert_within(
     )
 
 
-def assert_all_within(actual: Results, expected: Results, scale: Results, factor: float = FACTOR) -> None:
+def assert_all_within(actual: Results, expected: Results, scale: Results, factor: int | float = FACTOR) -> None:
     """``assert_within`` for each name; the names must be equal in all three."""
     assert actual.keys() == expected.keys() == scale.keys(), (
         f"results differ in {sorted((actual.keys() ^ expected.keys()) | (expected.keys() ^ scale.keys()))}"
@@ -118,8 +121,11 @@ def assert_all_within(actual: Results, expected: Results, scale: Results, factor
 # -- noise of the size of rounding ------------------------------------------------------------------------------------
 
 
+_NOISY = (torch.float64, torch.complex128)
+
+
 class _Rounding(TorchDispatchMode):
-    """Adds the error of the module's docstring to every float64 result."""
+    """Adds the error of the module's docstring to every result in double precision."""
 
     def __init__(self, unit: float, sample: int) -> None:
         super().__init__()
@@ -133,19 +139,22 @@ class _Rounding(TorchDispatchMode):
         if func.is_view or name in _EXACT:
             return out
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if all(x.dtype != torch.float64 for x in outputs):
+        if not any(x.dtype in _NOISY for x in outputs):
             return out
         magnitudes = _MAGNITUDES.get(name)
         sizes = map(abs, outputs) if magnitudes is None else magnitudes(outputs, *args)
         for x, size in zip(outputs, sizes, strict=True):
-            if x.dtype == torch.float64 and size is not None:
-                # A multiplicative hash of the bits; as a signed integer it is uniform in [-2^63, 2^63).
-                hashed = x.view(torch.int64).mul(self.multiplier).double()
-                x.add_(hashed.mul_(size), alpha=self.unit * math.sqrt(3) / 2**63)
+            if x.dtype not in _NOISY or size is None:
+                continue
+            if x.is_complex():
+                x, size = torch.view_as_real(x), size.unsqueeze(-1)
+            # A multiplicative hash of the bits; as a signed integer it is uniform in [-2^63, 2^63).
+            hashed = x.view(torch.int64).mul(self.multiplier).double()
+            x.add_(hashed.mul_(size), alpha=self.unit * math.sqrt(3) / 2**63)
         return out
 
 
-def _sum(terms: Tensor, result: Tensor, count: float) -> Tensor:
+def _sum(terms: Tensor, result: Tensor, count: int | float) -> Tensor:
     """Magnitude of a sum of ``count`` terms whose magnitudes add up to ``terms``."""
     return torch.hypot(terms, result * math.sqrt(count / 3))
 
