@@ -1,8 +1,9 @@
 import io
 import json
+import os
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -58,6 +59,45 @@ def test_endings_must_say_what_is_inside(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one frame is saved as a picture, so the name must end in \.png"):
         save_video(waves(1), tmp_path / "a.mp4")
     assert list(tmp_path.iterdir()) == []
+
+
+def _save_mp4(path: Path) -> None:
+    save_video(waves(), path.with_suffix(".mp4"))
+
+
+def _save_png(path: Path) -> None:
+    save_video(waves(1), path.with_suffix(".png"))
+
+
+def _save_sheet(path: Path) -> None:
+    save_contact_sheet([to_frames(waves())], path.with_suffix(".png"))
+
+
+@pytest.mark.parametrize("save", [_save_mp4, _save_png, _save_sheet])
+def test_a_file_is_on_the_disk_before_it_gets_its_name(
+    save: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}  # size at the last fsync, by inode
+    renamed: list[Path] = []
+    fsync, rename = os.fsync, os.replace
+
+    def recording_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    def checking_replace(source: Path, target: Path) -> None:
+        status = Path(source).stat()
+        assert synced.get(status.st_ino) == status.st_size, "renamed before all of it was flushed"
+        rename(source, target)
+        synced.pop(tmp_path.stat().st_ino, None)
+        renamed.append(Path(target))
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", checking_replace)
+    save(tmp_path / "out")
+    assert renamed == list(tmp_path.iterdir())
+    assert tmp_path.stat().st_ino in synced, "the folder was not flushed after the rename"
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
