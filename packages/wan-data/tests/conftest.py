@@ -10,9 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
 
-# Before the first import of wan_data: the annotated functions of these modules check their arguments from here on.
-# Those that derive from Energon's classes are left out: beartype warns about Energon's own annotations.
-_CHECKED = ("buckets", "captions", "decode", "encoding", "members", "packing", "shards", "windows")
+# Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
+# Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
+_CHECKED = (
+    *("prepare.captions", "prepare.encoding", "reading.packing", "shards.serialization", "shards.writer"),
+    *("video.buckets", "video.decode", "video.windows"),
+)
 jaxtyping.install_import_hook([f"wan_data.{module}" for module in _CHECKED], "beartype.beartype")
 
 import av  # noqa: E402
@@ -80,7 +83,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Silent:
-    """Progress that is only remembered."""
+    """A progress report that collects its lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -91,7 +94,7 @@ class Silent:
     def step(self, line: str) -> None:
         self.lines.append(line)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.lines.append(line)
 
 

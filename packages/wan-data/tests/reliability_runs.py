@@ -35,29 +35,29 @@ class HereDecoder:
         pass
 
     def __init__(self) -> None:
-        self.begun: list[Any] = []
+        self.jobs: list[Any] = []
 
     def start(self) -> None:
         pass
 
-    def begin(self, job: Any) -> None:
-        self.begun.append(job)
+    def submit(self, job: Any) -> None:
+        self.jobs.append(job)
 
     def results(self) -> Any:
-        job = self.begun.pop(0)
+        job = self.jobs.pop(0)
         try:
             if job.windows is None:
-                yield probe(job.path, job.fps, caps=job.caps)
+                yield probe(job.path, job.fps, limits=job.limits)
                 return
             yield from read_windows(
-                job.path, job.windows, job.size, fps=job.fps, resize_mode="bicubic", center_crop=True, caps=job.caps
+                job.path, job.windows, job.size, fps=job.fps, resize_mode="bicubic", center_crop=True, limits=job.limits
             )
         except Rejected as error:
             yield error
 
     def decode(self, jobs: Any) -> Any:
         for job in jobs:
-            self.begin(job)
+            self.submit(job)
             for result in self.results():
                 yield job, result
 
@@ -65,7 +65,7 @@ class HereDecoder:
 class Quiet:
     def stage(self, name: str, total: int) -> None: ...
     def step(self, line: str) -> None: ...
-    def say(self, line: str) -> None: ...
+    def log(self, line: str) -> None: ...
 
 
 def whole(folder: Path) -> dict[str, str]:

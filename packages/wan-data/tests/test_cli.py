@@ -123,7 +123,7 @@ def test_a_listing_instead_of_a_folder(run, clips, tiny_model, tmp_path):
     assert (wide.path, wide.samples) == ("wide.mkv", 3)
     nothing = run("prepare", "--output-folder", tmp_path / "x", "--model", tiny_model)
     assert nothing.exit_code == 1
-    assert "give --video-folder, or --listing" in nothing.output
+    assert "pass --video-folder, or --listing" in nothing.output
 
 
 def test_verify(run, dataset, clips, tmp_path):

@@ -1,4 +1,4 @@
-"""The options of ``wan-data``, and what becomes of them."""
+"""The options of the ``wan-data`` commands and their conversion to settings."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def flag(name: str, *more: str, **attributes: Any) -> Callable[[_Command], _Command]:
-    """An option under its kebab-case and its snake_case spelling, and under more names of either kind."""
+    """A click option in kebab-case and snake_case spelling, with further names in both spellings."""
     spellings: list[str] = []
     for one in (name, *more):
         positive, _, negative = one.partition("/")
@@ -37,41 +37,42 @@ class _FractionType(click.ParamType[Fraction]):
             self.fail(f"{value!r} is no number such as 16 or 24000/1001", param, ctx)
 
 
-def settings_of(choices: dict[str, Any]) -> PrepareSettings:
-    """The settings that the options of ``choices`` make.
+def settings_of(values: dict[str, Any]) -> PrepareSettings:
+    """Convert the values of ``settings_options`` to settings.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: a value, or a combination of values, is invalid.
     """
-    frames = choices["frames"]
-    shortest = choices["min_frames"]
-    lengths, areas = choices.pop("length"), choices.pop("area")
-    values = {**choices, "min_frames": min(_DEFAULT.min_frames, frames) if shortest is None else shortest}
-    return PrepareSettings(**values, lengths=lengths or None, areas=areas or _DEFAULT.areas)
+    frames = values["frames"]
+    shortest = values["min_frames"]
+    lengths, areas = values.pop("length"), values.pop("area")
+    min_frames = min(_DEFAULT.min_frames, frames) if shortest is None else shortest
+    return PrepareSettings(
+        **{**values, "min_frames": min_frames}, lengths=lengths or None, areas=areas or _DEFAULT.areas
+    )
 
 
 def sources_of(video_folder: Path | None, listing: Path | None, settings: PrepareSettings) -> Any:
-    """What the options of ``inputs`` name, as ``wan_data.prepare.sources`` lists it.
+    """The sources that the options of ``input_options`` name.
 
     Raises:
-        ValueError: there is nothing.
+        ValueError: neither a folder nor a listing is given, or it holds no sources.
     """
     from wan_data.prepare.sources import files_of_folder, files_of_listing
 
     if listing is not None:
         return files_of_listing(listing, video_folder, settings)
     if video_folder is None:
-        raise ValueError("there is nothing to read: give --video-folder, or --listing")
+        raise ValueError("no input is given: pass --video-folder, or --listing")
     return files_of_folder(video_folder, settings)
 
 
 @contextlib.contextmanager
-def sentences(folder: Path) -> Iterator[None]:
-    """What went wrong, without a traceback."""
+def errors_as_messages(folder: Path) -> Iterator[None]:
+    """Turn expected errors into a message without a traceback; ``folder`` is named if an ``OSError`` names no file."""
     try:
         yield
     except OSError as error:
-        # Disk full and the like: which file and why.
         raise click.ClickException(f"{error.filename or folder}: {error.strerror or error}") from error
     except ValueError as error:
         raise click.ClickException(str(error)) from error
@@ -86,8 +87,8 @@ def _all(*flags: Callable[[_Command], _Command]) -> Callable[[_Command], _Comman
     return decorate
 
 
-inputs = _all(
-    flag("video-folder", type=click.Path(path_type=Path), help="Searched with its subfolders."),
+input_options = _all(
+    flag("video-folder", type=click.Path(path_type=Path), help="Folder with the clips; subfolders are included."),
     flag(
         "listing",
         "manifest",
@@ -96,10 +97,15 @@ inputs = _all(
     ),
 )
 
-choices = _all(
-    flag("mode", default=_DEFAULT.mode, type=click.Choice(MODES), help="Videos, or single images of all there is."),
+settings_options = _all(
+    flag(
+        "mode",
+        default=_DEFAULT.mode,
+        type=click.Choice(MODES),
+        help="Videos, or single images from videos and image files.",
+    ),
     flag("fps", default=str(_DEFAULT.fps), type=_FractionType(), help="Frames a second that clips are resampled to."),
-    flag("windows", default=_DEFAULT.windows, type=click.Choice(WINDOW_KINDS), help="How clips are cut."),
+    flag("windows", default=_DEFAULT.windows, type=click.Choice(WINDOW_KINDS), help="How clips are cut into windows."),
     flag("frames", default=_DEFAULT.frames, type=int, help="Longest window, 4n+1 frames."),
     flag("min-frames", type=int, help="Shortest window, 4n+1 frames.  [default: 17, or --frames if less]"),
     flag("length", type=int, multiple=True, help="Only windows of this length, 4n+1; may be repeated."),
@@ -107,15 +113,15 @@ choices = _all(
         "area",
         type=int,
         multiple=True,
-        help=f"Pixels that the aspect buckets aim at; may be repeated.  [default: {_DEFAULT.areas[0]}]",
+        help=f"Target pixels of the aspect buckets; may be repeated.  [default: {_DEFAULT.areas[0]}]",
     ),
     flag("height", type=int, help="With --width: one fixed size instead of buckets."),
     flag("width", type=int, help="With --height: one fixed size instead of buckets."),
     flag(
         "resize-mode", default=_DEFAULT.resize_mode, type=click.Choice(RESIZE_MODES), help="How pixels are resampled."
     ),
-    flag("center-crop/no-center-crop", default=True, help="Cut the margins to keep the aspect ratio, or stretch."),
-    flag("allow-upscaling/no-allow-upscaling", default=False, help="Take clips that are smaller than their bucket."),
+    flag("center-crop/no-center-crop", default=True, help="Crop the margins to keep the aspect ratio, or stretch."),
+    flag("allow-upscaling/no-allow-upscaling", default=False, help="Accept clips that are smaller than their bucket."),
     flag(
         "caption-key", default=_DEFAULT.caption_key, help="Key of the caption in .json and .jsonl files and listings."
     ),
@@ -127,7 +133,7 @@ choices = _all(
     flag("batch-size", default=_DEFAULT.batch_size, type=int, help="Windows of one shape that are encoded together."),
     flag("samples-per-shard", default=_DEFAULT.samples_per_shard, type=int, help="Samples of a full shard."),
     flag("validation-fraction", default=_DEFAULT.validation_fraction, type=float, help="Share of clips kept for val."),
-    flag("text-length", default=_DEFAULT.text_length, type=int, help="Tokens that captions are cut to."),
-    flag("dtype", default=_DEFAULT.dtype, type=click.Choice(DTYPES), help="What the encoders compute in."),
+    flag("text-length", default=_DEFAULT.text_length, type=int, help="Tokens that captions are truncated to."),
+    flag("dtype", default=_DEFAULT.dtype, type=click.Choice(DTYPES), help="Precision of the encoders."),
     flag("seed", default=_DEFAULT.seed, type=int, help="Of the choice of validation clips."),
 )

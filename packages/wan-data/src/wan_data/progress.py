@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, one plain line a step in a log."""
+"""Progress reports: a progress bar on a terminal, one line per step in a log."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,71 +11,71 @@ from wan_data.prepare.run import Report
 
 
 class LogReport:
-    """Plain lines on standard error."""
+    """Writes one line per step to standard error."""
 
     def __init__(self) -> None:
         self._name, self._total, self._done = "", 0, 0
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of ``total`` steps begins."""
+        """Begin a stage of ``total`` steps."""
         self._name, self._total, self._done = name, total, 0
 
     def step(self, line: str) -> None:
-        """One step is done."""
+        """Complete one step."""
         self._done += 1
         click.echo(f"{self._name} {self._done}/{self._total}: {line}", err=True)
 
-    def say(self, line: str) -> None:
-        """Something the user should know."""
+    def log(self, line: str) -> None:
+        """Show a message to the user."""
         click.echo(line, err=True)
 
 
 class SilentReport:
-    """Nothing: another process of the same preparation reports."""
+    """Reports nothing, because another rank of the same preparation reports."""
 
     def __enter__(self) -> "SilentReport":
-        """Itself."""
+        """Return itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing to end."""
+        """There is nothing to close."""
 
     def stage(self, name: str, total: int) -> None:
-        """Not shown."""
+        """Ignored."""
 
     def step(self, line: str) -> None:
-        """Not shown."""
+        """Ignored."""
 
-    def say(self, line: str) -> None:
-        """Not shown."""
+    def log(self, line: str) -> None:
+        """Ignored."""
 
 
 class TerminalReport:
-    """A bar a stage; rejections and remarks stay above it."""
+    """Shows one progress bar per stage; rejections and messages are printed above it."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("starting", total=None)
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of ``total`` steps begins."""
+        """Begin a stage of ``total`` steps."""
         self._progress.update(self._task, completed=total)
         self._task = self._progress.add_task(name, total=total)
 
     def step(self, line: str) -> None:
-        """One step is done."""
+        """Complete one step."""
         if line.startswith("REJECTED"):
-            self.say(line)
+            self.log(line)
         self._progress.advance(self._task)
 
-    def say(self, line: str) -> None:
-        """Something the user should know."""
+    def log(self, line: str) -> None:
+        """Show a message to the user."""
         self._progress.console.print(line, markup=False, highlight=False)
 
 
 @contextlib.contextmanager
 def make_report() -> Iterator[Report]:
-    """The kind that suits standard error."""
+    """A report for standard error: a progress bar if it is a terminal, otherwise lines."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield LogReport()

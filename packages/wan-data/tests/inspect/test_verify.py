@@ -51,7 +51,7 @@ def test_a_shard_that_was_written_anew_but_is_not_the_one(copy):
     first, second = sorted(copy.glob("*.tar"))[:2]
     shutil.copy(second, first)
     _, problems = verify(copy)
-    assert any("stands in another shard too" in problem for problem in problems)
+    assert any("is in another shard too" in problem for problem in problems)
     assert any(first.name in problem and "damaged" in problem for problem in problems)
 
 

@@ -3,13 +3,13 @@ import threading
 
 import pytest
 
-from wan_data.prepare.encoder_pool import EncoderPool, _Handout
+from wan_data.prepare.encoder_pool import EncoderPool, _TaskQueue
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.shard_batches import Task
+from wan_data.prepare.shard_batches import EncodeTask
 
 
 def tasks(count):
-    return [Task(number, ()) for number in range(count)]
+    return [EncodeTask(number, ()) for number in range(count)]
 
 
 class Immediately:
@@ -18,10 +18,10 @@ class Immediately:
     def __init__(self, log, fails_at=None):
         self.log, self.fails_at = log, fails_at
 
-    def submit(self, _, task, upcoming):
+    def submit(self, _, task, following):
         from concurrent.futures import Future
 
-        self.log.append((task.shard, upcoming and upcoming.shard, threading.get_ident()))
+        self.log.append((task.shard, following and following.shard, threading.get_ident()))
         future = Future()
         if task.shard == self.fails_at:
             future.set_exception(RuntimeError(f"task {task.shard}"))
@@ -52,11 +52,11 @@ def test_the_next_task_is_known_to_the_process_that_will_do_it(pool):
     one, log = pool(2)
     list(one.encode(tasks(40), None))
     by_thread = {}
-    for task, upcoming, thread in log:
-        promised = by_thread.get(thread)
-        assert promised in (None, task), "what was decoded meanwhile is encoded there"
-        by_thread[thread] = upcoming
-    assert sum(upcoming is not None for _, upcoming, _ in log) > 20
+    for task, following, thread in log:
+        announced = by_thread.get(thread)
+        assert announced in (None, task), "the task that a process has decoded is encoded by it"
+        by_thread[thread] = following
+    assert sum(following is not None for _, following, _ in log) > 20
 
 
 def test_only_so_many_are_under_way(pool):
@@ -92,14 +92,14 @@ def test_errors_of_either_side_reach_the_caller(pool):
 def test_leaving_early_ends_the_threads(pool):
     one, _ = pool(2)
     before = threading.active_count()
-    results = one.encode((Task(number, ()) for number in itertools.count()), None)
+    results = one.encode((EncodeTask(number, ()) for number in itertools.count()), None)
     next(results)
     results.close()
     assert threading.active_count() == before
 
 
 def test_nothing_is_handed_out_after_the_end():
-    handout = _Handout(tasks(1), 2)
-    assert handout.take(wait=True) is not None
-    assert handout.take(wait=True) is None
-    assert handout.take(wait=True) is None
+    one = _TaskQueue(tasks(1), 2)
+    assert one.get(wait=True) is not None
+    assert one.get(wait=True) is None
+    assert one.get(wait=True) is None

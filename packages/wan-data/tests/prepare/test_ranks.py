@@ -20,21 +20,21 @@ from wan_data.prepare import probe
 from wan_data.prepare.run import _Preparation
 
 log = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.jsonl"
-look, finish = probe._look, _Preparation._write_shard
+probe_source, finish = probe._probe_source, _Preparation._write_shard
 
 def note(**what):
     with log.open("a") as file:
         file.write(json.dumps(what) + "\\n")
 
-def logged_look(source, *more):
-    note(examined=source.name)
-    return look(source, *more)
+def logged_probe(source, *more):
+    note(probed=source.name)
+    return probe_source(source, *more)
 
 def logged_finish(self, plan, *more):
     note(wrote=plan.number)
     return finish(self, plan, *more)
 
-probe._look, _Preparation._write_shard = logged_look, logged_finish
+probe._probe_source, _Preparation._write_shard = logged_probe, logged_finish
 cli.main(sys.argv[2:])
 """
 
@@ -64,7 +64,7 @@ def test_every_file_and_shard_falls_to_one_rank(dataset, clips, tiny_model, tmp_
     assert done.stdout.count("14 samples") == 1, "one rank reports"
     lines = [json.loads(line) for path in tmp_path.glob("rank*.jsonl") for line in path.read_text().splitlines()]
     assert len(list(tmp_path.glob("rank*.jsonl"))) == ranks
-    examined = sorted(line["examined"] for line in lines if "examined" in line)
-    assert examined == sorted(path.relative_to(clips).as_posix() for path in clips.rglob("*.mkv"))
+    probed = sorted(line["probed"] for line in lines if "probed" in line)
+    assert probed == sorted(path.relative_to(clips).as_posix() for path in clips.rglob("*.mkv"))
     assert sorted(line["wrote"] for line in lines if "wrote" in line) == [0, 1, 2, 3, 4]
     assert bytes_of(tmp_path / "out") == bytes_of(dataset)

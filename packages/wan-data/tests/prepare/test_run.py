@@ -23,7 +23,7 @@ from wan_data.prepare.run import WORK_FOLDER
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.shards.energon_metadata import DATASET_YAML
-from wan_data.shards.lock import sole_writer
+from wan_data.shards.lock import writer_lock
 from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.files import sha256_of
@@ -223,7 +223,7 @@ def test_the_same_command_again_changes_nothing(prepared, dataset, clips, tiny_m
     manifest = prepared(clips, out, tiny_model, PrepareSettings(**small), report=silent)
     assert manifest == read_manifest(dataset)
     assert digests(out) == digests(dataset)
-    assert silent.lines == [], "nothing is examined and no model is loaded"
+    assert silent.lines == [], "nothing is probed and no model is loaded"
 
 
 def test_new_files_are_added_and_finished_shards_stay(
@@ -244,7 +244,7 @@ def test_new_files_are_added_and_finished_shards_stay(
     assert records["a new one.mkv"].samples == 2
     assert records["mute.mkv"].verdict == "rejected"
     assert records["wide copy.mkv"].split == records["wide.mkv"].split, "equal content stands on one side"
-    assert "examining 3" in silent.lines, "what is there already is not examined again"
+    assert "probing 3" in silent.lines, "sources of the dataset are not probed again"
     assert sum(manifest.samples.values()) == sum(shape.samples for shape in manifest.shapes) == 14 + 2 + 3
     assert sum(json.loads((out / ".nv-meta" / ".info.json").read_text())["shard_counts"].values()) == 19
     # A caption for what had none.
@@ -299,7 +299,7 @@ def test_a_failing_run_leaves_whole_shards_only_and_is_taken_up(
 def test_a_process_that_dies_is_named_and_the_run_is_taken_up(
     prepared, dataset, clips, tiny_model, small, silent, tmp_path, monkeypatch
 ):
-    take, taken = encoder_pool._Handout.take, []
+    get, taken = encoder_pool._TaskQueue.get, []
     # A loader that another test has left to the garbage collector may still have its workers.
     others = {child.pid for child in multiprocessing.active_children()}
 
@@ -313,10 +313,10 @@ def test_a_process_that_dies_is_named_and_the_run_is_taken_up(
                 time.sleep(0.05)
             for pid in encoders():
                 os.kill(pid, signal.SIGKILL)
-        return take(self, wait=wait)
+        return get(self, wait=wait)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoder_pool._Handout, "take", killed_at_the_fourth)
+        patch.setattr(encoder_pool._TaskQueue, "get", killed_at_the_fourth)
         with pytest.raises(ChildProcessError, match="an encoding process died"):
             prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
     prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent, processes=2)
@@ -348,14 +348,16 @@ def test_a_killed_run_leaves_no_process_behind(clips, tiny_model, tmp_path):
         time.sleep(0.2)
 
 
-def test_what_was_examined_is_not_examined_again(prepared, clips, tiny_model, small, tmp_path, monkeypatch):
+def test_cached_probe_results_are_used_again(prepared, clips, tiny_model, small, tmp_path, monkeypatch):
     settings, out = PrepareSettings(**small), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("wan_data.prepare.run.make_round", lambda *_, **__: 1 / 0)
+        patch.setattr("wan_data.prepare.run.plan_shard_batch", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepared(clips, out, tiny_model, settings)
     with monkeypatch.context() as patch:
-        patch.setattr("wan_data.prepare.probe._probe", lambda path, *_: pytest.fail(f"{path} is decoded again"))
+        patch.setattr(
+            "wan_data.prepare.probe._decode_completely", lambda path, *_: pytest.fail(f"{path} is decoded again")
+        )
         touched, copy = shutil.copytree(clips, tmp_path / "touched"), shutil.copytree(out, tmp_path / "copy")
         (touched / "wide.mkv").touch()
         with pytest.raises(pytest.fail.Exception, match="wide"):
@@ -399,7 +401,7 @@ def test_batches_give_the_same_samples(prepared, dataset, clips, tiny_model, sma
             assert data == data_1
 
 
-def test_a_source_that_breaks_between_examination_and_encoding(
+def test_a_source_that_breaks_between_probing_and_encoding(
     prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(clips, tmp_path / "in")
@@ -421,7 +423,7 @@ def test_a_source_that_breaks_between_examination_and_encoding(
 
 def test_one_writer_a_folder(prepared, clips, tiny_model, small, silent, tmp_path):
     with (
-        sole_writer(tmp_path),
+        writer_lock(tmp_path),
         pytest.raises(ValueError, match="being written by process"),
     ):
         prepared(clips, tmp_path, tiny_model, PrepareSettings(**small), report=silent)

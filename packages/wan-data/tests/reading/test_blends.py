@@ -142,7 +142,7 @@ def test_datasets_of_several_latent_spaces_are_refused(dataset, tmp_path):
         ("splits: {train: {blend: [{path: videos, weight: .nan}]}}", "its weight is nan"),
         ("splits: {train: {blend: [{path: videos, weight: yes}]}}", "its weight is True"),
         ("splits: {train: {blend: [{path: absent, weight: 1}]}}", "absent is no folder"),
-        ("splits: {train: {blend: [{path: videos}, {path: ./videos}]}}", "stands in it twice"),
+        ("splits: {train: {blend: [{path: videos}, {path: ./videos}]}}", "is listed twice"),
         ("splits: {train: {blend: []}}", "names no dataset"),
         ("splits: {train: {path: videos, split_part: test2}}", "has no split 'test2'; it has train, val"),
         ("splits: {train: {path: videos, aux: {x: y}}}", "aux cannot be used here"),

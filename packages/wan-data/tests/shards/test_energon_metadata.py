@@ -132,7 +132,7 @@ def rows(folder):
 
 def test_a_shard_of_other_samples_than_its_record_is_named(dataset, tmp_path):
     shutil.copy(dataset / "shard-rank00-000000.tar", tmp_path)
-    with pytest.raises(OSError, match="Energon finds 3 samples instead of 2 in it") as caught:
+    with pytest.raises(OSError, match="it holds 3 samples instead of 2") as caught:
         write_metadata(tmp_path, [ShardRecord("shard-rank00-000000.tar", "train", 2, 0, "")])
     assert caught.value.filename.endswith("shard-rank00-000000.tar")
     assert not (tmp_path / ".nv-meta" / "index.sqlite").exists()

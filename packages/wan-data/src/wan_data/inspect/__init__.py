@@ -1,1 +1,1 @@
-"""Looking at a dataset."""
+"""Statistics, verification and plots of a dataset."""

@@ -1,4 +1,4 @@
-"""Pictures for people: a contact sheet decoded from the latents, and the charts of ``wan-data inspect``."""
+"""Plots: a contact sheet of decoded latents, and the plots of ``wan-data inspect``."""
 
 import collections
 import hashlib
@@ -13,12 +13,13 @@ from wan_data.inspect.statistics import simulate_packing
 from wan_data.shards.energon_metadata import check_metadata
 from wan_data.shards.reader import StoredSample, samples_of
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.files import atomic_write
 
 _FRAMES = 4  # of a sample, first to last
 
 
 def _figure(columns: int, rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    # Figures of one's own: pyplot would keep them, and choose a window system.
+    # Not pyplot, which keeps every figure in memory and selects a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,11 +28,16 @@ def _figure(columns: int, rows: int, size: tuple[float, float]) -> tuple[Any, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def _save(figure: Any, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+
+
 def choose_samples(folder: Path, split: str, count: int, seed: int) -> list[StoredSample]:
-    """Some samples of a split, which ones follows from the seed; holds no more than ``count`` at a time.
+    """Choose samples of a split by a seed, without holding a whole split in memory.
 
     Raises:
-        ValueError: it is no dataset, or has no such split.
+        ValueError: the folder is no dataset, or has no such split.
     """
     parts = check_metadata(folder)
     if not parts.get(split):
@@ -45,37 +51,37 @@ def choose_samples(folder: Path, split: str, count: int, seed: int) -> list[Stor
 
 
 def contact_sheet(samples: Sequence[StoredSample], codec: LatentCodec, path: Path) -> None:
-    """A PNG with some frames of each sample, decoded from its latent, over its caption.
+    """Write a PNG with some frames of each sample, decoded from its latent, above its caption.
 
     Args:
-        samples: what to show.
-        codec: with its autoencoder.
+        samples: the samples to show.
+        codec: a codec with its autoencoder.
         path: of the PNG.
     """
     figure, axes = _figure(_FRAMES, len(samples), (3.2 * _FRAMES, 2.6 * len(samples)))
     for row, sample in zip(axes, samples, strict=True):
         video = codec.decode_video(sample.latent[None].float())[0].cpu()
         frames = video.shape[1]
-        for column, place in enumerate(row):
-            place.axis("off")
+        for column, axis in enumerate(row):
+            axis.axis("off")
             number = round(column * (frames - 1) / (_FRAMES - 1))
             if column and number == round((column - 1) * (frames - 1) / (_FRAMES - 1)):
                 continue
-            place.imshow(np.asarray((video[:, number].permute(1, 2, 0) + 1) / 2).clip(0, 1))
-            place.set_title(f"frame {number + 1} of {frames}", fontsize=7)
+            axis.imshow(np.asarray((video[:, number].permute(1, 2, 0) + 1) / 2).clip(0, 1))
+            axis.set_title(f"frame {number + 1} of {frames}", fontsize=7)
         size = "x".join(str(side) for side in video.shape[1:])
         caption = textwrap.shorten(str(sample.info.get("caption", "")), 300)
         name = f"{sample.key}, {sample.info.get('video_path', '')}, {size}"
         text = "\n".join([name, *textwrap.wrap(caption, 150)])
         row[0].text(0, -0.04, text, transform=row[0].transAxes, fontsize=8, va="top", parse_math=False)
-    figure.savefig(path, dpi=110, format="png")
+    _save(figure, path)
 
 
-def charts(found: dict[str, Any], path: Path, *, pad_multiple: int = 1, packing_buffer: int = 64) -> None:
-    """A PNG with the sizes of samples and texts, and how full packs of several capacities are.
+def plot_statistics(found: dict[str, Any], path: Path, *, pad_multiple: int = 1, packing_buffer: int = 64) -> None:
+    """Write a PNG with histograms of samples and texts, and the fill of packs of several capacities.
 
     Args:
-        found: of ``inspect_dataset.inspect``.
+        found: the result of ``statistics.inspect``.
         path: of the PNG.
         pad_multiple, packing_buffer: as for ``inspect``.
     """
@@ -103,4 +109,4 @@ def charts(found: dict[str, Any], path: Path, *, pad_multiple: int = 1, packing_
             title="packing", xlabel="capacity of a pack, tokens", ylabel="% of the capacity filled", ylim=(0, 102)
         )
         row[2].grid(alpha=0.3)
-    figure.savefig(path, dpi=110, format="png")
+    _save(figure, path)

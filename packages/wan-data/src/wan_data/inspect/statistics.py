@@ -1,4 +1,4 @@
-"""``wan-data inspect``: what a dataset holds, and how well it packs."""
+"""``wan-data inspect``: statistics of a dataset and its packing efficiency."""
 
 import collections
 import statistics
@@ -21,13 +21,13 @@ from wan_data.shards.reader import samples_of
 def simulate_packing(
     tokens: Sequence[int], capacity: int, *, pad_multiple: int = 1, packing_buffer: int = 64
 ) -> Efficiency:
-    """How full packs are, by the loader's own algorithm.
+    """The packing efficiency of the loader's algorithm.
 
     Args:
         tokens: of each sample, in the order in which they are drawn.
         capacity: tokens of a pack, padding included.
-        pad_multiple: what packs are padded to.
-        packing_buffer: samples looked at together.
+        pad_multiple: packs are padded to a multiple of this many tokens.
+        packing_buffer: number of samples that are packed together.
 
     Raises:
         ValueError: a sample is larger than a pack.
@@ -38,7 +38,7 @@ def simulate_packing(
         fresh = tokens[place : place + packing_buffer - len(carried)]
         place += len(fresh)
         lengths = [*carried, *fresh]
-        # At the end nothing is kept back.
+        # At the end no sample is carried over.
         chosen, rest = full_packs(lengths, usable, len(carried) if place < len(tokens) else len(lengths))
         packs += [[lengths[i] for i in pack] for pack in chosen]
         carried = [lengths[i] for i in rest]
@@ -46,7 +46,7 @@ def simulate_packing(
 
 
 def _drawn(parts: Sequence[Sequence[int]], weights: Sequence[float], seed: int = 0) -> list[int]:
-    """As many draws as there are samples: parts by weight, the samples of each in permutations."""
+    """Tokens of as many draws as there are samples: datasets by weight, the samples of each in permutations."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(map(len, parts))
     chosen = torch.multinomial(torch.tensor(weights), count, replacement=True, generator=generator).tolist()
@@ -67,13 +67,13 @@ def inspect(
     packing_buffer: int = 64,
     patch_size: tuple[int, int, int] = (1, 2, 2),
 ) -> dict[str, Any]:
-    """Read every sample of a dataset, or of a blend of several, safely, and count.
+    """Read every sample of a dataset, or of a blend of several, and collect statistics.
 
     Args:
         path: the dataset's folder, or the YAML file of a blend.
         capacity: tokens of a pack; the largest sample's padded tokens if None.
-        pad_multiple: what packs are padded to.
-        packing_buffer: samples looked at together.
+        pad_multiple: packs are padded to a multiple of this many tokens.
+        packing_buffer: number of samples that are packed together.
         patch_size: latent positions (frames, rows, columns) of a token.
 
     Returns:
@@ -81,7 +81,7 @@ def inspect(
         draws as there are samples, and the tokens of these draws.
 
     Raises:
-        ValueError: it is no dataset, or a sample is refused.
+        ValueError: the path is no dataset, or a sample is invalid.
     """
     splits = parts_of(path)
     folders = dict.fromkeys(part.folder for parts in splits.values() for part in parts)
@@ -103,12 +103,12 @@ def inspect(
             continue
         tokens = {shape: latent_tokens(shape, patch_size) for _, shape, _, _ in samples}
         shapes = collections.Counter((part.name, shape) for part, shape, _, _ in samples)
-        room = capacity or max(tokens.values()) + -max(tokens.values()) % pad_multiple
+        pack_capacity = capacity or max(tokens.values()) + -max(tokens.values()) % pad_multiple
         drawn = _drawn(
             [[tokens[shape] for of, shape, _, _ in samples if of == part] for part in parts],
             [part.weight for part in parts],
         )
-        packs = simulate_packing(drawn, room, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
+        packs = simulate_packing(drawn, pack_capacity, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
         text, caption = [length for _, _, length, _ in samples], [length for *_, length in samples]
         found["splits"][split] = {
             "samples": len(samples),
@@ -124,7 +124,7 @@ def inspect(
             "text_tokens": _spread(text),
             "caption_characters": _spread(caption),
             "packing": {
-                "capacity": room,
+                "capacity": pack_capacity,
                 "packs": packs.packs,
                 "valid_of_capacity": packs.fill,
                 "valid_of_total": packs.useful,
@@ -138,7 +138,7 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 
 def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
-    """The result of ``inspect``, for people."""
+    """Print the result of ``inspect`` as tables."""
     console = console or Console()
     for split, values in found["splits"].items():
         table = Table(title=f"{split}: {values['samples']} samples in {values['shards']} shards", title_justify="left")
@@ -147,8 +147,8 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
             table.add_column(column, justify="right")
         for shape in values["shapes"]:
             name = shape["dataset"]
-            place = (name, f"{values['weights'][name]:g}") if blended else ()
-            table.add_row(*place, "x".join(map(str, shape["latent"])), str(shape["tokens"]), str(shape["samples"]))
+            columns = (name, f"{values['weights'][name]:g}") if blended else ()
+            table.add_row(*columns, "x".join(map(str, shape["latent"])), str(shape["tokens"]), str(shape["samples"]))
         console.print(table)
         for name in ("text_tokens", "caption_characters"):
             spread = values[name]

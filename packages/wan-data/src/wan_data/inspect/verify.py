@@ -1,4 +1,4 @@
-"""``wan-data verify``: is a dataset what its manifest says, to the last byte and value?"""
+"""``wan-data verify``: compare a dataset with its manifest, byte by byte and value by value."""
 
 import collections
 from collections.abc import Callable, Iterator
@@ -15,19 +15,19 @@ from wan_model.system.files import sha256_of
 def verify(
     folder: Path, *, sources: Path | None = None, step: Callable[[str], None] = lambda name: None
 ) -> tuple[dict[str, int], list[str]]:
-    """Read everything and compare.
+    """Read every file of a dataset and check it.
 
-    Shards: size, digest, every member decodable without running anything, finite values, shapes as their side
-    information says, keys that belong to their sources and stand once. Metadata: Energon's counts and splits. Manifest:
+    Shards: size, digest, every member decodable without running code, finite values, shapes that agree with the side
+    information, keys that belong to their sources and are unique. Metadata: Energon's counts and splits. Manifest:
     samples of every source, shape and shard. A dataset without a manifest (of NVIDIA's own script) is read and counted.
 
     Args:
         folder: the dataset.
         sources: the folder that it was made from, to compare the sources' digests too.
-        step: told the name of each file that has been read.
+        step: called with the name of each file that has been read.
 
     Returns:
-        What was checked, by kind, and the problems in sentences; none if all is well.
+        The number of checked objects of each kind, and the problems as sentences; none if the dataset is intact.
     """
     problems: list[str] = []
     checked: collections.Counter[str] = collections.Counter()
@@ -39,7 +39,7 @@ def verify(
         return {}, [str(error)]
     if manifest is not None:
         problems += _metadata_problems(manifest, splits, counts)
-    found = _Found(manifest)
+    found = _Comparison(manifest)
     for name in sorted(counts):
         checked["shards"] += 1
         problems += _shard_problems(folder / name, counts[name], found)
@@ -70,8 +70,8 @@ def _metadata_problems(manifest: Manifest, splits: dict[str, list[str]], counts:
             yield f"{META_FOLDER}/split.yaml lists other shards for {split} than {MANIFEST_NAME}"
 
 
-class _Found:
-    """What the shards hold, held against the manifest."""
+class _Comparison:
+    """Collects the samples of the shards and compares them with the manifest."""
 
     def __init__(self, manifest: Manifest | None) -> None:
         self.manifest = manifest
@@ -82,12 +82,12 @@ class _Found:
         self.by_source: collections.Counter[str] = collections.Counter()
         self.by_shape: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
 
-    def take(self, shard: str, sample: StoredSample) -> Iterator[str]:
-        """Count a sample; yields what is wrong with it."""
+    def add(self, shard: str, sample: StoredSample) -> Iterator[str]:
+        """Count a sample; yields its problems."""
         self.samples += 1
         where = f"shard {shard}, sample {sample.key}"
         if sample.key in self.keys:
-            yield f"{where}: its key stands in another shard too"
+            yield f"{where}: its key is in another shard too"
         self.keys.add(sample.key)
         info = sample.info
         if self.manifest is None:
@@ -119,7 +119,7 @@ class _Found:
             self.by_shape[self.shards[shard].split, tuple(sample.latent.shape)] += 1
 
     def problems(self) -> Iterator[str]:
-        """Counts that differ."""
+        """Counts that differ from the manifest."""
         assert self.manifest is not None
         for record in self.manifest.sources:
             if record.samples != self.by_source[record.path]:
@@ -135,7 +135,7 @@ class _Found:
                 )
 
 
-def _shard_problems(path: Path, count: int, found: _Found) -> Iterator[str]:
+def _shard_problems(path: Path, count: int, found: _Comparison) -> Iterator[str]:
     record = found.shards.get(path.name)
     if record is not None:
         size = path.stat().st_size
@@ -150,7 +150,7 @@ def _shard_problems(path: Path, count: int, found: _Found) -> Iterator[str]:
     try:
         for sample in samples_of(path):
             samples += 1
-            yield from found.take(path.name, sample)
+            yield from found.add(path.name, sample)
     except (ValueError, OSError) as error:
         yield str(error)
         return
@@ -171,7 +171,7 @@ def _empty_caption_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _source_problems(manifest: Manifest, folder: Path, step: Callable[[str], None]) -> Iterator[str]:
-    """One text a source that was used; empty if it is what it was."""
+    """Yield one text per accepted source, empty if its file has not changed."""
     for record in manifest.sources:
         if record.verdict != "accepted":
             continue

@@ -1,1 +1,1 @@
-"""From sources to an encoded dataset."""
+"""From source videos to an encoded dataset."""

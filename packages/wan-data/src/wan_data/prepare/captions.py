@@ -1,18 +1,18 @@
-"""Captions: finding a clip's in the files beside it, and what counts as one."""
+"""Captions of clips: finding them in the files beside a clip, and validating them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-# How one file that lists several clips may name the clip a line is about. The names of NVIDIA's own files come first.
+# Keys under which a line of a listing may name its clip. Those of NVIDIA's own files come first.
 NAME_KEYS = ("video_path", "file_name", "filename", "video", "path", "name", "file", "image", "image_path")
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark.
+    """Read a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8, or cannot be read.
+        ValueError: it is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")  # a byte order mark is skipped, its absence is fine
@@ -21,10 +21,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """What a text says.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON; the message begins with ``where``.
+        ValueError: the text is not JSON; the message begins with ``where``.
     """
     try:
         return json.loads(text)
@@ -38,7 +38,7 @@ def caption_in(value: Any, key: str, where: str) -> str:
     """The caption under a key of an object.
 
     Raises:
-        ValueError: there is no such key, or no text under it; the message begins with ``where``.
+        ValueError: the key is missing or its value is no text; the message begins with ``where``.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a JSON {type(value).__name__}; expected an object with the key {key!r}")
@@ -67,7 +67,7 @@ class CaptionFinder:
     ``clip.mp4`` or ``clip``.
 
     Args:
-        caption_key: the key of the caption in the object.
+        caption_key: key of the caption in the JSON object.
     """
 
     def __init__(self, caption_key: str = "caption") -> None:
@@ -78,7 +78,7 @@ class CaptionFinder:
         """The caption of a clip.
 
         Raises:
-            ValueError: no caption, several, or one that cannot be read; the message says which file and why.
+            ValueError: no caption, several that differ, or one that cannot be read; the message names the file.
         """
         found: list[tuple[str, str]] = []
         beside = clip.with_suffix(".json")

@@ -1,4 +1,4 @@
-"""Encoding in one process or in several, each of which decodes its next clip while it encodes one."""
+"""Encoding in one process or several; each decodes its next clip while it encodes the current one."""
 
 import collections
 import concurrent.futures
@@ -12,75 +12,83 @@ from typing import Any
 
 import torch
 
-from wan_data.prepare.encoding import Encoded, WindowEncoder, choose_device, load_codec
-from wan_data.prepare.preload import warm_up
+from wan_data.prepare.encoding import EncodedWindow, WindowEncoder, choose_device, load_codec
+from wan_data.prepare.preload import preload_encoders
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.shard_batches import Task
+from wan_data.prepare.shard_batches import EncodeTask
 from wan_data.video.decoder_process import Decoder
 from wan_model.codec.latent_codec import LatentCodec
 
 Result = list[tuple[str, int, Any, str | None]]  # source, window, latent as an array, problem
 
-# -- in a process of the pool -----------------------------------------------------------------------------------------
+# -- worker process ----------------------------------------------------------------------------------------------------
 
-_here: dict[str, Any] = {}  # its encoder, made once; what has been begun
+_worker: dict[str, Any] = {}  # its encoder, and the tasks that it is decoding
 
 
-def _start(model: str, settings: PrepareSettings, device: str, place: int, threads: int) -> None:
-    threading.Thread(target=_leave_with_caller, daemon=True).start()
+def _initialize(model: str, settings: PrepareSettings, device: str, index: int, threads: int) -> None:
+    threading.Thread(target=_exit_with_caller, daemon=True).start()
     torch.set_num_threads(threads)
     decoder = Decoder()
-    decoder.start()  # it leaves with this process
-    codec = load_codec(model, settings, choose_device(device, place), vae=True, text=False)
-    _here["encoder"], _here["begun"] = WindowEncoder(codec, settings, decoder), collections.deque()
+    decoder.start()  # it exits with this process
+    codec = load_codec(model, settings, choose_device(device, index), vae=True, text=False)
+    _worker["encoder"], _worker["pending"] = WindowEncoder(codec, settings, decoder), collections.deque()
 
 
-def _leave_with_caller() -> None:
-    # The parent in the system's sense is the process that this one was forked from, which lives as long as its forks.
+def _exit_with_caller() -> None:
+    # os.getppid() is the fork server, which lives as long as its forks; the caller is the parent of that.
     caller = multiprocessing.parent_process()
-    assert caller is not None, "it was started by multiprocessing"
+    assert caller is not None, "multiprocessing has started this process"
     caller.join()
     os._exit(1)
 
 
-def _ready() -> None:
-    """For the initializer's sake."""
+def _do_nothing() -> None:
+    """A call that makes an executor start its process."""
 
 
-def _encode(task: Task, upcoming: Task | None) -> Result:
-    encoder, begun = _here["encoder"], _here["begun"]
-    for one in (task, upcoming):
-        if one is not None and one not in begun:
-            encoder.begin(one)
-            begun.append(one)
-    windows = encoder.finish(begun.popleft())
-    # As arrays: tensors would travel through shared memory, which containers keep small.
+def _encode(task: EncodeTask, next_task: EncodeTask | None) -> Result:
+    encoder, pending = _worker["encoder"], _worker["pending"]
+    for one in (task, next_task):
+        if one is not None and one not in pending:
+            encoder.submit(one)
+            pending.append(one)
+    windows = encoder.result(pending.popleft())
+    # As arrays: tensors would be sent through shared memory, of which containers have little.
     return [
         (one.source, one.window, None if one.latent is None else one.latent.numpy(), one.problem) for one in windows
     ]
 
 
-# -- in the process that has it ---------------------------------------------------------------------------------------
+# -- calling process ---------------------------------------------------------------------------------------------------
 
 
-class _Handout:
-    """Tasks for whoever asks, results in the order of the tasks; only so many are out or wait for their turn.
+class _TaskQueue:
+    """Tasks for several threads, with results in the order of the tasks and a limit on those in flight.
 
     Args:
-        tasks: drawn one at a time, by any thread.
-        ahead: how many.
+        tasks: read one at a time, by any thread.
+        in_flight: number of tasks that are being encoded or whose results wait to be read.
     """
 
-    def __init__(self, tasks: Iterable[Task], ahead: int) -> None:
+    def __init__(self, tasks: Iterable[EncodeTask], in_flight: int) -> None:
         self._tasks, self._lock = iter(tasks), threading.Lock()
-        self._room = threading.Semaphore(ahead)
-        self._out: queue.SimpleQueue[tuple[Task, concurrent.futures.Future[Result]] | None] = queue.SimpleQueue()
+        self._free = threading.Semaphore(in_flight)
+        self._submitted: queue.SimpleQueue[tuple[EncodeTask, concurrent.futures.Future[Result]] | None]
+        self._submitted = queue.SimpleQueue()
         self._ended = False
         self.stopped = False
 
-    def take(self, *, wait: bool) -> "tuple[Task, concurrent.futures.Future[Result]] | None":
-        """The next task and where its result goes; None at the end, and without ``wait`` while there is no room."""
-        if not self._room.acquire(blocking=wait):
+    def get(self, *, wait: bool) -> "tuple[EncodeTask, concurrent.futures.Future[Result]] | None":
+        """The next task and the future of its result.
+
+        Args:
+            wait: wait while the limit is reached; otherwise return None then.
+
+        Returns:
+            None when there are no more tasks.
+        """
+        if not self._free.acquire(blocking=wait):
             return None
         with self._lock:
             if self._ended:
@@ -91,69 +99,69 @@ class _Handout:
             except BaseException as error:
                 task = None
                 future.set_exception(error)
-                self._out.put((Task(-1, ()), future))
+                self._submitted.put((EncodeTask(-1, ()), future))
             if task is None:
                 self._end()
                 return None
-            self._out.put((task, future))
+            self._submitted.put((task, future))
             return task, future
 
     def _end(self) -> None:
         self._ended = True
-        self._out.put(None)
-        # Whoever waits for room, now or later, is to see that it is over.
-        self._room.release(1 << 20)
+        self._submitted.put(None)
+        # Wake the threads that wait in get(), now or later.
+        self._free.release(1 << 20)
 
     def stop(self) -> None:
-        """Nobody wants the results any more."""
+        """Hand out no more tasks; nobody reads the results any more."""
         self.stopped = True
         self._end()
 
-    def results(self) -> Iterator[tuple[Task, Result]]:
-        """Each task with its result."""
-        while (one := self._out.get()) is not None:
-            task, future = one
+    def results(self) -> Iterator[tuple[EncodeTask, Result]]:
+        """Yield each task with its result, in the order of the tasks."""
+        while (submitted := self._submitted.get()) is not None:
+            task, future = submitted
             result = future.result()
-            self._room.release()
+            self._free.release()
             yield task, result
 
 
-def _drive(process: concurrent.futures.Executor, handout: _Handout) -> None:
-    """Give tasks to one process, always the next one together with one to decode meanwhile."""
-    upcoming = None
-    while (current := upcoming or handout.take(wait=True)) is not None:
-        if handout.stopped:
+def _feed(process: concurrent.futures.Executor, tasks: _TaskQueue) -> None:
+    """Send tasks to one process, each with the task that it decodes in the meantime."""
+    following = None
+    while (current := following or tasks.get(wait=True)) is not None:
+        if tasks.stopped:
             return
-        upcoming = handout.take(wait=False)
+        following = tasks.get(wait=False)
         task, future = current
         try:
-            future.set_result(process.submit(_encode, task, upcoming[0] if upcoming else None).result())
+            future.set_result(process.submit(_encode, task, following[0] if following else None).result())
         except BaseException as error:
             if isinstance(error, concurrent.futures.BrokenExecutor):
                 error = ChildProcessError(
-                    "an encoding process died, perhaps of too little memory; the same command goes on where it was"
+                    "an encoding process died, perhaps for lack of memory; run the same command again to resume"
                 )
-            for _, unmet in (current, *((upcoming,) if upcoming else ())):
-                unmet.set_exception(error)
+            for _, unfinished in (current, *((following,) if following else ())):
+                unfinished.set_exception(error)
             return
 
 
 class EncoderPool:
-    """Encodes tasks here or in several processes; results come in the order of the tasks.
+    """Encodes tasks in this process or in several; results come in the order of the tasks.
 
-    Use it as a context manager, which starts the processes: they load what they need while the caller does the same.
+    Entering the context starts the processes, which load the model while the caller continues.
 
     Args:
         model: folder or hub id.
         settings: of the preparation.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        processes: 1 encodes here; more start that many, each with an autoencoder of its own.
-        local_rank: of this launch on its machine; its processes take the devices that follow from it.
+        processes: 1 encodes in this process; more start that many processes, each with its own autoencoder.
+        local_rank: rank of this process on its machine; it determines the devices of the encoding processes.
     """
 
     def __init__(self, model: str, settings: PrepareSettings, device: str, processes: int, local_rank: int = 0) -> None:
         self._settings = settings
-        self._places = range(local_rank * processes, (local_rank + 1) * processes) if processes > 1 else range(0)
+        self._indices = range(local_rank * processes, (local_rank + 1) * processes) if processes > 1 else range(0)
         self._arguments = (model, settings, device)
         self._processes: list[concurrent.futures.Executor] = []
         self._decoder = Decoder()
@@ -161,25 +169,25 @@ class EncoderPool:
 
     def __enter__(self) -> "EncoderPool":
         """Start the processes."""
-        if not self._places:
+        if not self._indices:
             self._decoder.start()
             return self
-        context = warm_up()
-        threads = max(1, torch.get_num_threads() // len(self._places))
-        # An executor a process, so that it is known here which one decodes what.
+        context = preload_encoders()
+        threads = max(1, torch.get_num_threads() // len(self._indices))
+        # One executor per process, so that a task goes to the process that has decoded it.
         self._processes = [
             concurrent.futures.ProcessPoolExecutor(
-                1, mp_context=context, initializer=_start, initargs=(*self._arguments, place, threads)
+                1, mp_context=context, initializer=_initialize, initargs=(*self._arguments, index, threads)
             )
-            for place in self._places
+            for index in self._indices
         ]
-        # The first call starts a process, and waits until that process is there.
-        self._starter = threading.Thread(target=lambda: [process.submit(_ready) for process in self._processes])
+        # The first call starts the process and waits for it, so the calls are made in a thread.
+        self._starter = threading.Thread(target=lambda: [process.submit(_do_nothing) for process in self._processes])
         self._starter.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End them; what they have not begun is dropped."""
+        """End the processes; tasks that they have not started are cancelled."""
         if self._starter is not None:
             self._starter.join()
         for process in self._processes:
@@ -188,39 +196,43 @@ class EncoderPool:
             process.shutdown()
         self._decoder.__exit__(*error)
 
-    def encode(self, tasks: Iterable[Task], codec: LatentCodec) -> Iterator[tuple[Task, list[Encoded]]]:
-        """Each task with what became of its windows.
+    def encode(
+        self, tasks: Iterable[EncodeTask], codec: LatentCodec
+    ) -> Iterator[tuple[EncodeTask, list[EncodedWindow]]]:
+        """Yield each task with its encoded windows.
 
         Args:
-            tasks: what to encode.
-            codec: with its autoencoder where the processes are 1; else it is not used.
+            tasks: the tasks to encode.
+            codec: the autoencoder if this process encodes; not used otherwise.
         """
-        if not self._places:
-            yield from self._encode_here(tasks, codec)
+        if not self._indices:
+            yield from self._encode_in_this_process(tasks, codec)
             return
-        # What is done waits in memory for its turn.
-        handout = _Handout(tasks, 3 * len(self._processes))
+        # The limit bounds the memory of results that wait for those of earlier tasks.
+        task_queue = _TaskQueue(tasks, 3 * len(self._processes))
         with contextlib.ExitStack() as stack:
             threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._processes)))
-            stack.callback(handout.stop)
+            stack.callback(task_queue.stop)
             for process in self._processes:
-                threads.submit(_drive, process, handout)
-            for task, windows in handout.results():
+                threads.submit(_feed, process, task_queue)
+            for task, windows in task_queue.results():
                 yield (
                     task,
                     [
-                        Encoded(name, number, None if array is None else torch.from_numpy(array), problem)
+                        EncodedWindow(name, number, None if array is None else torch.from_numpy(array), problem)
                         for name, number, array, problem in windows
                     ],
                 )
 
-    def _encode_here(self, tasks: Iterable[Task], codec: LatentCodec) -> Iterator[tuple[Task, list[Encoded]]]:
+    def _encode_in_this_process(
+        self, tasks: Iterable[EncodeTask], codec: LatentCodec
+    ) -> Iterator[tuple[EncodeTask, list[EncodedWindow]]]:
         encoder = WindowEncoder(codec, self._settings, self._decoder)
-        current: Task | None = None
+        current: EncodeTask | None = None
         for task in tasks:
-            encoder.begin(task)
+            encoder.submit(task)
             if current is not None:
-                yield current, encoder.finish(current)
+                yield current, encoder.result(current)
             current = task
         if current is not None:
-            yield current, encoder.finish(current)
+            yield current, encoder.result(current)

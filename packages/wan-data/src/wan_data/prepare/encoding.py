@@ -1,4 +1,4 @@
-"""From planned sources to samples: windows to latents, captions to embeddings.
+"""Encoding planned sources: windows to latents, captions to text embeddings.
 
 Shapes: T frames, H rows, W columns, 3 colours; a latent is [C, F, h, w]; L text tokens, D text width.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wan_data.prepare.probe import PlannedSource
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.shard_batches import Part, Task
+from wan_data.prepare.shard_batches import EncodeTask, SourceWindows
 from wan_data.shards.writer import Sample, sample_key
 from wan_data.video.decode import Rejected
 from wan_data.video.decoder_process import Decoder, Job
@@ -25,7 +25,7 @@ _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(name: str, process: int = 0) -> torch.device:
-    """``auto`` is a CUDA device where there is one, else the CPU; several processes share out the devices."""
+    """The device of an encoding process: ``auto`` is CUDA if available, ``cuda`` distributes processes over GPUs."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -34,7 +34,7 @@ def choose_device(name: str, process: int = 0) -> torch.device:
 
 
 def load_codec(model: str, settings: PrepareSettings, device: torch.device, *, vae: bool, text: bool) -> LatentCodec:
-    """The codec of a model, in the precision that the settings ask for."""
+    """Load the codec of a model in the precision of the settings."""
     dtype = _TORCH_DTYPES[settings.dtype]
     return LatentCodec.from_pretrained(
         model,
@@ -48,22 +48,22 @@ def load_codec(model: str, settings: PrepareSettings, device: torch.device, *, v
 
 
 def encode_batch(codec: LatentCodec, windows: Sequence[UInt8[Tensor, "T H W 3"]]) -> list[Float[Tensor, "C F h w"]]:
-    """The latents of windows of one shape, fp32 on the CPU."""
-    # To the device as bytes: a quarter of what floats would take.
+    """Encode windows of one shape; the latents are fp32 on the CPU."""
+    # Copied to the device as bytes, which takes a quarter of the bandwidth of floats.
     frames = torch.stack(list(windows)).to(codec.vae.device)
     video = rearrange(frames, "b t h w c -> b c t h w").float() / 127.5 - 1
     return list(codec.encode_video(video).cpu())
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
-    """What became of a window.
+class EncodedWindow:
+    """The result of encoding a window.
 
     Attributes:
-        source: its source's name.
+        source: name of its source.
         window: its number.
-        latent: [C, F, h, w], or None.
-        problem: why there is no latent, or None.
+        latent: [C, F, h, w], or None if it could not be encoded.
+        problem: the reason why there is no latent, or None.
     """
 
     source: str
@@ -73,50 +73,50 @@ class Encoded:
 
 
 class WindowEncoder:
-    """Encodes windows in this process, while a process of its own decodes the next ones.
+    """Encodes windows in this process, while a decoder process decodes the next ones.
 
     Args:
-        codec: with its autoencoder.
+        codec: a codec with its autoencoder.
         settings: of the preparation.
-        decoder: that process; the caller ends it.
+        decoder: the decoder process; the caller ends it.
     """
 
     def __init__(self, codec: LatentCodec, settings: PrepareSettings, decoder: Decoder) -> None:
         self.codec, self.settings, self._decoder = codec, settings, decoder
 
-    def begin(self, task: Task) -> None:
-        """Start to decode a task's windows, behind those of the tasks that are begun."""
+    def submit(self, task: EncodeTask) -> None:
+        """Queue a task's windows for decoding."""
         for part in task.parts:
-            self._decoder.begin(self._job(part))
+            self._decoder.submit(self._job(part))
 
-    def finish(self, task: Task) -> list[Encoded]:
-        """What became of the windows of the oldest task that was begun, in its order."""
+    def result(self, task: EncodeTask) -> list[EncodedWindow]:
+        """The encoded windows of the oldest submitted task, in its order."""
         return list(self._encode(task))
 
-    def _job(self, part: Part) -> Job:
+    def _job(self, part: SourceWindows) -> Job:
         settings, source = self.settings, part.source
         return Job(
             source.path,
             settings.fps,
-            settings.caps,
+            settings.limits,
             tuple(source.windows[number] for number in part.windows),
             source.size,
             settings.resize_mode,
             settings.center_crop,
         )
 
-    def _encode(self, task: Task) -> Iterator[Encoded]:
-        done: dict[tuple[str, int], Encoded] = {}
+    def _encode(self, task: EncodeTask) -> Iterator[EncodedWindow]:
+        done: dict[tuple[str, int], EncodedWindow] = {}
         waiting: dict[int, list[tuple[tuple[str, int], Tensor]]] = {}
         for part in task.parts:
             name = part.source.name
-            # The results are asked first, and so read to their end: one a window, or a rejection behind the last.
+            # results() comes first in zip, so that it is read to its end: one item per window, or a rejection.
             for frames, number in zip(self._decoder.results(), part.windows, strict=False):
                 if isinstance(frames, Rejected):
-                    # It was decoded to its end when it was examined.
+                    # The source was decoded to its end when it was probed.
                     problem = f"{frames}, although it could be decoded before"
                     for missing in range(number, part.windows.stop):
-                        done[name, missing] = Encoded(name, missing, None, problem)
+                        done[name, missing] = EncodedWindow(name, missing, None, problem)
                     continue
                 batch = waiting.setdefault(len(frames), [])
                 batch.append(((name, number), frames))
@@ -128,47 +128,47 @@ class WindowEncoder:
             for number in part.windows:
                 yield done[part.source.name, number]
 
-    def _latents(self, batch: list[tuple[tuple[str, int], Tensor]]) -> dict[tuple[str, int], Encoded]:
+    def _latents(self, batch: list[tuple[tuple[str, int], Tensor]]) -> dict[tuple[str, int], EncodedWindow]:
         latents = encode_batch(self.codec, [frames for _, frames in batch])
         done = {}
         for ((name, number), _), latent in zip(batch, latents, strict=True):
             finite = bool(torch.isfinite(latent).all())
             problem = None if finite else "the autoencoder gave values that are not finite; try --dtype float32"
-            done[name, number] = Encoded(name, number, latent if finite else None, problem)
+            done[name, number] = EncodedWindow(name, number, latent if finite else None, problem)
         return done
 
 
-class TextCache:
-    """Embeddings of captions; equal captions are encoded once and forgotten after their last use.
+class TextEmbeddings:
+    """A cache of text embeddings: equal captions are encoded once and evicted after their last use.
 
     Args:
-        codec: with its text encoder.
-        captions: every caption that will be asked for, as often as it will be at most.
+        codec: a codec with its text encoder.
+        captions: every caption that will be requested, once for each request.
     """
 
     def __init__(self, codec: LatentCodec, captions: Iterable[str]) -> None:
         self._codec = codec
-        self._left = collections.Counter(captions)
-        self._known: dict[str, Tensor] = {}
+        self._remaining = collections.Counter(captions)
+        self._cache: dict[str, Tensor] = {}
 
-    def take(self, caption: str) -> Float[Tensor, "L D"]:
-        """The embedding, fp32 on the CPU."""
-        embedding = self._known.get(caption)
+    def get(self, caption: str) -> Float[Tensor, "L D"]:
+        """The embedding of a caption, fp32 on the CPU."""
+        embedding = self._cache.get(caption)
         if embedding is None:
-            # One at a time: what stands beside a caption in a batch moves its last digits.
+            # One at a time: the other captions of a batch change the last digits of an embedding.
             embedding = self._codec.encode_text([caption])[0].cpu()
-        self._left[caption] -= 1
-        if self._left[caption] > 0:
-            self._known[caption] = embedding
+        self._remaining[caption] -= 1
+        if self._remaining[caption] > 0:
+            self._cache[caption] = embedding
         else:
-            self._known.pop(caption, None)
+            self._cache.pop(caption, None)
         return embedding
 
 
 def make_sample(
     source: PlannedSource, number: int, latent: Tensor, text: Tensor, settings: PrepareSettings, fingerprint: str
 ) -> Sample:
-    """A window as it is stored, with NVIDIA's fields and ours (FORMAT.md)."""
+    """The sample of a window, with NVIDIA's fields and ours (see FORMAT.md)."""
     window, size = source.windows[number], source.size
     info: dict[str, Any] = {
         "video_path": source.name,

@@ -1,4 +1,4 @@
-"""``wan-data plan``: what preparing would give, before anything is encoded."""
+"""``wan-data plan``: the samples, sizes and time of a preparation, before anything is encoded."""
 
 import collections
 import math
@@ -10,36 +10,38 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wan_data.prepare.probe import PlannedSource, RejectedSource, Verdict
+from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.shard_batches import make_round
+from wan_data.prepare.shard_batches import plan_shard_batch
 from wan_data.reading.packing import latent_tokens
 from wan_model.system.units import format_bytes, format_seconds
 
-# What a letter of a caption makes of the text encoder's tokens, roughly, and the width of the released one.
+# Rough number of letters in a token of the text encoder, and the width of the released one.
 _LETTERS_PER_TOKEN = 4
 _TEXT_WIDTH = 4096
 _CHANNELS, _SPATIAL, _TEMPORAL = 16, 8, 4
 
 
-def make_plan(verdicts: Sequence[Verdict], settings: PrepareSettings, *, rate: float | None = None) -> dict[str, Any]:
-    """Count what the verdicts lead to.
+def make_plan(
+    results: Sequence[ProbeResult], settings: PrepareSettings, *, rate: float | None = None
+) -> dict[str, Any]:
+    """Summarise what ``prepare`` would make of probed sources.
 
     Args:
-        verdicts: of the examination.
+        results: of probing the sources.
         settings: of the preparation.
-        rate: pixels (of all frames) that the autoencoder encodes in a second; None where it was not measured.
+        rate: pixels (of all frames) that the autoencoder encodes per second; None if it was not measured.
 
     Returns:
-        Plain values: ``buckets`` (a row a split and shape), ``rejected`` (reasons with their sources), totals, bytes
-        and, given a rate, seconds.
+        Plain values: ``buckets`` (one row per split and shape), ``rejected`` (reasons with their sources), totals,
+        bytes and, given a rate, seconds.
     """
-    accepted = [verdict for verdict in verdicts if isinstance(verdict, PlannedSource)]
-    rejected = [verdict for verdict in verdicts if isinstance(verdict, RejectedSource)]
+    accepted = [result for result in results if isinstance(result, PlannedSource)]
+    rejected = [result for result in results if isinstance(result, RejectedSource)]
     buckets: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
     text_bytes = unused = pixels = 0
-    made = make_round(verdicts, settings, first_shard=0, known={}) if accepted else None
-    for source, split in made.accepted if made else ():
+    batch = plan_shard_batch(results, settings, first_shard=0, known={}) if accepted else None
+    for source, split in batch.accepted if batch else ():
         unused += source.info.frames - sum(window.length for window in source.windows)
         tokens = min(settings.text_length, len(source.caption) // _LETTERS_PER_TOKEN + 2)
         text_bytes += 4 * _TEXT_WIDTH * tokens * len(source.windows)
@@ -61,13 +63,13 @@ def make_plan(verdicts: Sequence[Verdict], settings: PrepareSettings, *, rate: f
             }
         )
     reasons: dict[str, list[str]] = collections.defaultdict(list)
-    for verdict in rejected:
-        reasons[_kind(verdict.reason)].append(f"{verdict.name}: {verdict.reason}")
+    for result in rejected:
+        reasons[_kind(result.reason)].append(f"{result.name}: {result.reason}")
     return {
-        "sources": len(verdicts),
+        "sources": len(results),
         "accepted": len(accepted),
         "samples": sum(row["samples"] for row in rows),
-        "shards": len(made.shards(settings.samples_per_shard)) if made else 0,
+        "shards": len(batch.shards(settings.samples_per_shard)) if batch else 0,
         "tokens": sum(row["samples"] * row["tokens"] for row in rows),
         "buckets": rows,
         "frames": sum(source.info.frames for source in accepted),
@@ -81,12 +83,12 @@ def make_plan(verdicts: Sequence[Verdict], settings: PrepareSettings, *, rate: f
 
 
 def _kind(reason: str) -> str:
-    """Reasons that differ in figures and names only are one kind."""
+    """The reason without numbers and file names, by which equal reasons are grouped."""
     return re.sub(r"\d+([.x]\d+)*", "N", re.sub(r"\S+\.(jsonl?|txt|csv|parquet)\b", "FILE", reason))
 
 
 def measured_rate(model: str, settings: PrepareSettings, device: str) -> float:
-    """Pixels (of all frames) a second that this machine's autoencoder encodes, from the second of two small windows.
+    """Measure how many pixels (of all frames) the autoencoder encodes per second, in the second of two small windows.
 
     Raises:
         ValueError: the model cannot be loaded.
@@ -108,7 +110,7 @@ def measured_rate(model: str, settings: PrepareSettings, device: str) -> float:
 
 
 def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
-    """The result of ``make_plan``, for people."""
+    """Print the result of ``make_plan`` as a table."""
     console = console or Console()
     table = Table(
         title=f"{plan['samples']} samples of {plan['accepted']} of {plan['sources']} files", title_justify="left"

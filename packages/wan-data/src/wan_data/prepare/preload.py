@@ -1,13 +1,16 @@
-"""A head start for the processes that encode; imports nothing heavy itself."""
+"""Preloading the modules of the encoding processes; imports nothing heavy itself."""
 
 import multiprocessing.context
 import multiprocessing.forkserver
 
 
-def warm_up() -> multiprocessing.context.ForkServerContext:
-    """Start to import what encoding processes need, in the process that they are forked from.
+def preload_encoders() -> multiprocessing.context.ForkServerContext:
+    """Start the fork server, which imports the modules of the encoding processes before it forks them.
 
-    They are not forked from the caller, which may have used CUDA or threads. Calling it again changes nothing.
+    The processes are not forked from the caller, which may have used CUDA or threads. Further calls have no effect.
+
+    Returns:
+        The multiprocessing context that forks from that server.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

@@ -1,4 +1,7 @@
-"""Looking at every source before anything is encoded: what it is, what will be made of it, or why not."""
+"""Probing sources before anything is encoded.
+
+Every source is decoded to its end. The result is a plan of its windows, or the reason why it is rejected.
+"""
 
 import collections
 import concurrent.futures
@@ -17,21 +20,21 @@ from wan_data.video.buckets import Size, choose_bucket, enlargement
 from wan_data.video.decode import ClipInfo, Rejected
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.windows import Window, plan_windows
-from wan_model.system.files import naming, sha256_of
+from wan_model.system.files import naming, sha256_of, sync_file, sync_folder
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedSource:
-    """A source that will become samples.
+    """An accepted source with the windows that become samples.
 
     Attributes:
-        name: see ``inputs.SourceFile``.
-        path: where it lies.
-        bytes, sha256: of the file.
-        caption: what it shows.
-        info: what a full decode found.
-        size: the bucket it is resized to.
-        windows: what is cut from it, at the target rate.
+        name: see ``sources.SourceFile``.
+        path: the file.
+        bytes, sha256: size and digest of the file.
+        caption: the caption of all its samples.
+        info: properties found by decoding it completely.
+        size: the bucket that its frames are resized to.
+        windows: frame ranges at the target rate, one sample each.
     """
 
     name: str
@@ -44,14 +47,14 @@ class PlannedSource:
     windows: tuple[Window, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The source as plain JSON values."""
         value = dataclasses.asdict(self)
         value["windows"] = [[window.start, window.stop] for window in self.windows]
         return {**value, "path": str(self.path)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "PlannedSource":
-        """What ``to_dict`` gave."""
+        """Inverse of ``to_dict``."""
         return cls(
             **{
                 **value,
@@ -65,7 +68,7 @@ class PlannedSource:
 
 @dataclasses.dataclass(frozen=True)
 class RejectedSource:
-    """A source that cannot be used, and why."""
+    """A source that cannot be used, with the reason."""
 
     name: str
     reason: str
@@ -73,83 +76,89 @@ class RejectedSource:
     sha256: str | None = None
 
 
-Verdict = PlannedSource | RejectedSource
+ProbeResult = PlannedSource | RejectedSource
 
 
-class Journal:
-    """What full decodes have found, so that a run that takes up another one need not repeat them.
+class ProbeCache:
+    """A file of probe results, so that a resumed preparation does not decode unchanged sources again.
 
-    A line a source; a line that was cut short by a crash is skipped.
+    It holds one line of JSON per source. Incomplete lines, which a crash may leave, are skipped.
 
     Args:
-        path: of the file; None remembers nothing.
-        settings: findings under another rate or other caps do not count.
+        path: the file; None disables the cache.
+        settings: entries that were made with another rate or other limits are ignored.
     """
 
     def __init__(self, path: Path | None, settings: PrepareSettings) -> None:
         self.path = path
-        self._about = [str(settings.fps), *dataclasses.astuple(settings.caps)]
-        self._known: dict[str, dict[str, Any]] = {}
+        self._conditions = [str(settings.fps), *dataclasses.astuple(settings.limits)]
+        self._entries: dict[str, dict[str, Any]] = {}
         for line in path.read_bytes().split(b"\n") if path is not None and path.is_file() else ():
             try:
                 value = json.loads(line)
-                self._known[value["name"]] = value
+                self._entries[value["name"]] = value
             except (ValueError, KeyError, TypeError):
                 continue
 
     def find(self, name: str, size: int, mtime_ns: int) -> tuple[str, ClipInfo] | None:
-        """Digest and finding of a source that has not changed since, if there are any."""
-        value = self._known.get(name)
+        """Digest and properties of a source, or None if it is unknown or has changed."""
+        value = self._entries.get(name)
         if value is None or [value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]:
             return None
         try:
-            return (str(value["sha256"]), ClipInfo(**value["info"])) if value["about"] == self._about else None
+            return (str(value["sha256"]), ClipInfo(**value["info"])) if value["about"] == self._conditions else None
         except (KeyError, TypeError):
             return None
 
-    def note(self, name: str, size: int, mtime_ns: int, sha256: str, info: ClipInfo) -> None:
-        """Remember a finding."""
+    def add(self, name: str, size: int, mtime_ns: int, sha256: str, info: ClipInfo) -> None:
+        """Append the result of a source."""
         if self.path is None:
             return
-        value = {"name": name, "bytes": size, "mtime_ns": mtime_ns, "sha256": sha256, "about": self._about}
-        # The line begins with its end: whatever stood there cut short is over then.
+        value = {"name": name, "bytes": size, "mtime_ns": mtime_ns, "sha256": sha256, "about": self._conditions}
+        # The newline comes first: it ends a line that a crash has left incomplete.
         with naming(self.path), self.path.open("ab") as file:
             file.write(b"\n" + json.dumps({**value, "info": dataclasses.asdict(info)}).encode())
 
+    def sync(self) -> None:
+        """Flush the entries to the disk; one that is lost before costs a decode, so not every ``add`` does."""
+        if self.path is not None and self.path.is_file():
+            sync_file(self.path)
+            sync_folder(self.path.parent)
 
-def examine(
+
+def probe_sources(
     sources: Sequence[SourceFile],
     settings: PrepareSettings,
-    report: Callable[[Verdict], None],
+    report: Callable[[ProbeResult], None],
     *,
     decoders: int,
-    journal: Journal,
-) -> list[Verdict]:
-    """Decode every source to its end, in processes that may die, and plan its samples.
+    cache: ProbeCache,
+) -> list[ProbeResult]:
+    """Decode every source to its end in decoder processes, and plan its windows.
 
     Args:
-        sources: what there is.
+        sources: the files to probe.
         settings: of the preparation.
-        report: called with each verdict, in the order of the sources.
-        decoders: processes that decode.
-        journal: of earlier findings.
+        report: called with each result, in the order of the sources.
+        decoders: number of decoder processes.
+        cache: results of earlier runs; new results are added to it.
 
     Returns:
-        A verdict a source, in order.
+        One result per source, in order.
     """
     captions = CaptionFinder(settings.caption_key)
     resolutions = settings.resolutions()
-    verdicts: list[Verdict] = []
+    results: list[ProbeResult] = []
     idle: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
 
-    def look(source: SourceFile) -> tuple[Verdict, tuple[int, str, ClipInfo] | None]:
+    def probe(source: SourceFile) -> tuple[ProbeResult, tuple[int, str, ClipInfo] | None]:
         decoder = idle.get()
         try:
-            return _look(source, settings, captions, resolutions, decoder, journal)
+            return _probe_source(source, settings, captions, resolutions, decoder, cache)
         finally:
             idle.put(decoder)
 
-    def close() -> None:
+    def close_decoders() -> None:
         while not idle.empty():
             idle.get().__exit__()
 
@@ -157,42 +166,43 @@ def examine(
         idle.put(Decoder())
     with concurrent.futures.ThreadPoolExecutor(decoders) as pool:
         try:
-            for source, (verdict, fresh) in in_order(pool, look, sources, 4 * decoders):
-                if fresh is not None and source.path is not None:
-                    mtime_ns, digest, info = fresh
-                    journal.note(source.name, verdict.bytes, mtime_ns, digest, info)
-                verdicts.append(verdict)
-                report(verdict)
+            for source, (result, new) in map_in_order(pool, probe, sources, 4 * decoders):
+                if new is not None and source.path is not None:
+                    mtime_ns, digest, info = new
+                    cache.add(source.name, result.bytes, mtime_ns, digest, info)
+                results.append(result)
+                report(result)
         finally:
             pool.shutdown(cancel_futures=True)
-            close()
-    return verdicts
+            close_decoders()
+            cache.sync()
+    return results
 
 
-def in_order(
-    pool: concurrent.futures.Executor, function: Callable[[Any], Any], items: Iterable[Any], ahead: int
+def map_in_order(
+    pool: concurrent.futures.Executor, function: Callable[[Any], Any], items: Iterable[Any], in_flight: int
 ) -> Iterator[tuple[Any, Any]]:
-    """Each item with the function's result of it, in the order of the items; at most so many are under way or done."""
-    waiting: collections.deque[tuple[Any, concurrent.futures.Future[Any]]] = collections.deque()
+    """Yield each item with the function's result, in the order of the items; at most ``in_flight`` are submitted."""
+    submitted: collections.deque[tuple[Any, concurrent.futures.Future[Any]]] = collections.deque()
     for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        if len(waiting) >= ahead:
-            first, future = waiting.popleft()
+        submitted.append((item, pool.submit(function, item)))
+        if len(submitted) >= in_flight:
+            first, future = submitted.popleft()
             yield first, future.result()
-    for item, future in waiting:
+    for item, future in submitted:
         yield item, future.result()
 
 
-def _look(
+def _probe_source(
     source: SourceFile,
     settings: PrepareSettings,
     captions: CaptionFinder,
     resolutions: tuple[tuple[Size, ...], ...],
     decoder: Decoder,
-    journal: Journal,
-) -> tuple[Verdict, tuple[int, str, ClipInfo] | None]:
-    """The verdict, and what the journal does not know yet."""
-    size, digest, fresh = 0, None, None
+    cache: ProbeCache,
+) -> tuple[ProbeResult, tuple[int, str, ClipInfo] | None]:
+    """The result of a source, and what is to be added to the cache."""
+    size, digest, new = 0, None, None
     try:
         if source.problem is not None:
             raise Rejected(source.problem)
@@ -204,30 +214,29 @@ def _look(
         if size > settings.max_source_bytes:
             raise Rejected(f"it has {size} bytes; at most {settings.max_source_bytes} are read (--max-source-bytes)")
         caption = caption_of(source, captions)
-        known = journal.find(source.name, size, status.st_mtime_ns)
+        known = cache.find(source.name, size, status.st_mtime_ns)
         if known is None:
             digest = sha256_of(source.path)
-            info = _probe(source.path, settings, decoder)
-            fresh = status.st_mtime_ns, digest, info
+            info = _decode_completely(source.path, settings, decoder)
+            new = status.st_mtime_ns, digest, info
         else:
             digest, info = known
-        return _plan(source, size, digest, caption, info, settings, resolutions), fresh
+        return _plan_source(source, size, digest, caption, info, settings, resolutions), new
     except OSError as error:
-        return RejectedSource(source.name, f"it cannot be read: {error.strerror or error}", size, digest), fresh
+        return RejectedSource(source.name, f"it cannot be read: {error.strerror or error}", size, digest), new
     except ValueError as error:
-        return RejectedSource(source.name, str(error), size, digest), fresh
+        return RejectedSource(source.name, str(error), size, digest), new
 
 
-def _probe(path: Path, settings: PrepareSettings, decoder: Decoder) -> ClipInfo:
-    (answer,) = decoder.decode([Job(path, settings.fps, settings.caps)])
-    _, found = answer
+def _decode_completely(path: Path, settings: PrepareSettings, decoder: Decoder) -> ClipInfo:
+    ((_, found),) = decoder.decode([Job(path, settings.fps, settings.limits)])
     if isinstance(found, Rejected):
         raise found
     assert isinstance(found, ClipInfo)
     return found
 
 
-def _plan(
+def _plan_source(
     source: SourceFile,
     size: int,
     digest: str,
@@ -238,14 +247,14 @@ def _plan(
 ) -> PlannedSource:
     assert source.path is not None
     bucket = choose_bucket(resolutions, info.height, info.width)
-    growth = enlargement(bucket, info.height, info.width)
-    if growth > 1 and not settings.allow_upscaling:
+    factor = enlargement(bucket, info.height, info.width)
+    if factor > 1 and not settings.allow_upscaling:
         raise Rejected(
-            f"its {info.height:.0f}x{info.width:.0f} pixels would be enlarged {growth:.2f} times to fill {bucket}; "
+            f"its {info.height:.0f}x{info.width:.0f} pixels would be enlarged {factor:.2f} times to fill {bucket}; "
             "choose a smaller size, or pass --allow-upscaling"
         )
     kind = settings.windows
     if settings.mode == "frames" and kind == "whole":
-        kind = "consecutive"  # every frame of it is an image
+        kind = "consecutive"  # every frame becomes an image
     windows = plan_windows(info.frames, kind, settings.window_lengths)
     return PlannedSource(source.name, source.path, size, digest, caption, info, bucket, tuple(windows))

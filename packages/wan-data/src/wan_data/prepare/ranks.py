@@ -1,4 +1,4 @@
-"""Several launches of one preparation, under torchrun: a few shared counters say who does what."""
+"""Ranks of one preparation under torchrun: shared counters distribute files and shards among them."""
 
 import datetime
 import os
@@ -7,47 +7,47 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_PATIENCE = datetime.timedelta(days=30)
+_TIMEOUT = datetime.timedelta(days=30)
 
 
 class Ranks:
-    """This process alone.
+    """The ranks of a single process; ``TorchrunRanks`` overrides it for several.
 
     Attributes:
-        rank, world_size: among the launches.
-        local_rank: on this machine.
+        rank, world_size: of this process and of all processes.
+        local_rank: rank on this machine.
     """
 
     rank, world_size, local_rank = 0, 1, 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """The items that fall to this rank; every item falls to exactly one."""
+    def partition(self, items: Sequence[T]) -> list[T]:
+        """The items of this rank; every item belongs to exactly one rank."""
         return list(items[self.rank :: self.world_size])
 
     def claim(self, items: Sequence[T], name: str) -> Iterator[T]:
-        """Items that no other rank has taken yet, one after another; every item is given out exactly once.
+        """Yield items that no other rank has claimed; over all ranks every item is yielded exactly once.
 
         Args:
-            items: the same on every rank.
-            name: of this distribution.
+            items: the same sequence on every rank.
+            name: key of the shared counter, different for every call.
         """
         del name
         yield from items
 
-    def wait_for_all(self, name: str) -> None:
-        """Return when every rank has come here."""
+    def barrier(self, name: str) -> None:
+        """Wait until every rank has reached the barrier of this name."""
 
 
 class TorchrunRanks(Ranks):
-    """The processes that torchrun has started, who share a key-value store."""
+    """The processes that torchrun has started; they share a key-value store."""
 
     def __init__(self) -> None:
         from torch.distributed.rendezvous import rendezvous
 
         self._store: Any
-        self._store, self.rank, self.world_size = next(rendezvous("env://", timeout=_PATIENCE))
+        self._store, self.rank, self.world_size = next(rendezvous("env://", timeout=_TIMEOUT))
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        # Of a restarted group: its counters begin anew.
+        # A restarted group begins with new counters.
         self._prefix = f"wan-data/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     def claim(self, items: Sequence[T], name: str) -> Iterator[T]:
@@ -55,7 +55,7 @@ class TorchrunRanks(Ranks):
         while (number := self._store.add(f"{self._prefix}/{name}", 1) - 1) < len(items):
             yield items[number]
 
-    def wait_for_all(self, name: str) -> None:
+    def barrier(self, name: str) -> None:
         """See ``Ranks``."""
         key = f"{self._prefix}/barrier/{name}"
         self._store.add(key, 1)
@@ -63,8 +63,8 @@ class TorchrunRanks(Ranks):
             time.sleep(0.2)
 
 
-def ranks_of_environment() -> Ranks:
-    """Torchrun's, where it has started this process; else this process alone."""
+def ranks_from_environment() -> Ranks:
+    """The ranks of torchrun if it has started this process; otherwise a single rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
         return TorchrunRanks()
     return Ranks()

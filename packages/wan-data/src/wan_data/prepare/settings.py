@@ -1,11 +1,11 @@
-"""What ``wan-data prepare`` is told, checked in one place."""
+"""The settings of ``wan-data prepare``, validated in one place."""
 
 import dataclasses
 from fractions import Fraction
 from typing import Any
 
 from wan_data.video.buckets import Size, buckets_of_area, check_side
-from wan_data.video.limits import Caps
+from wan_data.video.limits import Limits
 from wan_data.video.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
 
 DEFAULT_AREA = 480 * 832
@@ -17,28 +17,28 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSettings:
-    """Everything that decides the bytes of the shards, besides the input and the model.
+    """The settings that determine the bytes of the shards, together with the sources and the model.
 
     Attributes:
-        mode: ``video``, or ``frames`` for single images out of videos and image files.
-        fps: target rate; exact, so that ``24000/1001`` is possible.
+        mode: ``video``, or ``frames`` for single images from videos and image files.
+        fps: target rate; a fraction, so that ``24000/1001`` is exact.
         windows: ``whole``, ``first`` or ``consecutive`` (see ``windows.plan_windows``).
-        frames: most frames of a window, 4n+1.
-        min_frames: fewest frames of a window, 4n+1.
-        lengths: the only numbers of frames that windows may have, 4n+1 each; instead of the two above.
-        areas: pixels that the aspect buckets aim at, one set of buckets each; a source goes to the largest area that
-            it fills. Ignored with a fixed size.
+        frames: largest number of frames of a window, 4n+1.
+        min_frames: smallest number of frames of a window, 4n+1.
+        lengths: allowed numbers of frames of a window, 4n+1 each; replaces ``frames`` and ``min_frames``.
+        areas: target pixels of the aspect buckets, one set of buckets for each area. A source uses the largest area
+            that it fills. Ignored with a fixed size.
         height, width: one fixed size instead of buckets; both or neither.
         resize_mode: ``bicubic``, ``bilinear`` or ``nearest``.
-        center_crop: keep the aspect ratio and cut the margins; otherwise stretch.
-        allow_upscaling: take sources that are smaller than their bucket.
-        caption_key: the key of captions in their files.
-        max_source_frames, max_source_pixels, max_source_bytes: what is read of a source at most (see ``caps.Caps``).
-        batch_size: windows of one shape that are encoded together; their values depend on it in the last digits.
+        center_crop: keep the aspect ratio and crop the margins; otherwise stretch.
+        allow_upscaling: accept sources that are smaller than their bucket.
+        caption_key: key of the caption in JSON files and listings.
+        max_source_frames, max_source_pixels, max_source_bytes: limits of an accepted source (see ``limits.Limits``).
+        batch_size: number of windows of one shape that are encoded together; it changes the last digits of latents.
         samples_per_shard: samples of a full shard.
         validation_fraction: share of the sources whose samples go to the ``val`` split.
-        dtype: what the encoders compute in; latents and text are stored as float32.
-        text_length: tokens that captions are cut to.
+        dtype: precision of the encoders; latents and text embeddings are stored as float32.
+        text_length: number of tokens that captions are truncated to.
         seed: of the choice of validation sources.
     """
 
@@ -55,9 +55,9 @@ class PrepareSettings:
     center_crop: bool = True
     allow_upscaling: bool = False
     caption_key: str = "caption"
-    max_source_frames: int = Caps.frames
-    max_source_pixels: int = Caps.pixels
-    max_source_bytes: int = Caps.bytes
+    max_source_frames: int = Limits.frames
+    max_source_pixels: int = Limits.pixels
+    max_source_bytes: int = Limits.bytes
     batch_size: int = 1
     samples_per_shard: int = 100
     validation_fraction: float = 0.05
@@ -106,16 +106,16 @@ class PrepareSettings:
         if not self.areas:
             raise ValueError("areas holds none; name at least one")
         self.resolutions()
-        _ = self.caps
+        _ = self.limits
 
     @property
-    def caps(self) -> Caps:
-        """What is read of a source at most."""
-        return Caps(self.max_source_frames, self.max_source_pixels, self.max_source_bytes)
+    def limits(self) -> Limits:
+        """The limits of an accepted source."""
+        return Limits(self.max_source_frames, self.max_source_pixels, self.max_source_bytes)
 
     @property
     def window_lengths(self) -> Lengths:
-        """Frames that a sample may have."""
+        """The allowed lengths of windows."""
         if self.mode == "frames":
             return Lengths(1, 1)
         if self.lengths is not None:
@@ -124,13 +124,13 @@ class PrepareSettings:
         return Lengths(self.min_frames, self.frames)
 
     def resolutions(self) -> tuple[tuple[Size, ...], ...]:
-        """The sizes that sources are resized to: the buckets of each resolution, smallest first."""
+        """The sizes that sources are resized to: the buckets of each area, smallest first."""
         if self.height is not None and self.width is not None:
             return ((Size(self.height, self.width),),)
         return tuple(buckets_of_area(area) for area in sorted(set(self.areas)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values for the manifest."""
+        """The settings as plain JSON values, as the manifest holds them."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in ({**dataclasses.asdict(self), "fps": str(self.fps)}).items()

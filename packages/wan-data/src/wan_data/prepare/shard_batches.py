@@ -1,8 +1,7 @@
-"""What one round of encoding will write: which window goes into which shard, before anything is encoded.
+"""Planning a batch of shards: which windows of which sources go into which shard, before anything is encoded.
 
-A round is fixed in a file first. So shards depend on nothing that happens while they are written: not on the number of
-processes, not on their speed, not on an interruption. Files that are added later make another round with further
-shards.
+The plan is written to a file first. The shards therefore depend neither on the number of processes, nor on their speed,
+nor on an interruption. Files that are added later make another batch, with further shard numbers.
 """
 
 import dataclasses
@@ -13,17 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.probe import PlannedSource, RejectedSource, Verdict
+from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.settings import PrepareSettings
 from wan_model.system.files import write_json
 
-ROUND_NAME = "round.json"
+BATCH_NAME = "round.json"  # the spelling of the first release
 SPLITS = ("train", "val")
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Some windows of one source, by their numbers."""
+class SourceWindows:
+    """A range of the windows of one source, by their numbers."""
 
     source: PlannedSource
     windows: range
@@ -31,36 +30,36 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """A shard to be written.
+    """The content of one shard.
 
     Attributes:
-        number: of the shard, counted over all rounds.
-        split: its split.
-        parts: what it holds, in order.
+        number: of the shard, counted over all batches.
+        split: the split it belongs to.
+        parts: windows of its sources, in order.
     """
 
     number: int
     split: str
-    parts: tuple[Part, ...]
+    parts: tuple[SourceWindows, ...]
 
     @property
     def samples(self) -> int:
-        """How many it will hold."""
+        """The number of samples."""
         return sum(len(part.windows) for part in self.parts)
 
     def windows(self) -> Iterator[tuple[PlannedSource, int]]:
-        """Source and number of each window, in order."""
+        """Source and window number of each sample, in order."""
         return ((part.source, number) for part in self.parts for number in part.windows)
 
 
 @dataclasses.dataclass(frozen=True)
-class Round:
-    """Sources that are encoded together.
+class ShardBatch:
+    """A planned batch of shards: the sources that are encoded together.
 
     Attributes:
-        first_shard: number of the first shard.
-        accepted: with the split of each.
-        rejected: the others.
+        first_shard: number of its first shard.
+        accepted: the sources to encode, each with its split.
+        rejected: the sources that cannot be used.
     """
 
     first_shard: int
@@ -68,32 +67,32 @@ class Round:
     rejected: tuple[RejectedSource, ...]
 
     def shards(self, samples_per_shard: int) -> list[ShardPlan]:
-        """The shards, split by split; the last one of a split may be smaller."""
+        """The content of each shard, split by split; the last shard of a split may hold fewer samples."""
         plans: list[ShardPlan] = []
         for split in SPLITS:
             windows = ((source, i) for source, of in self.accepted if of == split for i in range(len(source.windows)))
-            for batch in _batched(windows, samples_per_shard):
+            for windows_of_shard in _chunks(windows, samples_per_shard):
                 parts = []
-                for _, group in itertools.groupby(batch, key=lambda window: window[0].name):
-                    members = list(group)
-                    parts.append(Part(members[0][0], range(members[0][1], members[-1][1] + 1)))
+                for _, group in itertools.groupby(windows_of_shard, key=lambda window: window[0].name):
+                    (source, first), *others = group
+                    parts.append(SourceWindows(source, range(first, first + 1 + len(others))))
                 plans.append(ShardPlan(self.first_shard + len(plans), split, tuple(parts)))
         return plans
 
     def write(self, folder: Path) -> None:
-        """Fix it in a file."""
+        """Write the plan into the folder of an unfinished preparation."""
         accepted = [{**source.to_dict(), "split": split} for source, split in self.accepted]
         rejected = [dataclasses.asdict(source) for source in self.rejected]
-        write_json(folder / ROUND_NAME, {"first_shard": self.first_shard, "accepted": accepted, "rejected": rejected})
+        write_json(folder / BATCH_NAME, {"first_shard": self.first_shard, "accepted": accepted, "rejected": rejected})
 
     @classmethod
-    def read(cls, folder: Path) -> "Round | None":
-        """The round that is fixed in a folder, if there is one.
+    def read(cls, folder: Path) -> "ShardBatch | None":
+        """The plan in a folder, or None if there is none.
 
         Raises:
             ValueError: the file is damaged.
         """
-        path = folder / ROUND_NAME
+        path = folder / BATCH_NAME
         if not path.is_file():
             return None
         try:
@@ -114,27 +113,27 @@ def _without(value: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: item for name, item in value.items() if name != key}
 
 
-def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
-def make_round(
-    verdicts: Sequence[Verdict], settings: PrepareSettings, *, first_shard: int, known: Mapping[str, str]
-) -> Round:
-    """Give every accepted source its split.
+def plan_shard_batch(
+    results: Sequence[ProbeResult], settings: PrepareSettings, *, first_shard: int, known: Mapping[str, str]
+) -> ShardBatch:
+    """Assign a split to every accepted source.
 
-    A source's split follows from its content and the seed: it is the same whatever lies beside it, so that files which
-    are added later change nothing of those that are there, and files of equal content never stand on both sides. In
-    the first round both splits get at least one source where there are two.
+    The split follows from the source's content and the seed alone. Files that are added later therefore change nothing
+    for the existing ones, and files of equal content are in the same split. In the first batch both splits get at least
+    one source, if there are two.
 
     Args:
-        verdicts: of the examination.
+        results: of probing the sources.
         settings: of the preparation.
-        first_shard: number of the round's first shard.
-        known: splits of the contents (by sha256) that earlier rounds have encoded; empty in the first.
+        first_shard: number of the batch's first shard.
+        known: splits of the contents (by sha256) that earlier batches have encoded; empty in the first batch.
     """
-    accepted = [verdict for verdict in verdicts if isinstance(verdict, PlannedSource)]
+    accepted = [result for result in results if isinstance(result, PlannedSource)]
     draws = {source.sha256: _draw(source.sha256, settings.seed) for source in accepted}
     splits = {
         content: known.get(content) or ("val" if draw < settings.validation_fraction else "train")
@@ -145,44 +144,44 @@ def make_round(
         splits[ranked[0]], splits[ranked[-1]] = "val", "train"
     elif not known and len(splits) == 1:
         splits = dict.fromkeys(splits, "train")
-    return Round(
+    return ShardBatch(
         first_shard,
         tuple((source, splits[source.sha256]) for source in accepted),
-        tuple(verdict for verdict in verdicts if isinstance(verdict, RejectedSource)),
+        tuple(result for result in results if isinstance(result, RejectedSource)),
     )
 
 
 def _draw(content: str, seed: int) -> float:
-    """Evenly spread over [0, 1)."""
+    """A number that is uniform over [0, 1) for random contents."""
     digest = hashlib.sha256(f"{seed}\n{content}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
+# -- encoding tasks ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """Parts of one shard that one process encodes, all of one size; their windows are batched by length.
+class EncodeTask:
+    """Windows of one shard and one frame size that one process encodes, batched by length.
 
     Attributes:
         shard: number of the shard.
-        parts: in the shard's order.
+        parts: in the order of the shard.
     """
 
     shard: int
-    parts: tuple[Part, ...]
+    parts: tuple[SourceWindows, ...]
 
 
-def tasks_of(plan: ShardPlan, batch_size: int) -> list[Task]:
-    """The shard in pieces that fill a batch where there are enough windows of a size."""
+def encode_tasks(plan: ShardPlan, batch_size: int) -> list[EncodeTask]:
+    """Divide a shard into tasks that fill an encoder batch wherever there are enough windows of one size."""
     if batch_size == 1:
-        return [Task(plan.number, (part,)) for part in plan.parts]
-    open_tasks: dict[Any, list[Part]] = {}
-    tasks: list[Task] = []
+        return [EncodeTask(plan.number, (part,)) for part in plan.parts]
+    open_tasks: dict[Any, list[SourceWindows]] = {}
+    tasks: list[EncodeTask] = []
     for part in plan.parts:
-        waiting = open_tasks.setdefault(part.source.size, [])
-        waiting.append(part)
-        if sum(len(one.windows) for one in waiting) >= batch_size:
-            tasks.append(Task(plan.number, tuple(open_tasks.pop(part.source.size))))
-    return tasks + [Task(plan.number, tuple(parts)) for parts in open_tasks.values()]
+        open_parts = open_tasks.setdefault(part.source.size, [])
+        open_parts.append(part)
+        if sum(len(one.windows) for one in open_parts) >= batch_size:
+            tasks.append(EncodeTask(plan.number, tuple(open_tasks.pop(part.source.size))))
+    return tasks + [EncodeTask(plan.number, tuple(parts)) for parts in open_tasks.values()]

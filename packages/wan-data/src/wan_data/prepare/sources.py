@@ -1,4 +1,4 @@
-"""What there is to prepare: the files of a folder, or the rows of a listing with paths and captions."""
+"""Listing the sources of a preparation: the files of a folder, or the rows of a listing of paths and captions."""
 
 import csv
 import dataclasses
@@ -17,13 +17,13 @@ LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One thing to prepare.
+    """A video or image file to prepare.
 
     Attributes:
-        name: what it is called everywhere: its path relative to the input folder, with forward slashes.
-        path: where it lies; None where a listing does not say.
-        caption: of a listing; None where it lies beside the file.
-        problem: why it cannot be used, if that is known already.
+        name: its path relative to the input folder, with forward slashes; messages and the manifest use it.
+        path: the file; None if a row of a listing has no path.
+        caption: the caption of a listing; None if the caption is in a file beside the source.
+        problem: the reason why it cannot be used, if known already.
     """
 
     name: str
@@ -33,10 +33,10 @@ class SourceFile:
 
 
 def files_of_folder(folder: Path, settings: PrepareSettings) -> list[SourceFile]:
-    """Videos under a folder, and images too in ``frames`` mode, in an order that depends on their names only.
+    """The videos under a folder, in ``frames`` mode also the images, sorted by name.
 
     Raises:
-        ValueError: the folder is missing or holds none.
+        ValueError: the folder does not exist or holds no such file.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; expected one with videos and captions")
@@ -57,25 +57,25 @@ def _named(path: Path, folder: Path) -> SourceFile:
     try:
         name.encode()
     except UnicodeEncodeError:
-        # Such a name could not be written down in the manifest.
+        # The manifest, which is JSON in UTF-8, cannot hold such a name.
         readable = name.encode("utf-8", "backslashreplace").decode()
         return SourceFile(readable, path, problem="its name is not valid Unicode; rename it")
     return SourceFile(name, path)
 
 
 def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettings) -> list[SourceFile]:
-    """The rows of a .jsonl, .csv or .parquet file, in an order that depends on their names only.
+    """The rows of a .jsonl, .csv or .parquet file, sorted by name.
 
-    A row has a path under one of the names in ``captions.NAME_KEYS``, relative to ``folder`` or absolute, and the
-    caption under ``settings.caption_key``; other columns are not looked at.
+    A row has a path under one of ``captions.NAME_KEYS``, relative to ``folder`` or absolute, and the caption under
+    ``settings.caption_key``; other columns are ignored.
 
     Args:
         listing: the file.
-        folder: what paths are relative to; the listing's own folder if None.
+        folder: the folder that paths are relative to; the listing's own folder if None.
         settings: of the preparation.
 
     Raises:
-        ValueError: a listing that cannot be read, or has no rows.
+        ValueError: the listing cannot be read, or has no rows.
     """
     if listing.suffix.lower() not in LISTING_SUFFIXES:
         raise ValueError(f"{listing} is no listing; expected a file ending in {', '.join(LISTING_SUFFIXES)}")
@@ -84,18 +84,18 @@ def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettin
     read = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[listing.suffix.lower()]
     folder = listing.parent if folder is None else folder
     sources: dict[str, SourceFile] = {}
-    twice: list[SourceFile] = []
+    repeated: list[SourceFile] = []
     for where, row in read(listing):
         source = _row(where, row, folder, settings)
         if source.name in sources:
-            twice.append(
+            repeated.append(
                 SourceFile(f"{source.name} ({where})", source.path, problem="it is listed twice; keep one row")
             )
         else:
             sources[source.name] = source
     if not sources:
         raise ValueError(f"{listing} has no rows; expected one a video, with its path and its caption")
-    return sorted([*sources.values(), *twice], key=lambda source: source.name)
+    return sorted([*sources.values(), *repeated], key=lambda source: source.name)
 
 
 def _row(where: str, row: Any, folder: Path, settings: PrepareSettings) -> SourceFile:
@@ -163,10 +163,10 @@ def _rows_of_parquet(listing: Path) -> Iterator[tuple[str, Any]]:
 
 
 def caption_of(source: SourceFile, captions: CaptionFinder) -> str:
-    """A source's caption: the listing's, or the one beside the file.
+    """The caption of a source, from the listing or from a file beside it.
 
     Raises:
-        ValueError: there is none, or no single one.
+        ValueError: see ``CaptionFinder.find``.
     """
     if source.caption is not None:
         return source.caption

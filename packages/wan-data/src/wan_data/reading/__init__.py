@@ -1,1 +1,1 @@
-"""From a dataset to packs."""
+"""From a dataset to packed training batches."""

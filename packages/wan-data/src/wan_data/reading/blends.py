@@ -1,4 +1,4 @@
-"""Several datasets as one: a YAML file in the form of Energon's MetadatasetV2, read without building what it names."""
+"""Blends of datasets: YAML files in the form of Energon's MetadatasetV2, read without instantiating their classes."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ _EXPECTED = (
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One dataset's share in a split.
+    """One dataset of a split.
 
     Attributes:
-        name: as the blend spells its path; empty where a dataset is read by itself.
-        folder: of the dataset.
-        split: the dataset's own split.
-        weight: share of the samples that are drawn from it, relative to the other parts' weights.
+        name: its path as the blend spells it; empty if a dataset is read without a blend.
+        folder: folder of the dataset.
+        split: split of that dataset.
+        weight: relative frequency with which samples are drawn from it.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Part:
 
 
 def parts_of(path: str | os.PathLike[str]) -> dict[str, tuple[Part, ...]]:
-    """What each split of a dataset, or of a blend of several, is drawn from.
+    """The datasets of each split of a dataset or blend.
 
     Args:
         path: a dataset's folder, or the YAML file of a blend, whose paths are relative to its folder.
 
     Raises:
-        ValueError: neither of the two, or a dataset whose metadata could run code.
+        ValueError: the path is neither of the two, or the metadata of a dataset could run code.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,10 +73,10 @@ def _parts(path: Path, split: str, value: Any) -> tuple[Part, ...]:
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path}, split {split}: it names no dataset; {_EXPECTED}")
     parts = tuple(_part(path, split, item, weighted=blended) for item in items)
-    places = [(part.folder.resolve(), part.split) for part in parts]
-    for number, place in enumerate(places):
-        if place in places[:number]:
-            raise ValueError(f"{path}, split {split}: {parts[number].name} stands in it twice; add up the weights")
+    datasets = [(part.folder.resolve(), part.split) for part in parts]
+    for number, dataset in enumerate(datasets):
+        if dataset in datasets[:number]:
+            raise ValueError(f"{path}, split {split}: {parts[number].name} is listed twice; add up the weights")
     return parts
 
 
@@ -85,8 +85,8 @@ def _part(path: Path, split: str, value: Any, *, weighted: bool) -> Part:
     if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
         raise ValueError(f"{path}, split {split}: {value!r} names no path; {_EXPECTED}")
     name = value["path"]
-    if strange := sorted(map(str, set(value) - known)):
-        raise ValueError(f"{path}, split {split}, {name}: {', '.join(strange)} cannot be used here; {_EXPECTED}")
+    if unknown := sorted(map(str, set(value) - known)):
+        raise ValueError(f"{path}, split {split}, {name}: {', '.join(unknown)} cannot be used here; {_EXPECTED}")
     weight, own = value.get("weight", 1.0), value.get("split_part", split)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise ValueError(f"{path}, split {split}, {name}: its weight is {weight!r}; it must be a positive number")

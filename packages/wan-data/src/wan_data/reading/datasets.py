@@ -1,4 +1,4 @@
-"""Opening a dataset, or a blend of several, for reading: what it holds, checked before Energon sees any of it."""
+"""Opening a dataset or a blend for reading: its files are validated before Energon reads them."""
 
 import dataclasses
 import hashlib
@@ -20,13 +20,13 @@ from wan_model.weights.model_folder import resolve_folder
 
 @dataclasses.dataclass(frozen=True)
 class OpenPart:
-    """A part of a split whose metadata are safe and whose shards are all there.
+    """A dataset of a split with validated metadata and complete shards.
 
     Attributes:
-        part: which.
-        samples: of the split.
+        part: the dataset and its split.
+        samples: number of samples of the split.
         manifest: None for shards of NVIDIA's own script.
-        fingerprint: which samples lie at which index: a loader's state speaks of indices.
+        fingerprint: identifies the order of samples, because the state of a loader refers to samples by index.
     """
 
     part: Part
@@ -36,25 +36,26 @@ class OpenPart:
 
 
 def splits(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Samples of each split of a dataset, or of a blend of several; empty splits are left out.
+    """Number of samples of each split of a dataset or blend; empty splits are omitted.
 
     Raises:
-        ValueError: it is no dataset, or its metadata could run code.
+        ValueError: the path is no dataset, or its metadata could run code.
     """
     totals = {name: sum(_samples(part) for part in parts) for name, parts in parts_of(path).items()}
     return {name: total for name, total in totals.items() if total}
 
 
 def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = None) -> LatentSpec:
-    """The latent space of a dataset, from its own metadata; of a blend, that of all its datasets.
+    """The latent space of a dataset, from its manifest; for a blend, that of all its datasets.
 
     Args:
         path: a dataset's folder, or the YAML file of a blend.
-        encoded_by: the model (folder or hub id) that the shards were encoded with, for datasets that do not say:
-            those of NVIDIA's own script.
+        encoded_by: the model (folder or hub id) that the shards were encoded with; needed for datasets without a
+            manifest, which are those of NVIDIA's own script.
 
     Raises:
-        ValueError: it does not say, is incomplete, or is of another space than ``encoded_by`` or the blend's others.
+        ValueError: ``encoded_by`` is None for a dataset without a manifest, a dataset is incomplete, or the latent
+            spaces of the datasets and of ``encoded_by`` differ.
     """
     folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
     named = []
@@ -73,10 +74,10 @@ def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = N
 
 
 def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
-    """The parts of a split.
+    """Open the datasets of a split.
 
     Raises:
-        ValueError: there is no such split, or a dataset is damaged, unsafe or of another latent space.
+        ValueError: there is no such split, or a dataset is damaged or unsafe.
     """
     parts = parts_of(path)
     available = splits(path)
@@ -92,10 +93,10 @@ def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
 
 
 def common_latent_spec(parts: Sequence[OpenPart]) -> LatentSpec | None:
-    """The latent space of the parts; None where none of them says.
+    """The latent space of the datasets; None if none of them has a manifest.
 
     Raises:
-        ValueError: they are of several.
+        ValueError: the datasets have different latent spaces.
     """
     specs = [
         (f"the dataset in {one.part.folder}", one.manifest.latent_spec) for one in parts if one.manifest is not None
@@ -104,15 +105,15 @@ def common_latent_spec(parts: Sequence[OpenPart]) -> LatentSpec | None:
 
 
 def check_sizes(parts: Sequence[OpenPart], usable: int, patch_size: PatchSize) -> None:
-    """Every sample fits into a pack, as far as the manifests say.
+    """Check that every sample of datasets with a manifest fits into a pack.
 
     Args:
-        parts: of a split.
-        usable: tokens that samples may fill of a pack.
+        parts: the datasets of a split.
+        usable: tokens of a pack without padding.
         patch_size: latent positions (frames, rows, columns) of a token.
 
     Raises:
-        ValueError: one does not.
+        ValueError: a sample does not fit.
     """
     for one in parts:
         for shape in one.manifest.shapes if one.manifest else ():

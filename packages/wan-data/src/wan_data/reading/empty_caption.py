@@ -1,4 +1,4 @@
-"""The embedding of the empty caption, which stands beside the shards: training puts it where it drops a caption."""
+"""The text embedding of the empty caption, stored beside the shards: training uses it for dropped captions."""
 
 import hashlib
 import os
@@ -12,27 +12,26 @@ from torch import Tensor
 
 from wan_data.reading.blends import parts_of
 from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
-from wan_model.system.files import atomic_write
+from wan_model.system.files import write_bytes
 
 EMPTY_CAPTION_NAME = "empty-caption.safetensors"
 _KEY = "text"
 
 
 def write_empty_caption(folder: Path, text: Float[Tensor, "L D"]) -> str:
-    """Write it into a dataset's folder; returns the file's sha256."""
+    """Write the embedding into a dataset's folder; returns the sha256 of the file."""
     data = save({_KEY: text.float().contiguous()})
-    with atomic_write(folder / EMPTY_CAPTION_NAME) as file:
-        file.write(data)
+    write_bytes(folder / EMPTY_CAPTION_NAME, data)
     return hashlib.sha256(data).hexdigest()
 
 
 def read_empty_caption(path: str | os.PathLike[str]) -> Float[Tensor, "L D"]:
-    """The embedding of the empty caption of a dataset; of a blend, that of the first dataset that has one.
+    """Read the embedding of the empty caption of a dataset; for a blend, that of the first dataset that has one.
 
-    The datasets of a blend are of one text encoder, so their embeddings are the same.
+    The datasets of a blend have the same text encoder, so their embeddings are equal.
 
     Raises:
-        ValueError: there is none, or the file is not what the manifest says.
+        ValueError: there is none, or the digest of the file differs from that of the manifest.
     """
     folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
     for folder in folders:
@@ -40,7 +39,7 @@ def read_empty_caption(path: str | os.PathLike[str]) -> Float[Tensor, "L D"]:
         if digest is not None:
             return _read(folder / EMPTY_CAPTION_NAME, digest)
     raise ValueError(
-        f"{path} holds no embedding of the empty caption, which takes the place of captions that are dropped; "
+        f"{path} holds no embedding of the empty caption, which replaces dropped captions; "
         "run wan-data prepare again with the same arguments, which adds it, or drop no captions"
     )
 

@@ -1,6 +1,6 @@
-"""Packs of latents for training: Energon's loader with exact resume, in plain values.
+"""The loader of packed training batches: Energon's loader with an exact resume from plain JSON values.
 
-Nothing here needs torch.distributed, a GPU or Megatron-Core: the caller says which data-parallel rank it is.
+It needs neither torch.distributed nor a GPU nor Megatron-Core: the caller passes the data-parallel rank.
 """
 
 import dataclasses
@@ -21,27 +21,29 @@ from wan_data.reading.task_encoder import PART, PackEncoder, settings_of
 from wan_model.pack import LatentPack
 
 STATE_VERSION = 1
-# Samples are drawn from at most this many runs of neighbours, which bounds the state: a state lists them.
+# Samples are drawn from at most this many sequences of neighbours, because a state lists all sequences.
 _MOST_SEQUENCES = 20_000
 _PREFETCH = 2
+# A worker imports torch first, which takes a minute on a busy machine.
+_WORKER_TIMEOUT = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
-    """What to load and how to pack it.
+    """The dataset to load and how to pack it.
 
     Attributes:
         path: the dataset's folder, or the YAML file of a blend of several (see ``wan_data.reading.blends``).
         capacity: tokens of a pack, padding included.
-        split: ``train`` is read without end in random order; any other split once, in order.
+        split: ``train`` is an endless stream in random order; any other split is read once, in order.
         text_length: tokens that texts are zero-padded to.
         patch_size: latent positions (frames, rows, columns) of a token.
         pad_multiple: packs are padded to a multiple of this many tokens (tensor and context parallelism).
-        packing_buffer: samples looked at together when packing; at most a worker's share of the split is. Those of the
-            emptiest packs are looked at again with the next ones, so a sample comes at most one buffer late.
-        shuffle_buffer: samples mixed among each other, where a worker's share is too large to be permuted one by one.
-            Epochs then run into each other a little; without it every sample comes exactly once an epoch.
-        num_workers: processes that read; 0 reads here.
+        packing_buffer: number of samples that are packed together, limited to a worker's share of the split. Samples
+            of the emptiest packs are carried over to the next buffer once, so a sample is at most one buffer late.
+        shuffle_buffer: number of samples that are shuffled among each other if a worker's share is too large to permute
+            single samples. Consecutive epochs then overlap; without it every sample is drawn exactly once per epoch.
+        num_workers: reader processes; 0 reads in this process.
         seed: of the order.
     """
 
@@ -58,19 +60,19 @@ class LoaderConfig:
 
 
 class PackLoader:
-    """Packs of one data-parallel rank.
+    """Iterates over the packs of one data-parallel rank.
 
-    Ranks of one tensor-, pipeline- or context-parallel group pass the same ``rank`` and see identical packs; different
-    ranks see different samples of each epoch. The order depends on the seed, the rank, the world size and the number
-    of workers alone.
+    Ranks of one tensor-, pipeline- or context-parallel group pass the same ``rank`` and get identical packs; different
+    ranks get different samples of each epoch. The order depends only on the seed, the rank, the world size and the
+    number of workers.
 
     Args:
-        config: what to load.
+        config: the dataset and the packing.
         rank, world_size: of data parallelism.
 
     Raises:
-        ValueError: a dataset that is missing, damaged, unsafe, or too small for this many ranks and workers, or samples
-            that no pack can hold.
+        ValueError: the dataset is missing, damaged, unsafe, or too small for the number of ranks and workers, or a
+            sample does not fit into a pack.
     """
 
     def __init__(self, config: LoaderConfig, *, rank: int, world_size: int) -> None:
@@ -93,7 +95,7 @@ class PackLoader:
             pad_multiple=config.pad_multiple,
             seed=config.seed,
             spec=common_latent_spec(self._parts),
-            # Where a buffer holds an epoch, what waits would come in the next one.
+            # If a buffer holds an epoch, samples that are carried over would be in the next epoch.
             carry=config.packing_buffer < self._share,
         )
         self._workers = WorkerConfig(
@@ -101,10 +103,10 @@ class PackLoader:
             world_size=world_size,
             num_workers=config.num_workers,
             seed_offset=config.seed,
-            global_error_handler=reraise_exception,  # the default logs a bad sample and goes on without it
+            global_error_handler=reraise_exception,  # the default logs an invalid sample and skips it
         )
         for one in self._parts if self._endless else ():
-            # One without a share would leave its weight to the others.
+            # A reader without samples of a dataset would draw from the others only.
             if one.samples < self._readers:
                 raise ValueError(
                     f"{one.part.folder} has {one.samples} training samples for {world_size} ranks of "
@@ -124,7 +126,7 @@ class PackLoader:
             "packing_buffer_size": max(1, min(self.config.packing_buffer, self._share)),
         }
         if self._endless:
-            # Where each sample is drawn by itself an epoch is a full permutation, and a buffer would only mix epochs.
+            # If single samples are drawn, an epoch is a full permutation, and a buffer would only mix epochs.
             drawn_singly = all(self._run_length(one) == 1 for one in self._parts)
             dataset = self._encoder.build_train_datasets(
                 datasets=[self._open(one) for one in self._parts],
@@ -136,7 +138,7 @@ class PackLoader:
             dataset = self._encoder.build_val_datasets(datasets=[self._open(one) for one in self._parts], **common)
         loader = get_savable_loader(
             dataset,
-            # A checkpoint a pack: the state is then that of the last pack drawn, and a resume skips nothing.
+            # A state for every pack, so that a resume starts right after the last pack that was drawn.
             checkpoint_every_sec=0,
             checkpoint_every_min_n_samples=1,
             n_checkpoints=_PREFETCH * max(1, self.config.num_workers) + 2,
@@ -145,7 +147,7 @@ class PackLoader:
             watchdog_timeout_seconds=None,
         )
         loader.pin_memory = False
-        # torch draws a seed for each iterator; from the global generator, if none is given.
+        # torch draws a seed for each iterator, by default from the global generator.
         loader.generator = torch.Generator().manual_seed(self.config.seed)
         return loader
 
@@ -174,7 +176,7 @@ class PackLoader:
         return self._loader
 
     def __iter__(self) -> Iterator[LatentPack]:
-        """``train``: one endless iterator, the same one each time; other splits: a new pass each time."""
+        """For ``train`` always the same endless iterator; for other splits a new pass over the split."""
         if not self._endless:
             return self._draw(self._build())
         if self._packs is None:
@@ -183,12 +185,12 @@ class PackLoader:
 
     @staticmethod
     def _draw(loader: Any) -> Iterator[LatentPack]:
-        # A generator function, because Energon's workers must not be asked for before the first pack: from iter() on
-        # it waits for the state of workers that are not there yet.
+        # A generator function, so that iter() of Energon's loader is called with the first pack: from then on its state
+        # is that of the workers, which have to be started.
         for sample in loader:
             yield sample.pack
 
-    def _place(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         return {
             "state_version": STATE_VERSION,
             "energon": energon_version,
@@ -203,41 +205,41 @@ class PackLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values from which ``load_state_dict`` continues with the very next pack.
+        """The state as plain JSON values; ``load_state_dict`` continues with the next pack.
 
         Raises:
-            ValueError: the split is read once and in order; such a pass is begun anew instead.
+            ValueError: the split is read once and in order, which has no state.
         """
         if not self._endless:
             raise ValueError(f"the split {self.config.split!r} has no state: each iteration is a whole pass")
-        return {**self._place(), "state": to_plain(self._saved())}
+        return {**self._identity(), "state": to_plain(self._saved())}
 
     def _saved(self) -> Any:
-        # A worker answers from the moment its command thread runs, which may be before it has taken up its own state;
-        # Energon 7.4.1 then hands out no state and a count of samples to skip that is one too high. Ask again.
-        deadline = time.monotonic() + 60
+        # A worker responds as soon as its command thread runs, which may be before it has restored its own state.
+        # Energon 7.4.1 then returns no state and a count of samples to skip that is one too high, so repeat.
+        deadline = time.monotonic() + _WORKER_TIMEOUT
         while True:
             saved = self._current().save_state_rank()
             workers = saved.worker_states if saved is not None and self.config.num_workers else ()
             if all(worker.state is not None for worker in workers):
                 return saved
             if time.monotonic() > deadline:
-                raise RuntimeError("a worker of the loader has not started after 60 s; its state cannot be saved")
+                raise RuntimeError("a worker of the loader has not started after 10 minutes; its state cannot be saved")
             time.sleep(0.01)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state_dict`` was called; before the iteration starts.
+        """Continue after the pack at which ``state_dict`` was called; call it before the iteration starts.
 
         Raises:
-            ValueError: it has started, or the state is of another dataset, configuration or place.
+            ValueError: the iteration has started, or the state is of another dataset, configuration or rank.
         """
         if self._packs is not None or not self._endless:
             raise ValueError("a loader's state is loaded before its iteration starts, and for the train split only")
-        here = self._place()
-        if missing := sorted({*here, "state"} - set(state)):
+        own = self._identity()
+        if missing := sorted({*own, "state"} - set(state)):
             raise ValueError(f"the loader's state has no {', '.join(missing)}; expected what state_dict returned")
         if differing := [
-            f"{name} {state[name]!r} instead of {here[name]!r}" for name in here if state[name] != here[name]
+            f"{name} {state[name]!r} instead of {own[name]!r}" for name in own if state[name] != own[name]
         ]:
             raise ValueError(
                 f"the loader's state is of another run: {', '.join(differing)}; "

@@ -1,7 +1,7 @@
-"""Energon's loader state as plain JSON values and back, by an exact list of types: no pickle in a checkpoint.
+"""Conversion of Energon's loader state to plain JSON values and back, so that a checkpoint needs no pickle.
 
-Energon hands out dataclasses with bytes, tuples, tensors and arrays in them. Each such value becomes an object with a
-single key that begins with ``$``; everything else stays what it is in JSON.
+The state consists of dataclasses with bytes, tuples, tensors and arrays. Each value of these types becomes an object
+with a single key that begins with ``$``; other values are JSON already. Only the listed types are allowed.
 """
 
 import base64
@@ -27,10 +27,10 @@ def _text(data: bytes) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Plain values for a state.
+    """Convert a state to plain values.
 
     Raises:
-        TypeError: it holds a type that is not on the list: Energon has changed.
+        TypeError: the state holds a type that is not on the list, because Energon has changed.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -42,7 +42,7 @@ def to_plain(value: Any) -> Any:
         return {"$tuple": [to_plain(item) for item in value]}
     if type(value) in (dict, FlexState):
         if any(type(key) is not str or key.startswith("$") for key in value):
-            raise TypeError(f"the loader's state has the keys {list(value)}, which cannot be written down")
+            raise TypeError(f"the loader's state has the keys {list(value)}, which cannot be saved")
         fields = {key: to_plain(item) for key, item in value.items()}
         return {"$flex": fields} if type(value) is FlexState else fields
     if isinstance(value, bytes):
@@ -54,14 +54,14 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and _STATES.get(type(value).__name__) is type(value):
         fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"$state": [type(value).__name__, fields]}
-    raise TypeError(f"the loader's state holds a {type(value).__name__}, which cannot be written down")
+    raise TypeError(f"the loader's state holds a {type(value).__name__}, which cannot be saved")
 
 
 def from_plain(value: Any) -> Any:
-    """The state that ``to_plain`` wrote down.
+    """Inverse of ``to_plain``.
 
     Raises:
-        ValueError: it is nothing that ``to_plain`` writes.
+        ValueError: the value is not a result of ``to_plain``.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value

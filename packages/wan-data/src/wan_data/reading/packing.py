@@ -1,11 +1,11 @@
-"""Which samples share a pack: bin packing by tokens, as a pure function of lengths."""
+"""Bin packing of samples by tokens, as pure functions of lengths."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from wan_model.config import PatchSize
 
-# A pack that is this full is given out at once.
+# A pack with this share of the capacity is emitted at once.
 _FULL = 0.95
 
 
@@ -16,49 +16,49 @@ def latent_tokens(shape: Sequence[int], patch_size: PatchSize = (1, 2, 2)) -> in
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest sample first, each into the fullest pack that still takes it.
+    """Best-fit decreasing: the longest sample first, each into the fullest pack in which it fits.
 
     Args:
         lengths: tokens of each sample.
         capacity: tokens of a pack.
 
     Returns:
-        Indices into ``lengths``, a list a pack; every index exactly once.
+        Indices into ``lengths``, one list per pack; every index exactly once.
 
     Raises:
-        ValueError: a length that is not positive or exceeds the capacity.
+        ValueError: a length is not positive or exceeds the capacity.
     """
     for index, length in enumerate(lengths):
         if not 0 < length <= capacity:
             raise ValueError(f"sample {index} has {length} tokens; a pack takes 1 to {capacity}")
     packs: list[list[int]] = []
-    room: list[int] = []
-    # Equal lengths stay in their order, so that the result depends on nothing but the arguments.
+    free: list[int] = []
+    # Equal lengths keep their order, so that the result depends on the arguments only.
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
-        fitting = [(space, pack) for pack, space in enumerate(room) if space >= length]
+        fitting = [(space, pack) for pack, space in enumerate(free) if space >= length]
         if fitting:
             _, pack = min(fitting)
             packs[pack].append(index)
-            room[pack] -= length
+            free[pack] -= length
         else:
             packs.append([index])
-            room.append(capacity - length)
+            free.append(capacity - length)
     return packs
 
 
 def full_packs(lengths: Sequence[int], capacity: int, carried: int) -> tuple[list[list[int]], list[int]]:
-    """``best_fit``, but for the emptiest packs, whose samples are better looked at again with the next ones.
+    """The fullest packs of ``best_fit``; the samples of the emptiest packs are carried over to the next buffer.
 
-    At least half of the packs are given out, and a sample is kept back at most once: it comes at most one buffer late.
+    At least half of the packs are emitted. A sample is carried over at most once, so it is at most one buffer late.
 
     Args:
-        lengths: tokens of each sample; those that were kept back before stand first.
+        lengths: tokens of each sample; samples that were carried over come first.
         capacity: tokens of a pack.
-        carried: how many those are.
+        carried: number of samples that were carried over.
 
     Returns:
-        The packs as indices, fullest first, and the indices that are kept back.
+        The packs as indices, fullest first, and the indices of the samples to carry over.
 
     Raises:
         ValueError: see ``best_fit``.
@@ -76,10 +76,10 @@ def full_packs(lengths: Sequence[int], capacity: int, carried: int) -> tuple[lis
 
 
 def usable_capacity(capacity: int, multiple: int) -> int:
-    """Tokens that samples may fill so that the pack, padded to a multiple, stays within the capacity.
+    """The tokens that samples may fill so that the padded pack does not exceed the capacity.
 
     Raises:
-        ValueError: no padded pack fits.
+        ValueError: no padded pack fits the capacity.
     """
     if multiple < 1:
         raise ValueError(f"packs cannot be padded to a multiple of {multiple}; it must be at least 1")
@@ -91,14 +91,14 @@ def usable_capacity(capacity: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """How full packs are.
+    """Packing efficiency.
 
     Attributes:
-        packs: how many were counted.
-        samples: samples in them.
+        packs: number of packs.
+        samples: number of samples.
         valid: tokens of samples.
-        total: tokens computed, padding included.
-        capacity: tokens that as many full packs hold.
+        total: tokens including padding.
+        capacity: tokens of as many full packs.
     """
 
     packs: int
@@ -109,22 +109,22 @@ class Efficiency:
 
     @property
     def fill(self) -> float:
-        """Share of the capacity that samples fill, 0 to 1."""
+        """Valid tokens as a share of the capacity, 0 to 1."""
         return self.valid / self.capacity if self.capacity else 0.0
 
     @property
     def useful(self) -> float:
-        """Share of the computed tokens that belong to samples, 0 to 1."""
+        """Valid tokens as a share of the total, 0 to 1."""
         return self.valid / self.total if self.total else 0.0
 
 
 def efficiency(packs: Sequence[Sequence[int]], capacity: int, multiple: int = 1) -> Efficiency:
-    """How full packs are.
+    """Compute the packing efficiency.
 
     Args:
         packs: tokens of the samples of each pack.
         capacity: tokens of a pack, padding included.
-        multiple: what packs are padded to.
+        multiple: packs are padded to a multiple of this many tokens.
     """
     sums = [sum(pack) for pack in packs]
     return Efficiency(

@@ -1,4 +1,4 @@
-"""What Energon does with each sample: decode without running code, check, choose packs, pack.
+"""Energon's task encoder: decode samples without running code, check them, choose packs, pack.
 
 L text tokens, D text width; a latent is [C, F, H, W].
 """
@@ -23,7 +23,7 @@ from wan_model.config import PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.pack import LatentPack, latent_grid, pack_latents
 
-PART = "part"  # the subflavor that names a sample's dataset in a blend; empty where there is one dataset
+PART = "part"  # the subflavor that names a sample's dataset in a blend; empty without a blend
 _READERS = {"json": info_from_json, "pickle": text_from_pickle, "pth": latent_from_pth}
 
 
@@ -33,9 +33,9 @@ class LatentSample(Sample):
 
     Attributes:
         latent: normalised latent [C, F, H, W].
-        text: text embedding [L, D] of true length.
-        tokens: tokens of the latent.
-        name: its key; in a blend, its dataset's name before it.
+        text: text embedding [L, D] without padding.
+        tokens: number of tokens of the latent.
+        name: its key; in a blend, preceded by the name of its dataset.
     """
 
     latent: Tensor
@@ -46,21 +46,21 @@ class LatentSample(Sample):
 
 @edataclass
 class PackedSample(Sample):
-    """Samples laid end to end."""
+    """A pack of samples."""
 
     pack: LatentPack
 
 
-def _place(sample: Mapping[str, Any]) -> str:
+def _location(sample: Mapping[str, Any]) -> str:
     source = sample["__sources__"][0]
     return f"shard {source.dataset_path / source.shard_name}, sample {sample['__key__']}"
 
 
 class SafeDecoder(FileStoreDecoder):
-    """Replaces Energon's decoder, which unpickles what shards hold."""
+    """Replaces Energon's decoder, which unpickles members of shards."""
 
     def decode(self, fname: str, raw: bytes) -> Any:
-        """One member by its name; ``raw`` is its bytes."""
+        """Decode one member; ``raw`` is its bytes."""
         kind = fname.rpartition(".")[2]
         if kind not in _READERS:
             raise RefusedMember(f"{fname} is no member of this format; expected {', '.join(MEMBERS)}")
@@ -70,7 +70,7 @@ class SafeDecoder(FileStoreDecoder):
             raise RefusedMember(f"member {fname} is refused: {error}") from None
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """All members of a sample.
+        """Decode all members of a sample.
 
         Raises:
             RefusedMember: naming shard, key and member.
@@ -83,16 +83,19 @@ class SafeDecoder(FileStoreDecoder):
             if missing := [name for name in MEMBERS if name not in decoded]:
                 raise RefusedMember(f"it has no {' and no '.join(missing)}")
         except RefusedMember as error:
-            raise RefusedMember(f"{_place(sample)}: {error}") from None
+            raise RefusedMember(f"{_location(sample)}: {error}") from None
         return decoded
 
     def config(self) -> dict[str, Any]:
-        """What distinguishes this decoder, for Energon."""
+        """The configuration by which Energon distinguishes decoders."""
         return {"decoder": "wan_data"}
 
 
 class _CarryingPackingDataset(PackingDataset):
-    """Energon's, which may also keep samples back for its next buffer; they are saved and restored with it."""
+    """Energon's packing dataset, with samples that are carried over to the next buffer and saved with its state.
+
+    A saved state holds the names of this class and of ``_carried``; renaming them breaks the resume of older runs.
+    """
 
     _savable_fields = (*PackingDataset._savable_fields, "_carried")
 
@@ -105,15 +108,15 @@ class _CarryingPackingDataset(PackingDataset):
         self._carried = 0
 
     def _fill_reading_buffer(self, source_iter: Iterator[Any], log_progress: bool = False) -> bool:
-        del log_progress  # Energon draws a bar on standard error for every worker's first buffer
+        del log_progress  # Energon shows a progress bar for every worker's first buffer
         filled = bool(super()._fill_reading_buffer(source_iter, False))
         self._exhausted = not filled
         return filled
 
     def _pre_pack(self, samples: list[LatentSample]) -> list[list[LatentSample]]:
-        # Called when Energon has emptied its reading buffer: what goes back in stands before what is read next.
-        keep = self._encoder.carry and not self._exhausted
-        carried = self._carried if keep else len(samples)
+        # Called when Energon has emptied its reading buffer: samples that are carried over precede those read next.
+        may_carry = self._encoder.carry and not self._exhausted
+        carried = self._carried if may_carry else len(samples)
         packs, rest = self._encoder.choose_packs(samples, carried)
         for sample in rest:
             self._reading_buffer.append(sample)
@@ -122,16 +125,16 @@ class _CarryingPackingDataset(PackingDataset):
 
 
 class PackEncoder(TaskEncoder):
-    """Samples of a dataset to ``PackedSample`` batches.
+    """Turns the samples of a dataset into ``PackedSample`` batches.
 
     Args:
         capacity: tokens of a pack, padding included.
         patch_size: latent positions (frames, rows, columns) of a token.
         text_length: tokens that texts are padded to.
-        pad_multiple: packs are padded to a multiple of this.
+        pad_multiple: packs are padded to a multiple of this many tokens.
         seed: of the order of packs.
-        spec: the dataset's latent space, if it says.
-        carry: samples that would fill a pack badly may wait for the next buffer.
+        spec: the latent space of the dataset, if known.
+        carry: carry samples of the emptiest packs over to the next buffer.
     """
 
     decoder = SafeDecoder()
@@ -156,7 +159,7 @@ class PackEncoder(TaskEncoder):
         """Check a decoded sample.
 
         Raises:
-            ValueError: it does not fit the model or the pack; the message names shard and key.
+            ValueError: the sample does not fit the model or the pack; the message names shard and key.
         """
         key = str(sample["__key__"])
         part = (sample["__subflavors__"] or {}).get(PART)
@@ -183,8 +186,8 @@ class PackEncoder(TaskEncoder):
                     "fewer frames or a smaller size"
                 )
         except ValueError as error:
-            raise ValueError(f"{_place(sample)}: {error}") from None
-        # The recipe's own shards may hold half precision; the order of operations here is fp32 throughout.
+            raise ValueError(f"{_location(sample)}: {error}") from None
+        # Shards of NVIDIA's recipe may hold half precision; all computation here is fp32.
         return LatentSample(
             **basic_sample_keys(sample),
             latent=latent.float(),
@@ -196,18 +199,18 @@ class PackEncoder(TaskEncoder):
     def choose_packs(
         self, samples: Sequence[LatentSample], carried: int
     ) -> tuple[list[list[LatentSample]], list[LatentSample]]:
-        """Group a buffer of samples; the order of the packs is drawn, or full packs would always come first.
+        """Group a buffer of samples into packs, in random order, because ``full_packs`` sorts them by fill.
 
         Args:
-            samples: a buffer; those that were kept back before stand first.
-            carried: how many those are.
+            samples: a buffer; samples that were carried over come first.
+            carried: number of samples that were carried over.
 
         Returns:
-            The groups, and the samples that are kept back.
+            The groups, and the samples to carry over.
         """
         capacity = usable_capacity(self.capacity, self.pad_multiple)
         packs, rest = full_packs([sample.tokens for sample in samples], capacity, carried)
-        # Seeded by what is packed: needs no state, and differs from buffer to buffer and from rank to rank.
+        # Seeded by the keys of the buffer: this needs no state, and differs between buffers and ranks.
         keys = "\n".join(f"{sample.__key__} {sample.name}" for sample in samples)
         digest = hashlib.sha256(f"{self.seed}\n{keys}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -216,7 +219,7 @@ class PackEncoder(TaskEncoder):
 
     @stateless
     def pack_selected_samples(self, samples: Sequence[LatentSample]) -> PackedSample:
-        """Lay a group end to end."""
+        """Concatenate a group of samples."""
         pack = pack_latents(
             [sample.latent for sample in samples],
             [sample.text for sample in samples],
@@ -236,7 +239,7 @@ class PackEncoder(TaskEncoder):
         packing_buffer_size: int | None = None,
         worker_config: WorkerConfig,
     ) -> SavableDataset:
-        """Called by Energon: a pack is the batch."""
+        """Called by Energon; a batch is one pack."""
         assert batch_size is None
         assert not batch_drop_last
         assert packing_buffer_size is not None
@@ -251,7 +254,7 @@ class PackEncoder(TaskEncoder):
 
 
 def settings_of(encoder: PackEncoder) -> dict[str, Any]:
-    """What decides the packs, as plain values, for comparison on resume."""
+    """The settings that determine the packs, as plain values, which are compared on resume."""
     values = {name: getattr(encoder, name) for name in ("capacity", "text_length", "pad_multiple", "seed", "carry")}
     return {**values, "patch_size": list(encoder.patch_size)}
 

@@ -1,1 +1,1 @@
-"""The bytes on disk."""
+"""The files of a dataset: shards, manifest and Energon metadata."""

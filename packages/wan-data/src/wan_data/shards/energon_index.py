@@ -1,58 +1,97 @@
-"""Energon's index of the shards, made by its own parts in this process.
+"""Energon's index of the shards: a file of offsets beside each shard, and one database of all samples.
 
-Energon's ``prepare_dataset`` forks workers. They outlive a preparation that is killed, and a fork of a process with
-threads may hang.
+Energon's own ``prepare_dataset`` is not used: it forks workers, which outlive a preparation that is killed, and forking
+a process with threads may hang. It also renames files that are not yet flushed to the disk, and skips a shard that it
+cannot read.
 """
 
 import contextlib
 import errno
-import itertools
-from collections.abc import Sequence
+import struct
+import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from wan_data.shards.writer import ShardRecord
-from wan_model.system.files import atomic_path
+from wan_model.system.files import atomic_path, naming, write_bytes
 
 INDEX_NAME = "index.sqlite"
-_ROWS = 4096  # written at once
+OFFSETS_SUFFIX = ".idx"
 
 
 def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None:
-    """Write each shard's ``.idx`` and the database of all samples, which takes its name when it is whole.
+    """Write the ``.idx`` file of each shard and the database of all samples.
 
     Args:
-        folder: the dataset's.
-        meta: its folder of metadata.
-        shards: in their order.
+        folder: folder of the dataset.
+        meta: its metadata folder.
+        shards: all shards, in order.
 
     Raises:
-        OSError: a file cannot be written, or a shard holds other samples than its record says.
+        OSError: a file cannot be written, or a shard holds another number of samples than its record says.
     """
     from megatron.energon.epathlib import EPath
-    from megatron.energon.flavors.webdataset.prepare import (
-        IndexShardInfo,
-        SqliteIndexWriterAggregator,
-        WebdatasetPreparator,
-    )
+    from megatron.energon.flavors.webdataset.indexing import SqliteIndexWriter
+    from megatron.energon.flavors.webdataset.prepare import IndexSample, IndexSamplePart
 
-    places = {shard.name: number for number, shard in enumerate(shards)}
     with atomic_path(meta / INDEX_NAME) as partial:
-        # A killed process may have left them.
-        for left in (partial, *meta.glob(f"{INDEX_NAME}*-journal")):
-            left.unlink(missing_ok=True)
-        index: Any = SqliteIndexWriterAggregator(EPath(partial), total_tasks=len(shards))
-        index.on_start(None)
-        with contextlib.closing(index.writer.db):
-            for shard in shards:
-                rows = WebdatasetPreparator._preprocess_tar(
-                    shard.name, shard_to_idx=places, parent_path=EPath(folder), max_parts=50
+        # A killed process may have left these files.
+        for leftover in (partial, *meta.glob(f"{INDEX_NAME}*-journal")):
+            leftover.unlink(missing_ok=True)
+        database: Any = SqliteIndexWriter(EPath(partial))
+        with contextlib.closing(database.db):
+            for number, shard in enumerate(shards):
+                samples, end = _samples_of(folder / shard.name)
+                if len(samples) != shard.samples:
+                    reason = f"it holds {len(samples)} samples instead of {shard.samples}"
+                    raise OSError(errno.EIO, reason, str(folder / shard.name))
+                offsets = [members[0].offset for _, members in samples] + [end]
+                content = struct.pack(f"<{len(offsets)}Q", *offsets)
+                write_bytes(folder / (shard.name + OFFSETS_SUFFIX), content)
+                database.append_samples(
+                    [
+                        IndexSample(
+                            tar_file_id=number,
+                            sample_key=key,
+                            sample_index=index,
+                            byte_offset=offsets[index],
+                            byte_size=offsets[index + 1] - offsets[index],
+                        )
+                        for index, (key, _) in enumerate(samples)
+                    ]
                 )
-                while batch := list(itertools.islice(rows, _ROWS)):
-                    last = batch[-1]
-                    # Energon logs what goes wrong and goes on with no samples.
-                    if isinstance(last, IndexShardInfo) and last.shard_info.count != shard.samples:
-                        found = f"{last.shard_info.count} samples instead of {shard.samples}"
-                        raise OSError(errno.EIO, f"Energon finds {found} in it", str(folder / shard.name))
-                    index.on_item(batch, None)
-            index.on_finish(None)
+                database.append_parts(
+                    [
+                        IndexSamplePart(
+                            tar_file_id=number,
+                            sample_index=index,
+                            part_name=member.name.partition(".")[2],
+                            content_byte_offset=member.offset_data,
+                            content_byte_size=member.size,
+                        )
+                        for index, (_, members) in enumerate(samples)
+                        for member in members
+                    ]
+                )
+            database.close()
+
+
+def _samples_of(shard: Path) -> tuple[list[tuple[str, list[tarfile.TarInfo]]], int]:
+    """The members of each sample, by key, and the offset of the end of the last member."""
+    samples: list[tuple[str, list[tarfile.TarInfo]]] = []
+    with naming(shard), _as_os_error(shard), tarfile.open(shard, "r:") as tar:
+        for member in tar:
+            key = member.name.partition(".")[0]
+            if not samples or samples[-1][0] != key:
+                samples.append((key, []))
+            samples[-1][1].append(member)
+        return samples, tar.offset
+
+
+@contextlib.contextmanager
+def _as_os_error(shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except tarfile.TarError as error:
+        raise OSError(errno.EIO, f"it is no complete tar file: {error}", str(shard)) from error

@@ -1,7 +1,7 @@
-"""Energon's ``.nv-meta``: writing it without questions, and checking it before Energon reads it.
+"""Energon's metadata folder ``.nv-meta``: writing it, and validating it before Energon reads it.
 
-Energon builds whatever class ``dataset.yaml`` names and imports the files it points to, and follows shard names
-anywhere. So nothing of ``.nv-meta`` is handed to it that is not exactly of the form written here.
+Energon instantiates any class that ``dataset.yaml`` names, imports the files it refers to, and opens shards at any
+path. Therefore Energon only gets metadata of exactly the form that is written here.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ import yaml
 
 from wan_data.shards.energon_index import write_index
 from wan_data.shards.writer import ShardRecord
-from wan_model.system.files import atomic_write, naming
+from wan_model.system.files import naming, sync_folder, write_bytes
 
 META_FOLDER = ".nv-meta"
 # Byte for byte what `energon prepare --sample-type CrudeWebdataset` writes too.
 DATASET_YAML = b"__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 # For `energon info`, `lint` and `preview --dataset-config captioning.yaml`: Energon 7.4.1's own tools fail on crude
-# datasets. It is never read by the loader here.
-LOOK_NAME = "captioning.yaml"
-LOOK_YAML = b"""__module__: megatron.energon
+# datasets. Our loader never reads it.
+CAPTIONING_NAME = "captioning.yaml"
+CAPTIONING_YAML = b"""__module__: megatron.energon
 __class__: StandardWebdatasetFactory
 sample_type:
   __module__: megatron.energon
@@ -36,20 +36,20 @@ field_map:
   image: pth
   caption: json[caption]
 """
-# Those that Energon's tools ask for, be they empty.
+# The splits that Energon's tools expect, even if they are empty.
 _SPLITS = ("train", "val", "test")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.tar")
-# Names in split.yaml may stand as shard-{000..007}.tar. What is outside this set could mean something else to another
-# YAML reader than the one used here.
+# Names in split.yaml may have the form shard-{000..007}.tar. Other characters could have another meaning to another
+# YAML parser than the one used here.
 _SPLIT_BYTES = re.compile(rb"[A-Za-z0-9_.,{}:\-\[\]'\" \n]*")
 
 
 def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
-    """Write ``.nv-meta`` for finished shards: index, counts, splits and the dataset's type.
+    """Write ``.nv-meta`` for finished shards: index, counts, splits and the type of the dataset.
 
     Args:
-        folder: the dataset's.
-        shards: all of them, each with its split; the train split must not be empty.
+        folder: folder of the dataset.
+        shards: all shards, each with its split; the train split must not be empty.
     """
     from megatron.energon import __version__ as energon_version
 
@@ -58,9 +58,10 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
     names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
     meta = folder / META_FOLDER
     meta.mkdir(exist_ok=True)
+    sync_folder(folder)
     with _as_os_errors(meta):
         write_index(folder, meta, shards)
-    # Energon draws the identity at random; ours is the same in every run.
+    # Energon draws this UUID at random; ours is the same in every run.
     digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).digest()
     split_yaml = yaml.safe_dump({"split_parts": names, "exclude": []}, sort_keys=False)
     info = {"energon_version": energon_version, "shard_counts": {shard.name: shard.samples for shard in shards}}
@@ -69,27 +70,26 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
         ("index.uuid", str(uuid.UUID(bytes=digest[:16])).encode()),
         ("split.yaml", split_yaml.encode()),
         ("dataset.yaml", DATASET_YAML),
-        (LOOK_NAME, LOOK_YAML),
+        (CAPTIONING_NAME, CAPTIONING_YAML),
     ):
-        with atomic_write(meta / name) as file:
-            file.write(content)
+        write_bytes(meta / name, content)
 
 
 @contextlib.contextmanager
-def _as_os_errors(place: Path) -> Iterator[None]:
-    # Energon's index is a database, which has errors of its own for a full disk.
+def _as_os_errors(path: Path) -> Iterator[None]:
+    # The index is an SQLite database, which raises its own error if the disk is full.
     try:
-        with naming(place):
+        with naming(path):
             yield
     except sqlite3.OperationalError as error:
-        raise OSError(errno.EIO, f"the index cannot be written: {error}", str(place)) from error
+        raise OSError(errno.EIO, f"the index cannot be written: {error}", str(path)) from error
 
 
 def shard_counts(folder: Path) -> dict[str, int]:
-    """Samples of each shard, by Energon's own count.
+    """Number of samples of each shard, from Energon's metadata.
 
     Raises:
-        ValueError: the file is missing or names anything but shards of this folder.
+        ValueError: the file is missing, or names anything but shards of this folder.
     """
     path = folder / META_FOLDER / ".info.json"
     try:
@@ -114,13 +114,13 @@ def _check_shard(folder: Path, name: Any, where: Path) -> None:
 
 
 def check_metadata(folder: Path) -> dict[str, list[str]]:
-    """Make sure that ``.nv-meta`` can be read by Energon without running anything.
+    """Check that Energon can read ``.nv-meta`` without running code from it.
 
     Returns:
         The shards of each split.
 
     Raises:
-        ValueError: a file is missing or differs from what ``write_metadata`` writes in more than names and counts.
+        ValueError: a file is missing, or differs from those of ``write_metadata`` in more than names and counts.
     """
     import braceexpand
 

@@ -1,4 +1,4 @@
-"""One writer a folder."""
+"""A lock file that allows one writer per dataset folder."""
 
 import contextlib
 import fcntl
@@ -10,11 +10,11 @@ LOCK_NAME = ".wan-data.lock"
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder for as long as the block runs; the lock goes with the process, however it ends.
+def writer_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder while the block runs; the system releases it if the process dies.
 
     Raises:
-        ValueError: another process holds it; the message names it.
+        ValueError: another process holds the lock; the message names its process id.
     """
     path = folder / LOCK_NAME
     with contextlib.ExitStack() as stack:
@@ -28,7 +28,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 raise ValueError(
                     f"{folder} is being written by {holder}; wait for it or choose another folder"
                 ) from None
-            # The holder before may have removed this very file in between: the lock on it would lock nothing.
+            # The previous holder may have removed this file before it was locked here; then try again.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     break

@@ -1,4 +1,4 @@
-"""The file ``wan-data.json`` beside the shards: what they hold, from what, and in which latent space."""
+"""The manifest ``wan-data.json`` beside the shards: samples, sources, settings and latent space of a dataset."""
 
 import dataclasses
 import hashlib
@@ -18,20 +18,20 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class SourceRecord:
-    """What became of a source.
+    """A source of the dataset.
 
     Attributes:
         path: relative to the input folder, with forward slashes.
         verdict: ``accepted`` or ``rejected``.
-        reason: why it was rejected, else None.
-        split: the split its samples are in, else None.
-        sha256: of the file; None where it could not be read.
-        bytes: of the file.
-        samples: windows that became samples; their keys are ``shards.sample_key`` of the path.
-        shards: names of the shards that hold them.
+        reason: the reason of a rejection, else None.
+        split: the split of its samples; None if it was rejected.
+        sha256: digest of the file; None if it could not be read.
+        bytes: size of the file.
+        samples: number of its samples; their keys are ``writer.sample_key`` of the path.
+        shards: names of the shards that hold its samples.
         dropped: number and reason of each window that could not be encoded.
-        frames: frames at the target rate; 0 for a rejected source.
-        source_fps: the file's own rate.
+        frames: number of frames at the target rate; 0 if it was rejected.
+        source_fps: frame rate of the file.
         height, width: pixels as displayed.
     """
 
@@ -59,7 +59,7 @@ class ShapeCount:
         frames, height, width: of the video, in frames and pixels.
         latent: shape [C, F, H, W] of the latent.
         tokens: tokens a sample with the model's patch of (1, 2, 2).
-        samples: how many there are.
+        samples: number of samples.
     """
 
     split: str
@@ -73,9 +73,9 @@ class ShapeCount:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The whole file; ``complete`` is False until there is a first round of shards that can be trained on.
+    """The content of the file; ``complete`` is False until the first batch of shards is finished.
 
-    ``empty_caption`` is the sha256 of the embedding of the empty caption (``empty_caption.EMPTY_CAPTION_NAME``).
+    ``empty_caption`` is the sha256 of the file with the embedding of the empty caption (``reading.empty_caption``).
     """
 
     complete: bool
@@ -90,20 +90,20 @@ class Manifest:
 
     @property
     def settings_fingerprint(self) -> str:
-        """A digest of the settings; equal fingerprints give equal shards of equal files."""
+        """A digest of the settings; with equal settings equal files become equal shards."""
         text = json.dumps(self.settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def samples(self) -> dict[str, int]:
-        """Samples of each split."""
+        """Number of samples of each split."""
         counts: dict[str, int] = {}
         for shard in self.shards:
             counts[shard.split] = counts.get(shard.split, 0) + shard.samples
         return counts
 
     def write(self, folder: Path) -> None:
-        """Write it into a dataset's folder."""
+        """Write the manifest into a dataset's folder."""
         value = dataclasses.asdict(self)
         value |= {
             "format_version": FORMAT_VERSION,
@@ -121,10 +121,10 @@ def _source(value: Mapping[str, Any]) -> SourceRecord:
 
 
 def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
-    """The manifest of a dataset.
+    """Read the manifest of a dataset.
 
     Raises:
-        ValueError: it is missing, of another version, or of a run that did not finish.
+        ValueError: the manifest is missing, damaged, of another format version, or of a run that did not finish.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Reading a shard from its first sample to its last, without running anything that is in it."""
+"""Reading the samples of a shard sequentially, without running code from it."""
 
 import dataclasses
 import tarfile
@@ -20,10 +20,10 @@ from wan_data.shards.serialization import (
 
 @dataclasses.dataclass(frozen=True)
 class StoredSample:
-    """A sample as it lies in a shard.
+    """A sample as it is stored in a shard.
 
     Attributes:
-        key: its name.
+        key: its key.
         latent: [C, F, H, W].
         text: [L, D].
         info: the json member.
@@ -39,7 +39,7 @@ def samples_of(shard: Path) -> Iterator[StoredSample]:
     """The samples of a shard, in order.
 
     Raises:
-        ValueError: it is no whole tar file, or a sample is refused; the message names shard and key.
+        ValueError: the file is no complete tar file, or a sample is invalid; the message names shard and key.
     """
     for key, members in _members(shard):
         try:
@@ -56,7 +56,7 @@ def samples_of(shard: Path) -> Iterator[StoredSample]:
 
 
 def _members(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    # Members of one key stand side by side.
+    # Members of one key are adjacent.
     key, members = "", dict[str, bytes]()
     seen: set[str] = set()
     try:
@@ -71,13 +71,13 @@ def _members(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     if members:
                         yield key, members
                     if name in seen:
-                        raise RefusedMember(f"{shard}: the key {name} stands in two places")
+                        raise RefusedMember(f"{shard}: the members of key {name} are not adjacent")
                     seen.add(name)
                     members = {}
                 file = tar.extractfile(member)
                 assert file is not None, "isfile() was true"
                 key, members[kind] = name, file.read()
     except tarfile.TarError as error:
-        raise ValueError(f"{shard} is no whole tar file: {error}") from error
+        raise ValueError(f"{shard} is no complete tar file: {error}") from error
     if members:
         yield key, members

@@ -1,6 +1,6 @@
-"""Bytes of a shard's members, the same for the same values, and reading them back without running anything.
+"""Serialization of samples to the members of a shard: deterministic bytes, and reading them without running code.
 
-FORMAT.md describes them. L text tokens, D text width; a latent is [C, F, H, W].
+FORMAT.md describes the members. L text tokens, D text width; a latent is [C, F, H, W].
 """
 
 import collections
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MEMBERS = ("json", "pickle", "pth")  # in the order of the shard
+MEMBERS = ("json", "pickle", "pth")  # in the order of a shard
 LARGEST_MEMBER = 1 << 30  # bytes; a 121-frame 720p latent has 29 MB
 LARGEST_SIDE = 4096  # of a latent's frames, rows or columns
 LARGEST_TEXT = 4096  # tokens
@@ -22,23 +22,23 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RefusedMember(ValueError):
-    """A member of a shard that is not what the format says, or that asks for code to be run."""
+    """A member of a shard is not of this format, or would run code."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def tensor_to_pth(tensor: Tensor) -> bytes:
-    """What ``torch.save`` writes; equal tensors give equal bytes."""
+    """Serialize with ``torch.save``; equal tensors give equal bytes."""
     out = io.BytesIO()
-    # A view would take the whole storage along.
+    # Without the copy, a view would be saved with its whole storage.
     torch.save(tensor.detach().cpu().contiguous().clone(), out)
     return out.getvalue()
 
 
 class _StablePickler(pickle.Pickler):
-    # A pickled tensor is (_rebuild_tensor_v2, (storage, ...)), and torch writes the storage's memory address into its
-    # bytes. The storage saved in the newer container has no address, and every torch reads it.
+    # A pickled tensor is (_rebuild_tensor_v2, (storage, ...)), and the bytes of the storage contain its memory address.
+    # A storage in torch's zip container has no address in its bytes, and every version of torch reads it.
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.storage.TypedStorage):
             out = io.BytesIO()
@@ -48,14 +48,14 @@ class _StablePickler(pickle.Pickler):
 
 
 def tensor_to_pickle(tensor: Tensor) -> bytes:
-    """A pickled tensor, as ``pickle.loads`` reads it; equal tensors give equal bytes."""
+    """Serialize so that ``pickle.loads`` reads it; equal tensors give equal bytes."""
     out = io.BytesIO()
     _StablePickler(out, protocol=4).dump(tensor.detach().cpu().contiguous().clone())
     return out.getvalue()
 
 
 def info_to_json(info: dict[str, Any]) -> bytes:
-    """Side information, keys sorted."""
+    """Serialize side information, with sorted keys."""
     return json.dumps(info, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
 
 
@@ -67,7 +67,7 @@ def _load_safely(data: bytes) -> Any:
 
 
 def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    # Pickles of protocol 2 and older spell bytes so; the real codecs.encode would take any registered codec.
+    # Pickles of protocol 2 and older encode bytes this way; the real codecs.encode accepts any registered codec.
     if encoding not in ("latin1", "latin-1"):
         raise RefusedMember(f"it encodes text as {encoding!r}")
     return text.encode("latin1")
@@ -77,7 +77,7 @@ _NEEDED_BY_TENSORS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("_codecs", "encode"): _encode_latin1,
-    # the original would unpickle what is inside with weights_only=False
+    # the original unpickles its argument with weights_only=False
     ("torch.storage", "_load_from_bytes"): _load_safely,
 }
 
@@ -98,7 +98,7 @@ def _read(read: Callable[[], Any], what: str) -> Any:
     except RefusedMember:
         raise
     except Exception as error:
-        # A damaged or hostile pickle may raise anything at all; whatever it is, nothing of it has been run.
+        # A damaged or malicious pickle may raise any exception; no code of it has been run.
         reason = str(error).split("\n", 1)[0][:200]
         raise RefusedMember(f"it does not hold {what}: {type(error).__name__}: {reason}") from None
 
@@ -126,30 +126,30 @@ def _sized(data: bytes) -> bytes:
 
 
 def latent_from_pth(data: bytes) -> Float[Tensor, "C F H W"]:
-    """The latent of a ``pth`` member.
+    """Read the latent of a ``pth`` member.
 
     Raises:
-        RefusedMember: anything else than a plain finite tensor of that rank.
+        RefusedMember: the member is not a plain, finite tensor of that rank.
     """
     value = _read(lambda: _load_safely(_sized(data)), "a tensor")
     return _checked(value, 4, (LARGEST_SIDE,) * 4, "a latent [channels, frames, rows, columns]")
 
 
 def text_from_pickle(data: bytes) -> Float[Tensor, "L D"]:
-    """The text embedding of a ``pickle`` member.
+    """Read the text embedding of a ``pickle`` member.
 
     Raises:
-        RefusedMember: anything else than a plain finite tensor of that rank.
+        RefusedMember: the member is not a plain, finite tensor of that rank.
     """
     value = _read(lambda: _TensorUnpickler(io.BytesIO(_sized(data))).load(), "a pickled tensor")
     return _checked(value, 2, (LARGEST_TEXT, 1 << 16), "a text embedding [tokens, width]")
 
 
 def info_from_json(data: bytes) -> dict[str, Any]:
-    """The object of a ``json`` member.
+    """Read the object of a ``json`` member.
 
     Raises:
-        RefusedMember: it is not a JSON object.
+        RefusedMember: the member is not a JSON object.
     """
     value = _read(lambda: json.loads(_sized(data).decode("utf-8-sig")), "JSON")
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Writing shards: FORMAT.md beside this file says what they hold. Equal samples give equal bytes."""
+"""Writing shards; FORMAT.md describes their content. Equal samples give equal bytes."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,12 @@ SHARD_PATTERN = "shard-rank{rank:02d}-{number:06d}.tar"
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A window's latent with its text.
+    """The latent and the text embedding of a window.
 
     Attributes:
-        key: its name in the shard; letters, digits and ``_`` only.
+        key: its key in the shard; letters, digits and ``_`` only.
         latent: normalised latent [C, F, H, W].
-        text: text embedding [L, D] of true length.
+        text: text embedding [L, D] without padding.
         info: side information for the json member.
     """
 
@@ -36,7 +36,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard, as the manifest lists it."""
+    """The entry of a finished shard in the manifest."""
 
     name: str
     split: str
@@ -46,10 +46,10 @@ class ShardRecord:
 
 
 def sample_key(source: str, start: int) -> str:
-    """The name of a window: a digest of its source's relative path, and its first frame at the target rate.
+    """The key of a window: a digest of its source's relative path, and its first frame at the target rate.
 
-    File names may hold dots, blanks and anything else that readers of shards stumble over; a digest holds none of it,
-    and the same window has the same name in every run.
+    File names may contain dots, blanks and other characters that readers of shards cannot handle; a digest contains
+    none of them, and a window has the same key in every run.
     """
     return f"{hashlib.sha256(source.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}_{start:06d}"
 
@@ -57,21 +57,21 @@ def sample_key(source: str, start: int) -> str:
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
-    member.mtime = 0  # no trace of when, where and by whom
+    member.mtime = 0  # the bytes depend on neither time nor user
     member.mode = 0o644
     tar.addfile(member, io.BytesIO(data))
 
 
 class ShardWriter:
-    """Writes one shard, which is visible under its name only when the block has ended well.
+    """Writes one shard, which gets its name when the block ends without an error.
 
     Args:
-        folder: where.
+        folder: folder of the dataset.
         number: of the shard.
-        split: that it belongs to.
+        split: split of the shard.
 
     Attributes:
-        record: of the finished shard; None before, and where nothing was written, which leaves no file.
+        record: entry of the finished shard; None before, and if no sample was written, which leaves no file.
     """
 
     def __init__(self, folder: Path, number: int, split: str) -> None:
@@ -82,7 +82,7 @@ class ShardWriter:
         self._count = 0
 
     def __enter__(self) -> "ShardWriter":
-        """The file is made with the first sample."""
+        """The file is created with the first sample."""
         return self
 
     def write(self, sample: Sample) -> None:
@@ -99,9 +99,9 @@ class ShardWriter:
         self._count += 1
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Give the file its name; after a failure remove it."""
+        """Rename the complete file to its name; after an error remove it."""
         if kind is not None:
-            # The failure is what the caller is to see, not what follows from it.
+            # The caller should see the first error, not one of closing the file.
             with contextlib.suppress(Exception):
                 self._stack.__exit__(kind, error, trace)
             return

@@ -1,1 +1,1 @@
-"""Files to frames."""
+"""From video files to frames."""

@@ -1,4 +1,4 @@
-"""Which size a clip is resized to: a few aspect ratios of one area, or one fixed size."""
+"""Aspect buckets: the sizes that clips are resized to, a few aspect ratios of one area."""
 
 import dataclasses
 import math
@@ -20,10 +20,10 @@ class Size:
 
 
 def check_side(name: str, side: int) -> None:
-    """Refuse a side that would be cut silently later.
+    """Check a side of a frame, because the encoders would truncate other sides silently.
 
     Raises:
-        ValueError: it is no positive multiple of 16; the message names the nearest.
+        ValueError: the side is no positive multiple of 16; the message names the nearest multiples.
     """
     if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
         lower = max(SIDE_MULTIPLE, side - side % SIDE_MULTIPLE)
@@ -34,7 +34,7 @@ def check_side(name: str, side: int) -> None:
 
 
 def _size_of_ratio(area: int, ratio: float) -> Size:
-    # Every pair of multiples of 16 that fits the area; the best errs least in its aspect and wastes least of the area.
+    # Of all pairs of multiples of 16 within the area, the smallest sum of aspect error and unused area.
     sides = range(SIDE_MULTIPLE, 3 * math.isqrt(area) + 1, SIDE_MULTIPLE)
     _, height, width = min(
         (round(abs(math.log(width / height / ratio)) + 1 - height * width / area, 9), height, width)
@@ -46,13 +46,13 @@ def _size_of_ratio(area: int, ratio: float) -> Size:
 
 
 def buckets_of_area(area: int) -> tuple[Size, ...]:
-    """The sizes, one an aspect ratio, that have about the given area and never more.
+    """The sizes, one per aspect ratio, of about the given area and never more.
 
     Args:
         area: pixels of a frame, at least 32 x 32.
 
     Raises:
-        ValueError: the area is too small for sides of 16.
+        ValueError: the area is below 32 x 32 pixels.
     """
     if area < 4 * SIDE_MULTIPLE**2:
         raise ValueError(f"an area of {area} pixels is too small; it must be at least {4 * SIDE_MULTIPLE**2} (32x32)")
@@ -61,7 +61,7 @@ def buckets_of_area(area: int) -> tuple[Size, ...]:
 
 
 def nearest_aspect(buckets: tuple[Size, ...], height: float, width: float) -> Size:
-    """The bucket whose aspect ratio is nearest to that of a frame as it is displayed."""
+    """The bucket with the aspect ratio nearest to that of a frame as it is displayed."""
 
     def distance(bucket: Size) -> tuple[float, Size]:
         return round(abs(math.log(bucket.width / bucket.height / (width / height))), 9), bucket
@@ -70,14 +70,14 @@ def nearest_aspect(buckets: tuple[Size, ...], height: float, width: float) -> Si
 
 
 def choose_bucket(resolutions: tuple[tuple[Size, ...], ...], height: float, width: float) -> Size:
-    """The bucket for a frame: of the nearest aspect ratio, and of the largest resolution that invents no pixels.
+    """The bucket for a frame: the nearest aspect ratio of the largest resolution that needs no upscaling.
 
     Args:
         resolutions: the buckets of each resolution, smallest first.
         height, width: of the frame as it is displayed.
 
     Returns:
-        A bucket; one of the smallest resolution where even that is larger than the frame.
+        A bucket; one of the smallest resolution if all of them need upscaling.
     """
     chosen = nearest_aspect(resolutions[0], height, width)
     for buckets in resolutions[1:]:
@@ -88,5 +88,5 @@ def choose_bucket(resolutions: tuple[tuple[Size, ...], ...], height: float, widt
 
 
 def enlargement(bucket: Size, height: float, width: float) -> float:
-    """How much a frame must grow to cover the bucket; above 1 the pixels are invented."""
+    """The factor by which a frame is scaled to cover the bucket; above 1 it is upscaled."""
     return max(bucket.height / height, bucket.width / width)

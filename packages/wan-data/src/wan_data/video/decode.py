@@ -1,4 +1,4 @@
-"""Reading videos and images with PyAV: rotation applied, resampled, resized, one frame in memory at a time.
+"""Decoding videos and images with PyAV: rotated, resampled and resized, one frame in memory at a time.
 
 Shapes: T frames, H rows, W columns, 3 colours.
 """
@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from wan_data.video.buckets import Size
-from wan_data.video.limits import Caps
+from wan_data.video.limits import Limits
 from wan_data.video.media_types import IMAGE_SUFFIXES
 from wan_data.video.windows import TimedFrame, Window, resample
 
@@ -25,22 +25,22 @@ RESIZE_MODES = ("bicubic", "bilinear", "nearest")
 
 
 class Rejected(ValueError):
-    """A source that cannot be used; the message completes the sentence "SOURCE: ..."."""
+    """A source cannot be used; the message continues the sentence "SOURCE: ..."."""
 
 
-_NO_MORE_THAN = Caps()
+_DEFAULT_LIMITS = Limits()
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipInfo:
-    """What a full decode of a source found.
+    """Properties of a source, from decoding it completely.
 
     Attributes:
-        frames: frames at the target rate.
-        source_frames: frames in the file.
-        source_fps: the file's average frames a second; 0 for an image.
+        frames: number of frames at the target rate.
+        source_frames: number of frames in the file.
+        source_fps: average frame rate of the file; 0 for an image.
         height, width: pixels as displayed: rotated, and with square pixels.
-        rotation: degrees that frames are turned counter-clockwise for display (0, 90, 180 or 270).
+        rotation: degrees by which frames are rotated counter-clockwise for display (0, 90, 180 or 270).
     """
 
     frames: int
@@ -54,7 +54,9 @@ class ClipInfo:
 def _rotation(frame: av.VideoFrame) -> int:
     rotation = int(frame.rotation) % 360
     if rotation % 90:
-        raise Rejected(f"its display matrix turns it by {rotation} degrees; only quarter turns can be applied")
+        raise Rejected(
+            f"its display matrix rotates it by {rotation} degrees; only multiples of 90 degrees are supported"
+        )
     return rotation
 
 
@@ -64,10 +66,10 @@ def _display_size(frame: av.VideoFrame, pixel_aspect: Fraction) -> tuple[float, 
 
 
 class _Reader:
-    """One pass over a file; collects what only a full pass can tell."""
+    """One pass over a file; collects the properties that need a complete pass."""
 
-    def __init__(self, path: Path, caps: Caps, on_frame: Callable[[int], None]) -> None:
-        self.path, self.caps, self.on_frame = path, caps, on_frame
+    def __init__(self, path: Path, limits: Limits, on_frame: Callable[[int], None]) -> None:
+        self.path, self.limits, self.on_frame = path, limits, on_frame
         self.decoded = 0
         self.first: av.VideoFrame | None = None
         self.pixel_aspect = Fraction(1)
@@ -76,8 +78,8 @@ class _Reader:
 
     def frames(self) -> Iterator[TimedFrame[av.VideoFrame]]:
         size = self.path.stat().st_size
-        if size > self.caps.bytes:
-            raise Rejected(f"it has {size} bytes; at most {self.caps.bytes} are read (--max-source-bytes)")
+        if size > self.limits.bytes:
+            raise Rejected(f"it has {size} bytes; at most {self.limits.bytes} are read (--max-source-bytes)")
         try:
             with av.open(str(self.path), mode="r", metadata_errors="ignore") as container:
                 yield from self._frames(container)
@@ -90,31 +92,31 @@ class _Reader:
         if not container.streams.video:
             raise Rejected("it has no video stream")
         stream = container.streams.video[0]
-        promised, discarded = stream.frames, 0
+        declared, discarded = stream.frames, 0
         if stream.sample_aspect_ratio:
             self.pixel_aspect = Fraction(stream.sample_aspect_ratio)
         if stream.average_rate and self.path.suffix.lower() not in IMAGE_SUFFIXES:
             self.source_fps = float(stream.average_rate)
         for packet in container.demux(stream):
             if packet.is_corrupt:
-                raise Rejected(f"its data are damaged behind frame {self.decoded}")
+                raise Rejected(f"its data are damaged after frame {self.decoded}")
             discarded += packet.is_discard
             for frame in packet.decode():
                 yield self._timed(frame, stream.time_base)
-        if self.decoded < promised - discarded:
-            raise Rejected(f"only {self.decoded} of the {promised} frames that its header promises can be decoded")
+        if self.decoded < declared - discarded:
+            raise Rejected(f"only {self.decoded} of the {declared} frames that its header declares can be decoded")
 
     def _timed(self, frame: av.VideoFrame, time_base: Fraction) -> TimedFrame[av.VideoFrame]:
         if frame.is_corrupt:
             raise Rejected(f"its frame {self.decoded} is damaged")
-        if frame.width * frame.height > self.caps.pixels:
+        if frame.width * frame.height > self.limits.pixels:
             raise Rejected(
-                f"its frames have {frame.width} x {frame.height} pixels; at most {self.caps.pixels} are read "
+                f"its frames have {frame.width} x {frame.height} pixels; at most {self.limits.pixels} are read "
                 "(--max-source-pixels)"
             )
-        if self.decoded == self.caps.frames:
+        if self.decoded == self.limits.frames:
             raise Rejected(
-                f"it has more than the {self.caps.frames} frames that are read at most (--max-source-frames)"
+                f"it has more than the {self.limits.frames} frames that are read at most (--max-source-frames)"
             )
         if self.first is None:
             self.first = frame
@@ -142,24 +144,24 @@ def _resampled(reader: _Reader, fps: Fraction) -> Iterator[av.VideoFrame]:
 
 
 def _ignore(decoded: int) -> None:
-    """Nobody watches."""
+    """Default of ``on_frame``."""
 
 
 def probe(
-    path: Path, fps: Fraction, *, caps: Caps = _NO_MORE_THAN, on_frame: Callable[[int], None] = _ignore
+    path: Path, fps: Fraction, *, limits: Limits = _DEFAULT_LIMITS, on_frame: Callable[[int], None] = _ignore
 ) -> ClipInfo:
-    """Decode a source to its end and say what it is.
+    """Decode a source to its end and return its properties.
 
     Args:
         path: a video or an image.
         fps: the target rate.
-        caps: what is read at most.
-        on_frame: told after each decoded frame how many there were.
+        limits: limits of the source.
+        on_frame: called after each decoded frame with the number of frames so far.
 
     Raises:
-        Rejected: it cannot be decoded fully, or its header is untrue.
+        Rejected: the source exceeds a limit, cannot be decoded completely, or disagrees with its header.
     """
-    reader = _Reader(path, caps, on_frame)
+    reader = _Reader(path, limits, on_frame)
     frames = sum(1 for _ in _resampled(reader, fps))
     assert reader.first is not None, "frames() refuses a file without frames"
     height, width = _display_size(reader.first, reader.pixel_aspect)
@@ -171,23 +173,23 @@ def probe(
 def to_size(
     frame: av.VideoFrame, size: Size, *, resize_mode: str, center_crop: bool, pixel_aspect: Fraction = Fraction(1)
 ) -> UInt8[Tensor, "H W 3"]:
-    """A frame as RGB of a given size, turned as it is displayed.
+    """Convert a frame to RGB of a given size, rotated as it is displayed.
 
     Args:
         frame: as decoded.
-        size: what is returned.
+        size: of the result.
         resize_mode: ``bicubic``, ``bilinear`` (both antialiased) or ``nearest``.
-        center_crop: keep the aspect ratio and cut the overhanging margins; otherwise stretch.
+        center_crop: keep the aspect ratio and crop the margins; otherwise stretch.
         pixel_aspect: width over height of a pixel of the file.
     """
-    # ascontiguousarray: a quarter turn is a view with negative strides, which torch cannot take.
+    # ascontiguousarray: rot90 returns a view with negative strides, which torch does not support.
     rgb = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), _rotation(frame) // 90))
     image = rearrange(torch.from_numpy(rgb), "h w c -> 1 c h w")
     height, width = size.height, size.width
     if center_crop:
         shown_height, shown_width = _display_size(frame, pixel_aspect)
         scale = max(size.height / shown_height, size.width / shown_width)
-        # round() may fall one short of the size that is to be cut out
+        # round() may give one pixel less than the cropped size
         height, width = max(size.height, round(shown_height * scale)), max(size.width, round(shown_width * scale))
     if image.shape[2:] != (height, width):
         smooth = resize_mode != "nearest"
@@ -207,23 +209,23 @@ def read_windows(
     fps: Fraction,
     resize_mode: str,
     center_crop: bool,
-    caps: Caps = _NO_MORE_THAN,
+    limits: Limits = _DEFAULT_LIMITS,
     on_frame: Callable[[int], None] = _ignore,
 ) -> Iterator[UInt8[Tensor, "T H W 3"]]:
-    """The frames of each window in turn, holding one window in memory.
+    """Yield the frames of each window; one window is in memory at a time.
 
     Args:
         path: a video or an image that ``probe`` has accepted.
         windows: in order, without overlap.
-        size: of the frames returned.
+        size: of the returned frames.
         fps: the target rate.
         resize_mode, center_crop: as in ``to_size``.
-        caps, on_frame: as in ``probe``.
+        limits, on_frame: as in ``probe``.
 
     Raises:
-        Rejected: the file is no longer what it was.
+        Rejected: the file has changed since it was probed.
     """
-    reader = _Reader(path, caps, on_frame)
+    reader = _Reader(path, limits, on_frame)
     frames = enumerate(_resampled(reader, fps))
     for window in windows:
         out = torch.empty(window.length, size.height, size.width, 3, dtype=torch.uint8)
@@ -231,7 +233,7 @@ def read_windows(
         for tick, frame in frames:
             if tick < window.start:
                 continue
-            if frame is not last or resized is None:  # a frame that stays on screen is resized once
+            if frame is not last or resized is None:  # a repeated frame is resized once
                 resized = to_size(
                     frame, size, resize_mode=resize_mode, center_crop=center_crop, pixel_aspect=reader.pixel_aspect
                 )
@@ -239,5 +241,5 @@ def read_windows(
             if filled == window.length:
                 break
         if filled < window.length:
-            raise Rejected(f"it had {window.stop} frames when it was examined and now has fewer: was it changed?")
+            raise Rejected(f"it had {window.stop} frames when it was probed and now has fewer: was it changed?")
         yield out

@@ -1,8 +1,8 @@
-"""Decoding in processes that may die: a broken or hostile file takes its decoder with it and nothing else.
+"""Decoding in child processes: a damaged or malicious file can crash its decoder and nothing else.
 
-A decoder is a child process that gets jobs as JSON and answers with JSON and raw pixels; nothing it sends is ever
-unpickled. It says that it is alive every second of its work. A child that dies, or stands still, costs the job it was
-at: that source is rejected, a new child takes up the others.
+A decoder process receives jobs as JSON and responds with JSON and raw pixels; nothing it sends is unpickled. While it
+works, it sends a heartbeat every second. If it crashes or makes no progress, the source of its job is rejected, and a
+new process continues with the other jobs.
 """
 
 import collections
@@ -25,44 +25,46 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.video.buckets import Size
-from wan_data.video.limits import Caps
+from wan_data.video.limits import Limits
 from wan_data.video.windows import Window
 
-# A second of silence is normal, a minute of it is a decoder that goes round in circles.
 _HEARTBEAT_SECONDS = 1.0
-_STANDSTILL_SECONDS = 60.0
-# Address space of a child beyond what its libraries take: a frame of the largest size in all its forms fits well.
+# Without a heartbeat for this long, the decoder is in an endless loop.
+_TIMEOUT_SECONDS = 60.0
+# Starting a process imports torch, which takes much longer than a heartbeat on a busy machine.
+_START_TIMEOUT_SECONDS = 600.0
+# Address space of a child beyond that of its libraries; enough for all buffers of the largest allowed frame.
 _MEMORY = 8 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to decode.
+    """A job of a decoder process.
 
     Attributes:
         path: the source.
         fps: the target rate.
-        caps: what is read at most.
-        windows: what to cut from it; None to decode it to its end and say what it is.
-        size: of the frames returned; None with ``windows``.
+        limits: limits of the source.
+        windows: the windows to decode; None to decode the source to its end and return its properties.
+        size: of the returned frames; None if ``windows`` is None.
         resize_mode, center_crop: see ``decode.to_size``.
     """
 
     path: Path
     fps: Fraction
-    caps: Caps
+    limits: Limits
     windows: tuple[Window, ...] | None = None
     size: Size | None = None
     resize_mode: str = "bicubic"
     center_crop: bool = True
 
     def to_json(self) -> bytes:
-        """Plain values."""
+        """The job as JSON."""
         return json.dumps(
             {
                 "path": os.fsencode(self.path).hex(),
                 "fps": str(self.fps),
-                "caps": dataclasses.astuple(self.caps),
+                "limits": dataclasses.astuple(self.limits),
                 "windows": None if self.windows is None else [[w.start, w.stop] for w in self.windows],
                 "size": None if self.size is None else [self.size.height, self.size.width],
                 "resize_mode": self.resize_mode,
@@ -72,12 +74,12 @@ class Job:
 
     @classmethod
     def from_json(cls, data: bytes) -> "Job":
-        """What ``to_json`` wrote."""
+        """Inverse of ``to_json``."""
         value = json.loads(data)
         return cls(
             path=Path(os.fsdecode(bytes.fromhex(value["path"]))),
             fps=Fraction(value["fps"]),
-            caps=Caps(*value["caps"]),
+            limits=Limits(*value["limits"]),
             windows=None if value["windows"] is None else tuple(Window(*pair) for pair in value["windows"]),
             size=None if value["size"] is None else Size(*value["size"]),
             resize_mode=value["resize_mode"],
@@ -86,61 +88,69 @@ class Job:
 
 
 class Decoder:
-    """One child process after another; use as a context manager.
+    """A decoder process, which is replaced by a new one when it crashes; use it as a context manager.
 
     Args:
-        memory: bytes of address space that a child may take beyond its libraries.
-        standstill: seconds without a sign of life after which a child is ended.
+        memory: bytes of address space that the process may use beyond its libraries.
+        timeout: seconds without a heartbeat after which the process is killed.
+        start_timeout: the same for a process that is still starting.
     """
 
-    def __init__(self, *, memory: int = _MEMORY, standstill: float = _STANDSTILL_SECONDS) -> None:
-        self._memory, self._standstill = memory, standstill
+    def __init__(
+        self,
+        *,
+        memory: int = _MEMORY,
+        timeout: float = _TIMEOUT_SECONDS,
+        start_timeout: float = _START_TIMEOUT_SECONDS,
+    ) -> None:
+        self._memory, self._timeout, self._start_timeout = memory, timeout, start_timeout
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._begun: collections.deque[Job] = collections.deque()
+        self._ready = False
+        self._jobs: collections.deque[Job] = collections.deque()
 
     def __enter__(self) -> "Decoder":
-        """The child starts with the first job."""
+        """The process starts with the first job."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the child."""
-        self._end()
+        """Kill the process."""
+        self._kill()
 
     def start(self) -> None:
-        """Start the child already, whose libraries take seconds to load."""
+        """Start the process before the first job, because importing its libraries takes seconds."""
         if self._connection is None:
             self._start()
 
-    def begin(self, job: Job) -> None:
-        """Start a job, or line it up behind those that are begun; it is decoded while the caller does other things."""
-        self._begun.append(job)
+    def submit(self, job: Job) -> None:
+        """Queue a job; it is decoded while the caller continues."""
+        self._jobs.append(job)
         self._send(job)
 
     def results(self) -> Iterator[Any]:
-        """What comes of the oldest job that was begun.
+        """The results of the oldest job.
 
         Yields:
-            For a job without windows one ``decode.ClipInfo``, else the frames [T, H, W, 3] of each window, uint8; at a
-            failure one ``decode.Rejected``, and nothing more of that job.
+            One ``decode.ClipInfo`` for a job without windows, else the frames [T, H, W, 3] of each window, uint8. After
+            an error one ``decode.Rejected`` and nothing more of that job.
         """
-        assert self._begun, "begin a job first"
-        whole = False
+        assert self._jobs, "submit a job first"
+        complete = False
         try:
-            yield from self._answers()
-            whole = True
+            yield from self._responses()
+            complete = True
         finally:
-            if whole:
-                self._begun.popleft()
+            if complete:
+                self._jobs.popleft()
             else:
-                self._end()  # its answers to what nobody waits for any more
-                self._begun.clear()
+                self._kill()  # discards responses that nobody reads any more
+                self._jobs.clear()
 
     def decode(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Any]]:
-        """Each job in turn with each of its ``results``, the next job always under way already."""
+        """Yield each job with each of its ``results``; the next job is decoded in the meantime."""
         current: Job | None = None
         for job in jobs:
-            self.begin(job)
+            self.submit(job)
             if current is not None:
                 for result in self.results():
                     yield current, result
@@ -149,20 +159,20 @@ class Decoder:
             for result in self.results():
                 yield current, result
 
-    def _answers(self) -> Iterator[Any]:
-        # Of the first job; the others are asked again if the child dies.
+    def _responses(self) -> Iterator[Any]:
+        # Of the first job. If the process dies, a new one gets the other jobs again.
         from wan_data.video.decode import ClipInfo, Rejected
 
-        job = self._begun[0]
+        job = self._jobs[0]
         missing = -1 if job.windows is None else len(job.windows)
         while True:
             try:
-                answer = self._receive()
-                frames = self._frames(answer["frames"]) if "frames" in answer else None
+                response = self._receive()
+                frames = self._receive_frames(response["frames"]) if "frames" in response else None
             except (EOFError, OSError, TimeoutError) as error:
-                reason = self._end_of_child(error)
-                for behind in list(self._begun)[1:]:
-                    self._send(behind)
+                reason = self._reason_of_death(error)
+                for later in list(self._jobs)[1:]:
+                    self._send(later)
                 if missing:
                     yield Rejected(reason)
                 return
@@ -170,18 +180,18 @@ class Decoder:
                 missing -= 1
                 yield frames
                 continue
-            if "info" in answer:
-                yield ClipInfo(**answer["info"])
-            elif "rejected" in answer:
-                yield Rejected(str(answer["rejected"]))
-            elif "done" not in answer:
-                continue  # it is alive
+            if "info" in response:
+                yield ClipInfo(**response["info"])
+            elif "rejected" in response:
+                yield Rejected(str(response["rejected"]))
+            elif "done" not in response:
+                continue  # a heartbeat
             return
 
     def _send(self, job: Job) -> None:
         self.start()
         assert self._connection is not None
-        # A child that has died is noticed when its answer is read.
+        # A dead process is noticed when its response is read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._connection.send_bytes(job.to_json())
 
@@ -193,39 +203,42 @@ class Decoder:
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=None
             )
         self._connection = Connection(ours.detach())
+        self._ready = False
 
     def _receive(self) -> dict[str, Any]:
         assert self._connection is not None
-        if not self._connection.poll(self._standstill):
+        if not self._connection.poll(self._timeout if self._ready else self._start_timeout):
             raise TimeoutError
-        answer = json.loads(self._connection.recv_bytes(1 << 20))
-        assert isinstance(answer, dict)
-        return answer
+        response = json.loads(self._connection.recv_bytes(1 << 20))
+        assert isinstance(response, dict)
+        self._ready = True
+        return response
 
-    def _frames(self, shape: list[int]) -> Any:
+    def _receive_frames(self, shape: list[int]) -> Any:
         import torch
 
         assert self._connection is not None
         frames = torch.empty(shape, dtype=torch.uint8)
-        if not self._connection.poll(self._standstill):
+        if not self._connection.poll(self._timeout):
             raise TimeoutError
         self._connection.recv_bytes_into(frames.numpy().reshape(-1).data)
         return frames
 
-    def _end_of_child(self, error: BaseException) -> str:
+    def _reason_of_death(self, error: BaseException) -> str:
         child = self._child
         assert child is not None
         if isinstance(error, TimeoutError):
-            self._end()
-            return f"its decoding stood still for {self._standstill:g} s and was ended"
+            self._kill()
+            seconds = self._timeout if self._ready else self._start_timeout
+            return f"its decoder made no progress for {seconds:g} s and was killed"
         code = child.wait()
-        self._end()
+        self._kill()
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            return f"the decoder died of it ({name})"
-        return f"the decoder died of it (exit code {code})"
+            return f"its decoder crashed ({name})"
+        return f"its decoder crashed (exit code {code})"
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         if self._connection is not None:
             self._connection.close()
         if self._child is not None:
@@ -234,35 +247,36 @@ class Decoder:
         self._child = self._connection = None
 
 
-# -- the child --------------------------------------------------------------------------------------------------------
+# -- child process -----------------------------------------------------------------------------------------------------
 
 
-class _Answers:
-    """The child's side of the connection."""
+class _Responder:
+    """The child's end of the connection."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._last = time.monotonic()
 
-    def say(self, **answer: Any) -> None:
-        self._connection.send_bytes(json.dumps(answer).encode())
+    def send(self, **response: Any) -> None:
+        self._connection.send_bytes(json.dumps(response).encode())
         self._last = time.monotonic()
 
-    def frames(self, frames: Any) -> None:
-        self.say(frames=list(frames.shape))
+    def send_frames(self, frames: Any) -> None:
+        self.send(frames=list(frames.shape))
         self._connection.send_bytes(frames.numpy().reshape(-1).data)
 
-    def alive(self, decoded: int) -> None:
+    def heartbeat(self, decoded: int) -> None:
         if time.monotonic() - self._last >= _HEARTBEAT_SECONDS:
-            self.say(alive=decoded)
+            self.send(decoded=decoded)
 
 
-def _answer(job: Job, answers: _Answers) -> None:
+def _run(job: Job, responder: _Responder) -> None:
     from wan_data.video.decode import Rejected, probe, read_windows
 
     try:
         if job.windows is None:
-            answers.say(info=dataclasses.asdict(probe(job.path, job.fps, caps=job.caps, on_frame=answers.alive)))
+            info = probe(job.path, job.fps, limits=job.limits, on_frame=responder.heartbeat)
+            responder.send(info=dataclasses.asdict(info))
             return
         assert job.size is not None, "windows have a size"
         for frames in read_windows(
@@ -272,25 +286,25 @@ def _answer(job: Job, answers: _Answers) -> None:
             fps=job.fps,
             resize_mode=job.resize_mode,
             center_crop=job.center_crop,
-            caps=job.caps,
-            on_frame=answers.alive,
+            limits=job.limits,
+            on_frame=responder.heartbeat,
         ):
-            answers.frames(frames)
-        answers.say(done=True)
+            responder.send_frames(frames)
+        responder.send(done=True)
     except Rejected as error:
-        answers.say(rejected=str(error))
+        responder.send(rejected=str(error))
     except MemoryError:
-        answers.say(rejected="its decoding takes more memory than a decoder may have")
+        responder.send(rejected="its decoding needs more memory than a decoder may use")
     except (BrokenPipeError, ConnectionResetError):
         raise
     except OSError as error:
-        answers.say(rejected=f"it cannot be read: {error.strerror or error}")
-    except Exception as error:  # whatever a broken file makes of the decoder's libraries
+        responder.send(rejected=f"it cannot be read: {error.strerror or error}")
+    except Exception as error:  # a damaged file can raise any exception in the libraries
         reason = str(error).split("\n", 1)[0][:200]
-        answers.say(rejected=f"it cannot be decoded: {type(error).__name__}: {reason}")
+        responder.send(rejected=f"it cannot be decoded: {type(error).__name__}: {reason}")
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = os.getppid()
 
     def watch() -> None:
@@ -301,32 +315,33 @@ def _leave_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _address_space() -> int:
+def _address_space_in_use() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
 def main() -> None:
-    """Of the child: ``python -m wan_data.video.decoder_process FD MEMORY``."""
+    """Entry point of the child: ``python -m wan_data.video.decoder_process FD MEMORY``."""
     connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl+C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _leave_with_parent()
+    _exit_with_parent()
     import torch
 
     torch.set_num_threads(1)
-    from wan_data.video import decode  # what is loaded from here on counts as the job's memory
+    from wan_data.video import decode  # memory that is allocated after this import counts as the job's
 
     del decode
     if Path("/proc/self/statm").exists():
-        limit = _address_space() + memory
+        limit = _address_space_in_use() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    # Read by a thread: else the parent could stand sending a job while this process stands sending it frames.
+    # A thread reads the jobs; otherwise parent and child could block on sending to each other.
     jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(connection, jobs), daemon=True).start()
-    answers = _Answers(connection)
+    responder = _Responder(connection)
+    responder.send(started=True)
     while (job := jobs.get()) is not None:
         try:
-            _answer(job, answers)
+            _run(job, responder)
         except (BrokenPipeError, ConnectionResetError):
             return
 

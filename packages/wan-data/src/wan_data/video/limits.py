@@ -1,14 +1,14 @@
-"""What is read of a source at most."""
+"""Limits of a source file."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Caps:
-    """A source beyond one of these is rejected, never cut.
+class Limits:
+    """A source that exceeds one of these limits is rejected, never truncated.
 
     Attributes:
-        frames: decoded frames of a source (two hours at 60 a second).
+        frames: number of decoded frames of a source (two hours at 60 per second).
         pixels: of a frame.
         bytes: of a file.
     """

@@ -1,4 +1,4 @@
-"""Time: which frame is shown at each tick of the target rate, and how a clip is cut into windows of 4n+1 frames."""
+"""Resampling frames to a target rate, and cutting a clip into windows of 4n+1 frames."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -7,9 +7,9 @@ from typing import Generic, TypeVar
 
 WINDOW_KINDS = ("consecutive", "first", "whole")
 TEMPORAL_STRIDE = 4
-# A frame that stays on screen longer than this belongs to a file whose times are broken.
+# A frame that is displayed longer than this indicates damaged presentation times.
 LONGEST_FRAME_SECONDS = 60
-# Matroska and Flash write times in whole milliseconds: a frame of a tick may seem to come this much after it.
+# Matroska and Flash round times to milliseconds: a frame may appear this much after its tick.
 TOLERANCE = Fraction(1, 1000)
 
 T = TypeVar("T")
@@ -20,9 +20,9 @@ class TimedFrame(Generic[T]):
     """A decoded frame.
 
     Attributes:
-        time: seconds at which it is shown.
-        duration: seconds it is meant to stay; 0 where the file does not say.
-        image: whatever the frame is.
+        time: presentation time in seconds.
+        duration: in seconds; 0 if the file does not specify it.
+        image: the frame itself.
     """
 
     time: Fraction
@@ -32,30 +32,30 @@ class TimedFrame(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A run of resampled frames: ``start`` included, ``stop`` excluded, counted at the target rate."""
+    """A range of resampled frames, from ``start`` to ``stop`` exclusive, counted at the target rate."""
 
     start: int
     stop: int
 
     @property
     def length(self) -> int:
-        """Frames in it."""
+        """Number of frames."""
         return self.stop - self.start
 
 
 def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
-    """Yield the frame on screen at each tick k/fps after the first frame, by presentation time.
+    """Yield the frame displayed at each tick k/fps after the first frame, by presentation time.
 
-    A frame is on screen from its own time until the next one's; the last one for its own duration, or for as long as
-    the frame before it where the file gives none. So a variable frame rate becomes a constant one, a higher rate drops
-    frames and a lower one repeats them. A millisecond of rounding is forgiven. Only one frame is held at a time.
+    A frame is displayed from its own time until that of the next frame; the last one for its own duration, or as long
+    as the frame before it if the file gives none. A variable frame rate thus becomes constant, a higher rate drops
+    frames and a lower rate repeats them. Times may be rounded by a millisecond. One frame is in memory at a time.
 
     Args:
         frames: in order of presentation.
-        fps: ticks a second.
+        fps: ticks per second.
 
     Raises:
-        ValueError: times that run backwards or stand still for a minute.
+        ValueError: a presentation time is less than the one before, or more than a minute after it.
     """
     previous: TimedFrame[T] | None = None
     first, gap, tick = Fraction(0), Fraction(0), 0
@@ -69,7 +69,7 @@ def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
             if gap > LONGEST_FRAME_SECONDS:
                 raise ValueError(
                     f"its frame at {float(previous.time):.3f} s stays for {float(gap):.0f} s; "
-                    f"more than {LONGEST_FRAME_SECONDS} s is taken for broken presentation times"
+                    f"more than {LONGEST_FRAME_SECONDS} s indicates damaged presentation times"
                 )
             while first + tick / fps + TOLERANCE < frame.time:
                 yield previous.image
@@ -84,17 +84,17 @@ def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
 
 
 def trim(frames: int) -> int:
-    """The largest 4n+1 that is at most ``frames`` (0 for 0): the autoencoder would silently drop the rest."""
+    """The largest 4n+1 of at most ``frames`` (0 for 0), because the autoencoder drops further frames silently."""
     return 0 if frames < 1 else frames - (frames - 1) % TEMPORAL_STRIDE
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Which numbers of frames a window may have, 4n+1 each.
+    """The allowed numbers of frames of a window, 4n+1 each.
 
     Attributes:
         shortest, longest: the bounds.
-        only: the lengths between them that are allowed; None for all.
+        only: the allowed lengths between the bounds; None allows all.
     """
 
     shortest: int
@@ -102,7 +102,7 @@ class Lengths:
     only: tuple[int, ...] | None = None
 
     def at_most(self, frames: int) -> int:
-        """The largest length that ``frames`` frames make; 0 if there is none."""
+        """The largest allowed length of at most ``frames``; 0 if there is none."""
         if self.only is not None:
             return max((length for length in self.only if length <= frames), default=0)
         length = min(self.longest, trim(frames))
@@ -110,20 +110,20 @@ class Lengths:
 
 
 def plan_windows(total: int, kind: str, lengths: Lengths) -> list[Window]:
-    """Cut a clip.
+    """Cut a clip into windows.
 
     Args:
-        total: resampled frames of the clip.
-        kind: ``whole`` (all of it, but for the frames that its length exceeds an allowed one by), ``first`` (its first
-            window) or ``consecutive`` (one behind another without overlap; what is left at the end makes a shorter
-            window, or is dropped if it is too short for any).
-        lengths: that windows may have.
+        total: number of resampled frames of the clip.
+        kind: ``whole`` (the clip without the frames beyond the largest allowed length), ``first`` (the first window) or
+            ``consecutive`` (adjacent windows without overlap; the rest at the end becomes a shorter window, or is
+            dropped if it is too short).
+        lengths: allowed lengths of windows.
 
     Returns:
         Windows in order.
 
     Raises:
-        ValueError: no window of that length fits; the message says what to change.
+        ValueError: no window fits, or a ``whole`` clip is too long; the message names the option to change.
     """
     if kind not in WINDOW_KINDS:
         raise ValueError(f"windows are {kind!r}; expected one of {', '.join(WINDOW_KINDS)}")

@@ -1,0 +1,143 @@
+"""Results of a preparation: finished shards, the manifest that lists them, and its summary as text."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
+from wan_data.prepare.shard_batches import ShardBatch, ShardPlan
+from wan_data.reading.packing import latent_tokens
+from wan_data.shards.manifest import Manifest, ShapeCount, SourceRecord
+from wan_data.shards.writer import ShardRecord
+from wan_model.system.files import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedShard:
+    """A finished shard.
+
+    Attributes:
+        record: its entry in the manifest; None if none of its windows could be encoded.
+        samples: number of samples of each source, by name.
+        shapes: frames, height, width, latent shape and number of samples.
+        dropped: source, window number and reason of each window that could not be encoded.
+    """
+
+    record: ShardRecord | None
+    samples: dict[str, int]
+    shapes: tuple[tuple[int, int, int, tuple[int, ...], int], ...]
+    dropped: tuple[tuple[str, int, str], ...]
+
+    def write(self, path: Path) -> None:
+        """Write the record into the folder of an unfinished preparation."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "FinishedShard":
+        """Inverse of ``write``."""
+        value = json.loads(path.read_bytes())
+        return cls(
+            ShardRecord(**value["record"]) if value["record"] else None,
+            value["samples"],
+            tuple((*shape[:3], tuple(shape[3]), shape[4]) for shape in value["shapes"]),
+            tuple((name, window, reason) for name, window, reason in value["dropped"]),
+        )
+
+
+def with_rejected(manifest: Manifest, results: Sequence[ProbeResult]) -> Manifest:
+    """The manifest with the rejected sources of this run added."""
+    records = {record.path: record for record in manifest.sources}
+    for result in results:
+        if isinstance(result, RejectedSource):
+            records[result.name] = _rejected(result)
+    return dataclasses.replace(manifest, sources=tuple(sorted(records.values(), key=lambda record: record.path)))
+
+
+def _rejected(source: RejectedSource) -> SourceRecord:
+    return SourceRecord(source.name, "rejected", source.reason, sha256=source.sha256, bytes=source.bytes)
+
+
+def with_shard_batch(
+    manifest: Manifest, batch: ShardBatch, plans: Sequence[ShardPlan], finished: Sequence[FinishedShard]
+) -> Manifest:
+    """The manifest with a finished batch of shards added."""
+    shards_of: dict[str, dict[str, int]] = collections.defaultdict(dict)
+    dropped: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
+    shapes: collections.Counter[tuple[Any, ...]] = collections.Counter()
+    for shape in manifest.shapes:
+        shapes[shape.split, shape.frames, shape.height, shape.width, shape.latent] += shape.samples
+    for plan, shard in zip(plans, finished, strict=True):
+        for frames, height, width, latent, count in shard.shapes:
+            shapes[plan.split, frames, height, width, latent] += count
+        for name, count in shard.samples.items():
+            assert shard.record is not None, "a shard with samples was written"
+            shards_of[name][shard.record.name] = count
+        for name, window, reason in shard.dropped:
+            dropped[name].append((window, reason))
+    sources = {record.path: record for record in with_rejected(manifest, batch.rejected).sources}
+    for source, split in batch.accepted:
+        sources[source.name] = _accepted(source, split, shards_of[source.name], dropped[source.name])
+    return dataclasses.replace(
+        manifest,
+        complete=True,
+        sources=tuple(sorted(sources.values(), key=lambda record: record.path)),
+        shards=(*manifest.shards, *(shard.record for shard in finished if shard.record is not None)),
+        shapes=tuple(
+            ShapeCount(split, frames, height, width, latent, latent_tokens(latent), count)
+            for (split, frames, height, width, latent), count in sorted(shapes.items())
+        ),
+        next_shard=batch.first_shard + len(plans),
+    )
+
+
+def _accepted(
+    source: PlannedSource, split: str, samples: Mapping[str, int], dropped: Sequence[tuple[int, str]]
+) -> SourceRecord:
+    record = SourceRecord(
+        path=source.name,
+        verdict="accepted",
+        split=split,
+        sha256=source.sha256,
+        bytes=source.bytes,
+        samples=sum(samples.values()),
+        shards=tuple(sorted(samples)),
+        dropped=tuple(dropped),
+        frames=source.info.frames,
+        source_fps=source.info.source_fps,
+        height=source.info.height,
+        width=source.info.width,
+    )
+    if record.samples:
+        return record
+    return dataclasses.replace(record, verdict="rejected", reason=dropped[0][1], split=None)
+
+
+def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
+    """The summary that ``wan-data prepare`` prints: samples, shapes, and what was left out with the reasons."""
+    rejected = [source for source in manifest.sources if source.verdict == "rejected"]
+    splits = ", ".join(f"{count} {split}" for split, count in manifest.samples.items())
+    sizes = {shape.latent for shape in manifest.shapes}
+    lines = [
+        f"{sum(manifest.samples.values())} samples ({splits}) of {len(sizes)} shapes in {len(manifest.shards)} shards "
+        f"from {len(manifest.sources) - len(rejected)} of {len(manifest.sources)} files: {folder}"
+    ]
+    for shape in manifest.shapes:
+        lines.append(
+            f"  {shape.split:5} {shape.frames}x{shape.height}x{shape.width}: "
+            f"{shape.samples} samples of {shape.tokens} tokens"
+        )
+    if rejected:
+        lines.append(f"{len(rejected)} files were rejected:")
+        lines += [f"  {source.path}: {source.reason}" for source in rejected]
+    dropped = [
+        f"  {source.path} window {number + 1}: {reason}"
+        for source in manifest.sources
+        if source.verdict == "accepted"
+        for number, reason in source.dropped
+    ]
+    if dropped:
+        lines += [f"{len(dropped)} windows of accepted files could not be encoded:", *dropped]
+    return lines
