@@ -28,7 +28,7 @@ from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.shards.writer import ShardWriter
 from wan_data.video.windows import Window
 from wan_model.codec.latent_codec import LatentCodec
-from wan_model.system.files import PARTIAL_SUFFIX, write_json
+from wan_model.system.files import PARTIAL_SUFFIX, sync_folder, write_json
 
 # The state of an unfinished preparation: the next run resumes from it, the end of a run removes it.
 WORK_FOLDER = ".wan-data"
@@ -65,6 +65,7 @@ def output_folder(folder: Path, ranks: Ranks, *, overwrite: bool) -> Iterator[No
         raise ValueError(f"{folder} holds files that wan-data did not write; choose an empty or a new folder")
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
     with writer_lock(folder) if ranks.rank == 0 else contextlib.nullcontext():
         if ranks.rank == 0 and overwrite:
             _clear(folder)
