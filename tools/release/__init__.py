@@ -1,0 +1,1 @@
+"""Prepares the release of one package: version, changelog, wheel and source distribution, checks. Publishes nothing."""

@@ -1,0 +1,65 @@
+"""``python -m release PACKAGE [--version X.Y.Z]``: prepare the release of one package, and publish nothing.
+
+The version goes into the package's ``__init__``, the changelog's unreleased section under the version and the date.
+Wheel and source distribution are built from a copy and tried in an empty environment; only then do files change.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from release.artifacts import CommandError, Workshop, make
+from release.plan import Plan, make_plan
+
+ROOT = Path(__file__).parents[2]
+
+
+def _described(plan: Plan) -> str:
+    files = ", ".join(str(path.relative_to(plan.package.root)) for path in plan.edits)
+    return f"{plan.package.name} {plan.version} changes {files}. Its section of the changelog:\n\n{plan.changes}\n"
+
+
+def _next_steps(plan: Plan, output: Path) -> str:
+    package, folder = plan.package, output.relative_to(plan.package.root)
+    lines = [f"{package.name} {plan.version} is in {folder}, and nothing has been published. What to do next:"]
+    if plan.unreleased:
+        names = " and ".join(f"{one.name} {one.version}" for one in plan.unreleased)
+        lines.append(f"- Release {names} first: this package needs it, and no changelog says that it is released.")
+    lines += [
+        "- Read the change: git diff",
+        f'- Commit it: git commit -m "Release {package.name} {plan.version}" -- packages/{package.name}',
+        f'- Tag the commit: git tag -a {plan.tag} -m "{package.name} {plan.version}"',
+        f"- Push both: git push origin HEAD {plan.tag}",
+        f"- Upload: python -m twine upload {folder}/*",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
+    """Prepare a release, or exit with the reason against it."""
+    parser = argparse.ArgumentParser(prog="release", description=__doc__)
+    parser.add_argument("package", help="wan-model, wan-data, wan-train or wan-infer")
+    parser.add_argument(
+        "--version", help="of the release; by default __version__, or the next patch if that is released"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and show, but build and change nothing")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing: use what is installed here; no twine")
+    options = parser.parse_args(arguments)
+    try:
+        plan = make_plan(root, options.package, options.version, datetime.now(UTC).date())
+        print(_described(plan), flush=True)
+        if options.dry_run:
+            return
+        with tempfile.TemporaryDirectory(prefix="release-") as scratch:
+            output = make(plan, Workshop(Path(scratch), options.offline))
+    except (ValueError, CommandError) as error:
+        raise SystemExit(str(error)) from None
+    for path, text in plan.edits.items():
+        path.write_text(text, encoding="utf-8")
+    print(f"\n{_next_steps(plan, output)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""One of the repository's packages, as its files describe it."""
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+_VERSION = re.compile(r'^__version__ = "(.*)"$', re.M)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A distribution below ``packages/``.
+
+    Args:
+        root: of the repository.
+        name: of the distribution.
+    """
+
+    root: Path
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.root / "packages" / self.name
+
+    @property
+    def module(self) -> str:
+        """Its import name."""
+        return self.name.replace("-", "_")
+
+    @property
+    def init(self) -> Path:
+        """The file that holds its version."""
+        return self.folder / "src" / self.module / "__init__.py"
+
+    @property
+    def changelog(self) -> Path:
+        """Its changelog."""
+        return self.folder / "CHANGELOG.md"
+
+    @property
+    def project(self) -> dict[str, Any]:
+        """The ``project`` table of its pyproject."""
+        return tomllib.loads((self.folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    @property
+    def version(self) -> Version:
+        """``__version__``, the only place where the version is written down.
+
+        Raises:
+            ValueError: it is not written down, or a second time in the pyproject.
+        """
+        found = _VERSION.findall(self.init.read_text(encoding="utf-8"))
+        if len(found) != 1:
+            raise ValueError(
+                f'{self.init} sets __version__ {len(found)} times; expected one line __version__ = "X.Y.Z"'
+            )
+        if "version" in self.project:
+            raise ValueError(f"{self.folder}/pyproject.toml gives a version too; list it under dynamic instead")
+        return Version(found[0])
+
+    def init_with(self, version: Version) -> str:
+        """The text of ``init`` with another version."""
+        return _VERSION.sub(f'__version__ = "{version}"', self.init.read_text(encoding="utf-8"))
+
+    def requirements(self) -> list[Requirement]:
+        """Everything that it requires, with every extra."""
+        extras = self.project.get("optional-dependencies", {}).values()
+        return [Requirement(text) for group in (self.project["dependencies"], *extras) for text in group]
+
+    def requirements_on(self, names: set[str]) -> list[Requirement]:
+        """What it requires of these distributions, itself left out."""
+        others = names - {self.name}
+        return [one for one in self.requirements() if canonicalize_name(one.name) in others]
+
+
+def packages(root: Path) -> dict[str, Package]:
+    """All packages of the repository, by name."""
+    names = sorted(path.parent.name for path in root.glob("packages/*/pyproject.toml"))
+    return {name: Package(root, name) for name in names}
+
+
+def needed_by(package: Package, every: dict[str, Package]) -> list[Package]:
+    """The packages of the repository that are installed with this one, each after those that it needs itself."""
+    ordered: list[Package] = []
+
+    def add(one: Package) -> None:
+        for text in one.project["dependencies"]:
+            name = canonicalize_name(Requirement(text).name)
+            if name in every and name != one.name:
+                add(every[name])
+        if one not in ordered and one is not package:
+            ordered.append(one)
+
+    add(package)
+    return ordered
