@@ -1,11 +1,14 @@
-"""What the tests share: shapes checked at run time, tiny clips written on the spot, a tiny model, one small dataset."""
+"""Shared by the tests: shapes checked at run time, tiny clips, a tiny model, one small dataset, running decoders."""
 
+import fcntl
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+sys.path.insert(0, str(Path(__file__).parent))  # for disk_writes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
@@ -22,9 +25,13 @@ import av  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from disk_writes import recorded_writes, save_events  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from wan_data.prepare.settings import PrepareSettings  # noqa: E402
+from wan_data.video.decoder_process import Decoder  # noqa: E402
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 torch.set_num_threads(1)
 # Machines differ in speed and tests run side by side: a slow example is no failure, and the examples are the same.
@@ -76,10 +83,63 @@ def clip() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a file or folder once for all test processes; tests only read it, or copy it."""
+    # Under xdist each worker has its own base folder below a common one.
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, build: Callable[[Path], object]) -> Path:
+        path, done = base / name, base / f"{name}.done"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                build(path)
+                done.touch()
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(once: Once) -> Path:
     from wan_model.tiny import write_tiny_wan
 
-    return write_tiny_wan(tmp_path_factory.mktemp("model") / "tiny")
+    return once("tiny-model", write_tiny_wan)
+
+
+class ReusedDecoder(Decoder):
+    """A decoder that takes over the idle process of another one: starting a process takes seconds."""
+
+    idle: ClassVar[list[tuple[Any, Any]]] = []
+
+    def _start(self) -> None:
+        if not self.idle:
+            super()._start()
+            return
+        self._child, self._connection = self.idle.pop()
+        self._ready = True
+
+    def __exit__(self, *error: object) -> None:
+        if self._child is not None and self._connection is not None and self._ready and not self._jobs:
+            self.idle.append((self._child, self._connection))
+            self._child = self._connection = None
+        self._kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reused_decoders() -> Iterator[None]:
+    """Preparations in this process share decoder processes; processes that they start have their own."""
+    from wan_data.prepare import encoder_pool, probe
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "Decoder", ReusedDecoder)
+        patch.setattr(encoder_pool, "Decoder", ReusedDecoder)
+        yield
+    while ReusedDecoder.idle:
+        decoder = ReusedDecoder()
+        decoder.start()
+        decoder._kill()
 
 
 class Silent:
@@ -125,8 +185,8 @@ def fill_folder(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fill_folder(tmp_path_factory.mktemp("clips"))
+def clips(once: Once) -> Path:
+    return once("clips", fill_folder)
 
 
 def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> Any:
@@ -143,10 +203,21 @@ def prepared() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def dataset(clips: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "dataset"
-    prepare_folder(clips, folder, tiny_model, PrepareSettings(**SMALL))
-    return folder
+def prepared_dataset(once: Once, clips: Path, tiny_model: Path) -> Path:
+    """A folder with a dataset of ``clips`` and the events of its preparation."""
+
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        with recorded_writes() as events:
+            prepare_folder(clips, folder / "dataset", tiny_model, PrepareSettings(**SMALL))
+        save_events(events, folder / "events.json")
+
+    return once("prepared", build)
+
+
+@pytest.fixture(scope="session")
+def dataset(prepared_dataset: Path) -> Path:
+    return prepared_dataset / "dataset"
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import multiprocessing
-import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask
 from wan_data.video.decoder_process import Decoder
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.child_process import end_after
 
 Result = list[tuple[str, int, Any, str | None]]  # source, window, latent as an array, problem
 
@@ -27,20 +27,15 @@ _worker: dict[str, Any] = {}  # its encoder, and the tasks that it is decoding
 
 
 def _initialize(model: str, settings: PrepareSettings, device: str, index: int, threads: int) -> None:
-    threading.Thread(target=_exit_with_caller, daemon=True).start()
+    # Not follow_parent: os.getppid() is the fork server, which lives as long as its forks; the caller is its parent.
+    caller = multiprocessing.parent_process()
+    assert caller is not None, "multiprocessing has started this process"
+    end_after(caller.join)
     torch.set_num_threads(threads)
     decoder = Decoder()
     decoder.start()  # it exits with this process
     codec = load_codec(model, settings, choose_device(device, index), vae=True, text=False)
     _worker["encoder"], _worker["pending"] = WindowEncoder(codec, settings, decoder), collections.deque()
-
-
-def _exit_with_caller() -> None:
-    # os.getppid() is the fork server, which lives as long as its forks; the caller is the parent of that.
-    caller = multiprocessing.parent_process()
-    assert caller is not None, "multiprocessing has started this process"
-    caller.join()
-    os._exit(1)
 
 
 def _do_nothing() -> None:

@@ -19,7 +19,7 @@ import yaml
 
 from wan_data.shards.energon_index import write_index
 from wan_data.shards.writer import ShardRecord
-from wan_model.system.files import naming, sync_folder, write_bytes
+from wan_model.system.files import naming, write_bytes
 
 META_FOLDER = ".nv-meta"
 # Byte for byte what `energon prepare --sample-type CrudeWebdataset` writes too.
@@ -58,7 +58,6 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
     names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
     meta = folder / META_FOLDER
     meta.mkdir(exist_ok=True)
-    sync_folder(folder)
     with _as_os_errors(meta):
         write_index(folder, meta, shards)
     # Energon draws this UUID at random; ours is the same in every run.

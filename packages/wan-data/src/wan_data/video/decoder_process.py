@@ -27,6 +27,7 @@ from typing import Any
 from wan_data.video.buckets import Size
 from wan_data.video.limits import Limits
 from wan_data.video.windows import Window
+from wan_model.system.child_process import follow_parent
 
 _HEARTBEAT_SECONDS = 1.0
 # Without a heartbeat for this long, the decoder is in an endless loop.
@@ -304,17 +305,6 @@ def _run(job: Job, responder: _Responder) -> None:
         responder.send(rejected=f"it cannot be decoded: {type(error).__name__}: {reason}")
 
 
-def _exit_with_parent() -> None:
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _address_space_in_use() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
@@ -324,7 +314,7 @@ def main() -> None:
     connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl+C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _exit_with_parent()
+    follow_parent()
     import torch
 
     torch.set_num_threads(1)
