@@ -5,19 +5,24 @@ Bridge 0.3.1 imports two of them unconditionally, in files that serve language m
 everything else together. Megatron-Core asks politely and has ``HAVE_...`` flags; it is imported first, so that these
 stay honest. For the one import of Bridge a finder then supplies modules whose every name is a class that cannot be
 built; afterwards the names are as absent as before.
+
+``transformers`` and ``datasets``, which tokenizers and instruction data need, are installed and left out all the same,
+of Core too: importing them takes a third of the engine's start. Whoever imports them afterwards gets the real ones.
 """
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 TRANSFORMER_ENGINE = "transformer_engine"
 MODELOPT = "modelopt"
+_OF_LANGUAGE_MODELS = ("transformers", "datasets")
 
 
 class _Absent(type):
@@ -31,7 +36,9 @@ class AbsentClass(metaclass=_Absent):
     """Stands where a class or function of an absent distribution would; calling it is an error."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        raise RuntimeError("this needs transformer-engine or nvidia-modelopt, which this process runs without")
+        raise RuntimeError(
+            "this needs transformer-engine, nvidia-modelopt, transformers or datasets, which the engine runs without"
+        )
 
 
 class _AbsentModule(types.ModuleType):
@@ -93,23 +100,29 @@ def leave_out_model_families() -> None:
     _bare_package("megatron.bridge.models", _FROM_MODELS)
 
 
+@contextlib.contextmanager
+def _left_out(names: Iterable[str]) -> Iterator[None]:
+    """In this context the named top-level modules are stand-ins, unless they are imported already."""
+    finder = _Finder(name for name in names if name not in sys.modules)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] in finder.names]:
+            del sys.modules[name]
+
+
 def import_bridge_without(names: Iterable[str]) -> None:
     """Import Megatron-Bridge's training loop as if the named distributions' classes were there.
 
     Args:
         names: top-level modules to leave out; one that is already imported is left alone.
     """
-    absent = [name for name in names if name not in sys.modules]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _left_out(_OF_LANGUAGE_MODELS):
         # Each of them says, over many lines, that Transformer Engine and Apex are not there; so does our README.
         warnings.simplefilter("ignore", UserWarning)
         import megatron.core.extensions.transformer_engine
 
-        finder = _Finder(absent)
-        sys.meta_path.insert(0, finder)
-        try:
+        with _left_out(names):
             import megatron.bridge.training.pretrain  # noqa: F401
-        finally:
-            sys.meta_path.remove(finder)
-            for name in [name for name in sys.modules if name.split(".")[0] in finder.names]:
-                del sys.modules[name]
