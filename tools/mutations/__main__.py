@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mutations import wan_data, wan_infer, wan_model, wan_train
 from mutations.mutation import PACKAGES, Mutation
-from mutations.report import counts, line_of, to_markdown, write
+from mutations.report import line_of, to_markdown, write
 from mutations.tree import Tree, mutate
 from mutations.trial import Outcome, control_problem, missing_tests, try_mutation
 
@@ -64,7 +64,7 @@ def main() -> int:
         outcomes = list(run_all(trees, chosen, arguments.limit))
     if arguments.folder is not None:
         write(outcomes, arguments.folder)
-    print(f"\n{to_markdown(outcomes)}\n{counts(outcomes)}")
+    print(f"\n{to_markdown(outcomes)}")
     return 0 if all(outcome.verdict == "caught" for outcome in outcomes) else 1
 
 

@@ -42,7 +42,7 @@ MUTATIONS = (
         "known-split-forgotten", "prepare/shard_batches.py",
         'content: known.get(content) or ("val" if draw <', 'content: ("val" if draw <',
         "a copy of a validation clip that is added later goes into training",
-        "prepare",
+        "prepare/test_shard_batches.py",
     ),
     _of(
         "dropped-windows-exit-0", "cli.py",

@@ -12,7 +12,7 @@ MUTATIONS = (
         "text-encoder-not-released", "sampling/sampler.py",
         'self.__dict__.pop("text_codec", None)', "pass",
         "11 GB of the text encoder stay in memory for the whole run",
-        "sampling/test_sampler.py",
+        "sampling/test_memory.py",
     ),
     _of(
         "guidance-branches-swapped", "sampling/denoise.py",

@@ -81,7 +81,7 @@ MUTATIONS = (
         "record-not-flushed", "checkpoint/record.py",
         "os.fsync(file.fileno())", "file.fileno()",
         "after a power failure a checkpoint is declared complete and its files are empty",
-        "checkpoint/test_folder.py",
+        "checkpoint/test_durability.py",
     ),
     _of(
         "only-sizes-compared", "checkpoint/record.py",
