@@ -51,4 +51,4 @@ def problems(path: Path) -> Iterator[str]:
         accepted = _accepted(node)
         for name in documented(ast.get_docstring(node) or ""):
             if accepted is not None and name not in accepted:
-                yield f"{path}:{node.lineno}: the docstring of {node.name} explains {name}, which is none of its arguments"
+                yield f"{path}:{node.lineno}: the docstring of {node.name} explains {name}, which it does not take"

@@ -4,14 +4,15 @@
   ``<!-- include: PATH#anchor only -->`` that section without its subsections. PATH is relative to the repository.
 - ``<!-- reference: PACKAGE -->`` is the API reference of a package.
 
-What is included keeps its anchors. Its links, which are relative to the document they stand in, are turned into links of
-the site: to the page that includes the target, or to a copy of the file where no page does.
+What is included keeps its anchors. Its links, which are relative to the document they stand in, are turned into links
+of the site: to the page that includes the target, or to a copy of the file where no page does.
 """
 
 import os
 import re
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from docs import reference
@@ -153,11 +154,11 @@ class Site:
             if line.level:
                 text = f"{'#' * (line.level + part.shift)} {line.title} {{ #{part.anchors[line.slug]} }}"
                 line = replace(line, text=text)
-            where = f"{part.source}:{line.number}"
-            lines.append(with_targets(line, lambda target, at=where: self._link(page, part.source, target, at)).text)
+            change = partial(self._link, page, part.source, f"{part.source}:{line.number}")
+            lines.append(with_targets(line, change).text)
         return lines
 
-    def _link(self, page: Page, source: PurePosixPath, target: str, where: str) -> str:
+    def _link(self, page: Page, source: PurePosixPath, where: str, target: str) -> str:
         """A target of ``source``, as ``page`` has to write it."""
         if _EXTERNAL.match(target):
             return target

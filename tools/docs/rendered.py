@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# Marks that only unrendered Markdown leaves in text: code, tables, links, lists, directives of this site or of mkdocstrings.
+# Marks that only unrendered Markdown leaves in text: code, tables, links, lists, bold type, directives.
 _UNRENDERED = re.compile(
     r"``|^\s*\|?[\s:|-]*---[\s:|-]*\|\s*$|\]\(|<!--|:::|\{\s*#[\w-]+\s*\}|(?<!\w)\*\*\w|^[-*] \w", re.M
 )

@@ -59,11 +59,9 @@ class Package:
         """
         found = _VERSION.findall(self.init.read_text(encoding="utf-8"))
         if len(found) != 1:
-            raise ValueError(
-                f'{self.init} sets __version__ {len(found)} times; expected one line __version__ = "X.Y.Z"'
-            )
+            raise ValueError(f'{self.init} has {len(found)} lines such as __version__ = "0.1.0"; expected one.')
         if "version" in self.project:
-            raise ValueError(f"{self.folder}/pyproject.toml gives a version too; list it under dynamic instead")
+            raise ValueError(f"{self.folder}/pyproject.toml gives a version too; list it under dynamic instead.")
         return Version(found[0])
 
     def init_with(self, version: Version) -> str:

@@ -115,8 +115,8 @@ def _check_siblings(package: Package, version: Version, every: Sequence[Package]
         there = names[requirement.name].version
         if not requirement.specifier.contains(there, prereleases=True):
             raise ValueError(
-                f"{package.name} requires {requirement}, but {requirement.name} is {there}; release such a version first "
-                f"or change packages/{package.name}/pyproject.toml."
+                f"{package.name} requires {requirement}, but {requirement.name} is {there}; release such a version "
+                f"first, or change packages/{package.name}/pyproject.toml."
             )
     for other in every:
         for requirement in other.requirements_on({package.name}):
