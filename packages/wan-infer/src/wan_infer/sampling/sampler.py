@@ -28,7 +28,7 @@ from wan_model.dit.model import WanDiT
 class WanSampler:
     """A transformer with its text encoder and its autoencoder, loaded once for any number of videos.
 
-    ::
+    For example:
 
         sampler = WanSampler.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
         video = sampler.sample(["a rabbit in a meadow"], width=832, height=480, frames=81, seed=42)[0]
