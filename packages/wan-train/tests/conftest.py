@@ -1,9 +1,8 @@
-"""One thread a test process, shapes checked, and runs that several tests look at made once."""
+"""One thread a test process, shapes checked, and runs that several tests check made once."""
 
 import fcntl
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +10,33 @@ from typing import Any
 
 import jaxtyping
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for training_runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 jaxtyping.install_import_hook(["wan_model", "wan_train.data.mock_data", "wan_train.data.dataset"], "beartype.beartype")
 
-from training_runs import train, train_for_equality, write_start  # noqa: E402  after the hook
+import training_runs  # noqa: E402  these after the hook
+from plain_training import Reference  # noqa: E402
+from training_runs import EQUALITY_SEED, call, equality_options, train, write_start  # noqa: E402
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
-@pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Make a folder once for all test processes."""
+@pytest.fixture(scope="session", autouse=True)
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Common to all test processes."""
     # Under xdist each worker has its own base below a common one.
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    training_runs.ranks_folder = base
+    return base
+
+
+@pytest.fixture(scope="session")
+def once(session_folder: Path) -> Once:
+    """Make a folder once for all test processes."""
+    base = session_folder
 
     def make(name: str, build: Callable[[Path], object]) -> Path:
         folder, done = base / name, base / f"{name}.done"
@@ -39,32 +51,43 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 
 @pytest.fixture(scope="session")
-def start_weights(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def reference_of(once: Once) -> Callable[[int], Reference]:
+    """By seed: what every parallel layout, and training in plain torch, is compared with."""
+
+    def make(seed: int) -> Reference:
+        start = once(f"start-weights-{seed}", lambda folder: write_start(folder, seed))
+        run = once(f"equality-{seed}", lambda folder: train(folder, *equality_options(start, seed)))
+        write = "plain_training:write_plain_results"  # where shapes are not checked, which takes half the time
+        plain = once(f"plain-{seed}", lambda path: call(write, str(path), str(start), seed))
+        exact, scale = torch.load(plain, weights_only=True)
+        return Reference(start, run, exact, scale)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def start_weights(once: Once) -> Path:
     """A model folder to start from, whose every gradient is alive."""
-    return once("start-weights", write_start)
+    return once(f"start-weights-{EQUALITY_SEED}", write_start)
 
 
 @pytest.fixture(scope="session")
-def one_process_run(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """The run that every parallel layout must equal."""
-    return once("one-process-run", lambda folder: train(folder, "checkpoint.save_interval=3"))
+def equality_reference(once: Once, start_weights: Path) -> Path:
+    """One process, a checkpoint after each step, an EMA."""
+    options = equality_options(start_weights, EQUALITY_SEED)
+    return once(f"equality-{EQUALITY_SEED}", lambda folder: train(folder, *options))
 
 
 @pytest.fixture(scope="session")
-def equality_reference(once: Callable[[str, Callable[[Path], object]], Path], start_weights: Path) -> Path:
-    """One process, six steps, a checkpoint after each: what every parallel layout is compared with."""
-    return once("equality-reference", lambda folder: train_for_equality(folder, start_weights))
+def one_process_run(once: Once) -> Path:
+    """Six steps, saved after each second one: what every interrupted run must equal."""
+    return once("one-process-run", lambda folder: train(folder, "checkpoint.save_interval=2"))
 
 
 @pytest.fixture(scope="session")
-def engine_answers(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Any]:
+def probed(once: Once) -> dict[str, Any]:
     """What ``engine_probe.py`` found in a process of its own."""
-
-    def probe(path: Path) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "engine_probe.py")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        path.write_text(next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))[8:])
-
-    found: dict[str, Any] = json.loads(once("engine-probe", probe).read_text())
+    found: dict[str, Any] = json.loads(
+        once("engine-probe", lambda path: call("engine_probe:probe", str(path))).read_text()
+    )
     return found

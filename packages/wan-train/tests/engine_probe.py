@@ -1,4 +1,4 @@
-"""Run in a process of its own: start the engine, try what it promises, print the answers as JSON."""
+"""Called in a process where the engine was started (``warm_ranks.Call``): try what it is for, write the results."""
 
 import json
 import sys
@@ -58,11 +58,11 @@ def _model_answers() -> dict[str, object]:
     from wan_model import WanConfig, save_transformer
     from wan_model.weights.transformer import expected_shapes
     from wan_train.config.options import RunOptions
-    from wan_train.loop.run import _join_process_group, build_config
+    from wan_train.loop.run import _init_single_process_group, build_config
     from wan_train.model.provider import MegatronWanDiT, stage_of
 
     # A single process joins a group without any port.
-    owned = _join_process_group("gloo")
+    owned = _init_single_process_group("gloo")
     parallel_state.initialize_model_parallel()
     config = build_config(RunOptions("tiny"))
     config.model.finalize()
@@ -288,13 +288,13 @@ def _tutorial_answers() -> list[object]:
 
 def _configuration_answers() -> dict[str, object]:
     from wan_train.config.options import RunOptions
-    from wan_train.config.settings import settle
-    from wan_train.loop.run import bind_data, build_config, check_layout
+    from wan_train.config.settings import derive_settings
+    from wan_train.loop.run import build_config, check_layout, configure_data
     from wan_train.model.layout import Layout
 
     def settled(*overrides: str) -> list[object]:
         config = build("train.train_iters=7", *overrides)
-        settle(config, on_cpu=True)
+        derive_settings(config, on_cpu=True)
         scheduler = config.scheduler
         return [scheduler.lr_decay_iters, scheduler.start_weight_decay, scheduler.end_weight_decay]
 
@@ -328,9 +328,9 @@ def _configuration_answers() -> dict[str, object]:
             lambda: check_layout(build("dist.use_megatron_fsdp=true", "model.pipeline_model_parallel_size=2"), 2)
         ),
         "heads": _raises(lambda: check_layout(wide, 3)),
-        "no data": _raises(lambda: bind_data(build(), Layout(1))),
-        "absent data": _raises(lambda: bind_data(build(f"dataset.path={folder / 'absent'}"), Layout(1))),
-        "two kinds of data": _raises(lambda: bind_data(build(f"dataset.path={folder}", mock=True), Layout(1))),
+        "no data": _raises(lambda: configure_data(build(), Layout(1))),
+        "absent data": _raises(lambda: configure_data(build(f"dataset.path={folder / 'absent'}"), Layout(1))),
+        "two kinds of data": _raises(lambda: configure_data(build(f"dataset.path={folder}", mock=True), Layout(1))),
     }
 
 
@@ -382,7 +382,7 @@ def _dropout_answers() -> dict[str, object]:
     }
 
 
-def main() -> None:
+def probe(results: str) -> None:
     from wan_train import engine
 
     started = engine.start()
@@ -414,8 +414,4 @@ def main() -> None:
     with get_cuda_rng_tracker().fork():
         first = torch.rand(3)
     answers["rng tracker runs"] = bool((first >= 0).all())
-    print("ANSWERS " + json.dumps(answers))
-
-
-if __name__ == "__main__":
-    main()
+    Path(results).write_text(json.dumps(answers))

@@ -1,14 +1,13 @@
-"""Train as ``wan_train.launch.worker`` does, counting bytes: what the first pack's forward pass leaves, the
-most until the gradients are there, and what weights, gradients and the optimizer hold between steps.
+"""Count bytes in a rank: what the first pack's forward pass leaves, the most until the gradients are there, and what
+weights, gradients and the optimizer hold between steps.
 
-``python memory_probe.py RESULTS OPTIONS``; each rank writes RESULTS/RANK.json.
+Called in a rank before it trains (``warm_ranks.Call``); each rank writes RESULTS/RANK.json.
 """
 
 import functools
 import gc
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def install(results: Path) -> None:
+def install(results: str) -> None:
     from live_memory import LiveMemory
-
-    from wan_train import engine
-
-    engine.start()
     from megatron.core.utils import unwrap_model
 
     from wan_train.loop.callback import WanCallback
@@ -64,14 +59,14 @@ def install(results: Path) -> None:
         parameters = [parameter for part in context.model for parameter in part.parameters()]
         optimizers = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
         states = [state for one in optimizers for state in one.optimizer.state.values()]
-        averages = [part.average.tensors for part in unwrap_model(context.model) if part.average is not None]
+        averages = [part.ema.tensors for part in unwrap_model(context.model) if part.ema is not None]
         found["weights"] = bytes_of(parameters)
         found["gradients"] = bytes_of(parameter.main_grad for parameter in parameters)
         found["optimizer"] = bytes_of(
             value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()
         )
         found["average"] = bytes_of(tensor for average in averages for tensor in average.values())
-        (results / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+        Path(results, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
     patched: list[tuple[type, str, Callable[..., Any]]] = [
         (WanForwardStep, "__call__", counted_call),
@@ -80,11 +75,3 @@ def install(results: Path) -> None:
     ]
     for owner, name, function in patched:
         setattr(owner, name, function)
-
-
-if __name__ == "__main__":
-    install(Path(sys.argv[1]))
-    sys.argv = [sys.argv[0], sys.argv[2]]
-    from wan_train.launch import worker
-
-    sys.exit(worker.main())

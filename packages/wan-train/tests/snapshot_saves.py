@@ -1,21 +1,52 @@
-"""Run training as ``wan_train.launch.worker`` does, and copy the checkpoint folder before every change on the disk.
+"""What a rank does at changes on the disk: copy the checkpoint folder before each, or end without warning at one.
 
-``python snapshot_saves.py SNAPSHOTS FOLDER AFTER OPTIONS``: FOLDER is the checkpoint folder; copies begin once step
-AFTER is complete in it. Each copy is what a kill at that moment would leave; they are named in the order of time. The
-processes that this one forks to write tensors watch as well.
+Called in a rank before it trains (``warm_ranks.Call``). The processes that the rank forks to write tensors watch too.
 """
 
 import os
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def watch(snapshots: Path, folder: Path, after: int) -> None:
+def copy_at_every_change(snapshots: str, folder: str, after: int) -> None:
+    """Copy FOLDER before every change in it, once step AFTER is complete there.
+
+    Each copy is what a kill at that moment would leave; they are named in the order of time.
+    """
+
+    def copy() -> None:
+        while True:
+            target = Path(snapshots, str(time.time_ns()))
+            try:
+                shutil.copytree(folder, target)
+                return
+            except shutil.Error:  # another writer renamed a file meanwhile
+                shutil.rmtree(target)
+
+    _before_changes(Path(folder), after, copy)
+
+
+def end_at_change(number: int, folder: str, after: int) -> None:
+    """SIGKILL for the rank and all that it has forked, before the change of that number once step AFTER is complete."""
+    left = number
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.killpg(0, signal.SIGKILL)
+
+    _before_changes(Path(folder), after, count)
+
+
+def _before_changes(folder: Path, after: int, action: Callable[[], None]) -> None:
     begins = folder / f"iter_{after:07d}" / "complete.json"
     root, busy, begun = str(folder), False, False
 
@@ -41,23 +72,9 @@ def watch(snapshots: Path, folder: Path, after: int) -> None:
         busy = True
         try:
             begun = begun or begins.exists()
-            while begun:
-                copy = snapshots / str(time.time_ns())
-                try:
-                    shutil.copytree(folder, copy)
-                    break
-                except shutil.Error:  # another writer renamed a file meanwhile
-                    shutil.rmtree(copy)
+            if begun:
+                action()
         finally:
             busy = False
 
     sys.addaudithook(hook)
-
-
-if __name__ == "__main__":
-    snapshots, folder, after, options = sys.argv[1:]
-    watch(Path(snapshots), Path(folder), int(after))
-    sys.argv = [sys.argv[0], options]
-    from wan_train.launch import worker
-
-    sys.exit(worker.main())

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +15,19 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from warm_ranks import Ended, WarmRanks
+from warm_ranks import Call, Ended, Ranks, WarmRanks
 
 from wan_model.tiny import TINY_CONFIG, write_tiny_wan
-from wan_model.weights.training_checkpoint import read_index
+from wan_model.weights.training_checkpoint import find_checkpoint, read_index, read_training_checkpoint
 from wan_model.weights.transformer import expected_shapes, save_transformer
+from wan_train.checkpoint.folder import saved_steps, step_folder
 from wan_train.checkpoint.record import read_record, record_file, write_record
 from wan_train.cli import pretrain
 from wan_train.config.options import RunOptions
 
 STEPS = 6
+EQUALITY_SEED = 3
+EQUALITY_STEPS = 4  # enough for a warm-up, a decay, two validations and an average
 BASE_OPTIONS = (
     "--recipe", "tiny", f"train.train_iters={STEPS}", "train.global_batch_size=2",
     "scheduler.lr_warmup_iters=1", "optimizer.lr=0.01", "optimizer.min_lr=0.001",
@@ -48,9 +52,14 @@ def wan_train(
     )
 
 
+# Common to the workers of a session; set by conftest.py.
+ranks_folder: Path | None = None
+
+
 @functools.cache
-def _warm_ranks() -> WarmRanks:
-    return WarmRanks()
+def warm_ranks() -> WarmRanks:
+    assert ranks_folder is not None, "set by conftest.py"
+    return WarmRanks(ranks_folder)
 
 
 def train(folder: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -60,42 +69,97 @@ def train(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def train_on(arguments: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     """What ``wan-train pretrain ARGUMENTS checkpoint.save=FOLDER`` does, sooner; must succeed; returns the log."""
-    ended = _run(arguments, folder)
+    ended = run(arguments, folder)
     assert set(ended.codes) == {0}, ended.errors
     return read_log(folder)
 
 
+def refused(folder: Path, *arguments: str) -> str:
+    """A tiny run on random data that must be refused in one sentence, which is returned."""
+    return refused_on((*RUN_OPTIONS, *arguments), folder)
+
+
 def refused_on(arguments: Sequence[str], folder: Path) -> str:
-    """The same, which must be refused in one sentence, which is returned."""
-    ended = _run(arguments, folder)
+    """The same with all arguments."""
+    return sentence_of(run(arguments, folder))
+
+
+def sentence_of(ended: Ended) -> str:
+    """The sentence of ranks that were refused, or the lines of different ones."""
     assert 2 in ended.codes, ended.errors
     assert set(ended.codes) <= {2, -signal.SIGKILL}, ended.errors
     assert "Traceback" not in ended.errors
-    (said,) = {line.split(": ", 1)[1] for line in ended.errors.splitlines() if line.startswith("Error")}
-    return said
+    errors = ended.errors.splitlines()
+    assert all(line.startswith("Error") for line in errors), ended.errors
+    return "\n".join(sorted({line.split(": ", 1)[1] for line in errors}))
 
 
-def _run(arguments: Sequence[str], folder: Path) -> Ended:
+def run(arguments: Sequence[str], folder: Path, **options: Any) -> Ended:
+    """The same, however it ends; options are those of ``WarmRanks.start``."""
+    return start(arguments, folder, **options).wait()
+
+
+def start(arguments: Sequence[str], folder: Path, **options: Any) -> Ranks:
+    """The same, not waited for."""
     given = pretrain.make_context("pretrain", [*arguments, f"checkpoint.save={folder}"]).params
     ranks = given.pop("nproc_per_node")
-    options = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__})
-    return _warm_ranks().run(options.to_json(), ranks)
+    argument = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__}).to_json()
+    return warm_ranks().start(argument, ranks, **options)
 
 
-def train_for_equality(folder: Path, start: Path, *settings: str) -> None:
-    """A run from the weights in that model folder with all that is compared: dropped captions, average, validations."""
-    average = [] if FULLY_SHARDED in settings else [f"ema.decay={AVERAGE_DECAY}"]
-    numbers = [f"model.flow.caption_dropout={CAPTION_DROPOUT}", f"optimizer.weight_decay={WEIGHT_DECAY}"]
-    validation = ["validation.interval=3", "validation.samples=7"]
-    train(folder, "--init-from", str(start), "checkpoint.save_interval=1", *numbers, *validation, *average, *settings)
+def call(function: str, *arguments: Any) -> Ended:
+    """A function (``module:name``) in a process where the engine is imported; must succeed."""
+    ended = warm_ranks().start(None, calls=[Call(function, arguments)]).wait()
+    assert ended.codes == [0], ended.errors
+    return ended
 
 
-def write_start(folder: Path) -> None:
+def equality_options(start: Path, seed: int, *settings: str) -> tuple[str, ...]:
+    """A run from the weights in that model folder with all that is compared: dropped captions, EMA, validations."""
+    ema = () if FULLY_SHARDED in settings else (f"ema.decay={AVERAGE_DECAY}",)
+    numbers = (f"model.flow.caption_dropout={CAPTION_DROPOUT}", f"optimizer.weight_decay={WEIGHT_DECAY}")
+    steps = (f"train.train_iters={EQUALITY_STEPS}", "checkpoint.save_interval=1")
+    validation = ("validation.interval=2", "validation.samples=7")
+    # Texts without padding, between which attention has something to choose; dropped ones are nothing but padding.
+    random = (f"rng.seed={seed}", f"dataset.seed={seed}", "dataset.mock_settings.context_length=512")
+    return ("--init-from", str(start), *steps, *numbers, *validation, *random, *ema, *settings)
+
+
+def stopped_after(step: int, run: Path, folder: Path) -> Path:
+    """What a run would have left that was stopped after that step: FOLDER, which is returned."""
+    shutil.copytree(run, folder)
+    for later in saved_steps(folder):
+        if later > step:
+            shutil.rmtree(step_folder(folder, later))
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    return folder
+
+
+def trajectory(folder: Path) -> dict[int, tuple[str, str, str]]:
+    """Loss, gradient norm and learning rate of each step, to the bit, as the log says last."""
+    return {
+        entry["step"]: tuple(float(entry[name]).hex() for name in ("loss", "grad_norm", "learning_rate"))
+        for entry in steps_of(read_log(folder))
+    }  # type: ignore[misc]
+
+
+def same_weights(one: Path, other: Path, step: int) -> bool:
+    """To the bit, their EMA included where the other has one."""
+    states = []
+    for folder in (one, other):
+        checkpoint = find_checkpoint(folder, step)
+        weights = read_training_checkpoint(checkpoint, dtype=torch.float32)[2]
+        states.append({**weights, **{f"ema.{key}": ema for key, ema in read_tensors(checkpoint, ("ema.",)).items()}})
+    return all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+def write_start(folder: Path, seed: int = EQUALITY_SEED) -> None:
     """Weights to start from: random ones everywhere, so that every gradient of the first step is alive.
 
     The official initialisation has a head of zeros, behind which nothing has a gradient yet.
     """
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, shape in expected_shapes(TINY_CONFIG).items():
         noise = torch.randn(shape, generator=generator)
@@ -160,10 +224,13 @@ def read_tensors(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch
 
 
 def rewrite(checkpoint: Path, name: str, content: Any) -> None:
-    """Change a file of a checkpoint, and its record with it."""
+    """Change a file of a checkpoint, text or what torch saves, and its record with it."""
     step = int(checkpoint.name.removeprefix("iter_"))
     files = read_record(checkpoint, step)
-    torch.save(content, checkpoint / name)
+    if isinstance(content, str):
+        (checkpoint / name).write_text(content)
+    else:
+        torch.save(content, checkpoint / name)
     write_record(checkpoint, step, {**files, name: record_file(checkpoint / name)})
 
 

@@ -1,68 +1,196 @@
-"""Ranks without the nine seconds that each needs to import the engine: forked from a process that has done it.
+"""Training processes without the nine seconds that each needs to import the engine: forked from one that has it.
 
-Everything behind ``wan_train.launch.worker`` runs as ever, in processes of its own. What the launcher does is left
-out, and tested with the real command line in test_launch.py and test_command.py.
+One server for all xdist workers of a session imports Megatron once; it ends when the last of them has left. What runs
+behind ``wan_train.launch.worker`` is unchanged and in processes of its own. The launcher is left out; it is tested with
+the real command line in launch/ and in test_command.py.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import gc
+import importlib
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+# Far above what a tiny run takes on a busy machine: a run that hangs fails the test instead of the session.
+TIMEOUT_SECONDS = 600.0
+_START_SECONDS = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A function that every rank calls before it trains: ``module:name`` with JSON values."""
+
+    function: str
+    arguments: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How the ranks ended: their exit statuses, negative for a signal, and what they wrote on stderr."""
+    """How the ranks ended.
+
+    Attributes:
+        codes: exit statuses by rank, negative for a signal.
+        output: what each rank wrote on stdout.
+        errors: what all of them wrote on stderr.
+    """
 
     codes: list[int]
+    output: list[str]
     errors: str
 
 
+class Ranks:
+    """Processes that run."""
+
+    def __init__(self, connection: socket.socket, folder: Path, pids: list[int]) -> None:
+        self._connection, self._folder, self.pids = connection, folder, pids
+
+    def running(self) -> bool:
+        """Whether none of them has failed, nor all of them ended."""
+        return not select.select([self._connection], [], [], 0)[0]
+
+    def wait(self) -> Ended:
+        """Until the last has ended; the first that fails ends the others."""
+        codes: list[int] = json.loads(_read_line(self._connection))
+        self._connection.close()
+        texts = {
+            kind: [(self._folder / f"{rank}.{kind}").read_text() for rank in range(len(codes))]
+            for kind in ("out", "err")
+        }
+        return Ended(codes, texts["out"], "".join(texts["err"]))
+
+
 class WarmRanks:
-    """The process to fork from; it ends with this one."""
+    """A client of the server that ranks are forked from.
 
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+    Args:
+        folder: common to all clients of a session; the first of them starts the server.
+    """
 
-    def run(self, argument: str, ranks: int, timeout: float = 300) -> Ended:
-        """``wan_train.launch.worker`` as that many processes; the first that fails ends the others."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            order = json.dumps({"argument": argument, "ranks": ranks, "folder": folder, "timeout": timeout})
-            self._server.stdin.write(order.encode() + b"\n")
-            self._server.stdin.flush()
-            answer = self._server.stdout.readline()
-            assert answer, "the process to fork from has ended"
-            errors = "".join(path.read_text() for path in sorted(Path(folder).iterdir()))
-        return Ended(json.loads(answer), errors)
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._runs = folder, 0
+        link = folder / "warm-ranks"
+        with (folder / "warm-ranks.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            connection = _connect(link)
+            if connection is None:  # none yet, or its clients have all left
+                link.unlink(missing_ok=True)
+                # A socket's path may have some hundred characters, which a test's folder can exceed.
+                link.symlink_to(tempfile.mkdtemp(prefix="wan-ranks-"))
+                connection = _start_server(link)
+            self._link, self._connection = link, connection
+
+    def start(
+        self,
+        argument: str | None,
+        ranks: int = 1,
+        *,
+        calls: Sequence[Call] = (),
+        environment: Mapping[str, str] | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> Ranks:
+        """``wan_train.launch.worker`` with that argument as that many processes; nothing but the calls with None."""
+        self._runs += 1
+        folder = self._folder / f"ranks-{os.getpid()}-{self._runs}"
+        folder.mkdir()
+        order = {
+            "argument": argument, "ranks": ranks, "folder": str(folder), "timeout": timeout,
+            "environment": {**_own_variables(), **(environment or {})},
+            "calls": [dataclasses.asdict(call) for call in calls],
+        }  # fmt: skip
+        connection = _connect(self._link)
+        assert connection is not None, "the server that ranks are forked from has ended"
+        connection.sendall(json.dumps(order).encode() + b"\n")
+        return Ranks(connection, folder, json.loads(_read_line(connection)))
 
 
-def _run_rank(order: dict[str, object], rank: int, port: int) -> int:
-    from wan_train.launch import worker
-    from wan_train.launch.launcher import environment
+def _own_variables() -> dict[str, str]:
+    """What a test has set, and its name for the table of costs."""
+    return {name: os.environ[name] for name in ("PYTEST_CURRENT_TEST",) if name in os.environ}
 
-    ranks = int(str(order["ranks"]))
+
+def _address(link: Path) -> str:
+    return f"{os.path.realpath(link)}/socket"
+
+
+def _connect(link: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(_address(link))
+    except OSError:
+        connection.close()
+        return None
+    return connection
+
+
+def _start_server(link: Path) -> socket.socket:
+    errors = link.with_suffix(".err")
+    with errors.open("w") as file:
+        server = subprocess.Popen(
+            [sys.executable, __file__, _address(link)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + _START_SECONDS
+    while (connection := _connect(link)) is None:
+        assert server.poll() is None, errors.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    server.returncode = 0  # it outlives this client if others need it
+    return connection
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    content = b""
+    while not content.endswith(b"\n"):
+        part = connection.recv(1 << 16)
+        assert part, "the server that ranks are forked from has ended"
+        content += part
+    return content
+
+
+def _call(function: str, arguments: Sequence[Any]) -> None:
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
+def _run_rank(order: dict[str, Any], rank: int, port: int) -> int:
     os.setsid()
-    os.environ.update(environment(rank, ranks, port, os.environ))
-    for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, f"{order['folder']}/{rank}")):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order["ranks"]), LOCAL_WORLD_SIZE=str(order["ranks"]),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **order["environment"],
+    )  # fmt: skip
+    places = {0: os.devnull, 1: f"{order['folder']}/{rank}.out", 2: f"{order['folder']}/{rank}.err"}
+    for descriptor, path in places.items():
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), descriptor)
+    for call in order["calls"]:
+        _call(**call)
+    if order["argument"] is None:
+        return 0
+    from wan_train.launch import worker
+
     sys.argv = ["worker", str(order["argument"])]
     return worker.main()
 
 
-def _fork(order: dict[str, object], rank: int, port: int) -> int:
+def _fork(order: dict[str, Any], rank: int, port: int, client: socket.socket) -> int:
     pid = os.fork()
     if pid:
         return pid
+    client.close()
     code = 1
     try:
         code = _run_rank(order, rank, port)
@@ -72,55 +200,88 @@ def _fork(order: dict[str, object], rank: int, port: int) -> int:
         from multiprocessing.util import _exit_function
 
         _exit_function()
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _wait(pids: list[int], timeout: float) -> list[int]:
-    def too_long(number: int, frame: object) -> None:
-        raise TimeoutError
-
-    signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, timeout)
+def _supervise(order: dict[str, Any], client: socket.socket) -> None:
+    """Run the ranks of one order and send their exit statuses; end them when the client has gone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = [_fork(order, rank, port, client) for rank in range(order["ranks"])]
+    client.sendall(json.dumps(pids).encode() + b"\n")
+    running = {os.pidfd_open(pid): pid for pid in pids}
     codes: dict[int, int] = {}
-    try:
-        while len(codes) < len(pids):
-            pid, status = os.wait()
-            codes[pid] = os.waitstatus_to_exitcode(status)
-            if codes[pid]:
-                break
-    except TimeoutError:
-        pass
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    for pid in pids:
-        if pid not in codes:
-            os.killpg(pid, signal.SIGKILL)
+    deadline = time.monotonic() + order["timeout"]
+    while running and not any(codes.values()):
+        ready, _, _ = select.select([client, *running], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready or client in ready:
+            break
+        for descriptor in ready:
+            pid = running.pop(descriptor)
             codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return [codes[pid] for pid in pids]
+    for pid in running.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
+        client.sendall(json.dumps([codes[pid] for pid in pids]).encode() + b"\n")
+    _note_cost(order)
 
 
-def _serve() -> None:
+def _note_cost(order: dict[str, Any]) -> None:
+    """A line a run with its processor seconds, where WAN_RANKS_TABLE names a file."""
+    if table := os.environ.get("WAN_RANKS_TABLE"):
+        used = os.times()
+        line = {"test": order["environment"].get("PYTEST_CURRENT_TEST"), "ranks": order["ranks"]}
+        with open(table, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "seconds": round(used.children_user + used.children_system, 2)}) + "\n")
+
+
+def _import_engine() -> None:
     from wan_train import engine
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Megatron talks while it is imported
     engine.start()
     import megatron.bridge.training.pretrain  # noqa: F401
 
-    import wan_train.checkpoint.hooks
-    import wan_train.data.dataset
-    import wan_train.loop.callback
-    import wan_train.loop.validation  # noqa: F401
+    for name in ("checkpoint.hooks", "data.dataset", "loop.callback", "loop.validation", "config.recipes"):
+        importlib.import_module(f"wan_train.{name}")
+    # What was imported is garbage in no rank: each of its collections would go through all of it.
+    gc.collect()
+    gc.freeze()
 
-    for line in sys.stdin:
-        order = json.loads(line)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        pids = [_fork(order, rank, port) for rank in range(order["ranks"])]
-        print(json.dumps(_wait(pids, order["timeout"])), file=answers, flush=True)
+
+def _serve(path: str) -> None:
+    _import_engine()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are waited for by nobody
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        clients: list[socket.socket] = [listener.accept()[0]]
+        while clients:
+            ready, _, _ = select.select([listener, *clients], [], [])
+            for one in ready:
+                if one is listener:
+                    clients.append(listener.accept()[0])
+                    continue
+                order = one.makefile("rb").readline()
+                if order and os.fork() == 0:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    listener.close()
+                    for other in clients:
+                        if other is not one:
+                            other.close()
+                    try:
+                        _supervise(json.loads(order), one)
+                    except BaseException:
+                        os._exit(1)
+                    os._exit(0)
+                clients.remove(one)
+                one.close()
+    shutil.rmtree(Path(path).parent)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

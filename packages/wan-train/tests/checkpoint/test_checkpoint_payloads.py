@@ -4,21 +4,19 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import RUN_OPTIONS, wan_train
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from training_runs import RUN_OPTIONS, run, stopped_after
+from warm_ranks import Call
 
+from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.folder import step_folder
 from wan_train.checkpoint.record import record_file, write_record
 
-Once = Callable[[str, Callable[[Path], object]], Path]
-STEP = 3
+STEP = 2
 
 
 class Touch:
@@ -49,23 +47,13 @@ def _loader(checkpoint: Path, marker: Path) -> None:
 
 def _object(checkpoint: Path, marker: Path) -> None:
     """A pickled object among the tensors, in place of one that is there: the random numbers' state."""
-    script = f"""
-    import pickle, sys, torch
-    from pathlib import Path
-    sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-    from test_checkpoint_payloads import Touch
-    from wan_model.weights.training_checkpoint import read_index
-    folder = Path({str(checkpoint)!r})
-    index = read_index(folder)
+    index = read_index(checkpoint)
     name = next(name for name, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata))
-    place, info = next((place, info) for place, info in index.storage_data.items() if place.fqn == name)
-    torch.save(Touch(Path({str(marker)!r})), folder / "__0_9.distcp")
-    info.relative_path, info.offset, info.length = "__0_9.distcp", 0, (folder / "__0_9.distcp").stat().st_size
-    with (folder / ".metadata").open("wb") as file:
-        pickle.dump(index, file)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+    info = next(info for place, info in index.storage_data.items() if place.fqn == name)
+    payload = checkpoint / "__0_9.distcp"
+    torch.save(Touch(marker), payload)
+    info.relative_path, info.offset, info.length = payload.name, 0, payload.stat().st_size
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
 
 
 def _run_config(checkpoint: Path, marker: Path) -> None:
@@ -87,48 +75,35 @@ PAYLOADS = {
 HARMLESS = {"yaml target"}
 
 
-@pytest.fixture(scope="session")
-def saved(once: Once) -> Path:
-    def build(folder: Path) -> None:
-        done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}", "train.exit_interval=3")
-        assert done.returncode == 0, done.stderr
-
-    return once("saved-for-payloads", build)
-
-
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_a_payload_is_refused_and_never_runs(payload: str, saved: Path, tmp_path: Path) -> None:
-    folder, marker, hidden = tmp_path / "run", tmp_path / "marker", tmp_path / "calls"
-    shutil.copytree(saved, folder)
-    checkpoint = step_folder(folder, STEP)
+def test_a_payload_is_refused_and_never_runs(payload: str, one_process_run: Path, tmp_path: Path) -> None:
+    folder, marker, commands = tmp_path / "run", tmp_path / "marker", tmp_path / "commands"
+    checkpoint = step_folder(stopped_after(STEP, one_process_run, folder), STEP)
     PAYLOADS[payload](checkpoint, marker)
     (checkpoint / "complete.json").unlink()
     # Whoever can write a payload can write the record to it.
     write_record(checkpoint, STEP, {file.name: record_file(file) for file in checkpoint.iterdir()})
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import sys\ndef hook(event, arguments):\n    if event == 'os.system':\n"
-        f"        open({str(hidden)!r}, 'a').write(repr(arguments))\nsys.addaudithook(hook)\n"
-    )
-    done = wan_train(
-        *RUN_OPTIONS, f"checkpoint.save={folder}", f"train.train_iters={STEP + 1}",
-        environment={"PYTHONPATH": str(tmp_path), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
+    ended = run(
+        (*RUN_OPTIONS, f"train.train_iters={STEP + 1}"), folder,
+        environment={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
+        calls=[Call("rank_calls:note_commands", [str(commands)])],
     )  # fmt: skip
     assert not marker.exists(), "the payload ran"
-    assert not hidden.exists(), hidden.read_text()
+    assert not commands.exists(), commands.read_text()
     if payload in HARMLESS:
-        assert done.returncode == 0, done.stderr
+        assert ended.codes == [0], ended.errors
     else:
-        assert done.returncode != 0
+        assert ended.codes[0] > 0
         if payload == "object among tensors":
-            assert "Weights only load failed" in done.stderr, done.stderr[-3000:]
+            assert "Weights only load failed" in ended.errors, ended.errors[-3000:]
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert max(entry.get("step", 0) for entry in log) == STEP, "it trained on"
 
 
 @pytest.mark.parametrize("payload", ["index", "common state", "train state", "loader state"])
-def test_control_the_stock_reader_runs_it(payload: str, saved: Path, tmp_path: Path) -> None:
+def test_control_the_stock_reader_runs_it(payload: str, one_process_run: Path, tmp_path: Path) -> None:
     checkpoint, marker = tmp_path / "checkpoint", tmp_path / "marker"
-    shutil.copytree(step_folder(saved, STEP), checkpoint)
+    shutil.copytree(step_folder(one_process_run, STEP), checkpoint)
     PAYLOADS[payload](checkpoint, marker)
     if payload == "index":
         with pytest.raises(AttributeError, match="storage_meta"):  # of what the payload returned

@@ -8,7 +8,7 @@ import pytest
 from wan_train.checkpoint.folder import (
     ResumePoint,
     complete_steps,
-    discard,
+    delete_checkpoint,
     find_resume_point,
     prune,
     saved_steps,
@@ -56,7 +56,7 @@ def test_the_newest_complete_one_is_found(tmp_path: Path) -> None:
     assert older.step == 5
     with pytest.raises(PartialCheckpointError, match="was never completed"):
         find_resume_point(tmp_path, 15)
-    with pytest.raises(ValueError, match=r"no checkpoint of step 7; the steps there are \[5, 10, 15\]"):
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7; available steps: \[5, 10, 15\]"):
         find_resume_point(tmp_path, 7)
 
 
@@ -81,9 +81,9 @@ def test_a_damaged_newest_one_is_never_passed_over_in_silence(tmp_path: Path, da
             record.write_bytes(record.read_bytes()[:40])
         case "record of another step":
             record.write_text(json.dumps({**json.loads(record.read_text()), "step": 11}))
-    with pytest.raises(DamagedCheckpointError, match="iter_0000010 to go on from the checkpoint before it"):
+    with pytest.raises(DamagedCheckpointError, match="iter_0000010 to resume from the checkpoint before it"):
         find_resume_point(tmp_path)
-    discard(tmp_path, 10)
+    delete_checkpoint(tmp_path, 10)
     point = resume_point(tmp_path)
     assert point.step == 5
 
@@ -131,6 +131,6 @@ def test_a_checkpoint_being_deleted_counts_as_partial_at_once(tmp_path: Path, mo
     save(tmp_path, 1)
     save(tmp_path, 2)
     monkeypatch.setattr(wan_train.checkpoint.folder.shutil, "rmtree", lambda path: None)  # killed right there
-    discard(tmp_path, 2)
+    delete_checkpoint(tmp_path, 2)
     point = resume_point(tmp_path)
     assert point.step == 1

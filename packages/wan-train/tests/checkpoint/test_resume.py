@@ -4,10 +4,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,40 +15,63 @@ from training_runs import (
     STEPS,
     data_options,
     read_log,
+    refused,
     refused_on,
     rewrite,
+    same_weights,
+    start,
     steps_of,
+    stopped_after,
     train,
     train_on,
-    wan_train,
+    trajectory,
     write_dataset,
 )
 
 from wan_model.tiny import write_tiny_wan
-from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
+from wan_model.weights.training_checkpoint import find_checkpoint, read_run_config
 from wan_train.checkpoint.export import export
 
-Once = Callable[[str, Callable[[Path], object]], Path]
+STOPPED = 2
 
 
-@pytest.fixture(scope="session")
-def stopped_run(once: Once) -> Path:
-    """Stopped after the third of six steps."""
-    return once("stopped-run", lambda folder: train(folder, "train.exit_interval=3"))
+@pytest.fixture
+def stopped_run(one_process_run: Path, tmp_path: Path) -> Path:
+    """A run of its own for every test, stopped after the second of six steps."""
+    return stopped_after(STOPPED, one_process_run, tmp_path / "resumed")
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(stopped_run: Path, one_process_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "resumed"
-    shutil.copytree(stopped_run, folder)
-    log = train(folder, "checkpoint.save_interval=3")
-    assert [entry for entry in log if "event" in entry] == [{"event": "resumed", "step": 3}]
-    steps, reference = steps_of(log), steps_of(read_log(one_process_run))
-    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
-    for name in ("loss", "grad_norm", "learning_rate"):
-        assert [float(entry[name]).hex() for entry in steps] == [float(entry[name]).hex() for entry in reference]
-    _, _, got = read_training_checkpoint(find_checkpoint(folder), device="cpu", dtype=torch.float32)
-    _, _, wanted = read_training_checkpoint(find_checkpoint(one_process_run), device="cpu", dtype=torch.float32)
-    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+def test_resumed_equals_uninterrupted_to_the_bit(stopped_run: Path, one_process_run: Path) -> None:
+    log = train(stopped_run, "checkpoint.save_interval=2")
+    assert [entry for entry in log if "event" in entry] == [{"event": "resumed", "step": STOPPED}]
+    assert [entry["step"] for entry in steps_of(log)] == [1, 2, 3, 4, 5, 6]
+    assert trajectory(stopped_run) == trajectory(one_process_run)
+    assert same_weights(stopped_run, one_process_run, STEPS)
+
+
+# Class paths of run_config.yaml before every module had moved into the folder of its subject.
+FORMER_PATHS = {
+    "wan_train.config.schema.": "wan_train.config.",
+    "wan_train.data.dataset.": "wan_train.dataset.",
+    "wan_train.data.mock_data.": "wan_train.mock_data.",
+    "wan_train.model.provider.": "wan_train.model.",
+}
+
+
+def test_a_checkpoint_of_before_modules_moved_is_resumed_and_exported(
+    stopped_run: Path, one_process_run: Path, tmp_path: Path
+) -> None:
+    checkpoint = find_checkpoint(stopped_run)
+    content = (checkpoint / "run_config.yaml").read_text()
+    wanted = read_run_config(checkpoint)
+    for path, former in FORMER_PATHS.items():
+        assert f"_target_: {path}" in content
+        content = content.replace(f"_target_: {path}", f"_target_: {former}")
+    rewrite(checkpoint, "run_config.yaml", content)
+    assert read_run_config(checkpoint) == wanted
+    export(stopped_run, tmp_path / "exported")
+    train(stopped_run, f"train.exit_interval={STOPPED + 1}")
+    assert trajectory(stopped_run)[STOPPED + 1] == trajectory(one_process_run)[STOPPED + 1]
 
 
 def test_resumes_in_other_layouts_of_the_model(one_process_run: Path, tmp_path: Path) -> None:
@@ -68,62 +88,49 @@ def test_resumes_in_other_layouts_of_the_model(one_process_run: Path, tmp_path: 
         assert [entry[name] for entry in steps] == pytest.approx([entry[name] for entry in reference], rel=tolerance)
 
 
-def test_forgetting_where_the_data_was_would_show(stopped_run: Path, one_process_run: Path, tmp_path: Path) -> None:
+def test_losing_the_place_in_the_data_would_show(stopped_run: Path, one_process_run: Path) -> None:
     """Control: with the loader set back to the start, the losses after the resume differ."""
-    folder = tmp_path / "resumed"
-    shutil.copytree(stopped_run, folder)
-    name = "train_dataloader_dprank000.pt"
-    saved = torch.load(folder / "iter_0000003" / name, weights_only=True)
+    checkpoint, name = find_checkpoint(stopped_run), "train_dataloader_dprank000.pt"
+    saved = torch.load(checkpoint / name, weights_only=True)
     saved["dataloader_state_dict"]["loader"]["drawn"] = 0
-    rewrite(folder / "iter_0000003", name, saved)
-    losses = [entry["loss"] for entry in train(folder) if "loss" in entry]
-    assert losses[3:] != [entry["loss"] for entry in read_log(one_process_run)][3:]
+    rewrite(checkpoint, name, saved)
+    train(stopped_run, f"train.exit_interval={STOPPED + 1}")
+    assert trajectory(stopped_run)[STOPPED + 1][0] != trajectory(one_process_run)[STOPPED + 1][0]
 
 
-def test_a_checkpoint_without_loader_state_is_refused(stopped_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "resumed"
-    shutil.copytree(stopped_run, folder)
-    (folder / "iter_0000003" / "train_dataloader_dprank000.pt").unlink()
-    done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}")
-    assert done.returncode == 2
-    assert "train_dataloader_dprank000.pt is missing, which complete.json names" in done.stderr
-    assert len(read_log(folder)) == 3, "no step was taken"
+def test_a_checkpoint_without_loader_state_is_refused(stopped_run: Path) -> None:
+    (find_checkpoint(stopped_run) / "train_dataloader_dprank000.pt").unlink()
+    said = refused(stopped_run)
+    assert "train_dataloader_dprank000.pt is missing, which complete.json names" in said
+    assert len(read_log(stopped_run)) == STOPPED, "no step was taken"
 
 
-def test_another_data_parallel_size_is_refused_before_a_step(stopped_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "resumed"
-    shutil.copytree(stopped_run, folder)
-    done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}", "--nproc-per-node", "2")
-    assert done.returncode == 2
-    assert "resume with the data-parallel size that" in done.stderr
-    assert len(read_log(folder)) == 3, "no step was taken"
+def test_another_data_parallel_size_is_refused_before_a_step(stopped_run: Path) -> None:
+    said = refused(stopped_run, "--nproc-per-node", "2")
+    assert "resume with the data-parallel size that" in said
+    assert len(read_log(stopped_run)) == STOPPED, "no step was taken"
 
 
 def test_fully_sharded_resumes_to_the_bit(tmp_path: Path) -> None:
-    options = ["--nproc-per-node", "2", "dist.use_megatron_fsdp=true", "checkpoint.save_interval=3"]
-    whole = train(tmp_path / "whole", *options)
-    train(tmp_path / "cut", *options, "train.exit_interval=3")
-    log = steps_of(train(tmp_path / "cut", *options))
-    assert [(entry["loss"], entry["grad_norm"]) for entry in log] == [
-        (entry["loss"], entry["grad_norm"]) for entry in whole
-    ]
-    states = [
-        read_training_checkpoint(find_checkpoint(tmp_path / name), device="cpu", dtype=torch.float32)[2]
-        for name in ("whole", "cut")
-    ]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    options = ["--nproc-per-node", "2", "dist.use_megatron_fsdp=true", "train.train_iters=4"]
+    train(tmp_path / "whole", *options, "checkpoint.save_interval=2")
+    stopped_after(2, tmp_path / "whole", tmp_path / "cut")
+    log = train(tmp_path / "cut", *options)
+    assert [entry for entry in log if "event" in entry] == [{"event": "resumed", "step": 2}]
+    assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
+    assert same_weights(tmp_path / "cut", tmp_path / "whole", 4)
 
 
 def test_a_signal_ends_a_run_in_order(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from wan_train.cli import main; main()", "pretrain", *RUN_OPTIONS]
-    settings = ["train.train_iters=100000", f"checkpoint.save={tmp_path}", "train.exit_signal_handler=true"]
-    with subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL) as launcher:
-        while not (tmp_path / "log.jsonl").exists():
-            assert launcher.poll() is None
-            time.sleep(0.05)
-        (worker,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        os.kill(int(worker), signal.SIGTERM)
-        assert launcher.wait(120) == 0
+    settings = ("train.train_iters=100000", "train.exit_signal_handler=true")
+    ranks = start((*RUN_OPTIONS, *settings), tmp_path)
+    # The handler is installed before the first step.
+    while not (tmp_path / "log.jsonl").exists():
+        assert ranks.running(), ranks.wait().errors
+        time.sleep(0.05)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    ended = ranks.wait()
+    assert ended.codes == [0], ended.errors
     done = read_log(tmp_path)[-1]["step"]
     assert done < 100000
     assert find_checkpoint(tmp_path).name == f"iter_{done:07d}"
@@ -132,28 +139,27 @@ def test_a_signal_ends_a_run_in_order(tmp_path: Path) -> None:
 def test_going_back_in_a_folder_with_later_steps_is_refused(one_process_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(one_process_run, folder)
-    done = wan_train(*RUN_OPTIONS, f"checkpoint.save={folder}", "checkpoint.ckpt_step=3")
-    assert done.returncode == 2
-    assert "step 3 was asked for" in done.stderr
+    assert "checkpoint.ckpt_step is 2, but" in refused(folder, "checkpoint.ckpt_step=2")
     other = tmp_path / "other"
-    log = train(other, f"checkpoint.load={folder}", "checkpoint.ckpt_step=3")
-    assert [entry["loss"] for entry in steps_of(log)] == [entry["loss"] for entry in steps_of(read_log(folder))[3:]]
+    train(other, f"checkpoint.load={folder}", "checkpoint.ckpt_step=2", "train.exit_interval=4")
+    wanted = trajectory(one_process_run)
+    assert trajectory(other) == {step: wanted[step] for step in (3, 4)}
 
 
 def test_loading_from_where_a_run_saves_starts_it_and_goes_on(one_process_run: Path, tmp_path: Path) -> None:
     """As the tutorial has it; the first time there is nothing to load."""
-    settings = (f"checkpoint.load={tmp_path}", "checkpoint.save_interval=3")
-    assert len(train(tmp_path, *settings, "train.exit_interval=3")) == 3
-    log = train(tmp_path, *settings)
-    assert [entry["step"] for entry in log if "event" in entry] == [3]
-    assert [entry["loss"] for entry in steps_of(log)] == [entry["loss"] for entry in read_log(one_process_run)]
+    load = f"checkpoint.load={tmp_path}"
+    assert len(train(tmp_path, load, "train.exit_interval=2")) == 2
+    log = train(tmp_path, load, "train.exit_interval=3")
+    assert [entry["step"] for entry in log if "event" in entry] == [2]
+    wanted = trajectory(one_process_run)
+    assert trajectory(tmp_path) == {step: wanted[step] for step in (1, 2, 3)}
 
 
 def test_a_mistyped_load_path_is_refused(tmp_path: Path) -> None:
-    done = wan_train(*RUN_OPTIONS, f"checkpoint.load={tmp_path / 'mistyped'}")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("Error: checkpoint.load is")
-    assert json.dumps(str(tmp_path / "mistyped"))[1:-1] in done.stderr
+    said = refused(tmp_path, f"checkpoint.load={tmp_path / 'mistyped'}")
+    assert said.startswith("checkpoint.load is")
+    assert json.dumps(str(tmp_path / "mistyped"))[1:-1] in said
 
 
 def test_weights_of_another_latent_space_or_other_sizes_are_refused(tmp_path: Path) -> None:
@@ -179,14 +185,14 @@ def test_weights_of_another_latent_space_or_other_sizes_are_refused(tmp_path: Pa
     train_on((*started, str(tmp_path / "second" / "model")), tmp_path / "other")
 
     wider = refused_on((*RUN_OPTIONS, "model.transformer.ffn_dim=96"), run)
-    assert f"{run / 'iter_0000001'} holds another transformer than this run's: ffn_dim 96 where it has" in wider
+    assert f"{run / 'iter_0000001'} has another transformer than this run: ffn_dim 96 where it has" in wider
 
 
 def test_a_run_begins_with_the_weights_of_another_and_resumes_its_own(one_process_run: Path, tmp_path: Path) -> None:
     """``checkpoint.finetune`` is the export of a step, given to ``--init-from``: no other state comes along."""
-    begin = ("train.train_iters=4", f"checkpoint.load={one_process_run}", "checkpoint.finetune=true")
+    begin = ("train.train_iters=3", f"checkpoint.load={one_process_run}", "checkpoint.finetune=true")
     export(one_process_run, tmp_path / "exported")
-    wanted = train(tmp_path / "wanted", "train.train_iters=4", "--init-from", str(tmp_path / "exported"))
+    wanted = train(tmp_path / "wanted", "train.train_iters=3", "--init-from", str(tmp_path / "exported"))
     first = train(tmp_path / "begun", *begin, "ema.decay=0.5", "train.exit_interval=2")
     assert first[0] == {"event": "begun", "weights_of": f"step {STEPS} in {one_process_run}"}
     log = train(tmp_path / "begun", *begin, "ema.decay=0.5")

@@ -49,7 +49,7 @@ if __name__ == "__main__":
         ("fails slowly", "the process that writes checkpoints ended with exit status 3"),
         (
             "is killed",
-            "the process that writes checkpoints ended with SIGKILL; the system does so where memory runs out",
+            "the process that writes checkpoints ended with SIGKILL; the system does that when memory runs out",
         ),
     ],
 )
@@ -62,6 +62,6 @@ def test_who_waits_for_a_dead_writer_is_told(how: str, said: str, tmp_path: Path
     assert lines[-1] == "went on"
     if said:
         assert lines[0].startswith(said)
-        assert "the same command goes on from there" in lines[0]
+        assert "the same command resumes from them" in lines[0]
     else:
         assert len(lines) == 1

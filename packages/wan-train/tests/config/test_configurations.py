@@ -11,10 +11,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from training_runs import RUN_OPTIONS, train, wan_train
+from training_runs import EQUALITY_STEPS, call, stopped_after
 
 from wan_model import WAN_1_3B, WAN_14B
-from wan_model.tiny import TINY_CONFIG
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
 from wan_model.weights.transformer import expected_shapes
 from wan_train.cli import main
@@ -27,16 +26,16 @@ REFUSED = [
     (["--recipe", "wan_1_3b", "--world-size", "8"], "train.global_batch_size is 1 packs, which 8"),
     (["--recipe", "wan_1_3b", "--world-size", "31", "model.pipeline_model_parallel_size=31"], "30 layers cannot"),
     (["--recipe", "tiny", "--config-file", "wan_1_3b"], "--recipe is tiny and wan_1_3b is for wan_1_3b"),
-    (["--config-file", "nowhere.yaml"], "nowhere.yaml is not there; name a file, or a shipped one of tiny"),
+    (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist; give a path, or one of tiny"),
     (["--recipe", "tiny", "model.recompute_granularity=half"], "'half'; expected one of full, selective or null"),
     (["--recipe", "tiny", "model.recompute_method=block"], "every layer is treated alike"),
     (["--recipe", "tiny", "train.train_iter=3"], "the nearest known one is train.train_iters"),
-    (["--recipe", "tiny", "dist.use_megatron_fsdp=true", "ema.decay=0.9"], "which keeps no average"),
-    (["--recipe", "tiny", "model.num_layers=3"], "does not heed; set model.transformer.num_layers"),
-    (["--recipe", "tiny", "model.hidden_dropout=0.2"], "model.hidden_dropout is 0.2, which a Wan model does not heed"),
+    (["--recipe", "tiny", "dist.use_megatron_fsdp=true", "ema.decay=0.9"], "ema.decay is not supported with"),
+    (["--recipe", "tiny", "model.num_layers=3"], "has no effect on a Wan model; set model.transformer.num_layers"),
+    (["--recipe", "tiny", "model.hidden_dropout=0.2"], "model.hidden_dropout is 0.2, which has no effect"),
     (
         ["--recipe", "tiny", "model.fp8=e4m3"],
-        "'e4m3', which a Wan model does not heed; set mixed_precision",
+        "'e4m3', which has no effect on a Wan model; set mixed_precision",
     ),
     (["--recipe", "tiny", "mixed_precision=bf16_with_mxfp8_mixed"], "expected null (fp32) or bf16_mixed"),
     (["--recipe", "tiny", "train.train_samples=10"], "train.train_samples is 10; a run's length is train.train_iters"),
@@ -58,21 +57,17 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-_DRY_RUNS = """
-import json, sys
-from click.testing import CliRunner
-from wan_train.cli import main
-results = {}
-for key, arguments in json.loads(sys.argv[1]).items():
-    result = CliRunner().invoke(main, ["pretrain", "--dry-run", *arguments])
-    results[key] = [result.exit_code, result.stdout, result.stderr]
-print("RESULTS " + json.dumps(results))
-"""
+def run_in_engine(folder: Path, wanted: dict[str, list[str]]) -> dict[str, list[Any]]:
+    """The commands where the engine is imported already: exit status, output and errors of each."""
+    folder.mkdir(exist_ok=True)
+    call("rank_calls:command_lines", str(folder / "results.json"), wanted)
+    results: dict[str, list[Any]] = json.loads((folder / "results.json").read_text())
+    return results
 
 
 @pytest.fixture(scope="session")
 def dry_runs(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, list[Any]]:
-    """All of them in one process, which starts the engine once: exit status, output and errors."""
+    """All of them in one process: exit status, output and errors."""
 
     def build(folder: Path) -> None:
         wanted = {
@@ -85,11 +80,7 @@ def dry_runs(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str,
             ],
             "people": ["--config-file", "wan_14b_128gpu", "--mock", "--world-size", "128"],
         }  # fmt: skip
-        command = [sys.executable, "-c", _DRY_RUNS, json.dumps(wanted)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr
-        folder.mkdir()
-        (folder / "results.json").write_text(done.stdout.split("RESULTS ", 1)[1])
+        run_in_engine(folder, {key: ["pretrain", "--dry-run", *arguments] for key, arguments in wanted.items()})
 
     results: dict[str, list[Any]] = json.loads((once("dry-runs", build) / "results.json").read_text())
     return results
@@ -125,20 +116,19 @@ def test_a_shipped_file_is_shown_and_copied_and_never_written_over(tmp_path: Pat
     copied.write_text("mine")
     code, output = run("config", "copy", "tiny", str(copied))
     assert code == 1
-    assert "is there already" in output
+    assert "exists; choose another file" in output
     assert copied.read_text() == "mine"
     assert run("config", "copy", "tiny", str(copied), "--force")[0] == 0
     assert copied.read_text() == shown
     code, output = run("config", "show", "huge")
     assert code == 1
-    assert "no configuration 'huge' is shipped; expected one of tiny" in output
+    assert "unknown configuration 'huge'; expected one of tiny" in output
 
 
 def test_a_resolved_file_names_every_key_and_can_be_given_back(tmp_path: Path) -> None:
-    script = "from wan_train.cli import main; main()"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run([*command, "config", "show", "tiny", "--resolved"], capture_output=True, check=True)
-    values = yaml.safe_load(done.stdout)
+    shown = run_in_engine(tmp_path, {"": ["config", "show", "tiny", "--resolved"]})[""]
+    assert shown[0] == 0, shown
+    values = yaml.safe_load(shown[1])
     assert values["ema"]["decay"] == 0.9, "of the file"
     assert values["optimizer"]["adam_beta2"] == 0.95, "of the recipe"
     assert values["model"]["flow"]["shift"] == 2.5
@@ -146,16 +136,16 @@ def test_a_resolved_file_names_every_key_and_can_be_given_back(tmp_path: Path) -
     values["ema"]["decay"] = 0.5
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"recipe": "tiny", **values}))
     given = ["pretrain", "--config-file", str(tmp_path / "mine.yaml"), "--mock", "--dry-run", "--json"]
-    again = subprocess.run([*command, *given], capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["state_bytes"]["average"] > 0
+    code, output, errors = run_in_engine(tmp_path, {"": given})[""]
+    assert code == 0, errors
+    assert json.loads(output)["state_bytes"]["average"] > 0
 
 
 def test_listing_imports_neither_torch_nor_megatron() -> None:
     script = (
         "import sys\nfrom click.testing import CliRunner\nfrom wan_train.cli import main\n"
         "assert CliRunner().invoke(main, ['config', 'list']).exit_code == 0\n"
-        "print([name for name in ('torch', 'megatron', 'wan_model') if name in sys.modules])"
+        "print([name for name in ('torch', 'megatron', 'einops') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
@@ -180,27 +170,7 @@ def test_a_dry_run_says_what_a_step_is(dry_runs: dict[str, list[Any]]) -> None:
     assert "14,288,491,584 parameters, bf16" in output
     assert "data 16 x tensor 2 with sequence x context 4 x pipeline 1" in output
     # 6.184 PFLOP a sample of 37,440 tokens, and 16 of them.
-    assert "16 packs, 1 a data-parallel rank, 599,040 tokens and 98,945" in output
-
-
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 2)])
-def test_parameters_are_those_that_megatron_builds(tensor: int, pipeline: int, tmp_path: Path) -> None:
-    layout = Layout(tensor * pipeline, tensor=tensor, pipeline=pipeline)
-    shapes = expected_shapes(TINY_CONFIG)
-    expected = [parameters_of_rank(shapes, TINY_CONFIG.num_layers, layout, stage) for stage in range(pipeline)]
-    done = wan_train(
-        *RUN_OPTIONS, "--nproc-per-node", str(layout.world), "train.train_iters=1", f"checkpoint.save={tmp_path}",
-        "checkpoint.save_interval=0", f"model.tensor_model_parallel_size={tensor}",
-        f"model.pipeline_model_parallel_size={pipeline}",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    built = {}
-    for log in tmp_path.glob("megatron-rank*.log"):
-        for line in log.read_text().splitlines():
-            if "number of parameters on (tensor, pipeline)" in line:
-                place, count = line.split("(tensor, pipeline) model parallel rank ")[1].split(": ")
-                built[place.strip()] = int(count)
-    assert built == {f"({t}, {p})": expected[p] for t in range(tensor) for p in range(pipeline)}
+    assert "16 packs, 1 per data-parallel rank, 599,040 tokens and 98,945" in output
 
 
 @pytest.mark.parametrize(("model", "parameters"), [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584)])
@@ -214,48 +184,44 @@ def test_layers_left_over_go_to_the_middle() -> None:
     assert sum(layers_of_stages(40, 7)) == 40
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    train(folder, "checkpoint.save_interval=3", "ema.decay=0.5")
-    return folder
-
-
-@pytest.mark.parametrize(("step", "ema"), [(None, False), (3, False), (None, True)])
-def test_an_export_is_what_trained_to_the_bit(trained: Path, step: int | None, ema: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "ema"), [(None, False), (2, False), (None, True)])
+def test_an_export_is_what_trained_to_the_bit(
+    equality_reference: Path, step: int | None, ema: bool, tmp_path: Path
+) -> None:
     from diffusers import WanTransformer3DModel
 
     arguments = [*(["--step", str(step)] if step else []), *(["--ema"] if ema else [])]
-    code, output = run("export", str(trained), str(tmp_path / "out"), *arguments)
+    code, output = run("export", str(equality_reference), str(tmp_path / "out"), *arguments)
     assert code == 0, output
-    assert f"iter_{step or 6:07d}" in output
-    _, _, wanted = read_training_checkpoint(find_checkpoint(trained, step), dtype=None, ema=ema)
+    assert f"iter_{step or EQUALITY_STEPS:07d}" in output
+    _, _, wanted = read_training_checkpoint(find_checkpoint(equality_reference, step), dtype=None, ema=ema)
     found = dict(WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer").named_parameters())
     assert set(found) == set(wanted)
     assert all(torch.equal(found[key], value) for key, value in wanted.items())
     if ema:
-        _, _, weights = read_training_checkpoint(find_checkpoint(trained), dtype=None)
+        _, _, weights = read_training_checkpoint(find_checkpoint(equality_reference), dtype=None)
         assert any(not torch.equal(weights[key], value) for key, value in wanted.items())
 
 
-def test_an_export_refuses_what_it_would_write_over_and_what_is_not_whole(trained: Path, tmp_path: Path) -> None:
+def test_an_export_refuses_what_it_would_write_over_and_what_is_not_whole(
+    one_process_run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
-    code, output = run("export", str(trained), str(tmp_path))
+    code, output = run("export", str(one_process_run), str(tmp_path))
     assert code == 2
-    assert "is there already and not an empty folder" in output
-    code, output = run("export", str(trained), str(tmp_path / "out"), "--step", "4")
+    assert "exists and is not an empty folder" in output
+    code, output = run("export", str(one_process_run), str(tmp_path / "out"), "--step", "3")
     assert code == 2
-    assert "has no checkpoint of step 4; it has 3, 6" in output
-    plain = tmp_path / "plain"
-    train(plain, "train.train_iters=1")
+    assert "has no checkpoint of step 3; it has 2, 4, 6" in output
+    plain = stopped_after(2, one_process_run, tmp_path / "plain")
     code, output = run("export", str(plain), str(tmp_path / "out"), "--ema")
     assert code == 2
     assert "holds no average of the weights" in output
-    file = plain / "iter_0000001" / "__0_0.distcp"
+    file = plain / "iter_0000002" / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     code, output = run("export", str(plain), str(tmp_path / "out"))
     assert code == 2
-    assert f"{file} is not what was saved" in output
+    assert f"{file} is damaged" in output
     assert not (tmp_path / "out").exists()

@@ -15,60 +15,55 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.fixture
-def answers(engine_answers: dict[str, Any]) -> dict[str, Any]:
-    return engine_answers
-
-
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here, nothing is redirected")
 
 
 @needs_no_cuda
-def test_starts_on_the_cpu_with_gloo(answers: dict[str, Any]) -> None:
-    assert answers["engine"] == ["cpu", "gloo", False]
-    assert answers["started twice is the same"]
+def test_starts_on_the_cpu_with_gloo(probed: dict[str, Any]) -> None:
+    assert probed["engine"] == ["cpu", "gloo", False]
+    assert probed["started twice is the same"]
 
 
 @needs_no_cuda
-def test_bridge_is_importable_without_transformer_engine_and_core_knows(answers: dict[str, Any]) -> None:
-    assert answers["bridge imported"] == "megatron.bridge.peft.lora"
-    assert answers["core has te"] is False
-    assert answers["stand-ins left behind"] == []
-    assert answers["providers"] == "megatron.bridge.models.gpt_provider"
-    assert answers["model families"] == []
+def test_bridge_is_importable_without_transformer_engine_and_core_knows(probed: dict[str, Any]) -> None:
+    assert probed["bridge imported"] == "megatron.bridge.peft.lora"
+    assert probed["core has te"] is False
+    assert probed["stand-ins left behind"] == []
+    assert probed["providers"] == "megatron.bridge.models.gpt_provider"
+    assert probed["model families"] == []
 
 
 @needs_no_cuda
 @pytest.mark.parametrize(
     "way", ["by name", "by number", "by object", "moved", "moved by method", "module", "cpu stays"]
 )
-def test_tensors_for_cuda_land_on_the_cpu(answers: dict[str, Any], way: str) -> None:
-    assert answers["devices"][way] == "cpu"
+def test_tensors_for_cuda_land_on_the_cpu(probed: dict[str, Any], way: str) -> None:
+    assert probed["devices"][way] == "cpu"
 
 
 @needs_no_cuda
-def test_the_current_device_is_a_number_and_the_type_name_is_cudas(answers: dict[str, Any]) -> None:
-    assert answers["devices"]["index is int"]
-    assert answers["devices"]["type name"] == "torch.cuda.FloatTensor"
+def test_the_current_device_is_a_number_and_the_type_name_is_cudas(probed: dict[str, Any]) -> None:
+    assert probed["devices"]["index is int"]
+    assert probed["devices"]["type name"] == "torch.cuda.FloatTensor"
 
 
 @needs_no_cuda
-def test_custom_backwards_and_hooks_are_redirected_too(answers: dict[str, Any]) -> None:
-    assert answers["devices"]["gradient of custom backward"] == [2.0, 2.0]
-    assert answers["devices"]["gradient of hook"] == [3.0, 3.0]
+def test_custom_backwards_and_hooks_are_redirected_too(probed: dict[str, Any]) -> None:
+    assert probed["devices"]["gradient of custom backward"] == [2.0, 2.0]
+    assert probed["devices"]["gradient of hook"] == [3.0, 3.0]
 
 
 @needs_no_cuda
-def test_no_compiler_and_a_working_rng_tracker(answers: dict[str, Any]) -> None:
-    assert not answers["compiled by Megatron"]
-    assert answers["torch.compile is torch's"] == "torch"
-    assert answers["rng tracker runs"]
+def test_no_compiler_and_a_working_rng_tracker(probed: dict[str, Any]) -> None:
+    assert not probed["compiled by Megatron"]
+    assert probed["torch.compile is torch's"] == "torch"
+    assert probed["rng tracker runs"]
 
 
 @needs_no_cuda
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have names on Linux only")
-def test_groups_leave_the_cores_to_the_computation(answers: dict[str, Any]) -> None:
-    groups = answers["groups"]
+def test_groups_leave_the_cores_to_the_computation(probed: dict[str, Any]) -> None:
+    groups = probed["groups"]
     assert groups["groups"] > 10
     assert groups["threads on the network"] == 1
     assert groups["nothing started for a group of one"]
@@ -76,12 +71,12 @@ def test_groups_leave_the_cores_to_the_computation(answers: dict[str, Any]) -> N
     assert groups["of torch's class"]
 
 
-def test_one_process_needs_no_port(answers: dict[str, Any]) -> None:
-    assert answers["model"]["joined"]
+def test_one_process_needs_no_port(probed: dict[str, Any]) -> None:
+    assert probed["model"]["joined"]
 
 
-def test_the_model_is_what_the_schedules_and_checkpoints_expect(answers: dict[str, Any]) -> None:
-    model = answers["model"]
+def test_the_model_is_what_the_schedules_and_checkpoints_expect(probed: dict[str, Any]) -> None:
+    model = probed["model"]
     assert model["keys"] == sorted(expected_shapes(TINY_CONFIG))
     assert model["no attribute called decoder"]
     assert model["shares no embeddings"]
@@ -89,8 +84,8 @@ def test_the_model_is_what_the_schedules_and_checkpoints_expect(answers: dict[st
     assert model["head is zero"]
 
 
-def test_dropped_captions_become_the_datasets_empty_one(answers: dict[str, Any]) -> None:
-    dropout = answers["dropout"]
+def test_dropped_captions_become_the_datasets_empty_one(probed: dict[str, Any]) -> None:
+    dropout = probed["dropout"]
     assert dropout["kept"]
     assert dropout["dropped"]
     assert dropout["noise stays"]
@@ -99,8 +94,8 @@ def test_dropped_captions_become_the_datasets_empty_one(answers: dict[str, Any])
     assert "run wan-data prepare again with the same arguments" in dropout["refused"]
 
 
-def test_training_starts_from_released_weights_of_whatever_size(answers: dict[str, Any]) -> None:
-    assert answers["model"]["started from"]
+def test_training_starts_from_released_weights_of_whatever_size(probed: dict[str, Any]) -> None:
+    assert probed["model"]["started from"]
 
 
 @pytest.mark.parametrize(
@@ -114,37 +109,38 @@ def test_training_starts_from_released_weights_of_whatever_size(answers: dict[st
         ("bad flow", "model.flow.density is 'cauchy'; expected one of uniform, logit_normal, mode, lognorm"),
         ("layout", "3 processes cannot be laid out as tensor 2 x pipeline 1 x context 1"),
         ("batch", "train.global_batch_size is 1 packs, which 2 data-parallel ranks cannot share equally"),
-        ("fsdp", "goes with tensor and context parallelism; set pipeline_model_parallel_size to 1"),
+        ("fsdp", "not with pipeline parallelism; set pipeline_model_parallel_size to 1"),
         ("heads", "4 attention heads cannot be split over tensor_model_parallel_size 3"),
-        ("no data", "name the data with dataset.path=FOLDER, or ask for random data with --mock"),
+        ("no data", "set dataset.path=FOLDER, or use --mock for random data"),
         ("absent data", "which does not exist; make one with wan-data prepare"),
         ("two kinds of data", "and not both"),
     ],
 )
-def test_bad_configuration_is_one_sentence(answers: dict[str, Any], case: str, sentence: str) -> None:
-    assert sentence in answers["configuration"][case]
+def test_bad_configuration_is_one_sentence(probed: dict[str, Any], case: str, sentence: str) -> None:
+    assert sentence in probed["configuration"][case]
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(answers: dict[str, Any]) -> None:
-    assert answers["configuration"]["file then command line"] == [9, 4.0, 1e-5]
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(probed: dict[str, Any]) -> None:
+    assert probed["configuration"]["file then command line"] == [9, 4.0, 1e-5]
 
 
-def test_the_tutorials_settings_are_understood(answers: dict[str, Any]) -> None:
-    found = answers["configuration"]
+def test_the_tutorials_settings_are_understood(probed: dict[str, Any]) -> None:
+    found = probed["configuration"]
     assert found["tutorial"] == [2, 4, 40000, 50, 2]
-    assert found["other format"] == "model.qkv_format is 'sbhd'; every batch is a pack, so it is thd or left out"
+    said = "model.qkv_format is 'sbhd'; every batch is a pack, so set it to thd or leave it out"
+    assert found["other format"] == said
 
 
-def test_the_rate_decays_over_the_run_and_weights_by_the_optimizers_decay(answers: dict[str, Any]) -> None:
+def test_the_rate_decays_over_the_run_and_weights_by_the_optimizers_decay(probed: dict[str, Any]) -> None:
     """Megatron takes the scheduler's weight decay and passes over the optimizer's in silence."""
-    found = answers["configuration"]
+    found = probed["configuration"]
     assert found["settled"] == [7, 0.5, 0.5]
     assert found["settled otherwise"] == [3, 0.01, 0.1]
     assert found["warming up to the end"] == 10
 
 
-def test_training_modes_are_presets_of_the_objective(answers: dict[str, Any]) -> None:
-    assert answers["configuration"]["finetune"] == ["uniform", 3.0]
+def test_training_modes_are_presets_of_the_objective(probed: dict[str, Any]) -> None:
+    assert probed["configuration"]["finetune"] == ["uniform", 3.0]
 
 
 def test_with_cuda_nothing_is_redirected() -> None:
@@ -169,7 +165,7 @@ def test_importing_the_package_and_its_worker_starts_nothing() -> None:
     script = """
 import sys
 import wan_train, wan_train.launch.worker, wan_train.cli, wan_train.config.options
-heavy = {"torch", "megatron", "wan_model"} & set(sys.modules)
+heavy = {"torch", "megatron", "einops"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = python("-c", script)
@@ -178,5 +174,5 @@ assert not heavy, heavy
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_starts_on_cuda_with_nccl(answers: dict[str, Any]) -> None:
-    assert answers["engine"][:2] == ["cuda:0", "nccl"]
+def test_starts_on_cuda_with_nccl(probed: dict[str, Any]) -> None:
+    assert probed["engine"][:2] == ["cuda:0", "nccl"]

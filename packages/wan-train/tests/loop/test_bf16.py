@@ -1,36 +1,39 @@
 """Training in bf16, as every recipe but the tiny one does: what is rounded, and what is not."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_runs import AVERAGE_DECAY, FULLY_SHARDED, STEPS, read_log, read_tensors, steps_of, train
+from training_runs import (
+    EQUALITY_SEED,
+    EQUALITY_STEPS,
+    FULLY_SHARDED,
+    equality_options,
+    read_log,
+    read_tensors,
+    steps_of,
+    stopped_after,
+    train,
+)
 
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
-from wan_train.checkpoint.folder import step_folder
 
-BF16 = ("mixed_precision=bf16_mixed", "checkpoint.save_interval=3")
-AVERAGE = f"ema.decay={AVERAGE_DECAY}"
+BF16 = "mixed_precision=bf16_mixed"
 
 
 @pytest.fixture(scope="session")
 def bf16_run(once: Callable[[str, Callable[[Path], object]], Path], start_weights: Path) -> Path:
-    def run(folder: Path) -> None:
-        train(folder, *BF16, AVERAGE, "--init-from", str(start_weights))
-
-    return once("bf16-run", run)
+    return once("bf16-run", lambda folder: train(folder, *equality_options(start_weights, EQUALITY_SEED, BF16)))
 
 
 def losses(log: list[dict[str, Any]]) -> list[float]:
     return [entry["loss"] for entry in steps_of(log)]
 
 
-def test_rounding_changes_the_run_by_no_more_than_rounding(bf16_run: Path, start_weights: Path, tmp_path: Path) -> None:
-    exact = train(tmp_path, "--init-from", str(start_weights))
-    rounded = read_log(bf16_run)
+def test_rounding_changes_the_run_by_no_more_than_rounding(bf16_run: Path, equality_reference: Path) -> None:
+    exact, rounded = read_log(equality_reference), read_log(bf16_run)
     assert losses(rounded) == pytest.approx(losses(exact), rel=1e-3)
     assert losses(rounded) != losses(exact)
     norms = [[entry["grad_norm"] for entry in steps_of(log)] for log in (rounded, exact)]
@@ -57,8 +60,8 @@ def test_the_optimizer_keeps_what_is_rounded_away(bf16_run: Path) -> None:
     ids=["tensor and sequence", "fully sharded"],
 )
 def test_two_processes_are_as_near(settings: list[str], bf16_run: Path, start_weights: Path, tmp_path: Path) -> None:
-    log = train(tmp_path, *BF16, "--init-from", str(start_weights), "--nproc-per-node", "2", *settings)
-    assert losses(log) == pytest.approx(losses(read_log(bf16_run)), rel=1e-4)
+    train(tmp_path, *equality_options(start_weights, EQUALITY_SEED, BF16, "--nproc-per-node", "2", *settings))
+    assert losses(read_log(tmp_path)) == pytest.approx(losses(read_log(bf16_run)), rel=1e-4)
     _, _, weights = read_training_checkpoint(find_checkpoint(tmp_path), dtype=None)
     # Fully sharded checkpoints hold the fp32 masters, of which the weights are made.
     stored = torch.float32 if FULLY_SHARDED in settings else torch.bfloat16
@@ -66,19 +69,19 @@ def test_two_processes_are_as_near(settings: list[str], bf16_run: Path, start_we
 
 
 def test_resumes_to_the_bit(bf16_run: Path, start_weights: Path, tmp_path: Path) -> None:
-    shutil.copytree(step_folder(bf16_run, 3), step_folder(tmp_path, 3))
-    log = train(tmp_path, *BF16, AVERAGE, "--init-from", str(start_weights))
-    assert log[0] == {"event": "resumed", "step": 3}
-    assert losses(log) == losses(read_log(bf16_run))[3:]
+    folder = stopped_after(2, bf16_run, tmp_path / "run")
+    train(folder, *equality_options(start_weights, EQUALITY_SEED, BF16))
+    assert [entry for entry in read_log(folder) if entry.get("event") == "resumed"] == [{"event": "resumed", "step": 2}]
+    assert losses(read_log(folder)) == losses(read_log(bf16_run))
     for prefixes in (("optimizer.state.",), ("ema.",), ("blocks.",)):
-        got, wanted = (read_tensors(find_checkpoint(folder, STEPS), prefixes) for folder in (tmp_path, bf16_run))
+        got, wanted = (read_tensors(find_checkpoint(one, EQUALITY_STEPS), prefixes) for one in (folder, bf16_run))
         assert got
         assert all(torch.equal(got[key], value) for key, value in wanted.items())
 
 
-def test_timesteps_reach_the_model_unrounded(engine_answers: dict[str, Any]) -> None:
+def test_timesteps_reach_the_model_unrounded(probed: dict[str, Any]) -> None:
     """bf16 rounds 999 to 1000; the engine's wrapper rounds whatever has no name."""
-    assert engine_answers["precision"] == {
+    assert probed["precision"] == {
         "weights": "torch.bfloat16",
         "timesteps": [999.0, 0.1],
         "velocity": "torch.float32",

@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from training_runs import RUN_OPTIONS
+from training_runs import RUN_OPTIONS, run
+from warm_ranks import Call
 
 from wan_model import WAN_14B
 from wan_model.dit.flops import pack_flops
@@ -19,8 +17,6 @@ from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
 from wan_model.tiny import TINY_CONFIG
 from wan_train.cli import main
-from wan_train.config.options import RunOptions
-from wan_train.launch.launcher import _free_port, environment
 from wan_train.model.layout import Layout
 from wan_train.planning.hardware import KNOWN, Hardware
 from wan_train.planning.memory import ActivationBytes, StateBytes, parameters_of_stages
@@ -48,23 +44,15 @@ def measure(layout: Layout, settings: list[str], folder: Path) -> list[dict[str,
     """What each rank of a real run held."""
     shapes = [[f, 2 * h, 2 * w] for f, h, w in GRIDS]
     overrides = (
-        *(option for option in RUN_OPTIONS if "=" in option), "train.train_iters=1", "dataset.capacity=4096",
+        *(option for option in RUN_OPTIONS if "=" in option), "train.train_iters=1", "checkpoint.save_interval=0",
+        "dataset.capacity=4096",
         f"train.global_batch_size={PACKS * layout.data}", "dataset.mock_settings.context_length=512",
         f"dataset.mock_settings.shapes={shapes}".replace(" ", ""), *settings,
     )  # fmt: skip
-    options, port = RunOptions("tiny", mock=True, overrides=overrides), _free_port()
-    script = Path(__file__).parents[1] / "memory_probe.py"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), options.to_json()],
-            env=environment(rank, layout.world, port, os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(layout.world)
-    ]  # fmt: skip
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=300)
-        assert rank.returncode == 0, errors
+    processes = ("--nproc-per-node", str(layout.world))
+    probe = Call("memory_probe:install", [str(folder)])
+    ended = run(("--recipe", "tiny", "--mock", *processes, *overrides), folder / "run", calls=[probe])
+    assert set(ended.codes) == {0}, ended.errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(layout.world)]
 
 
@@ -198,7 +186,7 @@ def test_another_gpu_is_described_by_a_file(tmp_path: Path) -> None:
     assert (hardware.name, hardware.memory, hardware.matmul) == ("small", 24e9, H100.matmul)
     result = CliRunner().invoke(main, ["plan", "--gpu", str(file), "--gpus", "8"])
     assert result.exit_code == 2
-    assert result.output.startswith("Error: no layout of 8 GPUs of 24 GB holds this model")
+    assert result.output.startswith("Error: no layout of 8 GPUs of 24 GB fits this model")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +194,7 @@ def test_another_gpu_is_described_by_a_file(tmp_path: Path) -> None:
     [
         (["--gpu", "tpu"], "--gpu is 'tpu'; expected one of h100, h200, or a YAML file"),
         (["--shape", "big"], "--shape is 'big'; expected FRAMESxHEIGHTxWIDTH"),
-        (["--shape", "80x480x832"], "expected 4n + 1 frames, and sides that 16 divides"),
+        (["--shape", "80x480x832"], "expected 4n + 1 frames, and sides divisible by 16"),
         (["--shape", "81x720x1280"], "has 75,600 tokens, more than a pack's 43,008; raise --capacity"),
     ],
 )

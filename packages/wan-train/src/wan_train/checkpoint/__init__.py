@@ -1,1 +1,1 @@
-"""Saves, resumes, exports."""
+"""Saves, resume and export."""

@@ -1,7 +1,7 @@
-"""Where a run saves, what it resumes from, what it keeps; no Megatron needed.
+"""The checkpoint folder of a run: resume point and retention. Needs no Megatron.
 
-A checkpoint is complete when its ``complete.json`` is there, which is written last, and every file has the size that
-it says. Nothing else counts: Megatron's own tracker files can point to a checkpoint that a crash has cut.
+A checkpoint is complete if its ``complete.json`` exists, which is written last, and every file has the size recorded
+there. Megatron's tracker files are ignored: after a crash they can point to an incomplete checkpoint.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ class ResumePoint:
 
     Attributes:
         folder: the run's checkpoint folder.
-        step: steps done.
-        files: what it consists of.
+        step: number of completed steps.
+        files: its files.
     """
 
     folder: Path
@@ -40,17 +40,17 @@ class ResumePoint:
 
     @property
     def step_folder(self) -> Path:
-        """Where its files lie."""
+        """The folder of its files."""
         return step_folder(self.folder, self.step)
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the files of a step lie, complete or not."""
+    """The folder of a step, complete or not."""
     return folder / f"iter_{step:07d}"
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of which there is a folder, complete or not, ascending."""
+    """Steps that have a folder, complete or not, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(match[1]) for path in folder.iterdir() if (match := _FOLDER.fullmatch(path.name)))
@@ -77,17 +77,17 @@ def find_resume_point(folder: Path, step: int | None = None) -> ResumePoint | No
 
     Args:
         folder: the checkpoint folder.
-        step: a certain step; the newest complete one by default.
+        step: a specific step; the newest complete one by default.
 
     Returns:
-        None where no step was ever saved completely.
+        None if no step is complete.
 
     Raises:
-        ValueError: the step asked for is not there, or not complete; or the newest that was complete is damaged.
+        ValueError: the requested step does not exist or is incomplete, or the newest complete one is damaged.
     """
     if step is not None:
         if step not in (saved := saved_steps(folder)):
-            raise ValueError(f"{folder} has no checkpoint of step {step}; the steps there are {saved}")
+            raise ValueError(f"{folder} has no checkpoint of step {step}; available steps: {saved}")
         return _read(folder, step)
     for newest in reversed(saved_steps(folder)):
         try:
@@ -96,31 +96,31 @@ def find_resume_point(folder: Path, step: int | None = None) -> ResumePoint | No
             continue
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(
-                f"{error}; restore it, or delete {step_folder(folder, newest)} to go on from the checkpoint before it"
+                f"{error}; restore it, or delete {step_folder(folder, newest)} to resume from the checkpoint before it"
             ) from error
     return None
 
 
 def prune(folder: Path, keep: int) -> list[int]:
-    """Delete what the newest ``keep`` complete checkpoints make superfluous, partial ones before them included.
+    """Delete all checkpoints older than the newest ``keep`` complete ones, incomplete ones included.
 
-    A newer partial one is left alone: it may be being written. One is always kept.
+    A newer incomplete one is kept, because it may be in progress. At least one complete checkpoint is always kept.
 
     Returns:
-        The steps that are deleted.
+        The deleted steps.
     """
     kept = complete_steps(folder)[-max(1, keep) :]
     deleted = []
     for step in saved_steps(folder):
         if not kept or step in kept or step > kept[-1]:
             continue
-        discard(folder, step)
+        delete_checkpoint(folder, step)
         deleted.append(step)
     return deleted
 
 
-def discard(folder: Path, step: int) -> None:
-    """Delete a checkpoint; from the first moment on it counts as incomplete."""
+def delete_checkpoint(folder: Path, step: int) -> None:
+    """Delete a checkpoint, its ``complete.json`` first, so that a crash leaves an incomplete one."""
     path = step_folder(folder, step)
     if not path.is_dir():
         return
@@ -133,14 +133,14 @@ def read_loader_state(point: ResumePoint, rank: int) -> dict[str, Any]:
     """The data loader's state of one data-parallel rank.
 
     Raises:
-        ValueError: it is not in the checkpoint, or is not plain values.
+        ValueError: the checkpoint has no such file, or it holds anything but plain values.
     """
     path = point.step_folder / f"train_dataloader_dprank{rank:03d}.pt"
     try:
         saved = torch.load(path, weights_only=True)
     except FileNotFoundError:
         raise ValueError(
-            f"{path} is missing: the checkpoint holds no loader state for data-parallel rank {rank}; "
+            f"{path} is missing: the checkpoint has no loader state for data-parallel rank {rank}; "
             "resume with the data-parallel size that it was saved with"
         ) from None
     except Exception as error:

@@ -1,12 +1,12 @@
-"""Megatron-Bridge's saving and loading, made crash-safe and closed to code.
+"""Hooks that make Megatron-Bridge's checkpoints crash-safe and free of code execution.
 
 Import only after ``wan_train.engine.start``.
 
-Bridge 0.3 writes shards, state and tracker one after the other; a crash between them leaves what it cannot resume, and
-its cleaning can delete the only checkpoint that is whole. Here each save begins by taking away what a former one left
-of that step and ends with ``complete.json`` (``wan_train.checkpoint.record``); only then are older ones deleted. Each
-load begins by comparing every file with its digest, the work shared by all ranks, and reads pickles with an unpickler
-that knows nothing but what a checkpoint needs.
+Bridge 0.3 writes shards, state and tracker one after the other; after a crash in between it cannot resume, and its
+retention can delete the only complete checkpoint. Here each save first deletes an incomplete checkpoint of that step
+and last writes ``complete.json`` (``wan_train.checkpoint.record``); only then are older checkpoints deleted. Each load
+first verifies the digest of every file, distributed over all ranks, and reads pickles with an unpickler that allows
+only the classes of a checkpoint.
 """
 
 import functools
@@ -30,88 +30,90 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from wan_model.system.files import write_bytes
+from wan_model.system.files import sync_folder, write_bytes
 from wan_model.weights.training_checkpoint import read_index
-from wan_train.checkpoint.folder import ResumePoint, discard, prune, step_folder
+from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, step_folder
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
 from wan_train.checkpoint.writer_watch import watch_writer
-from wan_train.engine.torch_adam import agree_on_steps, uses_torch_adam
+from wan_train.engine.torch_adam import synchronize_steps, uses_torch_adam
 from wan_train.model.ema import PREFIX
 from wan_train.model.provider import MegatronWanDiT
 
-# Which rank wrote a file of the distributed format.
+# The rank that wrote a file of the distributed format.
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp")
 _STATE, _TRACKERS = "train_state.pt", ("latest_train_state.pt", "latest_checkpointed_iteration.txt")
 
 
 class NotSavedError(ValueError):
-    """A checkpoint that could not be written."""
+    """A checkpoint could not be written."""
 
 
-class Checkpointing:
-    """What happens around the saves and loads of one run.
+class CheckpointHooks:
+    """Saves and loads of one run.
 
     Args:
-        point: what the run resumes from, or None.
+        point: the checkpoint that the run resumes from, or None.
     """
 
     def __init__(self, point: ResumePoint | None) -> None:
         self._point = point
-        # The loop saves once more when it ends; what is on the disk already is not written again.
-        self._present = {point.step_folder} if point else set()
-        self._paused = 0.0
+        # The loop saves once more at its end; a checkpoint that exists already is not written again.
+        self._saved = {point.step_folder} if point else set()
+        self._seconds = 0.0
         self._watching = False
 
-    def take_pause(self) -> float:
-        """Seconds for which saving has kept the loop waiting since the last call."""
-        paused, self._paused = self._paused, 0.0
-        return paused
+    def take_seconds(self) -> float:
+        """Seconds that saves have blocked the loop since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def install(self) -> None:
-        """Have Megatron-Bridge's loop save and load through this object; once a process."""
+        """Make Megatron-Bridge's loop save and load through this object; once per process."""
         save = self._saving(bridge.save_checkpoint)
         bridge_train.save_checkpoint = bridge_pretrain.save_checkpoint = save
         bridge.schedule_async_save = self._scheduling(bridge.schedule_async_save)
         bridge.cleanup_old_non_persistent_checkpoint = lambda *args, **kwargs: None
         bridge_setup.load_checkpoint = self._loading(bridge_setup.load_checkpoint)
-        # Bridge looks for its trackers; whether there is something to load was found out before.
+        # Bridge looks for its tracker files; the resume point has been resolved already.
         bridge_setup.checkpoint_exists = lambda path: path is not None and self._point is not None
         bridge._load_model_state_dict = _load_strictly
         read_without_code()
 
     def _saving(self, save: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(save)
-        def save_whole(state: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        def save_and_finalize(state: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
             config, step = state.cfg.checkpoint, state.train_state.step
             folder = step_folder(Path(config.save), step)
-            if folder in self._present:
+            if folder in self._saved:
                 return
             begun = time.monotonic()
             if torch.distributed.get_rank() == 0:
-                discard(Path(config.save), step)  # what a run left that was killed, or that went on from before it
+                delete_checkpoint(
+                    Path(config.save), step
+                )  # an incomplete one of a killed run, or one after a resume from an earlier step
             torch.distributed.barrier()
-            self._present.add(folder)
+            self._saved.add(folder)
             if uses_torch_adam(optimizer):
-                agree_on_steps(optimizer)
+                synchronize_steps(optimizer)
             try:
                 save(state, model, optimizer, *args, **kwargs)
                 if not config.async_save:
-                    _complete(Path(config.save), step, config.most_recent_k)
+                    _finalize(Path(config.save), step, config.most_recent_k)
             except (CheckpointException, OSError, RuntimeError) as error:
                 raise NotSavedError(
                     f"the checkpoint of step {step} could not be written to {folder}: {_reason(error, folder)}; "
-                    "what was saved before is untouched, and the same command goes on from there"
+                    "earlier checkpoints are unchanged, and the same command resumes from them"
                 ) from error
-            self._paused += time.monotonic() - begun
+            self._seconds += time.monotonic() - begun
 
-        return save_whole
+        return save_and_finalize
 
     def _scheduling(self, schedule: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(schedule)
-        def schedule_whole(state: Any, request: Any) -> None:
+        def schedule_and_finalize(state: Any, request: Any) -> None:
             config = state.cfg.checkpoint
-            # The step of now: the loop goes on before the request is finished.
-            finish = functools.partial(_complete, Path(config.save), state.train_state.step, config.most_recent_k)
+            # The current step: the loop continues before the request is finished.
+            finish = functools.partial(_finalize, Path(config.save), state.train_state.step, config.most_recent_k)
             request.add_finalize_fn(finish)
             queue = state.async_calls_queue
             if queue.persistent and not self._watching:
@@ -120,32 +122,32 @@ class Checkpointing:
                 watch_writer(lambda: caller.process)
             schedule(state, request)
 
-        return schedule_whole
+        return schedule_and_finalize
 
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load)
-        def load_whole(state: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-            assert self._point is not None, "nothing is loaded that was not looked for"
-            _compare(self._point)
+        def verify_and_load(state: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            assert self._point is not None, "only the resolved checkpoint is loaded"
+            _verify(self._point)
             if torch.distributed.get_rank() == 0:
-                _point_trackers(self._point)
+                _write_trackers(self._point)
             torch.distributed.barrier()
-            # Who begins anew from a checkpoint's weights begins a new average too.
-            has_average = not state.cfg.checkpoint.finetune and any(
+            # A new run from a checkpoint's weights starts a new EMA.
+            has_ema = not state.cfg.checkpoint.finetune and any(
                 key.startswith(PREFIX) for key in self._index().state_dict_metadata
             )
             parts = [part for part in unwrap_model(model) if isinstance(part, MegatronWanDiT)]
             for part in parts:
-                part.average_in_checkpoint = has_average
+                part.ema_in_checkpoint = has_ema
             try:
                 return load(state, model, *args, **kwargs)
             finally:
                 for part in parts:
-                    part.average_in_checkpoint = True
-                # The checkpoints of this run are to record its configuration, not where it went on.
+                    part.ema_in_checkpoint = True
+                # Checkpoints of this run record its configuration, not the step it resumed from.
                 state.cfg.checkpoint.ckpt_step = None
 
-        return load_whole
+        return verify_and_load
 
     def _index(self) -> Metadata:
         assert self._point is not None
@@ -153,10 +155,10 @@ class Checkpointing:
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """The system's word for it, which torch's writers lose: what they meet who write on where it failed."""
+    """The operating system's error, which torch's writers drop: that of one more write to the same files."""
     probe = folder / ".probe"
     try:
-        # Of files that could be written so far, one may be as large as a file can be.
+        # One of the files written so far may have reached the largest size that is allowed.
         for file in (*sorted(folder.iterdir(), key=lambda file: -file.stat().st_size), probe):
             existed = file.exists()
             size = file.stat().st_size if existed else 0
@@ -164,7 +166,7 @@ def _reason(error: BaseException, folder: Path) -> str:
                 with file.open("ab") as opened:
                     opened.write(bytes(1 << 20))
             finally:
-                if existed:  # or an error of its own would stand for the one that is looked for
+                if existed:  # without raising an error of its own in place of the one that is wanted
                     os.truncate(file, size)
     except OSError as found:
         return f"[Errno {found.errno}] {os.strerror(found.errno or 0)}"
@@ -174,8 +176,8 @@ def _reason(error: BaseException, folder: Path) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _complete(folder: Path, step: int, keep: int) -> None:
-    """Called on every rank when all of a checkpoint's files are written."""
+def _finalize(folder: Path, step: int, keep: int) -> None:
+    """Complete a checkpoint; called on every rank when all of its files are written."""
     path, rank = step_folder(folder, step), torch.distributed.get_rank()
     mine = {}
     for file in sorted(path.iterdir()):
@@ -186,26 +188,27 @@ def _complete(folder: Path, step: int, keep: int) -> None:
     torch.distributed.all_gather_object(gathered, mine)
     if rank == 0:
         write_record(path, step, {name: record for part in gathered for name, record in part.items()})
+        sync_folder(folder)  # the checkpoint's own name, before older ones go
         if keep > 0:
             prune(folder, keep)
     torch.distributed.barrier()
 
 
-def _compare(point: ResumePoint) -> None:
-    """Every rank reads its share of the files; all of them raise where one has changed."""
+def _verify(point: ResumePoint) -> None:
+    """Verify the digests, each rank those of its share of the files; if one differs, all ranks raise."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     changed = changed_files(point.step_folder, point.files, sorted(point.files)[rank::ranks])
     gathered: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(gathered, changed)
     if names := sorted(name for part in gathered for name in part):
         raise ValueError(
-            f"{point.step_folder / names[0]} is not what was saved (its sha256 differs from {RECORD_NAME}'s); "
-            f"restore it, or delete {point.step_folder} to go on from the checkpoint before it"
+            f"{point.step_folder / names[0]} is damaged (its SHA-256 differs from {RECORD_NAME}'s); "
+            f"restore it, or delete {point.step_folder} to resume from the checkpoint before it"
         )
 
 
-def _point_trackers(point: ResumePoint) -> None:
-    # Parts of Bridge read its trackers and not the step that it is told; they are to agree.
+def _write_trackers(point: ResumePoint) -> None:
+    # Parts of Bridge read its tracker files instead of ckpt_step; they must agree.
     for name, content in zip(
         _TRACKERS, ((point.step_folder / _STATE).read_bytes(), str(point.step).encode()), strict=True
     ):
@@ -216,7 +219,7 @@ def _point_trackers(point: ResumePoint) -> None:
 
 
 def _load_strictly(module: torch.nn.Module, state: dict[str, Any], strict: bool) -> None:
-    # Bridge's own tries again without `strict`, and trains on with what it could not load.
+    # Bridge's own function retries without `strict`, and trains on with missing weights.
     del strict
     module.load_state_dict(state)
 
@@ -237,7 +240,7 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: Any, value: Any) -> None:
 
 
 def read_without_code() -> None:
-    """Have this process read distributed checkpoints without running what they contain; once a process."""
+    """Make this process read distributed checkpoints without executing their content; once per process."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     register_safe_globals()
     FileSystemReader.read_metadata = _read_index  # type: ignore[method-assign]

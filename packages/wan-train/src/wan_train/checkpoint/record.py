@@ -1,6 +1,6 @@
-"""What says that a checkpoint is complete: ``complete.json``, written last, with the size and digest of every file.
+"""``complete.json``, which marks a checkpoint as complete: written last, with the size and SHA-256 of every file.
 
-No Megatron and no torch is needed to read or check it.
+Needs neither Megatron nor torch.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ _BLOCK = 1 << 22
 
 
 class PartialCheckpointError(ValueError):
-    """A checkpoint that was never completed."""
+    """The checkpoint was never completed."""
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint that was complete once and is not any more."""
+    """The checkpoint was complete, and has been changed or damaged since."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
-    """A file as it was when the checkpoint was completed.
+    """Size and digest of a file of a complete checkpoint.
 
     Attributes:
-        bytes: its size.
-        sha256: its digest, in hexadecimal.
+        bytes: size.
+        sha256: hexadecimal digest.
     """
 
     bytes: int
@@ -39,7 +39,7 @@ class FileRecord:
 
 
 def record_file(path: Path) -> FileRecord:
-    """Read a file to its end, and see to it that it is on the disk."""
+    """Size and digest of a file, which is flushed to the disk."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -50,7 +50,7 @@ def record_file(path: Path) -> FileRecord:
 
 
 def write_record(folder: Path, step: int, files: Mapping[str, FileRecord]) -> None:
-    """Declare a checkpoint complete, at once or not at all."""
+    """Mark a checkpoint as complete, atomically."""
     content = {
         "format": _FORMAT,
         "step": step,
@@ -60,11 +60,11 @@ def write_record(folder: Path, step: int, files: Mapping[str, FileRecord]) -> No
 
 
 def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
-    """The files of a complete checkpoint; each of them is there with its size.
+    """The files of a complete checkpoint; each exists with the recorded size.
 
     Raises:
         PartialCheckpointError: it was never completed.
-        DamagedCheckpointError: it was, and something of it has gone or changed its size, which is named.
+        DamagedCheckpointError: a file is missing or has another size; the message names it.
     """
     path = folder / RECORD_NAME
     try:
@@ -94,5 +94,5 @@ def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
 
 
 def changed_files(folder: Path, files: Mapping[str, FileRecord], names: Iterable[str]) -> list[str]:
-    """Those of the named files whose content is not what it was."""
+    """Those of the named files whose digest differs from the record."""
     return [name for name in names if record_file(folder / name) != files[name]]

@@ -1,6 +1,6 @@
-"""On CUDA a process of its own writes asynchronous checkpoints; when it dies Megatron-Core waits for its word for ever.
+"""Supervision of the process that writes asynchronous checkpoints on CUDA.
 
-So it is watched, and its end ends the run with a sentence.
+If that process dies, Megatron-Core waits for its result forever; here its end raises an error in the main thread.
 """
 
 import multiprocessing.connection
@@ -11,52 +11,52 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-# Nobody else's: Slurm's warnings before the end of a job come as SIGUSR1.
+# Not SIGUSR1, with which Slurm announces the end of a job.
 _SIGNAL = signal.SIGUSR2
-_LOOK_SECONDS = 0.05
-_TELL_SECONDS = 0.5
+_POLL_SECONDS = 0.05
+_REPEAT_SECONDS = 0.5
 
 
 class WriterDiedError(ValueError):
-    """The process that writes checkpoints is gone."""
+    """The process that writes checkpoints has ended."""
 
 
 def watch_writer(find: Callable[[], BaseProcess | None]) -> None:
-    """From now on the end of a process, other than in order, raises ``WriterDiedError`` in the main thread.
+    """If the process ends with a failure, raise ``WriterDiedError`` in the main thread, even while that waits.
 
-    That wakes the main thread from a wait too. Call from the main thread.
+    Call from the main thread.
 
     Args:
-        find: the process, or None as long as it has not been started; its starter waits for it at once.
+        find: returns the process, or None before it is started.
     """
     codes: list[int] = []
-    told = False
+    raised = False
 
     def fail(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if told:
+        nonlocal raised
+        if raised:
             return
-        told = True
+        raised = True
         raise WriterDiedError(
             f"the process that writes checkpoints ended with {_ending(codes[0])}; "
-            "what was saved before is untouched, and the same command goes on from there"
+            "earlier checkpoints are unchanged, and the same command resumes from them"
         )
 
     def wait() -> None:
         while (process := find()) is None:
-            time.sleep(_LOOK_SECONDS)
-        # By its pipe: who waits for the process itself would take its exit status from Megatron-Core.
+            time.sleep(_POLL_SECONDS)
+        # By its sentinel: waiting for the process itself would take the exit status from Megatron-Core.
         multiprocessing.connection.wait([process.sentinel])
-        # The pipe closes while the process ends, a moment before there is a status.
+        # The sentinel is ready shortly before the exit status is.
         while (code := process.exitcode) is None:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         codes.append(code)
-        # Again until it is heard: a signal just before the main thread begins to wait does not wake it.
-        while code and not told:
+        # Repeated, because a signal just before the main thread starts to wait does not interrupt the wait.
+        while code and not raised:
             signal.pthread_kill(main, _SIGNAL)
-            time.sleep(_TELL_SECONDS)
+            time.sleep(_REPEAT_SECONDS)
 
-    assert threading.current_thread() is threading.main_thread(), "signals are handled there"
+    assert threading.current_thread() is threading.main_thread(), "signal handlers run in the main thread"
     main = threading.get_ident()
     signal.signal(_SIGNAL, fail)
     threading.Thread(target=wait, name="watches the writer of checkpoints", daemon=True).start()
@@ -64,6 +64,6 @@ def watch_writer(find: Callable[[], BaseProcess | None]) -> None:
 
 def _ending(code: int) -> str:
     if code < 0:
-        hint = "; the system does so where memory runs out" if code == -signal.SIGKILL else ""
+        hint = "; the system does that when memory runs out" if code == -signal.SIGKILL else ""
         return f"{signal.Signals(-code).name}{hint}"
     return f"exit status {code}"

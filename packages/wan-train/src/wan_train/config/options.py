@@ -1,4 +1,4 @@
-"""What the command line says, for the processes that it starts."""
+"""Options of the command line, passed to the training processes."""
 
 import dataclasses
 import json
@@ -9,17 +9,17 @@ DEFAULT_RECIPE = "wan_1_3b"
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What the command line says.
+    """Options of the command line.
 
     Attributes:
-        recipe: name in ``wan_train.config.recipes.RECIPES``; None takes the one that the configuration file names, else
+        recipe: name in ``wan_train.config.recipes.RECIPES``; None for the one that the configuration file names, else
             ``wan_1_3b``.
         training_mode: preset of the objective.
-        config_file: YAML applied over the recipe: a file, or the name of a shipped one.
+        config_file: YAML applied over the recipe: a file, or the name of one of the package's.
         overrides: ``key.path=value`` settings, applied last.
-        mock: random data.
+        mock: train on random data.
         init_from: a model in diffusers' layout to start from.
-        verbose: leave Megatron's own output on the terminal.
+        verbose: print Megatron's own output.
     """
 
     recipe: str | None

@@ -45,7 +45,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in (bool, str, list, dict, tuple):
         return isinstance(value, list if kind is tuple else kind)
-    return True  # a class of Megatron's, which checks for itself
+    return True  # a class of Megatron's, which validates itself
 
 
 def _describe(kind: Any) -> str:
@@ -57,7 +57,7 @@ def _describe(kind: Any) -> str:
 
 
 def _set(node: Any, names: list[str], value: Any, path: str, done: str = "") -> Any:
-    """Set one value below ``node`` and return the node, which is a new one if it is frozen."""
+    """Set one value below ``node`` and return the node, a copy if it is frozen."""
     name = names[0]
     done = f"{done}{name}"
     current = _child(node, name, done)
@@ -69,7 +69,7 @@ def _set(node: Any, names: list[str], value: Any, path: str, done: str = "") -> 
         raise ValueError(f"{path} is a section; set one of {', '.join(_names(current))} in it")
     elif dataclasses.is_dataclass(node):
         kind = typing.get_type_hints(type(node)).get(name, Any)
-        # Some of Megatron's settings are nothing by default and are not said to be able to.
+        # Some of Megatron's settings are None by default although their type does not allow it.
         if not (_fits(value, kind) or value is current is None):
             raise ValueError(f"{path} is {value!r}; expected {_describe(kind)}")
         if isinstance(value, int) and not isinstance(value, bool) and isinstance(current, float):
@@ -92,9 +92,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def settable(node: Any, path: str = "") -> dict[str, Any]:
-    """Every key that can be set below a section, with its value, as ``apply_sections`` takes them.
+    """Every key below a section that can be set, with its value, in the form of ``apply_sections``.
 
-    What no YAML can say (types of tensors, functions) follows from other settings and is left out.
+    Values that YAML cannot express (dtypes, functions) follow from other settings and are omitted.
     """
     found: dict[str, Any] = {}
     for name in _names(node):
@@ -110,7 +110,7 @@ def settable(node: Any, path: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people mean the number."""
+    """Reads 1e-4 as a number, which YAML 1.1 takes for a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -128,10 +128,10 @@ def _parse(text: str, where: str) -> Any:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A YAML file of nested sections, and the ``recipe`` that it may name.
+    """Read a YAML file of nested sections, with an optional ``recipe``.
 
     Raises:
-        ValueError: it cannot be read, or is none.
+        ValueError: the file cannot be read, or is not such a file.
     """
     try:
         values = _parse(path.read_text(encoding="utf-8"), str(path))

@@ -91,7 +91,7 @@ def tiny(mode: TrainingMode) -> WanRunConfig:
 
 
 def _images(config: WanRunConfig) -> WanRunConfig:
-    """Packs of single frames: many small samples, of which more are looked at together."""
+    """Packs of single frames: many small samples, so the packing buffer is larger."""
     config.dataset.packing_buffer = 256
     # 480 x 832: 1 x 30 x 52 tokens an image.
     config.dataset.mock_settings = MockConfig(shapes=[[1, 60, 104]], context_length=512, number_packed_samples=27)

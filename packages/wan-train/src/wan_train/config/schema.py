@@ -1,4 +1,4 @@
-"""The whole configuration of a run: Megatron-Bridge's sections and ours.
+"""The configuration of a run: Megatron-Bridge's sections and those of this package.
 
 Import only after ``wan_train.engine.start``.
 """
@@ -10,13 +10,13 @@ from megatron.bridge.training.config import ConfigContainer
 
 @dataclasses.dataclass
 class ValidationConfig:
-    """The ``validation`` section: a loss that compares across runs.
+    """The ``validation`` section: a validation loss that is comparable between runs.
 
     Attributes:
         interval: steps between two validations; 0 for none.
-        samples: of the validation split, from its beginning; None for all of it.
-        timesteps: at which every sample is asked, in (0, 1000).
-        seed: of the noise, which depends on it, the sample's key and the timestep alone.
+        samples: the first samples of the validation split; None for all of it.
+        timesteps: timesteps at which the loss is computed, in (0, 1000).
+        seed: of the noise, together with the sample's key and the timestep.
     """
 
     interval: int = 0
@@ -25,19 +25,21 @@ class ValidationConfig:
     seed: int = 1234
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Validate the section.
 
         Raises:
-            ValueError: such a setting.
+            ValueError: a setting is invalid.
         """
         if self.interval < 0:
             raise ValueError(f"validation.interval is {self.interval}; expected steps, or 0 for no validation")
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"validation.samples is {self.samples}; expected at least 1, or null for all")
         if not self.timesteps or not all(0 < timestep < 1000 for timestep in self.timesteps):
-            raise ValueError(f"validation.timesteps is {self.timesteps}; expected some numbers between 0 and 1000")
+            raise ValueError(
+                f"validation.timesteps is {self.timesteps}; expected at least one number between 0 and 1000"
+            )
         if len(set(self.timesteps)) < len(self.timesteps):
-            raise ValueError(f"validation.timesteps is {self.timesteps}; each may be there once")
+            raise ValueError(f"validation.timesteps is {self.timesteps}; expected each only once")
 
 
 @dataclasses.dataclass
@@ -45,16 +47,16 @@ class EmaConfig:
     """The ``ema`` section: an exponential moving average of the weights, in fp32, saved in every checkpoint.
 
     Attributes:
-        decay: share of the average that a step keeps; 0 for no average.
+        decay: weight of the previous EMA in an update; 0 for no EMA.
     """
 
     decay: float = 0.0
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Validate the section.
 
         Raises:
-            ValueError: such a setting.
+            ValueError: a setting is invalid.
         """
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay is {self.decay}; expected 0 for none, or a number below 1 such as 0.9999")
@@ -62,11 +64,11 @@ class EmaConfig:
 
 @dataclasses.dataclass
 class ReportConfig:
-    """The ``report`` section: what the log says beside the loss.
+    """The ``report`` section: metrics beside the loss.
 
     Attributes:
-        peak_tflops: of one device at the precision of the run, dense, for MFU; None takes it from the device's name
-            where that is known, and leaves MFU out elsewhere.
+        peak_tflops: dense peak of one device at the precision of the run, for MFU; None looks it up by the device's
+            name, and omits MFU for unknown devices.
     """
 
     peak_tflops: float | None = None

@@ -1,9 +1,9 @@
-"""What a configuration may not say, and what follows from what it says.
+"""Validation of a configuration, and settings derived from others.
 
 Import only after ``wan_train.engine.start``.
 
-Megatron-Bridge's sections have some five hundred keys, made for language models. Those that a Wan run would not heed,
-or that would break what is promised of it, are refused by name instead of being passed over.
+Megatron-Bridge's sections have some five hundred keys, made for language models. Keys that would have no effect on a
+Wan run, or would break its guarantees, are errors instead of being ignored.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 
 from wan_train.model.provider import WanModelProvider
 
-# A key, what it can be, and what to do instead of anything else.
+# Key, allowed values, and advice for any other value.
 _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("train.micro_batch_size", (1,), "a micro-batch is one pack"),
     ("train.train_samples", (None,), "a run's length is train.train_iters"),
     ("train.rampup_batch_size", (None,), "every step has train.global_batch_size packs"),
     ("train.decrease_batch_size_if_needed", (False,), "every step has train.global_batch_size packs"),
     ("train.eval_iters", (0,), "validate with validation.interval and validation.samples"),
-    ("dist.use_torch_fsdp2", (False,), "use dist.use_megatron_fsdp for fully sharded weights"),
+    ("dist.use_torch_fsdp2", (False,), "use dist.use_megatron_fsdp for FSDP"),
     ("checkpoint.ckpt_format", ("torch_dist", "fsdp_dtensor"), "leave it out, dist.use_megatron_fsdp decides it"),
     ("checkpoint.pretrained_checkpoint", (None,), "use checkpoint.load with checkpoint.finetune=true, or --init-from"),
     ("checkpoint.ckpt_convert_format", (None,), "use wan-train export"),
@@ -30,11 +30,11 @@ _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("mixed_precision", (None, "bf16_mixed", "bf16-mixed"), "expected null (fp32) or bf16_mixed"),
     ("model.fp16", (False,), "set mixed_precision to null (fp32) or bf16_mixed"),
     ("model.bf16", (False,), "set mixed_precision to null (fp32) or bf16_mixed"),
-    ("model.virtual_pipeline_model_parallel_size", (None,), "this version runs plain pipeline stages"),
+    ("model.virtual_pipeline_model_parallel_size", (None,), "virtual pipeline stages are not supported"),
     ("model.expert_model_parallel_size", (1,), "a Wan model has no experts"),
 )
-# Of Megatron's keys for a transformer, those that a Wan model heeds (model.py), beside those for parallelism.
-_HEEDED = frozenset({"recompute_granularity", "recompute_method", "recompute_num_layers"})
+# Megatron's keys of a transformer that a Wan model supports, in addition to those of parallelism.
+_SUPPORTED = frozenset({"recompute_granularity", "recompute_method", "recompute_num_layers"})
 _OURS = {
     "num_layers": "model.transformer.num_layers",
     "num_attention_heads": "model.transformer.num_attention_heads",
@@ -54,10 +54,10 @@ def _value(config: Any, key: str) -> Any:
 
 
 def check_settings(config: Any) -> None:
-    """Refuse what cannot be meant.
+    """Validate a configuration.
 
     Raises:
-        ValueError: naming the key, and what to do.
+        ValueError: a setting is invalid; the message names the key and what to do.
     """
     for key, possible, instead in _ONLY:
         if (value := _value(config, key)) not in possible:
@@ -77,34 +77,34 @@ def check_settings(config: Any) -> None:
     }
     for field in dataclasses.fields(TransformerConfig):
         value = getattr(config.model, field.name)
-        if field.name in parallel | _HEEDED or value == getattr(fresh, field.name):
+        if field.name in parallel | _SUPPORTED or value == getattr(fresh, field.name):
             continue
         if field.name in follows and value == follows[field.name]:
             continue
         instead = f"set {_OURS[field.name]}" if field.name in _OURS else "leave it out"
-        raise ValueError(f"model.{field.name} is {value!r}, which a Wan model does not heed; {instead}")
+        raise ValueError(f"model.{field.name} is {value!r}, which has no effect on a Wan model; {instead}")
     if config.dist.use_megatron_fsdp and config.ema.decay:
-        raise ValueError("ema.decay is set together with dist.use_megatron_fsdp, which keeps no average; set it to 0")
+        raise ValueError("ema.decay is not supported with dist.use_megatron_fsdp; set it to 0")
     config.validation.check()
     config.ema.check()
 
 
-def settle(config: Any, *, on_cpu: bool) -> None:
+def derive_settings(config: Any, *, on_cpu: bool) -> None:
     """Set what follows from other settings."""
     config.model.ema_decay = config.ema.decay
     optimizer, scheduler = config.optimizer, config.scheduler
     if optimizer.clip_grad == 0:
-        optimizer.clip_grad = math.inf  # the norm, by which a step is known to be finite, is computed to clip
+        optimizer.clip_grad = math.inf  # the NaN guard needs the norm, which is computed only for clipping
     if scheduler.lr_decay_iters is None:
-        # A run that ends while it warms up decays nothing.
+        # A run that ends during warm-up has no decay.
         scheduler.lr_decay_iters = max(config.train.train_iters, scheduler.lr_warmup_iters + 1)
-    # Megatron takes the scheduler's weight decay for every step and the optimizer's for none.
+    # Megatron uses the scheduler's weight decay and ignores the optimizer's.
     for name in ("start_weight_decay", "end_weight_decay"):
         if getattr(scheduler, name) is None:
             setattr(scheduler, name, optimizer.weight_decay)
-    # A resumed run follows the configuration that it is given; Megatron would fail where it has changed.
+    # A resumed run uses its configuration; Megatron would raise an error where it differs from the checkpoint.
     scheduler.override_opt_param_scheduler = not scheduler.use_checkpoint_opt_param_scheduler
     if config.dist.use_megatron_fsdp:
-        from wan_train.model import fully_sharded
+        from wan_train.model import fsdp
 
-        fully_sharded.settle(config, on_cpu=on_cpu)
+        fsdp.configure(config, on_cpu=on_cpu)

@@ -1,4 +1,4 @@
-"""The YAML files that come with the package; no torch and no Megatron."""
+"""The YAML files of the package. Imports no torch and no Megatron."""
 
 import shutil
 from pathlib import Path
@@ -7,26 +7,26 @@ FOLDER = Path(__file__).parent / "shipped"
 
 
 def names() -> list[str]:
-    """Of the files, in the order of the alphabet."""
+    """Names of the files, in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def path_of(name: str) -> Path:
-    """Where a shipped file lies.
+    """The path of a file by its name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such file.
     """
     if name not in names():
-        raise ValueError(f"no configuration {name!r} is shipped; expected one of {', '.join(names())}")
+        raise ValueError(f"unknown configuration {name!r}; expected one of {', '.join(names())}")
     return FOLDER / f"{name}.yaml"
 
 
 def find(path_or_name: str) -> Path:
-    """A file on the disk, or a shipped one by its name.
+    """A file by its path, or one of the package by its name.
 
     Raises:
-        ValueError: neither.
+        ValueError: there is no such file.
     """
     path = Path(path_or_name)
     if path.is_file():
@@ -34,12 +34,12 @@ def find(path_or_name: str) -> Path:
     if path_or_name in names():
         return path_of(path_or_name)
     raise ValueError(
-        f"the configuration file {path_or_name} is not there; name a file, or a shipped one of {', '.join(names())}"
+        f"the configuration file {path_or_name} does not exist; give a path, or one of {', '.join(names())}"
     )
 
 
 def summary(name: str) -> str:
-    """What a shipped file says of itself in its first sentence."""
+    """The first sentence of the comment at the top of a file."""
     comment: list[str] = []
     for line in path_of(name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("# "):
@@ -49,21 +49,21 @@ def summary(name: str) -> str:
 
 
 def copy(name: str, target: Path, *, force: bool) -> Path:
-    """Copy a shipped file; returns where to.
+    """Copy a file of the package; returns the path of the copy.
 
     Args:
         name: of the file.
-        target: a file, or a folder to put it into.
-        force: write over a file that is there.
+        target: a file or folder.
+        force: overwrite an existing file.
 
     Raises:
-        ValueError: no such file is shipped, or one is there already.
+        ValueError: there is no such file, or the target exists.
     """
     source = path_of(name)
     if target.is_dir():
         target = target / source.name
     if target.exists() and not force:
-        raise ValueError(f"{target} is there already; name another file, or pass --force to write over it")
+        raise ValueError(f"{target} exists; choose another file, or pass --force to overwrite it")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     return target

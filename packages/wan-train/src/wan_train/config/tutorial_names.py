@@ -1,11 +1,11 @@
-"""Settings as NVIDIA's Wan recipe and its tutorial spell them; no torch and no Megatron.
+"""Setting names of NVIDIA's Wan recipe and its tutorial. Imports no torch and no Megatron.
 
 Source: the commands in the documents of NVIDIA's DFM and of Megatron-Bridge's diffusion recipes.
 """
 
 from typing import Any
 
-# Theirs, and the setting here that says the same.
+# Their name, and the equivalent setting here.
 SAME = {
     "model.seq_length": "dataset.capacity",
     "dataset.seq_length": "dataset.capacity",
@@ -15,19 +15,19 @@ SAME = {
     "dataset.micro_batch_size": "train.micro_batch_size",
     "model.crossattn_emb_size": "model.hidden_size",
 }
-# Theirs that have one value here, always.
+# Their settings that have a fixed value here.
 _ALWAYS: dict[str, tuple[Any, str]] = {"model.qkv_format": ("thd", "every batch is a pack")}
 
 
 def translate(key: str, value: Any) -> str | None:
-    """The key here; None where there is nothing to set.
+    """The equivalent key here; None if there is nothing to set.
 
     Raises:
-        ValueError: a value that cannot be here.
+        ValueError: the value is not supported.
     """
     if key in _ALWAYS:
         only, because = _ALWAYS[key]
         if value != only:
-            raise ValueError(f"{key} is {value!r}; {because}, so it is {only} or left out")
+            raise ValueError(f"{key} is {value!r}; {because}, so set it to {only} or leave it out")
         return None
     return SAME.get(key, key)

@@ -1,1 +1,1 @@
-"""Packs for the loop."""
+"""Packs for the training loop."""

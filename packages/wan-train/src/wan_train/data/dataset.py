@@ -1,10 +1,10 @@
-"""The ``dataset`` section of the configuration, and the iterators that Megatron's loop draws packs from.
+"""The ``dataset`` section of the configuration, and the iterators of packs for Megatron's loop.
 
 Import only after ``wan_train.engine.start``.
 
-Every pack carries its number in the run: pack n of a data-parallel rank r of R is number n*R + r. Noise is seeded by
-that number, so it differs between data-parallel ranks, agrees between the ranks that share a pack, and continues
-after a resume without any state. Ranks of one tensor- or pipeline-parallel group read the same data for themselves.
+Every pack has a number in the run: pack n of data-parallel rank r of R is number n*R + r. Noise is seeded by that
+number, so it differs between data-parallel ranks, is equal on the ranks that share a pack, and continues after a
+resume without any state. Each rank of a tensor- or pipeline-parallel group reads the same data.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ class NumberedPack:
 
 
 class PackIterator:
-    """What the loop calls ``next`` on; it starts when the loop knows where to start from.
+    """The data iterator of the loop; the loader starts at the first ``next``, after a possible resume.
 
     Args:
         loader: an iterable of packs with ``state_dict`` and ``load_state_dict``.
-        rank, ranks: data-parallel place.
+        rank, ranks: data-parallel rank and size.
     """
 
     def __init__(self, loader: Union["PackLoader", MockLoader], rank: int, ranks: int) -> None:
@@ -47,18 +47,18 @@ class PackIterator:
         self._packs: Iterator[LatentPack] | None = None
 
     def resume(self, state: dict[str, Any], drawn: int) -> None:
-        """Continue a run.
+        """Resume at a saved position.
 
         Args:
             state: what ``save_state`` returned on this data-parallel rank.
-            drawn: packs that this rank had drawn, by the loop's own count.
+            drawn: number of packs that this rank had consumed, by the loop's count.
 
         Raises:
-            ValueError: the state belongs to another place, dataset or configuration.
+            ValueError: the state is of another rank, dataset or configuration.
         """
-        place = {"rank": self.rank, "ranks": self.ranks, "drawn": drawn}
-        if found := {key: state.get(key) for key in place if state.get(key) != place[key]}:
-            wanted = {key: place[key] for key in found}
+        position = {"rank": self.rank, "ranks": self.ranks, "drawn": drawn}
+        if found := {key: state.get(key) for key in position if state.get(key) != position[key]}:
+            wanted = {key: position[key] for key in found}
             raise ValueError(
                 f"the checkpoint's loader state is of {found}, this run needs {wanted}: "
                 "resume with the data-parallel size that the checkpoint was saved with"
@@ -80,23 +80,23 @@ class PackIterator:
         return NumberedPack(number, pack)
 
     def save_state(self) -> dict[str, Any]:
-        """Plain values from which ``resume`` continues with the very next pack."""
+        """Plain values from which ``resume`` continues with the next pack."""
         return {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": self.loader.state_dict()}
 
 
 @dataclasses.dataclass
 class WanDatasetConfig(DatasetProvider):
-    """Where packs come from.
+    """The ``dataset`` section.
 
     Attributes:
-        path: a dataset that ``wan-data prepare`` wrote, or the YAML file of a blend of several; None with ``mock``.
-        encoded_by: the model (folder or hub id) that the data were encoded with, where they do not say.
+        path: a dataset written by ``wan-data prepare``, or the YAML file of a blend; None with ``mock``.
+        encoded_by: the model (folder or hub id) that encoded the data, if the dataset does not record it.
         mock: random latents and text instead of a dataset.
-        mock_settings: their shapes.
-        capacity: tokens of a pack, padding included.
+        mock_settings: shapes of the mock data.
+        capacity: tokens of a pack, including padding.
         packing_buffer, shuffle_buffer: see ``wan_data.reading.loader.LoaderConfig``.
-        seed: of order and mock data.
-        dataloader_save: set by the run: the checkpoint folder, so that the loader's state lies inside the checkpoint.
+        seed: of the order and of mock data.
+        dataloader_save: set by the run to the checkpoint folder; the loader's state is part of the checkpoint.
     """
 
     dataloader_type: str = "external"
@@ -111,8 +111,8 @@ class WanDatasetConfig(DatasetProvider):
     seed: int = 1234
     dataloader_save: str | None = None
 
-    def bind(self, model: WanConfig, pad_multiple: int) -> None:
-        """Tell the loader what the model needs; called once the layout of the run is known."""
+    def configure(self, model: WanConfig, pad_multiple: int) -> None:
+        """Set what the loader needs of the model and the layout."""
         self._model, self.pad_multiple = model, pad_multiple
 
     def loader(self, rank: int, ranks: int) -> Union["PackLoader", MockLoader]:
@@ -126,7 +126,7 @@ class WanDatasetConfig(DatasetProvider):
     def _open(self, split: str, multiple: int, buffer: int, workers: int, rank: int, ranks: int) -> "PackLoader":
         from wan_data.reading.loader import LoaderConfig, PackLoader
 
-        assert self.path is not None, "checked by the run"
+        assert self.path is not None, "checked in configure_data"
         config = LoaderConfig(
             path=self.path,
             split=split,
@@ -142,10 +142,10 @@ class WanDatasetConfig(DatasetProvider):
         return PackLoader(config, rank=rank, world_size=ranks)
 
     def validation_packs(self) -> Iterator[LatentPack]:
-        """The validation split in its own order, a sample a pack, on every rank the same; of mock data without end.
+        """The validation split in order, one sample per pack, equal on every rank; infinite for mock data.
 
         Raises:
-            ValueError: the dataset has no such split.
+            ValueError: the dataset has no validation split.
         """
         if self.mock:
             one_each = dataclasses.replace(self.mock_settings, number_packed_samples=1)
@@ -166,18 +166,18 @@ class WanDatasetConfig(DatasetProvider):
         return self.train_iterator, None, None
 
 
-def dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
-    """The latent space that a dataset was made in, as plain values."""
+def read_dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
+    """The latent space of a dataset, as plain values."""
     from wan_data.reading.datasets import read_latent_spec
 
     return read_latent_spec(path, encoded_by=encoded_by).to_dict()
 
 
 def empty_caption_of(config: Any) -> Tensor | None:
-    """What takes the place of a dropped caption, [L, D]; None where no caption is dropped.
+    """Embedding of the empty caption, [L, D], which replaces dropped captions; None without caption dropout.
 
     Raises:
-        ValueError: captions are to be dropped, and the data have nothing to put in their place.
+        ValueError: captions are dropped, and the dataset has no embedding of the empty caption.
     """
     if config.model.flow.caption_dropout == 0:
         return None

@@ -1,4 +1,4 @@
-"""Random packs of settable shapes, for trying a layout without data."""
+"""Packs of random latents and text, for running without data."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ class MockConfig:
     """Shapes of mock samples; the defaults are those of NVIDIA's recipe (37,440 tokens a sample).
 
     Attributes:
-        shapes: latent frames, rows and columns; the samples of a pack take them in turn.
+        shapes: latent frames, rows and columns; the samples of a pack cycle through them.
         context_length: true length of the text embeddings.
-        number_packed_samples: samples in a pack.
+        number_packed_samples: samples per pack.
     """
 
     shapes: list[list[int]] = dataclasses.field(default_factory=lambda: [[24, 104, 60]])
@@ -26,15 +26,15 @@ class MockConfig:
 
 
 class MockLoader:
-    """Packs of fresh noise, without end; a seed means the same packs a step however many ranks share them.
+    """An infinite stream of random packs; the packs of a step depend on the seed, not on the number of ranks.
 
     Args:
         settings: shapes.
         model: sizes of the transformer.
-        rank, ranks: data-parallel place.
+        rank, ranks: data-parallel rank and size.
         multiple: packs are padded to a multiple of this many tokens.
-        seed: of everything.
-        purpose: packs of another purpose are other packs.
+        seed: of latents and text.
+        purpose: other purposes give other packs.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MockLoader:
         self.drawn = 0
 
     def __iter__(self) -> Iterator[LatentPack]:
-        """Packs, from where the state says."""
+        """Packs from the current position on."""
         settings = self.settings
         while True:
             number = self.drawn * self.ranks + self.rank
@@ -71,9 +71,9 @@ class MockLoader:
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """How many packs were drawn."""
+        """The number of packs drawn."""
         return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after that many."""
+        """Continue at that position."""
         self.drawn = int(state["drawn"])

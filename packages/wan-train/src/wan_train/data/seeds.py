@@ -1,4 +1,4 @@
-"""Generators seeded by what they are for, never by what ran before."""
+"""Generators seeded by purpose and numbers, independent of any global state."""
 
 import hashlib
 
@@ -6,6 +6,6 @@ import torch
 
 
 def generator_for(purpose: str, *numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on the purpose and the numbers alone."""
+    """A generator seeded by a hash of the purpose and the numbers."""
     digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

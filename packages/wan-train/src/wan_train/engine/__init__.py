@@ -1,13 +1,13 @@
 """Starting Megatron's engine in a training process, on CUDA or on a CPU.
 
-``start`` is called once, first thing, in a process that trains; it is never called on import. What it does:
+``start`` is called once, first, in a training process; never on import. Its effect:
 
 ====================  ==========================================================================================
 machine               effect
 ====================  ==========================================================================================
 CUDA, with TE         nothing but the imports
 CUDA, without TE      Megatron-Bridge is imported without Transformer Engine, modelopt and its model families
-no CUDA               the same, and what Megatron asks of CUDA and NCCL is answered by the CPU and gloo
+no CUDA               the same, and Megatron's calls of CUDA and NCCL are redirected to the CPU and gloo
 ====================  ==========================================================================================
 """
 
@@ -21,12 +21,12 @@ from wan_train.engine.installed import is_installed, require_installed
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What the process runs on.
+    """Device and backend of the process.
 
     Attributes:
-        device: where tensors of this process live.
+        device: of this process's tensors.
         backend: torch.distributed's backend.
-        transformer_engine: whether Transformer Engine's modules are there to be used.
+        transformer_engine: whether Transformer Engine can be used.
     """
 
     device: torch.device
@@ -38,14 +38,14 @@ _started: Engine | None = None
 
 
 def start(*, take_device: bool = True) -> Engine:
-    """Make Megatron-Bridge's loop importable and runnable here; calling it again returns the same.
+    """Make Megatron-Bridge's loop importable and runnable in this process; further calls return the same result.
 
     Args:
-        take_device: make this process's CUDA device the current one, which takes memory of it; a process that only
-            looks at configurations leaves it alone.
+        take_device: make this process's CUDA device the current one, which allocates memory on it; not needed for
+            reading configurations.
 
     Raises:
-        EngineMissingError: megatron-core or megatron-bridge is not there.
+        EngineMissingError: megatron-core or megatron-bridge is not installed.
     """
     global _started
     if _started is not None:
@@ -56,8 +56,8 @@ def start(*, take_device: bool = True) -> Engine:
     has_cuda = torch.cuda.is_available()
     has_te = has_cuda and is_installed("transformer_engine")
     if not has_te:
-        absent_modules.leave_out_model_families()
-        with contextlib.nullcontext() if has_cuda else cpu.without_compiler():
+        absent_modules.skip_model_families()
+        with contextlib.nullcontext() if has_cuda else cpu.compiler_disabled():
             absent_modules.import_bridge_without((absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT))
     if has_cuda:
         local_rank = cpu.local_rank()
@@ -67,6 +67,6 @@ def start(*, take_device: bool = True) -> Engine:
     else:
         cpu.redirect()
         device, backend = torch.device("cpu"), "gloo"
-    cpu.mend_bridge(on_cpu=not has_cuda, without_te=not has_te)
+    cpu.patch_bridge(on_cpu=not has_cuda, without_te=not has_te)
     _started = Engine(device, backend, has_te)
     return _started

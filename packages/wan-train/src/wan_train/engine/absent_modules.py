@@ -2,12 +2,12 @@
 
 Bridge 0.3.1 imports two of them unconditionally, in files that serve language models, adapters and quantisation:
 ``transformer_engine``, which only builds against CUDA, and NVIDIA's ``modelopt``, whose import alone takes longer than
-everything else together. Megatron-Core asks politely and has ``HAVE_...`` flags; it is imported first, so that these
-stay honest. For the one import of Bridge a finder then supplies modules whose every name is a class that cannot be
-built; afterwards the names are as absent as before.
+everything else together. Megatron-Core has ``HAVE_...`` flags for them; it is imported first, so that the flags
+are correct. During the import of Bridge a finder supplies stub modules, whose attributes are classes that cannot be
+instantiated; afterwards the stubs are removed.
 
 ``transformers`` and ``datasets``, which tokenizers and instruction data need, are installed and left out all the same,
-of Core too: importing them takes a third of the engine's start. Whoever imports them afterwards gets the real ones.
+of Core too: importing them takes a third of the engine's start. Later imports get the real modules.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class _Absent(type):
 
 
 class AbsentClass(metaclass=_Absent):
-    """Stands where a class or function of an absent distribution would; calling it is an error."""
+    """Stub of a class or function of an absent distribution; calling it is an error."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError(
@@ -66,8 +66,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__path__ = []
 
 
-# What the training loop imports of the model families; everything else in these two packages is language and vision
-# models, and importing those takes longer than importing torch.
+# The training loop needs these; the rest of these two packages is language and vision models, whose import takes longer
+# than that of torch.
 _FROM_MODELS = {
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
     "T5ModelProvider": "megatron.bridge.models.t5_provider",
@@ -75,7 +75,7 @@ _FROM_MODELS = {
 
 
 def _bare_package(name: str, places: dict[str, str]) -> None:
-    """Import a package without running its ``__init__``; some of its names are found where they are defined."""
+    """Import a package without running its ``__init__``; names in ``places`` are imported on demand."""
     if name in sys.modules:
         return
     spec = importlib.util.find_spec(name)
@@ -94,15 +94,15 @@ def _bare_package(name: str, places: dict[str, str]) -> None:
     setattr(importlib.import_module(parent), child, package)
 
 
-def leave_out_model_families() -> None:
-    """Let Megatron-Bridge be imported without its language and vision models, and without what only they import."""
+def skip_model_families() -> None:
+    """Make Megatron-Bridge importable without its language and vision models and their dependencies."""
     _bare_package("megatron.bridge", {})
     _bare_package("megatron.bridge.models", _FROM_MODELS)
 
 
 @contextlib.contextmanager
 def _left_out(names: Iterable[str]) -> Iterator[None]:
-    """In this context the named top-level modules are stand-ins, unless they are imported already."""
+    """In this context the named top-level modules are stubs, unless they are imported already."""
     finder = _Finder(name for name in names if name not in sys.modules)
     sys.meta_path.insert(0, finder)
     try:
@@ -114,13 +114,13 @@ def _left_out(names: Iterable[str]) -> Iterator[None]:
 
 
 def import_bridge_without(names: Iterable[str]) -> None:
-    """Import Megatron-Bridge's training loop as if the named distributions' classes were there.
+    """Import Megatron-Bridge's training loop with stubs for the named distributions.
 
     Args:
-        names: top-level modules to leave out; one that is already imported is left alone.
+        names: top-level modules to stub; modules that are imported already are kept.
     """
     with warnings.catch_warnings(), _left_out(_OF_LANGUAGE_MODELS):
-        # Each of them says, over many lines, that Transformer Engine and Apex are not there; so does our README.
+        # They warn at length that Transformer Engine and Apex are missing, which is expected here.
         warnings.simplefilter("ignore", UserWarning)
         import megatron.core.extensions.transformer_engine
 

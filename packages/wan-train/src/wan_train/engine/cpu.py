@@ -1,9 +1,9 @@
-"""What Megatron asks of CUDA, answered by the CPU and gloo.
+"""Redirects Megatron's calls of CUDA to the CPU and gloo.
 
-Megatron-Core 0.16 and Megatron-Bridge 0.3 name "cuda" in some five hundred places. Two devices serve nearly all of
-them: a ``TorchFunctionMode`` that rewrites the device of tensor calls, and plain replacements for ``torch.cuda``'s
-functions. The rest is listed one by one in ``mend_bridge``. Everything here is process-wide and meant to be: it is
-installed by ``wan_train.engine.start`` in a process whose only purpose is to train where there is no CUDA.
+Megatron-Core 0.16 and Megatron-Bridge 0.3 name "cuda" in some five hundred places. Nearly all of them are handled by a
+``TorchFunctionMode`` that rewrites the device of tensor calls, and by replacements of ``torch.cuda``'s functions. The
+rest is patched one by one in ``patch_bridge``. All of this is process-wide: ``wan_train.engine.start`` installs it in
+a process that only trains, without CUDA.
 """
 
 import contextlib
@@ -22,43 +22,43 @@ _CPU = torch.device("cpu")
 
 
 def local_rank() -> int:
-    """This process's number on its machine, as torchrun sets it."""
+    """This process's local rank, as torchrun sets it."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _means_cuda(device: object) -> bool:
+def _is_cuda(device: object) -> bool:
     if isinstance(device, bool):
         return False
-    if isinstance(device, int):  # a bare number is a CUDA device everywhere in Megatron
+    if isinstance(device, int):  # an integer is a CUDA device everywhere in Megatron
         return True
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")
 
 
-class CudaMeansCpu(TorchFunctionMode):
-    """Tensor calls that ask for a CUDA device get the CPU."""
+class CudaToCpu(TorchFunctionMode):
+    """Tensor calls for a CUDA device use the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Rewrite one call."""
+        """Rewrite the device of one call."""
         kwargs = kwargs or {}
-        if "device" in kwargs and _means_cuda(kwargs["device"]):
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
             kwargs.pop("pin_memory", None)
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _means_cuda(args[1]):
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The optimizer sorts parameters by comparing this name with 'torch.cuda.FloatTensor'.
+            # The optimizer compares this name with 'torch.cuda.FloatTensor'.
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
 
 
 class _Stream:
-    """A CUDA stream where everything is already in order."""
+    """A CUDA stream whose work is always complete."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -73,7 +73,7 @@ class _Stream:
 
 
 class _Event:
-    """A CUDA event that has happened."""
+    """A CUDA event that has completed."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -122,13 +122,13 @@ def _replace_cuda_functions() -> None:
 
 
 def _keep_mode_in_backward() -> None:
-    # A TorchFunctionMode is off inside its own handler, and `backward` is called through it: hooks and custom backwards
-    # (sequence parallelism, FSDP) would meet CUDA again.
+    # A TorchFunctionMode is disabled inside its own handler, and `backward` is called through it: without this, hooks
+    # and custom backward functions (sequence parallelism, FSDP) would call CUDA.
     engine: Any = torch.autograd
     run = engine._engine_run_backward
 
     def run_in_mode(*args: Any, **kwargs: Any) -> Any:
-        with CudaMeansCpu():
+        with CudaToCpu():
             return run(*args, **kwargs)
 
     engine._engine_run_backward = run_in_mode
@@ -142,17 +142,17 @@ def _keep_rng_tracker_on_cpu() -> None:
 
 
 @contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """Leave functions as they are that are decorated with ``torch.compile`` in here.
+def compiler_disabled() -> Iterator[None]:
+    """In this context ``torch.compile`` returns functions unchanged.
 
-    Megatron's ``jit_fuser`` would compile for a device that is not there, and setting that up takes seconds an import.
+    Megatron's ``jit_fuser`` would compile for CUDA, and setting that up takes seconds per import.
     """
     compile_function = torch.compile
 
-    def leave(model: Any = None, **options: Any) -> Any:
+    def unchanged(model: Any = None, **options: Any) -> Any:
         return model if model is not None else (lambda function: function)
 
-    torch.compile = leave
+    torch.compile = unchanged
     try:
         yield
     finally:
@@ -160,19 +160,19 @@ def without_compiler() -> Iterator[None]:
 
 
 def redirect() -> None:
-    """Send what this process asks of CUDA to the CPU, for the rest of its life."""
-    # torch's optimizers import the compiler when they are first built; it must see torch.cuda's own functions then.
+    """Redirect this process's calls of CUDA to the CPU, permanently."""
+    # torch's optimizers import the compiler when first constructed; it must see torch.cuda's original functions.
     importlib.import_module("torch._dynamo")
 
     _replace_cuda_functions()
     _keep_rng_tracker_on_cpu()
     _keep_mode_in_backward()
     gloo_groups.share_device()
-    CudaMeansCpu().__enter__()
+    CudaToCpu().__enter__()
 
 
-def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
-    """Replace the few functions of Bridge that cannot work here.
+def patch_bridge(*, on_cpu: bool, without_te: bool) -> None:
+    """Replace functions of Bridge that do not work here.
 
     Args:
         on_cpu: there is no CUDA.
@@ -182,26 +182,26 @@ def mend_bridge(*, on_cpu: bool, without_te: bool) -> None:
     import megatron.bridge.training.train as train
     import megatron.bridge.training.utils.train_utils as train_utils
 
-    # Builds an index for language-model corpora. The wheel on PyPI ships it compiled but without its Makefile, and a
-    # failed `make` ends the process.
+    # Compiles a helper for language-model datasets. The wheel has it compiled but without its Makefile, and a failed
+    # `make` ends the process.
     initialize.compile_helpers = _nothing
-    # Prints the memory that a language model of these sizes would take.
+    # Prints the memory of a language model of these sizes.
     train_utils.report_theoretical_memory = _nothing
     if on_cpu:
         import megatron.bridge.training.state as state
         import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
 
         writer._get_write_results_queue = write_results.results_of_process
-        gloo_groups.leave_alone_groups_of_one()
+        gloo_groups.skip_groups_of_one()
 
         initialize._warmup_jit_function = _nothing
-        train._delete_cuda_graphs = _nothing  # there are none, and it looks at every object for them
-        # The process that writes checkpoints for a whole run looks for a CUDA device; one is forked for each instead.
+        train._delete_cuda_graphs = _nothing  # there are none, and it would search all objects for them
+        # The persistent process that writes checkpoints needs a CUDA device; one is forked for each save instead.
         calls = state.AsyncCallsQueue
         state.AsyncCallsQueue = lambda persistent: calls(persistent=False)
     if without_te:
-        torch_adam.mend()
-        # modelopt is left out (see absent_modules): a model that it has not changed has nothing to save or restore.
+        torch_adam.patch_optimizer()
+        # modelopt is not imported (see absent_modules), so there is nothing of it to save or restore.
         import megatron.bridge.training.checkpointing as checkpointing
 
         checkpointing.save_sharded_modelopt_state = _nothing

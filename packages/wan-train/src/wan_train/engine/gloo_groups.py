@@ -1,6 +1,6 @@
-"""Megatron's twenty gloo groups, without what they would cost a computation on the same few cores.
+"""Makes Megatron's twenty gloo groups cheap on few cores.
 
-Together they took a third of the speed of one process with two threads on two cores (BENCHMARKS.md).
+Unchanged they slow a process with two threads on two cores down by a third (BENCHMARKS.md).
 """
 
 import functools
@@ -13,22 +13,22 @@ from torch import Tensor
 
 
 class _SharingDevice(type):
-    """Stands for torch's class of gloo groups; those that it makes share one device."""
+    """Replaces torch's class of gloo groups; its groups share one device."""
 
     groups: Any = c10d.ProcessGroupGloo
 
     def __call__(cls, store: Any, rank: int, size: int, timeout: Any) -> Any:
-        """A group."""
+        """Create a group."""
         options = cls.groups._Options()
         options._devices, options._timeout = [_device()], timeout
         return cls.groups(store, rank, size, options)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        """Of torch's class."""
+        """Instances of torch's class."""
         return isinstance(instance, cls.groups)
 
     def __getattr__(cls, name: str) -> Any:
-        """Of torch's class."""
+        """Attributes of torch's class."""
         return getattr(cls.groups, name)
 
 
@@ -42,7 +42,7 @@ def _device() -> Any:
 
 
 def share_device() -> None:
-    """Let all groups wait for the network in one thread; otherwise each has one that wakes a hundred times a second."""
+    """Let all groups share one network thread; by default each has one that wakes a hundred times per second."""
     module: Any = c10d
     module.ProcessGroupGloo = _GlooGroups
 
@@ -52,17 +52,17 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     def run(output: Tensor, source: Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
         if torch.distributed.get_world_size(group) > 1:
             return collective(output, source, *args, group=group, **options)
-        assert output.data_ptr() == source.data_ptr(), "the share of the only rank is the whole buffer"
+        assert output.data_ptr() == source.data_ptr(), "the shard of the only rank is the whole buffer"
         return None
 
     return run
 
 
-def leave_alone_groups_of_one() -> None:
-    """Reduce and gather nothing among one rank; ``mend_bridge`` calls it once Megatron is imported.
+def skip_groups_of_one() -> None:
+    """Skip collectives of groups of one rank; ``patch_bridge`` calls it once Megatron is imported.
 
-    gloo would copy the buffer onto itself in a thread of its own, with a team of OpenMP threads of its own; as soon as
-    there are more of these than cores, they all sleep between two loops instead of spinning.
+    gloo would copy the buffer onto itself in a thread with its own team of OpenMP threads; with more of these than
+    cores, all of them sleep between two parallel loops instead of spinning.
     """
     import megatron.core.distributed.param_and_grad_buffer as buffers
 

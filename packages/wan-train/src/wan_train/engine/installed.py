@@ -1,4 +1,4 @@
-"""Whether the training engine is installed; imports nothing heavy."""
+"""Whether the training engine is installed. Imports nothing heavy."""
 
 import importlib.util
 
@@ -21,10 +21,10 @@ def is_installed(module: str) -> bool:
 
 
 def require_installed() -> None:
-    """Say in one sentence what to install where the engine is missing.
+    """Raise an error that names what to install if the engine is missing.
 
     Raises:
-        EngineMissingError: megatron-core or megatron-bridge is not there.
+        EngineMissingError: megatron-core or megatron-bridge is not installed.
     """
     missing = [name for name in ("megatron.core", "megatron.bridge") if not is_installed(name)]
     if missing:

@@ -1,7 +1,7 @@
-"""Saving and resuming the distributed optimizer where neither Transformer Engine nor Apex is installed.
+"""Saving and resuming the distributed optimizer if neither Transformer Engine nor Apex is installed.
 
-Megatron-Core then uses torch's AdamW, whose state has a tensor "step" for every parameter that the fused optimizers
-keep once a group. Core 0.16 knows of it in some places and not in others.
+Megatron-Core then uses torch's AdamW, whose state has a tensor "step" per parameter; the fused optimizers keep it once
+per group. Core 0.16 handles this in some places only.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ def _inner_adams(optimizer: Any) -> list[torch.optim.Adam]:
 
 
 def _seed_state() -> None:
-    # torch makes the state lazily; before anything is loaded, saving's template asserts that every step is the same.
+    # torch creates the state lazily, but loading builds a template that asserts that all steps are equal.
     import megatron.bridge.training.setup as setup
 
     build = setup.setup_optimizer
@@ -42,7 +42,7 @@ def _load_steps_apart() -> None:
     load = DistributedOptimizer.load_state_dict
 
     def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # The fully reshardable format carries no "step" (the group does), yet Core copies every key of the state.
+        # The fully reshardable format has no "step" (the group has it), but Core copies every key of the state.
         if "step" in tensors:
             set_states(self, model_param, tensors)
             return
@@ -52,7 +52,7 @@ def _load_steps_apart() -> None:
 
     def load_and_unshare(self: Any, state_dict: Any) -> None:
         load(self, state_dict)
-        # Core hands one tensor to all parameters; torch counts it up once for each of them.
+        # Core gives all parameters the same tensor, which torch would increment once for each of them.
         if isinstance(self.optimizer, torch.optim.Adam):
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
@@ -62,15 +62,15 @@ def _load_steps_apart() -> None:
 
 
 def uses_torch_adam(optimizer: Any) -> bool:
-    """Whether Megatron fell back to torch's optimizer; the same on every rank."""
+    """Whether Megatron fell back to torch's optimizer; equal on every rank."""
     return bool(_inner_adams(optimizer))
 
 
-def agree_on_steps(optimizer: Any) -> None:
-    """Have every parameter's "step" be the number of steps taken, on every rank; each rank calls it before a save.
+def synchronize_steps(optimizer: Any) -> None:
+    """Set every parameter's "step" to the number of steps taken; every rank calls it before a save.
 
-    Where weights are fully sharded a rank may hold nothing of a tensor; torch never counts its steps there, and of the
-    ranks' different numbers a checkpoint keeps any.
+    With FSDP a rank may have an empty shard of a tensor, whose steps torch does not count; a checkpoint would keep the
+    number of an arbitrary rank.
     """
     adams = _inner_adams(optimizer)
     steps = [state["step"] for adam in adams for state in adam.state.values() if "step" in state]
@@ -80,7 +80,7 @@ def agree_on_steps(optimizer: Any) -> None:
         step.fill_(float(most))
 
 
-def mend() -> None:
+def patch_optimizer() -> None:
     """Make the distributed optimizer save and resume exactly with torch's AdamW; process-wide."""
     _seed_state()
     _load_steps_apart()

@@ -1,7 +1,7 @@
-"""How the writers of a checkpoint tell the process that forked them what they wrote, where there is no CUDA.
+"""Results of the forked checkpoint writers, passed to their parent process; used without CUDA.
 
-Megatron-Core starts a server for that, a fresh interpreter that imports torch: five seconds of a core for every process
-of a run, at its first save. A file without a name does it too: forks share it.
+Megatron-Core starts a manager process for that, a new interpreter that imports torch: five CPU seconds per rank at its
+first save. An unnamed temporary file, which forks share, does the same.
 """
 
 import functools
@@ -15,35 +15,35 @@ _LENGTH_BYTES = 8
 
 
 class WriteResults:
-    """A queue between a process and its forks, of which one writes at a time; whatever is put can be got at once."""
+    """A queue between a process and its forks, one of which writes at a time; items are available immediately."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  it is there as long as this is
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by ``close``
         self._read = 0
 
     def close(self) -> None:
-        """Give the file up."""
+        """Close the file."""
         self._file.close()
 
     def put(self, item: Any) -> None:
         """Append a value."""
         content = pickle.dumps(item)
         content = len(content).to_bytes(_LENGTH_BYTES, "little") + content
-        # The forks share the file's position, so it is not used.
+        # Forks share the file's position, so pwrite is used.
         end = os.fstat(self._file.fileno()).st_size
         while content:
             written = os.pwrite(self._file.fileno(), content, end)
             content, end = content[written:], end + written
 
     def get_nowait(self) -> Any:
-        """The oldest value that was not got.
+        """Remove and return the oldest item.
 
         Raises:
             queue.Empty: there is none.
         """
         begin = self._read + _LENGTH_BYTES
         end = begin + int.from_bytes(self._bytes(self._read, begin), "little")
-        # From our own forks alone: nothing of it has been anywhere else.
+        # Safe: only this process's own forks write to the file.
         item = pickle.loads(self._bytes(begin, end))
         self._read = end
         if end == os.fstat(self._file.fileno()).st_size:
@@ -63,5 +63,5 @@ class WriteResults:
 
 @functools.cache
 def results_of_process() -> WriteResults:
-    """The one of this process, made before it forks writers."""
+    """The queue of this process, created before it forks writers."""
     return WriteResults()

@@ -1,1 +1,1 @@
-"""What happens at a step."""
+"""The training run and its steps."""

@@ -1,10 +1,9 @@
-"""Stopping every rank together, before the weights change, where a loss or a gradient is not finite.
+"""NaN guard: a non-finite loss or gradient stops all ranks before the weights are updated.
 
 Import only after ``wan_train.engine.start``.
 
-The gradient's norm is the same number on every rank (it is reduced over all of them), and a loss that is not finite
-makes a gradient that is not: so the norm, which the optimizer computes anyway, is what is looked at, and no rank can
-miss what another one saw. Only then are the samples' own losses read and gathered, to name who did it.
+The gradient norm is reduced over all ranks, so it is equal on all of them, and a non-finite loss makes it non-finite.
+The optimizer computes it anyway. Only if it is non-finite are the losses of the samples gathered, to name the samples.
 """
 
 import functools
@@ -16,22 +15,22 @@ import torch
 
 from wan_train.loop.step import WanForwardStep
 
-_NAMED = 8
+_MAX_LISTED = 8
 
 
-class NotFiniteError(ValueError):
-    """A step whose gradient is not finite; the weights are those before it."""
+class NonFiniteGradientError(ValueError):
+    """The gradient of a step is not finite; the weights are those before the step."""
 
 
-def watch_gradient(optimizer: Any, step: WanForwardStep, steps_done: Callable[[], int]) -> None:
-    """Have the optimizer raise ``NotFiniteError`` instead of stepping with a gradient that is not finite.
+def guard_gradient(optimizer: Any, step: WanForwardStep, steps_done: Callable[[], int]) -> None:
+    """Have the optimizer raise ``NonFiniteGradientError`` instead of stepping with a gradient that is not finite.
 
     Args:
-        optimizer: Megatron's, of one part or of several.
-        step: the forward step, which knows what the step's samples lost.
-        steps_done: before the one that is under way.
+        optimizer: Megatron's optimizer, plain or chained.
+        step: the forward step, which has the losses of the samples.
+        steps_done: returns the number of completed steps.
     """
-    # Several parts get their norm together; one alone computes it where it clips.
+    # A chained optimizer computes the norm of all its parts; a plain one computes it when clipping.
     name = "get_grad_norm" if hasattr(optimizer, "chained_optimizers") else "clip_grad_norm"
     norm_of = getattr(optimizer, name)
 
@@ -39,7 +38,7 @@ def watch_gradient(optimizer: Any, step: WanForwardStep, steps_done: Callable[[]
     def finite_norm(*args: Any, **kwargs: Any) -> Any:
         norm = norm_of(*args, **kwargs)
         if norm is not None and not math.isfinite(norm):
-            raise NotFiniteError(_explain(step, steps_done() + 1, float(norm)))
+            raise NonFiniteGradientError(_explain(step, steps_done() + 1, float(norm)))
         return norm
 
     setattr(optimizer, name, finite_norm)
@@ -61,5 +60,5 @@ def _explain(step: WanForwardStep, number: int, norm: float) -> str:
 
 
 def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return f"{'sample' if len(keys) == 1 else 'samples'} {', '.join(keys[:_NAMED])}{more}"
+    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
+    return f"{'sample' if len(keys) == 1 else 'samples'} {', '.join(keys[:_MAX_LISTED])}{more}"

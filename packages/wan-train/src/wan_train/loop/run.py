@@ -1,7 +1,6 @@
 """A training run from its options: the same steps on every rank.
 
-``pretrain`` is the whole of it: start the engine, build the configuration, check what can be checked before the first
-step, and hand over to Megatron-Bridge's own loop.
+``pretrain`` starts the engine, builds and validates the configuration, and calls Megatron-Bridge's training loop.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from wan_train.model.layout import Layout
 
 
 def build_config(options: RunOptions) -> Any:
-    """Recipe, then file, then overrides.
+    """Apply the recipe, then the file, then the overrides.
 
     Raises:
         ValueError: an unknown recipe, key or value.
@@ -48,16 +47,16 @@ def build_config(options: RunOptions) -> Any:
     if options.init_from:
         config.model.init_from = options.init_from
     if config.model.init_from is not None:
-        # The weights say what the sizes are.
+        # The weights determine the sizes.
         config.model.transformer = read_config(transformer_folder(config.model.init_from)).to_diffusers()
     return config
 
 
 def check_layout(config: Any, world: int) -> Layout:
-    """The run's layout over that many processes.
+    """Validate the settings and return the layout for that many processes.
 
     Raises:
-        ValueError: it, or another setting, cannot be.
+        ValueError: the layout or another setting is invalid.
     """
     from wan_train.config.settings import check_settings
 
@@ -67,32 +66,32 @@ def check_layout(config: Any, world: int) -> Layout:
     return layout
 
 
-def bind_data(config: Any, layout: Layout) -> None:
-    """Check what the data can be checked for before they are opened, and tell them of the model.
+def configure_data(config: Any, layout: Layout) -> None:
+    """Validate the dataset against the model, and configure its loader.
 
     Raises:
-        ValueError: no data, or data that do not fit the model.
+        ValueError: there is no dataset, or it does not match the model.
     """
-    from wan_train.data.dataset import dataset_spec
+    from wan_train.data.dataset import read_dataset_spec
 
     dataset, model = config.dataset, config.model
     if dataset.mock == (dataset.path is not None):
-        raise ValueError("name the data with dataset.path=FOLDER, or ask for random data with --mock, and not both")
+        raise ValueError("set dataset.path=FOLDER, or use --mock for random data, and not both")
     if dataset.path is not None:
         if not Path(dataset.path).exists():
             raise ValueError(f"dataset.path is {dataset.path}, which does not exist; make one with wan-data prepare")
-        model.latent_spec = dataset_spec(dataset.path, dataset.encoded_by)
+        model.latent_spec = read_dataset_spec(dataset.path, dataset.encoded_by)
         wanted, got = model.wan_config.text_dim, model.latent_spec["text_dim"]
         if wanted != got:
             raise ValueError(f"the dataset's text embeddings are {got} wide, the model takes {wanted}")
         if model.init_from is not None:
-            _check_start(model, dataset.path)
-    dataset.bind(model.wan_config, layout.pad_multiple)
+            _check_initial_weights(model, dataset.path)
+    dataset.configure(model.wan_config, layout.pad_multiple)
     model.seq_length = dataset.capacity
 
 
-def _check_start(model: Any, data: str) -> None:
-    """Refuse weights to start from that live in another latent space, where the autoencoder beside them says so."""
+def _check_initial_weights(model: Any, data: str) -> None:
+    """Refuse initial weights of another latent space, if the model folder has the autoencoder that tells."""
     from wan_model.weights.model_folder import latent_spec_of
     from wan_train.model.provider import transformer_folder
 
@@ -102,39 +101,39 @@ def _check_start(model: Any, data: str) -> None:
         theirs.require_same(model.spec, f"the model {model.init_from}", f"the data {data}")
 
 
-def _place_checkpoints(config: Any) -> ResumePoint | None:
-    """Where to save, and what to go on from: what this run saved itself, else what it is told to load."""
+def _resolve_checkpoints(config: Any) -> ResumePoint | None:
+    """Resolve where to save, and the checkpoint to resume from: of ``checkpoint.save``, else of ``checkpoint.load``."""
     checkpoint = config.checkpoint
     saves = None if checkpoint.save is None else Path(checkpoint.save).absolute()
     loads = None if checkpoint.load is None else Path(checkpoint.load).absolute()
-    loads = None if loads == saves else loads  # the same command starts a run and goes on with it
+    loads = None if loads == saves else loads  # the same command starts a run and resumes it
     if saves is not None:
         checkpoint.save = str(saves)
-        config.dataset.dataloader_save = checkpoint.save  # the loader's state lies inside the checkpoint
+        config.dataset.dataloader_save = checkpoint.save  # the loader's state is part of the checkpoint
     if (wanted := checkpoint.ckpt_step) is not None:
         folder = loads or saves
         if folder is None:
-            raise ValueError(f"checkpoint.ckpt_step is {wanted} and no folder is named; add checkpoint.load=FOLDER")
+            raise ValueError(f"checkpoint.ckpt_step is {wanted} without a folder; add checkpoint.load=FOLDER")
         point = find_resume_point(folder, wanted)
         if folder == saves and (later := [step for step in saved_steps(folder) if step > wanted]):
             raise ValueError(
-                f"step {wanted} was asked for, and {folder} holds step {later[0]} too, with which this run's own would "
-                "be mixed; name another folder with checkpoint.save"
+                f"checkpoint.ckpt_step is {wanted}, but {folder} also has step {later[0]}, which this run would "
+                "overwrite; set checkpoint.save to another folder"
             )
     else:
         point = None if saves is None else find_resume_point(saves)
         if point is None and loads is not None and (point := find_resume_point(loads)) is None:
-            raise ValueError(f"checkpoint.load is {loads}, where no complete checkpoint is")
+            raise ValueError(f"checkpoint.load is {loads}, which has no complete checkpoint")
     if point is not None and point.folder == saves:
-        checkpoint.finetune = False  # it began with the weights of another run, and goes on with its own
+        checkpoint.finetune = False  # it has checkpoints of its own, and resumes from these
     checkpoint.load = str(point.folder) if point else None
     checkpoint.ckpt_step = point.step if point else None
     checkpoint.exit_on_missing_checkpoint = point is not None
     return point
 
 
-def _check_origin(config: Any, resume: ResumePoint) -> None:
-    """Refuse to go on from weights of other sizes, or that were trained in another latent space than the data's."""
+def _check_resumed_weights(config: Any, resume: ResumePoint) -> None:
+    """Refuse a checkpoint of other model sizes, or of another latent space than the data's."""
     from wan_model.weights.training_checkpoint import read_run_config
 
     transformer, spec = read_run_config(resume.step_folder)
@@ -145,8 +144,8 @@ def _check_origin(config: Any, resume: ResumePoint) -> None:
         if getattr(ours, field.name) != getattr(transformer, field.name)
     ]:
         raise ValueError(
-            f"{resume.step_folder} holds another transformer than this run's: {', '.join(differing)}; give the recipe "
-            "that it was trained with, or name another folder with checkpoint.save"
+            f"{resume.step_folder} has another transformer than this run: {', '.join(differing)}; use the recipe it "
+            "was trained with, or set checkpoint.save to another folder"
         )
     if spec is not None and config.model.spec is not None:
         spec.require_same(config.model.spec, f"the checkpoint {resume.step_folder}", f"the data {config.dataset.path}")
@@ -167,11 +166,11 @@ def _make_validator(config: Any, device: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _narration(config: Any, verbose: bool) -> Iterator[TextIO]:
-    """Keep Megatron's narration off the terminal: it goes to a file in the checkpoint folder.
+def _megatron_output_in_file(config: Any, verbose: bool) -> Iterator[TextIO]:
+    """Redirect Megatron's output to a file in the checkpoint folder, unless ``verbose``.
 
     Yields:
-        The stream for people.
+        The standard output.
     """
     terminal = sys.stdout
     with contextlib.ExitStack() as stack:
@@ -189,8 +188,8 @@ def _narration(config: Any, verbose: bool) -> Iterator[TextIO]:
         yield terminal
 
 
-def _join_process_group(backend: str) -> bool:
-    """A single process needs no port; returns whether the group is ours to destroy."""
+def _init_single_process_group(backend: str) -> bool:
+    """A process group of one process, which needs no port; returns whether it was created here."""
     import torch
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized():
@@ -203,41 +202,39 @@ def pretrain(options: RunOptions) -> None:
     """Run the training that the options describe, in this process as one of WORLD_SIZE.
 
     Raises:
-        ValueError: anything that a user can put right, before the first step.
+        ValueError: invalid options, configuration or data; before the first step.
     """
     running = engine.start()
-    from wan_train.config.settings import settle
+    from wan_train.config.settings import derive_settings
 
     config = build_config(options)
     config.dist.distributed_backend = running.backend
-    bind_data(config, check_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
-    if resume := _place_checkpoints(config):
-        _check_origin(config, resume)
-    settle(config, on_cpu=running.device.type == "cpu")
+    configure_data(config, check_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
+    if resume := _resolve_checkpoints(config):
+        _check_resumed_weights(config, resume)
+    derive_settings(config, on_cpu=running.device.type == "cpu")
     if config.logger.logging_level == logging.INFO:
-        config.logger.logging_level = logging.WARNING  # Megatron's own narration; set 10 or 30 to choose
+        config.logger.logging_level = logging.WARNING  # Megatron's own messages; set 10 or 30 to choose
 
     from megatron.bridge.training.pretrain import pretrain as bridge_pretrain
 
-    from wan_train.checkpoint.hooks import Checkpointing
+    from wan_train.checkpoint.hooks import CheckpointHooks
     from wan_train.data.dataset import empty_caption_of
     from wan_train.loop.callback import WanCallback
-    from wan_train.loop.report import Report, Terminal
+    from wan_train.loop.metrics import MetricsWriter, Terminal
     from wan_train.loop.step import WanForwardStep
 
     step = WanForwardStep(running.device, config.model.params_dtype, empty_caption_of(config))
     log = Path(config.checkpoint.save) / "log.jsonl" if config.checkpoint.save else None
     validates = functools.partial(_make_validator, config, running.device) if config.validation.interval else None
-    checkpointing = Checkpointing(resume)
-    checkpointing.install()
-    owns_group = _join_process_group(running.backend)
+    hooks = CheckpointHooks(resume)
+    hooks.install()
+    owns_group = _init_single_process_group(running.backend)
     try:
-        with _narration(config, options.verbose) as terminal:
-            report = Report(log, Terminal(terminal), config.train.train_iters)
-            bridge_pretrain(
-                config, step, callbacks=[WanCallback(step, resume, report, validates, checkpointing.take_pause)]
-            )
-    except SystemExit as stop:  # the loop leaves this way at train.exit_interval
+        with _megatron_output_in_file(config, options.verbose) as terminal:
+            metrics = MetricsWriter(log, Terminal(terminal), config.train.train_iters)
+            bridge_pretrain(config, step, callbacks=[WanCallback(step, resume, metrics, validates, hooks.take_seconds)])
+    except SystemExit as stop:  # the loop exits this way at train.exit_interval
         if stop.code:
             raise
     finally:

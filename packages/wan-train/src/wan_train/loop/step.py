@@ -25,12 +25,12 @@ LOSS = "loss"
 
 @dataclasses.dataclass
 class Counts:
-    """What this rank has trained on since the counts were last taken.
+    """What this rank has processed since the counts were last taken.
 
     Attributes:
         samples, tokens: of the packs.
-        tokens_padded: the same with their padding.
-        flops: that training on them needs, see ``wan_model.dit.flops``.
+        tokens_padded: tokens including padding.
+        flops: required training FLOPs, see ``wan_model.dit.flops``.
         data_wait: seconds spent waiting for packs.
     """
 
@@ -46,8 +46,8 @@ class WanForwardStep:
 
     Args:
         device: where the model is.
-        dtype: the precision that text embeddings are sent in.
-        empty_caption: [L, D], what takes the place of captions that are dropped; None where none are.
+        dtype: of the text embeddings.
+        empty_caption: [L, D], replaces dropped captions; None without caption dropout.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, empty_caption: Tensor | None = None) -> None:
@@ -57,25 +57,25 @@ class WanForwardStep:
         self._losses: list[tuple[tuple[str, ...], Tensor]] = []
 
     def take_counts(self) -> Counts:
-        """The counts, which start anew."""
+        """Return the counts and reset them."""
         counts, self.counts = self.counts, Counts()
         return counts
 
     def begin(self) -> None:
-        """A step of the optimizer begins: forget the last one's samples."""
+        """Start an optimizer step: clear the losses of the last one's samples."""
         self._losses.clear()
 
     def losses_of_samples(self) -> list[tuple[str, float]]:
-        """Key and unweighted loss of every sample since ``begin``; where the loss is not known, nothing. Waits."""
+        """Key and unweighted loss of every sample since ``begin``, on the last stage. Synchronises the device."""
         return [(key, loss) for keys, losses in self._losses for key, loss in zip(keys, losses.tolist(), strict=True)]
 
     def __call__(
         self, state: GlobalState, data_iterator: Iterator[NumberedPack], model: Any
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
         """Called by the schedule once a microbatch on every stage."""
-        asked = time.perf_counter()
+        started = time.perf_counter()
         numbered = next(data_iterator)
-        self.counts.data_wait += time.perf_counter() - asked
+        self.counts.data_wait += time.perf_counter() - started
         pack = numbered.pack.to(self.device, self.dtype)
         self.counts.samples += pack.layout.num_samples
         self.counts.tokens += pack.layout.valid
@@ -93,8 +93,8 @@ class WanForwardStep:
     def _loss(self, noisy: NoisyPack, pack: LatentPack, predicted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, tokens = loss_sum(predicted, noisy, pack.layout)
         self._losses.append((pack.keys, sample_losses(predicted, noisy, pack.layout)))
-        # Megatron sums gradients and counts over the data- and context-parallel ranks. Of a pack that several ranks
-        # share, each has its part of the gradient and the whole loss: the pack counts once.
+        # Megatron sums gradients and counts over the data- and context-parallel ranks. Each of the ranks that share a
+        # pack has a part of the gradient and the whole loss, so the pack must be counted once.
         counted = tokens if parallel_state.get_context_parallel_rank() == 0 else 0
         count = torch.tensor(counted, dtype=torch.int, device=total.device)
         return total, count, {LOSS: torch.stack([total.detach(), total.new_tensor(tokens)])}

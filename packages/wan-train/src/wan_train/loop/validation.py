@@ -1,10 +1,9 @@
-"""A validation loss that compares across runs: fixed samples, fixed timesteps, fixed noise.
+"""Validation loss with fixed samples, timesteps and noise, comparable between runs.
 
 Import only after ``wan_train.engine.start``.
 
-Every sample's noise depends on its key, the timestep and a seed, and every sample counts the same, so the result
-depends on no layout, capacity or number of ranks. What is reported is the unweighted error, over all timesteps and at
-each of them.
+The noise of a sample depends on its key, the timestep and a seed, and all samples have equal weight, so the result does
+not depend on layout, capacity or number of ranks. Reported is the unweighted error, per timestep and averaged.
 """
 
 import dataclasses
@@ -31,8 +30,8 @@ class ValidationResult:
     """Losses of a validation.
 
     Attributes:
-        samples: how many there were.
-        at: timestep to mean loss.
+        samples: number of samples.
+        at: mean loss by timestep.
     """
 
     samples: int
@@ -45,7 +44,7 @@ class ValidationResult:
 
 
 def merge(packs: Iterable[LatentPack], capacity: int, multiple: int) -> Iterator[LatentPack]:
-    """Neighbours together in packs of at most so many tokens, padding included."""
+    """Concatenate consecutive packs up to ``capacity`` tokens, including padding."""
     waiting: list[LatentPack] = []
 
     def whole() -> LatentPack:
@@ -67,13 +66,13 @@ def merge(packs: Iterable[LatentPack], capacity: int, multiple: int) -> Iterator
 
 
 def corrupt_at(pack: LatentPack, timestep: float, seed: int) -> NoisyPack:
-    """The pack at one timestep, with the noise that belongs to each sample; nothing is dropped or weighted."""
+    """The pack at one timestep with the noise of each sample; no caption dropout, no weighting."""
     sigma = timestep / TIMESTEPS
     clean = pack.tokens_SC.float()
     noise = torch.zeros(clean.shape)
     for key, (start, stop) in zip(pack.keys, itertools.pairwise(pack.layout.offsets), strict=True):
         generator = generator_for(f"validation {key} {timestep:g}", seed)
-        # On the CPU: a device's generator depends on its model.
+        # On the CPU: random numbers of a GPU depend on its model.
         noise[start:stop] = torch.randn(stop - start, clean.shape[1], generator=generator)
     noise = noise.to(clean.device)
     ones = torch.ones(pack.layout.num_samples, device=clean.device)
@@ -81,16 +80,16 @@ def corrupt_at(pack: LatentPack, timestep: float, seed: int) -> NoisyPack:
 
 
 class Validator:
-    """Runs validations with a model as the training loop holds it.
+    """Runs validations with the model of the training loop.
 
     Args:
-        config: what is validated.
-        packs: every sample of the split, one a pack, the same on every rank; each keeps its share.
-        capacity, multiple: of the packs that the model is given.
-        device, dtype: where the model is, and the precision that texts are sent in.
+        config: the ``validation`` section.
+        packs: every sample of the split, one per pack, equal on every rank; each rank keeps its share.
+        capacity, multiple: capacity and padding of the packs.
+        device, dtype: device of the model, and precision of the texts.
 
     Raises:
-        ValueError: there is no sample.
+        ValueError: the split has no sample.
     """
 
     def __init__(
@@ -111,17 +110,17 @@ class Validator:
         for number, pack in enumerate(merge(itertools.islice(packs, config.samples), capacity, multiple)):
             self.samples += pack.layout.num_samples
             self.packs += 1
-            # The first one serves where a rank has fewer than another, see ``run``.
+            # The first one fills up ranks that have fewer packs than others, see ``run``.
             if number % ranks == rank or number == 0:
                 self._mine[number] = pack.to(cpu, dtype)
         if not self.packs:
-            raise ValueError("the validation split has no sample; prepare one, or set validation.interval to 0")
+            raise ValueError("the validation split is empty; prepare validation data, or set validation.interval to 0")
 
     def run(self, context: CallbackContext) -> ValidationResult | None:
-        """The losses of the weights of now; on every rank that knows the model's output, None on the others."""
+        """The losses of the current weights, on the last pipeline stage; None on the other stages."""
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         mine = [(number, timestep) for number in range(rank, self.packs, ranks) for timestep in self.config.timesteps]
-        # Fully sharded weights are gathered by all ranks together: each makes as many calls as the busiest one.
+        # With FSDP all ranks gather weights together, so each must make as many calls as the rank with most packs.
         calls = -(-self.packs // ranks) * len(self.config.timesteps)
         counted = len(mine)
         mine += [(0, self.config.timesteps[0])] * (calls - counted)

@@ -1,1 +1,1 @@
-"""``WanDiT`` on Megatron, laid out over ranks."""
+"""WanDiT on Megatron-Core: layouts, FSDP, EMA."""

@@ -1,10 +1,10 @@
-"""An exponential moving average of the weights, in fp32, spread over the ranks that hold the same weights.
+"""An exponential moving average (EMA) of the weights in fp32, sharded over the ranks that hold the same weights.
 
 Import only after ``wan_train.engine.start``.
 
-The ranks of one data- and context-parallel group hold the same part of the model; each keeps the average of a share of
-its tensors, whole ones, so that 4 bytes a parameter are paid once a group and not once a rank. In checkpoints the
-average stands under ``ema.`` and the tensor's diffusers key with its global shape, readable in any other layout.
+The ranks of one data- and context-parallel group hold the same part of the model; each keeps the EMA of some of its
+tensors, so 4 bytes per parameter are needed once per group, not per rank. A checkpoint has the EMA under ``ema.`` and
+the tensor's diffusers key with its global shape, so it can be loaded in any other layout.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 PREFIX = "ema."
 
 
-def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Which rank keeps the average of which tensor: the largest first, each to the rank that has least."""
+def assign_tensors(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """The rank that keeps the EMA of each tensor: largest first, each to the rank with the fewest parameters so far."""
     held = [0] * ranks
     owner = {}
     for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
@@ -26,45 +26,43 @@ def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     return owner
 
 
-class WeightAverage:
-    """The average of this rank's share of a model's tensors.
+class WeightEMA:
+    """The EMA of this rank's share of a model's tensors.
 
     Args:
-        parameters: of this rank's part of the model, by key.
-        decay: share of the average that an update keeps.
-        rank, ranks: place among those that hold the same weights.
+        parameters: this rank's part of the model, by key.
+        decay: weight of the previous EMA in an update.
+        rank, ranks: position among the ranks that hold the same weights.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float, *, rank: int, ranks: int) -> None:
         named = dict(parameters)
-        owner = owners({key: parameter.numel() for key, parameter in named.items()}, ranks)
+        owner = assign_tensors({key: parameter.numel() for key, parameter in named.items()}, ranks)
         self.decay = decay
         self._parameters = {key: parameter for key, parameter in named.items() if owner[key] == rank}
         self.tensors: dict[str, Tensor] = {}
-        self.restart()
+        self.reset()
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Begin with the weights of now."""
+    def reset(self) -> None:
+        """Start from the current weights."""
         self.tensors = {key: parameter.detach().float().clone() for key, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """average <- decay x average + (1 - decay) x weights."""
-        for key, average in self.tensors.items():
-            average.lerp_(self._parameters[key].detach().float(), 1 - self.decay)
+        """ema <- decay * ema + (1 - decay) * weights."""
+        for key, ema in self.tensors.items():
+            ema.lerp_(self._parameters[key].detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue with a saved average.
+        """Load a saved EMA.
 
         Raises:
-            ValueError: tensors other than this rank's share.
+            ValueError: the tensors are not exactly this rank's share.
         """
         if set(tensors) != set(self.tensors):
             differing = sorted(set(tensors) ^ set(self.tensors))
-            raise ValueError(
-                f"the saved average of the weights has other tensors than this run, among them {differing[0]}"
-            )
-        for key, average in self.tensors.items():
-            average.copy_(tensors[key])
+            raise ValueError(f"the EMA in the checkpoint has other tensors than this run, for example {differing[0]}")
+        for key, ema in self.tensors.items():
+            ema.copy_(tensors[key])

@@ -1,4 +1,4 @@
-"""How a run is laid out over its processes, and what cannot be; no torch and no Megatron."""
+"""Parallel layouts and their validation. Imports no torch and no Megatron."""
 
 import dataclasses
 import math
@@ -9,13 +9,13 @@ from wan_model.config import WanConfig
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the groups of processes.
+    """Sizes of the process groups.
 
     Attributes:
-        world: processes of the run.
-        tensor, context, pipeline: sizes of the model-parallel groups; data parallelism takes the rest.
-        sequence: whether the tensor-parallel ranks share the tokens between their parallel regions.
-        fully_sharded: whether the data-parallel ranks share the weights.
+        world: number of processes.
+        tensor, context, pipeline: sizes of the model-parallel groups; the data-parallel size follows.
+        sequence: sequence parallelism: tensor-parallel ranks split the tokens outside their parallel regions.
+        fully_sharded: whether the data-parallel ranks shard the weights (FSDP).
     """
 
     world: int
@@ -27,7 +27,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: Any, world: int) -> Self:
-        """What a configuration asks for."""
+        """The layout of a configuration."""
         model = config.model
         return cls(
             world,
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def replica(self) -> int:
-        """Processes that train one pack together."""
+        """Processes that share one pack: the model-parallel size."""
         return self.tensor * self.context * self.pipeline
 
     @property
@@ -50,19 +50,19 @@ class Layout:
 
     @property
     def pad_multiple(self) -> int:
-        """Tokens that a pack is padded to a multiple of."""
+        """Packs are padded to a multiple of this many tokens."""
         return self.context * (self.tensor if self.sequence else 1)
 
     def check(self, model: WanConfig, *, packs: int, capacity: int) -> None:
-        """Refuse what cannot run.
+        """Validate the layout.
 
         Args:
             model: sizes of the transformer.
-            packs: a step, over all data-parallel ranks.
+            packs: packs per step, over all data-parallel ranks.
             capacity: tokens of a pack.
 
         Raises:
-            ValueError: naming the setting.
+            ValueError: the layout is invalid; the message names the setting.
         """
         for name in ("world", "tensor", "context", "pipeline"):
             if getattr(self, name) < 1:
@@ -84,7 +84,7 @@ class Layout:
             raise ValueError(f"{model.num_layers} layers cannot be spread over {self.pipeline} pipeline stages")
         if self.fully_sharded and self.pipeline > 1:
             raise ValueError(
-                "dist.use_megatron_fsdp shares the weights among data-parallel ranks and goes with tensor and context "
+                "dist.use_megatron_fsdp can be combined with tensor and context parallelism, not with pipeline "
                 "parallelism; set pipeline_model_parallel_size to 1"
             )
         if capacity < self.pad_multiple:
@@ -95,7 +95,7 @@ class Layout:
 
 
 def layers_of_stages(layers: int, stages: int) -> list[int]:
-    """How many layers each pipeline stage has: as even as can be; what is left over goes to the middle first.
+    """The number of layers of each pipeline stage, as even as possible; remaining layers go to the middle stages first.
 
     Raises:
         ValueError: more stages than layers.
@@ -104,17 +104,17 @@ def layers_of_stages(layers: int, stages: int) -> list[int]:
         raise ValueError(f"{layers} layers cannot be spread over {stages} pipeline stages")
     share, extra = divmod(layers, stages)
     sizes = [share] * stages
-    # The first and the last stage also hold the ends of the model.
+    # The first and the last stage also hold the embedding and the head.
     for place in sorted(range(stages), key=lambda stage: stage in (0, stages - 1))[:extra]:
         sizes[place] += 1
     return sizes
 
 
 def shard_of(key: str) -> int | None:
-    """The axis along which tensor parallelism splits a tensor, by its diffusers key; None where it does not.
+    """The axis along which tensor parallelism splits a tensor, by its diffusers key; None for replicated tensors.
 
-    The projections of both attentions and the first layer of the feed-forward are split by output, with their biases
-    and the norms across heads; what follows them by input.
+    The projections of both attentions and the first layer of the feed-forward are column-parallel, with their biases
+    and the norms across heads; the layers that follow them are row-parallel.
     """
     if not key.startswith("blocks."):
         return None
@@ -127,12 +127,12 @@ def shard_of(key: str) -> int | None:
 
 
 def parameters_of_rank(shapes: dict[str, tuple[int, ...]], layers: int, layout: Layout, stage: int) -> int:
-    """Parameters that a rank of a pipeline stage computes with, before data parallelism shares anything.
+    """The number of parameters of a rank of a pipeline stage, before any data-parallel sharding.
 
     Args:
-        shapes: of the whole model, by diffusers key.
-        layers: of the whole model.
-        layout: of the run.
+        shapes: tensor shapes of the whole model, by diffusers key.
+        layers: number of layers of the whole model.
+        layout: the parallel layout.
         stage: the pipeline stage.
     """
     sizes = layers_of_stages(layers, layout.pipeline)
@@ -146,7 +146,7 @@ def parameters_of_rank(shapes: dict[str, tuple[int, ...]], layers: int, layout: 
                 continue
             total += count // layout.tensor if shard_of(key) is not None else count
         elif key.startswith("condition_embedder."):
-            total += count  # every stage embeds timesteps and text for itself
+            total += count  # replicated on every stage
         elif key.startswith("patch_embedding."):
             total += count if stage == 0 else 0
         else:  # the head

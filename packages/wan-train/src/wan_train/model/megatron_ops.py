@@ -1,10 +1,10 @@
-"""The runtime of Megatron-Core for ``wan_model.WanDiT``: tensor, sequence and context parallelism.
+"""``wan_model.Ops`` on Megatron-Core: tensor, sequence and context parallelism for ``wan_model.WanDiT``.
 
 Import only after ``wan_train.engine.start``.
 
-The context-parallel ranks share a pack's tokens first (``wan_model.dit.context_parallel``). With sequence parallelism a
-rank holds its part of these between the parallel regions; ``enter_tokens`` gathers them once for all linears that read
-them, and its backward reduce-scatters once.
+Context parallelism splits a pack's tokens first (``wan_model.dit.context_parallel``). With sequence parallelism a rank
+holds its part of these outside the tensor-parallel regions; ``enter_tokens`` all-gathers them once for all linears that
+read them, and its backward pass reduce-scatters once.
 """
 
 import copy
@@ -30,21 +30,21 @@ from wan_model.dit.ops import RMSNorm, TorchOps
 
 
 def _no_init(weight: Tensor) -> None:
-    """Weights are filled by ``wan_model.init_weights``, from the key, whatever the layout."""
+    """``wan_model.init_weights`` initialises the weights by key, independent of the layout."""
 
 
 def _mark_split(parameter: nn.Parameter, axis: int) -> None:
-    # Megatron marks its weights only where it also initialises them, which is ours to do.
+    # Megatron sets these attributes only when it initialises the weights itself.
     split: Any = parameter
     split.tensor_model_parallel, split.partition_dim, split.partition_stride = True, axis, 1
 
 
 class _ColumnLinear(ColumnParallelLinear):
-    """Output split over ranks; its input has entered already."""
+    """Output split over ranks; the input is already gathered."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, in] -> [S, out / ranks]."""
-        # There is nothing to communicate here, and torch adds the bias without another pass over the result.
+        # There is no communication here, and torch fuses the bias.
         if not self.config.gradient_accumulation_fusion:
             return F.linear(x, self.weight, self.bias)
         out: Tensor = super().forward(x)[0]
@@ -52,7 +52,7 @@ class _ColumnLinear(ColumnParallelLinear):
 
 
 class _RowLinear(RowParallelLinear):
-    """Input split over ranks; output summed, and scattered over the sequence if that is parallel."""
+    """Input split over ranks; output reduced, or reduce-scattered over the sequence with sequence parallelism."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, in / ranks] -> this rank's rows [S, out]."""
@@ -63,7 +63,7 @@ class _RowLinear(RowParallelLinear):
 
 
 class _SplitRMSNorm(RMSNorm):
-    """RMS norm of a width that is split over ranks: the squares are summed over all of them, in fp32."""
+    """RMS norm across heads that are split over ranks: the squares are all-reduced in fp32."""
 
     def __init__(self, width: int, eps: float, ranks: int) -> None:
         super().__init__(width // ranks, eps)
@@ -71,10 +71,10 @@ class _SplitRMSNorm(RMSNorm):
         _mark_split(self.weight, 0)
 
     def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
-        """Normalise this rank's part of the width, and turn its heads."""
+        """Normalise this rank's part of the width, then apply RoPE if a table is given."""
         wide = x_SD.float()
         squares = wide.square().sum(dim=-1, keepdim=True)
-        # Every rank's output depends on the sum, so its gradient is summed over ranks as well.
+        # Every rank's output depends on the sum, so its gradient is all-reduced as well.
         total = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
         normed = (wide * torch.rsqrt(total / self.full_width + self.eps) * self.weight.float()).to(x_SD.dtype)
         return normed if table_S1P is None else rotate(normed, table_S1P)
@@ -100,7 +100,7 @@ class MegatronOps(TorchOps):
         self.sequence_parallel: bool = config.sequence_parallel and self.ranks > 1
         self._row_config = copy.copy(config)
         self._row_config.sequence_parallel = self.sequence_parallel
-        # The gather is ours (enter_tokens), so a column-linear must not make a second one.
+        # ``enter_tokens`` gathers, so a column-parallel linear must not gather again.
         self._column_config = copy.copy(config)
         self._column_config.sequence_parallel = False
 

@@ -24,14 +24,14 @@ from wan_model.flow import FlowMatching
 from wan_model.weights.model_folder import resolve_folder
 from wan_model.weights.transformer import load_weights
 from wan_train import engine
-from wan_train.model import ema
-from wan_train.model.ema import WeightAverage
+from wan_train.model.ema import PREFIX as EMA_PREFIX
+from wan_train.model.ema import WeightEMA
 from wan_train.model.layout import layers_of_stages
 from wan_train.model.megatron_ops import MegatronOps
 
-# Every pipeline stage embeds timesteps and text for itself; all of them must learn the same embedder.
+# Every pipeline stage has its own copy of the timestep and text embedders; the copies must stay equal.
 REPLICATED_ON_STAGES = "condition_embedder."
-# Megatron's names beside ours: "selective" keeps what is dearest to compute again.
+# By Megatron's names: "selective" keeps the output of self-attention, the most expensive part to recompute.
 RECOMPUTE: dict[str | None, Recompute] = {None: "none", "full": "block", "selective": "all_but_attention"}
 
 
@@ -39,7 +39,7 @@ def transformer_folder(model: str) -> Path:
     """The ``transformer`` folder of a model given by path or hub id.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no such folder.
     """
     return resolve_folder(model, ["transformer"]) / "transformer"
 
@@ -57,9 +57,9 @@ def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
 
 def _ops(provider: "WanModelProvider") -> MegatronOps:
     has_te = engine.start().transformer_engine
-    # Its fused kernels take 16 bits; what it has for fp32 is slower than torch's.
-    suits = has_te and provider.params_dtype in (torch.float16, torch.bfloat16)
-    if provider.attention == "transformer_engine" or (provider.attention == "auto" and suits):
+    # Its fused kernels need 16-bit precision; its fp32 path is slower than torch's.
+    fits = has_te and provider.params_dtype in (torch.float16, torch.bfloat16)
+    if provider.attention == "transformer_engine" or (provider.attention == "auto" and fits):
         if not has_te:
             raise ValueError(
                 "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
@@ -72,11 +72,11 @@ def _ops(provider: "WanModelProvider") -> MegatronOps:
 
 
 class MegatronWanDiT(MegatronModule):
-    """One pipeline stage's part of the model.
+    """The layers of one pipeline stage.
 
     Args:
         provider: the run's model configuration.
-        stage: which part.
+        stage: which layers.
     """
 
     share_embeddings_and_output_weights = False
@@ -88,18 +88,18 @@ class MegatronWanDiT(MegatronModule):
             self.dit = WanDiT(provider.wan_config, _ops(provider), stage)
         self.dit.recompute = provider.recompute
         self._received: Tensor | None = None
-        # What becomes of the weights' average, if one is kept, and whether a checkpoint at hand has it.
-        self.average: WeightAverage | None = None
-        self.average_in_checkpoint = True
+        # The EMA of the weights, if enabled, and whether the checkpoint that is saved or loaded has it.
+        self.ema: WeightEMA | None = None
+        self.ema_in_checkpoint = True
         parameter: Any
         for name, parameter in self.dit.named_parameters():
             if name.startswith(REPLICATED_ON_STAGES):
-                parameter.pipeline_parallel = True  # its gradient is summed over stages
-                parameter.shared = not stage.is_first  # and counts once in the gradient's norm
+                parameter.pipeline_parallel = True  # its gradient is summed over the stages
+                parameter.shared = not stage.is_first  # and counted once in the gradient norm
 
-    def keep_average(self, decay: float) -> None:
-        """Keep an average of the weights from now on, see ``wan_train.model.ema``."""
-        self.average = WeightAverage(
+    def enable_ema(self, decay: float) -> None:
+        """Keep an EMA of the weights from now on, see ``wan_train.model.ema``."""
+        self.ema = WeightEMA(
             self.dit.named_parameters(),
             decay,
             rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
@@ -107,18 +107,18 @@ class MegatronWanDiT(MegatronModule):
         )
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
-        """Called by the schedule with what the previous stage sent."""
+        """Called by the schedule with the output of the previous stage."""
         self._received = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(self, *, tokens_SC: Tensor, timesteps_B: Tensor, text_BTD: Tensor, layout: PackLayout) -> Tensor:
-        """Velocity tokens [S, C] on the last stage, else hidden rows [S, 1, D] for the next one.
+        """Velocity tokens [S, C] on the last stage, else hidden rows [S, 1, D] for the next stage.
 
-        The arguments have names because Megatron's precision wrapper rounds positional ones: timesteps stay fp32.
+        The arguments are keyword-only because Megatron's precision wrapper casts positional ones: timesteps stay fp32.
         """
         if self.pre_process:
             x = tokens_SC
         else:
-            assert self._received is not None, "the schedule gave this stage no input"
+            assert self._received is not None, "the schedule passed this stage no input"
             x = rearrange(self._received, "s 1 d -> s d")
         out: Tensor = self.dit(x, timesteps_B, text_BTD, layout)
         return out if self.post_process else rearrange(out, "s d -> s 1 d")
@@ -126,9 +126,9 @@ class MegatronWanDiT(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Every tensor under its diffusers key with its global shape, whoever holds which part."""
+        """Every tensor by its diffusers key with its global shape, in any layout."""
         del metadata
-        assert not sharded_offsets, "layers are numbered over the whole model, never offset"
+        assert not sharded_offsets, "layers are numbered over the whole model, without offsets"
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -142,48 +142,48 @@ class MegatronWanDiT(MegatronModule):
                 *([part] if part else []),
                 replica_id=(stage_replica, 0 if part else tp_rank, dp_rank),
             )
-            if self.average is not None and self.average_in_checkpoint and key in self.average.tensors:
-                # The only one of its data-parallel group.
-                sharded[f"{prefix}{ema.PREFIX}{key}"] = ShardedTensor.from_rank_offsets(
-                    f"{ema.PREFIX}{key}",
-                    self.average.tensors[key],
+            if self.ema is not None and self.ema_in_checkpoint and key in self.ema.tensors:
+                # No other rank of the data-parallel group holds it.
+                sharded[f"{prefix}{EMA_PREFIX}{key}"] = ShardedTensor.from_rank_offsets(
+                    f"{EMA_PREFIX}{key}",
+                    self.ema.tensors[key],
                     *([part] if part else []),
                     replica_id=(stage_replica, 0 if part else tp_rank, 0),
                 )
         return sharded
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The weights, and their average; where a checkpoint has none it begins with the weights."""
+        """The weights and their EMA, which starts from the weights if the checkpoint has none."""
         saved, weights = {}, {}
         for key, value in state_dict.items():
-            if key.startswith(ema.PREFIX):
-                saved[key.removeprefix(ema.PREFIX)] = value
+            if key.startswith(EMA_PREFIX):
+                saved[key.removeprefix(EMA_PREFIX)] = value
             else:
                 weights[key] = value
         loaded = super().load_state_dict(weights, strict=strict, assign=assign)
-        if self.average is not None:
-            if self.average_in_checkpoint:
-                self.average.load(saved)
+        if self.ema is not None:
+            if self.ema_in_checkpoint:
+                self.ema.load(saved)
             else:
-                self.average.restart()
+                self.ema.reset()
         return loaded
 
 
 @dataclasses.dataclass
 class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
-    """The ``model`` section of the configuration: what is trained, and how it is spread over ranks.
+    """The ``model`` section of the configuration: the transformer and its parallel layout.
 
     Attributes:
         transformer: the content of diffusers' ``transformer/config.json``.
         latent_spec: ``LatentSpec.to_dict()`` of the training data, recorded in checkpoints; None for mock data.
-        flow: the objective.
+        flow: the flow-matching objective.
         attention: ``sdpa``, ``cudnn``, ``flash`` and ``varlen`` are torch's (see ``wan_model.dit.attention``);
-            ``transformer_engine`` is its fused packed attention; ``auto`` takes that for 16 bits where it is installed,
-            else torch's.
+            ``transformer_engine`` is its fused packed attention; ``auto`` uses that in 16-bit precision if it is
+            installed, else torch's.
         init_from: a model in diffusers' layout (folder or hub id) whose transformer the training starts from; None
             for the official random initialisation.
-        init_seed: of the random initialisation.
-        ema_decay: set by the run from ``ema.decay``.
+        init_seed: seed of the random initialisation.
+        ema_decay: set from ``ema.decay``.
     """
 
     num_layers: int = 0
@@ -196,7 +196,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     init_from: str | None = None
     init_seed: int = 1234
     ema_decay: float = 0.0
-    # Read by Megatron-Bridge of every model.
+    # Megatron-Bridge reads these from every model.
     seq_length: int = 0
     vocab_size: int | None = 1
     should_pad_vocab: bool = False
@@ -204,7 +204,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
 
     @property
     def wan_config(self) -> WanConfig:
-        """The sizes."""
+        """The sizes of the transformer."""
         return WanConfig.from_diffusers(self.transformer)
 
     @property
@@ -214,20 +214,20 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
 
     @property
     def recompute(self) -> Recompute:
-        """What is computed again, as wan-model calls it.
+        """Activation recomputation, by wan-model's names.
 
         Raises:
-            ValueError: something else than all layers alike.
+            ValueError: recomputation of only some layers.
         """
         if self.recompute_method not in (None, "uniform") or self.recompute_num_layers not in (None, 1):
             raise ValueError(
                 f"model.recompute_method is {self.recompute_method!r} and recompute_num_layers "
-                f"{self.recompute_num_layers!r}; every layer is treated alike, so leave both out"
+                f"{self.recompute_num_layers!r}; recomputation applies to every layer, so leave both out"
             )
         return RECOMPUTE[self.recompute_granularity]
 
     def finalize(self) -> None:
-        """Derive what Megatron calls the sizes, and the settings that packs of mixed shapes need."""
+        """Derive Megatron's names of the sizes, and the settings that packs of mixed shapes need."""
         config = self.wan_config
         self.num_layers, self.hidden_size = config.num_layers, config.hidden_size
         self.num_attention_heads, self.ffn_hidden_size = config.num_heads, config.ffn_dim
@@ -237,7 +237,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         self.calculate_per_token_loss = True
         self.perform_initialization = False
         self.hidden_dropout = self.attention_dropout = 0.0
-        # Megatron asks for these two with "full" and refuses them otherwise; they have no other meaning here.
+        # Megatron requires these two with "full" and refuses them otherwise; they have no other effect here.
         full = self.recompute == "block"
         self.recompute_method = "uniform" if full else None
         self.recompute_num_layers = 1 if full else None
@@ -246,19 +246,21 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> MegatronWanDiT:
-        """Build this rank's part and fill it with the initial weights, which depend on no layout."""
+        """Build this rank's part with the initial weights, which do not depend on the layout."""
         assert vp_stage is None, "refused in finalize"
         rank = parallel_state.get_pipeline_model_parallel_rank()
         ranks = parallel_state.get_pipeline_model_parallel_world_size()
         stage = stage_of(self.wan_config, rank, ranks)
-        assert (pre_process, post_process) == (stage.is_first, stage.is_last), "Megatron and we disagree on the stage"
+        assert (pre_process, post_process) == (stage.is_first, stage.is_last), (
+            "the stage is the one that Megatron expects"
+        )
         model = MegatronWanDiT(self, stage)
         if self.init_from is None:
             init_weights(model.dit, seed=self.init_seed)
         else:
             load_weights(model.dit, transformer_folder(self.init_from))
         if self.ema_decay:
-            model.keep_average(self.ema_decay)
+            model.enable_ema(self.ema_decay)
         return model
 
     def _get_num_floating_point_operations(self, batch_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Transformer Engine's fused attention for packs, on top of Megatron's linears. Needs CUDA and Transformer Engine.
+"""Transformer Engine's fused attention for packs, on Megatron's linears. Needs CUDA and Transformer Engine.
 
 Import only after ``wan_train.engine.start`` has found Transformer Engine.
 """
@@ -23,8 +23,8 @@ def _on_device(offsets: Offsets, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _attention(heads: int, width: int, kind: str) -> Any:
-    # It has no parameters, so that one object serves every layer; it draws no random numbers without dropout. By the
-    # kind ("self", "cross") it tells whether keys are masked by their own lengths or by those of the queries.
+    # Without parameters and dropout one module serves every layer. The kind ("self", "cross") decides whether keys are
+    # masked by the lengths of the queries or by their own.
     return DotProductAttention(
         heads, width, attention_dropout=0.0, qkv_format="thd", attn_mask_type="padding", attention_type=kind
     )
@@ -38,10 +38,10 @@ class TransformerEngineOps(MegatronOps):
     """``MegatronOps`` with ``DotProductAttention`` over "thd" (packed) tensors."""
 
     def attend(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
-        """Packed attention of the rows at hand."""
-        if q_offsets[-1] == 0:  # nothing but padding, which no kernel is asked about
+        """Packed attention of this rank's rows."""
+        if q_offsets[-1] == 0:  # only padding, for which no kernel is called
             return super().attend(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)
-        # The longest segments are told, never read back.
+        # The maximum lengths are passed from the host, so nothing is copied back from the device.
         heads, width = q_SHE.shape[1:]
         device = q_SHE.device
         attended = _attention(heads, width, "self" if q_offsets == k_offsets else "cross")(

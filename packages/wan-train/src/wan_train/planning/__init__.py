@@ -1,1 +1,1 @@
-"""What a run would need."""
+"""Memory and step time of a run."""

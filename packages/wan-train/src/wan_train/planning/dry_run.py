@@ -1,4 +1,4 @@
-"""``wan-train pretrain --dry-run``: what a run would be, before any process group or GPU is touched."""
+"""``wan-train pretrain --dry-run``: layout, memory and FLOPs of a run, without process groups or GPUs."""
 
 import dataclasses
 import json
@@ -9,26 +9,26 @@ from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
 from wan_train import engine
 from wan_train.config.options import DEFAULT_RECIPE, RunOptions
-from wan_train.loop.run import bind_data, build_config, check_layout
+from wan_train.loop.run import build_config, check_layout, configure_data
 from wan_train.planning.memory import parameters_of_model, rank_bytes
 
 
 def describe(options: RunOptions, world: int) -> dict[str, Any]:
-    """What a run of so many processes would be.
+    """Describe a run of ``world`` processes.
 
     Returns:
-        Plain values: ``layout``, ``parameters`` (of the model, and of the fullest rank), ``state_bytes`` of that rank,
-        ``recompute`` and ``activation_bytes`` (at the most, with each kind of recomputation), ``packs``, ``tokens`` and
-        ``training_flops`` of a step. Where data decide, one sample fills a pack: the most FLOPs that can be, and
-        activations but for further texts.
+        Plain values: ``layout``, ``parameters`` (of the model, and of the rank that needs most memory),
+        ``state_bytes`` of that rank, ``recompute`` and ``activation_bytes`` (peak, with each kind of recomputation),
+        ``packs``, ``tokens`` and ``training_flops`` of a step. For a dataset, a pack is assumed to hold one sample: an
+        upper bound of the FLOPs, and of activations except for the text of further samples.
 
     Raises:
-        ValueError: an unknown key, a layout that cannot be, data that are not there or do not fit.
+        ValueError: an unknown key, an invalid layout, a missing dataset or one that does not match the model.
     """
     engine.start(take_device=False)
     config = build_config(options)
     layout = check_layout(config, world)
-    bind_data(config, layout)
+    configure_data(config, layout)
     model = config.model.wan_config
     bf16 = config.mixed_precision is not None
     packs = config.train.global_batch_size
@@ -41,7 +41,7 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         ]
         pack = PackLayout(tuple(grids)).padded_to(layout.pad_multiple)
     else:
-        # One sample that fills a pack needs the most: attention grows with the square of a sample.
+        # A pack of one sample needs most: attention grows with the square of a sample's tokens.
         pack = PackLayout(((config.dataset.capacity, 1, 1),))
     needed = {
         mode: rank_bytes(
@@ -51,12 +51,12 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         for mode in get_args(Recompute)
     }  # fmt: skip
     recompute = config.model.recompute
-    fullest = needed[recompute]
-    state = fullest.state
+    largest = needed[recompute]
+    state = largest.state
     return {
         "recipe": options.recipe or options.config_file or DEFAULT_RECIPE,
         "layout": {**dataclasses.asdict(layout), "data": layout.data},
-        "parameters": {"model": parameters_of_model(model), "largest_rank": fullest.parameters},
+        "parameters": {"model": parameters_of_model(model), "largest_rank": largest.parameters},
         "state_bytes": {**dataclasses.asdict(state), "total": state.total},
         "recompute": recompute,
         "activation_bytes": {mode: found.activations + found.gathered for mode, found in needed.items()},
@@ -79,10 +79,10 @@ def _reduces_in_fp32(config: Any) -> bool:
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
-    """For people."""
+    """The description as text."""
     layout, parameters, state = found["layout"], found["parameters"], found["state_bytes"]
     most = "" if found["exact"] else " at most"
-    sharded = ", weights fully sharded" if layout["fully_sharded"] else ""
+    sharded = ", FSDP" if layout["fully_sharded"] else ""
     gib = {name: size / 2**30 for name, size in state.items()}
     activations = {mode: size / 2**30 for mode, size in found["activation_bytes"].items()}
     chosen = found["recompute"]
@@ -93,16 +93,16 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         f"{layout['world']} processes: data {layout['data']} x tensor {layout['tensor']}"
         f"{' with sequence' if layout['sequence'] else ''} x context {layout['context']} x pipeline "
         f"{layout['pipeline']}{sharded}",
-        f"the fullest rank computes with {parameters['largest_rank']:,} parameters and holds {gib['total']:.2f} GiB "
-        f"between steps (weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer "
-        f"{gib['optimizer']:.2f}, average {gib['average']:.2f})",
-        f"activations come on top, about {activations[chosen]:.2f} GiB with recompute {chosen} ({others})",
-        f"a step: {found['packs']} packs, {found['packs_a_rank']} a data-parallel rank,{most} {found['tokens']:,} "
-        f"tokens and{most} {tflop:,.2f} TFLOP, {tflop / layout['world']:,.2f} a process",
+        f"the largest rank has {parameters['largest_rank']:,} parameters and {gib['total']:.2f} GiB of model state "
+        f"(weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer "
+        f"{gib['optimizer']:.2f}, EMA {gib['average']:.2f})",
+        f"plus about {activations[chosen]:.2f} GiB of activations with recompute {chosen} ({others})",
+        f"per step: {found['packs']} packs, {found['packs_a_rank']} per data-parallel rank,{most} {found['tokens']:,} "
+        f"tokens and{most} {tflop:,.2f} TFLOP, {tflop / layout['world']:,.2f} per process",
     ]
 
 
 def main(options: RunOptions, world: int, *, as_json: bool) -> list[str]:
-    """What to print."""
+    """The lines to print."""
     found = describe(options, world)
     return [json.dumps(found, indent=1, sort_keys=True)] if as_json else lines_of(found)

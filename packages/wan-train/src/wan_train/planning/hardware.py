@@ -1,4 +1,4 @@
-"""What a GPU computes, moves and holds: figures that a plan is made from."""
+"""Compute, bandwidth and memory of GPUs, for planning."""
 
 import dataclasses
 from pathlib import Path
@@ -9,20 +9,20 @@ import yaml
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One GPU and its wires.
+    """One GPU and its interconnect.
 
     Attributes:
-        name: what it is called.
+        name: of the GPU.
         peak: dense bf16 operations per second, of the data sheet.
-        matmul: the most that matrix products reach.
-        attention_forward, attention_backward: the most that attention of long sequences reaches.
+        matmul: highest rate of matrix products.
+        attention_forward, attention_backward: highest rate of attention over long sequences.
         memory: bytes.
-        reserved: bytes that the driver, communication buffers and the allocator's gaps take.
-        bandwidth: bytes per second between the GPU and its memory.
-        inside: bytes per second in each direction between GPUs of a machine.
-        outside: the same between machines, of one GPU.
-        machine: GPUs of a machine.
-        efficiency: the share of all these rates that a training step reaches.
+        reserved: bytes for the driver, communication buffers and fragmentation.
+        bandwidth: memory bandwidth, bytes per second.
+        inside: bytes per second and direction between the GPUs of a machine.
+        outside: the same between machines, per GPU.
+        machine: number of GPUs of a machine.
+        efficiency: fraction of all these rates that a training step reaches.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Hardware:
 
     @classmethod
     def find(cls, name: str) -> Self:
-        """A known GPU, or one that a YAML file describes.
+        """A known GPU, or one described by a YAML file.
 
         Raises:
-            ValueError: neither.
+            ValueError: it is neither, or the file is invalid.
         """
         if name in KNOWN:
             return cls(**dataclasses.asdict(KNOWN[name]))
@@ -63,7 +63,7 @@ class Hardware:
         given = {**dataclasses.asdict(KNOWN["h100"]), "name": path.stem, **content}
         for key in set(given) - {"name"}:
             try:
-                given[key] = float(given[key])  # YAML takes 9e12 for a text
+                given[key] = float(given[key])  # YAML reads 9e12 as a string
             except (TypeError, ValueError):
                 given[key] = 0.0
             if not given[key] > 0:

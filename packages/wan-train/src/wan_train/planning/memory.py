@@ -1,6 +1,6 @@
-"""Bytes that a rank needs: what it holds between steps, and what a step adds. No torch and no Megatron.
+"""Memory of a rank: model state and activations. Imports no Megatron.
 
-The formulae are in PLANNING.md; tests compare them with what models on this machine really hold.
+The formulae are in PLANNING.md; tests compare them with the tensors of real runs.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ FP32 = 4
 
 @functools.cache
 def parameters_of_stages(model: WanConfig, tensor: int, pipeline: int) -> tuple[int, ...]:
-    """Parameters that a rank of each pipeline stage computes with."""
+    """Number of parameters of a rank of each pipeline stage."""
     layout = Layout(tensor * pipeline, tensor, pipeline=pipeline)
     return tuple(parameters_of_rank(_shapes(model), model.num_layers, layout, stage) for stage in range(pipeline))
 
 
 def parameters_of_model(model: WanConfig) -> int:
-    """All of them."""
+    """Number of parameters of the model."""
     return sum(math.prod(shape) for shape in _shapes(model).values())
 
 
@@ -36,14 +36,14 @@ def _shapes(model: WanConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """Bytes that a rank holds between two steps, without activations.
+    """Bytes of model state of a rank: everything that persists between steps.
 
-    Megatron keeps gradients in one buffer of the reduction's precision, and of the optimizer's state a data-parallel
-    rank holds its share: two moments in fp32 and, where the weights are bf16, a copy of them in fp32.
+    Megatron keeps gradients in one buffer of the reduction's precision. The optimizer state is sharded over the
+    data-parallel ranks: two moments in fp32 and, for bf16 weights, a copy of them in fp32.
 
     Attributes:
         weights, gradients, optimizer: bytes of a rank.
-        average: of the weights' moving average.
+        average: bytes of the EMA.
     """
 
     weights: float
@@ -53,34 +53,34 @@ class StateBytes:
 
     @classmethod
     def of(cls, parameters: int, layout: Layout, *, bf16: bool, fp32_gradients: bool = True, ema: bool = False) -> Self:
-        """Of a rank that computes with that many parameters."""
-        sharing = layout.data * layout.context
-        held = sharing if layout.fully_sharded else 1
+        """Of a rank with that many parameters."""
+        replicas = layout.data * layout.context
+        shards = replicas if layout.fully_sharded else 1
         return cls(
-            weights=parameters * (2 if bf16 else 4) / held,
-            gradients=parameters * (4 if fp32_gradients or not bf16 else 2) / held,
-            optimizer=parameters * (12 if bf16 else 8) / sharing,
-            average=parameters * 4 / sharing if ema else 0.0,
+            weights=parameters * (2 if bf16 else 4) / shards,
+            gradients=parameters * (4 if fp32_gradients or not bf16 else 2) / shards,
+            optimizer=parameters * (12 if bf16 else 8) / replicas,
+            average=parameters * 4 / replicas if ema else 0.0,
         )
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.average
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes that the forward pass of one pack leaves for its backward pass on a rank of one pipeline stage.
+    """Bytes that the forward pass of one pack saves for its backward pass on a rank of one pipeline stage.
 
     Attributes:
-        block: what one block keeps when nothing is computed again.
-        block_input: what is kept of a block that is computed again.
-        attention: the results of its self-attention.
-        ends: what is kept outside the blocks on any stage.
-        head: what the last stage keeps besides, for the last norm and the velocity.
-        rows: what travels between stages.
-        transient: the most that the backward pass needs besides, at any time.
+        block: saved by one block without recomputation.
+        block_input: saved by a recomputed block.
+        attention: output of its self-attention.
+        ends: saved outside the blocks on any stage.
+        head: saved additionally by the last stage, for the last norm and the velocity.
+        rows: sent between stages.
+        transient: temporary peak of the backward pass.
     """
 
     block: float
@@ -93,48 +93,48 @@ class ActivationBytes:
 
     @classmethod
     def of(cls, model: WanConfig, layout: Layout, pack: PackLayout, *, bf16: bool) -> Self:
-        """Of a pack; padding counts like tokens."""
+        """Of a pack, padding included."""
         size = 2 if bf16 else FP32
         samples, h = pack.num_samples, model.hidden_size
-        entered = pack.total / layout.context  # rows between entering a parallel region and leaving it
-        held = entered / (layout.tensor if layout.sequence else 1)  # and elsewhere
+        entered = pack.total / layout.context  # rows inside a tensor-parallel region
+        held = entered / (layout.tensor if layout.sequence else 1)  # rows elsewhere
         texts = samples * model.text_length
         part, ffn, heads = h / layout.tensor, model.ffn_dim / layout.tensor, model.num_heads / layout.tensor
 
-        # Attention of several samples is joined, and rows come back to the ranks that share the context: copies.
+        # Copies: the outputs of several samples are concatenated, and context ranks receive rows.
         copies = (samples > 1) + (layout.context > 1)
         attention = entered * (part * size + heads * FP32)
         block = (
             4 * held * h * size  # inputs of both modulated norms, and both gated updates
-            + held * h * FP32  # the input of the norm with weights, which is computed in fp32
+            + held * h * FP32  # input of the norm with weights, in fp32
             + 3 * entered * h * size  # inputs of the projections
             + (3 * entered + texts) * part * FP32  # inputs of the norms of queries and keys
             + (3 + copies)
             * entered
             * part
-            * size  # self-attention's queries, keys and values, and copies of its result
-            + (1 + (samples > 1)) * entered * part * size  # cross-attention's queries, and the copy of its result
+            * size  # self-attention's queries, keys and values, and copies of its output
+            + (1 + (samples > 1)) * entered * part * size  # cross-attention's queries, and the copy of its output
             + 2 * texts * part * size  # its keys and values
-            + 2 * attention  # the results of both attentions
-            + 2 * entered * ffn * size  # before and behind the activation
+            + 2 * attention  # outputs of both attentions
+            + 2 * entered * ffn * size  # input and output of the activation
             + (6 * held + 3 * entered + texts) * FP32  # statistics of the norms
             + samples * 8 * h * FP32  # modulation
         )
-        if layout.tensor > 1:  # a norm that several ranks share keeps what its weight multiplies
+        if layout.tensor > 1:  # a split norm saves the normalised values
             block += (3 * entered + texts) * part * FP32
         ends = (
-            held * h * size  # the last block's result
+            held * h * size  # the last block's output
             + pack.total * model.token_in * 3 * FP32  # noise, clean and noisy tokens
             + texts * (model.text_dim + 3 * h) * size  # the text embedder
             + samples * 8 * h * FP32  # the timestep's
             + entered * model.head_dim * FP32  # the rotary table
         )
         rows = held * h * size
-        head = rows + pack.total * model.token_out * FP32  # the last norm's result, the velocity
+        head = rows + pack.total * model.token_out * FP32  # output of the last norm, velocity
         return cls(block, rows, attention, ends, head, rows, max(2 * held * h, entered * ffn) * size)
 
     def kept(self, recompute: Recompute, layers: int, *, last: bool = True) -> float:
-        """Between the two passes of one pack, with that many layers; of the last stage or another."""
+        """Saved between the two passes of one pack, with that many layers; on the last stage or another."""
         of_layer = {
             "none": self.block,
             "block": self.block_input,
@@ -145,26 +145,26 @@ class ActivationBytes:
     def peak(
         self, recompute: Recompute, layers: int, in_flight: int = 1, *, last: bool = True, piped: bool = False
     ) -> float:
-        """The most at any time, with so many packs between their passes; of a stage among several, if ``piped``."""
-        again = {
+        """Peak with ``in_flight`` packs between their passes; ``piped``: with several pipeline stages."""
+        recomputed = {
             "none": 0.0,
             "block": self.block - self.block_input,
             "all_but_attention": self.block - self.block_input - self.attention,
         }[recompute]
-        # One pack's rows arrive, and another's leave, while a third is computed.
-        travelling = 2 * self.rows if piped else 0.0
-        return in_flight * self.kept(recompute, layers, last=last) + again + self.transient + travelling
+        # One pack's rows are received and another's sent while a third is computed.
+        transferred = 2 * self.rows if piped else 0.0
+        return in_flight * self.kept(recompute, layers, last=last) + recomputed + self.transient + transferred
 
 
 @dataclasses.dataclass(frozen=True)
 class RankBytes:
-    """What the fullest rank needs.
+    """Memory of the rank that needs most.
 
     Attributes:
-        parameters: that it computes with.
-        state: between steps.
-        activations: at the most.
-        gathered: with fully sharded weights, those of the blocks at work.
+        parameters: number of its parameters.
+        state: model state.
+        activations: peak.
+        gathered: with FSDP, the gathered weights and gradients of blocks.
     """
 
     parameters: int
@@ -174,7 +174,7 @@ class RankBytes:
 
     @property
     def total(self) -> float:
-        """All of it; what the driver and the communication library take comes on top."""
+        """Sum of all parts, without the driver and communication buffers."""
         return self.state.total + self.activations + self.gathered
 
 
@@ -189,17 +189,17 @@ def rank_bytes(
     fp32_gradients: bool = True,
     ema: bool = False,
 ) -> RankBytes:
-    """Of the rank that needs most.
+    """Memory of the rank that needs most.
 
     Args:
         model: sizes.
         layout: of the run.
         pack: the largest one, padded for the layout.
-        recompute: what is computed again.
-        packs: of a data-parallel rank in a step.
-        bf16: whether weights and activations are; fp32 otherwise.
-        fp32_gradients: whether gradients are summed in fp32.
-        ema: whether an average of the weights is kept.
+        recompute: activation recomputation.
+        packs: packs per data-parallel rank and step.
+        bf16: weights and activations in bf16; fp32 otherwise.
+        fp32_gradients: whether gradients are accumulated in fp32.
+        ema: whether an EMA is kept.
     """
     activations = ActivationBytes.of(model, layout, pack, bf16=bf16)
     found = []
@@ -207,10 +207,10 @@ def rank_bytes(
     layers_of = layers_of_stages(model.num_layers, layout.pipeline)
     for stage, (layers, parameters) in enumerate(zip(layers_of, of_stages, strict=True)):
         state = StateBytes.of(parameters, layout, bf16=bf16, fp32_gradients=fp32_gradients, ema=ema)
-        # One-forward-one-backward: the first stage has as many packs under way as there are stages.
+        # One-forward-one-backward: the first stage has as many packs in flight as there are stages.
         in_flight = min(layout.pipeline - stage, packs)
         gathered = 0.0
-        if layout.fully_sharded:  # the block at work and the next one, and a block's gradients
+        if layout.fully_sharded:  # the current block and the next one, and the gradients of one
             gathered = parameters / model.num_layers * (2 * (2 if bf16 else FP32) + FP32)
         peak = activations.peak(
             recompute, layers, in_flight, last=stage == layout.pipeline - 1, piped=layout.pipeline > 1

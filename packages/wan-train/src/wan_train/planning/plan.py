@@ -1,6 +1,6 @@
-"""``wan-train plan``: which layout a model would train fastest in on so many GPUs, and what that needs.
+"""``wan-train plan``: the fastest layout for a number of GPUs, its memory and step time.
 
-Nothing is started and no engine imported: every layout that can be and fits is estimated, by
+No process is started and Megatron is not imported: every valid layout is estimated by
 ``wan_train.planning.memory`` and ``wan_train.planning.step_time``.
 """
 
@@ -22,20 +22,20 @@ from wan_train.planning.step_time import StepTime
 
 MODELS = {"1.3b": WAN_1_3B, "14b": WAN_14B}
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-# As ``model.recompute_granularity`` calls them.
+# By the names of ``model.recompute_granularity``.
 SETTING: dict[Recompute, str] = {"none": "null", "all_but_attention": "selective", "block": "full"}
 _SIZES = (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One layout, with what it needs.
+    """One layout with its estimates.
 
     Attributes:
         layout: of the run.
-        recompute: what is computed again.
-        packs: a step, over all ranks.
-        memory: of the fullest rank.
+        recompute: activation recomputation.
+        packs: packs per step, over all ranks.
+        memory: of the rank that needs most.
         time: of a step.
     """
 
@@ -46,7 +46,7 @@ class Plan:
     time: StepTime
 
     def settings(self) -> list[str]:
-        """What to give to ``wan-train pretrain`` for it."""
+        """The overrides of ``wan-train pretrain`` for it."""
         layout = self.layout
         given = [f"train.global_batch_size={self.packs}"]
         for name, size in (("tensor_model", layout.tensor), ("context", layout.context), ("pipeline", layout.pipeline)):
@@ -63,7 +63,7 @@ class Plan:
 
 
 def pack_of(model: WanConfig, shape: tuple[int, int, int], capacity: int) -> PackLayout:
-    """As many videos of one shape as a pack holds.
+    """A pack filled with videos of one shape.
 
     Args:
         model: sizes.
@@ -76,7 +76,7 @@ def pack_of(model: WanConfig, shape: tuple[int, int, int], capacity: int) -> Pac
     frames, height, width = shape
     if frames < 1 or (frames - 1) % 4 or height < 16 or width < 16 or height % 16 or width % 16:
         raise ValueError(
-            f"the shape is {frames} x {height} x {width}; expected 4n + 1 frames, and sides that 16 divides"
+            f"the shape is {frames} x {height} x {width}; expected 4n + 1 frames, and sides divisible by 16"
         )
     grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
     tokens = grid[0] * grid[1] * grid[2]
@@ -88,9 +88,9 @@ def pack_of(model: WanConfig, shape: tuple[int, int, int], capacity: int) -> Pac
 
 
 def layouts(model: WanConfig, gpus: int, machine: int) -> Iterator[Layout]:
-    """Every layout worth a look: tensor parallelism inside a machine, pipelines only of replicated weights."""
+    """The layouts to estimate: tensor parallelism within a machine, pipelines without FSDP."""
     for tensor, context, pipeline in itertools.product(_SIZES, _SIZES, _SIZES):
-        # Context parallelism with heads that do not divide gathers keys and values, which these formulae leave out.
+        # With heads that do not divide, context parallelism gathers keys and values, which the formulae do not model.
         if tensor > machine or model.num_heads % (tensor * context) or model.num_layers % pipeline:
             continue
         if gpus % (tensor * context * pipeline):
@@ -101,14 +101,14 @@ def layouts(model: WanConfig, gpus: int, machine: int) -> Iterator[Layout]:
 
 
 def candidates(model: WanConfig, pack: PackLayout, gpus: int, hardware: Hardware, packs: int) -> list[Plan]:
-    """What fits, the fastest first.
+    """The layouts that fit, fastest first.
 
     Args:
         model: sizes.
-        pack: what every rank trains on.
-        gpus: of the run.
-        hardware: of each of them.
-        packs: that a step should have at least; rounded up to what the data-parallel ranks share equally.
+        pack: the pack of every rank.
+        gpus: number of GPUs.
+        hardware: of each GPU.
+        packs: minimum number of packs per step; rounded up to a multiple of the data-parallel size.
     """
     found = []
     for layout in layouts(model, gpus, hardware.machine):
@@ -120,29 +120,29 @@ def candidates(model: WanConfig, pack: PackLayout, gpus: int, hardware: Hardware
                 continue
             time = StepTime.of(model, layout, padded, recompute, hardware, packs=of_rank)
             found.append(Plan(layout, recompute, of_rank * layout.data, memory, time))
-    # Of equally fast ones the simplest.
+    # Of equally fast ones the simplest first.
     return sorted(found, key=lambda plan: (-round(plan.time.rate / 1e12, 1), plan.layout.replica))
 
 
 def best_plans(
     model: WanConfig, pack: PackLayout, gpus: int, hardware: Hardware, packs: int, count: int = 1
 ) -> list[Plan]:
-    """The fastest that fit, at least one.
+    """The fastest layouts that fit, at least one.
 
     Raises:
-        ValueError: nothing fits.
+        ValueError: no layout fits.
     """
     found = candidates(model, pack, gpus, hardware, packs)
     if not found:
         raise ValueError(
-            f"no layout of {gpus} GPUs of {hardware.memory / 1e9:.0f} GB holds this model with packs of {pack.total:,} "
-            "tokens; take more GPUs or a smaller --capacity"
+            f"no layout of {gpus} GPUs of {hardware.memory / 1e9:.0f} GB fits this model with packs of {pack.total:,} "
+            "tokens; use more GPUs or a smaller --capacity"
         )
     return found[:count]
 
 
 def entry(plan: Plan, hardware: Hardware) -> dict[str, Any]:
-    """Plain values, for ``--json``."""
+    """The values of ``--json``."""
     return {
         "layout": {**dataclasses.asdict(plan.layout), "data": plan.layout.data},
         "recompute": plan.recompute,
@@ -155,19 +155,17 @@ def entry(plan: Plan, hardware: Hardware) -> dict[str, Any]:
     }
 
 
-HEADER = (
-    "| GPUs | data | tensor | context | pipeline | sharded | again | packs | GB | s a step | TFLOP/s a GPU | of peak |"
-)
+HEADER = "| GPUs | data | tensor | context | pipeline | FSDP | recompute | packs | GB | s/step | TFLOP/s/GPU | MFU |"
 
 
 def table(plans: list[Plan], hardware: Hardware) -> list[str]:
-    """Markdown, one line a plan."""
+    """A Markdown table, one line per plan."""
     lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
     for plan in plans:
         layout, time = plan.layout, plan.time
         cells = [
             layout.world, layout.data, layout.tensor, layout.context, layout.pipeline,
-            "yes" if layout.fully_sharded else "no", SETTING[plan.recompute].replace("null", "nothing"), plan.packs,
+            "yes" if layout.fully_sharded else "no", SETTING[plan.recompute].replace("null", "none"), plan.packs,
             f"{plan.memory.total / 1e9:.1f}", f"{time.total:.2f}", f"{time.rate / 1e12:.0f}",
             f"{time.rate / hardware.peak:.0%}",
         ]  # fmt: skip
@@ -186,10 +184,10 @@ def main(
     *,
     as_json: bool,
 ) -> list[str]:
-    """What to print.
+    """The lines to print.
 
     Raises:
-        ValueError: a shape or GPU that cannot be, or nothing that fits.
+        ValueError: an invalid shape or GPU, or no layout fits.
     """
     match = re.fullmatch(r"(\d+)[x*](\d+)[x*](\d+)", shape)
     if match is None:
@@ -207,7 +205,7 @@ def main(
     lines = [
         f"Wan 2.1 {model}, bf16, packs of {pack.total:,} tokens ({pack.num_samples} x {frames} frames of "
         f"{height} x {width}), {hardware.name} with {hardware.memory / 1e9:.0f} GB, "
-        f"{hardware.reserved / 1e9:.0f} GB of it kept free",
+        f"{hardware.reserved / 1e9:.0f} GB of it reserved",
         "",
         *table(plans, hardware),
     ]

@@ -1,7 +1,7 @@
-"""The time of a training step, from its operations and the bytes that it moves. No torch and no Megatron.
+"""Estimated time of a training step, from its operations and bytes. Imports no Megatron.
 
-The formulae are in PLANNING.md. The times of what happens one after another are added; gradients and weights travel
-while blocks are computed.
+The formulae are in PLANNING.md. The times of sequential parts are added; the communication of gradients and weights
+overlaps with the computation of blocks.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ BF16, FP32 = 2, 4
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step on the slowest rank, by what they are spent on.
+    """Seconds of a step on the slowest rank, by part.
 
     Attributes:
-        matmul: matrix products, with those computed again.
-        attention: scores and weighted sums, with those computed again.
-        elementwise: norms, gates, activations: bytes through the GPU's memory.
-        tensor: gathering and scattering rows among tensor-parallel ranks.
-        context: exchanging heads for rows among context-parallel ranks.
-        pipeline: sending rows between stages, and waiting for the first and last packs.
-        data: reducing gradients and gathering weights, as far as no computation hides it.
+        matmul: matrix products, including recomputation.
+        attention: scores and weighted sums, including recomputation.
+        elementwise: norms, gates and activations, by memory bandwidth.
+        tensor: all-gathers and reduce-scatters of tensor parallelism.
+        context: all-to-alls of context parallelism.
+        pipeline: sends between stages, and the pipeline bubble.
+        data: gradient reduction and weight gathering that computation does not hide.
         optimizer: reading and writing its state.
-        needed: operations that the mathematics of all packs needs, of the whole run.
-        world: GPUs.
+        needed: required operations of all packs, of the whole run.
+        world: number of GPUs.
     """
 
     matmul: float
@@ -56,7 +56,7 @@ class StepTime:
 
     @property
     def rate(self) -> float:
-        """Operations per second and GPU; recomputation counts for nothing."""
+        """Operations per second and GPU, recomputation not counted."""
         return self.needed / self.total / self.world
 
     @classmethod
@@ -78,7 +78,7 @@ class StepTime:
             pack: padded for the layout.
             recompute: what is computed again.
             hardware: of every GPU.
-            packs: of a data-parallel rank.
+            packs: packs per data-parallel rank.
         """
         share = packs * max(layers_of_stages(model.num_layers, layout.pipeline)) / model.num_layers
         split = layout.tensor * layout.context
@@ -86,7 +86,7 @@ class StepTime:
         speed = hardware.efficiency
 
         again = 0 if recompute == "none" else 1
-        # The ends belong to one stage each, and are small.
+        # The embedding and the head belong to one stage each, and are small.
         products = share * (flops.block_linears * (3 + again) + 3 * flops.ends) / split
         matmul = products / (hardware.matmul * speed)
         kept = recompute == "all_but_attention"
@@ -99,13 +99,13 @@ class StepTime:
         rows = _Rows.of(model, layout, pack)
         elementwise = share * model.num_layers * rows.touched * (3 + again) / (hardware.bandwidth * speed)
         passes = 2 + again
-        tensor = share * model.num_layers * passes * rows.tensor_wire / _ring(hardware, layout.tensor, 1)
-        exchanged = share * model.num_layers * passes * rows.context_wire
+        tensor = share * model.num_layers * passes * rows.tensor_sent / _ring(hardware, layout.tensor, 1)
+        exchanged = share * model.num_layers * passes * rows.context_sent
         context = exchanged / _exchange(hardware, layout.context, layout.tensor)
 
         computing = matmul + attention + elementwise + tensor + context
         bubble = computing / packs * (layout.pipeline - 1)
-        sent = 2 * packs * rows.held_bytes / (hardware.outside * speed) if layout.pipeline > 1 else 0.0
+        sent = 2 * packs * rows.stage_sent / (hardware.outside * speed) if layout.pipeline > 1 else 0.0
         parameters = max(parameters_of_stages(model, layout.tensor, layout.pipeline))
         return cls(
             matmul=matmul,
@@ -124,12 +124,12 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Bytes of one block's forward pass on a rank: through memory between matrix products, and on the wires."""
+    """Bytes of one block's forward pass on a rank: memory traffic between matrix products, and communication."""
 
     touched: float
-    tensor_wire: float
-    context_wire: float
-    held_bytes: float
+    tensor_sent: float
+    context_sent: float
+    stage_sent: float
 
     @classmethod
     def of(cls, model: WanConfig, layout: Layout, pack: PackLayout) -> "_Rows":
@@ -140,27 +140,27 @@ class _Rows:
         # and keys (2 each) and two rotations (2 each); the activation (2).
         touched = (15 * held * h + 10 * entered * part + 2 * entered * ffn) * BF16
         others = (layout.tensor - 1) / layout.tensor
-        # Three gathers and three sums a block; a sum without sequence parallelism is a scatter and a gather.
-        journeys = 6
-        tensor = journeys * others * entered * h * BF16
+        # Three all-gathers and three reductions per block; an all-reduce is a reduce-scatter and an all-gather.
+        collectives = 6
+        tensor = collectives * others * entered * h * BF16
         context = 4 * entered * part * BF16 * (layout.context - 1) / layout.context
         return cls(touched, tensor, context, held * h * BF16)
 
 
 def _inside(hardware: Hardware, ranks: int, stride: int) -> int:
-    """How many ranks of a group are in one machine."""
+    """Number of ranks of a group in one machine."""
     return max(1, min(ranks, hardware.machine // stride))
 
 
 def _ring(hardware: Hardware, ranks: int, stride: int) -> float:
-    """Bytes per second at which a rank's rows pass all ranks: the machine's ranks share their network cards."""
+    """Bandwidth of a ring of ranks; the ranks of a machine share their network cards."""
     inside = _inside(hardware, ranks, stride)
     slowest = hardware.inside if inside == ranks else min(hardware.inside, hardware.outside * inside)
     return slowest * hardware.efficiency
 
 
 def _exchange(hardware: Hardware, ranks: int, stride: int) -> float:
-    """The same where each rank sends something else to each other one, through its own card if that is elsewhere."""
+    """Bandwidth of an all-to-all; each rank uses its own network card for ranks of other machines."""
     inside = _inside(hardware, ranks, stride)
     if inside == ranks:
         return hardware.inside * hardware.efficiency
@@ -171,12 +171,12 @@ def _data(hardware: Hardware, layout: Layout, parameters: int, packs: int, compu
     ranks = layout.data * layout.context
     if ranks == 1:
         return 0.0
-    wire = _ring(hardware, ranks, layout.tensor)
+    bandwidth = _ring(hardware, ranks, layout.tensor)
     if layout.fully_sharded:
-        # Weights twice for every pack, gradients too: each must fit behind the pack's own computation.
-        moved = packs * parameters * (2 * BF16 + FP32) * (ranks - 1) / ranks / wire
+        # Weights twice and gradients once per pack, hidden by the pack's own computation.
+        moved = packs * parameters * (2 * BF16 + FP32) * (ranks - 1) / ranks / bandwidth
         hidden = computing
     else:
-        moved = parameters * (BF16 + FP32) * (ranks - 1) / ranks / wire
-        hidden = computing / packs  # the last pack's backward pass and the first one's forward pass
+        moved = parameters * (BF16 + FP32) * (ranks - 1) / ranks / bandwidth
+        hidden = computing / packs  # the backward pass of the last pack and the forward pass of the first
     return max(0.0, moved - hidden)

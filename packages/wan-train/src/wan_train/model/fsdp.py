@@ -15,19 +15,19 @@ STRATEGY = "optim_grads_params"
 
 
 class _NoModule:
-    """What no module is an instance of."""
+    """Has no instances."""
 
 
-def settle(config: Any, *, on_cpu: bool) -> None:
-    """Set what follows from ``dist.use_megatron_fsdp``, and have the blocks gathered one by one."""
+def configure(config: Any, *, on_cpu: bool) -> None:
+    """Set everything that ``dist.use_megatron_fsdp`` implies; each transformer block is one FSDP unit."""
     config.ddp.use_megatron_fsdp = True
     config.ddp.data_parallel_sharding_strategy = STRATEGY
     config.checkpoint.ckpt_format = "fsdp_dtensor"
     if on_cpu:
-        # gloo can sum, but not scale while it sums.
+        # gloo has no reduction that scales while it sums.
         config.ddp.gradient_reduce_div_fusion = False
     if not isinstance(adapter.TELinear, type):
-        # It asks of every module whether it is one of Transformer Engine's, which are not there.
+        # It tests every module for being one of Transformer Engine's, which is not installed.
         adapter.TELinear = _NoModule
-    # Megatron would look for its own TransformerLayer.
+    # The default unit is Megatron's own TransformerLayer.
     provider.FullyShardedDataParallel = functools.partial(adapter.FullyShardedDataParallel, fsdp_unit_modules=[Block])

@@ -1,4 +1,4 @@
-"""What a run says of its steps: a line for people, JSON lines, TensorBoard and Weights & Biases.
+"""Metrics of a run: JSON lines, TensorBoard, Weights & Biases, and a line per step on the terminal.
 
 Import only after ``wan_train.engine.start``.
 """
@@ -15,12 +15,12 @@ from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
 from wan_train.loop.validation import ValidationResult
 
-# Dense bf16 TFLOP/s of a device, by what its name contains; NVIDIA's data sheets of the SXM variants.
+# Dense bf16 TFLOP/s of a device, by a part of its name; from NVIDIA's data sheets of the SXM variants.
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """The device's peak, where its name is known."""
+    """The device's peak; None for an unknown device."""
     if not torch.version.cuda or device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -28,16 +28,16 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepRecord:
-    """What is known of the steps since the last record; the sums are over all data-parallel ranks.
+class StepMetrics:
+    """Metrics of the steps since the last log entry; sums are over all data-parallel ranks.
 
     Attributes:
-        step: the last of them; loss, grad_norm and learning_rate are that step's.
-        seconds: since the last record, validations and saves left out.
+        step: the last of these steps; loss, grad_norm and learning_rate are of that step.
+        seconds: duration of these steps, without validations and saves.
         samples, tokens, tokens_padded, flops: see ``wan_train.loop.step.Counts``.
-        data_wait: the largest of any rank, seconds.
-        devices: of the whole run.
-        peak_tflops: of one device, if known.
+        data_wait: maximum over ranks, seconds.
+        devices: number of devices of the run.
+        peak_tflops: peak of one device, if known.
     """
 
     step: int
@@ -55,26 +55,26 @@ class StepRecord:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the samples, not of padding."""
+        """Padding is not counted."""
         return self.tokens / self.seconds
 
     @property
     def packing_efficiency(self) -> float:
-        """Share of the tokens computed that are the samples'."""
+        """Tokens of samples / tokens including padding."""
         return self.tokens / self.tokens_padded
 
     @property
     def tflops_per_device(self) -> float:
-        """By what the mathematics needs: recomputation and padding count for nothing."""
+        """Required operations only: recomputation and padding are not counted."""
         return self.flops / self.seconds / self.devices / 1e12
 
     @property
     def mfu(self) -> float | None:
-        """Share of the peak."""
+        """Model FLOPs utilisation: ``tflops_per_device`` / peak; None if the peak is unknown."""
         return None if self.peak_tflops is None else self.tflops_per_device / self.peak_tflops
 
     def rates(self) -> dict[str, float]:
-        """What follows from the counts."""
+        """The values derived from the counts."""
         values = {
             "tokens_per_second": self.tokens_per_second,
             "packing_efficiency": self.packing_efficiency,
@@ -84,15 +84,15 @@ class StepRecord:
         return values if self.mfu is None else {**values, "mfu": self.mfu}
 
     def entry(self) -> dict[str, Any]:
-        """A line of the JSON log."""
+        """The entry of the JSON log."""
         plain = dataclasses.asdict(self)
         for name in ("devices", "peak_tflops"):
             del plain[name]
         return {**plain, **self.rates()}
 
 
-def gather(counts: Counts, seconds: float, device: torch.device) -> tuple[Counts, float]:
-    """Counts of all data-parallel ranks, and the longest time of any; every rank calls it."""
+def reduce_metrics(counts: Counts, seconds: float, device: torch.device) -> tuple[Counts, float]:
+    """Sums of the counts over all data-parallel ranks, and the maximum duration; every rank calls it."""
     sums = torch.tensor(
         [counts.samples, counts.tokens, counts.tokens_padded, counts.flops], dtype=torch.int64, device=device
     )
@@ -105,8 +105,8 @@ def gather(counts: Counts, seconds: float, device: torch.device) -> tuple[Counts
     return Counts(samples, tokens, tokens_padded, flops, wait), seconds
 
 
-def is_reporting_rank() -> bool:
-    """The loss is known on the last pipeline stage; one rank of it writes."""
+def is_logging_rank() -> bool:
+    """Whether this rank writes the log: one rank of the last pipeline stage, which knows the loss."""
     return bool(
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -115,32 +115,32 @@ def is_reporting_rank() -> bool:
 
 
 class Terminal:
-    """Lines for people; on a terminal the newest step stays in one line.
+    """Output for people; on a terminal each step replaces the line of the last one.
 
     Args:
-        stream: where to.
+        stream: standard output.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._in_place = stream, False
 
-    def say(self, line: str) -> None:
-        """A line that stays."""
+    def print_line(self, line: str) -> None:
+        """Print a line."""
         self._stream.write(f"{self._clear()}{line}\n")
         self._stream.flush()
         self._in_place = False
 
-    def progress(self, line: str) -> None:
-        """A line that the next one replaces, where that can be."""
+    def update_line(self, line: str) -> None:
+        """Print a line that the next one replaces if the stream is a terminal."""
         if not self._stream.isatty():
-            self.say(line)
+            self.print_line(line)
             return
         self._stream.write(f"{self._clear()}{line}")
         self._stream.flush()
         self._in_place = True
 
-    def end(self) -> None:
-        """Leave the last line standing."""
+    def close(self) -> None:
+        """End the line of the last step."""
         if self._in_place:
             self._stream.write("\n")
             self._stream.flush()
@@ -150,13 +150,13 @@ class Terminal:
         return "\r\x1b[2K" if self._in_place else ""
 
 
-class Report:
-    """Where records go. Only the reporting rank writes the log; Bridge's writers are where Bridge made them.
+class MetricsWriter:
+    """Writes metrics. Only the logging rank writes the log; TensorBoard and W&B writers are those of Megatron-Bridge.
 
     Args:
-        log: JSON lines file; None for none.
-        terminal: lines for people.
-        steps: of the whole run.
+        log: JSON lines file; None for no log.
+        terminal: output for people.
+        steps: number of steps of the run.
     """
 
     def __init__(self, log: Path | None, terminal: Terminal, steps: int) -> None:
@@ -164,38 +164,38 @@ class Report:
         self._last: int | None = None
 
     def event(self, line: str | None = None, **entry: Any) -> None:
-        """Something that happened once."""
-        if is_reporting_rank():
+        """An event, such as a resume."""
+        if is_logging_rank():
             self._write(entry)
             if line:
-                self.terminal.say(line)
+                self.terminal.print_line(line)
 
-    def step(self, record: StepRecord, state: Any) -> None:
-        """A record of steps; called on every rank that knows the loss."""
+    def step(self, record: StepMetrics, state: Any) -> None:
+        """Metrics of steps; called on every rank that knows the loss."""
         curves = {"loss": record.loss, "learning_rate": record.learning_rate, **record.rates()}
         if record.grad_norm is not None:
             curves["grad_norm"] = record.grad_norm
         self._curves({f"train/{name}": value for name, value in curves.items()}, record.step, state)
-        if not is_reporting_rank():
+        if not is_logging_rank():
             return
         self._write(record.entry())
-        left = (self.steps - record.step) * self._pace(record)
+        left = (self.steps - record.step) * self._seconds_per_step(record)
         efficiency = "" if record.mfu is None else f"  MFU {record.mfu:.1%}"
-        norm = "" if record.grad_norm is None else f"  gradient {record.grad_norm:.3f}"
-        self.terminal.progress(
-            f"step {record.step}/{self.steps}  loss {record.loss:.4f}{norm}  rate {record.learning_rate:.2e}  "
+        norm = "" if record.grad_norm is None else f"  grad norm {record.grad_norm:.3f}"
+        self.terminal.update_line(
+            f"step {record.step}/{self.steps}  loss {record.loss:.4f}{norm}  lr {record.learning_rate:.2e}  "
             f"{record.samples} samples  {record.tokens_per_second:,.0f} tokens/s  "
-            f"{record.tflops_per_device:.3g} TFLOP/s a device{efficiency}  "
-            f"full {record.packing_efficiency:.1%}  waited {record.data_wait:.2f} s  left {format_seconds(left)}"
+            f"{record.tflops_per_device:.3g} TFLOP/s/device{efficiency}  "
+            f"packing {record.packing_efficiency:.1%}  data wait {record.data_wait:.2f} s  ETA {format_seconds(left)}"
         )
 
-    def _pace(self, record: StepRecord) -> float:
+    def _seconds_per_step(self, record: StepMetrics) -> float:
         since = 1 if self._last is None else record.step - self._last
         self._last = record.step
         return record.seconds / since
 
     def validation(self, step: int, result: ValidationResult, state: Any) -> None:
-        """A validation's result; called on every rank that knows it."""
+        """Result of a validation; called on every rank that has it."""
         at = {f"{timestep:g}": loss for timestep, loss in result.at.items()}
         curves = {"validation/loss": result.loss, **{f"validation/loss_at_{key}": loss for key, loss in at.items()}}
         self._curves(curves, step, state)

@@ -1,0 +1,205 @@
+"""Training written down plainly: torch's operations and optimizer, one loop, no Megatron; in float64.
+
+What every parallel layout is compared with is itself one process of the engine; that process is compared with this.
+Results have names, the same ones for this loop and for a run of the engine: ``loss`` and ``norm`` of all steps,
+``gradient/KEY`` (Adam's first moment after the first step: 0.1 times the clipped gradient), ``weight/KEY`` and
+``ema/KEY`` after the last step, ``validation`` at all steps and timesteps.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from training_runs import (
+    AVERAGE_DECAY,
+    CAPTION_DROPOUT,
+    EQUALITY_STEPS,
+    FULLY_SHARDED,
+    WEIGHT_DECAY,
+    read_log,
+    read_tensors,
+    steps_of,
+)
+
+from wan_model import LatentPack, PackLayout
+from wan_model.flow import FlowMatching, NoisyPack
+from wan_model.testing import rounding_scale
+from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
+from wan_model.weights.transformer import load_transformer
+from wan_train.data.mock_data import MockConfig, MockLoader
+from wan_train.data.seeds import generator_for
+
+# What the tiny recipe and the options of ``train_for_equality`` say.
+PACKS = MockConfig(shapes=[[3, 8, 8], [1, 6, 10], [2, 4, 10]], context_length=512, number_packed_samples=3)
+PACKS_A_STEP = 2
+FLOW = dataclasses.replace(FlowMatching.pretrain(), caption_dropout=CAPTION_DROPOUT)
+EMPTY_CAPTION = torch.zeros(1, TINY_CONFIG.text_dim)
+TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
+VALIDATION_SAMPLES, VALIDATION_SEED, VALIDATION_STEPS = 7, 1234, (2, 4)
+# The first moment is (1 - beta1) times the gradient; the fully sharded format names modules as they are wrapped.
+FIRST_MOMENT = ("optimizer.state.exp_avg.", "optimizer.state.module.module.dit.")
+
+Results = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a run is compared with.
+
+    Attributes:
+        start: the model folder that training starts from.
+        run: one process of the engine, a checkpoint after each step.
+        exact: results of the plain loop.
+        scale: how far fp32 rounding can move each of them.
+    """
+
+    start: Path
+    run: Path
+    exact: Results
+    scale: Results
+
+
+def learning_rate(step: int) -> float:
+    """One step of warm-up from 0, then a cosine from 0.01 to 0.001 over the run's steps."""
+    if step == 0:
+        return 0.0
+    return 0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * (step - 1) / (EQUALITY_STEPS - 1)))
+
+
+def packs_of(seed: int) -> Iterator[LatentPack]:
+    """The packs of a run."""
+    return iter(MockLoader(PACKS, TINY_CONFIG, rank=0, ranks=1, multiple=1, seed=seed))
+
+
+def noisy_of(pack: LatentPack, seed: int, number: int) -> NoisyPack:
+    """A pack of that number as the model gets it in training, fp32."""
+    return FLOW.corrupt(pack, generator_for("noise", seed, number), EMPTY_CAPTION)
+
+
+def _errors(model: torch.nn.Module, noisy: NoisyPack, pack: LatentPack) -> list[Tensor]:
+    """Squared error of each token, by sample."""
+    out = model(noisy.tokens_SC.double(), noisy.timesteps_B, noisy.text_BTD.double(), pack.layout)
+    errors = (out - noisy.target_SC.double()).square().mean(-1)
+    return [errors[start:stop] for start, stop in itertools.pairwise(pack.layout.offsets)]
+
+
+def train_plainly(start: Path, seed: int, number_of: Callable[[int], int] = lambda pack: pack) -> Results:
+    """Train from a model folder; ``number_of`` says by which number a pack's noise is drawn."""
+    model = load_transformer(start / "transformer").double().train()
+    named = dict(model.named_parameters())
+    decaying = [parameter for parameter in named.values() if parameter.ndim > 1]  # not biases and norms
+    others = [parameter for parameter in named.values() if parameter.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95), eps=1e-8, foreach=False,
+    )  # fmt: skip
+    ema = {key: parameter.detach().clone() for key, parameter in named.items()}
+    packs, results, losses, norms, validations = packs_of(seed), {}, [], [], []
+    for step in range(EQUALITY_STEPS):
+        optimizer.zero_grad()
+        summed, counted = torch.zeros((), dtype=torch.float64), 0
+        for number in range(PACKS_A_STEP * step, PACKS_A_STEP * (step + 1)):
+            pack = next(packs)
+            noisy = noisy_of(pack, seed, number_of(number))
+            errors = _errors(model, noisy, pack)
+            total = torch.stack([w * one.sum() for w, one in zip(noisy.weights_B.double(), errors, strict=True)]).sum()
+            total.backward()
+            summed, counted = summed + total.detach(), counted + pack.layout.valid
+        for parameter in named.values():
+            assert parameter.grad is not None
+            parameter.grad /= counted
+        losses.append(summed / counted)
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 1.0, foreach=False))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+        if step == 0:
+            for key, parameter in named.items():
+                results[f"gradient/{key}"] = optimizer.state[parameter]["exp_avg"].clone()
+        with torch.no_grad():
+            for key, average in ema.items():
+                average.mul_(AVERAGE_DECAY).add_(named[key] * (1 - AVERAGE_DECAY))
+        if step + 1 in VALIDATION_STEPS:
+            validations += _validate(model, seed)
+    results.update(loss=torch.stack(losses), norm=torch.stack(norms), validation=torch.stack(validations))
+    results.update({f"weight/{key}": parameter.detach() for key, parameter in named.items()})
+    return {**results, **{f"ema/{key}": average for key, average in ema.items()}}
+
+
+@functools.cache
+def _held_out(seed: int) -> LatentPack:
+    """The samples of a validation in one pack, which is their mean alone (wan-model's tests)."""
+    packs = []
+    for number, shape in zip(range(VALIDATION_SAMPLES), itertools.cycle(PACKS.shapes), strict=False):
+        settings = dataclasses.replace(PACKS, shapes=[shape], number_packed_samples=1)
+        loader = MockLoader(settings, TINY_CONFIG, rank=0, ranks=1, multiple=1, seed=seed, purpose="held out")
+        loader.drawn = number
+        packs.append(next(iter(loader)))
+    return LatentPack(
+        torch.cat([pack.tokens_SC for pack in packs]),
+        torch.cat([pack.text_BTD for pack in packs]),
+        PackLayout(tuple(grid for pack in packs for grid in pack.layout.grids)),
+        tuple(key for pack in packs for key in pack.keys),
+    )
+
+
+@torch.no_grad()
+def _validate(model: torch.nn.Module, seed: int) -> list[Tensor]:
+    pack, losses = _held_out(seed), []
+    for timestep in TIMESTEPS:
+        rows = [
+            torch.randn(
+                length, pack.tokens_SC.shape[1],
+                generator=generator_for(f"validation {key} {timestep:g}", VALIDATION_SEED),
+            )
+            for key, length in zip(pack.keys, pack.layout.lengths, strict=True)
+        ]  # fmt: skip
+        noise, sigma = torch.cat(rows), timestep / 1000
+        tokens = (1 - sigma) * pack.tokens_SC + sigma * noise
+        ones = torch.ones(pack.layout.num_samples)
+        noisy = NoisyPack(tokens, noise - pack.tokens_SC, timestep * ones, ones, pack.text_BTD)
+        losses.append(torch.stack([errors.mean() for errors in _errors(model, noisy, pack)]).mean())
+    return losses
+
+
+def write_plain_results(path: str, start: str, seed: int) -> None:
+    """What the loop computes, and how far fp32 rounding can move each of it."""
+    # Each result has many elements, so that few samples tell its norm.
+    scale = rounding_scale(lambda: train_plainly(Path(start), seed), samples=3)
+    torch.save((train_plainly(Path(start), seed), scale), path)
+
+
+def engine_results(folder: Path) -> Results:
+    """The same of a run of the engine."""
+    log = read_log(folder)
+    steps, validations = steps_of(log), [entry for entry in log if entry.get("event") == "validation"]
+    assert [entry["step"] for entry in steps] == list(range(1, EQUALITY_STEPS + 1))
+    assert [entry["step"] for entry in validations] == list(VALIDATION_STEPS)
+    at = [entry["timesteps"][f"{timestep:g}"] for entry in validations for timestep in TIMESTEPS]
+    results = {
+        "loss": torch.tensor([entry["loss"] for entry in steps], dtype=torch.float64),
+        "norm": torch.tensor([entry["grad_norm"] for entry in steps], dtype=torch.float64),
+        "validation": torch.tensor(at, dtype=torch.float64),
+    }
+    moments = read_tensors(find_checkpoint(folder, 1), FIRST_MOMENT)
+    for key, moment in moments.items():
+        # The fully sharded format names the moment behind the tensor.
+        if not key.endswith((".exp_avg_sq", ".step")):
+            results[f"gradient/{key.removesuffix('.exp_avg')}"] = moment
+    checkpoint = find_checkpoint(folder, EQUALITY_STEPS)
+    config, _, weights = read_training_checkpoint(checkpoint, dtype=torch.float32)
+    assert config == TINY_CONFIG
+    results.update({f"weight/{key}": value for key, value in weights.items()})
+    results.update({f"ema/{key}": value for key, value in read_tensors(checkpoint, ("ema.",)).items()})
+    return results
+
+
+def kept_by(settings: list[str], results: Results) -> Results:
+    """Those of the results that a run with these settings has: fully sharded runs keep no average."""
+    return {name: value for name, value in results.items() if FULLY_SHARDED not in settings or name[:4] != "ema/"}
