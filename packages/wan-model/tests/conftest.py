@@ -3,13 +3,15 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
 
-# Before the first import of wan_model: every annotated function of it checks its shapes from here on.
+from wan_model.testing import seeds  # before the hook: checks would take longer than what it does
+
+# Before all other imports of wan_model: every annotated function of them checks its shapes from here on.
 jaxtyping.install_import_hook("wan_model", "beartype.beartype")
 
 import pytest  # noqa: E402
@@ -62,41 +64,6 @@ def join(parts: list[WanDiT]) -> dict[str, Tensor]:
     return tensors
 
 
-def norm(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    """||got - wanted|| / ||wanted||."""
-    return norm(got - wanted) / norm(wanted)
-
-
-def equal_up_to_rounding(got: Tensor, wanted: Tensor, exact: Tensor, name: str) -> None:
-    """Two fp32 results within 1e-5 of each other, or both about as near to the fp64 value.
-
-    A few gradients nearly cancel (a bias of all keys leaves a softmax as it is), so that rounding alone moves them by
-    more than 1e-5, whoever computes them.
-    """
-    if relative(got, wanted) > 1e-5:
-        rounding = relative(wanted, exact)
-        assert 3e-6 < rounding < 1e-4, f"{name} differs by {relative(got, wanted):.1e}, and not by rounding"
-        assert relative(got, exact) < max(2e-5, 2 * rounding), (
-            f"{name}: {relative(got, exact):.1e} against {rounding:.1e}"
-        )
-
-
-class Near(Protocol):
-    """||got - wanted|| <= tolerance * ||wanted||, and the same shape.
-
-    ``floor`` stands for ||wanted|| where that is smaller: what cancels leaves the rounding of its terms.
-    """
-
-    def __call__(
-        self, got: Tensor, wanted: Tensor, tolerance: float = 1e-5, name: str = "", floor: float = 0.0
-    ) -> None:
-        """Assert it."""
-
-
 def randomise(module: nn.Module, seed: int) -> None:
     """Fill every parameter, the head too, so that activations stay of order one and no gradient vanishes."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,26 +77,16 @@ def randomise(module: nn.Module, seed: int) -> None:
                 parameter.copy_(noise * fan_in**-0.5)
 
 
-@pytest.fixture(scope="session")
-def near() -> Near:
-    def check(got: Tensor, wanted: Tensor, tolerance: float = 1e-5, name: str = "", floor: float = 0.0) -> None:
-        assert got.shape == wanted.shape, name
-        error, size = norm(got - wanted.to(got.dtype)), norm(wanted)
-        assert error <= tolerance * max(size, floor), (
-            f"{name}: error {error:.2e} at size {size:.2e} is above {tolerance:.0e}"
-        )
-
-    return check
-
-
-@pytest.fixture(scope="session")
-def same() -> Callable[[Tensor, Tensor, Tensor, str], None]:
-    return equal_up_to_rounding
+@pytest.fixture(params=seeds(7), ids="seed {}".format)
+def seed(request: pytest.FixtureRequest) -> int:
+    """What a test's random numbers are drawn from; see ``wan_model.testing``."""
+    chosen: int = request.param
+    return chosen
 
 
 @pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="session")
@@ -138,9 +95,9 @@ def small_config() -> WanConfig:
 
 
 @pytest.fixture
-def small_model() -> WanDiT:
+def small_model(seed: int) -> WanDiT:
     model = WanDiT(SMALL)
-    randomise(model, seed=1)
+    randomise(model, seed=seed + 1)
     return model
 
 

@@ -23,25 +23,26 @@ LAYOUTS = {
 }
 
 
-def build(heads: int, ops: TorchOps | None = None) -> WanDiT:
+def build(heads: int, ops: TorchOps | None = None, seed: int = 0) -> WanDiT:
     config = WanConfig(num_heads=heads, head_dim=12, num_layers=2, ffn_dim=40, text_dim=12, text_length=6, freq_dim=16)
     model = WanDiT(config, ops).double()
-    generator = torch.Generator().manual_seed(heads)
+    generator = torch.Generator().manual_seed(heads + 10 * seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2, generator=generator)
     return model
 
 
-def outcome(model: WanDiT, layout: PackLayout, recompute: Recompute) -> dict[str, Tensor]:
+def outcome(model: WanDiT, layout: PackLayout, recompute: Recompute, seed: int = 9) -> dict[str, Tensor]:
     """The output and every gradient of a probed number, by name; the tokens' gradient too."""
-    rng = torch.Generator().manual_seed(9)
+    rng = torch.Generator().manual_seed(seed)
     tokens = torch.randn(layout.total, 64, generator=rng, dtype=torch.float64).requires_grad_()
     text = torch.randn(layout.num_samples, 6, 12, generator=rng, dtype=torch.float64)
     probe = torch.randn(layout.total, 64, generator=rng, dtype=torch.float64)
     probe[layout.valid :] = 0
     model.recompute = recompute
     timesteps = 1000 * torch.rand(layout.num_samples, generator=rng)
+    model.zero_grad()
     out = model(tokens, timesteps, text, layout)
     (out * probe).sum().backward()
     assert tokens.grad is not None
@@ -61,19 +62,28 @@ def cases() -> list[tuple[str, int, str, PackLayout, Recompute]]:
     ]
 
 
-def on_each_rank() -> list[dict[str, Tensor]]:
-    """All cases in one start of the processes; gradients are this rank's part."""
-    ops = TorchOps(context=ContextParallel())
-    results = []
-    for _, heads, _, layout, recompute in cases():
-        held = ops.held_rows(layout)
-        assert held.stop - held.start == layout.total // dist.get_world_size()
-        results.append(outcome(build(heads, ops), layout, recompute))
-    return results
+def on_each_rank(seeds: list[int]) -> dict[str, Any]:
+    """Everything that the tests look at, in one start of four processes; gradients are this rank's part.
+
+    Ranks 0 and 1 are a group of two, and so are 2 and 3.
+    """
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = {2: pairs[dist.get_rank() // 2], 4: None}
+    found: dict[str, Any] = {"traffic": traffic(groups[2]), "refusal": refusal(groups[2])}
+    for ranks, group in groups.items():
+        ops = TorchOps(context=ContextParallel(group))
+        results = []
+        for seed in seeds:
+            for _, heads, _, layout, recompute in cases():
+                held = ops.held_rows(layout)
+                assert held.stop - held.start == layout.total // ranks
+                results.append(outcome(build(heads, ops, seed), layout, recompute, seed))
+        found[f"of {ranks}"] = results
+    return found
 
 
-def refusals() -> str:
-    ops = TorchOps(context=ContextParallel())
+def refusal(group: Any) -> str:
+    ops = TorchOps(context=ContextParallel(group))
     try:
         build(4, ops)(
             torch.zeros(7, 64).double(), torch.ones(1), torch.zeros(1, 6, 12).double(), PackLayout(((1, 1, 7),))
@@ -83,7 +93,7 @@ def refusals() -> str:
     return ""
 
 
-def traffic() -> list[tuple[str, int]]:
+def traffic(group: Any) -> list[tuple[str, int]]:
     """What a forward pass sends: the collectives, and how many values each takes."""
     sent: list[tuple[str, int]] = []
     originals = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather_into_tensor")}
@@ -101,7 +111,11 @@ def traffic() -> list[tuple[str, int]]:
     text = torch.zeros(1, 6, 12).double()
     with torch.no_grad():
         for heads in HEADS.values():
-            build(heads, TorchOps(context=ContextParallel()))(torch.zeros(24, 64).double(), torch.ones(1), text, layout)
+            build(heads, TorchOps(context=ContextParallel(group)))(
+                torch.zeros(24, 64).double(), torch.ones(1), text, layout
+            )
+    for name, original in originals.items():
+        setattr(dist, name, original)
     return sent
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from wan_model.dit.elementwise import rotate
 from wan_model.dit.model import timestep_features
 from wan_model.dit.ops import RMSNorm
 from wan_model.dit.rope import axis_widths, rotary_table
+from wan_model.testing import assert_rounds_to
 
 CPU = torch.device("cpu")
 
@@ -69,13 +71,18 @@ def block(p: dict[str, Tensor], x: Tensor, time_6D: Tensor, text: Tensor, grid: 
     return x + gate2 * (y @ p["ffn.net.2.weight"].T + p["ffn.net.2.bias"])
 
 
-def test_rope_turns_each_sample_from_its_own_origin(rng: torch.Generator, near: Any) -> None:
+@pytest.mark.rounding
+def test_rope_turns_each_sample_from_its_own_origin(rng: torch.Generator) -> None:
     assert axis_widths(128) == (44, 42, 42)
     layout = PackLayout(((2, 1, 3), (1, 2, 2)), padding=2)
     x = torch.randn(layout.total, 3, 20, generator=rng)
     got = rotate(x.flatten(1), rotary_table(TokenRows.whole(layout), 20, CPU)).view_as(x)
     places = [(f, 0, w) for f in range(2) for w in range(3)] + [(0, h, w) for h in range(2) for w in range(2)]
-    near(got[:10], torch.stack([rope(row, place) for row, place in zip(x, places, strict=False)]), 1e-6)
+
+    def plain() -> dict[str, Tensor]:
+        return {"turned": torch.stack([rope(row, place) for row, place in zip(x, places, strict=False)])}
+
+    assert_rounds_to({"turned": got[:10]}, plain)
     assert torch.equal(got[10:], x[10:]), "padding is not turned"
 
 
@@ -86,27 +93,31 @@ def test_rope_angles_far_out_keep_fp64_accuracy() -> None:
     assert (table[-1, 0, :22].real.double() - torch.tensor(wanted, dtype=torch.float64)).abs().max() < 1e-7
 
 
-def test_time_features(near: Any) -> None:
+@pytest.mark.rounding
+def test_time_features() -> None:
     for t in (0.0, 0.125, 537.3, 999.9):
-        t = torch.tensor(t).item()
-        angles = [t * math.exp(-math.log(10000) * i / 128) for i in range(128)]
-        wanted = torch.tensor([[math.cos(a) for a in angles] + [math.sin(a) for a in angles]], dtype=torch.float64)
-        got = timestep_features(torch.tensor([t]), 256)
-        assert got.dtype == torch.float32
-        near(got, wanted, 2e-5)
+        timestep = torch.tensor([t])
+
+        def plain(timestep: Tensor = timestep) -> dict[str, Tensor]:
+            angles = timestep.double() * torch.exp(torch.arange(128, dtype=torch.float64) * (-math.log(10000) / 128))
+            return {"features": torch.cat((angles.cos(), angles.sin()))[None]}
+
+        assert_rounds_to({"features": timestep_features(timestep, 256)}, plain)
 
 
-def test_rms_norm_spans_all_heads(rng: torch.Generator, near: Any) -> None:
+@pytest.mark.rounding
+def test_rms_norm_spans_all_heads(rng: torch.Generator) -> None:
     module = RMSNorm(60, 1e-6)
     torch.nn.init.normal_(module.weight, generator=rng)
     x = torch.randn(5, 60, generator=rng) * torch.linspace(0.1, 3, 60)
-    normed = module(x.clone())
-    near(normed, rms(x.double(), module.weight, 1e-6), 1e-6)
+    normed, weight = module(x.clone()), module.weight.detach().double()
+    assert_rounds_to({"normed": normed}, lambda: {"normed": rms(x.double(), weight, 1e-6)})
     per_head = rms(x.view(5, 3, 20), module.weight.view(3, 20), 1e-6).flatten(1)
     assert (normed - per_head).norm() > 0.1 * per_head.norm()
 
 
-def test_block(small_model: WanDiT, small_config: WanConfig, rng: torch.Generator, near: Any) -> None:
+@pytest.mark.rounding
+def test_block(small_model: WanDiT, small_config: WanConfig, rng: torch.Generator) -> None:
     grid, width = (2, 1, 3), small_config.hidden_size
     x, time = torch.randn(6, width, generator=rng), torch.randn(1, 6, width, generator=rng)
     text = torch.randn(4, width, generator=rng)
@@ -114,33 +125,49 @@ def test_block(small_model: WanDiT, small_config: WanConfig, rng: torch.Generato
     rows = TokenRows.whole(layout)
     got = module(x, time, text, rows, rotary_table(rows, small_config.head_dim, CPU), (0, 4))
     double = {name: value.double() for name, value in module.state_dict().items()}
-    near(got, block(double, x.double(), time[0].double(), text.double(), grid, small_config), 1e-5)
+
+    def plain() -> dict[str, Tensor]:
+        return {"out": block(double, x.double(), time[0].double(), text.double(), grid, small_config)}
+
+    assert_rounds_to({"out": got}, plain)
 
 
+@pytest.mark.rounding
 def test_head_modulates_with_the_time_embedding(
-    small_model: WanDiT, small_config: WanConfig, rng: torch.Generator, near: Any
+    small_model: WanDiT, small_config: WanConfig, rng: torch.Generator
 ) -> None:
     head = WanDiT(small_config, stage=Stage(2, 2, is_first=False, is_last=True))
     head.load_state_dict({key: small_model.state_dict()[key] for key in head.state_dict()})
     x, t = torch.randn(4, small_config.hidden_size, generator=rng), torch.tensor([640.5])
     text = torch.zeros(1, small_config.text_length, small_config.text_dim)
 
-    p = head.state_dict()
+    p = {name: value.double() for name, value in head.state_dict().items()}
     mlp = "condition_embedder.time_embedder.linear_"
-    hidden = F.silu(timestep_features(t, small_config.freq_dim) @ p[f"{mlp}1.weight"].T + p[f"{mlp}1.bias"])
-    embedding = hidden @ p[f"{mlp}2.weight"].T + p[f"{mlp}2.bias"]
-    shift, scale = p["scale_shift_table"][0] + embedding
-    wanted = (norm(x, small_config.eps) * (1 + scale) + shift) @ p["proj_out.weight"].T + p["proj_out.bias"]
-    near(head(x, t, text, PackLayout(((1, 2, 2),))), wanted, 1e-5)
+
+    def plain() -> dict[str, Tensor]:
+        features = timestep_features(t, small_config.freq_dim).double()
+        hidden = F.silu(features @ p[f"{mlp}1.weight"].T + p[f"{mlp}1.bias"])
+        embedding = hidden @ p[f"{mlp}2.weight"].T + p[f"{mlp}2.bias"]
+        shift, scale = p["scale_shift_table"][0] + embedding
+        normed = norm(x.double(), small_config.eps) * (1 + scale) + shift
+        return {"out": normed @ p["proj_out.weight"].T + p["proj_out.bias"]}
+
+    assert_rounds_to({"out": head(x, t, text, PackLayout(((1, 2, 2),)))}, plain)
 
 
-def test_both_activations_are_tanh_gelu(small_model: WanDiT, rng: torch.Generator, near: Any) -> None:
-    p = small_model.condition_embedder.text_embedder
+@pytest.mark.rounding
+def test_both_activations_are_tanh_gelu(small_model: WanDiT, rng: torch.Generator) -> None:
     text = torch.randn(1, 16, 28, generator=rng)
-    before = text[0] @ p.linear_1.weight.T + p.linear_1.bias
-    near(small_model.condition_embedder.text(text), gelu(before) @ p.linear_2.weight.T + p.linear_2.bias, 1e-6)
+    p = {name: value.double() for name, value in small_model.condition_embedder.text_embedder.state_dict().items()}
+
+    def embedded() -> dict[str, Tensor]:
+        before = text[0].double() @ p["linear_1.weight"].T + p["linear_1.bias"]
+        return {"out": gelu(before) @ p["linear_2.weight"].T + p["linear_2.bias"]}
+
+    assert_rounds_to({"out": small_model.condition_embedder.text(text)}, embedded)
+
     expand, x = small_model.get_submodule("blocks.0.ffn.net.0"), torch.randn(50, 60, generator=rng)
-    proj = expand.get_submodule("proj")
-    before = x @ proj.get_parameter("weight").T + proj.get_parameter("bias")
-    near(expand(x), gelu(before), 1e-6)
-    assert (expand(x) - F.gelu(before)).abs().max() > 1e-4, "exact GELU is another function"
+    weight, bias = (expand.get_submodule("proj").get_parameter(name).detach().double() for name in ("weight", "bias"))
+    assert_rounds_to({"out": expand(x)}, lambda: {"out": gelu(x.double() @ weight.T + bias)})
+    exact = F.gelu(x.double() @ weight.T + bias)
+    assert (expand(x) - exact).abs().max() > 1e-4, "exact GELU is another function"

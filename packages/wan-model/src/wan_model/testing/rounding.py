@@ -20,6 +20,7 @@ depends on one rounding error alone has the deviation of few samples as its scal
 underestimate by four in one of 6,000 cases, and the error itself is then beyond the bound in one of 10,000.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -118,6 +119,19 @@ def assert_all_within(actual: Results, expected: Results, scale: Results, factor
         assert_within(value, expected[name], scale[name], name, factor)
 
 
+def assert_rounds_to(actual: Results, exact: Callable[[], Results], factor: int | float = FACTOR) -> None:
+    """Assert that results are what a function gives in float64, but for rounding.
+
+    Args:
+        actual: results in one precision.
+        exact: computes the same in float64; see ``rounding_scale``.
+        factor: deviations that are allowed.
+    """
+    dtypes = {value.dtype for value in actual.values()}
+    assert len(dtypes) == 1, f"results of one precision were expected; got {sorted(map(str, dtypes))}"
+    assert_all_within(actual, exact(), rounding_scale(exact, dtypes.pop()), factor)
+
+
 # -- noise of the size of rounding ------------------------------------------------------------------------------------
 
 
@@ -133,17 +147,20 @@ class _Rounding(TorchDispatchMode):
         # Odd, and with bits all over.
         self.multiplier = int.from_bytes(hashlib.sha256(str(sample).encode()).digest()[:8], signed=True) | 1
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch would import its compiler, which takes seconds and is not needed here.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        if func.is_view or name in _EXACT:
+        magnitudes = _magnitudes(func)
+        if magnitudes is None:
             return out
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if not any(x.dtype in _NOISY for x in outputs):
             return out
-        magnitudes = _MAGNITUDES.get(name)
-        sizes = map(abs, outputs) if magnitudes is None else magnitudes(outputs, *args)
-        for x, size in zip(outputs, sizes, strict=True):
+        for x, size in zip(outputs, magnitudes(outputs, *args), strict=True):
             if x.dtype not in _NOISY or size is None:
                 continue
             if x.is_complex():
@@ -152,6 +169,15 @@ class _Rounding(TorchDispatchMode):
             hashed = x.view(torch.int64).mul(self.multiplier).double()
             x.add_(hashed.mul_(size), alpha=self.unit * math.sqrt(3) / 2**63)
         return out
+
+
+@functools.cache
+def _magnitudes(operator: Any) -> Callable[..., Any] | None:
+    """What computes the magnitudes t of an operator's results; None where nothing is rounded."""
+    name = operator._schema.name
+    if operator.is_view or name in _EXACT:
+        return None
+    return _MAGNITUDES.get(name, lambda outputs, *_, **__: map(abs, outputs))
 
 
 def _sum(terms: Tensor, result: Tensor, count: int | float) -> Tensor:

@@ -1,0 +1,222 @@
+"""Support for tests of processes: commands all of whose processes can be found, and launches that start at once.
+
+A launch imports torch, which takes seconds. ``LaunchServer`` is a process that has done so and forks one launcher after
+another; everything from ``wan_model.system.launcher.launch`` on is as in a command.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Every process of a job inherits it, whatever becomes of its parents and groups.
+_MARK = "WAN_TEST_JOB"
+PATIENCE = 120.0
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    """Wait for a condition; fail with ``what`` was expected."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s and it is not so that {what}"
+        time.sleep(0.02)
+
+
+class _Launcher:
+    """A child of the server, with the methods of ``subprocess.Popen``."""
+
+    def __init__(self, ask: Callable[..., Any], pid: int) -> None:
+        self._ask, self.pid = ask, pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            self._code = self._ask(poll=self.pid)
+        return self._code
+
+    def wait(self, timeout: float) -> int:
+        wait_until(lambda: self.poll() is not None, "the launcher has ended", timeout)
+        assert self._code is not None
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+class Job:
+    """A started command.
+
+    Args:
+        process: its first process, with ``variables`` in its environment and its output in ``stdout`` and ``stderr``.
+        place: a folder; the output is there, and processes may write files there that have their rank as a name.
+        mark: the value by which its processes are found.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes] | _Launcher, place: Path, mark: str) -> None:
+        self.process, self.place, self._mark = process, place, mark
+        self.errors = place / "stderr"
+
+    @classmethod
+    def start(cls, command: Sequence[str], place: Path, cwd: Path | None = None, **variables: str) -> "Job":
+        """Start a command; ``place`` is an empty folder."""
+        mark = uuid.uuid4().hex
+        # Not pipes: a process that is left must not keep the test waiting.
+        with (place / "stdout").open("wb") as out, (place / "stderr").open("wb") as errors:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=errors, cwd=cwd, env={**os.environ, **variables, _MARK: mark}
+            )
+        return cls(process, place, mark)
+
+    def pid(self, rank: int) -> int:
+        """The process id that a rank has written to a file of its number."""
+        path = self.place / str(rank)
+        wait_until(lambda: path.exists() or self.process.poll() is not None, f"rank {rank} is ready")
+        assert path.exists(), self.errors.read_text()
+        return int(path.read_text())
+
+    def code(self, seconds: float = PATIENCE) -> int:
+        """The exit status, when it has ended."""
+        return self.process.wait(seconds)
+
+    def alive(self) -> list[int]:
+        """The process ids of all of its processes that have not ended."""
+        found = [] if self.process.poll() is not None else [self.process.pid]
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit() and int(folder.name) not in found:
+                with contextlib.suppress(OSError):  # gone meanwhile, or another user's; of the dead it is empty
+                    if f"{_MARK}={self._mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                        found.append(int(folder.name))
+        return found
+
+    def said(self) -> list[str]:
+        """The lines on standard error."""
+        return self.errors.read_text().splitlines()
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        for pid in self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(PATIENCE)
+
+
+class LaunchServer:
+    """Starts launchers; end it with ``close``."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def start(
+        self,
+        module: str,
+        place: Path,
+        arguments: Sequence[str] = (),
+        ranks: int = 2,
+        cwd: Path | None = None,
+        settings: Mapping[str, float] | None = None,
+        first_rank_output: bool = False,
+        **variables: str,
+    ) -> Job:
+        """``wan_model.system.launcher.launch`` in a process of its own.
+
+        Args:
+            module, arguments, ranks, first_rank_output: of the launch.
+            place: an empty folder; the ranks may import modules from it.
+            cwd: the working folder.
+            settings: names and values of the launcher's module to replace.
+            variables: of the environment, besides ``os.environ`` as it is now.
+        """
+        path = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+        launch = {
+            "module": module,
+            "arguments": list(arguments),
+            "ranks": ranks,
+            "first": first_rank_output,
+            "settings": dict(settings or {}),
+        }
+        return self._start(place, cwd or place, {"PYTHONPATH": path, **variables}, launch=launch)
+
+    def start_torchrun(self, arguments: Sequence[str], place: Path) -> Job:
+        """``torchrun ARGUMENTS`` in a process of its own; ``place`` is an empty folder."""
+        return self._start(place, place, {"PYTHONWARNINGS": "ignore"}, torchrun=list(arguments))
+
+    def _start(self, place: Path, cwd: Path, variables: Mapping[str, str], **order: Any) -> Job:
+        mark = uuid.uuid4().hex
+        order |= {"place": str(place), "cwd": str(cwd), "environment": {**os.environ, **variables, _MARK: mark}}
+        return Job(_Launcher(self._ask, self._ask(start=order)), place, mark)
+
+    def _ask(self, **request: Any) -> Any:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request).encode() + b"\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def close(self) -> None:
+        """End it."""
+        with self._server:
+            self._server.communicate()
+
+
+def _run(order: dict[str, Any]) -> int:
+    for descriptor, name in ((0, os.devnull), (1, f"{order['place']}/stdout"), (2, f"{order['place']}/stderr")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), descriptor)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background processes ignore them
+        signal.signal(number, signal.SIG_DFL)
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    tempfile.tempdir = None  # found by the variables, once
+    if "torchrun" in order:
+        from torch.distributed.run import main
+
+        main(order["torchrun"])
+        return 0
+    from wan_model.system import launcher
+
+    launch = order["launch"]
+    for name, value in launch["settings"].items():
+        setattr(launcher, name, value)
+    outcome = launcher.launch(launch["module"], launch["arguments"], launch["ranks"], first_rank_output=launch["first"])
+    return outcome.code
+
+
+def _fork(order: dict[str, Any]) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        code = _run(order)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _poll(pid: int) -> int | None:
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def _serve() -> None:
+    import torch.distributed.run  # noqa: F401  # and with it what a launch imports
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = _fork(request["start"]) if "start" in request else _poll(request["poll"])
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
