@@ -115,8 +115,15 @@ def control_problem(tree: Tree, package: str, mutations: Sequence[Mutation], lim
 
 
 def missing_tests(root: Path, mutation: Mutation) -> list[str]:
-    """Files that the mutation names and that are not there."""
-    return [test for test in mutation.test_paths if not (root / test.partition("::")[0]).exists()]
+    """Those of the named tests that are not there."""
+    absent = []
+    for test in mutation.test_paths:
+        file, _, node = test.partition("::")
+        function = node.partition("[")[0]
+        path = root / file
+        if not path.exists() or (function and f"def {function}(" not in path.read_text(encoding="utf-8")):
+            absent.append(test)
+    return absent
 
 
 def _tail(output: str) -> str:
