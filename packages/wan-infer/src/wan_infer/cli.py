@@ -3,9 +3,8 @@
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -23,7 +22,8 @@ from wan_infer.request.settings import (
     check_task,
     pair_requests,
 )
-from wan_infer.runtime.launch import follow_parent, is_child, launch, processes, report_failure
+from wan_infer.runtime.launch import launch, processes
+from wan_model.system.child_process import Supervisor, end_process
 
 
 @click.command(cls=SeveralValues, context_settings={"show_default": True, "max_content_width": 110})
@@ -82,38 +82,22 @@ def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given:
 
     Each flag is understood with hyphens and with underscores.
     """
-    if is_child():
-        follow_parent()
+    supervisor = Supervisor.find()
+    supervisor.follow()
     try:
         requests = _parse_requests(given)
-        _check(given, requests, nproc_per_node)
-        if nproc_per_node > 1 and not is_child():
+        _check(given, requests, nproc_per_node, launched=supervisor.is_launcher)
+        if nproc_per_node > 1 and not supervisor.is_launcher:
             sys.exit(launch(context.meta[ARGUMENTS], nproc_per_node))
         report = _run(given, requests)
-    except ValueError as error:
-        _fail(str(error))
     except Exception as error:
-        if not is_child():
-            raise
-        # What is told to the launcher is shown once, and not in the midst of what others say.
-        _fail("\n" + traceback.format_exc().rstrip(), lost_peer=_follows_from_another(error))
+        if supervisor.is_launcher:
+            end_process(supervisor.record(error))
+        if isinstance(error, ValueError):
+            raise click.ClickException(str(error)) from error
+        raise
     if report is not None:
         _show(report, as_json=as_json)
-
-
-def _fail(text: str, *, lost_peer: bool = False) -> NoReturn:
-    if not is_child():
-        raise click.ClickException(text)
-    report_failure(text, lost_peer=lost_peer)
-    # Not by the interpreter's end, which may wait for the other processes.
-    os._exit(1)
-
-
-def _follows_from_another(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    distributed = torch is not None and isinstance(error, torch.distributed.DistError)
-    # gloo's errors are plain ones, which begin with the place in its source.
-    return distributed or "gloo/" in str(error) or "NCCL" in str(error)
 
 
 def _parse_requests(given: dict[str, Any]) -> list[VideoRequest]:
@@ -145,7 +129,7 @@ def _parallel_options(given: dict[str, Any]) -> ParallelOptions:
     return ParallelOptions(cfg_parallel=given["cfg_parallel"], shard_weights=given["shard_weights"])
 
 
-def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: int) -> None:
+def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: int, *, launched: bool) -> None:
     """Refuse what can be refused before anything is loaded."""
     model, checkpoint = given["model"], given["checkpoint_dir"]
     for name in ("checkpoint_step", "ema"):
@@ -162,7 +146,7 @@ def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: 
             "autoencoder, or both --t5-checkpoint-dir and --vae-checkpoint-dir"
         )
     started = processes()
-    if nproc_per_node > 1 and started > 1 and not is_child():
+    if nproc_per_node > 1 and started > 1 and not launched:
         raise ValueError("--nproc-per-node is given under torchrun, which has started the processes")
     _parallel_options(given).check(max(nproc_per_node, started))
     if given["cfg_parallel"] and any(request.settings.guidance == 1 for request in requests):

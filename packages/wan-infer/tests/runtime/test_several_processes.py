@@ -1,12 +1,13 @@
 """Two and four gloo processes against one: the same latents and frames, whatever is shared; and how they end."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tiny_sources import tiny_lora, write_checkpoint_of
 
 from wan_infer.output.video_file import read_video
 from wan_infer.runtime.parallelism import Parallelism
+from wan_model.testing.processes import Job, LaunchServer, wait_until
 
 
 def case(
@@ -157,36 +159,62 @@ def test_what_stands_in_the_way_is_said_once(model_folder: Path, tmp_path: Path)
     assert errors[0].startswith("Error: no model at")
 
 
-def _children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+@pytest.fixture(scope="module")
+def server() -> Iterator[LaunchServer]:
+    with contextlib.closing(LaunchServer()) as server:
+        yield server
+
+
+def _ranks(job: Job) -> list[int]:
+    """The process ids of a run's ranks, in order."""
+    ranks = {}
+    for pid in job.alive():
+        values = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks |= {int(value.removeprefix(b"RANK=")): pid for value in values if value.startswith(b"RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+ENDS = {
+    "a rank is killed": (signal.SIGTERM, 1, "Error (rank 1): the process was killed by SIGTERM"),
+    "a rank is stopped": (signal.SIGSTOP, 1, "Error (rank 1): the process was stopped (SIGSTOP) 1 seconds ago"),
+    "the launcher is killed": (signal.SIGKILL, -signal.SIGKILL, None),
+    "the launcher is interrupted": (signal.SIGTERM, 128 + signal.SIGTERM, "Ended by SIGTERM."),
+}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked up in /proc")
-@pytest.mark.parametrize("whom", ["a child", "the launcher", "the launcher, politely"])
-def test_all_end_together(whom: str, model_folder: Path, tmp_path: Path) -> None:
-    arguments = ("--model", model_folder, "--prompts", "a", *QUICK, "--save_file", tmp_path / "a.mp4")
-    with subprocess.Popen(
-        command(*arguments, "--sample_steps", 1000, "--nproc-per-node", 2), stderr=subprocess.PIPE, text=True
-    ) as launcher:
-        assert launcher.stderr is not None
-        for line in launcher.stderr:
-            if "step " in line:
-                break
-        children = _children(launcher.pid)
-        assert len(children) == 2
-        if whom == "a child":
-            os.kill(children[1], signal.SIGTERM)
-        else:
-            launcher.send_signal(signal.SIGKILL if whom == "the launcher" else signal.SIGTERM)
-        said = launcher.stderr.read()
-        code = launcher.wait(30)
-    if whom == "a child":
-        assert code == 1
-        assert "Error: process 1 was killed by SIGTERM" in said
+@pytest.mark.parametrize("end", ENDS)
+def test_all_end_together(end: str, server: LaunchServer, model_folder: Path, tmp_path: Path) -> None:
+    number, code, message = ENDS[end]
+    place, folder = tmp_path / "place", tmp_path / "clips"
+    place.mkdir()
+    folder.mkdir()
+    # In the working folder of all processes, none of which may import it.
+    for name in ("socket", "ctypes"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+    video = tmp_path / "videos" / "a.mp4"
+    options = ("--model", model_folder, "--prompts", "a", *QUICK, "--save_file", video, "--sample_steps", 1000)
+    if end == "a rank is killed":  # the command as a whole
+        whole = [sys.executable, "-P", *command(*options, "--nproc-per-node", 2)[1:]]
+        job = Job.start(whole, place, cwd=folder)
     else:
-        assert code == (-signal.SIGKILL if whom == "the launcher" else 128 + signal.SIGTERM)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in children):
-        time.sleep(0.05)
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-    assert not list(tmp_path.iterdir())
+        arguments, quick = [*map(str, options)], {"STOPPED_SECONDS": 1.0}
+        job = server.start("wan_infer", place, arguments, cwd=folder, settings=quick, first_rank_output=True)
+    try:
+        wait_until(lambda: "step " in job.errors.read_text() or job.process.poll() is not None, "it samples", 300.0)
+        ranks = _ranks(job)
+        assert len(ranks) == 2, job.errors.read_text()
+        if end.startswith("a rank"):
+            os.kill(ranks[1], number)
+        else:
+            job.process.send_signal(number)
+        assert job.code(30.0) == code
+        if message is None:
+            wait_until(lambda: not job.alive(), "all have ended", 20.0)
+        else:
+            assert job.alive() == []
+            assert job.said()[-1].startswith(message)
+            assert "Error" not in "".join(job.said()[:-1])
+        assert not video.parent.exists() or not list(video.parent.iterdir())
+    finally:
+        job.end()

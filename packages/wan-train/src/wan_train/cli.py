@@ -94,9 +94,10 @@ def pretrain(
         if nproc_per_node != 1:
             raise click.ClickException("--nproc-per-node is given under torchrun, which has started the processes")
         sys.argv = [sys.argv[0], options.to_json()]
+        from wan_model.system.child_process import end_process
         from wan_train.launch import worker
 
-        sys.exit(worker.main())
+        end_process(worker.main())
     sys.exit(launch(options.to_json(), nproc_per_node))
 
 

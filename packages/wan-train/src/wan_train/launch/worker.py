@@ -6,13 +6,13 @@ Import-light and guarded: Megatron's checkpoint writer starts processes that imp
 import sys
 import warnings
 
-from wan_train.launch.supervision import Starter
+from wan_model.system.child_process import Supervisor, end_process
 
 
 def main() -> int:
     """Run with the options in the first argument; 0 when training ended, 2 when a user must put something right."""
-    starter = Starter.find()
-    starter.follow()
+    supervisor = Supervisor.find()
+    supervisor.follow()
     # torch's, of a package that nvidia-resiliency-ext asks for: nothing that a user could put right.
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     try:
@@ -21,9 +21,9 @@ def main() -> int:
 
         pretrain(RunOptions.from_json(sys.argv[1]))
     except Exception as error:
-        return starter.tell(error)
+        return supervisor.record(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,0 +1,366 @@
+"""A run ends when it should: whatever happens to a rank or to the launcher, nothing is left and the cause is named."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+from wan_model.system import launcher
+from wan_model.system.child_process import Failure
+from wan_model.testing.processes import Job, LaunchServer, wait_until
+
+# What the specification allows between an event and the end of the last process.
+SOON = 20.0
+
+# A rank that does what BODY says; PLACE is where ready ranks leave their numbers.
+RANKS = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from wan_model.system.child_process import Supervisor, end_process
+rank = int(os.environ["RANK"])
+def ready():
+    partial = Path(PLACE, f"{rank}.partial")
+    partial.write_text(str(os.getpid()))
+    partial.rename(Path(PLACE, str(rank)))
+def until(condition):
+    while not condition(): time.sleep(0.01)
+def meet():
+    ready()
+    until(lambda: all(Path(PLACE, str(other)).exists() for other in range(2)))
+def join():
+    import torch
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    return lambda group=None: torch.distributed.all_reduce(torch.ones(1), group=group)
+def run():
+BODY
+def main():
+    supervisor = Supervisor.find()
+    supervisor.follow()
+    try: run()
+    except Exception as error: return supervisor.record(error)
+    return 0
+if __name__ == "__main__": end_process(main())
+"""
+
+TRAIN = """
+reduce = join()
+ready()
+while True: reduce()
+"""
+# With what a data loader and a checkpoint writer start: a fork that holds every descriptor, and another program.
+LEAVE_CHILDREN = """
+if os.fork() == 0: time.sleep(600)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+ready()
+"""
+SLEEP_WITH_CHILDREN = f"{LEAVE_CHILDREN}time.sleep(600)"
+# Where no other rank fails.
+QUICK = {"_SETTLE_SECONDS": 0.1}
+# As gloo says it.
+LOST_PEER = "raise RuntimeError('[x/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer')"
+
+
+def write_ranks(body: str, place: Path) -> Path:
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    path = place / "ranks.py"
+    path.write_text(f"PLACE = {str(place)!r}\n{RANKS.replace('BODY', lines)}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LaunchServer]:
+    server = LaunchServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def start_ranks(server: LaunchServer, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Two ranks that do as they are told, under our launcher."""
+    jobs: list[Job] = []
+
+    def start_two(body: str, **settings: float) -> Job:
+        write_ranks(body, tmp_path)
+        jobs.append(server.start("ranks", tmp_path, settings=settings, TMPDIR=str(tmp_path)))
+        return jobs[-1]
+
+    yield start_two
+    for job in jobs:
+        job.end()
+
+
+def test_ranks_find_each_other_by_torchruns_variables() -> None:
+    values = launcher.environment(1, 2, 2345, {"PATH": "x"})
+    assert (values["RANK"], values["WORLD_SIZE"], values["MASTER_ADDR"], values["MASTER_PORT"]) == (
+        "1", "2", "127.0.0.1", "2345",
+    )  # fmt: skip
+    assert values["PATH"] == "x"
+    assert launcher.environment(0, 2, 1, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+
+
+def test_ranks_that_end_well_leave_nothing(start_ranks: Callable[..., Job], tmp_path: Path) -> None:
+    job = start_ranks(LEAVE_CHILDREN)
+    assert job.code() == 0
+    assert job.alive() == []
+    assert job.said() == []
+    assert not list(tmp_path.glob("wan-ranks-*"))
+
+
+def test_a_killed_rank_is_named_and_what_follows_in_gloo_is_not(start_ranks: Callable[..., Job]) -> None:
+    job = start_ranks(TRAIN)
+    job.pid(0)
+    os.kill(job.pid(1), signal.SIGSEGV)
+    assert job.code() == 128 + signal.SIGSEGV
+    assert job.alive() == []
+    assert job.said() == ["Error (rank 1): the process was killed by SIGSEGV"]
+
+
+def test_a_rank_killed_for_memory_is_named_and_what_follows_is_not(start_ranks: Callable[..., Job]) -> None:
+    state = "Path(f'/proc/{Path(PLACE, \"1\").read_text()}/stat').read_text().split()[2]"
+    job = start_ranks(f"meet()\nif rank == 1: time.sleep(600)\nuntil(lambda: {state} == 'Z')\n{LOST_PEER}")
+    job.pid(0)
+    os.kill(job.pid(1), signal.SIGKILL)
+    assert job.code() == 128 + signal.SIGKILL
+    assert job.alive() == []
+    [line] = job.said()
+    assert line == "Error (rank 1): the process was killed by SIGKILL; the system does so where memory runs out"
+
+
+def test_a_ranks_sentence_is_the_only_error(start_ranks: Callable[..., Job]) -> None:
+    job = start_ranks("meet()\nif rank == 1: raise ValueError('step 3 is not to be had')\ntime.sleep(600)", **QUICK)
+    assert job.code() == 2
+    assert job.alive() == []
+    assert job.said() == ["Error (rank 1): step 3 is not to be had"]
+
+
+def test_the_cause_is_shown_although_what_follows_from_it_came_first(start_ranks: Callable[..., Job]) -> None:
+    seen = "list(Path(os.environ['TMPDIR']).glob('wan-ranks-*/0.json'))"
+    job = start_ranks(f"if rank == 0: {LOST_PEER}\nuntil(lambda: {seen})\nraise ValueError('step 3 is not to be had')")
+    assert job.code() == 2
+    assert job.said() == ["Error (rank 1): step 3 is not to be had"]
+
+
+def test_what_users_cannot_mend_is_shown_with_its_traceback(start_ranks: Callable[..., Job]) -> None:
+    job = start_ranks("if rank == 0: return 1 / 0\ntime.sleep(600)", **QUICK)
+    assert job.code() == 1
+    lines = job.said()
+    assert lines[:2] == ["Error (rank 0):", "Traceback (most recent call last):"]
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    assert sum("Error" in line for line in lines) == 2
+
+
+def test_what_every_rank_says_is_said_once(start_ranks: Callable[..., Job]) -> None:
+    job = start_ranks("meet()\nraise ValueError('no such recipe')")
+    assert job.code() == 2
+    assert job.said() == ["Error: no such recipe"]
+
+
+def test_a_rank_that_only_exits_is_named(start_ranks: Callable[..., Job]) -> None:
+    job = start_ranks("if rank == 1: os._exit(5)\ntime.sleep(600)", **QUICK)
+    assert job.code() == 5
+    assert job.alive() == []
+    assert job.said() == ["Error (rank 1): the process ended with exit status 5"]
+
+
+def test_a_stopped_rank_ends_the_run(start_ranks: Callable[..., Job]) -> None:
+    job = start_ranks("meet()\ntime.sleep(600)", STOPPED_SECONDS=1.0, **QUICK)
+    job.pid(0)
+    os.kill(job.pid(1), signal.SIGSTOP)
+    assert job.code(SOON) == 1
+    assert job.alive() == []
+    [line] = job.said()
+    assert line.startswith("Error (rank 1): the process was stopped (SIGSTOP) 1 seconds ago")
+
+
+def test_a_short_stop_is_forgiven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock = 100.0
+    with launcher.Interrupts() as interrupts, interrupts.in_place_of_torchs():
+        rank = launcher.Rank(1, ["sleep", "600"], {}, tmp_path, silent=False)
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: clock)
+    (pid,) = rank._context.pids().values()
+
+    def send(number: int, wanted: int) -> None:
+        os.kill(pid, number)
+        seen = os.WSTOPPED | os.WCONTINUED | os.WNOWAIT
+        while os.waitid(os.P_PID, pid, seen).si_code != wanted:  # type: ignore[union-attr]
+            pass
+        rank.update()
+
+    for _ in range(3):  # longer in all than is forgiven at once
+        send(signal.SIGSTOP, os.CLD_STOPPED)
+        clock += launcher.STOPPED_SECONDS - 1
+        rank.update()
+        send(signal.SIGCONT, os.CLD_CONTINUED)
+    assert rank.failure is None
+    send(signal.SIGSTOP, os.CLD_STOPPED)
+    clock += 8.0
+    rank.update()
+    assert rank.failure == Failure(
+        clock, 1, "the process was stopped (SIGSTOP) 8 seconds ago and does not go on", lost_peer=False
+    )
+    monkeypatch.undo()
+    rank.kill()
+
+
+def test_a_rank_that_hangs_is_found_by_its_peers(start_ranks: Callable[..., Job]) -> None:
+    hang = """
+    reduce = join()
+    import datetime, torch
+    group = torch.distributed.new_group(timeout=datetime.timedelta(seconds=2))
+    if rank == 1: time.sleep(600)
+    reduce(group)
+    """
+    job = start_ranks(hang.replace("\n    ", "\n"), _CAUSE_SECONDS=0.5)
+    assert job.code() == 1
+    assert job.alive() == []
+    lines = job.said()
+    assert lines[0] == "Error (rank 0):"
+    assert lines[-1].endswith("nothing was heard of rank 1.")
+
+
+@pytest.mark.parametrize("also_stopped", [False, True])
+def test_nothing_outlives_a_killed_launcher(start_ranks: Callable[..., Job], also_stopped: bool) -> None:
+    job = start_ranks(SLEEP_WITH_CHILDREN)
+    pids = [job.pid(0), job.pid(1)]
+    assert len(job.alive()) == 7  # the launcher, and three of each rank
+    if also_stopped:
+        os.kill(pids[1], signal.SIGSTOP)
+    job.process.send_signal(signal.SIGKILL)
+    job.code()
+    wait_until(lambda: not job.alive(), "all have ended", SOON)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_ends_everything(start_ranks: Callable[..., Job], number: signal.Signals) -> None:
+    job = start_ranks(SLEEP_WITH_CHILDREN)
+    job.pid(0), job.pid(1)
+    job.process.send_signal(number)
+    assert job.code() == 128 + number
+    assert job.alive() == []
+    assert job.said() == [f"Ended by {number.name}."]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_ranks_that_will_not_end_are_killed(start_ranks: Callable[..., Job], twice: bool, tmp_path: Path) -> None:
+    body = (
+        "signal.signal(signal.SIGTERM, lambda *_: Path(PLACE, f'asked {rank}').touch())\nready()\nuntil(lambda: False)"
+    )
+    job = start_ranks(body, GRACE_SECONDS=600.0 if twice else 1.0)
+    job.pid(0), job.pid(1)
+    job.process.send_signal(signal.SIGINT)
+    if twice:
+        wait_until(lambda: len(list(tmp_path.glob("asked *"))) == 2, "the first interrupt is passed on")
+        assert len(job.alive()) == 3
+        job.process.send_signal(signal.SIGINT)
+    assert job.code() == 130
+    assert job.alive() == []
+
+
+def test_a_rank_that_cannot_start_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def once(*, args: list[str], **options: object) -> subprocess.Popen[bytes]:
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **options))  # type: ignore[call-overload]
+        return started[0]
+
+    monkeypatch.setattr(subprocess_handler, "Popen", once)
+    with pytest.raises(BlockingIOError):
+        launcher.launch("absent", [], 2)
+    assert started[0].returncode == -signal.SIGTERM
+
+
+def test_handlers_of_signals_are_restored_and_what_was_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launcher.Interrupts() as interrupts:
+            with interrupts.in_place_of_torchs():
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as torch sets its own
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.received == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_modules_in_the_working_folder_are_not_imported(server: LaunchServer, tmp_path: Path) -> None:
+    place, folder = tmp_path / "place", tmp_path / "clips"
+    place.mkdir()
+    folder.mkdir()
+    for name in ("socket", "ctypes", "torch", "json"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+    body = (
+        "import multiprocessing\n"
+        "child = multiprocessing.get_context('spawn').Process(target=print)\n"
+        "child.start()\n"
+        "child.join()"
+    )
+    write_ranks(f"{body}\nsys.exit(child.exitcode or os.getcwd() != {str(folder)!r})", place)
+    job = server.start("ranks", place, cwd=folder)
+    assert job.code() == 0, job.said()
+    assert job.said() == []
+
+
+# -- under torchrun ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start_torchrun(server: LaunchServer, tmp_path: Path) -> Iterator[Callable[[str], Job]]:
+    """The same ranks under torchrun."""
+    jobs: list[Job] = []
+
+    def start_two(body: str) -> Job:
+        script = write_ranks(body, tmp_path)
+        jobs.append(server.start_torchrun(["--standalone", "--nproc-per-node", "2", str(script)], tmp_path))
+        return jobs[-1]
+
+    yield start_two
+    for job in jobs:
+        job.end()
+
+
+def test_under_torchrun_the_sentence_is_the_only_error_of_ours(start_torchrun: Callable[[str], Job]) -> None:
+    job = start_torchrun(
+        f"import torch\nmeet()\nif rank == 1: raise ValueError('step 3 is not to be had')\n{LOST_PEER}"
+    )
+    assert job.code() == 1
+    assert job.alive() == []
+    lines = job.said()
+    assert [line for line in lines if line.startswith("Error")] == ["Error (rank 1): step 3 is not to be had"]
+    assert not any("gloo" in line for line in lines)
+    assert any("ValueError: step 3 is not to be had" in line for line in lines), "torchrun's summary has it, too"
+
+
+def test_nothing_outlives_a_killed_torchrun(start_torchrun: Callable[[str], Job]) -> None:
+    job = start_torchrun(SLEEP_WITH_CHILDREN)
+    pids = [job.pid(0), job.pid(1)]
+    os.kill(pids[1], signal.SIGSTOP)
+    job.process.send_signal(signal.SIGKILL)
+    job.code()
+    wait_until(lambda: not job.alive(), "all have ended", SOON)
+
+
+# -- what torch leaves to this module; where this fails, torch has learned it -----------------------------------------
+
+
+def test_torch_does_not_notice_a_stopped_rank(tmp_path: Path) -> None:
+    with launcher.Interrupts() as interrupts, interrupts.in_place_of_torchs():
+        context = start_processes(
+            "rank", "sleep", args={0: ("600",)}, envs={0: {}}, logs_specs=DefaultLogsSpecs(log_dir=str(tmp_path))
+        )
+    (pid,) = context.pids().values()
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+    assert context.wait(0) is None
+    context.close(signal.SIGKILL)
