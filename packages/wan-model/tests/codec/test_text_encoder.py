@@ -1,9 +1,8 @@
 """UMT5's encoder and its tokenizer against transformers', with the same weights."""
 
+import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan_model.codec.text_encoder import PromptTokenizer, TextEncoder, distance_buckets
+from wan_model.testing import assert_within, rounding_scale
 
 PROMPTS = ["", "a rabbit", "一只兔子在草地上, \U0001f430!", "a rabbit and a butterfly in a meadow " * 100]
 
@@ -24,8 +24,16 @@ def theirs(tiny_folder: Path) -> tuple[Any, Any]:
     return encoder.eval(), AutoTokenizer.from_pretrained(tiny_folder / "tokenizer")
 
 
+@pytest.fixture(scope="module")
+def ours(tiny_folder: Path) -> TextEncoder:
+    return TextEncoder.from_pretrained(tiny_folder / "text_encoder")
+
+
+@pytest.mark.rounding
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_embeddings_are_those_of_the_masked_ones(tiny_folder: Path, theirs: tuple[Any, Any], prompt: str) -> None:
+def test_embeddings_are_those_of_the_masked_ones(
+    tiny_folder: Path, ours: TextEncoder, theirs: tuple[Any, Any], prompt: str
+) -> None:
     encoder, tokenizer = theirs
     given = tokenizer([prompt], padding="max_length", max_length=512, truncation=True, return_tensors="pt")
     ids = PromptTokenizer(tiny_folder / "tokenizer")(prompt, 512)
@@ -33,21 +41,31 @@ def test_embeddings_are_those_of_the_masked_ones(tiny_folder: Path, theirs: tupl
     assert ids == given.input_ids[0, :length].tolist()
     with torch.no_grad():
         wanted = encoder(given.input_ids, given.attention_mask).last_hidden_state[0, :length]
-    got = TextEncoder.from_pretrained(tiny_folder / "text_encoder")(torch.tensor(ids))
-    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+    double = copy.deepcopy(ours).double()
+    scale = rounding_scale(lambda: {"embedding": double(torch.tensor(ids))}, samples=4)
+    assert_within(ours(torch.tensor(ids)), wanted, scale["embedding"])
 
 
-def test_coarse_weights_are_as_near_as_transformers_own(tiny_folder: Path, theirs: tuple[Any, Any]) -> None:
+@pytest.mark.rounding
+def test_coarse_weights_are_as_near_as_transformers_own(
+    tiny_folder: Path, ours: TextEncoder, theirs: tuple[Any, Any]
+) -> None:
     from transformers import UMT5EncoderModel
 
-    ids = torch.tensor(PromptTokenizer(tiny_folder / "tokenizer")(PROMPTS[1], 512))
-    coarse = UMT5EncoderModel.from_pretrained(tiny_folder / "text_encoder", dtype=torch.bfloat16).eval()
-    with torch.no_grad():
-        exact, their = (model(ids[None]).last_hidden_state[0].float() for model in (theirs[0], coarse))
-    ours = TextEncoder.from_pretrained(tiny_folder / "text_encoder", torch.bfloat16)(ids).float()
-    off_by = [float((one - exact).norm() / exact.norm()) for one in (ours, their)]
-    assert off_by[0] < 1.2 * off_by[1]
-    assert 1e-4 < off_by[0] < 0.02
+    tokenizer = PromptTokenizer(tiny_folder / "tokenizer")
+    their_coarse = UMT5EncoderModel.from_pretrained(tiny_folder / "text_encoder", dtype=torch.bfloat16).eval()
+    our_coarse = TextEncoder.from_pretrained(tiny_folder / "text_encoder", torch.bfloat16)
+    squares = torch.zeros(3, dtype=torch.float64)
+    for prompt in PROMPTS:
+        ids = torch.tensor(tokenizer(prompt, 512))
+        with torch.no_grad():
+            their = their_coarse(ids[None]).last_hidden_state[0]
+        exact = ours(ids)
+        errors = (our_coarse(ids).float() - exact, their.float() - exact, exact)
+        squares += torch.stack([error.double().square().sum() for error in errors])
+    ours_off, theirs_off, size = squares.sqrt().tolist()
+    assert ours_off < 1.2 * theirs_off
+    assert 1e-4 * size < ours_off < 0.02 * size
 
 
 @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (16, 20)])
@@ -61,18 +79,6 @@ def test_buckets_are_transformers(buckets: int, farthest: int) -> None:
     places = torch.arange(300)
     wanted = layer._relative_position_bucket(places[None, :] - places[:, None])
     assert torch.equal(distance_buckets(300, buckets, farthest), wanted)
-
-
-def test_it_needs_no_transformers(tiny_folder: Path) -> None:
-    script = """
-import sys, torch
-from wan_model.codec.latent_codec import LatentCodec
-codec = LatentCodec.from_pretrained(sys.argv[1], load_vae=False)
-assert codec.encode_text(["a rabbit"])[0].shape[1] == 32
-assert not {"diffusers", "transformers"} & set(sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", script, str(tiny_folder)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_no_encoder_of_wan_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
