@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # for disk_writes
+sys.path.insert(0, str(Path(__file__).parent))  # for disk_writes and the other modules here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
@@ -27,9 +27,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from disk_writes import recorded_writes, save_events  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from reused_decoder import ReusedDecoder, end_idle_decoders  # noqa: E402
 
 from wan_data.prepare.settings import PrepareSettings  # noqa: E402
-from wan_data.video.decoder_process import Decoder  # noqa: E402
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 
@@ -108,25 +108,6 @@ def tiny_model(once: Once) -> Path:
     return once("tiny-model", write_tiny_wan)
 
 
-class ReusedDecoder(Decoder):
-    """A decoder that takes over the idle process of another one: starting a process takes seconds."""
-
-    idle: ClassVar[list[tuple[Any, Any]]] = []
-
-    def _start(self) -> None:
-        if not self.idle:
-            super()._start()
-            return
-        self._child, self._connection = self.idle.pop()
-        self._ready = True
-
-    def __exit__(self, *error: object) -> None:
-        if self._child is not None and self._connection is not None and self._ready and not self._jobs:
-            self.idle.append((self._child, self._connection))
-            self._child = self._connection = None
-        self._kill()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def reused_decoders() -> Iterator[None]:
     """Preparations in this process share decoder processes; processes that they start have their own."""
@@ -136,10 +117,7 @@ def reused_decoders() -> Iterator[None]:
         patch.setattr(probe, "Decoder", ReusedDecoder)
         patch.setattr(encoder_pool, "Decoder", ReusedDecoder)
         yield
-    while ReusedDecoder.idle:
-        decoder = ReusedDecoder()
-        decoder.start()
-        decoder._kill()
+    end_idle_decoders()
 
 
 class Silent:
@@ -159,8 +137,8 @@ class Silent:
 
 
 @pytest.fixture(scope="session")
-def length() -> Callable[[int, int], int]:
-    """How often: the first number in ``nox -s soak``, the second otherwise."""
+def length() -> Callable[[Any, Any], Any]:
+    """The first argument in ``nox -s soak``, the second otherwise."""
     return lambda soak, quick: soak if os.environ.get("WAN_SOAK") else quick
 
 

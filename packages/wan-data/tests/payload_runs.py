@@ -1,13 +1,15 @@
-"""Reads every poisoned dataset of a folder and prints what happened: ``python payload_runs.py ours|stock FOLDER``.
+"""Reads every poisoned dataset and prints what happened: ``python payload_runs.py OURS STOCK``, two folders.
 
-``ours`` reads with wan-data, ``stock`` with what the libraries beneath it offer. What a payload would run makes a
-folder, and an audit hook notes every program that is started and every connection that is opened meanwhile.
+Those of the first folder are read with wan-data, those of the second with what the libraries beneath it offer. What a
+payload would run makes a folder, and an audit hook notes every program that is started and every connection that is
+opened meanwhile.
 """
 
 import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +96,23 @@ def stock(case: Path) -> list[str]:
     return []
 
 
-def main() -> None:
-    read = {"ours": ours, "stock": stock}[sys.argv[1]]
-    folder = Path(sys.argv[2])
-    cases = sorted(path for path in folder.iterdir() if path.is_dir())
-    answer = os.dup(1)
-    os.dup2(2, 1)  # what is read may print
-    read(folder / "harmless")  # imports what there is to import
-    sys.addaudithook(watch)
+def run(read: Callable[[Path], list[str]], folder: Path) -> dict[str, Any]:
     found = {}
-    for case in cases:
+    for case in sorted(path for path in folder.iterdir() if path.is_dir()):
         events.clear()
         said = read(case)
         found[case.name] = {"said": said, "events": list(events), "marker": (case / "marker").exists()}
+    return found
+
+
+def main() -> None:
+    ours_folder, stock_folder = map(Path, sys.argv[1:])
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what is read may print
+    ours(ours_folder / "harmless")  # imports what there is to import
+    sys.addaudithook(watch)
+    # Ours first: what a payload changes in this process must not be there before.
+    found = {"ours": run(ours, ours_folder), "stock": run(stock, stock_folder)}
     os.write(answer, json.dumps(found).encode())
 
 

@@ -1,9 +1,11 @@
-"""Preparations that are killed, starved and raced: run as a program, it prints what it saw as JSON.
+"""Preparations that are killed, lack disk space or compete: ``python reliability_runs.py CLIPS WORK MODEL COUNTS``.
 
 Everything is imported and the codec loaded once; each preparation is then a forked copy of this process, so that
-hundreds of them take minutes. Decoding happens in the copy itself: what is tried here is the writing.
+hundreds of them take minutes. The copy decodes itself, because the subject of these tests is the writing. COUNTS is
+JSON, a number for each of ``kills``, ``full_disk`` and ``races``; what was seen is printed as JSON.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -11,6 +13,8 @@ import resource
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,11 @@ import torch
 
 from wan_data.prepare import encoder_pool
 from wan_data.prepare import probe as probing
+from wan_data.prepare import run as running
 from wan_data.prepare.run import prepare
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import files_of_folder
+from wan_data.shards.lock import writer_lock
 from wan_data.video.decode import Rejected, probe, read_windows
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.files import sha256_of
@@ -77,7 +83,21 @@ def whole(folder: Path) -> dict[str, str]:
     }
 
 
-def fork(clips: Path, out: Path, model: str, *, limit: int | None = None, log: Path | None = None) -> int:
+@contextlib.contextmanager
+def competing_lock(folder: Path) -> Iterator[None]:
+    """``writer_lock``, which is kept until both processes have come to it, however busy the machine is."""
+    arrivals = folder.with_suffix(".arrivals")
+    with arrivals.open("ab") as file:
+        file.write(b"x")
+    with writer_lock(folder):
+        while arrivals.stat().st_size < 2:
+            time.sleep(0.001)
+        yield
+
+
+def fork(
+    clips: Path, out: Path, model: str, *, limit: int | None = None, log: Path | None = None, competing: bool = False
+) -> int:
     """A preparation as a process of its own; its exit code is 0, 1 after a sentence, 70 after anything else."""
     pid = os.fork()
     if pid:
@@ -87,6 +107,8 @@ def fork(clips: Path, out: Path, model: str, *, limit: int | None = None, log: P
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        if competing:
+            running.writer_lock = competing_lock
         prepare(files_of_folder(clips, SETTINGS), out, model, SETTINGS, report=Quiet(), device="cpu", decoders=1)
         code = 0
     except (ValueError, OSError) as error:
@@ -105,12 +127,8 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kills(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]:
+def kills(clips: Path, work: Path, model: str, count: int, wanted: dict[str, str], seconds: float) -> dict[str, Any]:
     """Kill, take up, kill again, until it is through; then anew."""
-    out = work / "reference"
-    start = time.monotonic()
-    assert wait(fork(clips, out, model)) == 0
-    seconds, wanted = time.monotonic() - start, whole(out)
     shards = {name: digest for name, digest in wanted.items() if name.endswith(".tar")}
     rng, killed, finished, halves, different = random.Random(0), 0, 0, 0, 0
     number = 0
@@ -136,12 +154,8 @@ def kills(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]:
     return {"killed": killed, "finished": finished, "half_shards": halves, "different": different, "seconds": seconds}
 
 
-def full_disk(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]:
+def full_disk(clips: Path, work: Path, model: str, count: int, wanted: dict[str, str], largest: int) -> dict[str, Any]:
     """No file may grow beyond a limit, which is different each time; then it may."""
-    reference = work / "reference"
-    assert wait(fork(clips, reference, model)) == 0
-    wanted = whole(reference)
-    largest = max(path.stat().st_size for path in reference.rglob("*") if path.is_file())
     seen = []
     for number in range(count):
         out, log = work / f"run{number}", work / f"log{number}"
@@ -152,27 +166,36 @@ def full_disk(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]
     return {"largest": largest, "runs": seen}
 
 
-def races(clips: Path, work: Path, model: str, count: int) -> dict[str, Any]:
+def races(clips: Path, work: Path, model: str, count: int, wanted: dict[str, str]) -> dict[str, Any]:
     """Two at the same moment in one folder."""
-    reference = work / "reference"
-    assert wait(fork(clips, reference, model)) == 0
-    wanted, seen = whole(reference), []
+    seen = []
     for number in range(count):
         out = work / f"run{number}"
         logs = [work / f"log{number}{which}" for which in "ab"]
-        pids = [fork(clips, out, model, log=log) for log in logs]
+        pids = [fork(clips, out, model, log=log, competing=True) for log in logs]
         codes = [wait(pid) for pid in pids]
         seen.append([codes, [log.read_text() for log in logs], whole(out) == wanted])
     return {"runs": seen}
 
 
 def main() -> None:
-    what, clips, work, model, count = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+    clips, work, model, counts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
     torch.set_num_threads(1)
     codec = LatentCodec.from_pretrained(model)
     LatentCodec.from_pretrained = classmethod(lambda cls, *_, **__: codec)  # type: ignore[method-assign]
     probing.Decoder = encoder_pool.Decoder = HereDecoder  # type: ignore[assignment,misc]
-    found = {"kills": kills, "full_disk": full_disk, "races": races}[what](clips, work, model, count)
+    start = time.monotonic()
+    assert wait(fork(clips, work / "reference", model)) == 0
+    seconds, wanted = time.monotonic() - start, whole(work / "reference")
+    largest = max(path.stat().st_size for path in (work / "reference").rglob("*") if path.is_file())
+    found: dict[str, Any] = {}
+    for run, more in ((kills, [wanted, seconds]), (full_disk, [wanted, largest]), (races, [wanted])):
+        folder = work / run.__name__
+        folder.mkdir()
+        try:
+            found[run.__name__] = run(clips, folder, model, counts[run.__name__], *more)  # type: ignore[operator]
+        except Exception:  # the other two are of interest all the same
+            found[run.__name__] = {"error": traceback.format_exc()}
     print(json.dumps(found))
 
 

@@ -153,16 +153,14 @@ def poison(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    found = {}
-    for which in ("ours", "stock"):
-        folder = tmp_path_factory.mktemp(which)
-        names = poison(folder)
-        program = Path(__file__).with_name("payload_runs.py")
-        done = subprocess.run(
-            [sys.executable, str(program), which, str(folder)], capture_output=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
-        found[which] = json.loads(done.stdout)
+    folders = {which: tmp_path_factory.mktemp(which) for which in ("ours", "stock")}
+    _, names = (poison(folder) for folder in folders.values())
+    program = Path(__file__).with_name("payload_runs.py")
+    command = [sys.executable, str(program), *map(str, folders.values())]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    found = json.loads(done.stdout)
+    for which in folders:
         assert set(found[which]) == {*names, "harmless"}
     return found
 

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
+from latent_shards import write_latent_shards
 
 from wan_data.reading.blends import parts_of
 from wan_data.reading.datasets import read_latent_spec, splits
 from wan_data.reading.loader import LoaderConfig, PackLoader
-from wan_data.shards.energon_metadata import write_metadata
 from wan_data.shards.manifest import MANIFEST_NAME
-from wan_data.shards.writer import Sample, ShardWriter
 
 BLEND = """
 __module__: megatron.energon
@@ -28,25 +27,20 @@ splits:
 
 
 def write(folder, frames, count):
-    folder.mkdir()
-    records = []
-    for number, (split, samples) in enumerate((("train", count), ("val", 4))):
-        with ShardWriter(folder, number, split) as shard:
-            for i in range(samples):
-                # The value says which sample it is; the keys are the same in every dataset.
-                latent = torch.full((16, frames, 4, 4), 100.0 * frames + i)
-                shard.write(Sample(f"key{number}{i:03d}", latent, torch.zeros(3, 8), {"caption": "x"}))
-        records.append(shard.record)
-    write_metadata(folder, records)
+    # The value says which sample it is; the keys are the same in every dataset.
+    latents = [torch.full((16, frames, 4, 4), 100.0 * frames + i) for i in range(count)]
+    write_latent_shards(folder, [("train", latents), ("val", latents[:4])])
 
 
-@pytest.fixture(scope="module")
-def blend(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blend")
-    write(folder / "videos", 5, 30)
-    write(folder / "images", 1, 20)
-    (folder / "blend.yaml").write_text(BLEND)
-    return folder / "blend.yaml"
+@pytest.fixture(scope="session")
+def blend(once):
+    def build(folder):
+        folder.mkdir()
+        write(folder / "videos", 5, 30)
+        write(folder / "images", 1, 20)
+        (folder / "blend.yaml").write_text(BLEND)
+
+    return once("blend", build) / "blend.yaml"
 
 
 def loader(path, **changes):
@@ -155,8 +149,9 @@ def test_datasets_of_several_latent_spaces_are_refused(dataset, tmp_path):
         ("\x00", "is not YAML"),
     ],
 )
-def test_blends_of_another_form_are_refused(blend, text, message):
-    path = blend.parent / "other.yaml"
+def test_blends_of_another_form_are_refused(blend, tmp_path, text, message):
+    path = tmp_path / "other.yaml"
+    (tmp_path / "videos").symlink_to(blend.parent / "videos")
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         parts_of(path)

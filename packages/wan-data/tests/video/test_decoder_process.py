@@ -3,6 +3,7 @@ import signal
 from fractions import Fraction
 
 import pytest
+from reused_decoder import ReusedDecoder
 
 from wan_data.video.buckets import Size
 from wan_data.video.decode import Rejected, probe, read_windows
@@ -17,7 +18,8 @@ SIZE = Size(32, 48)
 
 @pytest.fixture
 def decoder():
-    with Decoder() as decoder:
+    # Its process is one that another test has left idle, if there is one: starting a process takes seconds.
+    with ReusedDecoder() as decoder:
         yield decoder
 
 
@@ -73,19 +75,24 @@ def test_a_decoder_that_dies_at_once_is_named(clip, tmp_path, monkeypatch):
     assert any(words in str(result) for words in ("memory", "its decoder crashed", "cannot be decoded"))
 
 
-def test_a_decoder_that_stands_still_is_ended(clip, tmp_path):
+def test_a_decoder_that_makes_no_progress_is_killed(decoder, clip, tmp_path):
     path = clip(tmp_path / "a.mkv", range(5))
-    with Decoder() as decoder:
-        ((_, info),) = decoder.decode([Job(path, FPS, LIMITS)])
-        assert info.frames == 5
-        # Stopped, it sends nothing, however fast the machine is.
-        os.kill(decoder._child.pid, signal.SIGSTOP)
-        decoder._timeout = 0.1
-        ((_, result),) = decoder.decode([Job(path, FPS, LIMITS)])
-        assert str(result) == "its decoder made no progress for 0.1 s and was killed"
-        decoder._timeout = 60
-        ((_, info),) = decoder.decode([Job(path, FPS, LIMITS)])
-        assert info.frames == 5
+    ((_, info),) = decoder.decode([Job(path, FPS, LIMITS)])
+    assert info.frames == 5
+    # Stopped, it sends nothing, however fast the machine is.
+    os.kill(decoder._child.pid, signal.SIGSTOP)
+    decoder._timeout = 0.1
+    ((_, result),) = decoder.decode([Job(path, FPS, LIMITS)])
+    assert str(result) == "its decoder made no progress for 0.1 s and was killed"
+    decoder._timeout = 60
+    ((_, info),) = decoder.decode([Job(path, FPS, LIMITS)])
+    assert info.frames == 5
+
+
+def test_a_decoder_that_does_not_start_is_killed(clip, tmp_path):
+    with Decoder(start_timeout=0) as decoder:
+        ((_, result),) = decoder.decode([Job(clip(tmp_path / "a.mkv", range(5)), FPS, LIMITS)])
+    assert str(result) == "its decoder made no progress for 0 s and was killed"
 
 
 def test_leaving_early_leaves_no_answers_behind(decoder, clip, tmp_path):

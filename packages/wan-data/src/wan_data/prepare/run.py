@@ -310,12 +310,12 @@ class _Preparation:
         self.ranks.barrier(f"{name}-written")
         if self.ranks.rank == 0:
             finished = [FinishedShard.read(self._finished(plan.number)) for plan in plans]
-            whole = with_shard_batch(manifest, batch, plans, finished)
-            if "train" not in whole.samples:
+            complete = with_shard_batch(manifest, batch, plans, finished)
+            if "train" not in complete.samples:
                 reasons = "; ".join(f"{name}: {reason}" for shard in finished for name, _, reason in shard.dropped[:1])
                 raise ValueError(f"no window for training could be encoded: {reasons}")
-            write_metadata(self.output, whole.shards)
-            whole.write(self.output)
+            write_metadata(self.output, complete.shards)
+            complete.write(self.output)
             (self.work / BATCH_NAME).unlink()
         self.ranks.barrier(f"{name}-done")
         return read_manifest(self.output)
