@@ -83,7 +83,10 @@ PACKAGES = [
     ),
 ]
 # Tests that take their full length in ``soak`` and a short one in ``tests``.
-SOAK = ["packages/wan-data/tests/test_reliability.py", "packages/wan-train/tests/test_training_reliability.py"]
+SOAK = [
+    "packages/wan-data/tests/test_reliability.py",
+    "packages/wan-train/tests/checkpoint/test_training_reliability.py",
+]
 BY_NAME = {package.name: package for package in PACKAGES}
 
 

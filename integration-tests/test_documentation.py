@@ -210,6 +210,7 @@ GOOD = """<h1 id="a">A</h1><p>Text.</p><pre>``x`` [a](b)</pre><img src="p.png">
         ("<p>a [b](c) d</p>", "was not rendered"),
         ("<p>a\n- b</p>", "was not rendered"),
         ("<p>::: wan_model</p>", "was not rendered"),
+        ("<p>For example::</p>", "was not rendered"),
         ("<h2>A { #a }</h2>", "was not rendered"),
         ("<p>**a**</p>", "was not rendered"),
     ],
