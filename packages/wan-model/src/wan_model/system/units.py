@@ -1,7 +1,7 @@
 """Amounts as people read them. Imports no torch."""
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: int | float) -> str:
     """Decimal units: ``1.31 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
@@ -10,7 +10,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def format_seconds(seconds: float) -> str:
+def format_seconds(seconds: int | float) -> str:
     """``4.2 s``, ``2 min 03 s``, ``1 h 05 min`` or ``3.5 days``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"

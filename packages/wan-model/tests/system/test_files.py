@@ -1,0 +1,145 @@
+"""Atomic writes: flushed, then renamed, then the name is flushed; and what stays behind when one fails."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from wan_model import WanDiT, save_transformer
+from wan_model.system.files import (
+    PARTIAL_SUFFIX,
+    atomic_path,
+    atomic_write,
+    naming,
+    sha256_of,
+    sync_file,
+    write_bytes,
+    write_json,
+)
+
+Events = list[tuple[str, str]]
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Events:
+    """What is flushed and what is renamed, in order, by the last part of the path."""
+    seen: Events = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        seen.append(("fsync", Path(f"/proc/self/fd/{descriptor}").resolve().name))
+        fsync(descriptor)
+
+    def record_replace(self: Path, target: Path) -> Path:
+        seen.append(("rename", f"{self.name} {Path(target).name}"))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    return seen
+
+
+def flushed(folder: str, name: str, partial: str) -> Events:
+    """The one order in which a name never stands for less than the whole file."""
+    return [("fsync", partial), ("rename", f"{partial} {name}"), ("fsync", folder)]
+
+
+@pytest.mark.parametrize("write", [write_bytes, write_json], ids=["bytes", "json"])
+def test_content_is_flushed_before_the_name_and_the_name_after(
+    tmp_path: Path, events: Events, write: Callable[..., None]
+) -> None:
+    write(tmp_path / "a.bin", b"1" if write is write_bytes else {"a": 1})
+    assert events == flushed(tmp_path.name, "a.bin", f"a.bin{PARTIAL_SUFFIX}")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_what_is_flushed_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    with atomic_write(tmp_path / "a.bin") as file:
+        file.write(b"x" * 100)  # stays in the buffer of the file until it is closed
+    assert sizes[0] == 100
+
+
+def test_saved_weights_are_flushed_file_by_file(small_model: WanDiT, tmp_path: Path, events: Events) -> None:
+    save_transformer(small_model.state_dict(), small_model.config, tmp_path / "transformer", shard_bytes=100_000)
+    names = sorted(path.name for path in (tmp_path / "transformer").iterdir())
+    weights = [name for name in names if name.endswith(".safetensors")]
+    assert len(weights) > 1
+    in_order = [*weights, "diffusion_pytorch_model.safetensors.index.json", "config.json"]
+    assert sorted(in_order) == names
+    assert events == [event for name in in_order for event in flushed("transformer", name, name + PARTIAL_SUFFIX)]
+
+
+def test_an_existing_file_is_replaced_and_stays_whole_when_the_new_one_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+
+    def write_half() -> None:
+        with atomic_write(path) as file:
+            file.write(b"new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"], "the partial file is removed"
+    write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"new": 2}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_errors_of_a_full_disk_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    path = tmp_path / "a.bin"
+
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    # Errors of write and fsync name no file.
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        write_bytes(path, b"1")
+    assert str(caught.value.filename).startswith(str(path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_while_the_file_is_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+
+    def write_half() -> None:
+        with atomic_path(path) as partial:
+            partial.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_half()
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_an_error_names_already_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, naming(tmp_path / "outer"):
+        sync_file(tmp_path / "inner")
+    assert caught.value.filename == str(tmp_path / "inner")
+
+
+def test_leftovers_are_overwritten_and_processes_have_names_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / f"a.bin{PARTIAL_SUFFIX}").write_bytes(b"of a killed process, and longer")
+    write_bytes(tmp_path / "a.bin", b"1")
+    assert (tmp_path / "a.bin").read_bytes() == b"1"
+    with atomic_path(tmp_path / "b.bin", unique=True) as partial:
+        assert partial.parent == tmp_path
+        assert partial.name.startswith("."), "not taken for a finished file by a pattern"
+        assert str(os.getpid()) in partial.name
+        partial.write_bytes(b"2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "b.bin"]
+
+
+def test_json_is_sorted_utf8_and_the_digest_is_of_the_bytes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": [1.5], "a": "é"})
+    assert (tmp_path / "a.json").read_bytes() == '{\n "a": "é",\n "b": [\n  1.5\n ]\n}\n'.encode()
+    write_bytes(tmp_path / "empty", b"")
+    assert sha256_of(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
