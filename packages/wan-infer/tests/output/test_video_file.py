@@ -1,8 +1,10 @@
+import ctypes
 import io
 import json
 import os
 import re
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +41,36 @@ def test_mp4_reads_back(tmp_path: Path) -> None:
         codec = stream.codec_context
         assert (codec.name, codec.pix_fmt, codec.colorspace, codec.color_range) == ("h264", "yuv420p", 1, 1)
     assert [file.name for file in path.parent.iterdir()] == ["waves.mp4"]
+
+
+_M_PERTURB = -6
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_equal_frames_give_equal_bytes_whatever_was_in_memory(tmp_path: Path) -> None:
+    # x264's defaults read memory that nothing has written to; glibc can be told what that holds.
+    noise = torch.randn(3, 9, 112, 160, generator=torch.Generator().manual_seed(0))
+    contents = set()
+    try:
+        for byte in (0x00, 0x55, 0xAA, 0xFF):
+            ctypes.CDLL(None).mallopt(_M_PERTURB, byte)
+            save_video(waves(9, 112, 160) * 0.7 + 0.1 * noise, tmp_path / "video.mp4", metadata={"seed": 1})
+            contents.add((tmp_path / "video.mp4").read_bytes())
+    finally:
+        ctypes.CDLL(None).mallopt(_M_PERTURB, 0)
+    assert len(contents) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="chooses processors as Linux does")
+def test_equal_frames_give_equal_bytes_on_any_number_of_processors(tmp_path: Path) -> None:
+    available = os.sched_getaffinity(0)
+    try:
+        for name, processors in (("all", available), ("one", {min(available)})):
+            os.sched_setaffinity(0, processors)
+            save_video(waves(), tmp_path / f"{name}.mp4")
+    finally:
+        os.sched_setaffinity(0, available)
+    assert (tmp_path / "all.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
 
 
 def test_png_reads_back(tmp_path: Path) -> None:

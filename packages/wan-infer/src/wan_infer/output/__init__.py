@@ -1,1 +1,1 @@
-"""Files that come out."""
+"""Output files: videos, pictures, contact sheets."""

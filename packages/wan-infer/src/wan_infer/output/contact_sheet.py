@@ -1,4 +1,4 @@
-"""A contact sheet: frames of one or several videos side by side in one picture.
+"""A contact sheet: frames of one or several videos in one picture.
 
 Shapes: T frames, H rows, W columns.
 """
@@ -13,7 +13,7 @@ from PIL import Image
 
 from wan_infer.output.output_names import output_file
 
-# Unnamed sizes: the videos of a sheet need not be alike.
+# Unnamed sizes: the videos of a sheet may differ in them.
 AnyFrames = UInt8[np.ndarray, "_ _ _ 3"]
 
 _GAP = 4
@@ -67,7 +67,7 @@ def draw_contact_sheet(
 
 
 def save_contact_sheet(videos: Sequence[AnyFrames], path: str | Path, *, columns: int = 4, most: int = 12) -> None:
-    """Write a contact sheet as PNG; the file appears whole or not at all.
+    """Write a contact sheet as PNG; the file is written atomically.
 
     Raises:
         ValueError: there is nothing to show, or the file cannot be written.

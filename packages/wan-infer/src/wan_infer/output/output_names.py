@@ -1,4 +1,4 @@
-"""Where results go: names that owe nothing to the prompt, and files that appear whole or not at all."""
+"""Names of output files, checks of their paths, and atomic writes."""
 
 import contextlib
 import hashlib
@@ -12,9 +12,9 @@ from wan_model.system.files import atomic_write
 
 
 def output_name(index: int, record: Mapping[str, Any], frames: int) -> str:
-    """``0003-1a2b3c4d5e6f.mp4``: the place in the call, and a digest of all that defines the video.
+    """``0003-1a2b3c4d5e6f.mp4``: the index in the call, and a digest of everything that defines the video.
 
-    A prompt may hold anything, path separators too, and is nobody else's business; so no letter of it is used.
+    No part of the prompt is used, which may contain anything, path separators too, and may be private.
     """
     canonical = json.dumps(record, sort_keys=True, ensure_ascii=True)
     digest = hashlib.sha256(canonical.encode()).hexdigest()[:12]
@@ -22,15 +22,15 @@ def output_name(index: int, record: Mapping[str, Any], frames: int) -> str:
 
 
 def ending(frames: int) -> str:
-    """The file name's ending: one frame is a picture."""
+    """The suffix: one frame is a picture."""
     return ".png" if frames == 1 else ".mp4"
 
 
 def check_save_file(path: Path, frames: int) -> None:
-    """Refuse a name whose ending does not say what will be in the file.
+    """Refuse a file name whose suffix does not match its content.
 
     Raises:
-        ValueError: naming the ending that is expected.
+        ValueError: naming the suffix that is expected.
     """
     if path.suffix.lower() != ending(frames):
         what = "one frame is saved as a picture" if frames == 1 else f"{frames} frames are saved as a video"
@@ -38,10 +38,10 @@ def check_save_file(path: Path, frames: int) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place that cannot be written to, before hours are spent on what should go there.
+    """Refuse a path that cannot be written to, before hours are spent on sampling.
 
     Raises:
-        ValueError: it is a folder, its folder cannot be made, or it may not be written.
+        ValueError: it is a folder, its folder cannot be created, or it may not be written to.
     """
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")
@@ -56,11 +56,12 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def output_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, whose folder is made if absent; it gets its name, replacing a file of that name, when the block
-    ends well.
+    """A file to write, whose folder is created if absent; it gets its name when the block ends without an error.
+
+    A file of that name is replaced.
 
     Raises:
-        ValueError: the system refuses (a full disk, say), with its reason; nothing is left behind.
+        ValueError: the operating system refuses (a full disk, say), with its reason; no partial file is left.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
