@@ -18,13 +18,13 @@ MUTATIONS = (
         "every-rank-reads-the-same", "reading/loader.py",
         "            rank=rank,", "            rank=0,",
         "all data-parallel ranks train on the same samples and most of the dataset is never seen",
-        "reading/test_loader.py",
+        "reading/test_loader.py::test_ranks_share_out_an_epoch",
     ),
     _of(
         "bad-samples-skipped", "reading/loader.py",
         "global_error_handler=reraise_exception,", "",
         "a damaged sample is left out in silence and training goes on without it",
-        "reading/test_loader.py",
+        "reading/test_loader.py::test_a_refused_sample_ends_the_run_and_is_named",
     ),
     _of(
         "padding-beyond-the-capacity", "reading/packing.py",

@@ -57,13 +57,13 @@ MUTATIONS = (
         "average-decays-the-wrong-way", "model/ema.py",
         "1 - self.decay)", "self.decay)",
         "the average of the weights is nearly the last step's weights",
-        "model", "loop/test_parallel_equality.py::test_the_ema_is_that_of_the_weights_after_each_step",
+        "loop/test_plain_training.py",
     ),
     _of(
         "average-not-restored", "model/provider.py",
         "self.ema.load(saved)", "self.ema.reset()",
         "each resume begins the average of the weights anew",
-        "checkpoint/test_training_reliability.py::test_resume_at_any_step_is_the_uninterrupted_run",
+        "loop/test_bf16.py::test_resumes_to_the_bit",
     ),
     _of(
         "validation-noise-not-seeded", "loop/validation.py",
