@@ -165,7 +165,7 @@ class LaunchServer:
     def close(self) -> None:
         """End it."""
         with self._server:
-            self._server.communicate()
+            self._server.kill()
 
 
 def _run(order: dict[str, Any]) -> int:
