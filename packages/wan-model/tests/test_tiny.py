@@ -1,14 +1,15 @@
 """The tiny model folder: reproducible, and a model that diffusers' own pipeline runs."""
 
 import hashlib
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from wan_model.tiny import TINY_CONFIG, write_tiny_wan
+from wan_model.tiny import TINY_CONFIG, main, write_tiny_wan
 from wan_model.weights.transformer import load_transformer, read_config
 
 
@@ -55,8 +56,19 @@ def test_diffusers_pipeline_samples_from_it(pipeline: Any) -> None:
     assert sigmas[-1] == 0
 
 
-def test_command_line_prints_where(tmp_path: Path, tiny_folder: Path) -> None:
-    command = [sys.executable, "-m", "wan_model.tiny", str(tmp_path / "model"), "--seed", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout.strip() == f"wrote a tiny Wan 2.1 with random weights to {tmp_path / 'model'}"
+def test_command_line_prints_where(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As ``python -m wan_model.tiny`` runs it, but for the seconds that a new process spends on imports.
+    monkeypatch.setattr(sys, "argv", ["tiny.py", str(tmp_path / "model"), "--seed", "0"])
+    monkeypatch.delitem(sys.modules, "wan_model.tiny")
+    runpy.run_module("wan_model.tiny", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.strip() == f"wrote a tiny Wan 2.1 with random weights to {tmp_path / 'model'}"
     assert digests(tmp_path / "model") == digests(tiny_folder)
+
+
+def test_command_line_says_in_one_line_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["tiny.py", str(tmp_path / "file" / "model")])
+    with pytest.raises(SystemExit, match=r"^Error: .*Not a directory"):
+        main()
