@@ -1,8 +1,8 @@
 """Videos as H.264 mp4 files, single frames as PNG, with their settings as metadata.
 
-Equal frames give equal bytes. With x264's defaults they do not: where there are B-frames its SIMD code for macroblock-tree
-rate control reads uninitialised memory. ``cpu-independent`` selects its C code instead. The bytes also depend on the
-number of threads, by default that of the processors, so it is fixed.
+Equal frames give equal bytes. With x264's defaults they do not: its SIMD code for macroblock-tree rate control reads
+uninitialised memory. ``cpu-independent`` selects its C code instead. The bytes also depend on the number of threads, by
+default that of the processors, so it is fixed.
 
 Shapes: T frames, H rows, W columns.
 """
