@@ -78,6 +78,11 @@ def write_clip(
 
 
 @pytest.fixture(scope="session")
+def checked_modules() -> tuple[str, ...]:
+    return _CHECKED
+
+
+@pytest.fixture(scope="session")
 def clip() -> Callable[..., Path]:
     return write_clip
 

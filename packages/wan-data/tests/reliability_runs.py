@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from folder_digests import without_index
 
 from wan_data.prepare import encoder_pool
 from wan_data.prepare import probe as probing
@@ -72,15 +73,6 @@ class Quiet:
     def stage(self, name: str, total: int) -> None: ...
     def step(self, line: str) -> None: ...
     def log(self, line: str) -> None: ...
-
-
-def whole(folder: Path) -> dict[str, str]:
-    """Digests of all files but Energon's database, which is of whatever library wrote it."""
-    return {
-        path.relative_to(folder).as_posix(): sha256_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".sqlite"
-    }
 
 
 @contextlib.contextmanager
@@ -150,7 +142,7 @@ def kills(clips: Path, work: Path, model: str, count: int, wanted: dict[str, str
                 break
         assert wait(fork(clips, out, model)) == 0
         finished += 1
-        different += whole(out) != wanted
+        different += without_index(out) != wanted
     return {"killed": killed, "finished": finished, "half_shards": halves, "different": different, "seconds": seconds}
 
 
@@ -162,7 +154,7 @@ def full_disk(clips: Path, work: Path, model: str, count: int, wanted: dict[str,
         limit = round(largest * (number + 0.5) / count)
         code = wait(fork(clips, out, model, limit=limit, log=log))
         again = wait(fork(clips, out, model))
-        seen.append([limit, code, log.read_text(), again, whole(out) == wanted])
+        seen.append([limit, code, log.read_text(), again, without_index(out) == wanted])
     return {"largest": largest, "runs": seen}
 
 
@@ -174,7 +166,7 @@ def races(clips: Path, work: Path, model: str, count: int, wanted: dict[str, str
         logs = [work / f"log{number}{which}" for which in "ab"]
         pids = [fork(clips, out, model, log=log, competing=True) for log in logs]
         codes = [wait(pid) for pid in pids]
-        seen.append([codes, [log.read_text() for log in logs], whole(out) == wanted])
+        seen.append([codes, [log.read_text() for log in logs], without_index(out) == wanted])
     return {"runs": seen}
 
 
@@ -186,7 +178,7 @@ def main() -> None:
     probing.Decoder = encoder_pool.Decoder = HereDecoder  # type: ignore[assignment,misc]
     start = time.monotonic()
     assert wait(fork(clips, work / "reference", model)) == 0
-    seconds, wanted = time.monotonic() - start, whole(work / "reference")
+    seconds, wanted = time.monotonic() - start, without_index(work / "reference")
     largest = max(path.stat().st_size for path in (work / "reference").rglob("*") if path.is_file())
     found: dict[str, Any] = {}
     for run, more in ((kills, [wanted, seconds]), (full_disk, [wanted, largest]), (races, [wanted])):

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from folder_digests import without_index
 from torch.distributed import HashStore
 
 from wan_data.prepare.ranks import TorchrunRanks
-from wan_model.system.files import sha256_of
 
 RANK = """
 import json, os, sys
@@ -42,14 +42,6 @@ cli.main(sys.argv[2:])
 """
 
 
-def bytes_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): sha256_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".sqlite"
-    }
-
-
 def test_every_file_and_shard_belongs_to_one_rank(dataset, clips, tiny_model, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
@@ -70,7 +62,7 @@ def test_every_file_and_shard_belongs_to_one_rank(dataset, clips, tiny_model, tm
     probed = sorted(line["probed"] for line in lines if "probed" in line)
     assert probed == sorted(path.relative_to(clips).as_posix() for path in clips.rglob("*.mkv"))
     assert sorted(line["wrote"] for line in lines if "wrote" in line) == [0, 1, 2, 3, 4]
-    assert bytes_of(tmp_path / "out") == bytes_of(dataset)
+    assert without_index(tmp_path / "out") == without_index(dataset)
 
 
 class ThreadRanks(TorchrunRanks):

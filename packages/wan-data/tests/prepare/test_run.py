@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folder_digests import digests, without_index
 
 from wan_data.inspect.verify import verify
 from wan_data.prepare import encoder_pool
@@ -36,12 +37,6 @@ def members(folder):
         with tarfile.open(shard) as tar:
             for member in tar:
                 yield shard.name, member, tar.extractfile(member).read()
-
-
-def digests(folder):
-    return {
-        path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
 
 
 def test_shards_are_those_of_the_recipe(dataset, tiny_model):
@@ -204,11 +199,6 @@ def test_a_run_killed_in_its_first_manifest_is_taken_up(prepared, clips, dataset
     (tmp_path / WORK_FOLDER).mkdir()
     prepared(clips, tmp_path, tiny_model, PrepareSettings(**small), report=silent)
     assert without_index(tmp_path) == without_index(dataset)
-
-
-def without_index(folder):
-    # index.sqlite: Energon's own index, written by whatever library there is.
-    return {name: digest for name, digest in digests(folder).items() if not name.endswith(".sqlite")}
 
 
 def test_a_dataset_of_other_settings_is_replaced_only_when_asked(

@@ -1,6 +1,7 @@
 """Captions of clips: finding them in the files beside a clip, and validating them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
         raise ValueError(f"{where} is not JSON of a caption: it is nested too deeply") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the location and the value of each line that is not blank; a ``ValueError`` for a line that is not JSON.
+
+    Raises:
+        ValueError: see ``read_text``.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines: JSON text may hold U+2028
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            value = parse_json(line, where)
+        except ValueError as error:
+            value = error
+        yield where, value
 
 
 def caption_in(value: Any, key: str, where: str) -> str:
@@ -104,10 +122,12 @@ class CaptionFinder:
         return found[0][1]
 
     def _single_line(self, path: Path) -> str | None:
-        lines = [line for line in read_text(path).split("\n") if line.strip()]
+        lines = list(json_lines(path))
         if len(lines) != 1:
             return None  # a list of clips; _listed reads it
-        value = parse_json(lines[0], path.name)
+        ((_, value),) = lines
+        if isinstance(value, ValueError):
+            raise value
         if isinstance(value, dict) and any(isinstance(value.get(key), str) for key in NAME_KEYS):
             return None
         return caption_in(value, self.caption_key, path.name)
@@ -119,20 +139,14 @@ class CaptionFinder:
         broken: list[str] = []
         for path in sorted(folder.glob("*.jsonl")):
             try:
-                lines = read_text(path).split("\n")  # not splitlines: JSON text may hold U+2028
+                lines = list(json_lines(path))
             except ValueError as error:
                 broken.append(str(error))
                 continue
-            for number, line in enumerate(lines, start=1):
-                where = f"{path.name} line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    value = parse_json(line, where)
-                except ValueError as error:
-                    broken.append(str(error))
-                    continue
-                if isinstance(value, dict):
+            for where, value in lines:
+                if isinstance(value, ValueError):
+                    broken.append(str(value))
+                elif isinstance(value, dict):
                     names = {value[key] for key in NAME_KEYS if isinstance(value.get(key), str)}
                     for name in sorted({Path(name).name for name in names}):
                         listed.setdefault(name, []).append((where, value))

@@ -14,12 +14,13 @@ from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import plan_shard_batch
 from wan_data.reading.packing import latent_tokens
+from wan_data.video.windows import TEMPORAL_STRIDE
 from wan_model.system.units import format_bytes, format_seconds
 
 # Rough number of letters in a token of the text encoder, and the width of the released one.
 _LETTERS_PER_TOKEN = 4
 _TEXT_WIDTH = 4096
-_CHANNELS, _SPATIAL, _TEMPORAL = 16, 8, 4
+_CHANNELS, _SPATIAL_STRIDE = 16, 8  # of the latents of Wan 2.1
 
 
 def make_plan(
@@ -49,7 +50,7 @@ def make_plan(
             buckets[split, window.length, source.size.height, source.size.width] += 1
     rows: list[dict[str, Any]] = []
     for (split, frames, height, width), samples in sorted(buckets.items()):
-        latent = (_CHANNELS, (frames - 1) // _TEMPORAL + 1, height // _SPATIAL, width // _SPATIAL)
+        latent = (_CHANNELS, (frames - 1) // TEMPORAL_STRIDE + 1, height // _SPATIAL_STRIDE, width // _SPATIAL_STRIDE)
         pixels += samples * frames * height * width
         rows.append(
             {

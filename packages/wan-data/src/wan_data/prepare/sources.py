@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.captions import NAME_KEYS, CaptionFinder, caption_in, parse_json, read_text
+from wan_data.prepare.captions import NAME_KEYS, CaptionFinder, caption_in, json_lines, read_text
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -121,18 +121,11 @@ def _row(where: str, row: Any, folder: Path, settings: PrepareSettings) -> Sourc
 
 
 def _rows_of_jsonl(listing: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(read_text(listing).split("\n"), start=1):  # JSON text may hold other line ends
-        if not line.strip():
-            continue
-        where = f"{listing.name} line {number}"
-        try:
-            value = parse_json(line, where)
-            if not isinstance(value, dict):
-                raise ValueError(f"{where} holds a JSON {type(value).__name__}; expected an object")
-        except ValueError as error:
-            yield where, error
-            continue
-        yield where, value
+    for where, value in json_lines(listing):
+        if isinstance(value, dict | ValueError):
+            yield where, value
+        else:
+            yield where, ValueError(f"{where} holds a JSON {type(value).__name__}; expected an object")
 
 
 def _rows_of_csv(listing: Path) -> Iterator[tuple[str, Any]]:

@@ -21,8 +21,6 @@ from wan_data.video.limits import Limits
 from wan_data.video.media_types import IMAGE_SUFFIXES
 from wan_data.video.windows import TimedFrame, Window, resample
 
-RESIZE_MODES = ("bicubic", "bilinear", "nearest")
-
 
 class Rejected(ValueError):
     """A source cannot be used; the message continues the sentence "SOURCE: ..."."""
