@@ -8,7 +8,8 @@ from urllib.parse import unquote, urlsplit
 
 # Marks that only unrendered Markdown leaves in text: code, tables, links, lists, bold type, directives.
 _UNRENDERED = re.compile(
-    r"``|^\s*\|?[\s:|-]*---[\s:|-]*\|\s*$|\]\(|^[-*] \w|(?<!\w)\*\*\w|<!--|::\s*$|:::|\{\s*#[\w-]+\s*\}", re.MULTILINE
+    r"``|^\s*\|?[\s:|-]*---[\s:|-]*\|\s*$|\]\(|^\s*(?:[-*]|\d+\.) |(?<!\w)\*\*\w|<!--|::\s*$|:::|\{\s*#[\w-]+\s*\}",
+    re.MULTILINE,
 )
 _VERBATIM = {"pre", "code", "script", "style", "title"}
 _VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
