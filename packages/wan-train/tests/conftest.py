@@ -73,7 +73,7 @@ def start_weights(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def equality_reference(once: Once, start_weights: Path) -> Path:
-    """One process, a checkpoint after each step, an EMA."""
+    """One process of that, with an EMA."""
     options = equality_options(start_weights, EQUALITY_SEED)
     return once(f"equality-{EQUALITY_SEED}", lambda folder: train(folder, *options))
 

@@ -182,8 +182,9 @@ def _transformer_engine_answers() -> dict[str, object]:
 
     def differences(rows: int, q_offsets: tuple[int, ...], k_offsets: tuple[int, ...]) -> float:
         generator, worst, results = torch.Generator().manual_seed(1), 0.0, []
-        inputs = [torch.randn(length, 4, 24, generator=generator) for length in (rows, k_offsets[-1], k_offsets[-1])]
-        weight = torch.randn(rows, 4, 24, generator=generator)
+        lengths = (rows, k_offsets[-1], k_offsets[-1])
+        inputs = [torch.randn(length, 4, 24, generator=generator, dtype=torch.float64) for length in lengths]
+        weight = torch.randn(rows, 4, 24, generator=generator, dtype=torch.float64)
         for ops in (fused, MegatronOps(provider, "sdpa")):
             leaves = [x.clone().requires_grad_() for x in inputs]
             out = ops.attend(*leaves, q_offsets, k_offsets)
@@ -334,6 +335,28 @@ def _configuration_answers() -> dict[str, object]:
     }
 
 
+def _exit_status(status: object) -> object:
+    """What ``pretrain`` makes of Megatron-Bridge's loop that leaves with that status."""
+    import megatron.bridge.training.pretrain as bridge
+
+    from wan_train.config.options import RunOptions
+    from wan_train.loop.run import pretrain
+
+    original = bridge.pretrain
+
+    def leave(*args: object, **kwargs: object) -> None:
+        raise SystemExit(status)
+
+    bridge.pretrain = leave
+    try:
+        pretrain(RunOptions("tiny", mock=True))
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        bridge.pretrain = original
+    return "returned"
+
+
 def _dropout_answers() -> dict[str, object]:
     from types import SimpleNamespace
 
@@ -409,6 +432,7 @@ def probe(results: str) -> None:
         "precision": _precision_answers(),
         "groups": _group_answers(),
         "dropout": _dropout_answers(),
+        "exit statuses": [_exit_status(status) for status in (0, None, 3)],
     }
     model_parallel_cuda_manual_seed(5)
     with get_cuda_rng_tracker().fork():

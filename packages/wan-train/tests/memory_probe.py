@@ -1,5 +1,5 @@
-"""Count bytes in a rank: what the first pack's forward pass leaves, the most until the gradients are there, and what
-weights, gradients and the optimizer hold between steps.
+"""Count bytes in a rank: what the first pack's forward pass leaves, the most until the gradients are there, what
+weights, gradients and the optimizer hold between steps, and what each further step leaves behind.
 
 Called in a rank before it trains (``warm_ranks.Call``); each rank writes RESULTS/RANK.json.
 """
@@ -42,6 +42,7 @@ def install(results: str) -> None:
     def counted_begin(self: Any, context: Any) -> None:
         begin(self, context)
         if "peak" in found:
+            memory.__enter__()
             return
         step = context.optimizer.step
 
@@ -56,6 +57,10 @@ def install(results: str) -> None:
 
     def counted_end(self: Any, context: Any) -> None:
         end(self, context)
+        if "weights" in found:
+            memory.__exit__(None, None, None)
+            gc.collect()
+            found.setdefault("after_steps", []).append(memory.total)
         parameters = [parameter for part in context.model for parameter in part.parameters()]
         optimizers = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
         states = [state for one in optimizers for state in one.optimizer.state.values()]

@@ -2,8 +2,9 @@
 
 What every parallel layout is compared with is itself one process of the engine; that process is compared with this.
 Results have names, the same ones for this loop and for a run of the engine: ``loss`` and ``norm`` of all steps,
-``gradient/KEY`` (Adam's first moment after the first step: 0.1 times the clipped gradient), ``weight/KEY`` and
-``ema/KEY`` after the last step, ``validation`` at all steps and timesteps.
+``gradient/KEY`` (Adam's first moment after the second step: 0.09 and 0.1 times the clipped gradients of the first two
+steps, which the warm-up from 0 computes with the same weights), ``weight/KEY`` and ``ema/KEY`` after the last step,
+``validation`` at all its steps and timesteps.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ FLOW = dataclasses.replace(FlowMatching.pretrain(), caption_dropout=CAPTION_DROP
 EMPTY_CAPTION = torch.zeros(1, TINY_CONFIG.text_dim)
 TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
 VALIDATION_SAMPLES, VALIDATION_SEED, VALIDATION_STEPS = 7, 1234, (2, 4)
-# The first moment is (1 - beta1) times the gradient; the fully sharded format names modules as they are wrapped.
+# The fully sharded format names modules as they are wrapped.
 FIRST_MOMENT = ("optimizer.state.exp_avg.", "optimizer.state.module.module.dit.")
 
 Results = dict[str, Tensor]
@@ -54,7 +55,7 @@ class Reference:
 
     Attributes:
         start: the model folder that training starts from.
-        run: one process of the engine, a checkpoint after each step.
+        run: one process of the engine.
         exact: results of the plain loop.
         scale: how far fp32 rounding can move each of them.
     """
@@ -119,7 +120,7 @@ def train_plainly(start: Path, seed: int, number_of: Callable[[int], int] = lamb
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
-        if step == 0:
+        if step == 1:
             for key, parameter in named.items():
                 results[f"gradient/{key}"] = optimizer.state[parameter]["exp_avg"].clone()
         with torch.no_grad():
@@ -187,7 +188,7 @@ def engine_results(folder: Path) -> Results:
         "norm": torch.tensor([entry["grad_norm"] for entry in steps], dtype=torch.float64),
         "validation": torch.tensor(at, dtype=torch.float64),
     }
-    moments = read_tensors(find_checkpoint(folder, 1), FIRST_MOMENT)
+    moments = read_tensors(find_checkpoint(folder, 2), FIRST_MOMENT)
     for key, moment in moments.items():
         # The fully sharded format names the moment behind the tensor.
         if not key.endswith((".exp_avg_sq", ".step")):

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,42 +20,50 @@ RECIPES = ("wan_1_3b", "wan_1_3b_t2i", "wan_14b", "wan_14b_t2i", "tiny")
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="wan-train")
 def main() -> None:
-    """Train Wan 2.1 text-to-video models in parallel, on Megatron's engine."""
+    """Train Wan 2.1 text-to-video models in parallel with Megatron."""
 
 
 @main.command()
 @click.option(
-    "--recipe", type=click.Choice(RECIPES), help="What to train; wan_1_3b if neither this nor the file says it."
+    "--recipe",
+    type=click.Choice(RECIPES),
+    help="Model and default settings; wan_1_3b if neither this nor --config-file sets it.",
 )
 @click.option(
     "--training-mode", "--training_mode", type=click.Choice(["pretrain", "finetune"]), default="pretrain",
-    show_default=True, help="Preset of the objective's timestep density and shift.",
+    show_default=True, help="Preset of timestep density and shift.",
 )  # fmt: skip
 @click.option(
-    "--config-file", "--config_file", metavar="FILE", help="YAML applied over the recipe, or a name of `config list`."
+    "--config-file",
+    "--config_file",
+    metavar="FILE",
+    help="YAML file applied over the recipe, or a name from `config list`.",
 )
 @click.option(
     "--init-from", "--init_from", metavar="MODEL",
-    help="Start from the transformer of a model in diffusers' layout: a folder or a hub id.",
+    help="Initial weights: the transformer of a model in diffusers' layout, a folder or hub id.",
 )  # fmt: skip
-@click.option("--mock", is_flag=True, help="Train on random data of dataset.mock_settings' shapes.")
+@click.option("--mock", is_flag=True, help="Train on random data with the shapes in dataset.mock_settings.")
 @click.option(
     "--nproc-per-node", "--nproc_per_node", type=click.IntRange(1), default=1, show_default=True,
-    help="Processes to start on this machine. Under torchrun leave it out.",
+    help="Processes to start on this machine. Omit it under torchrun.",
 )  # fmt: skip
 @click.option(
-    "--verbose", is_flag=True, help="Show Megatron's own output, which otherwise goes to a file beside the log."
+    "--verbose", is_flag=True, help="Print Megatron's own output, which is otherwise written to a file beside the log."
 )
 @click.option(
-    "--dry-run", "--dry_run", is_flag=True, help="Check everything and say what the run would be; start nothing."
+    "--dry-run",
+    "--dry_run",
+    is_flag=True,
+    help="Validate the configuration and print layout, memory and FLOPs, without training.",
 )
 @click.option(
     "--world-size",
     "--world_size",
     type=click.IntRange(1),
-    help="With --dry-run: processes of a cluster that is not here.",
+    help="With --dry-run: number of processes of the planned cluster.",
 )
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 def pretrain(
     recipe: str | None,
@@ -88,11 +96,13 @@ def pretrain(
         sys.exit(_dry_run(options, world_size or nproc_per_node, as_json))
     if world_size is not None or as_json:
         raise click.ClickException(
-            "--world-size and --json belong to --dry-run; torchrun says how many processes there are"
+            "--world-size and --json need --dry-run; a run takes its number of processes from torchrun"
         )
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:  # one process of torchrun's
         if nproc_per_node != 1:
-            raise click.ClickException("--nproc-per-node is given under torchrun, which has started the processes")
+            raise click.ClickException(
+                "--nproc-per-node is given under torchrun, which has started the processes; leave it out"
+            )
         sys.argv = [sys.argv[0], options.to_json()]
         from wan_model.system.child_process import end_process
         from wan_train.launch import worker
@@ -103,7 +113,7 @@ def pretrain(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Megatron talks while it is imported."""
+    """Suppress Megatron's output during its import."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -124,38 +134,35 @@ def _dry_run(options: "RunOptions", world: int, as_json: bool) -> int:
 
 
 @main.command("plan")
-@click.option("--model", type=click.Choice(["1.3b", "14b"]), default="14b", show_default=True, help="What to train.")
+@click.option("--model", type=click.Choice(["1.3b", "14b"]), default="14b", show_default=True, help="Model.")
 @click.option(
     "--gpus", type=click.IntRange(1), multiple=True, metavar="N",
-    help="How many GPUs; may be given several times. 8 to 1024 if it is not given.",
+    help="Number of GPUs; repeatable. Default: 8 to 1024.",
 )  # fmt: skip
 @click.option(
     "--gpu", default="h100", show_default=True, metavar="NAME|FILE",
-    help="h100, h200, or a YAML file with what differs from an h100.",
+    help="h100, h200, or a YAML file with the values that differ from an h100.",
 )  # fmt: skip
 @click.option(
-    "--shape", default="81x480x832", show_default=True, metavar="FRAMESxHEIGHTxWIDTH", help="Videos to train on."
+    "--shape",
+    default="81x480x832",
+    show_default=True,
+    metavar="FRAMESxHEIGHTxWIDTH",
+    help="Shape of the training videos.",
 )
 @click.option("--capacity", type=click.IntRange(1), default=43008, show_default=True, help="Tokens of a pack.")
 @click.option(
     "--packs",
     type=click.IntRange(1),
     metavar="N",
-    help="A step, at least; one for every 8 GPUs and at least 8 if not given.",
+    help="Minimum packs per step. Default: one per 8 GPUs, at least 8.",
 )
-@click.option("--best", type=click.IntRange(1), default=1, show_default=True, help="Layouts to show for each.")
-@click.option("--json", "as_json", is_flag=True, help="JSON, with every part of memory and time.")
-def plan_command(
-    model: str,
-    gpus: tuple[int, ...],
-    gpu: str,
-    shape: str,
-    capacity: int,
-    packs: int | None,
-    best: int,
-    as_json: bool,
-) -> None:
-    """Estimate which layout trains fastest on so many GPUs, its memory and the time of a step.
+@click.option(
+    "--best", type=click.IntRange(1), default=1, show_default=True, help="Layouts to print per number of GPUs."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with every part of memory and time.")
+def plan_command(**options: Any) -> None:
+    """Estimate the fastest layout for a number of GPUs, its memory and its step time.
 
     \b
     wan-train plan --model 14b --gpus 64 --gpus 128
@@ -163,7 +170,7 @@ def plan_command(
     from wan_train.planning.plan import main as make_plan
 
     try:
-        lines = make_plan(model, gpus, gpu, shape, capacity, packs, best, as_json=as_json)
+        lines = make_plan(**options)
     except ValueError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
@@ -174,11 +181,11 @@ def plan_command(
 @main.command("export")
 @click.argument("checkpoints", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--step", type=click.IntRange(0), help="Which; the newest complete one if not given.")
-@click.option("--ema", is_flag=True, help="The average of the weights instead of the weights.")
+@click.option("--step", type=click.IntRange(0), help="Step to export. Default: the newest complete one.")
+@click.option("--ema", is_flag=True, help="Export the EMA instead of the weights.")
 @click.option(
     "--dtype", type=click.Choice(["stored", "float32", "bfloat16"]), default="stored", show_default=True,
-    help="Precision of the tensors; stored keeps every bit.",
+    help="Precision of the tensors; stored: unchanged.",
 )  # fmt: skip
 def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dtype: str) -> None:
     """Write a step of a training run as a model in diffusers' layout: OUT/transformer.
@@ -193,17 +200,17 @@ def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dt
     except ValueError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
-    click.echo(f"{out / 'transformer'}: the {'average of the weights' if ema else 'weights'} of {read}")
+    click.echo(f"{out / 'transformer'}: the {'EMA' if ema else 'weights'} of {read}")
 
 
 @main.group()
 def config() -> None:
-    """The configuration files that come with wan-train."""
+    """The configuration files of wan-train."""
 
 
 @config.command("list")
 def config_list() -> None:
-    """Their names, and what each is for."""
+    """List them with a description."""
     from wan_train.config.shipped_configs import names, summary
 
     width = max(map(len, names()))
@@ -213,11 +220,9 @@ def config_list() -> None:
 
 @config.command("show")
 @click.argument("name")
-@click.option(
-    "--resolved", is_flag=True, help="Every key that can be set, with the value it has when the file is applied."
-)
+@click.option("--resolved", is_flag=True, help="Print every key with its value.")
 def config_show(name: str, resolved: bool) -> None:
-    """Print one."""
+    """Print one of them."""
     from wan_train.config.shipped_configs import path_of
 
     try:
@@ -248,9 +253,9 @@ def _resolved(name: str) -> str:
 @config.command("copy")
 @click.argument("name")
 @click.argument("target", type=click.Path(path_type=Path), default=".")
-@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def config_copy(name: str, target: Path, force: bool) -> None:
-    """Copy one, to change it."""
+    """Copy one of them, to edit it."""
     from wan_train.config.shipped_configs import copy
 
     try:

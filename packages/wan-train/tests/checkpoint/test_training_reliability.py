@@ -131,10 +131,17 @@ def _train_on_data(folder: Path, dataset: Path, workers: int) -> list[dict[str, 
     return train_on((*options, f"train.train_iters={LAST}", f"checkpoint.save_interval={1 if SOAK else 2}"), folder)
 
 
+@pytest.fixture(scope="session")
+def run_on_data(once: Once, dataset: Path) -> Callable[[int], Path]:
+    """The uninterrupted run, with that many workers of the loader."""
+    return lambda workers: once(f"on-data-{workers}", lambda folder: _train_on_data(folder, dataset, workers))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_at_any_step_is_the_uninterrupted_run(dataset: Path, workers: int, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    _train_on_data(whole, dataset, workers)
+def test_resume_at_any_step_is_the_uninterrupted_run(
+    dataset: Path, run_on_data: Callable[[int], Path], workers: int, tmp_path: Path
+) -> None:
+    whole = run_on_data(workers)
     wanted = trajectory(whole)
     assert sorted(wanted) == list(range(1, LAST + 1))
     for step in range(1, LAST) if SOAK else (4,):
@@ -148,10 +155,11 @@ def test_resume_at_any_step_is_the_uninterrupted_run(dataset: Path, workers: int
 
 
 @pytest.mark.parametrize("workers", [0, 2] if SOAK else [0])
-def test_a_loader_sent_back_to_an_earlier_step_would_show(dataset: Path, workers: int, tmp_path: Path) -> None:
+def test_a_loader_sent_back_to_an_earlier_step_would_show(
+    dataset: Path, run_on_data: Callable[[int], Path], workers: int, tmp_path: Path
+) -> None:
     """Control: of a resume at step 4 with the loader's state of step 2."""
-    whole = tmp_path / "whole"
-    _train_on_data(whole, dataset, workers)
+    whole = run_on_data(workers)
     folder, name = stopped_after(4, whole, tmp_path / "control"), "train_dataloader_dprank000.pt"
     (folder / "log.jsonl").unlink()
     earlier = torch.load(step_folder(folder, 2) / name, weights_only=True)

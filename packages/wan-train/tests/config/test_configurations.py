@@ -28,7 +28,7 @@ REFUSED = [
     (["--recipe", "tiny", "--config-file", "wan_1_3b"], "--recipe is tiny and wan_1_3b is for wan_1_3b"),
     (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist; give a path, or one of tiny"),
     (["--recipe", "tiny", "model.recompute_granularity=half"], "'half'; expected one of full, selective or null"),
-    (["--recipe", "tiny", "model.recompute_method=block"], "every layer is treated alike"),
+    (["--recipe", "tiny", "model.recompute_method=block"], "recomputation applies to every layer"),
     (["--recipe", "tiny", "train.train_iter=3"], "the nearest known one is train.train_iters"),
     (["--recipe", "tiny", "dist.use_megatron_fsdp=true", "ema.decay=0.9"], "ema.decay is not supported with"),
     (["--recipe", "tiny", "model.num_layers=3"], "has no effect on a Wan model; set model.transformer.num_layers"),

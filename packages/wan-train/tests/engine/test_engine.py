@@ -143,6 +143,11 @@ def test_training_modes_are_presets_of_the_objective(probed: dict[str, Any]) -> 
     assert probed["configuration"]["finetune"] == ["uniform", 3.0]
 
 
+def test_a_failure_of_the_loop_is_not_an_exit_status_of_0(probed: dict[str, Any]) -> None:
+    """It leaves with 0 at train.exit_interval, and with others where it gives up."""
+    assert probed["exit statuses"] == ["returned", "returned", 3]
+
+
 def test_with_cuda_nothing_is_redirected() -> None:
     script = """
 import torch

@@ -21,6 +21,10 @@ from training_runs import (
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
 
 BF16 = "mixed_precision=bf16_mixed"
+# A loss is the mean of VALUES squared errors. On its way through two blocks a value is rounded some 30 times by at most
+# 2^-9 of itself, independent of the others; squaring doubles that, and the mean divides it by the root of VALUES.
+VALUES = 2 * (3 * 4 * 4 + 1 * 3 * 5 + 2 * 2 * 5) * 64
+NEAR = 4 * 2 * 2**-9 * (30 / VALUES) ** 0.5
 
 
 @pytest.fixture(scope="session")
@@ -32,12 +36,13 @@ def losses(log: list[dict[str, Any]]) -> list[float]:
     return [entry["loss"] for entry in steps_of(log)]
 
 
+@pytest.mark.rounding
 def test_rounding_changes_the_run_by_no_more_than_rounding(bf16_run: Path, equality_reference: Path) -> None:
     exact, rounded = read_log(equality_reference), read_log(bf16_run)
-    assert losses(rounded) == pytest.approx(losses(exact), rel=1e-3)
+    assert losses(rounded) == pytest.approx(losses(exact), rel=NEAR)
     assert losses(rounded) != losses(exact)
     norms = [[entry["grad_norm"] for entry in steps_of(log)] for log in (rounded, exact)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    assert norms[0] == pytest.approx(norms[1], rel=4 * NEAR)  # through the backward pass as well
 
 
 def test_the_optimizer_keeps_what_is_rounded_away(bf16_run: Path) -> None:
@@ -54,6 +59,7 @@ def test_the_optimizer_keeps_what_is_rounded_away(bf16_run: Path) -> None:
     assert any(not torch.equal(masters[key], weight.float()) for key, weight in weights.items())
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize(
     "settings",
     [["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], [FULLY_SHARDED]],
@@ -61,7 +67,7 @@ def test_the_optimizer_keeps_what_is_rounded_away(bf16_run: Path) -> None:
 )
 def test_two_processes_are_as_near(settings: list[str], bf16_run: Path, start_weights: Path, tmp_path: Path) -> None:
     train(tmp_path, *equality_options(start_weights, EQUALITY_SEED, BF16, "--nproc-per-node", "2", *settings))
-    assert losses(read_log(tmp_path)) == pytest.approx(losses(read_log(bf16_run)), rel=1e-4)
+    assert losses(read_log(tmp_path)) == pytest.approx(losses(read_log(bf16_run)), rel=NEAR)
     _, _, weights = read_training_checkpoint(find_checkpoint(tmp_path), dtype=None)
     # Fully sharded checkpoints hold the fp32 masters, of which the weights are made.
     stored = torch.float32 if FULLY_SHARDED in settings else torch.bfloat16

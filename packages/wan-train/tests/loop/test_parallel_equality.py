@@ -2,7 +2,7 @@
 
 The runs are Megatron-Bridge's own loop behind the command line: four steps from weights whose every gradient is alive,
 on packs that mix three shapes and, under sequence and context parallelism, need padding. Compared are the losses and
-gradient norms of all steps, every gradient of the first step, the trained weights, their EMA, and two validations; what
+gradient norms of all steps, every gradient of the first two, the trained weights, their EMA, and two validations; what
 may differ is what fp32 rounding explains (``wan_model.testing``). That the one process is right is for
 test_plain_training.py.
 
@@ -17,24 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from plain_training import Reference, Results, engine_results, kept_by
 from training_runs import (
-    AVERAGE_DECAY,
     EQUALITY_SEED,
-    EQUALITY_STEPS,
     FULLY_SHARDED,
     equality_options,
     read_log,
-    read_tensors,
     steps_of,
     train,
 )
 
 from wan_model.testing import assert_all_within, seeds
 from wan_model.tiny import TINY_CONFIG
-from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
-from wan_model.weights.transformer import expected_shapes, load_transformer
+from wan_model.weights.transformer import expected_shapes
 from wan_train.model.layout import Layout, parameters_of_rank
 
 pytestmark = pytest.mark.rounding
@@ -135,22 +130,6 @@ def test_parameters_are_those_that_megatron_builds(
                 place, count = line.split("(tensor, pipeline) model parallel rank ")[1].split(": ")
                 built[place.strip()] = int(count)
     assert built == {f"({t}, {p})": expected[p] for t in range(tensor) for p in range(pipeline)}
-
-
-def test_the_ema_is_that_of_the_weights_after_each_step(equality_reference: Path, start_weights: Path) -> None:
-    start = load_transformer(start_weights / "transformer").named_parameters()
-    expected = {key: value.detach() for key, value in start}
-    for step in range(1, EQUALITY_STEPS + 1):
-        checkpoint = find_checkpoint(equality_reference, step)
-        _, _, weights = read_training_checkpoint(checkpoint, dtype=torch.float32)
-        expected = {
-            key: AVERAGE_DECAY * average + (1 - AVERAGE_DECAY) * weights[key] for key, average in expected.items()
-        }
-        saved = read_tensors(checkpoint, ("ema.",))
-        for key, average in expected.items():
-            # Two products and a sum a step, each rounded by at most 2^-24 of the larger value.
-            bound = step * 4 * 2**-24 * max(average.abs().max(), weights[key].abs().max())
-            assert (saved[key] - average).abs().max() <= bound, key
 
 
 def test_packs_count_their_padding_and_their_operations(equality_reference: Path) -> None:

@@ -28,7 +28,7 @@ TENSOR = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
 FULL = ["model.recompute_granularity=full"]
 # Layout, settings, what is computed again.
 MEASURED: dict[str, tuple[Layout, list[str], Recompute]] = {
-    "one process": (Layout(1), ["ema.decay=0.9"], "none"),
+    "one process": (Layout(1), ["ema.decay=0.9", "train.train_iters=3"], "none"),
     "all computed again": (Layout(1), FULL, "block"),
     "all but attention computed again": (Layout(1), ["model.recompute_granularity=selective"], "all_but_attention"),
     "tensor": (Layout(2, tensor=2, sequence=True), TENSOR, "none"),
@@ -75,6 +75,9 @@ def test_memory_is_what_a_run_really_holds(case: str, tmp_path: Path) -> None:
             "kept": activations.kept(recompute, layers, last=last),
             "peak": activations.peak(recompute, layers, in_flight, last=last, piped=layout.pipeline > 1),
         }
+        if "train.train_iters=3" in settings:
+            second, third = held.pop("after_steps")
+            assert second == third, "each step leaves memory behind"
         print(case, rank, {name: round(wanted[name] / (held[name] or 1), 3) for name in held})
         for name in ("weights", "gradients", "optimizer", "average"):
             # Megatron rounds its buffers up.

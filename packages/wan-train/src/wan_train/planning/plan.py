@@ -174,6 +174,7 @@ def table(plans: list[Plan], hardware: Hardware) -> list[str]:
 
 
 def main(
+    *,
     model: str,
     gpus: Sequence[int],
     gpu: str,
@@ -181,7 +182,6 @@ def main(
     capacity: int,
     packs: int | None,
     best: int,
-    *,
     as_json: bool,
 ) -> list[str]:
     """The lines to print.
