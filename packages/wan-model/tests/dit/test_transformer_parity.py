@@ -1,8 +1,7 @@
 """Against diffusers' ``WanTransformer3DModel`` with the same weights: outputs and every gradient, in fp32 and bf16."""
 
 import copy
-import dataclasses
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -159,33 +158,52 @@ def test_true_widths(wide_twins: tuple[WanDiT, Any], relative_scale: dict[str, f
         assert bound < 1e-3, name
 
 
-@pytest.mark.parametrize("width", [None, "1.3B"], ids=["small", "1.3B"])
-def test_bfloat16_is_no_further_from_fp32_than_diffusers(
-    width: str | None, small_model: WanDiT, rng: torch.Generator, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module", params=["small", "1.3B"])
+def coarse_twins(
+    request: pytest.FixtureRequest,
+    small_config: WanConfig,
+    randomised: Callable[[nn.Module, int], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[WanDiT, WanDiT, Any]]:
+    """Models in fp32, and as they and diffusers load them in bf16."""
     from diffusers import WanTransformer3DModel
 
-    exact = small_model
-    if width is not None:
-        exact = WanDiT(dataclasses.replace(TRUE_WIDTHS[width], num_layers=1))
-        init_weights(exact, seed=1)
-        with torch.no_grad():
-            exact.proj_out.weight.normal_(std=0.02, generator=rng)
-    save_transformer(exact.state_dict(), exact.config, tmp_path)
-    ours = load_transformer(tmp_path, dtype=torch.bfloat16)
-    theirs = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    errors = []
-    for seed in range(3):
-        run = Run(((2, 3, 6),), exact, rng.manual_seed(seed))
+    found = []
+    for weights in range(6 if request.param == "small" else 1):
+        if request.param == "small":
+            exact = WanDiT(small_config)
+            randomised(exact, weights)
+        else:
+            exact = WanDiT(TRUE_WIDTHS["1.3B"])
+            init_weights(exact, seed=1)
+            with torch.no_grad():
+                exact.proj_out.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+        folder = tmp_path_factory.mktemp("coarse")
+        save_transformer(exact.state_dict(), exact.config, folder)
+        ours = load_transformer(folder, dtype=torch.bfloat16)
+        found.append((exact, ours, WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)))
+    return found
+
+
+@pytest.mark.rounding
+def test_bfloat16_is_no_further_from_fp32_than_diffusers(
+    coarse_twins: list[tuple[WanDiT, WanDiT, Any]], seed: int
+) -> None:
+    squares = torch.zeros(2, dtype=torch.float64)
+    for number, (exact, ours, theirs) in enumerate(3 * coarse_twins):
+        run = Run(((2, 3, 6),), exact, torch.Generator().manual_seed(1000 * seed + number))
         tokens, half = patchify(run.latents[0]), run.latents[0][None].bfloat16()
         with torch.no_grad():
             wanted = exact(tokens, run.timesteps, run.texts, run.layout)
             out = ours(tokens, run.timesteps, run.texts, run.layout)
             other = theirs(half, run.timesteps, run.texts.bfloat16(), return_dict=False)[0][0]
         assert out.dtype == other.dtype == torch.bfloat16
-        errors.append((relative(out, wanted), relative(patchify(other), wanted)))
-    mine, diffusers = (sum(column) / len(errors) for column in zip(*errors, strict=True))
-    assert mine <= 1.02 * diffusers, f"{mine:.3e} against {diffusers:.3e}"
+        errors = (out - wanted, patchify(other) - wanted)
+        squares += torch.stack([error.double().square().mean() for error in errors])
+    mine, diffusers = squares.sqrt().tolist()
+    # Two roundings of as many numbers: over all weights and inputs the ratio is 0.97 on average, and of one set of
+    # weights and three inputs it has a deviation of 0.04; here are six sets.
+    assert mine <= 1.05 * diffusers, f"{mine:.3e} against {diffusers:.3e}"
 
 
 @pytest.mark.rounding
