@@ -105,7 +105,8 @@ def test_after_an_error_the_interpreter_is_not_finalized(code: int) -> None:
         "print('said before')\n"
         "end_process(int(sys.argv[1]))"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(code)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, str(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == code
     assert done.stderr == ""
     assert done.stdout.split("\n")[:-1] == (["said before"] if code else ["said before", "finalized"])

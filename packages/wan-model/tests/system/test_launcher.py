@@ -279,8 +279,9 @@ def test_a_rank_that_cannot_start_leaves_none(monkeypatch: pytest.MonkeyPatch) -
     assert started[0].returncode == -signal.SIGTERM
 
 
-def test_handlers_of_signals_are_restored_and_what_was_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handlers_of_signals_are_restored_and_what_was_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     try:
         with launcher.Interrupts() as interrupts:
             with interrupts.in_place_of_torchs():
@@ -292,6 +293,7 @@ def test_handlers_of_signals_are_restored_and_what_was_ignored_stays_ignored(mon
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def test_modules_in_the_working_folder_are_not_imported(server: LaunchServer, tmp_path: Path) -> None:
