@@ -82,6 +82,14 @@ PACKAGES = [
         only_tested_with=["diffusers", "transformers"],
     ),
 ]
+# The longest first, so that no worker is left alone with them at the end.
+TESTS = ["integration-tests", *(f"{package.folder}/tests" for package in PACKAGES)]
+# What torch's own kernels, MKL and oneDNN are told to run, so that bounds on rounding are tried on older processors.
+KERNELS = {
+    "SSE4": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "native": {},
+}
 # Tests that take their full length in ``soak`` and a short one in ``tests``.
 SOAK = [
     "packages/wan-data/tests/test_reliability.py",
@@ -143,11 +151,11 @@ def run(session: nox.Session, name: str, *arguments: str, **environment: str) ->
     session.run(program(name), *arguments, external=True, env={**SURROUNDINGS, **environment})
 
 
-def pytest(session: nox.Session, *folders: str) -> None:
+def pytest(session: nox.Session, *folders: str, **environment: str) -> None:
     """Run tests in parallel; ``nox -s NAME -- ARGUMENTS`` hands arguments on to pytest."""
     # Tests that share one expensive fixture name themselves a group and stay on one worker.
     options = ["-n", WORKERS, "--dist", "loadgroup", "--durations=10"]
-    run(session, "pytest", *folders, *options, *session.posargs, **TESTING)
+    run(session, "pytest", *folders, *options, *session.posargs, **TESTING, **environment)
 
 
 # -- the menu ---------------------------------------------------------------------------------------------------------
@@ -164,8 +172,7 @@ def quickstart(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Every package's unit tests and the integration tests, in parallel."""
     prepare_environment(session)
-    # The longest first, so that no worker is left alone with them at the end.
-    pytest(session, "integration-tests", *(f"{package.folder}/tests" for package in PACKAGES))
+    pytest(session, *TESTS)
 
 
 def _unit(package: Package) -> Callable[[nox.Session], None]:
@@ -190,9 +197,32 @@ def integration(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def soak(session: nox.Session) -> None:
-    """Reliability at full length: kills, full disks, races and damaged files by the hundred; half an hour."""
+    """What takes hours: the two sessions below."""
+    session.notify("soak-reliability")
+    session.notify("soak-rounding")
+
+
+@nox.session(name="soak-reliability", venv_backend="none", tags=["soak"])
+def soak_reliability(session: nox.Session) -> None:
+    """Kills, full disks, races and damaged files by the hundred."""
     prepare_environment(session)
     run(session, "pytest", *SOAK, "-s", "--durations=0", *session.posargs, **TESTING, WAN_SOAK="1")
+
+
+@nox.session(name="soak-rounding", venv_backend="none", tags=["soak"])
+def soak_rounding(session: nox.Session) -> None:
+    """Every test with a rounding bound, with 100 seeds, on the kernels of older processors and of this one."""
+    prepare_environment(session)
+    for name, kernels in KERNELS.items():
+        session.log(f"kernels: {name}")
+        pytest(session, *TESTS, "-m", "rounding", WAN_SEEDS="100", **kernels)
+
+
+@nox.session(venv_backend="none")
+def mutations(session: nox.Session) -> None:
+    """Sixty one-line mistakes, each in a copy: do the tests notice? (-- --package wan-data, -- --only NAME)."""
+    prepare_environment(session)
+    run(session, "python", "-m", "mutations", *session.posargs, PYTHONPATH="tools")
 
 
 @nox.session(venv_backend="none")
