@@ -32,6 +32,11 @@ class Mutation:
         assert "\n" not in self.old + self.new, f"{self.name}: a mutation changes one line"
         assert self.old != self.new, f"{self.name}: it changes nothing"
         assert self.tests, f"{self.name}: no test is named"
+        # pytest would run the whole file in its own order.
+        files = [test for test in self.tests if "::" not in test]
+        assert not any(test.startswith(f"{file}::") for test in self.tests for file in files), (
+            f"{self.name}: name a file or single tests of it"
+        )
 
     @property
     def path(self) -> str:

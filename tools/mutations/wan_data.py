@@ -60,13 +60,13 @@ MUTATIONS = (
         "finished-shards-encoded-again", "prepare/run.py",
         "if not self._finished(plan.number).is_file()]", "]",
         "after an interruption all shards are encoded again: hours of GPU time",
-        "prepare/test_run.py::test_a_failing_run_leaves_whole_shards_only_and_is_taken_up", "prepare/test_run.py",
+        "prepare/test_run.py::test_a_failing_run_leaves_whole_shards_only_and_is_taken_up",
     ),
     _of(
         "pixels-from-0-to-2", "prepare/encoding.py",
         ".float() / 127.5 - 1", ".float() / 127.5",
         "all latents are of videos twice as bright as the autoencoder knows",
-        "prepare/test_run.py::test_latents_are_those_of_the_codec", "prepare/test_run.py",
+        "prepare/test_run.py::test_latents_are_those_of_the_codec",
     ),
     _of(
         "frame-rate-ignored", "video/decode.py",

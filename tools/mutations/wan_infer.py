@@ -67,6 +67,6 @@ MUTATIONS = (
         "all_tiles[parallelism.rank * tiles : (parallelism.rank + 1) * tiles]",
         "all_tiles[parallelism.rank : parallelism.rank + tiles]",
         "with several processes and tiles parts of every frame are missing",
-        "runtime/test_several_processes.py::test_equal_to_one_process",
+        "runtime/test_parallelism.py::test_equal_to_one_process",
     ),
 )  # fmt: skip

@@ -77,7 +77,7 @@ MUTATIONS = (
     ),
     _of(
         "decoder-memory-is-a-view", "codec/vae_decoder.py",
-        "memory[self] = x_BCtHW[:, :, -2:].clone()", "memory[self] = x_BCtHW[:, :, -2:]",
+        "frame_cache[self] = x_BCtHW[:, :, -2:].clone()", "frame_cache[self] = x_BCtHW[:, :, -2:]",
         "each causal convolution holds all of its frames instead of two: gigabytes at 480p",
         "codec",
     ),
