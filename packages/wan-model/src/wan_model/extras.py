@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def brought_by(extra: str) -> Iterator[None]:
+def requires_extra(extra: str) -> Iterator[None]:
     """Imports in this context that fail say which extra to install.
 
     Raises:

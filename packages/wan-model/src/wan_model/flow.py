@@ -98,13 +98,13 @@ class FlowMatching:
         device = generator.device
         uniform = torch.rand(count, generator=generator, device=device)
         normal = torch.randn(count, generator=generator, device=device)
-        coin = torch.rand(count, generator=generator, device=device)
+        mix = torch.rand(count, generator=generator, device=device)
         match self.density:
             case "uniform":
                 u = uniform
             case "logit_normal":
                 u = torch.sigmoid(self.logit_mean + self.logit_std * normal)
-                u = torch.where(coin < self.uniform_mix, uniform, u)
+                u = torch.where(mix < self.uniform_mix, uniform, u)
             case "lognorm":
                 u = torch.sigmoid(normal)
             case "mode":
@@ -133,7 +133,7 @@ class FlowMatching:
         Raises:
             ValueError: captions are to be dropped and there is no embedding to put in their place, or a longer one.
         """
-        coin_B = torch.rand(text_BTD.shape[0], generator=generator, device=generator.device)
+        uniform_B = torch.rand(text_BTD.shape[0], generator=generator, device=generator.device)
         if self.caption_dropout == 0:
             return text_BTD
         if empty_text_LD is None:
@@ -142,7 +142,7 @@ class FlowMatching:
                 'give LatentCodec.encode_text([""])[0], or set it to 0'
             )
         empty_1TD = pad_text([empty_text_LD.to(text_BTD.device, text_BTD.dtype)], text_BTD.shape[1])
-        return torch.where(rearrange(coin_B < self.caption_dropout, "b -> b 1 1"), empty_1TD, text_BTD)
+        return torch.where(rearrange(uniform_B < self.caption_dropout, "b -> b 1 1"), empty_1TD, text_BTD)
 
     def corrupt(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from wan_model.config import WanConfig
-from wan_model.extras import brought_by
+from wan_model.extras import requires_extra
 
 TINY_CONFIG = WanConfig(num_heads=4, head_dim=24, num_layers=2, ffn_dim=192, text_dim=32, text_length=512, freq_dim=64)
 
@@ -80,7 +80,7 @@ def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONF
     Returns:
         ``folder``.
     """
-    with brought_by("tiny"):
+    with requires_extra("tiny"):
         from diffusers import AutoencoderKLWan
         from transformers import UMT5Config, UMT5EncoderModel
 

@@ -127,10 +127,10 @@ def test_each_convolution_keeps_two_frames_and_no_more(codec: LatentCodec, monke
     kept: list[tuple[int, int]] = []
     convolve = CausalConv.forward
 
-    def watched(self: CausalConv, x: Tensor, memory: Any = None) -> Tensor:
-        out = convolve(self, x, memory)
-        if memory is not None and self in memory:
-            kept.append((memory[self].untyped_storage().nbytes(), 2 * x[:, :, :1].numel() * x.element_size()))
+    def watched(self: CausalConv, x: Tensor, frame_cache: Any = None) -> Tensor:
+        out = convolve(self, x, frame_cache)
+        if frame_cache is not None and self in frame_cache:
+            kept.append((frame_cache[self].untyped_storage().nbytes(), 2 * x[:, :, :1].numel() * x.element_size()))
         return out
 
     monkeypatch.setattr(CausalConv, "forward", watched)

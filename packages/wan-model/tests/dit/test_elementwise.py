@@ -56,7 +56,7 @@ def compare_values(got: Tensor, wanted: Callable[..., Tensor], *inputs: Tensor) 
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways through the small tensors of these tests."""
     if request.param == "pieces":
-        monkeypatch.setattr(ew, "_PIECE", 7 * WIDTH)
+        monkeypatch.setattr(ew, "_CHUNK_SIZE", 7 * WIDTH)
 
 
 @pytest.mark.rounding
@@ -141,7 +141,7 @@ def test_tanh_gelu(rng: torch.Generator) -> None:
 
 
 def test_tanh_gelu_of_large_tensors_takes_no_second_one(rng: torch.Generator) -> None:
-    x = torch.randn(2, ew._PIECE, generator=rng)
+    x = torch.randn(2, ew._CHUNK_SIZE, generator=rng)
     with torch.no_grad():
         assert ew.tanh_gelu_(x).data_ptr() == x.data_ptr()
     hidden = (x.requires_grad_() * 1).view(-1)

@@ -55,7 +55,7 @@ def test_round_trip_through_diffusers_is_bit_equal(
 def test_every_tensor_arrives_however_often_the_file_is_opened(
     folder: Path, small_model: WanDiT, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("wan_model.weights.transformer._READ_AT_ONCE", at_once)
+    monkeypatch.setattr("wan_model.weights.transformer._READ_BATCH_BYTES", at_once)
     assert equal(load_transformer(folder).state_dict(), small_model.state_dict())
 
 

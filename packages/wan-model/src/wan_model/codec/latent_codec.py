@@ -19,7 +19,7 @@ from wan_model.codec.prompt_cleaning import clean_prompt
 from wan_model.codec.text_encoder import PromptTokenizer, TextEncoder
 from wan_model.codec.tiled_decode import Tile, TiledDecoder, split_frame
 from wan_model.codec.vae_decoder import VaeDecoder
-from wan_model.extras import brought_by
+from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import latent_spec_of, resolve_folder
 
@@ -28,7 +28,7 @@ from wan_model.weights.model_folder import latent_spec_of, resolve_folder
 def _quiet_loading() -> Iterator[None]:
     # diffusers prints progress bars and advice about weights and packages; a failed load still raises. It takes seconds
     # to import, so it is imported where it is needed.
-    with brought_by("codec"):
+    with requires_extra("codec"):
         from diffusers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -136,7 +136,7 @@ class LatentCodec:
         )
         return rearrange(mean, "c -> 1 c 1 1 1"), rearrange(std, "c -> 1 c 1 1 1")
 
-    def _need(self, part: str) -> Any:
+    def _require(self, part: str) -> Any:
         loaded = getattr(self, part)
         if loaded is None:
             raise ValueError(f"this codec was loaded without its {part}; load it with both halves")
@@ -152,7 +152,7 @@ class LatentCodec:
         Raises:
             ValueError: sizes that the autoencoder would silently cut.
         """
-        vae = self._need("vae")
+        vae = self._require("vae")
         self.spec.latent_shape(*video_BCTHW.shape[2:])
         mu = vae.encode(video_BCTHW.to(vae.device, vae.dtype)).latent_dist.mode().float()
         mean, std = self._statistics(mu)
@@ -178,7 +178,7 @@ class LatentCodec:
             ValueError: more tiles than the frame can be cut into.
         """
         frame = [size * self.spec.spatial_stride for size in latents_CFhw.shape[2:]]
-        places = split_frame(frame[0], frame[1], *tiles, TiledDecoder(self._need("decoder")).scale)
+        places = split_frame(frame[0], frame[1], *tiles, TiledDecoder(self._require("decoder")).scale)
         features = self.decoder_features(latents_CFhw)
         if len(places) == 1:
             yield from (pixels.cpu() for pixels in self.decode_tile(features, places[0]))
@@ -193,14 +193,14 @@ class LatentCodec:
 
     def decoder_features(self, latents_CFhw: Float[Tensor, "C F h w"]) -> Iterator[Tensor]:
         """Of each latent frame what tiles are made from, see ``decode_tile``; latents are normalised."""
-        decoder = self._need("decoder")
+        decoder = self._require("decoder")
         mean, std = self._statistics(latents_CFhw)
         raw = (latents_CFhw[None] * std + mean).to(decoder.device, decoder.dtype)
         return TiledDecoder(decoder).features(raw)
 
     def decode_tile(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
         """One tile's pixels of each latent frame, RGB in [-1, 1], fp32; ``features`` are of ``decoder_features``."""
-        return TiledDecoder(self._need("decoder")).pixels(features, tile)
+        return TiledDecoder(self._require("decoder")).pixels(features, tile)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
@@ -213,7 +213,7 @@ class LatentCodec:
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"got {prompts!r}; expected a list of at least one prompt")
-        text_encoder, tokenizer = self._need("text_encoder"), self._need("tokenizer")
+        text_encoder, tokenizer = self._require("text_encoder"), self._require("tokenizer")
         found = []
         for prompt in prompts:
             ids = torch.tensor(tokenizer(clean_prompt(prompt), self.spec.text_length), device=text_encoder.device)

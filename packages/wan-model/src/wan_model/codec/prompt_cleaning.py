@@ -3,7 +3,7 @@
 import html
 import re
 
-from wan_model.extras import brought_by
+from wan_model.extras import requires_extra
 
 _WHITESPACE = re.compile(r"\s+")
 
@@ -13,7 +13,7 @@ def clean_prompt(prompt: str) -> str:
 
     Source: ``prompt_clean`` of diffusers' ``WanPipeline`` and the official tokenizer's ``whitespace`` cleaning.
     """
-    with brought_by("sampling"):
+    with requires_extra("sampling"):
         import ftfy
 
     mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))

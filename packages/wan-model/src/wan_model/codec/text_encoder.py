@@ -20,17 +20,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_model.extras import brought_by
+from wan_model.extras import requires_extra
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 _STEM = "model"
 # The embedding stands in files under both names.
-_SAME = "encoder.embed_tokens.weight"
+_TIED_KEY = "encoder.embed_tokens.weight"
 
 
 class _Linear(nn.Linear):
-    def __init__(self, inward: int, outward: int) -> None:
-        super().__init__(inward, outward, bias=False)
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, bias=False)
 
     def reset_parameters(self) -> None:
         """Nothing: the weights are loaded."""
@@ -59,14 +59,14 @@ class _Attention(nn.Module):
         width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
         self.heads = config["num_heads"]
         self.buckets = config.get("relative_attention_num_buckets", 32)
-        self.farthest = config.get("relative_attention_max_distance", 128)
+        self.max_distance = config.get("relative_attention_max_distance", 128)
         self.q, self.k, self.v = (_Linear(width, inner) for _ in range(3))
         self.o = _Linear(inner, width)
         self.relative_attention_bias = _Embedding(self.buckets, self.heads)
 
     def forward(self, x_LD: Tensor) -> Tensor:
         q, k, v = (rearrange(to(x_LD), "l (h e) -> h l e", h=self.heads) for to in (self.q, self.k, self.v))
-        buckets = distance_buckets(x_LD.shape[0], self.buckets, self.farthest, x_LD.device)
+        buckets = distance_buckets(x_LD.shape[0], self.buckets, self.max_distance, x_LD.device)
         bias = rearrange(self.relative_attention_bias(buckets), "q k h -> h q k")
         # T5's scores are not divided by the root of the head's width.
         scores = q @ k.transpose(-1, -2) + bias
@@ -128,12 +128,12 @@ class _Stack(nn.Module):
 
 
 def distance_buckets(
-    length: int, buckets: int, farthest: int, device: torch.device | None = None
+    length: int, buckets: int, max_distance: int, device: torch.device | None = None
 ) -> Int[Tensor, "length length"]:
     """Into which bucket the distance from each token to each other falls.
 
     Half of the buckets are for what stands behind; of each half one half counts single tokens and the rest grows in
-    proportion, up to ``farthest``.
+    proportion, up to ``max_distance``.
     """
     places = torch.arange(length, device=device)
     distance = places[None, :] - places[:, None]
@@ -141,7 +141,7 @@ def distance_buckets(
     exact = half // 2
     far = distance.abs()
     grown = exact + (
-        (far.clamp(min=1).float() / exact).log() / math.log(farthest / exact) * (half - exact)
+        (far.clamp(min=1).float() / exact).log() / math.log(max_distance / exact) * (half - exact)
     ).long().clamp(max=half - 1 - exact)
     return torch.where(far < exact, far, grown) + half * (distance > 0)
 
@@ -189,8 +189,8 @@ class TextEncoder(nn.Module):
             made = cls(read_json(folder / "config.json"))
         made = made.to(dtype).to_empty(device="cpu").requires_grad_(False)
         files = weight_files(folder, _STEM)
-        if "shared.weight" not in files and _SAME in files:
-            files["shared.weight"] = files[_SAME]
+        if "shared.weight" not in files and _TIED_KEY in files:
+            files["shared.weight"] = files[_TIED_KEY]
         mine = dict(made.named_parameters())
         if missing := sorted(mine.keys() - files.keys()):
             raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more of UMT5's weights")
@@ -198,7 +198,7 @@ class TextEncoder(nn.Module):
             with open_weights(path) as file:
                 held = set(file.keys())
                 for key in (key for key in mine if files[key] == path):
-                    stored = file.get_tensor(key if key in held else _SAME)
+                    stored = file.get_tensor(key if key in held else _TIED_KEY)
                     if stored.shape != mine[key].shape:
                         raise ValueError(
                             f"{path} holds {key} of shape {list(stored.shape)}; expected {list(mine[key].shape)}"
@@ -218,7 +218,7 @@ class PromptTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        with brought_by("sampling"):
+        with requires_extra("sampling"):
             from tokenizers import Tokenizer
 
         file = folder / "tokenizer.json"

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from wan_model.codec.vae_decoder import Memory, UpBlock, VaeDecoder
+from wan_model.codec.vae_decoder import FrameCache, UpBlock, VaeDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TiledDecoder:
     """
 
     def __init__(self, decoder: VaeDecoder) -> None:
-        self._quantised, self._decoder = decoder.post_quant_conv, decoder.decoder
+        self._post_quant_conv, self._decoder = decoder.post_quant_conv, decoder.decoder
         later = [block for block in list(self._decoder.up_blocks)[1:] if isinstance(block, UpBlock)]
         # Pixels of the frame for one value behind the first upsampling.
         self.scale = 2 ** sum(block.upsamplers is not None for block in later)
@@ -77,10 +77,10 @@ class TiledDecoder:
     @torch.no_grad()
     def features(self, raw_1CFhw: Float[Tensor, "1 C F h w"]) -> Iterator[Tensor]:
         """Of each latent frame what all tiles are made from, from latents that are not normalised."""
-        memory: Memory = {}
-        for frame in self._quantised(raw_1CFhw).split(1, dim=2):
-            x = self._decoder.mid_block(self._decoder.conv_in(frame, memory), memory)
-            yield self._decoder.up_blocks[0](x, memory)
+        frame_cache: FrameCache = {}
+        for frame in self._post_quant_conv(raw_1CFhw).split(1, dim=2):
+            x = self._decoder.mid_block(self._decoder.conv_in(frame, frame_cache), frame_cache)
+            yield self._decoder.up_blocks[0](x, frame_cache)
 
     @torch.no_grad()
     def pixels(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
@@ -88,14 +88,14 @@ class TiledDecoder:
 
         ``tile`` lies on multiples of ``scale`` pixels.
         """
-        memory: Memory = {}
+        frame_cache: FrameCache = {}
         for whole in features:
             rows, kept_rows = self._with_border(tile.top, tile.bottom, whole.shape[3])
             columns, kept_columns = self._with_border(tile.left, tile.right, whole.shape[4])
             x = whole[:, :, :, rows, columns]
             for block in list(self._decoder.up_blocks)[1:]:
-                x = block(x, memory)
-            x = self._decoder.conv_out(F.silu(self._decoder.norm_out(x)), memory)
+                x = block(x, frame_cache)
+            x = self._decoder.conv_out(F.silu(self._decoder.norm_out(x)), frame_cache)
             yield x[0, :, :, kept_rows, kept_columns].float().clamp(-1, 1)
 
     def _with_border(self, first: int, end: int, size: int) -> tuple[slice, slice]:

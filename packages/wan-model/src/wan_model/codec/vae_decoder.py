@@ -1,7 +1,7 @@
 """The decoder of Wan 2.1's autoencoder, latent frame by latent frame, with diffusers' parameter names.
 
-It is written anew because diffusers' whole library is seconds of imports, which a sampler would spend on this one
-module, and because a caller may then hold the frames that it looks back on (``Memory``) for each tile apart.
+It is an implementation of its own because importing diffusers takes seconds, which a sampler would spend on this one
+module, and because callers keep the cache of previous frames (``FrameCache``) per tile.
 
 Shapes: B videos, C channels, t frames of a step (1 latent frame, or what has become of it), H rows, W columns.
 
@@ -23,41 +23,41 @@ from wan_model.weights.model_folder import open_weights, read_json, weight_files
 _PREFIXES = ("decoder.", "post_quant_conv.")
 _STEM = "diffusion_pytorch_model"
 
-# The last two frames that each causal convolution was given.
-Memory = dict[nn.Module, Tensor]
+# For each causal convolution the last two frames of its input.
+FrameCache = dict[nn.Module, Tensor]
 
 
 class CausalConv(nn.Conv3d):
-    """A convolution that looks two frames back and never ahead; rows and columns are padded with zeros."""
+    """A convolution over the current and the two previous frames; rows and columns are padded with zeros."""
 
-    def __init__(self, inward: int, outward: int, frames: int = 1, side: int = 1) -> None:
-        super().__init__(inward, outward, (frames, side, side), padding=(0, side // 2, side // 2))
+    def __init__(self, channels_in: int, channels_out: int, frames: int = 1, side: int = 1) -> None:
+        super().__init__(channels_in, channels_out, (frames, side, side), padding=(0, side // 2, side // 2))
 
     def reset_parameters(self) -> None:
         """Nothing: the weights are loaded."""
 
-    def forward(self, x_BCtHW: Tensor, memory: Memory | None = None) -> Tensor:
-        """Of the frames as they come; before the first there are zeros."""
+    def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache | None = None) -> Tensor:
+        """Convolve the next frames; zeros stand for the frames before the first."""
         if self.kernel_size[0] > 1:
-            assert memory is not None, "a convolution over frames needs its memory"
-            before = memory.get(self)
+            assert frame_cache is not None, "a convolution over frames needs a frame cache"
+            before = frame_cache.get(self)
             if before is None:
                 before = x_BCtHW.new_zeros(*x_BCtHW.shape[:2], 2, *x_BCtHW.shape[3:])
             x_BCtHW = torch.cat([before, x_BCtHW], dim=2)
-            # A copy, or all frames would be kept for the sake of two.
-            memory[self] = x_BCtHW[:, :, -2:].clone()
+            # A copy: a view of two frames would keep the storage of all.
+            frame_cache[self] = x_BCtHW[:, :, -2:].clone()
         return super().forward(x_BCtHW)
 
 
 class Conv2d(nn.Conv2d):
-    """A plain one, left uninitialised."""
+    """A 2D convolution, left uninitialised."""
 
     def reset_parameters(self) -> None:
         """Nothing: the weights are loaded."""
 
 
 class ChannelNorm(nn.Module):
-    """Every position's channels to the length sqrt(C), and a weight for each."""
+    """RMS norm over the channels of every position, with a weight for each channel."""
 
     def __init__(self, channels: int, *, frames: bool) -> None:
         super().__init__()
@@ -65,28 +65,28 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.empty(channels, *(1,) * (3 if frames else 2)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """In fp32 where the input is coarser."""
+        """Normalise, in fp32 for 16-bit inputs."""
         return F.normalize(x.float(), dim=1).to(x.dtype) * self.scale * self.gamma
 
 
-class Residual(nn.Module):
-    """Norm, SiLU, convolution, twice, beside the input."""
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, with a skip connection."""
 
-    def __init__(self, inward: int, outward: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = ChannelNorm(inward, frames=True), CausalConv(inward, outward, 3, 3)
-        self.norm2, self.conv2 = ChannelNorm(outward, frames=True), CausalConv(outward, outward, 3, 3)
-        self.conv_shortcut = CausalConv(inward, outward) if inward != outward else nn.Identity()
+        self.norm1, self.conv1 = ChannelNorm(channels_in, frames=True), CausalConv(channels_in, channels_out, 3, 3)
+        self.norm2, self.conv2 = ChannelNorm(channels_out, frames=True), CausalConv(channels_out, channels_out, 3, 3)
+        self.conv_shortcut = CausalConv(channels_in, channels_out) if channels_in != channels_out else nn.Identity()
 
-    def forward(self, x_BCtHW: Tensor, memory: Memory) -> Tensor:
-        """The same frames."""
-        out = self.conv1(F.silu(self.norm1(x_BCtHW)), memory)
-        out = self.conv2(F.silu(self.norm2(out)), memory)
+    def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache) -> Tensor:
+        """Apply; the shape is kept but for the channels."""
+        out = self.conv1(F.silu(self.norm1(x_BCtHW)), frame_cache)
+        out = self.conv2(F.silu(self.norm2(out)), frame_cache)
         return out + self.conv_shortcut(x_BCtHW)
 
 
 class FrameAttention(nn.Module):
-    """Every position of a frame attends to all of the frame, with one head."""
+    """Self-attention of one head within each frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class FrameAttention(nn.Module):
         self.to_qkv, self.proj = Conv2d(channels, 3 * channels, 1), Conv2d(channels, channels, 1)
 
     def forward(self, x_BCtHW: Tensor) -> Tensor:
-        """The same frames, with what they attended to added."""
+        """Attend, with a skip connection; the shape is kept."""
         batch, _, _, height, _ = x_BCtHW.shape
         frames = rearrange(x_BCtHW, "b c t h w -> (b t) c h w")
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
@@ -103,59 +103,61 @@ class FrameAttention(nn.Module):
         return x_BCtHW + rearrange(out, "(b t) c h w -> b c t h w", b=batch)
 
 
-class Middle(nn.Module):
-    """Residual, attention, residual."""
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([FrameAttention(channels)])
-        self.resnets = nn.ModuleList([Residual(channels, channels) for _ in range(2)])
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels) for _ in range(2)])
 
-    def forward(self, x_BCtHW: Tensor, memory: Memory) -> Tensor:
-        """The same frames."""
-        out: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](x_BCtHW, memory)), memory)
+    def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache) -> Tensor:
+        """Apply; the shape is kept but for the channels."""
+        out: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](x_BCtHW, frame_cache)), frame_cache)
         return out
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns at half the channels; with ``time`` twice the frames, but for the first of a video."""
+    """Doubles rows and columns and halves the channels; with ``time`` also doubles all frames but a video's first."""
 
     def __init__(self, channels: int, *, time: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": Conv2d(channels, channels // 2, 3, padding=1)})
         self.time_conv = CausalConv(channels, 2 * channels, 3) if time else None
 
-    def forward(self, x_BCtHW: Tensor, memory: Memory) -> Tensor:
-        """More and larger frames."""
+    def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache) -> Tensor:
+        """Apply; the frames are upsampled."""
         batch = x_BCtHW.shape[0]
         if self.time_conv is not None:
-            if self.time_conv in memory:
+            if self.time_conv in frame_cache:
                 x_BCtHW = rearrange(
-                    self.time_conv(x_BCtHW, memory), "b (two c) t h w -> b c (t two) h w", two=2
+                    self.time_conv(x_BCtHW, frame_cache), "b (two c) t h w -> b c (t two) h w", two=2
                 ).contiguous()
             else:
-                # The first frame stays one, and what follows does not look back on it.
-                memory[self.time_conv] = torch.zeros_like(x_BCtHW[:, :, :1]).repeat(1, 1, 2, 1, 1)
+                # The first frame is not doubled, and the next frames see zeros instead of it.
+                frame_cache[self.time_conv] = torch.zeros_like(x_BCtHW[:, :, :1]).repeat(1, 1, 2, 1, 1)
         frames = rearrange(x_BCtHW, "b c t h w -> (b t) c h w")
         doubled = F.interpolate(frames.float(), scale_factor=(2.0, 2.0), mode="nearest-exact").to(frames.dtype)
         return rearrange(self.resample["1"](doubled), "(b t) c h w -> b c t h w", b=batch)
 
 
 class UpBlock(nn.Module):
-    """Residuals, and an upsampling behind them in all blocks but the last."""
+    """Residual blocks, followed by an upsampling in all blocks but the last."""
 
-    def __init__(self, inward: int, outward: int, residuals: int, upsampling: str | None) -> None:
+    def __init__(self, channels_in: int, channels_out: int, residuals: int, upsampling: str | None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([Residual(inward if i == 0 else outward, outward) for i in range(residuals)])
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(channels_in if i == 0 else channels_out, channels_out) for i in range(residuals)]
+        )
         self.upsamplers = None
         if upsampling is not None:
-            self.upsamplers = nn.ModuleList([Upsample(outward, time=upsampling == "time")])
+            self.upsamplers = nn.ModuleList([Upsample(channels_out, time=upsampling == "time")])
 
-    def forward(self, x_BCtHW: Tensor, memory: Memory) -> Tensor:
-        """More and larger frames."""
+    def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache) -> Tensor:
+        """Apply; the frames are upsampled."""
         for residual in self.resnets:
-            x_BCtHW = residual(x_BCtHW, memory)
-        return x_BCtHW if self.upsamplers is None else self.upsamplers[0](x_BCtHW, memory)
+            x_BCtHW = residual(x_BCtHW, frame_cache)
+        return x_BCtHW if self.upsamplers is None else self.upsamplers[0](x_BCtHW, frame_cache)
 
 
 class _Decoder(nn.Module):
@@ -166,19 +168,19 @@ class _Decoder(nn.Module):
         widths = [base * multiple for multiple in [multiples[-1], *reversed(multiples)]]
         in_time = list(reversed(config["temperal_downsample"]))
         self.conv_in = CausalConv(config["z_dim"], widths[0], 3, 3)
-        self.mid_block = Middle(widths[0])
+        self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList()
-        for i, (inward, outward) in enumerate(itertools.pairwise(widths)):
+        for i, (channels_in, channels_out) in enumerate(itertools.pairwise(widths)):
             upsampling = None if i == len(multiples) - 1 else ("time" if in_time[i] else "space")
             # Each upsampling has halved the channels.
-            halved = inward // 2 if i else inward
-            self.up_blocks.append(UpBlock(halved, outward, config["num_res_blocks"] + 1, upsampling))
+            halved = channels_in // 2 if i else channels_in
+            self.up_blocks.append(UpBlock(halved, channels_out, config["num_res_blocks"] + 1, upsampling))
         self.norm_out = ChannelNorm(widths[-1], frames=True)
         self.conv_out = CausalConv(widths[-1], 3, 3, 3)
 
 
 class VaeDecoder(nn.Module):
-    """Latents to pixels; see ``wan_model.codec.tiled_decode`` for how it is used.
+    """The weights that decode latents to pixels; ``wan_model.codec.tiled_decode`` runs them.
 
     Args:
         config: of diffusers' ``vae/config.json``.
@@ -196,17 +198,17 @@ class VaeDecoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The weights' precision."""
         return self.post_quant_conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """The weights' device."""
         return self.post_quant_conv.weight.device
 
     @classmethod
     def of_state(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> "VaeDecoder":
-        """A decoder of these very tensors; others than its own are ignored.
+        """A decoder that uses these tensors without a copy; tensors of other parts are ignored.
 
         Raises:
             ValueError: missing or misshapen tensors.
@@ -228,7 +230,7 @@ class VaeDecoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "VaeDecoder":
-        """Of a diffusers ``vae`` folder, on the CPU.
+        """Load from a diffusers ``vae`` folder, on the CPU.
 
         Raises:
             ValueError: files that are missing or damaged, or weights of another model.

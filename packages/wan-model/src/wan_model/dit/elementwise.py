@@ -1,11 +1,11 @@
-"""What stands between the matrix products: norms, modulation, gates, rotation, activation.
+"""Elementwise operations and norms: modulation, gates, rotary rotation, activation.
 
-On the CPU these cost what they read and write, so each is one pass over memory where that is possible, in pieces that
-stay in the cache where it takes several operations. On CUDA the chains are fused by ``torch.compile`` (torch's own
-switch ``TORCH_COMPILE_DISABLE=1`` turns that off). Results agree to rounding; everything is computed in fp32 and
-rounded once to the precision of the input.
+On the CPU these are bound by memory bandwidth, so each makes one pass over memory where that is possible. Operations of
+several steps work in chunks that stay in the cache. On CUDA the chains are fused by ``torch.compile``, which the
+environment variable ``TORCH_COMPILE_DISABLE=1`` switches off. Both ways are equal but for rounding: everything is
+computed in fp32 and rounded once to the precision of the input.
 
-A function whose name ends in an underscore may write its result over one of its inputs, which the caller gives up.
+A function whose name ends in an underscore may overwrite one of its inputs, which the caller must not use afterwards.
 
 Legend: S tokens on this rank, D width, B samples, H heads, E head width.
 """
@@ -22,14 +22,14 @@ from torch.nn import functional as F
 
 from wan_model.pack import TokenRows
 
-# Elements of a piece and thread: a few such buffers stay in a core's caches. Smaller tensors stay there anyway.
-_PIECE = 131_072
+# Elements of a chunk and thread: a few such buffers stay in a core's caches. Smaller tensors stay there anyway.
+_CHUNK_SIZE = 131_072
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
 
-def wide(x: Tensor) -> Tensor:
-    """In fp32; what is more precise stays as it is, so that a model in fp64 is one throughout."""
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Convert to fp32; fp64 is kept, so that a model in fp64 computes in fp64 throughout."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -64,7 +64,7 @@ def _by_segment(
 
 
 def _norm_modulate_chain(x_SD: Tensor, shift_D: Tensor, scale_D: Tensor, eps: float) -> Tensor:
-    normed = F.layer_norm(wide(x_SD), x_SD.shape[-1:], eps=eps)
+    normed = F.layer_norm(at_least_fp32(x_SD), x_SD.shape[-1:], eps=eps)
     return (normed * (1 + scale_D) + shift_D).to(x_SD.dtype)
 
 
@@ -81,7 +81,7 @@ def norm_modulate(x_SD: Tensor, shifts: PerSample, scales: PerSample, rows: Toke
 
 
 def _gate_add_chain(x_SD: Tensor, update_SD: Tensor, gate_D: Tensor) -> Tensor:
-    return torch.addcmul(wide(x_SD), wide(update_SD), gate_D).to(x_SD.dtype)
+    return torch.addcmul(at_least_fp32(x_SD), at_least_fp32(update_SD), gate_D).to(x_SD.dtype)
 
 
 def gate_add_(x_SD: Tensor, update_SD: Tensor, gates: PerSample, rows: TokenRows) -> Tensor:
@@ -105,34 +105,34 @@ def add_(x_SD: Tensor, update_SD: Tensor) -> Tensor:
     return update_SD.add_(x_SD)
 
 
-# -- the norm of queries and keys, and their rotation -----------------------------------------------------------------
+# -- norm and rotation of queries and keys -----------------------------------------------------------------
 
 
-def _rotate_chain(x_SHE: Tensor, turns_S1P2: Tensor) -> Tensor:
-    cos, sin = turns_S1P2.unbind(-1)
-    even, odd = rearrange(wide(x_SHE), "s h (p two) -> two s h p", two=2)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rearrange(turned, "s h p two -> s h (p two)").to(x_SHE.dtype)
+def _rotate_chain(x_SHE: Tensor, rotations_S1P2: Tensor) -> Tensor:
+    cos, sin = rotations_S1P2.unbind(-1)
+    even, odd = rearrange(at_least_fp32(x_SHE), "s h (p two) -> two s h p", two=2)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rearrange(rotated, "s h p two -> s h (p two)").to(x_SHE.dtype)
 
 
 def _as_pairs(x_SD: Tensor, pairs: int) -> Tensor:
-    # A plain view: this runs once a piece.
+    # A plain view, without einops: this is called for every chunk.
     return torch.view_as_complex(x_SD.view(x_SD.shape[0], -1, pairs, 2))
 
 
 def rotate(x_SD: Tensor, table_S1P: Tensor) -> Tensor:
-    """Turn the heads that lie side by side in one width: each pair of values (2i, 2i+1) by its token's angle, in fp32.
+    """Rotate each pair of values (2i, 2i+1) of every head by its token's angle, in fp32.
 
     Args:
-        x_SD: tokens.
-        table_S1P: of ``wan_model.dit.rope.rotary_table``; P is half of a head's width.
+        x_SD: tokens, the heads concatenated.
+        table_S1P: from ``wan_model.dit.rope.rotary_table``; P is half of a head's width.
     """
     pairs = table_S1P.shape[-1]
     if x_SD.is_cuda:
         heads = rearrange(x_SD, "s (h e) -> s h e", e=2 * pairs)
         return rearrange(_fused(_rotate_chain)(heads, torch.view_as_real(table_S1P)), "s h e -> s (h e)")
-    turned = _as_pairs(wide(x_SD), pairs) * table_S1P
-    return torch.view_as_real(turned).flatten(1).to(x_SD.dtype)
+    rotated = _as_pairs(at_least_fp32(x_SD), pairs) * table_S1P
+    return torch.view_as_real(rotated).flatten(1).to(x_SD.dtype)
 
 
 def rms_norm_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None = None) -> Tensor:
@@ -142,46 +142,46 @@ def rms_norm_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | No
         if torch.is_grad_enabled():
             normed = _RMSNormRotate.apply(x_SD, weight_D, eps, table_S1P)
         else:
-            normed, _ = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P, out_SD=x_SD)
+            normed, _ = _rms_norm_chunks(x_SD, weight_D, eps, table_S1P, out_SD=x_SD)
         return normed
-    normed = F.rms_norm(wide(x_SD), x_SD.shape[-1:], wide(weight_D), eps).to(x_SD.dtype)
+    normed = F.rms_norm(at_least_fp32(x_SD), x_SD.shape[-1:], at_least_fp32(weight_D), eps).to(x_SD.dtype)
     return normed if table_S1P is None else rotate(normed, table_S1P)
 
 
-def _pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The same rows of several tensors, so many at a time that they stay in the cache; None stays None."""
+def _chunks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Chunks of the same rows of several tensors, small enough to stay in the cache; None stays None."""
     rows, width = first.shape
-    step = max(1, _PIECE * torch.get_num_threads() // width)
+    step = max(1, _CHUNK_SIZE * torch.get_num_threads() // width)
     if rows <= step:
         return iter([(first, *others)])
     count = -(-rows // step)
     return zip(*([None] * count if x is None else x.split(step) for x in (first, *others)), strict=True)
 
 
-def _rms_norm_pieces(
+def _rms_norm_chunks(
     x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None, out_SD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The result, which ``out_SD`` becomes, and what each row was multiplied by."""
+    """Write the result into ``out_SD``; return it and the scale of each row."""
     rows, width = x_SD.shape
     scale_S1 = x_SD.new_empty(rows, 1)
     eps_1 = x_SD.new_full((1,), eps)
-    for x, out, scale, turns in _pieces(x_SD, out_SD, scale_S1, table_S1P):
+    for x, out, scale, rotations in _chunks(x_SD, out_SD, scale_S1, table_S1P):
         torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=scale)
         torch.addcmul(eps_1, scale, scale, value=1 / width, out=scale).rsqrt_()
-        if turns is None:
+        if rotations is None:
             torch.mul(x, scale, out=out).mul_(weight_D)
         else:
-            # A row's scale goes with its turns, of which there are fewer than values.
-            _as_pairs(torch.mul(x, weight_D, out=out), turns.shape[-1]).mul_(turns * scale.unsqueeze(-1))
+            # A row's scale is multiplied into its rotations, which are fewer than its values.
+            _as_pairs(torch.mul(x, weight_D, out=out), rotations.shape[-1]).mul_(rotations * scale.unsqueeze(-1))
     return out_SD, scale_S1
 
 
 class _RMSNormRotate(torch.autograd.Function):
-    """Both in one pass over memory, forward and backward; fp32 on the CPU."""
+    """RMS norm and rotation in one pass over memory, forward and backward; fp32 on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None) -> Tensor:
-        out_SD, scale_S1 = _rms_norm_pieces(x_SD, weight_D, eps, table_S1P, torch.empty_like(x_SD))
+        out_SD, scale_S1 = _rms_norm_chunks(x_SD, weight_D, eps, table_S1P, torch.empty_like(x_SD))
         ctx.save_for_backward(x_SD, weight_D, scale_S1, table_S1P)
         return out_SD
 
@@ -191,7 +191,7 @@ class _RMSNormRotate(torch.autograd.Function):
         width = x_SD.shape[1]
         grad_x_SD, grad_weight_D = torch.empty_like(x_SD), torch.zeros_like(weight_D)
         back_S1P = None if table_S1P is None else table_S1P.conj().resolve_conj()
-        for x, grad, scale, out, back in _pieces(x_SD, grad_SD.contiguous(), scale_S1, grad_x_SD, back_S1P):
+        for x, grad, scale, out, back in _chunks(x_SD, grad_SD.contiguous(), scale_S1, grad_x_SD, back_S1P):
             if back is not None:
                 grad = torch.view_as_real(_as_pairs(grad, back.shape[-1]) * back).flatten(1)
             normed = x * scale
@@ -207,18 +207,18 @@ class _RMSNormRotate(torch.autograd.Function):
 
 
 def tanh_gelu_(x: Tensor) -> Tensor:
-    """GELU in its tanh form, over its input where nobody needs that any more.
+    """GELU, tanh approximation; it may overwrite its input.
 
     0.5 x (1 + tanh z) is x sigmoid(2 z), which needs one exponential and does not cancel for negative x.
     """
-    if x.is_cpu and x.dtype == torch.float32 and x.numel() > _PIECE and x.is_contiguous():
+    if x.is_cpu and x.dtype == torch.float32 and x.numel() > _CHUNK_SIZE and x.is_contiguous():
         activated: Tensor = _TanhGelu.apply(x)
         return activated
     return F.gelu(x, approximate="tanh")
 
 
 class _TanhGelu(torch.autograd.Function):
-    """The derivative is kept instead of the input, while that is in the cache: the backward is one product."""
+    """Saves the derivative instead of the input; it is computed while the input is in the cache."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -227,21 +227,21 @@ class _TanhGelu(torch.autograd.Function):
         flat = x.view(-1)
         linear = x.new_full((1,), _GELU_LINEAR)
         flat_derivative = None if derivative is None else derivative.view(-1)
-        size = _PIECE * torch.get_num_threads()
+        size = _CHUNK_SIZE * torch.get_num_threads()
         buffer = x.new_empty(min(size, flat.numel()))
         for start in range(0, flat.numel(), size):
-            piece = flat[start : start + size]
-            gate = buffer[: piece.numel()]
+            chunk = flat[start : start + size]
+            gate = buffer[: chunk.numel()]
             # s = sigmoid(u) with u = x (linear + cubic x²)
-            torch.addcmul(linear, piece, piece, value=_GELU_CUBIC, out=gate).mul_(piece).sigmoid_()
+            torch.addcmul(linear, chunk, chunk, value=_GELU_CUBIC, out=gate).mul_(chunk).sigmoid_()
             if flat_derivative is None:
-                piece.mul_(gate)
+                chunk.mul_(gate)
                 continue
             # y = x s and dy/dx = s + x u' s (1 - s) = s + (y - y s) u'
             slope = flat_derivative[start : start + size]
-            torch.addcmul(linear, piece, piece, value=3 * _GELU_CUBIC, out=slope)
-            piece.mul_(gate)
-            slope.mul_(torch.addcmul(piece, piece, gate, value=-1)).add_(gate)
+            torch.addcmul(linear, chunk, chunk, value=3 * _GELU_CUBIC, out=slope)
+            chunk.mul_(gate)
+            slope.mul_(torch.addcmul(chunk, chunk, gate, value=-1)).add_(gate)
         if derivative is not None:
             ctx.save_for_backward(derivative)
         return x

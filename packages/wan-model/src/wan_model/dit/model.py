@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from wan_model.config import WanConfig
 from wan_model.dit.attention import Offsets
-from wan_model.dit.elementwise import add_, gate_add_, norm_modulate, tanh_gelu_, wide
+from wan_model.dit.elementwise import add_, at_least_fp32, gate_add_, norm_modulate, tanh_gelu_
 from wan_model.dit.ops import Linear, Ops, TorchOps
 from wan_model.dit.recompute import Recompute, check_recompute
 from wan_model.dit.rope import rotary_table
@@ -67,7 +67,7 @@ def timestep_features(timesteps_B: Float[Tensor, " B"], width: int) -> Float[Ten
 
 def modulation_rows(table_1ND: Tensor, time_BND: Tensor) -> list[tuple[Tensor, ...]]:
     """The N modulation rows of a table plus a time embedding, fp32: for each, one [D] a sample."""
-    modulation_BND = wide(table_1ND) + wide(time_BND)
+    modulation_BND = at_least_fp32(table_1ND) + at_least_fp32(time_BND)
     return list(zip(*(sample.unbind(0) for sample in modulation_BND.unbind(0)), strict=True))
 
 
@@ -82,8 +82,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """Normalise the last axis; the result has the input's precision."""
-        weight, bias = wide(self.weight), wide(self.bias)
-        return F.layer_norm(wide(x_SD), x_SD.shape[-1:], weight, bias, self.eps).to(x_SD.dtype)
+        weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
+        return F.layer_norm(at_least_fp32(x_SD), x_SD.shape[-1:], weight, bias, self.eps).to(x_SD.dtype)
 
 
 class Attention(nn.Module):

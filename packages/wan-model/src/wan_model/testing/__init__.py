@@ -18,9 +18,10 @@ operation. The noise of an operation has the size that float32 rounding has ther
 the terms that it sums, so the spread of the results says how far rounding can move each of them: little where terms add
 up, much where they cancel (the bias of attention keys, which the softmax ignores). Nothing in it is measured on the
 float32 run that is tested, so a bound holds for every seed, processor and order of summation. Where one device computes
-what several processes compute in parallel, the one-device model in float64 serves for both. Where the other way is plain
-mathematics, ``assert_rounds_to({"out": got}, lambda: {"out": plain(x.double())})`` does all of it at once. Only a tensor's norm is
-compared, so one wrong element must be wrong by more than the rounding of the whole tensor.
+what several processes compute in parallel, the one-device model in float64 serves for both. Where the other way is
+plain mathematics, ``assert_rounds_to({"out": got}, lambda: {"out": plain(x.double())})`` does all of it at once. The
+function must give the same numbers at every call: clear gradients first, and make its generators inside. Only a
+tensor's norm is compared, so one wrong element must be wrong by more than the rounding of the whole tensor.
 
 Where a conftest installs jaxtyping's hook for ``wan_model``, import this package before it: the checks of its
 annotations would take longer than its work.

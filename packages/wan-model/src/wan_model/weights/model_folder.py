@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan_model.extras import brought_by
+from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
 
 # Tensors small enough to read in a moment and specific enough to tell trainings apart. They are compared in bfloat16,
 # so that a folder stored in that precision counts as the same model.
-_VAE_WITNESSES = ("encoder.conv_in.bias", "encoder.conv_out.bias", "quant_conv.bias", "decoder.conv_in.bias")
-_TEXT_WITNESSES = ("encoder.final_layer_norm.weight", "encoder.block.0.layer.0.layer_norm.weight")
+_VAE_DIGEST_KEYS = ("encoder.conv_in.bias", "encoder.conv_out.bias", "quant_conv.bias", "decoder.conv_in.bias")
+_TEXT_DIGEST_KEYS = ("encoder.final_layer_norm.weight", "encoder.block.0.layer.0.layer_norm.weight")
 
 
 def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revision: str | None = None) -> Path:
@@ -36,7 +36,7 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
             raise ValueError(
                 f"no model at {name}: expected a folder in diffusers' layout or a hub id such as Wan-AI/NAME"
             )
-        with brought_by("sampling"):
+        with requires_extra("sampling"):
             from huggingface_hub import snapshot_download
 
         patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".safetensors", ".model", ".txt")]
@@ -118,11 +118,11 @@ def weight_files(folder: Path, stem: str) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def _digest(folder: Path, stem: str, witnesses: Sequence[str]) -> str:
+def _digest(folder: Path, stem: str, keys: Sequence[str]) -> str:
     files, digest = weight_files(folder, stem), hashlib.sha256()
-    found = [key for key in witnesses if key in files]
+    found = [key for key in keys if key in files]
     if not found:
-        raise ValueError(f"{folder} holds none of {', '.join(witnesses)}: its weights are not those of Wan 2.1")
+        raise ValueError(f"{folder} holds none of {', '.join(keys)}: its weights are not those of Wan 2.1")
     for key in found:
         with open_weights(files[key]) as file:
             tensor: Tensor = file.get_tensor(key)
@@ -160,7 +160,7 @@ def latent_spec_of(
         text_dim=read_json(text_encoder / "config.json")["d_model"],
         text_length=text_length,
         model_id=(
-            f"vae-{_digest(vae, 'diffusion_pytorch_model', _VAE_WITNESSES)}"
-            f"-text-{_digest(text_encoder, 'model', _TEXT_WITNESSES)}"
+            f"vae-{_digest(vae, 'diffusion_pytorch_model', _VAE_DIGEST_KEYS)}"
+            f"-text-{_digest(text_encoder, 'model', _TEXT_DIGEST_KEYS)}"
         ),
     )

@@ -1,7 +1,7 @@
-"""Weights in and out: official initialisation, diffusers' ``transformer`` folders.
+"""Weights of the transformer: official initialisation, loading and saving of diffusers' ``transformer`` folders.
 
-A tensor-parallel or pipelined model takes its own part of each tensor; what a rank holds never depends on how many
-there are.
+A tensor-parallel or pipeline-parallel model takes its own part of each whole tensor, so the model does not depend on
+the number of ranks.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from wan_model.system.files import atomic_path, write_json
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
-_READ_AT_ONCE = 64 * 2**20
+_READ_BATCH_BYTES = 64 * 2**20
 
 
 def full_shape(model: WanDiT, parameter: nn.Parameter) -> tuple[int, ...]:
@@ -33,11 +33,11 @@ def full_shape(model: WanDiT, parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def local_slices(model: WanDiT, parameter: nn.Parameter) -> tuple[slice, ...]:
-    """Where this rank's part of a parameter lies in the whole tensor."""
-    if (spread := _spread(parameter)) is not None:
+    """The slices of the whole tensor that are this rank's part of a parameter."""
+    if (dtensor := _as_dtensor(parameter)) is not None:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        sizes, starts = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
+        sizes, starts = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
         return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
     slices = [slice(0, size) for size in parameter.shape]
     if part := model.ops.partition(parameter):
@@ -48,12 +48,12 @@ def local_slices(model: WanDiT, parameter: nn.Parameter) -> tuple[slice, ...]:
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter, which may be spread over several (``fully_shard``)."""
-    spread = _spread(parameter)
-    return parameter if spread is None else spread.to_local()
+    """The part of a parameter on this process; the parameter may be sharded (``fully_shard``)."""
+    dtensor = _as_dtensor(parameter)
+    return parameter if dtensor is None else dtensor.to_local()
 
 
-def _spread(parameter: Tensor) -> Any:
+def _as_dtensor(parameter: Tensor) -> Any:
     """The parameter if it is a DTensor, else None; their module takes half a second to import."""
     module = sys.modules.get("torch.distributed.tensor")
     return parameter if module is not None and isinstance(parameter, module.DTensor) else None
@@ -126,7 +126,7 @@ def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: s
 
 
 def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
-    # What the files hold, whatever an index beside them says.
+    # From the files themselves; an index beside them may be wrong.
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
             for key in file.keys():  # noqa: SIM118  the file is no mapping
@@ -154,13 +154,13 @@ def load_weights(model: WanDiT, folder: Path) -> None:
 
 
 def _batches(keys: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    # What has been read of a file stays in memory as long as the file is open: it is opened anew every so often.
+    # Pages that were read stay in memory while the file is open, so it is reopened after each batch.
     batch: list[str] = []
     read = 0
     for key in keys:
         batch.append(key)
         read += local_tensor(parameters[key]).nbytes
-        if read >= _READ_AT_ONCE:
+        if read >= _READ_BATCH_BYTES:
             yield batch
             batch, read = [], 0
     if batch:
@@ -228,7 +228,7 @@ def save_transformer(
         table = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(index, table)
     else:
-        # Readers prefer an index; one left by an earlier save would point them at the earlier weights.
+        # Readers prefer an index; one left by an earlier save would lead them to the earlier weights.
         index.unlink(missing_ok=True)
     for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
         if path.name not in names:
