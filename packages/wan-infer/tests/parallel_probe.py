@@ -1,14 +1,11 @@
-"""Run as ``python parallel_probe.py MODEL OUT CASES`` in one of several processes: samples each case, keeps results.
+"""One rank of several: samples each case, keeps results."""
 
-CASES is JSON: a list of {"name", "cfg_parallel", "shard_weights", "tiles", "source"}, a source {"checkpoint", "lora"}.
-"""
-
-import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from wan_infer.request.options import ParallelOptions
 from wan_infer.request.settings import Settings
@@ -19,13 +16,12 @@ REQUEST = {"width": 64, "height": 96, "frames": 9}
 PROMPTS = ["a rabbit in a meadow", "a street"]
 SETTINGS = Settings(steps=4, negative_prompt="grey")
 
-
 Source = dict[str, str | None]
 Sample = tuple[torch.Tensor, torch.Tensor, dict[str, int]]
 
 
-def sample(model: str, source: Source, parallelism: Parallelism, tiles: int) -> Sample:
-    """Latents and frames of two videos; tokens that the first block is given for one, and weights that are held."""
+def sample(model: str, source: Source, seed: int, parallelism: Parallelism, tiles: int) -> Sample:
+    """Latents and frames of two videos; the tokens that the first block is given for one; the weights that are held."""
     options: dict[str, Any] = {"device": "cpu", "parallelism": parallelism, "tiles": tiles}
     if source["lora"] is not None:
         options["lora"] = (source["lora"], 0.1)
@@ -33,7 +29,7 @@ def sample(model: str, source: Source, parallelism: Parallelism, tiles: int) -> 
         sampler = WanSampler.from_pretrained(model, **options)
     else:
         sampler = WanSampler.from_training_checkpoint(source["checkpoint"], model, **options)
-    latents = sampler.sample_latents(PROMPTS, seed=[3, 4], settings=SETTINGS, **REQUEST)
+    latents = sampler.sample_latents(PROMPTS, seed=[seed, seed + 1], settings=SETTINGS, **REQUEST)
     tokens: list[int] = []
     handle = sampler.model.blocks["0"].register_forward_pre_hook(
         lambda _, inputs: tokens.append(int(inputs[0].shape[0]))
@@ -47,17 +43,16 @@ def sample(model: str, source: Source, parallelism: Parallelism, tiles: int) -> 
     return latents, sampler.decode(latents), {"tokens": tokens[0], "held": held}
 
 
-def main() -> None:
-    model, out, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+def run_rank(rank: int, world_size: int, model: str, folder: str, seed: int, cases: list[dict[str, Any]]) -> None:
+    """A process of its own; results go to ``RANK.pt`` in the folder."""
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    # A file and not a port, which another process might take meanwhile.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     results = {}
     for case in cases:
         options = ParallelOptions(cfg_parallel=case["cfg_parallel"], shard_weights=case["shard_weights"])
         parallelism = Parallelism.initialize(torch.device("cpu"), options)
-        results[case["name"]] = (*sample(model, case["source"], parallelism, case["tiles"]), parallelism.rank)
-    torch.save(results, out / f"{parallelism.rank}.pt")
+        results[case["name"]] = (*sample(model, case["source"], seed, parallelism, case["tiles"]), parallelism.rank)
+    torch.save(results, Path(folder) / f"{rank}.pt")
     parallelism.close()
-
-
-if __name__ == "__main__":
-    main()
