@@ -177,7 +177,7 @@ def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tm
         (["--vae-tiles", "97"], r"cannot be cut into 1\*97 tiles"),
     ],
 )
-def test_what_stands_in_the_way_is_one_sentence(
+def test_invalid_arguments_are_one_sentence(
     model_folder: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("")

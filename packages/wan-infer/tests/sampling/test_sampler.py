@@ -12,16 +12,19 @@ from wan_infer.request.settings import Settings
 from wan_infer.runtime.placement import Placement, onload
 from wan_infer.sampling.denoise import draw_noise
 from wan_infer.sampling.sampler import WanSampler
+from wan_model.testing import seeds
 
 SMALL: dict[str, Any] = {"width": 32, "height": 48, "frames": 5}
 FAST = Settings(steps=3)
 
 
-def test_a_seed_means_one_video_alone_and_among_others(sampler: WanSampler) -> None:
-    together = sampler.sample_latents(["a rabbit", "a street"], seed=[3, 4], settings=FAST, **SMALL)
-    alone = sampler.sample_latents(["a street"], seed=4, settings=FAST, **SMALL)
+@pytest.mark.rounding
+@pytest.mark.parametrize("seed", seeds(4))
+def test_a_seed_means_one_video_alone_and_among_others(sampler: WanSampler, seed: int) -> None:
+    together = sampler.sample_latents(["a rabbit", "a street"], seed=[3, seed], settings=FAST, **SMALL)
+    alone = sampler.sample_latents(["a street"], seed=seed, settings=FAST, **SMALL)
     torch.testing.assert_close(together[1], alone[0], atol=1e-4, rtol=1e-4)
-    other = sampler.sample_latents(["a street"], seed=5, settings=FAST, **SMALL)
+    other = sampler.sample_latents(["a street"], seed=seed + 1, settings=FAST, **SMALL)
     assert not torch.allclose(alone, other, atol=0.1)
 
 
@@ -127,26 +130,26 @@ def test_wrong_counts_are_named(sampler: WanSampler) -> None:
         sampler.sample_latents(["a"], noise=torch.zeros(1, 16, 2, 6, 6), settings=FAST, **SMALL)
 
 
-class Traveller(nn.Module):
-    """Remembers where it was sent."""
+class MoveRecorder(nn.Module):
+    """Records the devices that it is moved to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
 
-    def to(self, device: torch.device) -> "Traveller":  # type: ignore[override]
+    def to(self, device: torch.device) -> "MoveRecorder":  # type: ignore[override]
         self.path.append(str(device))
         return self
 
 
-def test_offloaded_parts_come_home_even_after_a_failure() -> None:
-    module = Traveller()
+def test_a_part_is_offloaded_after_a_failure_too() -> None:
+    module = MoveRecorder()
     with pytest.raises(RuntimeError, match="failed"), onload(module, torch.device("meta"), torch.device("cpu")):
         raise RuntimeError("failed")
     assert module.path == ["meta", "cpu"]
 
 
-def test_placement_says_where_parts_live_and_work() -> None:
+def test_placement_has_execution_and_offload_devices() -> None:
     placement = Placement(torch.device("cuda"), torch.bfloat16, torch.device("cpu"), offload=True)
     assert (placement.offload_device.type, placement.text_offload_device.type) == ("cpu", "cpu")
     assert Placement.choose(ComputeOptions("cpu")).dtype == torch.float32
@@ -167,7 +170,7 @@ def test_bfloat16_stays_near_float32(model_folder: Path, sampler: WanSampler) ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_the_cpus_video_and_offloading_leaves_nothing(model_folder: Path, sampler: WanSampler) -> None:
+def test_cuda_gives_the_latents_of_the_cpu_and_offloads_all_parts(model_folder: Path, sampler: WanSampler) -> None:
     own = WanSampler.from_pretrained(model_folder, device="cuda", dtype="float32", offload=True)
     latents = own.sample_latents(["a rabbit"], seed=3, settings=FAST, **SMALL)
     torch.testing.assert_close(

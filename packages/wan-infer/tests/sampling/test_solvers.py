@@ -64,13 +64,13 @@ def test_timesteps_are_the_shifted_ones() -> None:
 
 def test_order_of_convergence() -> None:
     # On x' = x (that is, v = x along sigma) the exact end is x * exp(-1); UniPC's second order comes closer.
-    def walk(name: SolverName, steps: int) -> float:
+    def error(name: SolverName, steps: int) -> float:
         sample, solver = torch.ones(1, 1), Solver(name, steps, 1.0)
         for index in range(steps):
             sample = solver.step(index, sample, sample)
         return abs(sample.item() - torch.tensor(-1.0).exp().item())
 
-    assert walk("euler", 40) < 0.6 * walk("euler", 20)
+    assert error("euler", 40) < 0.6 * error("euler", 20)
     # First order with a corrector leaves 0.0076 here, second order 0.0009.
-    assert walk("unipc", 10) < 0.002 < walk("euler", 10)
-    assert walk("dpm++", 10) < 0.5 * walk("euler", 10)
+    assert error("unipc", 10) < 0.002 < error("euler", 10)
+    assert error("dpm++", 10) < 0.5 * error("euler", 10)

@@ -36,7 +36,7 @@ def repeat_flags(arguments: Sequence[str], several: Sequence[str] = SEVERAL) -> 
 
 
 class SeveralValues(click.Command):
-    """A command whose flags of ``SEVERAL`` take one value or more; the words as given are in ``meta[ARGUMENTS]``."""
+    """A command whose flags of ``SEVERAL`` take one or more values; ``meta[ARGUMENTS]`` has the arguments as given."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See ``repeat_flags``."""
