@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Common to all test processes."""
     # Under xdist each worker has its own base below a common one.
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     training_runs.ranks_folder = base
-    return base
+    yield base
+    if training_runs.warm_ranks.cache_info().currsize:
+        training_runs.warm_ranks().close()
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def test_under_torchrun_the_process_itself_trains(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_offers_every_recipe() -> None:
-    source = (Path(wan_train.__file__).parent / "recipes.py").read_text()
+    source = (Path(wan_train.__file__).parent / "config" / "recipes.py").read_text()
     table = source[source.index("RECIPES: dict") :]
     assert all(f'"{name}":' in table for name in RECIPES)
     assert table.count('": ') == len(RECIPES)

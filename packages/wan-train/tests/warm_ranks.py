@@ -94,6 +94,10 @@ class WarmRanks:
                 connection = _start_server(link)
             self._link, self._connection = link, connection
 
+    def close(self) -> None:
+        """Leave the server, which ends when all clients have."""
+        self._connection.close()
+
     def start(
         self,
         argument: str | None,
