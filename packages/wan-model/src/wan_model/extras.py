@@ -1,4 +1,4 @@
-"""Packages that only an extra of this distribution brings."""
+"""Packages that only an extra of this distribution installs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """Imports in this context that fail say which extra to install.
+    """Name the extra to install when an import in this context fails.
 
     Raises:
         ValueError: a package is absent.

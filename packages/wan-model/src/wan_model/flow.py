@@ -24,14 +24,14 @@ _MODE_SCALE = 1.29
 
 @dataclasses.dataclass
 class NoisyPack:
-    """What the model sees of a pack, and what it should say.
+    """The noisy input of the model, and its target.
 
     Attributes:
         tokens_SC: x_t; padding rows are zero.
         target_SC: eps - x0.
         timesteps_B: 1000 * sigma, fp32.
         weights_B: factor of each sample's loss.
-        text_BTD: the texts; the empty prompt's in place of those that were dropped.
+        text_BTD: the texts, with the empty prompt in place of dropped ones.
     """
 
     tokens_SC: Float[Tensor, "S C"]
@@ -121,12 +121,12 @@ class FlowMatching:
         empty_text_LD: Float[Tensor, "L D"] | None,
         generator: torch.Generator,
     ) -> Float[Tensor, "B T D"]:
-        """The texts, each replaced by the empty prompt's with probability ``caption_dropout``.
+        """Replace each text by the empty prompt with probability ``caption_dropout``.
 
         One number a sample is drawn whatever the probability, so that changing it leaves the noise that follows alone.
 
         Args:
-            text_BTD: texts, zero behind their true length.
+            text_BTD: texts, zero-padded.
             empty_text_LD: the embedding of the empty prompt (``LatentCodec.encode_text([""])``), of its true length.
             generator: the only source of randomness.
 
@@ -193,6 +193,6 @@ def loss_sum(predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack, layout: PackL
 
 @torch.no_grad()
 def sample_losses(predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack, layout: PackLayout) -> Float[Tensor, " B"]:
-    """Mean squared error of each sample, unweighted, fp32; what one sample is does not touch another's."""
+    """Mean squared error of each sample, unweighted, fp32; independent of the other samples."""
     error_S = _token_errors(predicted_SC, noisy)[: layout.valid]
     return torch.stack([part.mean() for part in error_S.split(layout.lengths)])

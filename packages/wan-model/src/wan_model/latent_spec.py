@@ -1,4 +1,4 @@
-"""What defines the latent space a transformer lives in, with a fingerprint to recognise it by."""
+"""The specification of a latent space, with a fingerprint that identifies it."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpec:
-    """The contract between those who write latents, train on them, and decode them.
+    """What defines a latent space, for those who write latents, train on them and decode them.
 
     Attributes:
         channels: channels of a latent (16).
@@ -41,7 +41,7 @@ class LatentSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that are equal exactly when all fields are."""
+        """Sixteen hexadecimal digits of a hash of all fields."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

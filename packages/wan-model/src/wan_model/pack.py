@@ -1,4 +1,4 @@
-"""The one batch format: samples of any shape laid end to end in a single sequence of tokens.
+"""The batch format: samples of any shape packed into one sequence of tokens.
 
 Shapes: S tokens of the pack (padding included), C values of a token, B samples, T text length, D text width;
 of one latent: C channels, F frames, H rows, W columns.
@@ -23,11 +23,11 @@ Grid = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class PackLayout:
-    """Where each sample lies in a pack.
+    """The position of each sample in a pack.
 
     Attributes:
         grids: tokens along (frames, rows, columns) of each sample, in order.
-        padding: tokens behind the last sample that belong to none; no sample attends to them and no loss sees them.
+        padding: tokens after the last sample that belong to none; no sample attends to them and no loss counts them.
     """
 
     grids: tuple[Grid, ...]
@@ -48,7 +48,7 @@ class PackLayout:
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each sample starts, and last where the padding starts: B+1 numbers."""
+        """The first token of each sample, and of the padding: B+1 numbers."""
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
@@ -110,9 +110,9 @@ class TokenRows:
 
     @functools.cached_property
     def segments(self) -> tuple[tuple[int, int, int], ...]:
-        """(sample, first row, end) of each sample that has rows here, counted from ``start``; they leave no gap.
+        """(sample, first row, end) of each sample that has rows here, relative to ``start`` and without gaps.
 
-        Padding counts to the last sample, whose modulation it may read harmlessly.
+        Padding counts to the last sample, whose modulation it uses without effect.
         """
         ends = [*self.layout.offsets[1:-1], self.layout.total]
         found = []
@@ -140,8 +140,8 @@ class LatentPack:
 
     Attributes:
         tokens_SC: normalised latents, patchified; padding rows are zero.
-        text_BTD: text embeddings, zero behind their true length.
-        layout: where each sample lies.
+        text_BTD: text embeddings, zero-padded.
+        layout: the position of each sample.
         keys: each sample's name, for messages.
     """
 
@@ -196,7 +196,7 @@ def unpatchify(tokens: Float[Tensor, "S K"], grid: Grid, patch_size: PatchSize =
 
 
 def pad_text(embeddings: Sequence[Float[Tensor, "_ D"]], length: int) -> Float[Tensor, "B T D"]:
-    """Stack text embeddings of true length into [B, T, D], zeros behind each.
+    """Stack text embeddings of true length into [B, T, D], zero-padded.
 
     Raises:
         ValueError: there is no embedding, or one is longer than ``length``.
@@ -221,7 +221,7 @@ def pack_latents(
     patch_size: PatchSize = (1, 2, 2),
     multiple: int = 1,
 ) -> LatentPack:
-    """Lay samples end to end in one pack.
+    """Pack samples into one sequence of tokens.
 
     Args:
         latents: normalised latents, one a sample, of any shapes.

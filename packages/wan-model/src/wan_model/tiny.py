@@ -1,4 +1,4 @@
-"""A tiny Wan 2.1 of the true architecture with random weights, in diffusers' folder layout.
+"""A tiny Wan 2.1 model with random weights and the full architecture, in diffusers' folder layout.
 
 ``python -m wan_model.tiny FOLDER`` writes what released models have: transformer, autoencoder, text encoder, a working
 tokenizer, scheduler, and the index that diffusers' ``WanPipeline.from_pretrained`` reads. Tests and the quickstart use
@@ -36,7 +36,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _randomise(module: torch.nn.Module, generator: torch.Generator, gain: float) -> None:
-    # Scaled normal weights keep activations alive through the depth; norms keep a weight near one, biases stay small.
+    # Scaled normal weights keep activations of order one through the depth; norm weights are near one, biases small.
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)

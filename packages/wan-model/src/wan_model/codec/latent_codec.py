@@ -1,4 +1,4 @@
-"""The latent codec: the autoencoder and the text encoder that define the space the transformer lives in.
+"""The latent codec: the autoencoder and the text encoder that define the transformer's latent space.
 
 Shapes: B videos, C colour or latent channels, T frames, H rows, W columns (pixels), F latent frames, L text tokens,
 D text width.
@@ -45,16 +45,16 @@ def _quiet_loading() -> Iterator[None]:
 
 
 class LatentCodec:
-    """Videos to latents and back, prompts to embeddings, exactly as diffusers' ``WanPipeline`` has them.
+    """Encodes and decodes videos and encodes prompts, equal to diffusers' ``WanPipeline``.
 
     Either half may be absent: a sampler that has its embeddings needs no text encoder.
 
     Args:
-        spec: the space, with the statistics that latents are normalised by.
+        spec: the latent space, with the statistics that latents are normalised by.
         vae: diffusers' ``AutoencoderKLWan``, or None.
-        decoder: what decodes latents, or None; by default with the weights of ``vae``.
+        decoder: decodes latents, or None; by default made from the weights of ``vae``.
         text_encoder: UMT5's encoder, or None.
-        tokenizer: the tokenizer that belongs to it, or None.
+        tokenizer: the text encoder's tokenizer, or None.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class LatentCodec:
             vae_model: another model to take ``vae`` from.
             text_model: another model to take ``text_encoder`` and ``tokenizer`` from.
             revision: the hub id's revision.
-            device: where both are put.
+            device: of both.
             vae_dtype: the official code runs the autoencoder in float32.
             text_dtype: bfloat16 halves the memory of the text encoder, at the cost of equality.
             load_vae, load_text: which halves to load.
-            load_decoder: of the autoencoder only what decodes, which needs no import of diffusers.
+            load_decoder: load only the decoder of the autoencoder, without importing diffusers.
             text_length: tokens that prompts are cut to (512 in the official code).
 
         Raises:
@@ -144,13 +144,13 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode_video(self, video_BCTHW: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B C F h w"]:
-        """The normalised posterior mean, fp32.
+        """Encode a video: the normalised posterior mean, fp32.
 
         Args:
             video_BCTHW: RGB in [-1, 1]; 4n+1 frames, sides that 16 divides.
 
         Raises:
-            ValueError: sizes that the autoencoder would silently cut.
+            ValueError: sizes that the autoencoder would crop silently.
         """
         vae = self._require("vae")
         self.spec.latent_shape(*video_BCTHW.shape[2:])
@@ -159,20 +159,20 @@ class LatentCodec:
         return (mu - mean) / std
 
     def decode_video(self, latents_BCFHW: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 T H W"]:
-        """RGB in [-1, 1], fp32 on the CPU, from normalised latents; see ``decode_frames``."""
+        """Decode normalised latents: RGB in [-1, 1], fp32 on the CPU; see ``decode_frames``."""
         return torch.stack([torch.cat(list(self.decode_frames(latent)), dim=1) for latent in latents_BCFHW])
 
     def decode_frames(
         self, latents_CFhw: Float[Tensor, "C F h w"], *, tiles: tuple[int, int] = (1, 1)
     ) -> Iterator[Float[Tensor, "3 t H W"]]:
-        """The frames of one video in their order, RGB in [-1, 1], fp32 on the CPU: the first, then four at a time.
+        """Decode one video frame by frame: the first frame, then four at a time; RGB in [-1, 1], fp32 on the CPU.
 
-        What lies on the device at once are the activations of four frames and not of the video. Tiles divide these
-        further; all pixels are then in main memory before the first frames come.
+        The device holds the activations of four frames at a time, not of the whole video. Tiles divide these further;
+        then all pixels are in main memory before the first frames are yielded.
 
         Args:
             latents_CFhw: normalised.
-            tiles: so many one above the other, and so many side by side; see ``wan_model.codec.tiled_decode``.
+            tiles: tiles along the height and the width; see ``wan_model.codec.tiled_decode``.
 
         Raises:
             ValueError: more tiles than the frame can be cut into.
@@ -192,21 +192,21 @@ class LatentCodec:
         yield from video
 
     def decoder_features(self, latents_CFhw: Float[Tensor, "C F h w"]) -> Iterator[Tensor]:
-        """Of each latent frame what tiles are made from, see ``decode_tile``; latents are normalised."""
+        """The features of each latent frame that ``decode_tile`` takes; latents are normalised."""
         decoder = self._require("decoder")
         mean, std = self._statistics(latents_CFhw)
         raw = (latents_CFhw[None] * std + mean).to(decoder.device, decoder.dtype)
         return TiledDecoder(decoder).features(raw)
 
     def decode_tile(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
-        """One tile's pixels of each latent frame, RGB in [-1, 1], fp32; ``features`` are of ``decoder_features``."""
+        """Decode one tile of each latent frame from ``decoder_features``: RGB in [-1, 1], fp32."""
         return TiledDecoder(self._require("decoder")).pixels(features, tile)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
-        """Embeddings of cleaned prompts, fp32, each of its true length (the zero padding is the model's business).
+        """Clean and embed prompts: fp32, each of its true length; ``pad_text`` adds the zero padding.
 
-        Each is embedded by itself at its true length, which is what a mask over the fixed length comes to.
+        Each prompt is embedded by itself at its true length, which equals a mask over the fixed length.
 
         Raises:
             ValueError: no list of prompts, or an empty one.

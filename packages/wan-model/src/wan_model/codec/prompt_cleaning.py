@@ -9,7 +9,7 @@ _WHITESPACE = re.compile(r"\s+")
 
 
 def clean_prompt(prompt: str) -> str:
-    """Mend the encoding, unescape HTML twice, strip, and make each run of white space one blank.
+    """Fix the text encoding, unescape HTML twice, strip, and collapse white space.
 
     Source: ``prompt_clean`` of diffusers' ``WanPipeline`` and the official tokenizer's ``whitespace`` cleaning.
     """

@@ -1,8 +1,8 @@
 """The text encoder of Wan 2.1, UMT5's encoder, with transformers' parameter names; and its tokenizer.
 
-It is written anew because transformers takes seconds to import, which a sampler would spend on this one module, and
-because a prompt may be embedded at its true length: masked positions add nothing, and a prompt of twenty tokens needs a
-twenty-fifth of the work of 512.
+It is an implementation of its own because importing transformers takes seconds, which a sampler would spend on this one
+module, and because a prompt can be embedded at its true length: masked positions add nothing, and a prompt of twenty
+tokens needs a twenty-fifth of the work of 512.
 
 Shapes: L tokens of a prompt, D width, H heads, E head width.
 
@@ -24,7 +24,7 @@ from wan_model.extras import requires_extra
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 _STEM = "model"
-# The embedding stands in files under both names.
+# Files hold the embedding under either name, or under both.
 _TIED_KEY = "encoder.embed_tokens.weight"
 
 
@@ -42,7 +42,7 @@ class _Embedding(nn.Embedding):
 
 
 class _Norm(nn.Module):
-    """To a root mean square of one, statistics in fp32, and a weight."""
+    """RMS norm with a weight, statistics in fp32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -130,10 +130,10 @@ class _Stack(nn.Module):
 def distance_buckets(
     length: int, buckets: int, max_distance: int, device: torch.device | None = None
 ) -> Int[Tensor, "length length"]:
-    """Into which bucket the distance from each token to each other falls.
+    """T5's bucket of the relative position of each pair of tokens.
 
-    Half of the buckets are for what stands behind; of each half one half counts single tokens and the rest grows in
-    proportion, up to ``max_distance``.
+    Half of the buckets are for positive distances. Of each half one half counts single tokens; the other buckets grow
+    logarithmically up to ``max_distance``.
     """
     places = torch.arange(length, device=device)
     distance = places[None, :] - places[:, None]
@@ -166,7 +166,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids_L: Int[Tensor, " L"]) -> Float[Tensor, "L D"]:
-        """Of one prompt at its true length."""
+        """Embed one prompt at its true length."""
         x_LD = self.shared(ids_L)
         for block in self.encoder.block:
             x_LD = block(x_LD)
@@ -175,12 +175,12 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """The weights' device."""
         return self.shared.weight.device
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "TextEncoder":
-        """Of a transformers ``text_encoder`` folder, on the CPU, tensor by tensor.
+        """Load from a transformers ``text_encoder`` folder, on the CPU, tensor by tensor.
 
         Raises:
             ValueError: files that are missing or damaged, or weights of another model.
@@ -231,7 +231,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
 
     def __call__(self, text: str, length: int) -> list[int]:
-        """At most so many tokens, the end mark among them."""
+        """Token ids, at most ``length`` with the end token."""
         self._tokenizer.enable_truncation(length)
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids

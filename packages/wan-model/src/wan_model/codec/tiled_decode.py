@@ -1,9 +1,9 @@
-"""The autoencoder's decoder, latent frame by latent frame and tile by tile, without a seam.
+"""VAE decoding frame by frame and tile by tile, without seams.
 
-The decoder attends over a whole frame at the resolution of the latents only; everything behind its first
-upsampling is convolutions. So that first part, a few per cent of the work, is computed for the whole frame, and the
-rest for any tile of it with a border as wide as the convolutions see: a tile's pixels are then those of the whole
-frame, to rounding. (Blending tiles that were decoded from the latents on, as diffusers does, changes the picture.)
+The decoder attends over a whole frame at the resolution of the latents only; after its first upsampling there are only
+convolutions. That first part, a few per cent of the work, is computed for the whole frame. The rest is computed for a
+tile with a border as wide as the receptive field of the convolutions, so a tile's pixels are those of the whole frame
+but for rounding. (Blending tiles that were decoded from the latents on, as diffusers does, changes the picture.)
 
 Shapes: F latent frames, h rows and w columns of latents; t frames, H rows, W columns of pixels (t is 1 for the first
 latent frame and 4 for each other); C channels.
@@ -36,11 +36,11 @@ def split_frame(height: int, width: int, rows: int, columns: int, multiple: int 
 
     Args:
         height, width: of the frame, pixels.
-        rows, columns: how many tiles one above the other and side by side.
-        multiple: of pixels that a tile's sides are cut at.
+        rows, columns: tiles along the height and the width.
+        multiple: tiles begin and end at multiples of this many pixels.
 
     Raises:
-        ValueError: more tiles than the frame has such multiples.
+        ValueError: there are more tiles than such multiples.
     """
     if not (1 <= rows <= height // multiple and 1 <= columns <= width // multiple):
         raise ValueError(
@@ -55,13 +55,13 @@ def split_frame(height: int, width: int, rows: int, columns: int, multiple: int 
 
 
 def most_square(tiles: int, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of so many tiles whose borders are shortest."""
+    """The grid (rows, columns) of a number of tiles that has the shortest borders."""
     pairs = [(rows, tiles // rows) for rows in range(1, tiles + 1) if tiles % rows == 0]
     return min(pairs, key=lambda pair: (pair[0] - 1) * width + (pair[1] - 1) * height)
 
 
 class TiledDecoder:
-    """Decodes one video after the other with the weights of a decoder.
+    """Decodes videos with the weights of a decoder.
 
     Args:
         decoder: of Wan 2.1.
@@ -70,13 +70,13 @@ class TiledDecoder:
     def __init__(self, decoder: VaeDecoder) -> None:
         self._post_quant_conv, self._decoder = decoder.post_quant_conv, decoder.decoder
         later = [block for block in list(self._decoder.up_blocks)[1:] if isinstance(block, UpBlock)]
-        # Pixels of the frame for one value behind the first upsampling.
+        # Pixels for one value after the first upsampling.
         self.scale = 2 ** sum(block.upsamplers is not None for block in later)
         self.border = _border(later)
 
     @torch.no_grad()
     def features(self, raw_1CFhw: Float[Tensor, "1 C F h w"]) -> Iterator[Tensor]:
-        """Of each latent frame what all tiles are made from, from latents that are not normalised."""
+        """The features of each latent frame that all tiles are decoded from; the latents are not normalised."""
         frame_cache: FrameCache = {}
         for frame in self._post_quant_conv(raw_1CFhw).split(1, dim=2):
             x = self._decoder.mid_block(self._decoder.conv_in(frame, frame_cache), frame_cache)
@@ -99,13 +99,13 @@ class TiledDecoder:
             yield x[0, :, :, kept_rows, kept_columns].float().clamp(-1, 1)
 
     def _with_border(self, first: int, end: int, size: int) -> tuple[slice, slice]:
-        """Of one axis: what to cut out of the features, and which pixels of the result are the tile's."""
+        """For one axis: the slice of the features to decode, and the slice of the result that is the tile."""
         start, stop = max(0, first // self.scale - self.border), min(size, end // self.scale + self.border)
         return slice(start, stop), slice(first - start * self.scale, end - start * self.scale)
 
 
 def _border(blocks: Sequence[UpBlock]) -> int:
-    """How far beyond a value behind the first upsampling the pixels made from it can see, in such values."""
+    """Receptive field of the pixels on each side, in values after the first upsampling."""
     reach = 1  # the last convolution, 3 wide
     for block in reversed(blocks):
         if block.upsamplers is not None:

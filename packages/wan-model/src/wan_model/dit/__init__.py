@@ -1,1 +1,1 @@
-"""The transformer and what it runs on."""
+"""The transformer and its runtime on one device or under context parallelism."""

@@ -38,7 +38,7 @@ def check_kind(kind: str) -> None:
 
 
 def resolve_kind(kind: AttentionKind, q_SHE: Tensor, q_offsets: Offsets) -> AttentionKind:
-    """What ``auto`` stands for here: ``varlen`` for many short segments in 16 bits on CUDA, else ``sdpa``.
+    """Resolve ``auto``: ``varlen`` for many short segments in 16 bits on CUDA, else ``sdpa``.
 
     Raises:
         ValueError: the kind asked for cannot run on these tensors.
@@ -66,7 +66,7 @@ def packed_attention(
     """Scaled dot-product attention; segment i of the queries attends to segment i of the keys.
 
     Args:
-        q_SHE: queries; rows behind the last offset are padding and come out as zeros.
+        q_SHE: queries; rows after the last offset are padding, whose results are zeros.
         k_SHE, v_SHE: keys and values.
         q_offsets, k_offsets: segment starts, and last the end: B+1 ascending integers each. A segment without queries
             is skipped.
@@ -83,13 +83,13 @@ def packed_attention(
     if kind == "varlen":
         parts = [_variable_length(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)]
     else:
-        # torch's own preference puts cuDNN behind flash attention, which on Hopper is the slower one.
+        # torch prefers flash attention to cuDNN's, although on Hopper it is the slower one.
         only = sdpa_kernel(_ONE_KERNEL[kind]) if kind in _ONE_KERNEL else _preferred(q_SHE.device)
         with only:
             parts = _segment_by_segment(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)
     if padding := q_SHE.shape[0] - q_offsets[-1]:
         zeros = q_SHE.new_zeros(padding, *q_SHE.shape[1:])
-        # A rank that holds nothing but padding takes part in the backward pass like the others, which wait for it.
+        # A rank with nothing but padding must take part in the backward pass, because the other ranks wait for it.
         parts.append(zeros if parts else zeros + (q_SHE[:0].sum() + k_SHE[:0].sum() + v_SHE[:0].sum()))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -1,8 +1,9 @@
 """Context parallelism: the tokens of one pack on several processes, in plain ``torch.distributed``.
 
-A rank holds an equal, contiguous share of the pack's rows, whatever samples they belong to. Self-attention trades rows
-for heads (all-to-all, as DeepSpeed-Ulysses does): each rank attends over the whole pack with its share of the heads,
-and trades back. Where the heads do not divide, keys and values are gathered and each rank attends with its own rows.
+A rank holds an equal, contiguous share of the pack's rows, whatever samples they belong to. Self-attention exchanges
+rows for heads by an all-to-all, as in DeepSpeed-Ulysses: each rank attends over the whole pack with its share of the
+heads, and a second all-to-all restores the rows. Where the ranks do not divide the heads, keys and values are gathered
+and each rank attends with its own rows.
 Text is never sharded: each rank's rows attend to the whole texts of their samples.
 
 Gradients: every rank computes the same loss from the gathered output, and each weight's gradient on a rank is the part
@@ -46,7 +47,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _GatherRows(torch.autograd.Function):
-    """[R, ...] -> [S, ...] on every rank; the backward sums what all ranks want of a row, or takes its own rows."""
+    """All-gather [R, ...] -> [S, ...]; the backward is a reduce-scatter, or takes this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: "ContextParallel", sum_gradients: bool) -> Tensor:
@@ -135,7 +136,7 @@ class ContextParallel:
             q_offsets, k_offsets: of the samples in the whole pack, and of their texts.
             attend: on one device.
         """
-        # Only the samples that have rows here count; they are neighbours, and so are their keys.
+        # Only samples with rows on this rank count; they are contiguous, and so are their keys.
         rows = q_RHE.shape[0]
         cut = [min(max(offset - self.rank * rows, 0), rows) for offset in q_offsets]
         here = [i for i, (start, stop) in enumerate(itertools.pairwise(cut)) if start < stop]

@@ -1,4 +1,4 @@
-"""Floating-point operations of one pack: what the mathematics needs, whatever an implementation computes.
+"""Floating-point operations that one pack needs, whatever an implementation computes besides.
 
 A multiplication with its addition counts as two. Only matrix products and attention count; each sample's S² is its
 own, never the pack's, and padding needs nothing.
@@ -33,11 +33,11 @@ class PackFlops:
 
     @property
     def training(self) -> int:
-        """Forward and backward: three forward passes. Recomputation is no part of what the mathematics needs."""
+        """Forward and backward: three forward passes. Recomputation is not counted."""
         return 3 * self.forward
 
     def __add__(self, other: "PackFlops") -> "PackFlops":
-        """Of two packs together."""
+        """The sum over two packs."""
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return PackFlops(*(a + b for a, b in zip(mine, theirs, strict=True)))
 

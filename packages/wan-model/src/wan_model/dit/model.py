@@ -66,7 +66,7 @@ def timestep_features(timesteps_B: Float[Tensor, " B"], width: int) -> Float[Ten
 
 
 def modulation_rows(table_1ND: Tensor, time_BND: Tensor) -> list[tuple[Tensor, ...]]:
-    """The N modulation rows of a table plus a time embedding, fp32: for each, one [D] a sample."""
+    """The N modulation vectors of a table plus a time embedding, fp32: each a tuple of one [D] per sample."""
     modulation_BND = at_least_fp32(table_1ND) + at_least_fp32(time_BND)
     return list(zip(*(sample.unbind(0) for sample in modulation_BND.unbind(0)), strict=True))
 
@@ -102,15 +102,15 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([ops.row_linear(width, width)])
 
     def queries(self, x_SD: Tensor, table_S1P: Tensor | None) -> Tensor:
-        """Of tokens that have entered (see ``Ops``): [rows, heads, width]."""
+        """Queries of entered tokens (see ``Ops``): [rows, heads, width]."""
         return self._by_head(self.norm_q(self.to_q(x_SD), table_S1P))
 
     def keys_values(self, source_KD: Tensor, table_S1P: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of tokens or text that have entered: [rows, heads, width] each."""
+        """Keys and values of entered tokens or text: [rows, heads, width] each."""
         return self._by_head(self.norm_k(self.to_k(source_KD), table_S1P)), self._by_head(self.to_v(source_KD))
 
     def _by_head(self, x_SD: Tensor) -> Tensor:
-        # A plain view: small models spend their time in calls.
+        # A plain view: in small models the time goes into calls.
         return x_SD.view(x_SD.shape[0], self.heads, -1)
 
     def attend_to_tokens(self, x_SD: Tensor, table_S1P: Tensor, offsets: Offsets) -> Tensor:
@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
 
 class FeedForwardIn(nn.Module):
-    """The first linear with its tanh-GELU; a module of its own because diffusers' keys have it so."""
+    """The first linear with its tanh-GELU; a separate module because of diffusers' keys."""
 
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(config, ops)
 
     def text_keys(self, text_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that this layer's tokens find in embedded texts."""
+        """Keys and values of embedded texts for this layer's cross-attention."""
         return self.attn2.keys_values(self.ops.enter_text(text_TD), None)
 
     def forward(
@@ -254,7 +254,7 @@ class PatchEmbedding(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PreparedText:
-    """All that depends on the texts alone, see ``WanDiT.prepare_text``.
+    """What depends on the texts alone; see ``WanDiT.prepare_text``.
 
     Attributes:
         keys_values: of each block, by its name: [B * T, H, E] twice.
@@ -302,7 +302,7 @@ class WanDiT(nn.Module):
             self.ops.on_token_rows(nn.ParameterList([self.scale_shift_table]))
 
     def to_precision(self, dtype: torch.dtype) -> "WanDiT":
-        """Round the weights to a precision, but for the few that diffusers too keeps in fp32 (in place).
+        """Convert the weights to a precision in place, except those that diffusers keeps in fp32.
 
         These are the time embedder, the modulation tables and the affine norm: 0.2 % of the released weights.
         """
@@ -311,7 +311,7 @@ class WanDiT(nn.Module):
         return self
 
     def prepare_text(self, text_BTD: Float[Tensor, "B T D"]) -> PreparedText:
-        """What ``forward`` computes of texts, once for many steps of sampling.
+        """Compute what depends on the texts alone, once for all sampling steps.
 
         Memory: two tensors of B * T rows of the hidden width for every block.
 
@@ -340,8 +340,8 @@ class WanDiT(nn.Module):
         Args:
             x: tokens [S, C] on the first stage; elsewhere the previous stage's output, this rank's rows [S, D].
             timesteps_B: 1000 * sigma of each sample, fp32.
-            text: embeddings, zero behind their true length, or what ``prepare_text`` made of them.
-            layout: where each sample lies.
+            text: zero-padded embeddings, or the result of ``prepare_text``.
+            layout: the position of each sample.
 
         Returns:
             Tokens [S, C] in the weights' precision on the last stage (all rows, on every rank); else hidden rows.

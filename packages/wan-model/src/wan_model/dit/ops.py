@@ -1,4 +1,4 @@
-"""What the transformer asks of its runtime: the one seam between the mathematics and parallelism.
+"""The interface between the transformer and its runtime, which hides all parallelism.
 
 Shapes: S tokens, D width, H heads on this rank, E head width.
 """
@@ -24,7 +24,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, statistics in fp32, with the rotation that follows it.
+    """RMS norm over the full width, statistics in fp32, with the rotary embedding that follows it.
 
     A runtime that holds only a part of the width overrides ``forward``.
     """
@@ -35,9 +35,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
-        """Normalise the last axis; given a table (``wan_model.dit.rope``), turn each head after it.
+        """Normalise the last axis; given a table (``wan_model.dit.rope``), then rotate each head.
 
-        The input is given up: without gradients the result is written over it.
+        The input must not be used afterwards: without gradients it is overwritten.
         """
         return rms_norm_(x_SD, self.weight, self.eps, table_S1P)
 
@@ -47,8 +47,8 @@ class Ops(Protocol):
     """A runtime. ``TorchOps`` is the single-device one; wan-train has Megatron's.
 
     Between ``shard_tokens`` and ``gather_tokens`` a rank holds only some rows of the token sequence (``held_rows``).
-    ``enter_tokens`` leads to the rows that linears and attention work on (``entered_rows``), of which the rank may then
-    hold only some heads; ``row_linear`` returns to the rows that are held.
+    ``enter_tokens`` gives the rows that linears and attention work on (``entered_rows``), of which the rank may then
+    hold only some heads; ``row_linear`` gives the rows that are held again.
     """
 
     def column_linear(self, width_in: int, width_out: int) -> nn.Module:
@@ -83,10 +83,10 @@ class Ops(Protocol):
         """
 
     def entered_rows(self, layout: PackLayout) -> TokenRows:
-        """The rows that ``enter_tokens`` leads to."""
+        """The rows that ``enter_tokens`` gives."""
 
     def on_token_rows(self, module: nn.Module) -> None:
-        """Declare that a module's parameters are whole on every rank but see only this rank's rows."""
+        """Declare that a module's parameters are replicated but get gradients from this rank's rows only."""
 
     def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
         """(axis, rank, ranks) of a parameter that is split over ranks, None for one that is whole."""
@@ -100,7 +100,7 @@ class Ops(Protocol):
         """Each sample attends to its own text; entered rows in and out, ``q_offsets`` as above."""
 
     def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
-        """Call a function, and again in the backward pass instead of keeping its activations.
+        """Call a function with activation checkpointing.
 
         ``keep_attention`` keeps the results of self-attention.
         """
@@ -186,7 +186,7 @@ class TorchOps:
         return self.attend(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets)
 
     def attend(self, q_SHE: Tensor, k_KHE: Tensor, v_KHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> Tensor:
-        """Packed attention of the rows at hand; what another kernel overrides."""
+        """Packed attention on this device; a subclass with another kernel overrides it."""
         return packed_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.kind)
 
     def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:

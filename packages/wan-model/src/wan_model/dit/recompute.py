@@ -1,4 +1,4 @@
-"""Recomputation: what of a block's forward pass is kept for its backward pass.
+"""Activation recomputation: which activations of a block are kept for its backward pass.
 
 ``none`` keeps everything. ``block`` keeps a block's input and computes the block again. ``all_but_attention`` keeps
 the result of self-attention as well, which is most of the work of a long video, and computes the rest again. The model
@@ -39,7 +39,7 @@ def check_recompute(mode: str) -> None:
 
 @contextlib.contextmanager
 def self_attention_region() -> Iterator[None]:
-    """Attention called in here is what ``all_but_attention`` keeps."""
+    """Mark attention calls whose results ``all_but_attention`` keeps."""
     token = _in_self_attention.set(True)
     try:
         yield
@@ -55,7 +55,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def recomputed(function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
-    """Call a function now, and again in the backward pass; torch's non-reentrant checkpoint.
+    """Call a function with activation checkpointing (torch's, non-reentrant).
 
     Args:
         function: of tensors and constants.

@@ -1,1 +1,1 @@
-"""Weights in and out of files."""
+"""Loading and saving of weights."""

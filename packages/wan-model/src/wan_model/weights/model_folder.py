@@ -1,4 +1,4 @@
-"""Diffusers' folder layout: finding it, reading its small files, and what it says of the latent space."""
+"""Diffusers' folder layout: resolving it, reading its configuration and index files, and its latent space."""
 
 import contextlib
 import hashlib
@@ -15,8 +15,8 @@ from torch import Tensor
 from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
 
-# Tensors small enough to read in a moment and specific enough to tell trainings apart. They are compared in bfloat16,
-# so that a folder stored in that precision counts as the same model.
+# Tensors that are small, so they are read quickly, and that differ between trained models. They are compared in
+# bfloat16, so that a folder stored in that precision counts as the same model.
 _VAE_DIGEST_KEYS = ("encoder.conv_in.bias", "encoder.conv_out.bias", "quant_conv.bias", "decoder.conv_in.bias")
 _TEXT_DIGEST_KEYS = ("encoder.final_layer_norm.weight", "encoder.block.0.layer.0.layer_norm.weight")
 
@@ -62,7 +62,7 @@ def _refuse_wan_22(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         ValueError: the file is absent or is not a JSON object.
@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
-    """A safetensors file, for reading.
+    """Open a safetensors file for reading.
 
     Raises:
         ValueError: it is cut short or is no safetensors file.

@@ -1,6 +1,6 @@
-"""Training checkpoints, read without the engine that wrote them and without running anything that they contain.
+"""Reading of training checkpoints, without the engine that wrote them and without executing anything in them.
 
-A training run leaves ``FOLDER/iter_0000010/`` with ``.metadata``, ``*.distcp`` and ``run_config.yaml`` in it: a
+A training run writes ``FOLDER/iter_0000010/`` with ``.metadata``, ``*.distcp`` and ``run_config.yaml`` in it: a
 ``torch.distributed.checkpoint`` directory whose model tensors have diffusers' keys and global shapes. ``.metadata`` is
 a pickle, so it is read by an unpickler that knows exactly the classes such a file needs; the tensors themselves are
 read with ``weights_only``; ``run_config.yaml`` is read as plain YAML.
@@ -135,7 +135,7 @@ def _check_files(path: Path, index: Metadata) -> None:
 
 
 def read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
-    """What a checkpoint says of its model: the transformer's sizes, and the latent space that it was trained in.
+    """Read a checkpoint's configuration: the transformer's sizes, and the latent space that it was trained in.
 
     The space is None where it was trained on made-up data.
 
@@ -196,7 +196,7 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path:
-    """The checkpoint to read.
+    """Find the checkpoint to read.
 
     Args:
         folder: of the training run, or of one checkpoint in it.
@@ -245,7 +245,7 @@ class _Reader(filesystem.FileSystemReader):
 
 
 def _prefix(index: Metadata, path: Path, ema: bool) -> str:
-    """What stands before diffusers' keys in this checkpoint."""
+    """The prefix of diffusers' keys in this checkpoint."""
     if ema:
         if not any(key.startswith(_EMA_PREFIX) for key in index.state_dict_metadata):
             raise ValueError(f"{path} holds no average of the weights; it was trained without one (ema.decay)")
@@ -254,8 +254,8 @@ def _prefix(index: Metadata, path: Path, ema: bool) -> str:
 
 
 def _model_entries(index: Metadata, config: WanConfig, path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
-    # The optimizer's and the engine's own entries stand beside the model's; whatever begins as the model's keys do is
-    # the model's, so that a tensor too many is noticed.
+    # The index also has entries of the optimizer and the engine. Whatever begins like the model's keys counts as the
+    # model's, so that an unexpected tensor is found.
     families = {key.split(".")[0] for key in expected_shapes(config)}
     entries = {
         key.removeprefix(prefix): entry
