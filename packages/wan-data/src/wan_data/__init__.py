@@ -1,6 +1,6 @@
-"""From videos with captions to shards of latents, and from shards to packed training batches.
+"""Encodes videos with captions to shards of latents, and reads shards as packed training batches.
 
-Importing this package imports no torch; the names below load what they need when they are first used.
+Importing this package imports no torch; each of the public names imports its module when it is first used.
 """
 
 from typing import TYPE_CHECKING
@@ -9,9 +9,10 @@ from wan_model.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wan_data.reading.datasets import read_latent_spec, splits
+    from wan_data.reading.empty_caption import read_empty_caption
     from wan_data.reading.loader import LoaderConfig, PackLoader
 
-__all__ = ["LoaderConfig", "PackLoader", "read_latent_spec", "splits"]
+__all__ = ["LoaderConfig", "PackLoader", "read_empty_caption", "read_latent_spec", "splits"]
 __version__ = "0.1.0"
 
 __getattr__ = lazy_names(
@@ -19,5 +20,6 @@ __getattr__ = lazy_names(
     {
         **dict.fromkeys(("LoaderConfig", "PackLoader"), "reading.loader"),
         **dict.fromkeys(("read_latent_spec", "splits"), "reading.datasets"),
+        "read_empty_caption": "reading.empty_caption",
     },
 )

@@ -1,4 +1,4 @@
-"""The loader, where programs have always imported it from; it lives in ``wan_data.reading``."""
+"""Public names of the loader; see ``wan_data.reading``."""
 
 from wan_data.reading.loader import LoaderConfig, PackLoader
 
