@@ -79,19 +79,19 @@ MUTATIONS = (
         "decoder-memory-is-a-view", "codec/vae_decoder.py",
         "frame_cache[self] = x_BCtHW[:, :, -2:].clone()", "frame_cache[self] = x_BCtHW[:, :, -2:]",
         "each causal convolution holds all of its frames instead of two: gigabytes at 480p",
-        "codec",
+        "codec/test_tiled_decode.py",
     ),
     _of(
         "content-not-flushed", "system/files.py",
         "os.fsync(file.fileno())", "file.fileno()",
         "after a power failure a file has its name and no content",
-        "system",
+        "system/test_files.py",
     ),
     _of(
         "written-in-place", "system/files.py",
         "partial = path.with_name(", "partial = path; path.with_name(",
         "a save that fails half way destroys the file that it was to replace",
-        "system", "weights/test_weights.py",
+        "system/test_files.py",
     ),
     _of(
         "index-runs-code", "weights/training_checkpoint.py",
