@@ -12,7 +12,7 @@ MUTATIONS = (
         "loader-state-without-waiting-samples", "reading/task_encoder.py",
         '(*PackingDataset._savable_fields, "_carried")', "PackingDataset._savable_fields",
         "a resume packs the samples that waited for a better pack otherwise than the uninterrupted run",
-        "reading/test_loader.py",
+        "reading/test_loader.py::test_resume_is_exact_from_every_pack_of_an_epoch",
     ),
     _of(
         "every-rank-reads-the-same", "reading/loader.py",
@@ -48,7 +48,7 @@ MUTATIONS = (
         "dropped-windows-exit-0", "cli.py",
         'source.verdict == "rejected" or source.dropped for', 'source.verdict == "rejected" for',
         "the exit code is 0 although windows of accepted clips are missing",
-        "test_cli.py",
+        "test_cli.py::test_dropped_windows_of_an_accepted_clip_decide_the_exit_code",
     ),
     _of(
         "replaced-clip-of-equal-size", "prepare/probe.py",
@@ -90,13 +90,13 @@ MUTATIONS = (
         "verify-without-digests", "inspect/verify.py",
         "(digest := sha256_of(path)) != record.sha256", "not (digest := sha256_of(path))",
         "wan-data verify says that a shard with a flipped bit is whole",
-        "inspect/test_verify.py", "test_cli.py",
+        "inspect/test_verify.py",
     ),
     _of(
         "lock-is-shared", "shards/lock.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
         "two preparations write into one folder and damage each other's shards",
-        "shards", "prepare/test_run.py::test_one_writer_a_folder",
+        "prepare/test_run.py::test_one_writer_a_folder",
     ),
     _of(
         "shards-run-code", "shards/serialization.py",
