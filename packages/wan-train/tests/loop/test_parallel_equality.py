@@ -6,9 +6,9 @@ gradient norms of all steps, every gradient of the first two, the trained weight
 may differ is what fp32 rounding explains (``wan_model.testing``). That the one process is right is for
 test_plain_training.py.
 
-Every pair of parallelisms is a case. Each alone is part of its pairs, and runs by itself with WAN_SOAK=1. With
-WAN_SEEDS=N in the environment N seeds are tried, the layouts in turn. With WAN_EQUALITY_TABLE=FILE each case adds the
-relative differences that it measured to that file.
+Every pair of parallelisms is a case. Each alone is part of its pairs. With WAN_SEEDS=N in the environment each is tried
+alone too, and N seeds, the layouts in turn. With WAN_EQUALITY_TABLE=FILE each case adds the relative differences that
+it measured to that file.
 """
 
 import json
@@ -61,9 +61,9 @@ ALONE: dict[str, tuple[int, list[str]]] = {
     "context": (2, [CONTEXT]),
     "pipeline": (2, [PIPELINE]),
 }
-if os.environ.get("WAN_SOAK"):
-    LAYOUTS |= ALONE
 FIRST, *MORE = seeds(EQUALITY_SEED)
+if MORE:
+    LAYOUTS |= ALONE
 CASES = [pytest.param(layout, FIRST, id=layout) for layout in LAYOUTS] + [
     pytest.param(layout, seed, id=f"{layout}-{seed}")
     for number, seed in enumerate(MORE)
