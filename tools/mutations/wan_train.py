@@ -14,7 +14,7 @@ MUTATIONS = (
         "same-noise-on-every-rank", "data/dataset.py",
         "number = self.drawn * self.ranks + self.rank", "number = self.drawn",
         "data-parallel ranks draw the same noise and timesteps: a step sees far fewer of them than it should",
-        "test_units.py", f"{_EQUAL}[data, communication overlapped]",
+        f"{_EQUAL}[data, communication overlapped]",
     ),
     _of(
         "same-noise-for-every-pack", "loop/step.py",
@@ -26,7 +26,7 @@ MUTATIONS = (
         "pack-numbers-restart-at-a-resume", "data/dataset.py",
         "self.drawn = drawn", "pass",
         "a resumed run repeats the noise of its first steps: it is not the uninterrupted run",
-        "test_units.py", "checkpoint/test_resume.py::test_resumed_equals_uninterrupted_to_the_bit",
+        "checkpoint/test_resume.py::test_resumed_equals_uninterrupted_to_the_bit",
     ),
     _of(
         "context-parallel-pack-counted-twice", "loop/step.py",
@@ -75,7 +75,7 @@ MUTATIONS = (
         "infinite-gradient-steps", "loop/nan_guard.py",
         "norm is not None and not math.isfinite(norm)", "norm is not None and math.isnan(norm)",
         "a step with an infinite gradient ruins the weights, and the next checkpoint with them",
-        "loop/test_metrics.py",
+        "loop/test_metrics.py::test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_weights_change",
     ),
     _of(
         "record-not-flushed", "checkpoint/record.py",
@@ -106,7 +106,7 @@ MUTATIONS = (
         "loader-state-runs-code", "checkpoint/folder.py",
         "weights_only=True", "weights_only=False",
         "resuming from a downloaded checkpoint runs whatever its loader state holds",
-        "test_units.py", "checkpoint/test_checkpoint_payloads.py",
+        "test_units.py",
     ),
     _of(
         "refused-dry-run-exits-0", "cli.py",
