@@ -164,7 +164,7 @@ class Rank:
         self._pid: int = self._context.pids()[0]
 
     def update(self) -> None:
-        """See what has become of it."""
+        """Look for its failure, stop or end."""
         if not self.ended:
             # Without collecting the exit status (WNOWAIT): that is torch's, and keeps the process id from reuse.
             which = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG | os.WNOWAIT
@@ -214,7 +214,7 @@ def _end(ranks: Sequence[Rank], received: Sequence[int]) -> None:
     before, deadline = len(received), time.monotonic() + GRACE_SECONDS
     for rank in ranks:
         rank.terminate()
-    # Who interrupts twice does not want to wait.
+    # A second interrupt ends the wait.
     while not all(rank.ended for rank in ranks) and time.monotonic() < deadline and len(received) == before:
         time.sleep(_POLL_SECONDS)
         for rank in ranks:
@@ -324,7 +324,7 @@ def launch(module: str, arguments: Sequence[str], ranks: int, *, first_rank_outp
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-ranks-")))
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        # In this process, so that its port is taken from now on, and it is there until the last rank has ended.
+        # In this process: its port is bound before the ranks start, and it lasts until the last of them has ended.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         stack.callback(lambda: _end(started, interrupts.received))
         base = _rank_variables(folder)
