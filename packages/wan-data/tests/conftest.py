@@ -38,7 +38,14 @@ torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
-SMALL: dict[str, Any] = {"areas": (32 * 48,), "frames": 9, "min_frames": 5, "samples_per_shard": 3}
+# The fraction is so small that one source is for validation, by the rule that each split gets one, on every machine.
+SMALL: dict[str, Any] = {
+    "areas": (32 * 48,),
+    "frames": 9,
+    "min_frames": 5,
+    "samples_per_shard": 3,
+    "validation_fraction": 1e-4,
+}
 
 
 def write_clip(
@@ -56,7 +63,8 @@ def write_clip(
     With ``mark`` the upper left quarter is white, so that turns and mirrors can be told apart.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    # Without this flag Matroska files hold a random number, and which clips are for validation follows from the bytes.
+    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:
         codec, stored = ("qtrle", "rgb24") if path.suffix == ".mov" else ("ffv1", "bgr0")
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = size

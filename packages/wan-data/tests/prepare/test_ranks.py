@@ -50,7 +50,7 @@ def test_every_file_and_shard_belongs_to_one_rank(dataset, clips, tiny_model, tm
         *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"),
         *(script, tmp_path, "prepare", "--video-folder", clips, "--output-folder", tmp_path / "out"),
         *("--model", tiny_model, "--area", 1536, "--frames", 9, "--min-frames", 5, "--samples-per-shard", 3),
-        *("--device", "cpu", "--num-decoders", 1),
+        *("--device", "cpu", "--num-decoders", 1, "--validation-fraction", 1e-4),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, check=False)

@@ -39,6 +39,12 @@ def members(folder):
                 yield shard.name, member, tar.extractfile(member).read()
 
 
+def test_clips_have_the_same_bytes_in_every_run(clip, tmp_path):
+    # Which of them are for validation, and so how many shards there are, follows from their content.
+    first, second = (clip(tmp_path / name, range(5)) for name in ("a.mkv", "b.mkv"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_shards_are_those_of_the_recipe(dataset, tiny_model):
     found = list(members(dataset))
     kinds = [member.name.rpartition(".")[2] for _, member, _ in found]
