@@ -152,6 +152,8 @@ class LaunchServer:
 
     def _start(self, place: Path, cwd: Path, variables: Mapping[str, str], **order: Any) -> Job:
         mark = uuid.uuid4().hex
+        for name in ("stdout", "stderr"):  # a job's output can be read from its start on
+            (place / name).touch()
         order |= {"place": str(place), "cwd": str(cwd), "environment": {**os.environ, **variables, _MARK: mark}}
         return Job(_Launcher(self._ask, self._ask(start=order)), place, mark)
 
