@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from wan_model import ContextParallel, PackLayout, TorchOps, WanConfig, WanDiT
+from wan_model.dit import context_parallel
 from wan_model.dit.recompute import Recompute
 
 HEADS = {"heads that divide": 4, "heads that do not": 3}
@@ -96,7 +97,8 @@ def refusal(group: Any) -> str:
 def traffic(group: Any) -> list[tuple[str, int]]:
     """What a forward pass sends: the collectives, and how many values each takes."""
     sent: list[tuple[str, int]] = []
-    originals = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather_into_tensor")}
+    places = {"all_to_all_single": dist, "all_gather_single": context_parallel}
+    originals = {name: getattr(place, name) for name, place in places.items()}
 
     def record(name: str) -> Any:
         def call(out: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -105,8 +107,8 @@ def traffic(group: Any) -> list[tuple[str, int]]:
 
         return call
 
-    for name in originals:
-        setattr(dist, name, record(name))
+    for name, place in places.items():
+        setattr(place, name, record(name))
     layout = PackLayout(((2, 3, 4),))
     text = torch.zeros(1, 6, 12).double()
     with torch.no_grad():
@@ -114,8 +116,8 @@ def traffic(group: Any) -> list[tuple[str, int]]:
             build(heads, TorchOps(context=ContextParallel(group)))(
                 torch.zeros(24, 64).double(), torch.ones(1), text, layout
             )
-    for name, original in originals.items():
-        setattr(dist, name, original)
+    for name, place in places.items():
+        setattr(place, name, originals[name])
     return sent
 
 

@@ -62,7 +62,7 @@ def test_text_is_not_sharded_and_queries_are_never_gathered(processes: list[dict
     rows, layers = 12, 2
     by_heads, by_keys = rows * 4 * 12, rows * 3 * 12
     wanted = layers * [("all_to_all_single", 3 * by_heads), ("all_to_all_single", by_heads)]
-    wanted += [("all_gather_into_tensor", rows * 64)]
-    wanted += layers * [("all_gather_into_tensor", 2 * by_keys)] + [("all_gather_into_tensor", rows * 64)]
+    wanted += [("all_gather_single", rows * 64)]
+    wanted += layers * [("all_gather_single", 2 * by_keys)] + [("all_gather_single", rows * 64)]
     for process in processes:
         assert [tuple(item) for item in process["traffic"]] == wanted

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wan_infer.request.options import ParallelOptions
 from wan_infer.runtime.launch import processes
-from wan_model.dit.context_parallel import ContextParallel
+from wan_model.dit.context_parallel import ContextParallel, all_gather_single
 from wan_model.dit.model import WanDiT
 from wan_model.dit.ops import TorchOps
 
@@ -106,9 +106,7 @@ class Parallelism:
     def gather_branches(self, velocity_SK: Float[Tensor, "S K"]) -> Float[Tensor, "2 S K"]:
         """Of both branches, the prompt's first; with ``cfg_parallel``."""
         both = velocity_SK.new_empty(2, *velocity_SK.shape)
-        dist.all_gather_into_tensor(
-            both.view(-1, velocity_SK.shape[1]), velocity_SK.contiguous(), group=self.branch_group
-        )
+        all_gather_single(both.view(-1, velocity_SK.shape[1]), velocity_SK.contiguous(), group=self.branch_group)
         return both
 
     def broadcast(self, values: list[Tensor] | None) -> list[Tensor]:

@@ -6,13 +6,13 @@ Shapes: C latent channels, F latent frames, h rows, w columns; t frames that com
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
 from wan_infer.runtime.parallelism import Parallelism
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.codec.tiled_decode import Tile, most_square, split_frame
+from wan_model.dit.context_parallel import all_gather_single
 
 
 def decode_frames(
@@ -49,7 +49,7 @@ def _gather(parts: list[Tensor], own_tiles: list[Tile], all_tiles: list[Tile], w
     for slot, part in zip(sent, parts, strict=True):
         slot[:, :, : part.shape[2], : part.shape[3]] = part
     received = sent.new_empty(world_size * len(own_tiles), *sent.shape[1:])
-    dist.all_gather_into_tensor(received, sent)
+    all_gather_single(received, sent)
     frame = torch.empty(3, length, all_tiles[-1].bottom, all_tiles[-1].right)
     for tile, slot in zip(all_tiles, received.cpu(), strict=True):
         height, width = tile.bottom - tile.top, tile.right - tile.left

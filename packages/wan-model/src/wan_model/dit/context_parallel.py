@@ -25,6 +25,9 @@ from wan_model.dit.attention import Offsets
 
 # Attention of packed rows: queries, keys, values, and the offsets of the samples' queries and keys.
 Attend = Callable[[Tensor, Tensor, Tensor, Offsets, Offsets], Tensor]
+# torch 2.13 renamed them, and warns of the names that earlier versions have alone.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _all_to_all(x: Tensor, group: Any) -> Tensor:
@@ -53,7 +56,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, context: "ContextParallel", sum_gradients: bool) -> Tensor:
         ctx.context, ctx.sum_gradients = context, sum_gradients
         out = x.new_empty(x.shape[0] * context.ranks, *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=context.group)
+        all_gather_single(out, x.contiguous(), group=context.group)
         return out
 
     @staticmethod
@@ -62,7 +65,7 @@ class _GatherRows(torch.autograd.Function):
         if not ctx.sum_gradients:
             return context.shard_rows(grad).contiguous(), None, None
         out = grad.new_empty(grad.shape[0] // context.ranks, *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=context.group)
+        reduce_scatter_single(out, grad.contiguous(), group=context.group)
         return out, None, None
 
 
