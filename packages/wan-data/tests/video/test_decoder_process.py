@@ -129,3 +129,13 @@ def test_a_long_job_can_be_lined_up_behind_a_busy_one(decoder, clip, tmp_path):
     last = list(decoder.results())
     assert len(last) == 201
     assert "it had 201 frames when it was probed" in str(last[-1])
+
+
+def test_nothing_of_the_working_folder_is_imported(clip, tmp_path, monkeypatch):
+    first = clip(tmp_path / "a.mkv", range(5))
+    (tmp_path / "socket.py").write_text("from pathlib import Path\nPath('imported').touch()\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    with Decoder() as decoder:
+        ((_, info),) = decoder.decode([Job(first, FPS, LIMITS)])
+    assert info == probe(first, FPS)
+    assert not (tmp_path / "imported").exists()

@@ -198,7 +198,9 @@ class Decoder:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "wan_data.video.decoder_process", str(theirs.fileno()), str(self._memory)]
+        arguments = [str(theirs.fileno()), str(self._memory)]
+        # -P: a module of the working folder, where the clips may be, is not to be imported.
+        command = [sys.executable, "-P", "-m", "wan_data.video.decoder_process", *arguments]
         with theirs:
             self._child = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=None
