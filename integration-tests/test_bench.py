@@ -58,7 +58,7 @@ def test_infer_tables(tmp_path):
     step, whole, several, decoding, needs = json.loads((tmp_path / "infer.json").read_text())["tables"]
     assert float(step["rows"][0][3]) < 1e-4, "both sides sample the same"
     assert all(0.01 < float(table["rows"][0][2]) < 100 for table in (step, whole))
-    assert len(several["rows"]) == len(decoding["rows"]) == 4
+    assert len(several["rows"]) == len(decoding["rows"]) == 2, "the quick ones"
     assert several["rows"][0][2] == "1.00"
     assert len({row[3] for row in decoding["rows"]}) == 1, "every way decodes the same pixels"
     # A hundred forward passes of 283.0 and 1,678.4 TFLOP.

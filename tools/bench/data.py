@@ -125,7 +125,8 @@ def preparation(quick: bool) -> Iterator[Table]:
             note=f"Autoencoder of the {kind} architecture, fp32, random weights; a small text encoder. Prepare starts "
             "Python, examines each clip by a full decode, and writes shards and metadata. Target: <= 1.15.",
         )
-        one, two = work.program(threads=1, processes=1), work.program(threads=2, processes=2)
+        one = whole if threads == 1 else work.program(threads=1, processes=1)
+        two = work.program(threads=2, processes=2)
         yield Table(
             f"Processes of one thread each: {what}",
             ["one process", "two processes", "one / two"],

@@ -162,7 +162,7 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
         with torch.no_grad():
             found["theirs"] = pipe(**asked, prompt_embeds=embeds, negative_prompt_embeds=negative, latents=noise).frames
 
-    times = time_rounds({"theirs": theirs, "ours": ours}, 1 if quick else 3)
+    times = time_rounds({"theirs": theirs, "ours": ours}, 1 if quick else 3, warm_up=not quick)
     off = float((found["ours"] - found["theirs"]).norm() / found["theirs"].norm())
     assert off < 1e-4, f"the two sample different latents: {off}"
     grid = shape.latent[1] * shape.latent[2] * shape.latent[3] // 4
@@ -193,7 +193,8 @@ def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
         for name, value in report["seconds"].items():
             spent.setdefault(name, []).append(value)
 
-    times = time_rounds({"theirs": lambda: _pipeline(shape, model, folder, threads), "ours": ours}, 1 if quick else 3)
+    contenders = {"theirs": lambda: _pipeline(shape, model, folder, threads), "ours": ours}
+    times = time_rounds(contenders, 1 if quick else 3, warm_up=not quick)
     parts = ", ".join(f"{name} {median(values):.1f}" for name, values in spent.items())
     where = "the same" if shape.device == "cpu" else f"{shape.width}x{shape.height}, {shape.frames} frames, bf16"
     return Table(
@@ -218,6 +219,8 @@ def several(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
         "two, tokens shared": ("--nproc-per-node", "2"),
         "two, guidance split, weights shared": ("--nproc-per-node", "2", "--cfg-parallel", "--shard-weights"),
     }
+    if quick:
+        ways = {name: ways[name] for name in ("one process", "two, guidance split, weights shared")}
     denoise: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(1 if quick else 3):
         for name, extra in ways.items():
@@ -264,6 +267,8 @@ def decoding(folder: Path, quick: bool) -> Table:
         "2 tiles": [1, 2],
         "4 tiles": [2, 2],
     }
+    if quick:
+        ways = {name: ways[name] for name in ("whole video (diffusers)", "4 tiles")}
     table = Table(
         f"Decoding {1 + 4 * (shape[1] - 1)} frames of {8 * shape[3]}x{8 * shape[2]}, "
         f"{'a small' if quick else 'the true'} autoencoder, fp32",

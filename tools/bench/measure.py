@@ -9,17 +9,22 @@ from collections.abc import Callable, Mapping
 
 
 def time_rounds(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, *, finish: Callable[[], object] = lambda: None
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    finish: Callable[[], object] = lambda: None,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; one round before them is not counted.
+    """Seconds of each contender in each round.
 
     Args:
         contenders: what to call, by name.
         rounds: how often.
         finish: waits until a call's work is done (a device's queue); called before and after each.
+        warm_up: run one round before them, which is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         # Whoever comes first may find the caches in another state: the order turns with every round.
         names = list(contenders)
         turn = number % len(names)

@@ -74,7 +74,7 @@ def training(call: Callable[[], Tensor], *models: nn.Module) -> Callable[[], obj
 def versus_limit(quick: bool) -> Table:
     """At the true width the bare products are the limit."""
     config, grid = (QUICK_WIDTH, (1, 10, 10)) if quick else (TRUE_WIDTH, (5, 20, 20))
-    processes = 2 if quick else 4
+    processes = 1 if quick else 4
     table = Table(
         f"Width {config.hidden_size} x {config.num_heads} heads, one layer, fp32, against the bare matrix products and "
         "attention",
@@ -109,7 +109,7 @@ def _rounds_at_the_limit(config: WanConfig, grid: Grid, quick: bool) -> dict[str
     calls = three(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
     passes = (("forward", 7, forward), ("training", 3, lambda call: training(call, ours, theirs)))
     return {
-        name: time_rounds({who: wrap(call) for who, call in calls.items()}, 2 if quick else rounds)
+        name: time_rounds({who: wrap(call) for who, call in calls.items()}, 1 if quick else rounds, warm_up=not quick)
         for name, rounds, wrap in passes
     }
 
@@ -138,7 +138,8 @@ def small_models(quick: bool) -> Table:
             ours, theirs = twins(config, CPU, torch.float32)
             calls = three(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
             for label, wrap in (("forward", forward), ("training", lambda call: training(call, ours, theirs))):  # noqa: B023  called in this turn
-                times = time_rounds({who: wrap(calls[who]) for who in ("ours", "diffusers")}, 20 if quick else 150)
+                contenders = {who: wrap(calls[who]) for who in ("ours", "diffusers")}
+                times = time_rounds(contenders, 5 if quick else 150)
                 medians = [seconds(median(times[who])) for who in ("ours", "diffusers")]
                 table.rows.append([name, label, *medians, f"{ratio(times['ours'], times['diffusers']):.3f}"])
     finally:
