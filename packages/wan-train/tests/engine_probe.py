@@ -405,6 +405,37 @@ def _dropout_answers() -> dict[str, object]:
     }
 
 
+def _nan_guard_answers() -> dict[str, object]:
+    """What the guard makes of each gradient norm, of a plain optimizer and of a chained one."""
+    from types import SimpleNamespace
+
+    from wan_train.loop import nan_guard
+
+    nan_guard._explain = lambda step, number, norm: f"{norm} at step {number}"  # type: ignore[assignment]
+
+    def outcome(norm: float | None, name: str) -> object:
+        chained = {"chained_optimizers": []} if name == "get_grad_norm" else {}
+        optimizer = SimpleNamespace(**{name: lambda: norm}, **chained)
+        nan_guard.guard_gradient(optimizer, None, lambda: 6)  # type: ignore[arg-type]
+        try:
+            return getattr(optimizer, name)()
+        except nan_guard.NonFiniteGradientError as error:
+            return str(error)
+
+    norms = (float("nan"), float("inf"), float("-inf"), 3.5, None)
+    return {name: [outcome(norm, name) for norm in norms] for name in ("clip_grad_norm", "get_grad_norm")}
+
+
+def _left_out_answers() -> dict[str, object]:
+    """What the engine was imported without, and what whoever imports it afterwards gets."""
+    names = ("transformer_engine", "modelopt", "transformers", "datasets")
+    left = [name for name in names if name in sys.modules]
+    import datasets
+    import transformers
+
+    return {"left behind": left, "real": [datasets.Dataset.__module__, transformers.PretrainedConfig.__module__]}
+
+
 def probe(results: str) -> None:
     from wan_train import engine
 
@@ -419,7 +450,7 @@ def probe(results: str) -> None:
         "engine": [str(started.device), started.backend, started.transformer_engine],
         "started twice is the same": engine.start() is started,
         "core has te": core_te.HAVE_TE,
-        "stand-ins left behind": [name for name in ("transformer_engine", "modelopt") if name in sys.modules],
+        "stand-ins": _left_out_answers(),
         "model families": [name for name in sys.modules if name.startswith("megatron.bridge.models.qwen")],
         "providers": GPTModelProvider.__module__,
         "bridge imported": megatron.bridge.peft.lora.__name__,
@@ -432,6 +463,7 @@ def probe(results: str) -> None:
         "precision": _precision_answers(),
         "groups": _group_answers(),
         "dropout": _dropout_answers(),
+        "nan guard": _nan_guard_answers(),
         "exit statuses": [_exit_status(status) for status in (0, None, 3)],
     }
     model_parallel_cuda_manual_seed(5)
