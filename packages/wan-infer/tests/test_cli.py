@@ -137,7 +137,7 @@ def test_an_average_of_weights_is_sampled_on_request(
         videos.append(read_video(path)[0])
     assert np.array_equal(videos[0], videos[2])
     assert not np.array_equal(videos[0], videos[1])
-    assert "holds no average of the weights" in refused("--checkpoint_dir", tmp_path / "other", "--ema", *shared)
+    assert "holds no EMA of the weights" in refused("--checkpoint_dir", tmp_path / "other", "--ema", *shared)
     assert "--ema needs --checkpoint-dir" in refused("--ema", *shared)
 
 
@@ -170,9 +170,9 @@ def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tm
         (["--prompts", "a", "b"], r"--save-file takes one video and 2 were asked for"),
         (["--device", "cuda:77"], r"the device cuda:77 was asked for"),
         (["--sample_steps", "0"], r"0 sampling steps"),
-        (["--cfg-parallel"], r"two halves of the processes and there are 1; start an even number"),
+        (["--cfg-parallel"], r"divides the processes into two halves and there are 1; start an even number"),
         (["--cfg-parallel", "--nproc-per-node", "2", "--sample_guide_scale", "1"], r"leaves no second branch"),
-        (["--shard-weights"], r"spread over several processes and there is one; add --nproc-per-node N"),
+        (["--shard-weights"], r"--shard-weights needs several processes and there is one; add --nproc-per-node N"),
         (["--lora", "{tmp}/none"], r"no LoRA at .*none"),
         (["--vae-tiles", "97"], r"cannot be cut into 1\*97 tiles"),
     ],
