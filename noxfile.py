@@ -1,7 +1,7 @@
-"""The menu of this repository: ``nox -l`` lists it.
+"""The sessions of this repository; ``nox -l`` lists them.
 
-Every session but isolation, docs, build and release shares one environment, ``.nox/dev``, with all four packages
-installed editable at the versions of constraints.txt. A stamp in it says what it was made from: as long as that is
+All sessions except isolation, docs, build and release share one environment, ``.nox/dev``, with all four packages
+installed editable at the versions of constraints.txt. A stamp in it records what it was created from: while that is
 unchanged, no session runs pip.
 """
 
@@ -24,10 +24,11 @@ ROOT = Path(__file__).parent
 ENVIRONMENT = ROOT / ".nox" / "dev"
 CONSTRAINTS = "constraints.txt"
 INSTALL = ["install", "-c", CONSTRAINTS]
-# megatron-bridge declares dependencies that only build against CUDA; this list of wan-train's goes in without them.
+# megatron-bridge declares dependencies that only build against CUDA; this list is installed without dependencies.
 ENGINE_WITHOUT_DEPENDENCIES = "packages/wan-train/engine-no-deps.txt"
-# What makes the site, in an environment of its own: Zensical is the successor of MkDocs and its Material theme by the
-# theme's authors, and reads their mkdocs.yml; MkDocs 1 and Material are no longer maintained. ruff formats signatures.
+# The packages that build the site, in an environment of its own. Zensical is the successor of MkDocs and its Material
+# theme by the theme's authors, and reads their mkdocs.yml; MkDocs 1 and Material are no longer maintained. ruff formats
+# signatures.
 DOCS = ["zensical", "mkdocstrings[python]", "ruff"]
 TOOLS = [
     "build",
@@ -42,14 +43,14 @@ TOOLS = [
     "ruff",
 ]
 WORKERS = str(max(2, min(os.cpu_count() or 2, 8)))
-# Nothing may be fetched while something runs, and output comes when it is written. The warning is torch's, in every
-# process, because nvidia-resiliency-ext asks for the package that it is about.
+# No downloads while a session runs, and unbuffered output. The warning is torch's, in every process, because
+# nvidia-resiliency-ext requires the package that it is about.
 SURROUNDINGS = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
     "PYTHONWARNINGS": "ignore:The pynvml package is deprecated:FutureWarning",
 }
-# One thread a process, because the workers fill the cores.
+# One thread per process, because the pytest workers use all cores.
 TESTING = {**SURROUNDINGS, "OMP_NUM_THREADS": "1"}
 
 ENGINE = ["megatron-core", "megatron-bridge", "transformer-engine"]
@@ -57,17 +58,17 @@ ENGINE = ["megatron-core", "megatron-bridge", "transformer-engine"]
 
 @dataclass(frozen=True)
 class Package:
-    """One of the four distributions: what is installed with it, and what must be absent when it stands alone."""
+    """One of the four distributions: its dependencies in this repository, and what must not be installed with it."""
 
     name: str
     needs: list[str] = field(default_factory=list)
     extras: str = "test"
     forbidden: list[str] = field(default_factory=list)  # names of distributions; a * ends a prefix
-    only_tested_with: list[str] = field(default_factory=list)  # forbidden until the tests' own packages come
+    only_tested_with: list[str] = field(default_factory=list)  # forbidden until the tests' dependencies are installed
 
     @property
     def folder(self) -> str:
-        """Where it lies, relative to the root."""
+        """Its folder, relative to the root."""
         return f"packages/{self.name}"
 
 
@@ -82,15 +83,15 @@ PACKAGES = [
         only_tested_with=["diffusers", "transformers"],
     ),
 ]
-# The longest first, so that no worker is left alone with them at the end.
+# The longest first, so that they do not run on a single worker at the end.
 TESTS = ["integration-tests", *(f"{package.folder}/tests" for package in PACKAGES)]
-# What torch's own kernels, MKL and oneDNN are told to run, so that bounds on rounding are tried on older processors.
+# Instruction sets of torch's own kernels, MKL and oneDNN, to test bounds on rounding for older processors.
 KERNELS = {
     "SSE4": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "native": {},
 }
-# Tests that take their full length in ``soak`` and a short one in ``tests``.
+# Tests that run many cases in ``soak`` and few in ``tests``.
 SOAK = [
     "packages/wan-data/tests/test_reliability.py",
     "packages/wan-train/tests/checkpoint/test_training_reliability.py",
@@ -102,7 +103,7 @@ BY_NAME = {package.name: package for package in PACKAGES}
 
 
 def torch_pin() -> str:
-    """The pinned torch: it is installed first, so that no other package's open range picks another build of it."""
+    """The pinned torch, installed first so that no other package's range selects another build of it."""
     for line in (ROOT / CONSTRAINTS).read_text(encoding="utf-8").splitlines():
         if line.startswith("torch=="):
             return line.strip()
@@ -110,7 +111,7 @@ def torch_pin() -> str:
 
 
 def fingerprint() -> str:
-    """Sha256 of everything that decides what the shared environment holds."""
+    """Sha256 of everything that determines the content of the shared environment."""
     digest = hashlib.sha256(f"{ROOT}\n{sys.version}\n{TOOLS}\n".encode())
     files = [CONSTRAINTS, ENGINE_WITHOUT_DEPENDENCIES, *(f"{package.folder}/pyproject.toml" for package in PACKAGES)]
     for name in files:
@@ -124,7 +125,7 @@ def program(name: str) -> str:
 
 
 def prepare_environment(session: nox.Session) -> None:
-    """Make ``.nox/dev``, or leave it alone when nothing that it is made from has changed."""
+    """Create ``.nox/dev``, unless nothing that it was created from has changed."""
     if sys.version_info < (3, 11):  # noqa: UP036  an older Python may well run nox
         session.error(f"nox runs on Python {sys.version.split()[0]}; install nox with Python 3.11 or newer")
     stamp = ENVIRONMENT / "made-from.sha256"
@@ -132,7 +133,7 @@ def prepare_environment(session: nox.Session) -> None:
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         session.log(f"{ENVIRONMENT.relative_to(ROOT)} is up to date")
         return
-    # What a package no longer asks for would stay behind in an environment that is only added to.
+    # In an existing environment, packages that are no longer required would remain.
     shutil.rmtree(ENVIRONMENT, ignore_errors=True)
     session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
 
@@ -152,13 +153,13 @@ def run(session: nox.Session, name: str, *arguments: str, **environment: str) ->
 
 
 def pytest(session: nox.Session, *folders: str, **environment: str) -> None:
-    """Run tests in parallel; ``nox -s NAME -- ARGUMENTS`` hands arguments on to pytest."""
-    # Tests that share one expensive fixture name themselves a group and stay on one worker.
+    """Run tests in parallel; ``nox -s NAME -- ARGUMENTS`` passes arguments to pytest."""
+    # Tests that share an expensive fixture have a group mark and run on one worker.
     options = ["-n", WORKERS, "--dist", "loadgroup", "--durations=10"]
     run(session, "pytest", *folders, *options, *session.posargs, **TESTING, **environment)
 
 
-# -- the menu ---------------------------------------------------------------------------------------------------------
+# -- sessions ---------------------------------------------------------------------------------------------------------
 
 
 @nox.session(venv_backend="none")
@@ -197,7 +198,7 @@ def integration(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def soak(session: nox.Session) -> None:
-    """What takes hours: the two sessions below."""
+    """Long runs of several hours: the two sessions below."""
     session.notify("soak-reliability")
     session.notify("soak-rounding")
 
@@ -220,14 +221,14 @@ def soak_rounding(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def mutations(session: nox.Session) -> None:
-    """Sixty one-line mistakes, each in a copy: do the tests notice? (-- --package wan-data, -- --only NAME)."""
+    """Mutation testing with sixty one-line mistakes (-- --package wan-data, -- --only NAME)."""
     prepare_environment(session)
     run(session, "python", "-m", "mutations", *session.posargs, PYTHONPATH="tools")
 
 
 @nox.session(venv_backend="none")
 def isolation(session: nox.Session) -> None:
-    """Each package's built wheel alone in a fresh environment: all four sessions below."""
+    """Each package's built wheel in an environment of its own: all four sessions below."""
     for package in PACKAGES:
         session.notify(f"isolation-{package.name}")
 
@@ -241,7 +242,7 @@ def _isolated(package: Package) -> Callable[[nox.Session], None]:
         session.run("pip", "wheel", "-q", "--no-deps", "-w", str(wheels), "-c", CONSTRAINTS, *folders)
 
         session.run("pip", *INSTALL, torch_pin())
-        # Files, not names: a package of the same name in an index must not be taken for ours.
+        # Files, not names, so that pip does not install a package of the same name from an index.
         files = {one.name: str(next(wheels.glob(f"{one.name.replace('-', '_')}-*.whl"))) for one in ours}
         module = package.name.replace("-", "_")
         session.run("pip", *INSTALL, *files.values())
@@ -256,7 +257,7 @@ def _isolated(package: Package) -> Callable[[nox.Session], None]:
         session.run(*check)
         session.run("pytest", f"{package.folder}/tests", "-n", WORKERS, *session.posargs, env=TESTING)
 
-    isolated.__doc__ = f"The wheel of {package.name} alone: {', '.join(package.forbidden)} absent, its tests pass."
+    isolated.__doc__ = f"The wheel of {package.name} without {', '.join(package.forbidden)}: its tests pass."
     return isolated
 
 
@@ -266,14 +267,14 @@ for _package in PACKAGES:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Speed and memory, ratios measured side by side; the tables are in bench/ (-- --quick to see that it runs)."""
+    """Speed and memory compared with diffusers and plain torch; tables in bench/ (-- --quick checks that it runs)."""
     prepare_environment(session)
     run(session, "python", "-m", "bench", "--folder", "bench", *session.posargs, PYTHONPATH="tools")
 
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Ruff, the dependency direction, the Dockerfile; the types session follows."""
+    """Run ruff, import-linter and hadolint, then the types session."""
     prepare_environment(session)
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
@@ -284,9 +285,9 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
-    """Mypy, strict, over the four packages and the tools."""
+    """Run mypy in strict mode on the four packages and the tools."""
     prepare_environment(session)
-    # One run a package: two packages' tests may hold modules of one name.
+    # One run per package, because two packages may have modules of the same name.
     for package in PACKAGES:
         run(session, "mypy", f"{package.folder}/src")
     run(session, "mypy", "noxfile.py", "tools")
@@ -294,7 +295,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def docs(session: nox.Session) -> None:
-    """The documentation site, in site/: strict, every link checked; nothing of the packages is imported."""
+    """Build the documentation site in site/, with every link checked; no package is imported."""
     session.install("-c", CONSTRAINTS, *DOCS)
     session.run("python", "-m", "docs", "assemble", "build/docs", env={"PYTHONPATH": "tools"})
     session.run("zensical", "build", "--strict", "--clean")
@@ -303,7 +304,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Source distributions and wheels of all four packages, in dist/."""
+    """Build source distributions and wheels of all four packages in dist/."""
     session.install("-c", CONSTRAINTS, "build")
     for package in PACKAGES:
         session.run("python", "-m", "build", "--outdir", "dist", package.folder)
@@ -311,13 +312,13 @@ def build(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True)
 def release(session: nox.Session) -> None:
-    """One package's release, prepared and not published: -- wan-infer [--version X.Y.Z] [--dry-run]."""
+    """Prepare one package's release without publishing it: -- wan-infer [--version X.Y.Z] [--dry-run]."""
     session.install("-c", CONSTRAINTS, "build", "packaging", "twine")
     session.run("python", "-m", "release", *session.posargs, env={"PYTHONPATH": "tools"})
 
 
 @nox.session(venv_backend="none")
 def dev(session: nox.Session) -> None:
-    """Only make the shared environment, .nox/dev, for an editor or a shell."""
+    """Only create the shared environment, .nox/dev, for an editor or a shell."""
     prepare_environment(session)
     session.log(f"activate it: source {ENVIRONMENT.relative_to(ROOT)}/bin/activate")
