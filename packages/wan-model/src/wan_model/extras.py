@@ -1,4 +1,4 @@
-"""Packages that only an extra of this distribution installs."""
+"""Errors about optional dependencies that an extra of this distribution installs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """Name the extra to install when an import in this context fails.
+    """In this context, a failed import raises an error that names the extra to install.
 
     Raises:
-        ValueError: a package is absent.
+        ValueError: a package is not installed.
     """
     try:
         yield

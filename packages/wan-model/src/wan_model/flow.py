@@ -49,12 +49,12 @@ class FlowMatching:
         density: distribution of u before the shift. ``mode`` is u <- 1 - u - 1.29 (cos²(pi u / 2) - 1 + u);
             ``lognorm`` is sigmoid(N(0, 1)); ``logit_normal`` has the mean and deviation below.
         logit_mean, logit_std: of ``logit_normal``.
-        uniform_mix: probability with which a sample's u is uniform instead.
+        uniform_mix: probability that a sample's u is uniform instead.
         shift: s in sigma = s / (s + 1/u - 1).
         sigma_min, sigma_max: bounds that sigma is clamped to.
         weighting: ``shift_sigma`` is 1 + s * sigma, unnormalised, as in NVIDIA's recipe; ``none`` is 1.
-        caption_dropout: probability with which a sample is trained with the empty prompt instead of its own, which is
-            what guidance needs of a model.
+        caption_dropout: probability that a sample is trained with the empty prompt instead of its own, as needed for
+            classifier-free guidance.
     """
 
     density: Density = "logit_normal"
@@ -93,7 +93,7 @@ class FlowMatching:
     def draw_u(self, count: int, generator: torch.Generator) -> Float[Tensor, " B"]:
         """u of each sample in [1e-5, 1], fp32, on the generator's device.
 
-        Every density draws the same amount of randomness, so that changing it leaves the noise that follows alone.
+        Every density draws the same number of random values, so that changing it does not change the noise drawn after.
         """
         device = generator.device
         uniform = torch.rand(count, generator=generator, device=device)
@@ -123,7 +123,7 @@ class FlowMatching:
     ) -> Float[Tensor, "B T D"]:
         """Replace each text by the empty prompt with probability ``caption_dropout``.
 
-        One number a sample is drawn whatever the probability, so that changing it leaves the noise that follows alone.
+        One number per sample is drawn for any probability, so that changing it does not change the noise drawn after.
 
         Args:
             text_BTD: texts, zero-padded.
@@ -131,7 +131,7 @@ class FlowMatching:
             generator: the only source of randomness.
 
         Raises:
-            ValueError: captions are to be dropped and there is no embedding to put in their place, or a longer one.
+            ValueError: captions are to be dropped, and the embedding is missing or longer than the texts.
         """
         uniform_B = torch.rand(text_BTD.shape[0], generator=generator, device=generator.device)
         if self.caption_dropout == 0:
@@ -157,7 +157,7 @@ class FlowMatching:
         Args:
             pack: clean latents, on the generator's device.
             generator: the only source of randomness.
-            empty_text_LD: see ``drop_captions``; needed where captions are dropped.
+            empty_text_LD: see ``drop_captions``; needed if captions are dropped.
         """
         sigma_B = self.shift_sigma(self.draw_u(pack.layout.num_samples, generator))
         text_BTD = self.drop_captions(pack.text_BTD, empty_text_LD, generator)
@@ -183,8 +183,8 @@ def _token_errors(predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack) -> Float
 def loss_sum(predicted_SC: Float[Tensor, "S C"], noisy: NoisyPack, layout: PackLayout) -> tuple[Float[Tensor, ""], int]:
     """Weighted squared error, summed over the pack's tokens, and the number of those tokens.
 
-    A token's error is the mean over its values, in fp32; the objective is sum / tokens over everything a step sees,
-    which is why the two are returned apart.
+    A token's error is the mean over its values, in fp32. The objective is sum / tokens over all packs and ranks of a
+    step, so the two are returned separately.
     """
     error_S = _token_errors(predicted_SC, noisy)
     weights_S = noisy.weights_B.index_select(0, sample_index(layout, error_S.device))

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpec:
-    """What defines a latent space, for those who write latents, train on them and decode them.
+    """The properties of a latent space, shared by data preparation, training and sampling.
 
     Attributes:
         channels: channels of a latent (16).
@@ -18,8 +18,8 @@ class LatentSpec:
         mean, std: per-channel statistics; a stored latent is ``(mu - mean) / std``.
         text_dim: width of a text embedding (4096).
         text_length: tokens that the prompt is cut and zero-padded to (512).
-        model_id: digest of the autoencoder's and the text encoder's weights (see ``model_folder``), so that two
-            models of equal configuration but different weights are told apart.
+        model_id: digest of the autoencoder's and the text encoder's weights (see ``wan_model.weights.model_folder``),
+            which distinguishes models of equal configuration but different weights.
     """
 
     channels: int
@@ -70,7 +70,7 @@ class LatentSpec:
 
         Args:
             other: the specification to compare with.
-            ours, theirs: what the two belong to, for the message ("the dataset in /data/x").
+            ours, theirs: the owners of the two for the message, such as "the dataset in /data/x".
 
         Raises:
             ValueError: they differ; the message names the fields.

@@ -95,10 +95,10 @@ class TokenRows:
         return cls(layout, 0, layout.total)
 
     def part(self, rank: int, ranks: int) -> "TokenRows":
-        """The rows of one of several ranks that share these evenly.
+        """The rows of one of several ranks that divide these rows evenly.
 
         Raises:
-            ValueError: they cannot be shared evenly.
+            ValueError: they cannot be divided evenly.
         """
         share, rest = divmod(self.stop - self.start, ranks)
         if rest:
@@ -128,7 +128,7 @@ def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, " S"]:
     """The sample that each token belongs to; padding counts to the last one."""
     lengths = list(layout.lengths)
     lengths[-1] += layout.padding
-    # A tensor made in inference mode could never be used in training afterwards, and this one is kept.
+    # The result is cached, and a tensor created in inference mode could not be used in training later.
     with torch.inference_mode(False):
         index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         return index.to(device, non_blocking=True)
@@ -224,9 +224,9 @@ def pack_latents(
     """Pack samples into one sequence of tokens.
 
     Args:
-        latents: normalised latents, one a sample, of any shapes.
-        texts: text embeddings of true length, one a sample.
-        keys: names, one a sample.
+        latents: normalised latents, one per sample, of any shapes.
+        texts: text embeddings of true length, one per sample.
+        keys: names, one per sample.
         text_length: tokens that texts are zero-padded to.
         patch_size: latent positions (frames, rows, columns) of one token.
         multiple: pad the whole pack to a multiple of this many tokens (tensor and context parallelism need it).

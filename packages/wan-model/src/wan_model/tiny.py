@@ -2,7 +2,7 @@
 
 ``python -m wan_model.tiny FOLDER`` writes what released models have: transformer, autoencoder, text encoder, a working
 tokenizer, scheduler, and the index that diffusers' ``WanPipeline.from_pretrained`` reads. Tests and the quickstart use
-it where the released weights are out of reach. The same seed gives the same bytes.
+it if the released weights are not available. The same seed gives the same bytes.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from wan_model.extras import requires_extra
 
 TINY_CONFIG = WanConfig(num_heads=4, head_dim=24, num_layers=2, ffn_dim=192, text_dim=32, text_length=512, freq_dim=64)
 
-# What the tokenizer learns its pieces from; any text does.
+# Training text of the tokenizer; any text works.
 _CORPUS = [
     "A large rabbit wakes in a meadow and looks up at a butterfly.",
     "Two people ride their bikes along a street between parked cars in the morning.",
@@ -73,8 +73,8 @@ def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONF
     """Write the model folder.
 
     Args:
-        folder: where; made if absent.
-        seed: of every weight.
+        folder: the output folder; created if absent.
+        seed: of all weights.
         config: sizes of the transformer; its ``text_dim`` is the text encoder's width.
 
     Returns:
@@ -91,7 +91,7 @@ def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONF
     vocabulary = _tokenizer(folder / "tokenizer", 640)
 
     generator = torch.Generator().manual_seed(seed)
-    # Their constructors draw weights from the global generator, which is the caller's.
+    # The constructors draw weights from the global generator, whose state must not change for the caller.
     with torch.random.fork_rng(devices=[]):
         vae = AutoencoderKLWan(base_dim=8, z_dim=config.in_channels, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
     _randomise(vae, generator, gain=1.2)

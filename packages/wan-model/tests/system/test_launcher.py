@@ -222,7 +222,7 @@ def test_a_rank_that_hangs_is_found_by_its_peers(start_ranks: Callable[..., Job]
     assert job.alive() == []
     lines = job.said()
     assert lines[0] == "Error (rank 0):"
-    assert lines[-1].endswith("nothing was heard of rank 1.")
+    assert lines[-1].endswith("no failure was reported by rank 1.")
 
 
 @pytest.mark.parametrize("also_stopped", [False, True])

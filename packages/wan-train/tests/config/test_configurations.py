@@ -216,7 +216,7 @@ def test_an_export_refuses_what_it_would_write_over_and_what_is_not_whole(
     plain = stopped_after(2, one_process_run, tmp_path / "plain")
     code, output = run("export", str(plain), str(tmp_path / "out"), "--ema")
     assert code == 2
-    assert "holds no average of the weights" in output
+    assert "holds no EMA of the weights" in output
     file = plain / "iter_0000002" / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

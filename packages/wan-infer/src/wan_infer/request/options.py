@@ -110,12 +110,12 @@ class ParallelOptions:
         """Refuse a number of processes that these options do not allow.
 
         Raises:
-            ValueError: saying how many there should be.
+                ValueError: the message says how many there should be.
         """
         if self.cfg_parallel and world_size % 2:
             raise ValueError(
-                f"guidance is split over two halves of the processes and there are {world_size}; "
+                f"--cfg-parallel divides the processes into two halves and there are {world_size}; "
                 "start an even number (--nproc-per-node 2), or leave --cfg-parallel out"
             )
         if self.shard_weights and world_size == 1:
-            raise ValueError("weights are spread over several processes and there is one; add --nproc-per-node N")
+            raise ValueError("--shard-weights needs several processes and there is one; add --nproc-per-node N")

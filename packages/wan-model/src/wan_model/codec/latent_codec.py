@@ -47,7 +47,7 @@ def _quiet_loading() -> Iterator[None]:
 class LatentCodec:
     """Encodes and decodes videos and encodes prompts, equal to diffusers' ``WanPipeline``.
 
-    Either half may be absent: a sampler that has its embeddings needs no text encoder.
+    Either half may be absent: a sampler with precomputed embeddings needs no text encoder.
 
     Args:
         spec: the latent space, with the statistics that latents are normalised by.
@@ -92,12 +92,12 @@ class LatentCodec:
         """Load the autoencoder and the text encoder of a diffusers folder or hub id; safetensors only.
 
         Args:
-            model: a folder with ``vae``, ``text_encoder`` and ``tokenizer`` in it, or a hub id; None where both of the
+            model: a folder with ``vae``, ``text_encoder`` and ``tokenizer`` in it, or a hub id; None if both of the
                 following are given.
             vae_model: another model to take ``vae`` from.
             text_model: another model to take ``text_encoder`` and ``tokenizer`` from.
             revision: the hub id's revision.
-            device: of both.
+            device: of both halves.
             vae_dtype: the official code runs the autoencoder in float32.
             text_dtype: bfloat16 halves the memory of the text encoder, at the cost of equality.
             load_vae, load_text: which halves to load.
@@ -192,7 +192,7 @@ class LatentCodec:
         yield from video
 
     def decoder_features(self, latents_CFhw: Float[Tensor, "C F h w"]) -> Iterator[Tensor]:
-        """The features of each latent frame that ``decode_tile`` takes; latents are normalised."""
+        """The features of each latent frame, the input of ``decode_tile``; latents are normalised."""
         decoder = self._require("decoder")
         mean, std = self._statistics(latents_CFhw)
         raw = (latents_CFhw[None] * std + mean).to(decoder.device, decoder.dtype)
@@ -204,12 +204,12 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
-        """Clean and embed prompts: fp32, each of its true length; ``pad_text`` adds the zero padding.
+        """Clean and embed prompts: fp32, each at its true length; ``pad_text`` adds the zero padding.
 
-        Each prompt is embedded by itself at its true length, which equals a mask over the fixed length.
+        Each prompt is embedded separately at its true length, which equals masking at the fixed length.
 
         Raises:
-            ValueError: no list of prompts, or an empty one.
+            ValueError: ``prompts`` is not a list or is empty.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"got {prompts!r}; expected a list of at least one prompt")

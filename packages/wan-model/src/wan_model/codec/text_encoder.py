@@ -1,12 +1,12 @@
 """The text encoder of Wan 2.1, UMT5's encoder, with transformers' parameter names; and its tokenizer.
 
-It is an implementation of its own because importing transformers takes seconds, which a sampler would spend on this one
-module, and because a prompt can be embedded at its true length: masked positions add nothing, and a prompt of twenty
-tokens needs a twenty-fifth of the work of 512.
+This separate implementation exists because importing transformers takes seconds, and because it embeds a prompt at its
+true length: masked positions contribute nothing, and a prompt of twenty tokens takes a twenty-fifth of the operations
+of 512 tokens.
 
 Shapes: L tokens of a prompt, D width, H heads, E head width.
 
-Source: the official ``t5.py`` and transformers' ``UMT5EncoderModel``, whose numbers these are.
+Source: the official ``t5.py`` and transformers' ``UMT5EncoderModel``, with equal results.
 """
 
 import math
@@ -33,16 +33,16 @@ class _Linear(nn.Linear):
         super().__init__(channels_in, channels_out, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: the weights are loaded."""
+        """No-op: the weights are loaded later."""
 
 
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Nothing: the weights are loaded."""
+        """No-op: the weights are loaded later."""
 
 
 class _Norm(nn.Module):
-    """RMS norm with a weight, statistics in fp32."""
+    """RMS norm with a weight and fp32 statistics."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -150,10 +150,10 @@ class TextEncoder(nn.Module):
     """Tokens to embeddings.
 
     Args:
-        config: of transformers' ``text_encoder/config.json``.
+        config: the content of transformers' ``text_encoder/config.json``.
 
     Raises:
-        ValueError: another encoder than UMT5's with gated tanh-GELU.
+        ValueError: the configuration is not of UMT5 with gated tanh-GELU.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

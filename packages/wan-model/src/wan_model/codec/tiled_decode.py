@@ -3,7 +3,7 @@
 The decoder attends over a whole frame at the resolution of the latents only; after its first upsampling there are only
 convolutions. That first part, a few per cent of the work, is computed for the whole frame. The rest is computed for a
 tile with a border as wide as the receptive field of the convolutions, so a tile's pixels are those of the whole frame
-but for rounding. (Blending tiles that were decoded from the latents on, as diffusers does, changes the picture.)
+up to rounding. (diffusers decodes each tile from its latents and blends the tiles, which changes the pixels.)
 
 Shapes: F latent frames, h rows and w columns of latents; t frames, H rows, W columns of pixels (t is 1 for the first
 latent frame and 4 for each other); C channels.
@@ -37,10 +37,10 @@ def split_frame(height: int, width: int, rows: int, columns: int, multiple: int 
     Args:
         height, width: of the frame, pixels.
         rows, columns: tiles along the height and the width.
-        multiple: tiles begin and end at multiples of this many pixels.
+        multiple: tiles are aligned to this many pixels.
 
     Raises:
-        ValueError: there are more tiles than such multiples.
+        ValueError: the frame is too small for that many aligned tiles.
     """
     if not (1 <= rows <= height // multiple and 1 <= columns <= width // multiple):
         raise ValueError(
@@ -55,7 +55,7 @@ def split_frame(height: int, width: int, rows: int, columns: int, multiple: int 
 
 
 def most_square(tiles: int, height: int, width: int) -> tuple[int, int]:
-    """The grid (rows, columns) of a number of tiles that has the shortest borders."""
+    """The grid (rows, columns) of ``tiles`` tiles with the shortest borders."""
     pairs = [(rows, tiles // rows) for rows in range(1, tiles + 1) if tiles % rows == 0]
     return min(pairs, key=lambda pair: (pair[0] - 1) * width + (pair[1] - 1) * height)
 
@@ -76,7 +76,7 @@ class TiledDecoder:
 
     @torch.no_grad()
     def features(self, raw_1CFhw: Float[Tensor, "1 C F h w"]) -> Iterator[Tensor]:
-        """The features of each latent frame that all tiles are decoded from; the latents are not normalised."""
+        """The features of each latent frame, the input of all its tiles; the latents are not normalised."""
         frame_cache: FrameCache = {}
         for frame in self._post_quant_conv(raw_1CFhw).split(1, dim=2):
             x = self._decoder.mid_block(self._decoder.conv_in(frame, frame_cache), frame_cache)
@@ -86,7 +86,7 @@ class TiledDecoder:
     def pixels(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
         """A tile's pixels, RGB in [-1, 1], for each of ``features`` in their order.
 
-        ``tile`` lies on multiples of ``scale`` pixels.
+        ``tile`` must be aligned to ``scale`` pixels.
         """
         frame_cache: FrameCache = {}
         for whole in features:
@@ -99,7 +99,7 @@ class TiledDecoder:
             yield x[0, :, :, kept_rows, kept_columns].float().clamp(-1, 1)
 
     def _with_border(self, first: int, end: int, size: int) -> tuple[slice, slice]:
-        """For one axis: the slice of the features to decode, and the slice of the result that is the tile."""
+        """For one axis: the slice of the features to decode, and the slice of the result that belongs to the tile."""
         start, stop = max(0, first // self.scale - self.border), min(size, end // self.scale + self.border)
         return slice(start, stop), slice(first - start * self.scale, end - start * self.scale)
 

@@ -1,11 +1,11 @@
 """The decoder of Wan 2.1's autoencoder, latent frame by latent frame, with diffusers' parameter names.
 
-It is an implementation of its own because importing diffusers takes seconds, which a sampler would spend on this one
-module, and because callers keep the cache of previous frames (``FrameCache``) per tile.
+This separate implementation exists because importing diffusers takes seconds, and because callers keep the cache of
+previous frames (``FrameCache``) per tile.
 
-Shapes: B videos, C channels, t frames of a step (1 latent frame, or what has become of it), H rows, W columns.
+Shapes: B videos, C channels, t frames of a step (1 latent frame, or the frames upsampled from it), H rows, W columns.
 
-Source: the official ``vae.py`` (``Decoder3d``) and diffusers' ``AutoencoderKLWan``, whose numbers these are.
+Source: the official ``vae.py`` (``Decoder3d``) and diffusers' ``AutoencoderKLWan``, with equal results.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class CausalConv(nn.Conv3d):
         super().__init__(channels_in, channels_out, (frames, side, side), padding=(0, side // 2, side // 2))
 
     def reset_parameters(self) -> None:
-        """Nothing: the weights are loaded."""
+        """No-op: the weights are loaded later."""
 
     def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache | None = None) -> Tensor:
         """Convolve the next frames; zeros stand for the frames before the first."""
@@ -53,7 +53,7 @@ class Conv2d(nn.Conv2d):
     """A 2D convolution, left uninitialised."""
 
     def reset_parameters(self) -> None:
-        """Nothing: the weights are loaded."""
+        """No-op: the weights are loaded later."""
 
 
 class ChannelNorm(nn.Module):
@@ -79,7 +79,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = CausalConv(channels_in, channels_out) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache) -> Tensor:
-        """Apply; the shape is kept but for the channels."""
+        """Apply the block; only the number of channels changes."""
         out = self.conv1(F.silu(self.norm1(x_BCtHW)), frame_cache)
         out = self.conv2(F.silu(self.norm2(out)), frame_cache)
         return out + self.conv_shortcut(x_BCtHW)
@@ -112,7 +112,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResidualBlock(channels, channels) for _ in range(2)])
 
     def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache) -> Tensor:
-        """Apply; the shape is kept but for the channels."""
+        """Apply the block; only the number of channels changes."""
         out: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](x_BCtHW, frame_cache)), frame_cache)
         return out
 
@@ -126,7 +126,7 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv(channels, 2 * channels, 3) if time else None
 
     def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache) -> Tensor:
-        """Apply; the frames are upsampled."""
+        """Apply the block; the frames are upsampled."""
         batch = x_BCtHW.shape[0]
         if self.time_conv is not None:
             if self.time_conv in frame_cache:
@@ -134,7 +134,7 @@ class Upsample(nn.Module):
                     self.time_conv(x_BCtHW, frame_cache), "b (two c) t h w -> b c (t two) h w", two=2
                 ).contiguous()
             else:
-                # The first frame is not doubled, and the next frames see zeros instead of it.
+                # The first frame is not doubled, and zeros replace it in the cache of the next frames.
                 frame_cache[self.time_conv] = torch.zeros_like(x_BCtHW[:, :, :1]).repeat(1, 1, 2, 1, 1)
         frames = rearrange(x_BCtHW, "b c t h w -> (b t) c h w")
         doubled = F.interpolate(frames.float(), scale_factor=(2.0, 2.0), mode="nearest-exact").to(frames.dtype)
@@ -154,7 +154,7 @@ class UpBlock(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(channels_out, time=upsampling == "time")])
 
     def forward(self, x_BCtHW: Tensor, frame_cache: FrameCache) -> Tensor:
-        """Apply; the frames are upsampled."""
+        """Apply the block; the frames are upsampled."""
         for residual in self.resnets:
             x_BCtHW = residual(x_BCtHW, frame_cache)
         return x_BCtHW if self.upsamplers is None else self.upsamplers[0](x_BCtHW, frame_cache)
@@ -180,10 +180,10 @@ class _Decoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """The weights that decode latents to pixels; ``wan_model.codec.tiled_decode`` runs them.
+    """The modules that decode latents to pixels; ``wan_model.codec.tiled_decode`` calls them.
 
     Args:
-        config: of diffusers' ``vae/config.json``.
+        config: the content of diffusers' ``vae/config.json``.
 
     Raises:
         ValueError: a decoder with parts that Wan 2.1's does not have.

@@ -1,11 +1,11 @@
-"""Attention over packed sequences: every sample attends to itself (or to its own text) and to nothing else.
+"""Attention over packed sequences: every sample attends only to itself (or to its own text).
 
 Shapes: S queries, K keys, H heads, E head width. Offsets are host integers, so nothing is read back from the device,
-and no mask of tokens x tokens is ever made: memory is linear in the tokens.
+and no mask of tokens x tokens is built: memory is linear in the number of tokens.
 
-``sdpa`` calls torch's attention segment by segment, with whichever kernel torch prefers; ``cudnn`` and ``flash`` do the
-same with that kernel alone. ``varlen`` is torch's variable-length flash attention, one launch for all segments. The
-last three need CUDA and 16-bit tensors.
+``sdpa`` calls torch's attention segment by segment, with the kernel that torch selects; ``cudnn`` and ``flash`` do the
+same with only that kernel. ``varlen`` is torch's variable-length flash attention, one launch for all segments. The last
+three need CUDA and 16-bit tensors.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ AttentionKind = Literal["auto", "sdpa", "cudnn", "flash", "varlen"]
 Offsets = tuple[int, ...]
 
 _ONE_KERNEL = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# Segments shorter than this on average leave a GPU waiting for launches, so one launch for all is taken.
+# With segments shorter than this on average a GPU is bound by kernel launches, so all segments share one launch.
 _SHORT_SEGMENTS = 2048
 
 
 def check_kind(kind: str) -> None:
-    """Refuse an attention that does not exist.
+    """Check the name of an attention kind.
 
     Raises:
-        ValueError: naming those that do.
+        ValueError: it is unknown; the message lists the known kinds.
     """
     if kind not in get_args(AttentionKind):
         raise ValueError(f"attention is {kind!r}; expected one of {', '.join(get_args(AttentionKind))}")
@@ -41,7 +41,7 @@ def resolve_kind(kind: AttentionKind, q_SHE: Tensor, q_offsets: Offsets) -> Atte
     """Resolve ``auto``: ``varlen`` for many short segments in 16 bits on CUDA, else ``sdpa``.
 
     Raises:
-        ValueError: the kind asked for cannot run on these tensors.
+        ValueError: the requested kind cannot run on these tensors.
     """
     on_cuda_in_16_bits = q_SHE.is_cuda and q_SHE.dtype in (torch.float16, torch.bfloat16)
     if kind == "auto":
@@ -68,8 +68,8 @@ def packed_attention(
     Args:
         q_SHE: queries; rows after the last offset are padding, whose results are zeros.
         k_SHE, v_SHE: keys and values.
-        q_offsets, k_offsets: segment starts, and last the end: B+1 ascending integers each. A segment without queries
-            is skipped.
+        q_offsets, k_offsets: segment starts and the end of the last one: B+1 ascending integers each. A segment without
+            queries is skipped.
         kind: see the module's docstring.
 
     Returns:
@@ -83,13 +83,13 @@ def packed_attention(
     if kind == "varlen":
         parts = [_variable_length(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)]
     else:
-        # torch prefers flash attention to cuDNN's, although on Hopper it is the slower one.
+        # By default torch prefers flash attention to cuDNN's, although it is slower on Hopper.
         only = sdpa_kernel(_ONE_KERNEL[kind]) if kind in _ONE_KERNEL else _preferred(q_SHE.device)
         with only:
             parts = _segment_by_segment(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)
     if padding := q_SHE.shape[0] - q_offsets[-1]:
         zeros = q_SHE.new_zeros(padding, *q_SHE.shape[1:])
-        # A rank with nothing but padding must take part in the backward pass, because the other ranks wait for it.
+        # A rank that has only padding must take part in the backward pass, because the other ranks wait for it.
         parts.append(zeros if parts else zeros + (q_SHE[:0].sum() + k_SHE[:0].sum() + v_SHE[:0].sum()))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -130,7 +130,7 @@ def _split(x_SHE: Tensor, offsets: Offsets) -> tuple[Tensor, ...]:
 
 @functools.lru_cache(maxsize=32)
 def _on_device(offsets: Offsets, device: torch.device) -> Tensor:
-    # A tensor made in inference mode could never be used in training afterwards, and this one is kept.
+    # The result is cached, and a tensor created in inference mode could not be used in training later.
     with torch.inference_mode(False):
         return torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
 

@@ -1,9 +1,9 @@
 """Context parallelism: the tokens of one pack on several processes, in plain ``torch.distributed``.
 
-A rank holds an equal, contiguous share of the pack's rows, whatever samples they belong to. Self-attention exchanges
-rows for heads by an all-to-all, as in DeepSpeed-Ulysses: each rank attends over the whole pack with its share of the
-heads, and a second all-to-all restores the rows. Where the ranks do not divide the heads, keys and values are gathered
-and each rank attends with its own rows.
+A rank holds an equal, contiguous share of the pack's rows, independent of the samples' boundaries. Self-attention
+exchanges rows for heads by an all-to-all, as in DeepSpeed-Ulysses: each rank attends over the whole pack with its share
+of the heads, and a second all-to-all restores the rows. If the number of ranks does not divide the heads, keys and
+values are gathered and each rank attends with its own rows.
 Text is never sharded: each rank's rows attend to the whole texts of their samples.
 
 Gradients: every rank computes the same loss from the gathered output, and each weight's gradient on a rank is the part
@@ -25,7 +25,7 @@ from wan_model.dit.attention import Offsets
 
 # Attention of packed rows: queries, keys, values, and the offsets of the samples' queries and keys.
 Attend = Callable[[Tensor, Tensor, Tensor, Offsets, Offsets], Tensor]
-# torch 2.13 renamed them, and warns of the names that earlier versions have alone.
+# torch 2.13 renamed these functions and warns about the old names, which are the only ones in earlier versions.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -37,7 +37,7 @@ def _all_to_all(x: Tensor, group: Any) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """[ranks, ...]: part i goes to rank i, and part i of the result came from rank i. It is its own inverse."""
+    """All-to-all of [ranks, ...]: part i is sent to rank i, part i of the result is from rank i; its own inverse."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -82,10 +82,10 @@ class ContextParallel:
         self.rank: int = dist.get_rank(self.group)
 
     def shard_rows(self, x: Tensor) -> Tensor:
-        """This rank's rows of a tensor that every rank holds whole.
+        """This rank's rows of a tensor that is replicated on every rank.
 
         Raises:
-            ValueError: the rows cannot be shared evenly.
+            ValueError: the rows cannot be divided evenly.
         """
         if x.shape[0] % self.ranks:
             raise ValueError(
@@ -100,7 +100,7 @@ class ContextParallel:
         return whole
 
     def self_attention(self, q_RHE: Tensor, k_RHE: Tensor, v_RHE: Tensor, offsets: Offsets, attend: Attend) -> Tensor:
-        """Attention of the whole pack's samples, given and returned as this rank's rows.
+        """Self-attention of all samples of the pack; input and output are this rank's rows.
 
         Args:
             q_RHE, k_RHE, v_RHE: this rank's rows, all heads.
@@ -111,7 +111,7 @@ class ContextParallel:
             both = _GatherRows.apply(torch.stack((k_RHE, v_RHE), dim=1), self, True)
             k_SHE, v_SHE = both.unbind(dim=1)
             return self.cross_attention(q_RHE, k_SHE, v_SHE, offsets, offsets, attend)
-        # One exchange for the three of them.
+        # One exchange for queries, keys and values.
         mine = rearrange(
             torch.stack((q_RHE, k_RHE, v_RHE)), "three r (ranks h) e -> ranks three r h e", ranks=self.ranks
         )
@@ -131,7 +131,7 @@ class ContextParallel:
         k_offsets: Offsets,
         attend: Attend,
     ) -> Tensor:
-        """This rank's rows attend to their samples' texts, which every rank holds whole.
+        """Cross-attention of this rank's rows to their samples' texts, which are replicated on every rank.
 
         Args:
             q_RHE: this rank's rows.

@@ -1,9 +1,9 @@
 """Elementwise operations and norms: modulation, gates, rotary rotation, activation.
 
-On the CPU these are bound by memory bandwidth, so each makes one pass over memory where that is possible. Operations of
-several steps work in chunks that stay in the cache. On CUDA the chains are fused by ``torch.compile``, which the
-environment variable ``TORCH_COMPILE_DISABLE=1`` switches off. Both ways are equal but for rounding: everything is
-computed in fp32 and rounded once to the precision of the input.
+On the CPU these are bound by memory bandwidth, so each makes one pass over memory if possible, and operations of
+several steps work on chunks that fit in the cache. On CUDA they are fused by ``torch.compile``, which the environment
+variable ``TORCH_COMPILE_DISABLE=1`` disables. Both give the same results up to rounding: everything is computed in fp32
+and rounded once to the precision of the input.
 
 A function whose name ends in an underscore may overwrite one of its inputs, which the caller must not use afterwards.
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from wan_model.pack import TokenRows
 
-# Elements of a chunk and thread: a few such buffers stay in a core's caches. Smaller tensors stay there anyway.
+# Elements of a chunk per thread: a few such buffers fit in a core's caches. Smaller tensors are not cut into chunks.
 _CHUNK_SIZE = 131_072
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
@@ -45,11 +45,11 @@ PerSample = Sequence[Tensor]
 def _by_segment(
     rows: TokenRows, function: Callable[..., Tensor], tokens: Sequence[Tensor], samples: Sequence[PerSample]
 ) -> Tensor:
-    """A function of each segment's rows of ``tokens`` and its sample's row of ``samples``."""
+    """Apply a function to each segment's rows of ``tokens`` and its sample's row of ``samples``."""
     if len(rows.segments) == 1:
         sample = rows.segments[0][0]
         return function(*tokens, *(rows_D[sample] for rows_D in samples))
-    # Split, not sliced: the gradient of a slice is a tensor of the full size.
+    # split() instead of slices, because the gradient of a slice is a tensor of the full size.
     lengths = [stop - start for _, start, stop in rows.segments]
     parts = zip(*(x_SD.split(lengths) for x_SD in tokens), strict=True)
     return torch.cat(
@@ -73,7 +73,7 @@ def norm_modulate(x_SD: Tensor, shifts: PerSample, scales: PerSample, rows: Toke
     if x_SD.is_cuda:
         chain = functools.partial(_fused(_norm_modulate_chain), eps=eps)
         return _by_segment(rows, chain, (x_SD,), (shifts, scales))
-    # A layer norm with weight 1 + scale and bias shift is the same function, in one pass.
+    # A layer norm with weight 1 + scale and bias shift is the same function in one pass.
     width = x_SD.shape[-1:]
     return _by_segment(
         rows, lambda x, shift, scale: F.layer_norm(x, width, 1 + scale, shift, eps), (x_SD,), (shifts, scales)
@@ -87,7 +87,7 @@ def _gate_add_chain(x_SD: Tensor, update_SD: Tensor, gate_D: Tensor) -> Tensor:
 def gate_add_(x_SD: Tensor, update_SD: Tensor, gates: PerSample, rows: TokenRows) -> Tensor:
     """x + gate * update, with the gate (fp32, [D] a sample) of each token's sample.
 
-    Without gradients, over ``update``.
+    Without gradients the result overwrites ``update``.
     """
     if update_SD.is_cpu and update_SD.dtype == x_SD.dtype == torch.float32 and not torch.is_grad_enabled():
         for sample, start, stop in rows.segments:
@@ -99,7 +99,7 @@ def gate_add_(x_SD: Tensor, update_SD: Tensor, gates: PerSample, rows: TokenRows
 
 
 def add_(x_SD: Tensor, update_SD: Tensor) -> Tensor:
-    """x + update. Without gradients, over ``update``."""
+    """x + update. Without gradients the result overwrites ``update``."""
     if torch.is_grad_enabled() or update_SD.dtype != x_SD.dtype:
         return x_SD + update_SD
     return update_SD.add_(x_SD)
@@ -116,7 +116,7 @@ def _rotate_chain(x_SHE: Tensor, rotations_S1P2: Tensor) -> Tensor:
 
 
 def _as_pairs(x_SD: Tensor, pairs: int) -> Tensor:
-    # A plain view, without einops: this is called for every chunk.
+    # A plain view instead of einops, because this is called for every chunk.
     return torch.view_as_complex(x_SD.view(x_SD.shape[0], -1, pairs, 2))
 
 
@@ -136,7 +136,7 @@ def rotate(x_SD: Tensor, table_S1P: Tensor) -> Tensor:
 
 
 def rms_norm_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None = None) -> Tensor:
-    """RMS norm over the whole width, then, given a table, ``rotate``. Without gradients, over its input."""
+    """RMS norm over the whole width, then ``rotate`` if a table is given. Without gradients it overwrites its input."""
     if x_SD.is_cpu and x_SD.dtype == weight_D.dtype == torch.float32:
         normed: Tensor
         if torch.is_grad_enabled():
@@ -149,7 +149,7 @@ def rms_norm_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | No
 
 
 def _chunks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Chunks of the same rows of several tensors, small enough to stay in the cache; None stays None."""
+    """Chunks of the same rows of several tensors, small enough for the cache; None stays None."""
     rows, width = first.shape
     step = max(1, _CHUNK_SIZE * torch.get_num_threads() // width)
     if rows <= step:
@@ -249,6 +249,6 @@ class _TanhGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (derivative,) = ctx.saved_tensors
-        # Over the derivative: a fresh tensor of this size costs more than the product. Autograd itself refuses a second
-        # backward pass then, because what it saved has changed.
+        # In place, because allocating a tensor of this size costs more than the product. A second backward pass is an
+        # error of autograd, because the saved tensor has changed.
         return derivative.mul_(grad)

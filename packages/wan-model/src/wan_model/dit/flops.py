@@ -1,7 +1,7 @@
-"""Floating-point operations that one pack needs, whatever an implementation computes besides.
+"""Floating-point operations required for one pack, independent of the implementation.
 
-A multiplication with its addition counts as two. Only matrix products and attention count; each sample's S² is its
-own, never the pack's, and padding needs nothing.
+A multiplication with its addition counts as two. Only matrix products and attention are counted. S² is counted per
+sample, not for the whole pack, and padding is not counted.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class PackFlops:
 
 
 def pack_flops(config: WanConfig, layout: PackLayout, *, text_length: int | None = None) -> PackFlops:
-    """Operations that a pack needs, every sample with its text at full length.
+    """Operations required for a pack, every sample with its text at full length.
 
     With S tokens of a sample, T of its text, width h, feed-forward width f and L layers, one forward pass takes
     L (8 S h² + 4 S² h + 4 S h² + 4 T h² + 4 S T h + 4 S h f) + 2 S h (values in + out) + 2 T (text width h + h²)

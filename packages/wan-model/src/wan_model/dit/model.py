@@ -31,7 +31,7 @@ KEPT_IN_FP32 = (".time_embedder.", ".scale_shift_table", ".norm2.")
 
 
 def precision_of(key: str, dtype: torch.dtype) -> torch.dtype:
-    """The precision of one parameter in a model of the given one."""
+    """The dtype of a parameter in a model of dtype ``dtype``."""
     kept = dtype.itemsize < 4 and any(part in f".{key}" for part in KEPT_IN_FP32)
     return torch.float32 if kept else dtype
 
@@ -53,7 +53,7 @@ class Stage:
 
 @functools.lru_cache(maxsize=8)
 def _frequencies(width: int, device: torch.device) -> Float[Tensor, " half"]:
-    # A tensor made in inference mode could never be used in training afterwards, and this one is kept.
+    # The result is cached, and a tensor created in inference mode could not be used in training later.
     with torch.inference_mode(False):
         half = width // 2
         return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=device) / half)
@@ -66,7 +66,7 @@ def timestep_features(timesteps_B: Float[Tensor, " B"], width: int) -> Float[Ten
 
 
 def modulation_rows(table_1ND: Tensor, time_BND: Tensor) -> list[tuple[Tensor, ...]]:
-    """The N modulation vectors of a table plus a time embedding, fp32: each a tuple of one [D] per sample."""
+    """The N modulation vectors (table plus time embedding), fp32: each is a tuple of one [D] per sample."""
     modulation_BND = at_least_fp32(table_1ND) + at_least_fp32(time_BND)
     return list(zip(*(sample.unbind(0) for sample in modulation_BND.unbind(0)), strict=True))
 
@@ -110,18 +110,18 @@ class Attention(nn.Module):
         return self._by_head(self.norm_k(self.to_k(source_KD), table_S1P)), self._by_head(self.to_v(source_KD))
 
     def _by_head(self, x_SD: Tensor) -> Tensor:
-        # A plain view: in small models the time goes into calls.
+        # A plain view, because small models are bound by call overhead.
         return x_SD.view(x_SD.shape[0], self.heads, -1)
 
     def attend_to_tokens(self, x_SD: Tensor, table_S1P: Tensor, offsets: Offsets) -> Tensor:
-        """Self-attention; the result is the rows that this rank holds."""
+        """Self-attention; returns the rows that this rank holds."""
         attended = self.ops.self_attention(self.queries(x_SD, table_S1P), *self.keys_values(x_SD, table_S1P), offsets)
         return self._out(attended)
 
     def attend_to_text(
         self, x_SD: Tensor, text: tuple[Tensor, Tensor], offsets: Offsets, text_offsets: Offsets
     ) -> Tensor:
-        """Cross-attention to keys and values; the result is the rows that this rank holds."""
+        """Cross-attention to keys and values; returns the rows that this rank holds."""
         return self._out(self.ops.cross_attention(self.queries(x_SD, None), *text, offsets, text_offsets))
 
     def _out(self, attended_SHE: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x_SD: Tensor) -> Tensor:
-        """Apply to tokens that have entered; the result is this rank's rows."""
+        """Apply to entered tokens (see ``Ops``); returns the rows that this rank holds."""
         out: Tensor = self.net["2"](self.net["0"](x_SD))
         return out
 
@@ -184,7 +184,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """One layer, on this rank's rows. Modulation and residual gating are fp32, as in the official code.
 
-        ``text`` is the embedded texts, or what ``text_keys`` made of them.
+        ``text`` is the embedded texts, or the keys and values that ``text_keys`` returned for them.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_rows(self.scale_shift_table, time_B6D)
         offsets = held.layout.offsets
@@ -218,7 +218,7 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = TwoLayers(config.freq_dim, config.hidden_size)
         self.time_proj = Linear(config.hidden_size, 6 * config.hidden_size)
         self.text_embedder = TwoLayers(config.text_dim, config.hidden_size)
-        # Time reaches the loss through each rank's own rows only; text enters every rank's heads whole.
+        # The time embedding affects the loss only through a rank's own rows; the text is an input of all ranks' heads.
         ops.on_token_rows(self.time_embedder)
         ops.on_token_rows(self.time_proj)
 
@@ -254,7 +254,7 @@ class PatchEmbedding(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PreparedText:
-    """What depends on the texts alone; see ``WanDiT.prepare_text``.
+    """Keys and values of the texts, which do not depend on the timestep; see ``WanDiT.prepare_text``.
 
     Attributes:
         keys_values: of each block, by its name: [B * T, H, E] twice.
@@ -288,7 +288,7 @@ class WanDiT(nn.Module):
         if self.stage.is_first:
             self.patch_embedding = PatchEmbedding(config)
             self.ops.on_token_rows(self.patch_embedding)
-        # Numbered by their place in the whole model, so that a stage's keys are the whole model's.
+        # Layers are numbered over the whole model, so that a stage has the keys of the whole model.
         self.blocks = nn.ModuleDict()
         for i in range(self.stage.first, self.stage.last):
             block = Block(config, self.ops)
@@ -311,12 +311,12 @@ class WanDiT(nn.Module):
         return self
 
     def prepare_text(self, text_BTD: Float[Tensor, "B T D"]) -> PreparedText:
-        """Compute what depends on the texts alone, once for all sampling steps.
+        """Compute the keys and values of the texts, once for all sampling steps.
 
         Memory: two tensors of B * T rows of the hidden width for every block.
 
         Raises:
-            ValueError: embeddings that are not of the model's width.
+            ValueError: the embeddings do not have the model's text width.
         """
         self._check_text(text_BTD)
         text_TD = self.condition_embedder.text(text_BTD)
@@ -347,7 +347,7 @@ class WanDiT(nn.Module):
             Tokens [S, C] in the weights' precision on the last stage (all rows, on every rank); else hidden rows.
 
         Raises:
-            ValueError: inputs that do not belong to the layout, or that are not of the model's widths.
+            ValueError: the inputs do not match the layout or the model's widths.
         """
         self._check_inputs(x, timesteps_B, text, layout)
         check_recompute(self.recompute)

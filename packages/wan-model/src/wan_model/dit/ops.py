@@ -1,4 +1,4 @@
-"""The interface between the transformer and its runtime, which hides all parallelism.
+"""The interface between the transformer and its runtime, which implements all parallelism.
 
 Shapes: S tokens, D width, H heads on this rank, E head width.
 """
@@ -17,16 +17,16 @@ from wan_model.pack import PackLayout, TokenRows
 
 
 class Linear(nn.Linear):
-    """Left uninitialised: torch's own initialisation takes time and draws from the global generator."""
+    """A linear without initialisation: torch's takes time and draws from the global generator."""
 
     def reset_parameters(self) -> None:
-        """Nothing; see ``wan_model.init_weights``."""
+        """No-op; see ``wan_model.init_weights``."""
 
 
 class RMSNorm(nn.Module):
     """RMS norm over the full width, statistics in fp32, with the rotary embedding that follows it.
 
-    A runtime that holds only a part of the width overrides ``forward``.
+    A runtime that shards the width overrides ``forward``.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -35,27 +35,27 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
-        """Normalise the last axis; given a table (``wan_model.dit.rope``), then rotate each head.
+        """Normalise the last axis, then rotate each head if a table (``wan_model.dit.rope``) is given.
 
-        The input must not be used afterwards: without gradients it is overwritten.
+        Without gradients the input is overwritten, so it must not be used afterwards.
         """
         return rms_norm_(x_SD, self.weight, self.eps, table_S1P)
 
 
 @runtime_checkable
 class Ops(Protocol):
-    """A runtime. ``TorchOps`` is the single-device one; wan-train has Megatron's.
+    """A runtime. ``TorchOps`` is the one for plain torch; wan-train implements one for Megatron.
 
     Between ``shard_tokens`` and ``gather_tokens`` a rank holds only some rows of the token sequence (``held_rows``).
-    ``enter_tokens`` gives the rows that linears and attention work on (``entered_rows``), of which the rank may then
-    hold only some heads; ``row_linear`` gives the rows that are held again.
+    ``enter_tokens`` returns the input rows of linears and attention (``entered_rows``), of which the rank may have only
+    some heads; ``row_linear`` returns the held rows.
     """
 
     def column_linear(self, width_in: int, width_out: int) -> nn.Module:
-        """A biased linear whose output is split over ranks."""
+        """A linear with bias whose output is split over ranks."""
 
     def row_linear(self, width_in: int, width_out: int) -> nn.Module:
-        """A biased linear whose input is split over ranks and whose output is this rank's rows, whole in width."""
+        """A linear with bias whose input is split over ranks; its output is this rank's rows at full width."""
 
     def norm_across_heads(self, width: int, eps: float) -> nn.Module:
         """RMS norm over the full width, applied to a column-linear's output."""
@@ -73,23 +73,23 @@ class Ops(Protocol):
         """All rows, as the input of column-linears."""
 
     def enter_text(self, x_SD: Tensor) -> Tensor:
-        """Text rows, which every rank holds whole, as the input of column-linears."""
+        """Text rows, which are replicated on every rank, as the input of column-linears."""
 
     def held_rows(self, layout: PackLayout) -> TokenRows:
-        """The rows that ``shard_tokens`` leaves on this rank.
+        """The rows that this rank holds after ``shard_tokens``.
 
         Raises:
-            ValueError: the ranks cannot share the pack's tokens evenly.
+            ValueError: the pack's tokens cannot be divided evenly.
         """
 
     def entered_rows(self, layout: PackLayout) -> TokenRows:
-        """The rows that ``enter_tokens`` gives."""
+        """The rows that ``enter_tokens`` returns."""
 
     def on_token_rows(self, module: nn.Module) -> None:
-        """Declare that a module's parameters are replicated but get gradients from this rank's rows only."""
+        """Declare that a module's parameters are replicated, with gradients only from this rank's rows."""
 
     def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
-        """(axis, rank, ranks) of a parameter that is split over ranks, None for one that is whole."""
+        """(axis, rank, ranks) of a parameter that is split over ranks; None for a replicated one."""
 
     def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
         """Each sample attends to itself; entered rows in and out, ``offsets`` of the samples in the whole pack."""
@@ -107,14 +107,14 @@ class Ops(Protocol):
 
 
 class TorchOps:
-    """Plain torch: one device, or several that share the tokens of a pack.
+    """Plain torch, on one device or with context parallelism.
 
     Args:
         attention: see ``wan_model.dit.attention``.
-        context: the ranks that share each pack's tokens; None for one device.
+        context: the context-parallel group; None for one device.
 
     Raises:
-        ValueError: an attention that does not exist.
+        ValueError: the attention kind is unknown.
     """
 
     def __init__(self, attention: AttentionKind = "auto", context: ContextParallel | None = None) -> None:

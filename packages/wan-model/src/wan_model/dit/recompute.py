@@ -1,8 +1,8 @@
-"""Activation recomputation: which activations of a block are kept for its backward pass.
+"""Activation recomputation: which activations of a block are saved for its backward pass.
 
-``none`` keeps everything. ``block`` keeps a block's input and computes the block again. ``all_but_attention`` keeps
-the result of self-attention as well, which is most of the work of a long video, and computes the rest again. The model
-draws no random numbers, so what is computed again is the same.
+``none`` saves everything. ``block`` saves a block's input and recomputes the block. ``all_but_attention`` also saves
+the result of self-attention, which is most of the work for a long video, and recomputes the rest. The model draws no
+random numbers, so recomputed values are equal.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ _ATTENTION = {
 
 
 def check_recompute(mode: str) -> None:
-    """Refuse a mode that does not exist.
+    """Check the name of a mode.
 
     Raises:
-        ValueError: naming those that do.
+        ValueError: it is unknown; the message lists the known modes.
     """
     if mode not in get_args(Recompute):
         raise ValueError(f"recompute is {mode!r}; expected one of {', '.join(get_args(Recompute))}")
@@ -39,7 +39,7 @@ def check_recompute(mode: str) -> None:
 
 @contextlib.contextmanager
 def self_attention_region() -> Iterator[None]:
-    """Mark attention calls whose results ``all_but_attention`` keeps."""
+    """Mark attention calls whose results ``all_but_attention`` saves."""
     token = _in_self_attention.set(True)
     try:
         yield
@@ -58,9 +58,9 @@ def recomputed(function: Callable[..., Tensor], *args: object, keep_attention: b
     """Call a function with activation checkpointing (torch's, non-reentrant).
 
     Args:
-        function: of tensors and constants.
+        function: a function of tensors and constants.
         args: its arguments.
-        keep_attention: keep what was computed in a ``self_attention_region``.
+        keep_attention: save the results of a ``self_attention_region``.
     """
     options: dict[str, Any] = {}
     if keep_attention:

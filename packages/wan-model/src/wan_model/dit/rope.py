@@ -31,7 +31,7 @@ def _axis_rotations(positions: int, width: int, device: torch.device) -> Complex
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device, non_blocking=True)
 
 
-# A table of 43,008 tokens takes 22 MB on the device, and few layouts recur soon.
+# A table of 43,008 tokens takes 22 MB on the device, and layouts seldom recur.
 @functools.lru_cache(maxsize=4)
 def rotary_table(rows: TokenRows, head_dim: int, device: torch.device) -> Complex[Tensor, "S 1 pairs"]:
     """The rotation of each pair of values of each token, [S, 1, head_dim/2], complex fp32; padding is not rotated.
@@ -39,7 +39,7 @@ def rotary_table(rows: TokenRows, head_dim: int, device: torch.device) -> Comple
     Only the rotations of single positions (a few hundred numbers) are copied from the host. The table is built on the
     device, once for all layers of a forward pass, and cached for the most recent layouts.
     """
-    # A tensor made in inference mode could never be used in training afterwards, and these are kept.
+    # The results are cached, and tensors created in inference mode could not be used in training later.
     with torch.inference_mode(False):
         parts = []
         for f, h, w in rows.layout.grids:

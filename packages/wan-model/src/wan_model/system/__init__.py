@@ -1,1 +1,1 @@
-"""What all four packages ask of the operating system: files, processes, units. Imports no torch by itself."""
+"""Files, processes and units, shared by all four packages. Importing it imports no torch."""

@@ -1,10 +1,10 @@
-"""A child process: it ends when its parent does, and records why it fails. Imports no torch.
+"""A child process that ends with its parent and reports its failure. Imports no torch.
 
-Started by                       the parent is found by                its error is shown by
+Started by                       the parent is identified by           its error is printed by
 ===============================  ====================================  =============================================
-``wan_model.system.launcher``    the environment                       the launcher, if it is the cause of the end
-torchrun                         being this process's parent           this process, and in torchrun's summary
-neither                          (nobody is followed)                  this process
+``wan_model.system.launcher``    the environment                       the launcher, if it is the first cause
+torchrun                         ``os.getppid()``                      this process, and in torchrun's summary
+neither                          (no parent is monitored)              this process
 ===============================  ====================================  =============================================
 """
 
@@ -33,18 +33,18 @@ _SECONDS_FOR_THE_CAUSE = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-# -- why a process fails ----------------------------------------------------------------------------------------------
+# -- failures ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a rank cannot go on.
+    """The failure of a rank.
 
     Attributes:
-        at: by ``time.monotonic``, which all processes of a machine share, seconds.
-        code: the exit status that goes with it.
+        at: time of the failure by ``time.monotonic``, which is common to all processes of a machine, in seconds.
+        code: the exit status.
         text: a sentence for users, or a traceback.
-        lost_peer: it follows from another rank's end, or from its silence.
+        lost_peer: whether it is a consequence of the end or the hang of another rank.
     """
 
     at: float
@@ -54,19 +54,19 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """A ValueError is a sentence, anything else is shown with its traceback."""
+        """The failure for an exception: a ValueError gives its message, any other exception its traceback."""
         if isinstance(error, ValueError):
             return cls(time.monotonic(), 2, str(error), lost_peer=False)
         text = "".join(traceback.format_exception(error)).rstrip()
         return cls(time.monotonic(), 1, text, _lost_peer(error))
 
     def write(self, folder: Path, rank: int) -> None:
-        """Record it for the launcher."""
+        """Write it to a file for the launcher."""
         write_bytes(folder / f"{rank}.json", json.dumps(dataclasses.asdict(self)).encode())
 
     @classmethod
     def read(cls, folder: Path, rank: int) -> "Failure | None":
-        """What a rank has recorded, if it has."""
+        """The failure that a rank has written, or None."""
         try:
             return cls(**json.loads((folder / f"{rank}.json").read_bytes()))
         except FileNotFoundError:
@@ -77,14 +77,14 @@ def _lost_peer(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.distributed.DistError):
         return True
-    # Errors of gloo, and some of NCCL, are plain ones; gloo's begin with the place in its source.
+    # gloo, and in some cases NCCL, raise plain RuntimeErrors; those of gloo begin with the location in its source.
     if isinstance(error, RuntimeError) and ("gloo/" in str(error) or "NCCL" in str(error)):
         return True
     return error.__cause__ is not None and _lost_peer(error.__cause__)
 
 
 def error_message(text: str, rank: str | int | None) -> str:
-    """An error as users see it; without a rank where it is every rank's."""
+    """The message that users see; ``rank`` is None for an error that all ranks share."""
     where = "Error" if rank is None else f"Error (rank {rank})"
     return f"{where}:{chr(10) if chr(10) in text else ' '}{text}"
 
@@ -93,29 +93,29 @@ def error_message(text: str, rank: str | int | None) -> str:
 
 
 def end_after(wait: Callable[[], object]) -> None:
-    """From now on this process ends, with all that it has started in its group, when ``wait`` returns.
+    """Kill this process and its process group when ``wait`` returns.
 
     Args:
-        wait: returns when whoever this process works for is gone; called in a thread of its own.
+        wait: blocks until the parent has ended; called in a separate thread.
     """
 
     def run() -> None:
         wait()
         if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)  # workers of a data loader and writers of checkpoints too
+            os.killpg(0, signal.SIGKILL)  # includes workers of data loaders and writers of checkpoints
         os._exit(1)
 
     threading.Thread(target=run, name="follows the parent", daemon=True).start()
     if sys.platform == "linux":
-        # The thread of a stopped process would not run: the kernel continues the process when its parent ends.
+        # The thread of a stopped process does not run, so the kernel continues the process when its parent ends.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT))
 
 
 def follow_parent(pid: int | None = None) -> None:
-    """From now on this process ends, with all that it has started in its group, when its parent does.
+    """Kill this process and its process group when its parent ends.
 
     Args:
-        pid: of the parent, if it is known from before; a parent that is gone already is then noticed, too.
+        pid: process id of the parent, if known; then a parent that has already ended is detected as well.
     """
     parent = os.getppid() if pid is None else pid
     end_after(lambda: _wait_for_parent(parent))
@@ -130,19 +130,19 @@ def _wait_for_parent(parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(_POLL_SECONDS)
         return
-    if os.getppid() == parent:  # else it was gone before, and its number is another process's
+    if os.getppid() == parent:  # otherwise it ended before, and its process id may be another process's
         end = select.poll()
         end.register(descriptor, select.POLLIN)
         end.poll()
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process with an exit status; after an error at once, without the interpreter's finalization.
+    """End this process with an exit status; after an error immediately, without the interpreter's finalization.
 
-    Finalization waits for threads and for child processes, which may wait for other ranks. It also breaks gloo: a
-    thread of gloo that releases the tensors of a failed collective then asks for the interpreter, Python ends that
-    thread inside a destructor of C++, and the process aborts with ``terminate called without an active exception`` on
-    standard error.
+    Finalization waits for threads and child processes, which may wait for other ranks. It can also abort the process:
+    when a thread of gloo releases the tensors of a failed collective, it acquires the GIL, Python terminates the thread
+    inside a C++ destructor, and the process aborts with ``terminate called without an active exception`` on standard
+    error.
     """
     if code == 0:
         sys.exit(0)
@@ -152,11 +152,11 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-# -- whoever started this process -------------------------------------------------------------------------------------
+# -- the supervisor ---------------------------------------------------------------------------------------------------
 
 
 class Supervisor:
-    """Whoever started this process and ends it with the other ranks.
+    """The launcher or torchrun, which started this process and ends it together with the other ranks.
 
     Args:
         failures: the launcher's folder for failures, if our launcher started this process.
@@ -168,7 +168,7 @@ class Supervisor:
 
     @classmethod
     def find(cls) -> "Supervisor":
-        """From the environment; the launcher's variables are removed, so that children do not take them for theirs."""
+        """Find it in the environment, and remove the launcher's variables, so that child processes do not use them."""
         folder, pid = os.environ.pop(FAILURES, None), os.environ.pop(LAUNCHER_PID, None)
         if folder is not None and pid is not None:
             return cls(Path(folder), int(pid))
@@ -180,25 +180,25 @@ class Supervisor:
         return self._failures is not None
 
     def follow(self) -> None:
-        """From now on this process, and all that it starts in its group, ends when the supervisor does."""
+        """Kill this process and its process group when the supervisor ends."""
         if self._parent is not None:
             follow_parent(self._parent)
 
     def record(self, error: Exception) -> int:
-        """Say why this process ends: to the launcher, which shows the cause of all ranks' failures, else on stderr.
+        """Report a failure: to the launcher, which prints the first cause over all ranks, otherwise on stderr.
 
         Returns:
-            The exit status for it.
+            The exit status.
         """
         failure, rank = Failure.of(error), os.environ.get("RANK")
         if self._failures is not None:
             assert rank is not None, "the launcher sets it"
-            with contextlib.suppress(OSError):  # a full disk, for one: shown below
+            with contextlib.suppress(OSError):  # a full disk, for example: printed below
                 failure.write(self._failures, int(rank))
                 return failure.code
         elif self._parent is not None:
             if failure.lost_peer:
-                # torchrun ends this process as soon as the one ends that is the cause, whose error should be seen.
+                # torchrun ends this process when the rank that is the cause ends; its error should be the only one.
                 time.sleep(_SECONDS_FOR_THE_CAUSE)
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

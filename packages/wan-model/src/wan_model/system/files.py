@@ -1,4 +1,4 @@
-"""Atomic writes: a file is whole, and on the disk, before it gets its name. Imports no torch."""
+"""Atomic writes: a file is complete and flushed to the disk before it is renamed to its name. Imports no torch."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ PARTIAL_SUFFIX = ".partial"
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the path to an ``OSError`` that leaves the block without one, as those of a failing write do."""
+    """Add the path to an ``OSError`` that has none, such as that of a failed write."""
     try:
         yield
     except OSError as error:
@@ -39,15 +39,15 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``path``, whose file is flushed to the disk and renamed when the block ends well.
+    """A temporary path beside ``path``; its file is flushed and renamed when the block ends without an error.
 
     Args:
-        path: the name that the file gets; a file of that name is replaced.
-        unique: put this process's number into the temporary name, for files that several processes may write at once.
-            Otherwise a file that a killed process has left is overwritten by the next attempt.
+        path: the final name of the file; an existing file is replaced.
+        unique: include the process id in the temporary name, for files that several processes may write concurrently.
+            Otherwise the next attempt overwrites a temporary file that a killed process has left.
 
     Raises:
-        OSError: the system refuses, naming the path; after any error the temporary file is removed.
+        OSError: the write fails; the error names the path. After any error the temporary file is removed.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}" if unique else path.name + PARTIAL_SUFFIX)
     try:
@@ -63,19 +63,19 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, unique: bool = False) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name when the block ends well; see ``atomic_path``."""
+    """A file to write, renamed to its name when the block ends without an error; see ``atomic_path``."""
     with atomic_path(path, unique=unique) as partial, partial.open("wb") as file:
         yield file
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with atomic_write(path) as file:
         file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys, whole or not at all."""
+    """Write JSON with sorted keys atomically."""
     write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode())
 
 

@@ -1,32 +1,32 @@
-"""Several ranks on this machine, started by torch's elastic multiprocessing and ended together.
+"""Starts several ranks on this machine with torch's elastic multiprocessing, and ends them together.
 
-``torch.distributed.elastic.multiprocessing`` starts each rank in a session of its own, drops the output that is not
-wanted and collects the exit status; the rendezvous is a ``TCPStore`` in this process, as under torchrun. Whatever ends
-one rank ends all, within ``GRACE_SECONDS``, and is named in one sentence:
+``torch.distributed.elastic.multiprocessing`` starts each rank in a session of its own, drops unwanted output and
+collects the exit status; the rendezvous is a ``TCPStore`` in this process, as under torchrun. When one rank ends, all
+ranks are ended within ``GRACE_SECONDS``, and the cause is printed in one sentence:
 
 ==========================  ===========================================================================================
-a rank                      is noticed by
+a rank                      is detected by
 ==========================  ===========================================================================================
-raises                      what it records (``wan_model.system.child_process``); of all ranks' errors the cause is
-                            shown, not what followed from it
+raises                      the failure that it records (``wan_model.system.child_process``); of the failures of all
+                            ranks, the first cause is printed, not its consequences
 is killed, or exits         its exit status
-is stopped (SIGSTOP)        the same call; ``STOPPED_SECONDS`` are allowed
-hangs in a collective       its peers' error when the timeout of their process group has passed
+is stopped (SIGSTOP)        the same call, after ``STOPPED_SECONDS``
+hangs in a collective       the error of its peers after the timeout of their process group
 ==========================  ===========================================================================================
 
-torch's own agent, ``LocalElasticAgent``, does not do the following, which this module and ``child_process`` add; its
-restarts and its rendezvous of several machines are not needed here, for those there is torchrun:
+torch's own agent, ``LocalElasticAgent``, is not used for the following reasons, which this module and ``child_process``
+address. Its restarts and its rendezvous of several machines are not needed here; torchrun provides them.
 
 - The agent ends all ranks at the first exit status that it sees. Often that is a rank which lost its peer.
-- It does not notice a stopped rank, and a stopped rank does not receive its SIGTERM.
-- It sends SIGTERM to the whole group of a rank, so that a rank which saves at SIGTERM loses its data loader's workers
-  first; and what a dead rank has started lives on.
-- It waits 30 seconds for ranks that ignore SIGTERM, whatever further signals come.
-- When it is killed, its ranks live on. When a later rank cannot be started, the earlier ones live on.
+- It does not detect a stopped rank, and a stopped rank does not receive its SIGTERM.
+- It sends SIGTERM to the process group of a rank, so that a rank which saves at SIGTERM first loses its data loader's
+  workers; and the child processes of a dead rank keep running.
+- It waits 30 seconds for ranks that ignore SIGTERM, even if further signals arrive.
+- When it is killed, its ranks keep running. When a later rank cannot be started, the earlier ones keep running.
 - It replaces ``$$`` and ``${local_rank}`` in the arguments of the ranks, which may be prompts.
 
-When this process is killed, the ranks end by themselves (``child_process.Supervisor.follow``). Imports torch only to
-launch.
+When this process is killed, the ranks end by themselves (``child_process.Supervisor.follow``). torch is imported only
+when ranks are started.
 """
 
 import contextlib
@@ -47,9 +47,9 @@ from wan_model.system.child_process import FAILURES, LAUNCHER_PID, Failure, erro
 
 GRACE_SECONDS = 10.0
 STOPPED_SECONDS = 8.0
-# Long enough for the other ranks to fail of the same cause, and for a killed rank to be seen dead.
+# Wait after a failure for other ranks to fail for the same cause, and for the exit status of a killed rank.
 _SETTLE_SECONDS = 1.0
-# As long as all failures follow from another rank's, and none of that one is seen.
+# Wait for the cause while all failures seen are consequences of another rank's failure.
 _CAUSE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _PR_SET_CHILD_SUBREAPER = 36
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def environment(rank: int, ranks: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables by which torch.distributed finds its peers, as torchrun sets them."""
+    """The environment variables of torch.distributed for a rank, as torchrun sets them."""
     threads = base.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
     return {
         **base,
@@ -86,17 +86,17 @@ def environment(rank: int, ranks: int, port: int, base: Mapping[str, str]) -> di
 
 
 class Interrupts:
-    """The signals that ask this process to end, as they come; what was ignored before stays ignored.
+    """Records the signals that ask this process to end; signals that were ignored before stay ignored.
 
     Use as a context manager, in the main thread.
 
     Attributes:
-        received: their numbers, in order.
+        received: the numbers of the received signals, in order.
     """
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        # With SIGQUIT, for which torch sets a handler, too, whenever it starts a process.
+        # Includes SIGQUIT, for which torch also sets a handler when it starts a process.
         self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (*_SIGNALS, signal.SIGQUIT)}
 
     def __enter__(self) -> "Interrupts":
@@ -109,7 +109,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def in_place_of_torchs(self) -> Iterator[None]:
-        """Around a start of processes, for whose time torch's handlers are set: those raise an exception."""
+        """Record signals while torch starts a process: its own handlers raise an exception, which is caught here."""
         from torch.distributed.elastic.multiprocessing import SignalException
 
         try:
@@ -129,17 +129,17 @@ class Interrupts:
 
 
 class Rank:
-    """One process, the first of a session and group of its own.
+    """The process of a rank, the leader of its own session and process group.
 
     Args:
         number: its rank.
-        command: what to run.
+        command: the command to run.
         values: its environment.
-        folder: where it records a failure.
+        folder: the folder for its failure.
         silent: whether its output is dropped.
 
     Attributes:
-        failure: why it cannot go on, or None; its end may yet be to come.
+        failure: its failure, or None; the process may still be running.
         ended: whether its process has ended.
     """
 
@@ -152,8 +152,8 @@ class Rank:
         self.failure: Failure | None = None
         self._folder = folder
         self._stopped_at: float | None = None
-        # One context a rank: where a later rank cannot be started, torch forgets those that it has started before.
-        # The only local rank of each is 0; a filter without it drops the output.
+        # One context per rank: if a later rank cannot be started, torch loses track of those that it started before.
+        # The only local rank of each context is 0; a filter without it drops the output.
         self._context = start_processes(
             name="rank",
             entrypoint=command[0],
@@ -164,9 +164,9 @@ class Rank:
         self._pid: int = self._context.pids()[0]
 
     def update(self) -> None:
-        """Look for its failure, stop or end."""
+        """Check whether it has failed, stopped or ended."""
         if not self.ended:
-            # Without collecting the exit status (WNOWAIT): that is torch's, and keeps the process id from reuse.
+            # WNOWAIT leaves the exit status to torch, and keeps the process id from being reused.
             which = os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOHANG | os.WNOWAIT
             event = os.waitid(os.P_PID, self._pid, which)
             code, status = (event.si_code, event.si_status) if event else (None, 0)
@@ -184,18 +184,18 @@ class Rank:
             self.failure = Failure(now, 1, text, lost_peer=False)
 
     def terminate(self) -> None:
-        """Ask it to end; a stopped one is continued, so that it receives the signal."""
+        """Send SIGTERM; a stopped process is continued so that it receives the signal."""
         if not self.ended:
             os.kill(self._pid, signal.SIGTERM)
             os.kill(self._pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """End it and whatever it has started."""
+        """Kill its process group."""
         os.killpg(self._pid, signal.SIGKILL)  # the group exists until the next line has collected the exit status
         self._context.close(signal.SIGKILL)
 
     def collect_orphans(self, deadline: float) -> None:
-        """Wait for the end of what it had started, which is this process's to wait for (``_subreaper``)."""
+        """Wait for the end of its child processes, which are children of this process by now (``_subreaper``)."""
         with contextlib.suppress(ChildProcessError):
             while time.monotonic() < deadline:
                 if os.waitid(os.P_PGID, self._pid, os.WEXITED | os.WNOHANG) is None:
@@ -228,7 +228,7 @@ def _end(ranks: Sequence[Rank], received: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def _subreaper() -> Iterator[None]:
-    """Make orphans among the descendants of this process its children, so that it can wait for their end (Linux)."""
+    """Make orphaned descendants of this process its children, so that it can wait for their end (Linux)."""
     if sys.platform != "linux":
         yield
         return
@@ -241,17 +241,17 @@ def _subreaper() -> Iterator[None]:
 
 
 def _settle_seconds(failures: Sequence[Failure], running: float) -> float:
-    """How long to wait for further failures, of ranks that had run for so many seconds when the first came."""
+    """Seconds to wait for further failures; ``running`` is the age of the ranks at the first failure."""
     if all(failure.lost_peer for failure in failures):
         return _CAUSE_SECONDS
     if all(failure.code == 2 for failure in failures):
-        # Ranks that refuse the same input do so at nearly the same time of their run, and then it is said once.
+        # Ranks that refuse the same input fail at nearly the same age, and their common message is printed once.
         return min(_CAUSE_SECONDS, max(_SETTLE_SECONDS, running / 2))
     return _SETTLE_SECONDS
 
 
 def _monitor(ranks: Sequence[Rank], received: Sequence[int]) -> bool:
-    """Wait until all have ended well (True), or one has failed or an interrupt has come (False)."""
+    """Wait until all ranks have succeeded (True), or until one fails or a signal arrives (False)."""
     started, failed_at = time.monotonic(), 0.0
     while not received:
         for rank in ranks:
@@ -268,20 +268,20 @@ def _monitor(ranks: Sequence[Rank], received: Sequence[int]) -> bool:
 
 
 def _cause(failures: Mapping[int, Failure], ranks: int) -> tuple[int, str]:
-    """The exit status and the message of the first failure that did not follow from another rank's."""
+    """The exit status and the message of the first failure that is not a consequence of another one."""
     number, cause = min(failures.items(), key=lambda item: (item[1].lost_peer, item[1].at))
     shared = ranks == 1 or (len(failures) == ranks and len({failure.text for failure in failures.values()}) == 1)
     message = error_message(cause.text, None if shared else number)
     silent = [str(rank) for rank in range(ranks) if rank not in failures]
     if cause.lost_peer and silent:
         ranks_named = ", ".join(silent)
-        message += f"\nThis follows when another process hangs or leaves; nothing was heard of rank {ranks_named}."
+        message += f"\nThis happens when another process hangs or exits; no failure was reported by rank {ranks_named}."
     return cause.code, message
 
 
 @contextlib.contextmanager
 def _without_torchs_messages() -> Iterator[None]:
-    # Of the signals that torch sends to processes, and of packages that it finds: nothing that a user could put right.
+    # About the signals that torch sends and the packages that it finds: a user cannot act on these.
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -293,7 +293,7 @@ def _without_torchs_messages() -> Iterator[None]:
 
 
 def _rank_variables(folder: Path) -> dict[str, str]:
-    """What all ranks get beside their ``environment``: the store is there already, and who started them."""
+    """Environment variables of all ranks: the store exists already, and the launcher that started them."""
     return {
         **os.environ,
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -304,17 +304,17 @@ def _rank_variables(folder: Path) -> dict[str, str]:
 
 
 def launch(module: str, arguments: Sequence[str], ranks: int, *, first_rank_output: bool = False) -> Outcome:
-    """Run ``python -P -m MODULE ARGUMENTS`` as that many processes.
+    """Run ``python -P -m MODULE ARGUMENTS`` in ``ranks`` processes.
 
-    The first that fails ends the others; so does a signal to this process. When this returns none of them is left, nor
-    anything in their groups, and the cause has been printed on standard error. ``-P`` keeps the working folder off the
-    import path, of the ranks and of what they start with ``multiprocessing``.
+    When one fails, or this process receives a signal, all are ended. When this function returns, no process of their
+    process groups is left, and the cause has been printed on standard error. ``-P`` removes the working folder from the
+    import path of the ranks and of processes that they start with ``multiprocessing``.
 
     Args:
-        module: its processes use ``child_process.Supervisor``.
-        arguments: theirs.
-        ranks: how many processes.
-        first_rank_output: drop what the other ranks print.
+        module: a main module that uses ``child_process.Supervisor``.
+        arguments: its arguments.
+        ranks: number of processes.
+        first_rank_output: drop the output of the other ranks.
     """
     started: list[Rank] = []
     with contextlib.ExitStack() as stack:
@@ -324,7 +324,7 @@ def launch(module: str, arguments: Sequence[str], ranks: int, *, first_rank_outp
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-ranks-")))
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        # In this process: its port is bound before the ranks start, and it lasts until the last of them has ended.
+        # In this process, so that its port is bound before the ranks start, and it exists until the last one has ended.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         stack.callback(lambda: _end(started, interrupts.received))
         base = _rank_variables(folder)

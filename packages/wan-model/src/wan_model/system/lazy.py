@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that a command's ``--help`` waits for no torch."""
+"""Lazy imports of a package's public names, so that a command's ``--help`` does not import torch."""
 
 import importlib
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Amounts as people read them. Imports no torch."""
+"""Formatting of sizes and durations. Imports no torch."""
 
 
 def format_bytes(count: int | float) -> str:

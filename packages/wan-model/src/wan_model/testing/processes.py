@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Every process of a job inherits it, whatever becomes of its parents and groups.
+# Inherited by every process of a job, independent of its parents and process groups.
 _MARK = "WAN_TEST_JOB"
 PATIENCE = 120.0
 
@@ -26,7 +26,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIEN
     """Wait for a condition; fail with ``what`` was expected."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s and it is not so that {what}"
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s it is still not true that {what}"
         time.sleep(0.02)
 
 
@@ -56,8 +56,8 @@ class Job:
 
     Args:
         process: its first process, with ``variables`` in its environment and its output in ``stdout`` and ``stderr``.
-        place: a folder; the output is there, and processes may write files there that have their rank as a name.
-        mark: the value by which its processes are found.
+        place: folder of the output; processes may write files there that are named by their rank.
+        mark: value of the environment variable that identifies its processes.
     """
 
     def __init__(self, process: subprocess.Popen[bytes] | _Launcher, place: Path, mark: str) -> None:
@@ -68,7 +68,7 @@ class Job:
     def start(cls, command: Sequence[str], place: Path, cwd: Path | None = None, **variables: str) -> "Job":
         """Start a command; ``place`` is an empty folder."""
         mark = uuid.uuid4().hex
-        # Not pipes: a process that is left must not keep the test waiting.
+        # Files, not pipes: a process that keeps running must not block the test.
         with (place / "stdout").open("wb") as out, (place / "stderr").open("wb") as errors:
             process = subprocess.Popen(
                 command, stdout=out, stderr=errors, cwd=cwd, env={**os.environ, **variables, _MARK: mark}
@@ -76,14 +76,14 @@ class Job:
         return cls(process, place, mark)
 
     def pid(self, rank: int) -> int:
-        """The process id that a rank has written to a file of its number."""
+        """The process id that a rank has written to its file."""
         path = self.place / str(rank)
         wait_until(lambda: path.exists() or self.process.poll() is not None, f"rank {rank} is ready")
         assert path.exists(), self.errors.read_text()
         return int(path.read_text())
 
     def code(self, seconds: float = PATIENCE) -> int:
-        """The exit status, when it has ended."""
+        """Wait for its end and return the exit status."""
         return self.process.wait(seconds)
 
     def alive(self) -> list[int]:
@@ -101,7 +101,7 @@ class Job:
         return self.errors.read_text().splitlines()
 
     def end(self) -> None:
-        """Kill what is left of it."""
+        """Kill all of its remaining processes."""
         for pid in self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

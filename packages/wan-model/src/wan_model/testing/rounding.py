@@ -47,8 +47,8 @@ def rounding_scale(
     Args:
         run: computes named results in float64, and the same ones at every call. Random numbers come from a generator
             that it makes itself. Operations on other types than float64 are taken to be equal in all runs.
-        dtype: the precision whose rounding is meant.
-        samples: how many runs with noise.
+        dtype: the precision whose rounding is modelled.
+        samples: number of runs with noise.
 
     Returns:
         For every name a float64 tensor of the result's shape.
@@ -144,12 +144,12 @@ class _Rounding(TorchDispatchMode):
     def __init__(self, unit: float, sample: int) -> None:
         super().__init__()
         self.unit = unit
-        # Odd, and with bits all over.
+        # Odd, with bits set in all positions.
         self.multiplier = int.from_bytes(hashlib.sha256(str(sample).encode()).digest()[:8], signed=True) | 1
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Torch would import its compiler, which takes seconds and is not needed here.
+        # Otherwise torch imports its compiler, which takes seconds and is not needed here.
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -288,7 +288,7 @@ _MAGNITUDES: dict[str, Callable[..., Any]] = {
     "aten::gelu_backward": lambda outputs, grad, *_, **__: [2 * grad.abs()],
     "aten::silu_backward": lambda outputs, grad, *_: [2 * grad.abs()],
 }
-# What only moves values, compares them, or makes them from the caller's numbers.
+# Operators that only move or compare values, or create them from the caller's numbers.
 _EXACT = {
     f"aten::{name}"
     for group in (

@@ -52,7 +52,7 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
 
 
 def _refuse_wan_22(folder: Path) -> None:
-    # The transformers of Wan 2.2's 14B model have Wan 2.1's configuration; only the pipeline's index tells.
+    # The transformers of Wan 2.2's 14B model have Wan 2.1's configuration; only the pipeline's index differs.
     if not (folder / "model_index.json").is_file():
         return
     index = read_json(folder / "model_index.json")
@@ -101,7 +101,7 @@ def weight_files(folder: Path, stem: str) -> dict[str, Path]:
         stem: the file's name before ``.safetensors`` (``diffusion_pytorch_model`` or ``model``).
 
     Raises:
-        ValueError: no weights there, or an index that names a file that is absent or lies elsewhere.
+        ValueError: there are no weights, or the index names a file that is absent or in another folder.
     """
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.is_file():
@@ -139,7 +139,7 @@ def latent_spec_of(
     Args:
         folder: the model in diffusers' layout.
         text_length: tokens that prompts are cut to.
-        vae, text_encoder: component folders that stand elsewhere.
+        vae, text_encoder: component folders outside ``folder``.
 
     Raises:
         ValueError: files that are missing or describe another kind of autoencoder.

@@ -2,8 +2,8 @@
 
 A training run writes ``FOLDER/iter_0000010/`` with ``.metadata``, ``*.distcp`` and ``run_config.yaml`` in it: a
 ``torch.distributed.checkpoint`` directory whose model tensors have diffusers' keys and global shapes. ``.metadata`` is
-a pickle, so it is read by an unpickler that knows exactly the classes such a file needs; the tensors themselves are
-read with ``weights_only``; ``run_config.yaml`` is read as plain YAML.
+a pickle, so it is read by an unpickler that allows only the classes that such a file needs; the tensors are read with
+``weights_only``; ``run_config.yaml`` is read as plain YAML.
 """
 
 import enum
@@ -93,10 +93,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_index(path: Path) -> Metadata:
-    """The index of a distributed checkpoint, read by an unpickler that knows only what an index needs.
+    """The index of a distributed checkpoint, read by an unpickler that allows only the classes of an index.
 
     Raises:
-        ValueError: it is missing, damaged, or asks for anything else.
+        ValueError: it is missing or damaged, or refers to another class.
     """
     file = path / METADATA
     try:
@@ -105,7 +105,7 @@ def read_index(path: Path) -> Metadata:
         raise ValueError(f"{file} is missing: the checkpoint was never completed") from None
     try:
         found = _MetadataUnpickler(io.BytesIO(content)).load()
-    except Exception as error:  # a damaged pickle fails in any way it likes
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(f"{file} is refused: {error or type(error).__name__}") from error
     if not (
         isinstance(found, Metadata)
@@ -121,7 +121,7 @@ def read_index(path: Path) -> Metadata:
 
 
 def _check_files(path: Path, index: Metadata) -> None:
-    # Where each file must end, by the index; a file that is shorter was cut.
+    # The end of each file according to the index; a shorter file is truncated.
     ends: dict[str, int] = {}
     for info in index.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -135,9 +135,9 @@ def _check_files(path: Path, index: Metadata) -> None:
 
 
 def read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
-    """Read a checkpoint's configuration: the transformer's sizes, and the latent space that it was trained in.
+    """Read a checkpoint's configuration: the transformer's sizes, and the latent space of its training data.
 
-    The space is None where it was trained on made-up data.
+    The latent space is None for mock data.
 
     Raises:
         ValueError: the file is missing, is no plain YAML, or describes another model.
@@ -163,7 +163,7 @@ def read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
 def _check_complete(path: Path) -> tuple[Metadata, WanConfig, LatentSpec | None]:
     index = read_index(path)
     _check_files(path, index)
-    # The trainer writes this file last, so its presence says that all before it is there too.
+    # The trainer writes this file last, so its presence implies that all other files are complete.
     return index, *read_run_config(path)
 
 
@@ -179,11 +179,11 @@ def _step_folders(folder: Path) -> dict[int, Path]:
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """The complete checkpoints of a training run, by step, ascending.
 
-    Complete means: the index is readable, every file that it names is there and long enough, and so is the run's
-    configuration.
+    A checkpoint is complete if its index is readable, every file that the index names exists with at least the expected
+    size, and the run's configuration exists.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: the folder does not exist.
     """
     complete = {}
     for step, path in _step_folders(Path(folder)).items():
@@ -200,10 +200,10 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
 
     Args:
         folder: of the training run, or of one checkpoint in it.
-        step: which one; by default the newest complete one. A partial one is never returned.
+        step: the step; the newest complete one by default. A partial checkpoint is never returned.
 
     Raises:
-        ValueError: there is none, or the one asked for is partial, naming what is missing of it.
+        ValueError: there is none, or the requested one is partial; the message names what is missing.
     """
     folder = Path(folder)
     match = _STEP.fullmatch(folder.name)
@@ -233,7 +233,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
 
 
 class _Reader(filesystem.FileSystemReader):
-    """torch's reader, given the index that was read safely."""
+    """torch's reader with an index that was read safely."""
 
     def __init__(self, path: Path, index: Metadata) -> None:
         super().__init__(path)
@@ -248,14 +248,14 @@ def _prefix(index: Metadata, path: Path, ema: bool) -> str:
     """The prefix of diffusers' keys in this checkpoint."""
     if ema:
         if not any(key.startswith(_EMA_PREFIX) for key in index.state_dict_metadata):
-            raise ValueError(f"{path} holds no average of the weights; it was trained without one (ema.decay)")
+            raise ValueError(f"{path} holds no EMA of the weights; it was trained without one (ema.decay)")
         return _EMA_PREFIX
     return _FSDP_PREFIX if any(key.startswith(_FSDP_PREFIX) for key in index.state_dict_metadata) else ""
 
 
 def _model_entries(index: Metadata, config: WanConfig, path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
-    # The index also has entries of the optimizer and the engine. Whatever begins like the model's keys counts as the
-    # model's, so that an unexpected tensor is found.
+    # The index also has entries of the optimizer and of Megatron. Every entry with the prefix of the model's keys
+    # counts as the model's, so that unexpected tensors are detected.
     families = {key.split(".")[0] for key in expected_shapes(config)}
     entries = {
         key.removeprefix(prefix): entry
@@ -288,18 +288,18 @@ def read_training_checkpoint(
     Args:
         path: of the checkpoint itself, ``.../iter_0000010``.
         device: of the returned tensors.
-        dtype: of most of them (see ``wan_model.dit.model.precision_of``), each is converted as it is read; None leaves
-            every one as it is stored.
-        ema: the average of the weights instead of the weights.
-        into: tensors by diffusers' keys to read into, in place of new ones; of a ``DTensor`` its part on this process.
+        dtype: of most of them (see ``wan_model.dit.model.precision_of``), converted when they are read; None keeps the
+            stored dtype.
+        ema: read the EMA instead of the weights.
+        into: existing tensors to read into, by diffusers' keys; of a ``DTensor`` its local shard.
 
     Returns:
-        The transformer's sizes, the latent space that it was trained in (None if it was trained on made-up data), and
-        its whole tensors by diffusers' keys.
+        The transformer's sizes, the latent space of its training data (None for mock data), and its full tensors by
+        diffusers' keys.
 
     Raises:
-        ValueError: a partial or damaged checkpoint, an index that asks for code, tensors that are not the model's, or
-            no average of the weights.
+        ValueError: the checkpoint is partial or damaged, its index refers to code, its tensors are not the model's, or
+            it has no EMA.
     """
     path = Path(path)
     index, config, spec = _check_complete(path)
@@ -320,7 +320,7 @@ def read_training_checkpoint(
         }
     try:
         with warnings.catch_warnings():
-            # Reading in a single process is what is meant here.
+            # torch warns that it reads in a single process, which is intended here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             named = {prefix + key: value for key, value in state.items()}
             load(named, storage_reader=_Reader(path, index), no_dist=True)  # into these very tensors

@@ -1,7 +1,7 @@
 """Weights of the transformer: official initialisation, loading and saving of diffusers' ``transformer`` folders.
 
-A tensor-parallel or pipeline-parallel model takes its own part of each whole tensor, so the model does not depend on
-the number of ranks.
+A tensor-parallel or pipeline-parallel model reads its shard of each full tensor, so the model does not depend on the
+number of ranks.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def full_shape(model: WanDiT, parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def local_slices(model: WanDiT, parameter: nn.Parameter) -> tuple[slice, ...]:
-    """The slices of the whole tensor that are this rank's part of a parameter."""
+    """The slices of the full tensor that are this rank's shard of a parameter."""
     if (dtensor := _as_dtensor(parameter)) is not None:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -48,13 +48,13 @@ def local_slices(model: WanDiT, parameter: nn.Parameter) -> tuple[slice, ...]:
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
-    """The part of a parameter on this process; the parameter may be sharded (``fully_shard``)."""
+    """The local tensor of a parameter, which may be sharded with ``fully_shard``."""
     dtensor = _as_dtensor(parameter)
     return parameter if dtensor is None else dtensor.to_local()
 
 
 def _as_dtensor(parameter: Tensor) -> Any:
-    """The parameter if it is a DTensor, else None; their module takes half a second to import."""
+    """The parameter if it is a DTensor, else None; importing DTensor takes half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return parameter if module is not None and isinstance(parameter, module.DTensor) else None
 
@@ -66,7 +66,7 @@ def expected_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
 
 
 def initial_tensor(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """The official initial value of one whole tensor, fp32, drawn from a generator of its own.
+    """The official initial value of one full tensor, fp32, drawn from a generator of its own.
 
     Source: ``WanModel.init_weights`` of the official release: xavier-uniform linears and patch embedding,
     N(0, 0.02) for the text and time embedders, N(0, 1/width) modulation tables, zero biases, zero head.
@@ -88,9 +88,9 @@ def initial_tensor(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model: WanDiT, *, seed: int) -> None:
-    """Fill a model, or a rank's part of one, with the official initial values.
+    """Fill a model, or a rank's shard of it, with the official initial values.
 
-    Every rank of every layout gets its part of the same tensors: tensor by tensor, from the seed and the key alone.
+    Each full tensor depends only on the seed and its key, so in every layout the ranks get shards of the same tensors.
     """
     for key, parameter in model.named_parameters():
         whole = initial_tensor(key, full_shape(model, parameter), seed=seed)
@@ -126,7 +126,7 @@ def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: s
 
 
 def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
-    # From the files themselves; an index beside them may be wrong.
+    # From the files, because an index may be wrong.
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
             for key in file.keys():  # noqa: SIM118  the file is no mapping
@@ -135,7 +135,7 @@ def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tupl
 
 @torch.no_grad()
 def load_weights(model: WanDiT, folder: Path) -> None:
-    """Copy a diffusers ``transformer`` folder into a model, or a rank's part of it, tensor by tensor.
+    """Copy a diffusers ``transformer`` folder into a model, or a rank's shard of it, tensor by tensor.
 
     Raises:
         ValueError: a missing, unexpected or misshapen key.
@@ -154,7 +154,7 @@ def load_weights(model: WanDiT, folder: Path) -> None:
 
 
 def _batches(keys: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    # Pages that were read stay in memory while the file is open, so it is reopened after each batch.
+    # Pages that were read stay in memory while the file is open, so the file is reopened for each batch.
     batch: list[str] = []
     read = 0
     for key in keys:
@@ -176,9 +176,9 @@ def load_transformer(
 ) -> WanDiT:
     """Build a model from a diffusers ``transformer`` folder, in evaluation mode, for one device.
 
-    Memory: the weights once, and the largest of them again (see ``WanDiT.to_precision`` for ``dtype``).
+    Memory: the weights and a second copy of the largest tensor (see ``WanDiT.to_precision`` for ``dtype``).
 
-    The parameters are made twice here, which loses what another runtime notes on them: with other ops than
+    Parameters are created twice here, which loses attributes that another runtime sets on them: with other ops than
     ``TorchOps``, build the model first and fill it with ``load_weights``.
     """
     with torch.device("meta"):
@@ -191,12 +191,12 @@ def load_transformer(
 def save_transformer(
     state: Mapping[str, Tensor], config: WanConfig, folder: Path, *, shard_bytes: int = 10**10
 ) -> None:
-    """Write a diffusers ``transformer`` folder; each file appears whole or not at all.
+    """Write a diffusers ``transformer`` folder; each file is written atomically.
 
     Args:
         state: every tensor of the whole model, by key.
         config: its sizes.
-        folder: where; made if absent.
+        folder: the output folder; created if absent.
         shard_bytes: above this many bytes the weights are split over several files with an index.
 
     Raises:
@@ -228,7 +228,7 @@ def save_transformer(
         table = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(index, table)
     else:
-        # Readers prefer an index; one left by an earlier save would lead them to the earlier weights.
+        # Readers prefer an index; with one left by an earlier save they would read the earlier weights.
         index.unlink(missing_ok=True)
     for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
         if path.name not in names:
