@@ -156,7 +156,7 @@ def test_a_listing_instead_of_a_folder(run, clips, tiny_model, tmp_path):
 def test_verify(run, dataset, clips, tmp_path):
     done = run("verify", dataset, "--sources", clips)
     assert done.exit_code == 0, done.output
-    assert done.stdout == "5 shards, 14 samples, 6 sources checked: all is well\n"
+    assert done.stdout == "5 shards, 14 samples, 6 sources checked: no problems\n"
     copy = shutil.copytree(dataset, tmp_path / "copy")
     shard = min(copy.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -1,6 +1,6 @@
 """Encodes videos with captions to shards of latents, and reads shards as packed training batches.
 
-Importing this package imports no torch; each of the public names imports its module when it is first used.
+Importing this package imports no torch; the module of each public name is imported on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -115,7 +115,7 @@ def plan(
     allow_rejects: bool,
     **values: Any,
 ) -> None:
-    """Show what prepare would make of the clips, and what it would reject and why, without encoding anything.
+    """Show the samples that prepare would make of the clips, and the clips it would reject, without encoding.
 
     Takes the options of prepare. Every clip is decoded to its end; with --output-folder prepare does not repeat that.
     """
@@ -180,7 +180,7 @@ def verify(path: Path, sources: Path | None) -> None:
     for problem in problems:
         click.echo(problem)
     counts = ", ".join(f"{count} {kind}" for kind, count in checked.items()) or "nothing"
-    click.echo(f"{counts} checked: {f'{len(problems)} problems' if problems else 'all is well'}")
+    click.echo(f"{counts} checked: {f'{len(problems)} problems' if problems else 'no problems'}")
     if problems:
         sys.exit(1)
 

@@ -1,6 +1,6 @@
 """Wan 2.1 text-to-video: the sampler.
 
-Importing this package imports no torch; the names below load what they need when they are first used.
+Importing this package imports no torch; the module of each name below is imported on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The command ``wan-infer``. Imports no torch until there is something to sample, so that ``--help`` is immediate."""
+"""The command ``wan-infer``. torch is imported only after the arguments are checked, so that ``--help`` is fast."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given:
     wan-infer --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts "a rabbit in a meadow" --save-file rabbit.mp4
     wan-infer --model FOLDER --checkpoint-dir RUN --checkpoint-step 2000 --prompts "rabbit" "street" --sizes 480*832
 
-    Each flag is understood with hyphens and with underscores.
+    Each flag can be written with hyphens or underscores.
     """
     supervisor = Supervisor.find()
     supervisor.follow()
@@ -101,10 +101,10 @@ def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given:
 
 
 def _parse_requests(given: dict[str, Any]) -> list[VideoRequest]:
-    """One request a video, from the prompts or from a file."""
+    """One request per video, from the prompts or from a file."""
     file: Path | None = given["prompts_file"]
     if bool(given["prompts"]) == (file is not None):
-        raise ValueError("say what the videos show with --prompts, or with --prompts-file, and not with both")
+        raise ValueError("give the prompts with either --prompts or --prompts-file, not with both")
     settings = Settings(
         given["sample_steps"],
         given["sample_shift"],
@@ -130,7 +130,7 @@ def _parallel_options(given: dict[str, Any]) -> ParallelOptions:
 
 
 def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: int, *, launched: bool) -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Check everything that can be checked before loading."""
     model, checkpoint = given["model"], given["checkpoint_dir"]
     for name in ("checkpoint_step", "ema"):
         if given[name] not in (None, False) and checkpoint is None:

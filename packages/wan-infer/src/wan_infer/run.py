@@ -1,4 +1,4 @@
-"""One call of the command, from checked requests to files: models are loaded once for all videos."""
+"""One run of the command, from checked requests to files: models are loaded once for all videos."""
 
 import dataclasses
 import platform
@@ -52,7 +52,7 @@ def run(
     task: str | None,
     log: TextIO,
 ) -> dict[str, Any]:
-    """Make the videos; of several processes each makes this call, and rank 0 writes the files.
+    """Generate the videos; every process makes this call, and rank 0 writes the files.
 
     Args:
         job: the videos and their files.
@@ -66,7 +66,7 @@ def run(
         JSON values: the videos with their files and records, seconds by stage, versions, peak memory.
 
     Raises:
-        ValueError: whatever prevents it, as one sentence.
+        ValueError: the videos cannot be generated or written; the message is one sentence.
     """
     stages, progress, start = _Stages(), Progress(log), time.monotonic()
     progress.line("loading the model")

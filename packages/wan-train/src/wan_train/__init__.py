@@ -1,7 +1,7 @@
 """Parallel training of Wan 2.1 text-to-video models on Megatron-Core and Megatron-Bridge.
 
-Importing this package changes nothing and imports no torch: the engine is started explicitly (``wan_train.engine``),
-and the names below load what they need when they are first used.
+Importing this package has no side effects and imports no torch: the engine is started explicitly
+(``wan_train.engine``), and the module of each name below is imported on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -62,7 +62,7 @@ def _metadata_problems(manifest: Manifest, splits: dict[str, list[str]], counts:
         names = sorted(name for name in {*counts, *wanted} if counts.get(name) != wanted.get(name))
         yield (
             f"{META_FOLDER}/.info.json and {MANIFEST_NAME} do not agree on {', '.join(names[:3])}"
-            f"{' and others' if len(names) > 3 else ''}: run wan-data prepare again, which writes both anew"
+            f"{' and others' if len(names) > 3 else ''}: run wan-data prepare again, which rewrites both"
         )
     for split in {*splits, *manifest.samples}:
         names_here = [shard.name for shard in manifest.shards if shard.split == split]

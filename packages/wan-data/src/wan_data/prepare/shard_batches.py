@@ -106,7 +106,7 @@ class ShardBatch:
                 tuple(RejectedSource(**source) for source in value["rejected"]),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); pass --overwrite to begin anew") from None
+            raise ValueError(f"{path} is damaged ({error}); pass --overwrite to start again") from None
 
 
 def _without(value: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Where the transformer and the latent codec come from: a model in diffusers' layout, a training checkpoint, or both.
+"""Loading of the transformer and the latent codec from a model in diffusers' layout, a training checkpoint, or both.
 
-The small files are read first, so that models that do not match are refused before large files are read.
+Small files are read first, so that models that do not match are refused before large files are read.
 """
 
 import contextlib

@@ -21,7 +21,7 @@ _LARGEST = 320
 
 
 def chosen_frames(count: int, most: int = 12) -> list[int]:
-    """Which of so many frames a sheet shows: the first and the last, and evenly between."""
+    """Indices of at most ``most`` of ``count`` frames: the first, the last, and evenly spaced ones between."""
     return [int(index) for index in np.linspace(0, count - 1, min(most, count)).round()]
 
 

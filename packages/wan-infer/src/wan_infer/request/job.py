@@ -13,7 +13,7 @@ class Job:
     """One call of the command.
 
     Attributes:
-        requests: one a video.
+        requests: one per video.
         fps: frames a second of the files.
         save_file: the file of the only video; None for generated names in ``output_folder``.
         output_folder: created if absent.

@@ -7,7 +7,7 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a CUDA device, else of the whole process in main memory (resident set)."""
+    """Peak bytes of tensors on a CUDA device, otherwise of the process in main memory (resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -26,7 +26,7 @@ from wan_model.dit.ops import TorchOps
 
 @dataclasses.dataclass
 class Parallelism:
-    """The part of this process.
+    """The process groups, and the share of this process.
 
     Attributes:
         rank, world_size: among all processes.
@@ -104,13 +104,13 @@ class Parallelism:
         register_fsdp_forward_method(model, "prepare_text")
 
     def gather_branches(self, velocity_SK: Float[Tensor, "S K"]) -> Float[Tensor, "2 S K"]:
-        """Of both branches, the prompt's first; with ``cfg_parallel``."""
+        """Gather the velocities of both branches, the prompt's first; with ``cfg_parallel``."""
         both = velocity_SK.new_empty(2, *velocity_SK.shape)
         all_gather_single(both.view(-1, velocity_SK.shape[1]), velocity_SK.contiguous(), group=self.branch_group)
         return both
 
     def broadcast(self, values: list[Tensor] | None) -> list[Tensor]:
-        """Tensors of rank 0, on every rank and in main memory; the other ranks pass None."""
+        """Broadcast tensors of rank 0 to every rank, in main memory; the other ranks pass None."""
         if self.world_size == 1:
             assert values is not None, "the only process is rank 0"
             return values

@@ -60,12 +60,12 @@ class Placement:
 
     @property
     def offload_device(self) -> torch.device:
-        """Of transformer and autoencoder while they do not compute."""
+        """The device of transformer and autoencoder while they do not compute."""
         return torch.device("cpu") if self.offload else self.device
 
     @property
     def text_offload_device(self) -> torch.device:
-        """Of the text encoder while it does not compute."""
+        """The device of the text encoder while it does not compute."""
         return torch.device("cpu") if self.offload else self.text_device
 
 

@@ -1,6 +1,6 @@
 """Latents to frames, in one process or in several that decode different tiles of every frame.
 
-Shapes: C latent channels, F latent frames, h rows, w columns; t frames that come at once, H rows, W columns of pixels.
+Shapes: C latent channels, F latent frames, h rows, w columns; t frames decoded together, H rows, W columns of pixels.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from wan_model.dit.context_parallel import all_gather_single
 def decode_frames(
     codec: LatentCodec, latents_CFhw: Float[Tensor, "C F h w"], parallelism: Parallelism, tiles: int = 1
 ) -> Iterator[Float[Tensor, "3 t H W"]]:
-    """The frames of one video in their order, RGB in [-1, 1], fp32 on the CPU; on every process all of them.
+    """The frames of one video in order, RGB in [-1, 1], fp32 on the CPU; every process gets all frames.
 
     Args:
         codec: with its autoencoder.
@@ -27,7 +27,7 @@ def decode_frames(
         tiles: of each process.
 
     Raises:
-        ValueError: a frame that is too small for so many tiles.
+        ValueError: the frame is too small for that many tiles.
     """
     height, width = (size * codec.spec.spatial_stride for size in latents_CFhw.shape[2:])
     grid = most_square(tiles * parallelism.world_size, height, width)

@@ -47,7 +47,7 @@ class WanSampler:
         lora_record: name and scale of the LoRA, or None.
 
     Raises:
-        ValueError: something is missing, belongs to another model, or does not match the rest.
+        ValueError: a part is missing, belongs to another model, or does not match the other parts.
     """
 
     def __init__(

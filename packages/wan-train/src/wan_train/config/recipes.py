@@ -81,7 +81,7 @@ def wan_14b(mode: TrainingMode) -> WanRunConfig:
 
 
 def tiny(mode: TrainingMode) -> WanRunConfig:
-    """The tiny model of ``wan_model.tiny``, fp32: the whole machinery in seconds, on anything."""
+    """The tiny model of ``wan_model.tiny``, fp32: a complete run in seconds on any device."""
     config = _config(TINY_CONFIG, mode, capacity=512, bf16=False, learning_rate=2e-3, iterations=20, warmup=2)
     config.dataset.mock_settings = MockConfig(
         shapes=[[3, 8, 8], [1, 6, 10], [2, 4, 10]], context_length=16, number_packed_samples=3

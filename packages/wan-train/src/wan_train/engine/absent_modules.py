@@ -6,8 +6,8 @@ everything else together. Megatron-Core has ``HAVE_...`` flags for them; it is i
 are correct. During the import of Bridge a finder supplies stub modules, whose attributes are classes that cannot be
 instantiated; afterwards the stubs are removed.
 
-``transformers`` and ``datasets``, which tokenizers and instruction data need, are installed and left out all the same,
-of Core too: importing them takes a third of the engine's start. Later imports get the real modules.
+``transformers`` and ``datasets``, which tokenizers and instruction data need, are stubbed although they are installed,
+also for Core: importing them takes a third of the engine's start. Later imports get the real modules.
 """
 
 import contextlib

@@ -10,10 +10,10 @@ from wan_model.system.child_process import Supervisor, end_process
 
 
 def main() -> int:
-    """Run with the options in the first argument; 0 when training ended, 2 when a user must put something right."""
+    """Run with the options in the first argument; returns 0 when training ended, 2 for an error in the input."""
     supervisor = Supervisor.find()
     supervisor.follow()
-    # torch's, of a package that nvidia-resiliency-ext asks for: nothing that a user could put right.
+    # A warning of torch about a package that nvidia-resiliency-ext requires; a user cannot act on it.
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     try:
         from wan_train.config.options import RunOptions

@@ -106,7 +106,7 @@ def reduce_metrics(counts: Counts, seconds: float, device: torch.device) -> tupl
 
 
 def is_logging_rank() -> bool:
-    """Whether this rank writes the log: one rank of the last pipeline stage, which knows the loss."""
+    """Whether this rank writes the log: one rank of the last pipeline stage, which has the loss."""
     return bool(
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -171,7 +171,7 @@ class MetricsWriter:
                 self.terminal.print_line(line)
 
     def step(self, record: StepMetrics, state: Any) -> None:
-        """Metrics of steps; called on every rank that knows the loss."""
+        """Metrics of steps; called on every rank that has the loss."""
         curves = {"loss": record.loss, "learning_rate": record.learning_rate, **record.rates()}
         if record.grad_norm is not None:
             curves["grad_norm"] = record.grad_norm

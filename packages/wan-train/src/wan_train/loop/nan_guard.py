@@ -54,8 +54,8 @@ def _explain(step: WanForwardStep, number: int, norm: float) -> str:
     else:
         what = f"every sample's own loss is finite; the step saw {_listed(sorted(losses))}"
     return (
-        f"the gradient's norm is {norm} at step {number}: {what}; training stops before the weights change, and what "
-        "was saved is untouched"
+        f"the gradient's norm is {norm} at step {number}: {what}; training stops before the weights change, and "
+        "saved checkpoints are unchanged"
     )
 
 

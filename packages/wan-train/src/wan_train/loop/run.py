@@ -91,7 +91,7 @@ def configure_data(config: Any, layout: Layout) -> None:
 
 
 def _check_initial_weights(model: Any, data: str) -> None:
-    """Refuse initial weights of another latent space, if the model folder has the autoencoder that tells."""
+    """Refuse initial weights of another latent space, if the model folder contains an autoencoder to compare."""
     from wan_model.weights.model_folder import latent_spec_of
     from wan_train.model.provider import transformer_folder
 

@@ -1,4 +1,4 @@
-"""One forward step: a pack, its noise, the model's answer, the loss.
+"""One forward step: a pack, its noise, the model's output, the loss.
 
 Import only after ``wan_train.engine.start``.
 """
@@ -72,7 +72,7 @@ class WanForwardStep:
     def __call__(
         self, state: GlobalState, data_iterator: Iterator[NumberedPack], model: Any
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-        """Called by the schedule once a microbatch on every stage."""
+        """Called by the schedule once per micro-batch on every stage."""
         started = time.perf_counter()
         numbered = next(data_iterator)
         self.counts.data_wait += time.perf_counter() - started

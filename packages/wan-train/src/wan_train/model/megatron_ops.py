@@ -134,7 +134,7 @@ class MegatronOps(TorchOps):
         return heads // self.ranks
 
     def shard_tokens(self, x_SD: Tensor) -> Tensor:
-        """This rank's share of the context, and of that its rows if the sequence is parallel."""
+        """This rank's share of the context and, with sequence parallelism, of the sequence."""
         rows = super().shard_tokens(x_SD)
         return scatter_to_sequence_parallel_region(rows) if self.sequence_parallel else rows
 
@@ -159,7 +159,7 @@ class MegatronOps(TorchOps):
         return same
 
     def held_rows(self, layout: PackLayout) -> TokenRows:
-        """This rank's rows, if the sequence is parallel."""
+        """This rank's share of the context and, with sequence parallelism, of the sequence."""
         rows = self.entered_rows(layout)
         return rows.part(self.rank, self.ranks) if self.sequence_parallel else rows
 
@@ -169,7 +169,7 @@ class MegatronOps(TorchOps):
             parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
-        """Where Megatron split it."""
+        """The axis along which Megatron has split it, and the tensor-parallel rank and size."""
         if self.ranks > 1 and getattr(parameter, "tensor_model_parallel", False):
             return parameter.partition_dim, self.rank, self.ranks  # type: ignore[attr-defined]
         return None

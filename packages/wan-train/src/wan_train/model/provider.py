@@ -1,4 +1,4 @@
-"""``WanDiT`` as Megatron's loop wants it: a provider in the configuration, a module with pipeline stages.
+"""``WanDiT`` in the form that Megatron's loop requires: a provider in the configuration, a module with pipeline stages.
 
 Import only after ``wan_train.engine.start``.
 """
