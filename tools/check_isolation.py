@@ -1,8 +1,8 @@
-"""Say whether an installed package stands alone: ``check_isolation.py MODULE FORBIDDEN...``.
+"""Check that forbidden distributions are not installed with a package: ``check_isolation.py MODULE FORBIDDEN...``.
 
-Runs inside the fresh environment that an isolation session of the noxfile has made. It fails with one sentence when one
-of the forbidden distributions is installed there (a trailing ``*`` matches any ending), or when MODULE does not come
-from that environment's own site-packages but from a source tree, where the tests would not test the wheel.
+It runs in the new environment of an isolation session of the noxfile. It fails with one sentence if a forbidden
+distribution is installed there (a trailing ``*`` matches any ending), or if MODULE is imported from a source tree
+instead of that environment's site-packages, in which case the tests would not test the wheel.
 """
 
 import importlib.util

@@ -1,1 +1,1 @@
-"""The benchmarks of ``nox -s bench``: ratios measured side by side, on the CPU and, where there is one, on a GPU."""
+"""The benchmarks of ``nox -s bench``: comparisons on the CPU and, if there is one, on a GPU."""

@@ -1,8 +1,8 @@
-"""The limit: the matrix products and the attention that a forward pass cannot do without, and nothing else.
+"""A lower bound on time: only the matrix products and the attention of a forward pass.
 
-The shapes and weights are the model's. Each product takes the one before it as its input, so that autograd runs exactly
-their backward passes. A product has its bias, as one call of torch has it; norms, modulation, gates, rotation and
-activations are left out.
+The shapes and weights are the model's. The input of each product is the output of the one before, so that autograd runs
+exactly their backward passes. Products include their biases, as in one call of torch; norms, modulation, gates, rotary
+embedding and activations are omitted.
 """
 
 import itertools
@@ -28,7 +28,7 @@ def _attend(
 
 
 def bare_products(model: WanDiT, tokens_SC: Tensor, text_BTD: Tensor, layout: PackLayout) -> Tensor:
-    """The products of one forward pass on a pack without padding, but for the embedding of the timesteps."""
+    """The products of one forward pass on a pack without padding, except the embedding of the timesteps."""
     weights = dict(model.named_parameters())
     heads = model.config.num_heads
 

@@ -1,4 +1,4 @@
-"""``python -m bench.bare_training RECIPE STEPS``: training in plain torch, with nothing around it.
+"""``python -m bench.bare_training RECIPE STEPS``: training in plain torch, without a framework.
 
 The same model, weights, packs and noise as a run of ``wan-train pretrain --mock`` with these settings, so its losses
 are the same numbers; forward, backward and torch's AdamW are timed, one step after another.
@@ -22,13 +22,13 @@ SEED = 1234
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What both sides train.
+    """The training that both implementations run.
 
     Attributes:
         transformer: changes to the tiny recipe's sizes, under diffusers' names.
         shapes: latents of a pack.
         context_length: of their texts.
-        rate: of learning, constant.
+        rate: learning rate, constant.
     """
 
     transformer: dict[str, int]
@@ -38,11 +38,11 @@ class Recipe:
 
     @property
     def tokens(self) -> int:
-        """Of a pack."""
+        """Tokens of a pack."""
         return sum(f * (h // 2) * (w // 2) for f, h, w in self.shapes)
 
     def options(self) -> list[str]:
-        """The same for the command line."""
+        """The recipe as options of ``wan-train pretrain``."""
         samples = len(self.shapes)
         return [
             *("--recipe", "tiny", "--mock", "train.global_batch_size=1"),

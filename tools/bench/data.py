@@ -34,7 +34,7 @@ FRAMES, SOURCE_RATE, RATE = 17, 24, 16
 
 
 def write_clips(folder: Path, count: int, windows: int) -> None:
-    """Moving patterns in H.264, 640 x 360 at 24 frames a second, each of so many windows at 16."""
+    """Write clips of moving patterns, H.264, 640 x 360 at 24 fps, each with ``windows`` windows at 16 fps."""
     rows, columns = np.mgrid[0:360, 0:640]
     for number in range(count):
         with av.open(str(folder / f"{number:03d}.mp4"), "w") as container:
@@ -49,7 +49,7 @@ def write_clips(folder: Path, count: int, windows: int) -> None:
 
 
 def write_model(folder: Path, *, true_size: bool) -> Path:
-    """A model folder with an autoencoder of the true architecture and random weights, and a small text encoder."""
+    """Write a model folder: random weights, a small text encoder, and an autoencoder of Wan's size or a small one."""
     write_tiny_wan(folder)
     if true_size:
         with torch.random.fork_rng(devices=[]):
@@ -58,7 +58,7 @@ def write_model(folder: Path, *, true_size: bool) -> Path:
 
 
 class Prepared:
-    """Clips and a model, and the same work done barely and by the program."""
+    """Clips and a model, encoded by bare calls of the encoders and by ``wan-data prepare``."""
 
     def __init__(self, work: Path, *, quick: bool) -> None:
         self.work, self.size, self.clips, self.windows = work, Size(32, 48) if quick else Size(48, 80), 2, 2
@@ -71,7 +71,7 @@ class Prepared:
         self.runs = itertools.count()
 
     def bare(self, codec: LatentCodec) -> float:
-        """Seconds of the encoders' calls alone; frames are decoded before, one clip at a time."""
+        """Seconds of the encoders' calls only; frames are decoded before, one clip at a time."""
         took = 0.0
         cut = [Window(i * FRAMES, (i + 1) * FRAMES) for i in range(self.windows)]
         for path in sorted(self.folder.glob("*.mp4")):
@@ -110,20 +110,20 @@ class Prepared:
 
 
 def preparation(quick: bool) -> Iterator[Table]:
-    """Both tables of ``wan-data prepare``."""
+    """The two tables of ``wan-data prepare``."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         work = Prepared(Path(folder), quick=quick)
         codec = LatentCodec.from_pretrained(work.model)
         what = f"{work.clips} clips of {work.windows} windows, {FRAMES} x {work.size}"
         bare, whole = work.bare(codec), work.program(threads=threads, processes=1)
-        kind = "small" if quick else "true"
+        kind = "a small" if quick else "Wan's"
         yield Table(
             f"wan-data prepare against the bare calls of its encoders: {what}",
             ["threads", "bare calls", "prepare, start to end", "prepare / bare"],
             [[str(threads), seconds(bare), seconds(whole), f"{whole / bare:.3f}"]],
-            note=f"Autoencoder of the {kind} architecture, fp32, random weights; a small text encoder. Prepare starts "
-            "Python, examines each clip by a full decode, and writes shards and metadata. Target: <= 1.15.",
+            note=f"Autoencoder of {kind} architecture, fp32, random weights; a small text encoder. Prepare starts "
+            "Python, probes each clip by a full decode, and writes shards and metadata. Target: <= 1.15.",
         )
         one = whole if threads == 1 else work.program(threads=1, processes=1)
         two = work.program(threads=2, processes=2)
@@ -131,7 +131,7 @@ def preparation(quick: bool) -> Iterator[Table]:
             f"Processes of one thread each: {what}",
             ["one process", "two processes", "one / two"],
             [[seconds(one), seconds(two), f"{one / two:.2f}"]],
-            note=f"Start to end, on {os.cpu_count()} cores, which the decoders share. Target: >= 1.7.",
+            note=f"From start to end, on {os.cpu_count()} cores, which the decoders share. Target: >= 1.7.",
         )
 
 
@@ -151,7 +151,7 @@ def write_shards(folder: Path, samples: int) -> int:
 
 
 def loading(quick: bool) -> Table:
-    """The loader beside a plain read of the same tars."""
+    """The loader compared with a plain read of the same shards."""
     samples = 20 if quick else 80
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -180,8 +180,8 @@ def loading(quick: bool) -> Table:
         times = time_rounds(calls, 1 if quick else 5)
         table = Table(
             f"Reading {samples} samples of {size / samples / 1e6:.1f} MB, latents of 17 x 480 x 832",
-            ["reader", "samples a second", "MB a second", "plain / this"],
-            note="Every byte from the page cache. The loader checks all values, packs four samples and pads their "
+            ["reader", "samples/s", "MB/s", "relative to tarfile"],
+            note="All files are in the page cache. The loader checks all values, packs four samples and pads their "
             "texts to 512 tokens.",
         )
         for who, label in (("plain", "tarfile, bytes only"), ("0", "loader, no worker"), ("1", "loader, one worker")):
@@ -193,6 +193,6 @@ def loading(quick: bool) -> Table:
 
 
 def tables(*, quick: bool) -> Iterator[Table]:
-    """Each table as it is ready."""
+    """Yield each table when it is measured."""
     yield from preparation(quick)
     yield loading(quick)

@@ -1,4 +1,4 @@
-"""wan-infer on the CPU: beside diffusers' pipeline, in one process and two, and what decoding needs.
+"""wan-infer on the CPU: compared with diffusers' pipeline, in one process and two, and the memory of decoding.
 
 What a GPU is timed with too (``infer_cuda``) takes the device from its shape.
 """
@@ -38,7 +38,7 @@ class Shape:
     Attributes:
         config: the transformer's sizes.
         width, height, frames: of the video.
-        steps: of the walk.
+        steps: of the sampling run.
         device: that both sample on, in each one's usual precision there.
     """
 
@@ -80,7 +80,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _wan_infer(shape: Shape, model: Path, folder: Path, threads: int, *extra: str) -> tuple[float, dict[str, Any]]:
-    """Seconds from start to end of the process, and its own report."""
+    """Seconds from start to end of the process, and its report."""
     file = folder / "ours.mp4"
     command = [sys.executable, "-m", "wan_infer", *shape.arguments(model, file), *extra]
     start = time.perf_counter()
@@ -92,7 +92,7 @@ def _wan_infer(shape: Shape, model: Path, folder: Path, threads: int, *extra: st
     return took, json.loads(done.stdout)
 
 
-# As its documentation has it, with the file written by PyAV in one go.
+# As in diffusers' documentation; the file is written with PyAV at the end.
 _THEIRS = """
 import sys, json, time, torch, av
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
@@ -115,7 +115,7 @@ with av.open(file, "w") as container:
 
 
 def given(shape: Shape) -> dict[str, Any]:
-    """What diffusers' pipeline is called with."""
+    """The arguments of diffusers' pipeline."""
     return {
         "prompt": PROMPT,
         "negative_prompt": NEGATIVE,
@@ -141,7 +141,7 @@ def _pipeline(shape: Shape, model: Path, folder: Path, threads: int) -> float:
 
 
 def steps(shape: Shape, model: Path, quick: bool) -> Table:
-    """A step of both in one process."""
+    """A step of both implementations in one process."""
     sampler = WanSampler.from_pretrained(model, device="cpu")
     pipe = WanPipeline.from_pretrained(model)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=5.0)
@@ -178,8 +178,8 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
                 f"{off:.1e}",
             ]
         ],
-        f"Of walks of {shape.steps} steps (UniPC) in one process, prompts embedded before, same weights and noise. "
-        "Target: <= 1.00.",
+        f"Time per step of runs of {shape.steps} steps (UniPC) in one process, with the same weights and noise; "
+        "prompts are embedded before. Target: <= 1.00.",
     )
 
 
@@ -207,7 +207,8 @@ def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
                 f"{ratio(times['ours'], times['theirs']):.2f}",
             ]
         ],
-        f"Each a process of its own, in turn. wan-infer's own seconds: {parts}; the rest are imports. Target: <= 0.90.",
+        f"Each run is a new process; the two alternate. Seconds of wan-infer by stage: {parts}; the rest is imports. "
+        "Target: <= 0.90.",
     )
 
 
@@ -215,12 +216,12 @@ def several(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
     """Denoising in two processes of one thread against one."""
     ways = {
         "one process": (),
-        "two, guidance split": ("--nproc-per-node", "2", "--cfg-parallel"),
-        "two, tokens shared": ("--nproc-per-node", "2"),
-        "two, guidance split, weights shared": ("--nproc-per-node", "2", "--cfg-parallel", "--shard-weights"),
+        "two, CFG parallel": ("--nproc-per-node", "2", "--cfg-parallel"),
+        "two, context parallel": ("--nproc-per-node", "2"),
+        "two, CFG parallel with FSDP": ("--nproc-per-node", "2", "--cfg-parallel", "--shard-weights"),
     }
     if quick:
-        ways = {name: ways[name] for name in ("one process", "two, guidance split, weights shared")}
+        ways = {name: ways[name] for name in ("one process", "two, CFG parallel with FSDP")}
     denoise: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(1 if quick else 3):
         for name, extra in ways.items():
@@ -228,8 +229,8 @@ def several(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
             denoise[name].append(report["seconds"]["denoise"])
     table = Table(
         "Two processes of one thread against one: the same",
-        ["", "a step", "one process / this"],
-        note="Denoising as each call's report says, all of it. Target with guidance split: >= 1.6.",
+        ["", "s/step", "speedup"],
+        note="Denoising time from the report of each run. Target with CFG parallel: >= 1.6.",
     )
     for name, values in denoise.items():
         table.rows.append([name, seconds(median(values) / shape.steps), f"{ratio(denoise['one process'], values):.2f}"])
@@ -255,7 +256,7 @@ print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, t
 
 
 def decoding(folder: Path, quick: bool) -> Table:
-    """Memory and time of decoding the same latents whole, frame by frame, and in tiles."""
+    """Memory and time of decoding the same latents at once, frame by frame, and in tiles."""
     model = write_tiny_wan(folder / "decoder")
     if not quick:
         with torch.random.fork_rng(devices=[]):
@@ -269,12 +270,12 @@ def decoding(folder: Path, quick: bool) -> Table:
     }
     if quick:
         ways = {name: ways[name] for name in ("whole video (diffusers)", "4 tiles")}
+    kind = "a small" if quick else "Wan's"
     table = Table(
-        f"Decoding {1 + 4 * (shape[1] - 1)} frames of {8 * shape[3]}x{8 * shape[2]}, "
-        f"{'a small' if quick else 'the true'} autoencoder, fp32",
-        ["", "memory on top of the weights", "time", "sum of all pixels"],
-        note="The largest size of a process of its own less its size before. Nothing is blended: tiles give the same "
-        "pixels to rounding (wan-model's tests).",
+        f"Decoding {1 + 4 * (shape[1] - 1)} frames of {8 * shape[3]}x{8 * shape[2]}, {kind} autoencoder, fp32",
+        ["", "memory besides the weights", "time", "sum of all pixels"],
+        note="Peak resident size of a separate process, less its size before decoding. Tiles are not blended: they "
+        "give the same pixels up to rounding (wan-model's tests).",
     )
     for name, way in ways.items():
         done = subprocess.run(
@@ -286,7 +287,7 @@ def decoding(folder: Path, quick: bool) -> Table:
     return table
 
 
-# -- what sizes need --------------------------------------------------------------------------------------------------
+# -- memory and time by size ------------------------------------------------------------------------------------------
 
 SIZES = {
     "1.3B, 832x480": (WAN_1_3B, 832, 480),
@@ -297,14 +298,14 @@ _RATE = 400e12
 
 
 def needs() -> Table:
-    """Computed, not measured: weights and texts to the byte, operations exactly, activations and time roughly."""
+    """Computed, not measured: weights, texts and operations exactly, activations and time approximately."""
     text, vae = gigabytes(2 * _text_encoder()), gigabytes(4 * _autoencoder())
     table = Table(
-        "What 81 frames need: 50 steps with guidance, bf16, the autoencoder fp32",
-        ["", "tokens", "transformer", "keys of the texts", "activations of a step, about", "PFLOP", "at 400 TFLOP/s"],
-        note=f"Computed, not measured. The text encoder (umt5-xxl) takes {text} in bf16 and is gone when the "
-        f"transformer comes, the autoencoder {vae}. Activations: what the larger of the feed-forward layer and "
-        "self-attention has at once, of both branches of guidance. 400 TFLOP/s are two fifths of an H100's peak.",
+        "Memory and time of 81 frames: 50 steps with guidance, bf16, the autoencoder fp32",
+        ["", "tokens", "transformer", "text keys and values", "activations, about", "PFLOP", "at 400 TFLOP/s"],
+        note=f"Computed, not measured. The text encoder (umt5-xxl) takes {text} in bf16 and is freed before the "
+        f"transformer is loaded, the autoencoder {vae}. Activations: those of the feed-forward layer or of "
+        "self-attention, whichever is larger, for both branches of guidance. 400 TFLOP/s are 40 % of an H100's peak.",
     )
     for name, (config, width, height) in SIZES.items():
         grid = (21, height // 16, width // 16)
@@ -347,7 +348,7 @@ def _autoencoder() -> int:
 
 
 def tables(*, quick: bool) -> Iterator[Table]:
-    """All of them."""
+    """Yield each table when it is measured."""
     shape = QUICK if quick else REAL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

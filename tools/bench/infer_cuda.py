@@ -1,6 +1,6 @@
-"""wan-infer on a GPU: the whole 1.3B at 480p beside diffusers' pipeline, by the step and from start to file.
+"""wan-infer on a GPU: the complete 1.3B at 480p compared with diffusers' pipeline, per step and from start to file.
 
-A way that does not fit into memory or cannot run on this GPU gets a row that says so; the others go on.
+A variant that does not fit into memory or cannot run on this GPU gets a row with the reason; the others continue.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ from wan_model.tiny import write_tiny_wan
 
 VIDEO = Shape(WAN_1_3B, 832, 480, 81, 6, "cuda")
 KINDS: list[AttentionKind] = ["auto", "cudnn", "flash"]
-COLUMNS = ["", "a step", "TFLOP/s", "of peak", "peak memory", "time / diffusers", "latents differ by"]
+COLUMNS = ["", "s/step", "TFLOP/s", "of peak", "peak memory", "time / diffusers", "latents differ by"]
 
 
 def steps(shape: Shape, rounds: int) -> Table:
@@ -43,7 +43,7 @@ def steps(shape: Shape, rounds: int) -> Table:
     asked = {**given(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
     found: dict[str, Tensor] = {}
 
-    def their_walk() -> None:
+    def their_run() -> None:
         with torch.no_grad():
             found["theirs"] = pipe(
                 **asked,
@@ -52,7 +52,7 @@ def steps(shape: Shape, rounds: int) -> Table:
                 latents=noise.clone(),
             ).frames
 
-    def our_walk() -> None:
+    def our_run() -> None:
         found["ours"] = denoise(ours, noise, [embeds[0]], negative[0], Settings(shape.steps), text_length=length)
 
     grid = (shape.latent[1], shape.latent[2] // 2, shape.latent[3] // 2)
@@ -61,12 +61,12 @@ def steps(shape: Shape, rounds: int) -> Table:
         f"A sampling step with guidance: {shape.width}x{shape.height}, {shape.frames} frames "
         f"({layout.total // 2:,} tokens), bf16",
         COLUMNS,
-        note=f"Of walks of {shape.steps} steps (UniPC), same weights and noise; TFLOP/s by what the mathematics needs. "
-        "The two round at other places, by which bf16 latents differ. Target: <= 0.75.",
+        note=f"Time per step of runs of {shape.steps} steps (UniPC), same weights and noise; TFLOP/s count required "
+        "operations. bf16 latents differ because the two round at different operations. Target: <= 0.75.",
     )
     tflop = pack_flops(shape.config, layout).forward / 1e12
     peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    base = Measured(their_walk, device, rounds)
+    base = Measured(their_run, device, rounds)
 
     def row(name: str, it: Measured, result: Tensor | None) -> list[str]:
         if it.failure:
@@ -82,13 +82,13 @@ def steps(shape: Shape, rounds: int) -> Table:
     for kind in KINDS:
         assert isinstance(ours.ops, TorchOps), "the model was built with torch's ops"
         ours.ops.kind = kind
-        it = Measured(our_walk, device, rounds)
+        it = Measured(our_run, device, rounds)
         table.rows.append(row(f"wan-infer, {kind}", it, found.get("ours")))
     return table
 
 
 def tables(*, quick: bool, shape: Shape = VIDEO) -> Iterator[Table]:
-    """Each table as it is ready."""
+    """Yield each table when it is measured."""
     rounds = 1 if quick else 2
     yield steps(shape, rounds)
     if shape.device != "cpu":

@@ -1,6 +1,6 @@
-"""Timing side by side: every contender once a round, in turn, and ratios of the same round.
+"""Comparative timing: every implementation runs once per round, and ratios are computed within a round.
 
-A machine's speed drifts; within one round it drifts little, so ratios are taken there and their median reported.
+A machine's speed drifts, but little within one round, so the median of the rounds' ratios is reported.
 """
 
 import statistics
@@ -15,17 +15,17 @@ def time_rounds(
     finish: Callable[[], object] = lambda: None,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round.
+    """Seconds of each function in each round.
 
     Args:
-        contenders: what to call, by name.
-        rounds: how often.
-        finish: waits until a call's work is done (a device's queue); called before and after each.
-        warm_up: run one round before them, which is not counted.
+        contenders: the functions to time, by name.
+        rounds: number of rounds.
+        finish: waits for the device to finish its work; called before and after each call.
+        warm_up: run one round first, which is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(0 if warm_up else 1, rounds + 1):
-        # Whoever comes first may find the caches in another state: the order turns with every round.
+        # The first function may find the caches in another state, so the order rotates with every round.
         names = list(contenders)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
@@ -44,5 +44,5 @@ def median(values: list[float]) -> float:
 
 
 def ratio(over: list[float], under: list[float]) -> float:
-    """The median of one contender's times over another's, round by round."""
+    """The median over the rounds of the ratio of two functions' times."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))

@@ -1,4 +1,4 @@
-"""The transformer on the CPU: against its bare matrix products, and against diffusers."""
+"""The transformer on the CPU, compared with its bare matrix products and with diffusers."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
 from wan_model.pack import Grid
 
 CPU = torch.device("cpu")
-# The 1.3B model's width, and a quarter of it to see that things run.
+# The 1.3B model's width, and a quarter of it for quick runs.
 TRUE_WIDTH = WanConfig(num_layers=1)
 QUICK_WIDTH = WanConfig(num_heads=3, ffn_dim=2240, num_layers=1, text_dim=512)
 SMALL = {
@@ -37,7 +37,7 @@ SMALL = {
     ),
 }
 MIDDLE = WanConfig(num_heads=6, head_dim=64, ffn_dim=1536, num_layers=4, text_dim=512, text_length=128)
-# Videos of two lengths and three aspects, and images among them.
+# Videos of two lengths and three aspect ratios, and images.
 MIX: list[Grid] = [
     (5, 10, 18),
     (5, 18, 10),
@@ -51,7 +51,7 @@ MIX: list[Grid] = [
 
 
 def forward(call: Callable[[], Tensor]) -> Callable[[], object]:
-    """Without gradients."""
+    """A forward pass without gradients."""
 
     def run() -> None:
         with torch.no_grad():
@@ -61,7 +61,7 @@ def forward(call: Callable[[], Tensor]) -> Callable[[], object]:
 
 
 def training(call: Callable[[], Tensor], *models: nn.Module) -> Callable[[], object]:
-    """Forward and backward."""
+    """A forward and a backward pass."""
 
     def run() -> None:
         for model in models:
@@ -72,18 +72,19 @@ def training(call: Callable[[], Tensor], *models: nn.Module) -> Callable[[], obj
 
 
 def versus_limit(quick: bool) -> Table:
-    """At the true width the bare products are the limit."""
+    """One layer of the 1.3B model's width, for which the bare products are the lower bound."""
     config, grid = (QUICK_WIDTH, (1, 10, 10)) if quick else (TRUE_WIDTH, (5, 20, 20))
     processes = 1 if quick else 4
     table = Table(
         f"Width {config.hidden_size} x {config.num_heads} heads, one layer, fp32, against the bare matrix products and "
         "attention",
         ["pass", "bare", "ours", "diffusers", "ours / bare", "diffusers / bare", "ours / diffusers"],
-        note="Bare: torch's linears (with biases) and attention of the same shapes, nothing between. Medians over the "
-        f"rounds of {processes} processes; ratios are medians of the rounds' ratios, with the lowest and the highest "
-        "of a process alone: where its memory lies moves them. Targets: forward <= 1.03, training <= 1.05.",
+        note="Bare: only torch's linears (with biases) and attention of the same shapes. Medians over the rounds of "
+        f"{processes} processes; ratios are medians of the rounds' ratios, with the lowest and highest median of a "
+        "single process in parentheses, because they vary with a process's memory placement. Targets: forward <= 1.03, "
+        "training <= 1.05.",
     )
-    # One process after another, each of them new.
+    # A new process for each run, one at a time.
     fresh = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     with fresh:
         runs = list(fresh.map(_rounds_at_the_limit, [config] * processes, [grid] * processes, [quick] * processes))
@@ -104,7 +105,7 @@ def versus_limit(quick: bool) -> Table:
 
 
 def _rounds_at_the_limit(config: WanConfig, grid: Grid, quick: bool) -> dict[str, dict[str, list[float]]]:
-    """The seconds of each contender in each round, of both passes."""
+    """Seconds of each implementation in each round, for both passes."""
     ours, theirs = twins(config, CPU, torch.float32)
     calls = three(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
     passes = (("forward", 7, forward), ("training", 3, lambda call: training(call, ours, theirs)))
@@ -115,7 +116,7 @@ def _rounds_at_the_limit(config: WanConfig, grid: Grid, quick: bool) -> dict[str
 
 
 def three(ours: WanDiT, theirs: Any, samples: Samples) -> dict[str, Callable[[], Tensor]]:
-    """The contenders on one sample."""
+    """The three implementations on one sample."""
     tokens, latent = samples.tokens, samples.latents[0][None]
     return {
         "bare": lambda: bare_products(ours, tokens, samples.texts, samples.layout),
@@ -125,7 +126,7 @@ def three(ours: WanDiT, theirs: Any, samples: Samples) -> dict[str, Callable[[],
 
 
 def small_models(quick: bool) -> Table:
-    """Where calls cost more than products; one thread, as one would run them."""
+    """Small models, which are bound by call overhead; one thread."""
     table = Table(
         "Small models, fp32, one thread",
         ["model", "pass", "ours", "diffusers", "ours / diffusers"],
@@ -171,11 +172,11 @@ def mixed_pack(quick: bool) -> Table:
 
 
 def recompute(quick: bool) -> Table:
-    """What each mode keeps for the backward pass, and what it costs."""
+    """Activations that each mode saves for the backward pass, and the time of a training step."""
     config = dataclasses.replace(QUICK_WIDTH if quick else TRUE_WIDTH, num_layers=2)
     table = Table(
-        f"Recomputation at width {config.hidden_size}, two layers, fp32: what a forward pass keeps",
-        ["mode", "kept", "training step", "time / none"],
+        f"Recomputation at width {config.hidden_size}, two layers, fp32: activations saved by a forward pass",
+        ["mode", "saved", "training step", "time / none"],
     )
     ours, _ = twins(config, CPU, torch.float32)
     samples = Samples.draw(config, [(1, 10, 10) if quick else (5, 14, 14)], CPU, torch.float32)
@@ -204,7 +205,10 @@ def recompute(quick: bool) -> Table:
         table.rows.append(
             [mode, gigabytes(kept), seconds(median(times[mode])), f"{ratio(times[mode], times['none']):.2f}"]
         )
-    table.note = f"{samples.layout.total:,} tokens; counted by torch's allocator. The difference grows with the layers."
+    table.note = (
+        f"{samples.layout.total:,} tokens; measured with torch's allocator. The difference grows with the number of "
+        "layers."
+    )
     return table
 
 
@@ -247,6 +251,6 @@ def loading(quick: bool) -> Table:
 
 
 def tables(*, quick: bool) -> Iterator[Table]:
-    """Each table as it is ready."""
+    """Yield each table when it is measured."""
     for measure in (versus_limit, small_models, mixed_pack, recompute, loading):
         yield measure(quick)

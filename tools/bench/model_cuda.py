@@ -1,6 +1,6 @@
-"""The whole 1.3B model at 480p on a GPU: each attention, each recompute mode, and diffusers beside them.
+"""The complete 1.3B model at 480p on a GPU: each attention and each recompute mode, compared with diffusers.
 
-A way that does not fit into memory or cannot run on this GPU gets a row that says so; the others go on.
+A variant that does not fit into memory or cannot run on this GPU gets a row with the reason; the others continue.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ VIDEO: Grid = (21, 30, 52)
 # Two videos and sixteen images.
 MIX: list[Grid] = [(11, 30, 52), (6, 30, 52), *[(1, 30, 52)] * 4, *[(1, 16, 16)] * 12]
 
-# Dense bf16 TFLOP/s that the makers state.
+# Dense bf16 TFLOP/s from the data sheets.
 PEAKS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
 
 
@@ -34,7 +34,7 @@ def peak_of(name: str) -> float | None:
 
 
 class Measured:
-    """One call's median seconds and peak memory, or why there are none."""
+    """Median seconds and peak memory of one call, or the reason why it failed."""
 
     def __init__(self, call: Callable[[], object], device: torch.device, rounds: int) -> None:
         self.seconds = self.peak = 0.0
@@ -67,7 +67,7 @@ def _row(labels: list[str], it: Measured, tflop: float, peak: float | None, base
 
 
 COLUMNS = ["attention", "recompute", "time", "TFLOP/s", "of peak", "peak memory", "time / diffusers"]
-NOTE = "TFLOP/s count what the mathematics needs (pack_flops), recomputation not. bf16; medians."
+NOTE = "TFLOP/s count required operations (pack_flops), without recomputation. bf16; medians."
 
 
 def whole_model(device: torch.device, config: WanConfig, grids: list[Grid], rounds: int, title: str) -> Iterator[Table]:
@@ -109,7 +109,7 @@ def whole_model(device: torch.device, config: WanConfig, grids: list[Grid], roun
         for mode in get_args(Recompute):
             _use(ours, kind, mode)
             it = Measured(training(our_call, ours), device, rounds)
-            # Where diffusers' own way without recomputation does not fit, its way with it is the one to compare with.
+            # If diffusers without recomputation does not fit, its run with recomputation is the reference.
             base = bases["none"] if mode != "block" and not bases["none"].failure else bases["block"]
             table.rows.append(_row([kind, mode], it, flops.training / 1e12, peak, base))
     yield table
@@ -127,7 +127,7 @@ def _free(model: Any) -> None:
 
 
 def tables(device: torch.device, *, quick: bool, config: WanConfig = WAN_1_3B, video: Grid = VIDEO) -> Iterator[Table]:
-    """Each table as it is ready."""
+    """Yield each table when it is measured."""
     rounds = 2 if quick else 5
     yield from whole_model(device, config, [video], rounds, "1.3B, one video")
     if not quick:

@@ -1,4 +1,4 @@
-"""The models and inputs that are timed: ours and diffusers' with the same weights, on the same samples."""
+"""The models and inputs of the benchmarks: ours and diffusers' with the same weights, on the same samples."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from wan_model.pack import Grid
 
 @dataclasses.dataclass
 class Samples:
-    """Latents of any shapes with their timesteps and texts, as a pack and as diffusers takes them."""
+    """Latents of any shapes with their timesteps and texts, as a pack and in diffusers' format."""
 
     latents: list[Tensor]
     timesteps: Tensor
@@ -54,7 +54,7 @@ def twins(config: WanConfig, device: torch.device, dtype: torch.dtype) -> tuple[
     ours = WanDiT(config)
     init_weights(ours, seed=0)
     with torch.no_grad():
-        # A zero head would spare the backward pass its work.
+        # With a zero head most gradients would be zero.
         ours.proj_out.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     ours.to_precision(dtype).to(device)
     with torch.device("meta"):

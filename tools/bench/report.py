@@ -5,13 +5,13 @@ import dataclasses
 
 @dataclasses.dataclass
 class Table:
-    """Figures that belong together.
+    """The results of one benchmark.
 
     Attributes:
         title: what was measured.
         columns: headings.
-        rows: cells, as they are to be read.
-        note: what a reader must know.
+        rows: formatted cells.
+        note: conditions and targets.
     """
 
     title: str
@@ -21,7 +21,7 @@ class Table:
 
 
 def to_markdown(table: Table) -> str:
-    """The table with its title, columns aligned."""
+    """The table in Markdown with its title and aligned columns."""
     lines = [table.columns, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
 
@@ -34,10 +34,10 @@ def to_markdown(table: Table) -> str:
 
 
 def seconds(value: float) -> str:
-    """Three digits, in ms or s."""
+    """Format seconds with three digits, in ms or s."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
 def gigabytes(value: float) -> str:
-    """In GB."""
+    """Format bytes in GB."""
     return f"{value / 1e9:.2f} GB"

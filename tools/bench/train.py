@@ -1,4 +1,4 @@
-"""wan-train on the CPU: its loop against bare training, packs against padded batches, and what recomputation saves."""
+"""wan-train on the CPU: its loop compared with plain torch, packs with padded batches, and recomputation."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ from wan_model.dit.recompute import Recompute
 SIZES = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "text_dim": 512, "freq_dim": 256}
 MIXED = [[5, 16, 28], [1, 20, 20], [3, 16, 24]]
 QUICK = Recipe({"num_layers": 2}, [[1, 8, 8], [2, 8, 8]], context_length=16)
-FIRST_STEPS = 5  # not counted: caches and allocators fill
+FIRST_STEPS = 5  # excluded: caches and allocators are being filled
 
-# A 480p dataset as one finds it, in hundredths: a third images, clips of all lengths, mostly landscape. Latent frames,
-# and tokens of a frame in a thirtieth of their number (1,560 of 480 x 832 and of 832 x 480, 1,521, 1,530, 1,560).
+# A typical 480p dataset, in percent: a third images, clips of all lengths, mostly landscape. Latent frames, and a
+# thirtieth of the tokens per frame (1,560 for 480 x 832 and 832 x 480, 1,521, 1,530, 1,560).
 FRAMES = {1: 30, 5: 10, 9: 15, 13: 15, 17: 10, 21: 20}
 FRAME_TOKENS = {52: 82, 51: 18}
 
@@ -47,14 +47,14 @@ def realistic_mix(count: int) -> list[int]:
 
 @dataclasses.dataclass
 class LoopRun:
-    """What a run of ``wan-train pretrain`` left."""
+    """Seconds and loss of each step of ``wan-train pretrain``, from its log."""
 
     seconds: list[float]
     losses: list[float]
 
 
 def run_loop(recipe: Recipe, steps: int, *options: str) -> LoopRun:
-    """The real command, one process."""
+    """Run the command in one process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", "from wan_train.cli import main; main()", "pretrain", *recipe.options()]
         settings = [f"train.train_iters={steps}", f"checkpoint.save={folder}", "checkpoint.save_interval=1000000"]
@@ -88,7 +88,7 @@ def run_bare(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
 
 
 def loop(quick: bool) -> Table:
-    """What Megatron's loop, and ours around it, add to a step."""
+    """The overhead of Megatron's loop and of our callbacks per step."""
     recipe = QUICK if quick else Recipe({**SIZES, "num_layers": 4}, MIXED)
     rounds, steps = (1, FIRST_STEPS + 3) if quick else (3, FIRST_STEPS + 15)
     bare, ours = [], []
@@ -100,14 +100,14 @@ def loop(quick: bool) -> Table:
             else:
                 run = run_loop(recipe, steps)
                 ours.append(median(run.seconds[FIRST_STEPS:]))
-        # The first step has seen the same weights, pack and noise; later ones differ by the clipping of gradients.
+        # The first step has the same weights, pack and noise; later ones differ by gradient clipping.
         assert abs(run.losses[0] - expected[0]) < 1e-4 * expected[0], f"{run.losses[0]} and {expected[0]} differ"
     each = [a / b for a, b in zip(ours, bare, strict=True)]
     width = recipe.transformer.get("num_attention_heads", 4) * recipe.transformer.get("attention_head_dim", 24)
     return Table(
-        f"A step of wan-train pretrain against bare torch: width {width}, {recipe.transformer['num_layers']} layers, "
+        f"A step of wan-train pretrain against plain torch: width {width}, {recipe.transformer['num_layers']} layers, "
         f"packs of {recipe.tokens:,} tokens, fp32",
-        ["bare step", "loop's step", "loop / bare", "of each pair"],
+        ["plain step", "loop's step", "loop / plain", "of each pair"],
         [
             [
                 seconds(median(bare)),
@@ -116,9 +116,9 @@ def loop(quick: bool) -> Table:
                 ", ".join(f"{r:.3f}" for r in each),
             ]
         ],
-        note="Bare: WanDiT, the objective and torch.optim.AdamW, forward to optimizer, without data, noise, clipping "
-        "or log. The loop: one process on gloo, from log line to log line. Each is a process of its own, in turn; of "
-        f"{steps} steps the first {FIRST_STEPS} are left out, and medians taken. Target: <= 1.10.",
+        note="Plain: WanDiT, the objective and torch.optim.AdamW, forward to optimizer, without data, noise, clipping "
+        "or log. The loop: one process on gloo, from log line to log line. Each run is a new process; the two "
+        f"alternate. The first {FIRST_STEPS} of {steps} steps are excluded, and medians are taken. Target: <= 1.10.",
     )
 
 
@@ -126,12 +126,12 @@ def loop(quick: bool) -> Table:
 
 
 class PaddedOps(TorchOps):
-    """Samples all padded to one length, their attention one call with the padding masked: the classical way."""
+    """A padded batch: all samples have one length, and attention is one call with the padding masked."""
 
     lengths: Sequence[int] = ()
 
     def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:
-        """One batched call; queries of padding attend too, and are thrown away."""
+        """One batched call; queries of padding are computed as well and ignored by the loss."""
         batch, longest = len(self.lengths), offsets[1]
         real = torch.arange(longest) < torch.tensor(self.lengths)[:, None]
         q, k, v = (x.view(batch, longest, *x.shape[1:]).transpose(1, 2) for x in (q_SHE, k_SHE, v_SHE))
@@ -141,7 +141,7 @@ class PaddedOps(TorchOps):
 
 @dataclasses.dataclass
 class Samples:
-    """Noise of so many tokens each, a position a token along one axis, so that padding behind changes no position."""
+    """Noise of the given lengths; positions run along one axis, so padding at the end changes no position."""
 
     lengths: list[int]
     tokens: list[Tensor]
@@ -150,7 +150,7 @@ class Samples:
 
     @classmethod
     def draw(cls, config: WanConfig, lengths: list[int]) -> "Samples":
-        """Always the same."""
+        """Draw from a fixed seed."""
         rng = torch.Generator().manual_seed(0)
         return cls(
             lengths,
@@ -161,7 +161,7 @@ class Samples:
 
 
 def train_packed(model: WanDiT, samples: Samples, packs: list[list[int]]) -> float:
-    """Forward and backward of all of them; returns the sum of squares of what the model says."""
+    """A forward and a backward pass of every pack; returns the sum of squares of the model's output."""
     total = 0.0
     for pack in packs:
         layout = PackLayout(tuple((1, 1, samples.lengths[i]) for i in pack))
@@ -173,7 +173,7 @@ def train_packed(model: WanDiT, samples: Samples, packs: list[list[int]]) -> flo
 
 
 def train_padded(model: WanDiT, samples: Samples, batches: list[list[int]]) -> float:
-    """The same of batches, padding left out of the sum."""
+    """The same for padded batches; padding is excluded from the sum."""
     assert isinstance(model.ops, PaddedOps)
     total = 0.0
     for batch in batches:
@@ -190,7 +190,7 @@ def train_padded(model: WanDiT, samples: Samples, batches: list[list[int]]) -> f
 
 
 def packs_against_padding(quick: bool) -> Table:
-    """Samples a second of both, on a mix as one finds it."""
+    """Samples per second of packs and padded batches, on a typical mix."""
     config = WanConfig(num_heads=4, head_dim=64, ffn_dim=1024, num_layers=4, text_dim=128, text_length=64, freq_dim=128)
     if quick:
         config = dataclasses.replace(config, num_layers=1)
@@ -221,15 +221,16 @@ def packs_against_padding(quick: bool) -> Table:
     }
     times = time_rounds(calls, 1 if quick else 2)
     for name, total in found.items():
-        assert abs(total - found["packs"]) < 1e-3 * found["packs"], f"{name} train on something else: {found}"
+        assert abs(total - found["packs"]) < 1e-3 * found["packs"], f"{name} give another result than packs: {found}"
     needed, count = sum(samples.lengths), len(samples.lengths)
     table = Table(
         f"Packs against padded batches: {count} samples of 52 to {longest:,} tokens, width {config.hidden_size}, "
         f"{config.num_layers} layers, fp32",
-        ["", "tokens computed / needed", "samples a second", "packs / this"],
-        note="A third images, clips of 5 to 21 latent frames, a thirtieth of 480p's tokens a frame. Packs: best fit "
-        f"into {2 * longest:,} tokens, as wan-data packs a buffer. Batches: as the samples come, each padded to the "
-        "longest of its batch, attention masked in one call. Same model, forward and backward, and the same result.",
+        ["", "tokens computed / needed", "samples/s", "packs / this"],
+        note="A third of the samples are images, the others clips of 5 to 21 latent frames, with a thirtieth of the "
+        f"tokens per frame of 480p. Packs: best fit into {2 * longest:,} tokens, as wan-data packs a buffer. Batches: "
+        "in the order of the samples, each padded to the longest of its batch, with one masked attention call. Same "
+        "model, forward and backward pass, and the same result.",
     )
     for name, group in groups.items():
         computed = needed if name == "packs" else sum(len(g) * max(samples.lengths[i] for i in g) for g in group)
@@ -246,12 +247,12 @@ def packs_against_padding(quick: bool) -> Table:
 
 # -- recomputation ----------------------------------------------------------------------------------------------------
 
-# Megatron's model.recompute_granularity, and what wan-train has the model do for it.
+# Megatron's model.recompute_granularity, and the mode of WanDiT that wan-train sets for it.
 MODES: dict[str, Recompute] = {"none": "none", "selective": "all_but_attention", "full": "block"}
 
 
 def recompute(quick: bool) -> Table:
-    """What a forward pass on a mixed pack keeps for the backward pass under each setting, and the time of both."""
+    """Activations that a forward pass on a mixed pack saves with each setting, and the time of both passes."""
     recipe = QUICK if quick else Recipe({**SIZES, "num_layers": 4}, [[5, 32, 32], [3, 32, 32], [1, 32, 32]])
     config = WanConfig.from_diffusers({**tiny_sizes(), **recipe.transformer})
     model = WanDiT(config)
@@ -273,8 +274,8 @@ def recompute(quick: bool) -> Table:
     times = time_rounds({mode: in_mode(MODES[mode]) for mode in MODES}, 1 if quick else 3)
     table = Table(
         f"Recomputation: {config.num_layers} layers of width {config.hidden_size}, {layout.total:,} tokens, fp32",
-        ["model.recompute_granularity", "kept", "forward and backward", "time / none"],
-        note="Kept: what torch's allocator holds after a forward pass that it did not hold before.",
+        ["model.recompute_granularity", "saved", "forward and backward", "time / none"],
+        note="Saved: memory that a forward pass leaves allocated, measured with torch's allocator.",
     )
     for mode in MODES:
         model.recompute = MODES[mode]
@@ -289,6 +290,6 @@ def recompute(quick: bool) -> Table:
 
 
 def tables(*, quick: bool) -> Iterator[Table]:
-    """Each table as it is ready."""
+    """Yield each table when it is measured."""
     for measure in (loop, packs_against_padding, recompute):
         yield measure(quick)

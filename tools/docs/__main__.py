@@ -13,7 +13,7 @@ def assemble(folder: Path) -> str:
     """Write the pages' Markdown into ``folder``.
 
     Raises:
-        ValueError: documents or docstrings that are wrong, all of them named.
+        ValueError: documents or docstrings have errors; the message lists all of them.
     """
     wrong = [problem for path in sorted(ROOT.glob("packages/*/src/**/*.py")) for problem in docstrings.problems(path)]
     if wrong:
@@ -24,19 +24,19 @@ def assemble(folder: Path) -> str:
 
 
 def check(site: Path) -> str:
-    """Look for dead links and unrendered markup in the built site.
+    """Check the built site for broken links and unrendered markup.
 
     Raises:
-        ValueError: there are some, all of them named.
+        ValueError: there are some; the message lists all of them.
     """
     wrong = rendered.problems(site)
     if wrong:
         raise ValueError("\n".join(wrong))
-    return f"every link of {site} leads somewhere"
+    return f"no broken links in {site}"
 
 
 def main() -> None:
-    """Do one of the two, and exit with what is wrong."""
+    """Run one of the two commands; exit with a message if there are errors."""
     parser = argparse.ArgumentParser(prog="docs", description=__doc__)
     parser.add_argument("action", choices=["assemble", "check"])
     parser.add_argument("folder", type=Path)

@@ -1,4 +1,4 @@
-"""Arguments that a docstring explains are arguments that there are."""
+"""A check that the documented arguments of functions and classes exist."""
 
 import ast
 import re

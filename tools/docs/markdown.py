@@ -1,4 +1,4 @@
-"""What a Markdown document of this repository consists of: lines outside code, headings, sections, links."""
+"""Parsing of the repository's Markdown documents: code blocks, headings, sections, links."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ class Line:
     """A line of a document.
 
     Attributes:
-        text: without its end.
+        text: without the newline.
         number: in the document, from 1.
-        code: whether it belongs to a fenced block.
-        level: of a heading, 1 to 6; otherwise 0.
-        slug: of a heading: the anchor that code hosts give it.
+        code: whether it is part of a fenced code block.
+        level: level of a heading, 1 to 6; otherwise 0.
+        slug: of a heading: the anchor that code hosts generate.
     """
 
     text: str
@@ -31,19 +31,19 @@ class Line:
 
     @property
     def title(self) -> str:
-        """The text of a heading, without its marks."""
+        """The text of a heading, without the ``#`` characters."""
         match = _HEADING.match(self.text)
         return match[2] if match else ""
 
 
 def slug_of(title: str) -> str:
-    """The anchor of a heading: lower case, hyphens for spaces, no punctuation, and of a link its text alone."""
+    """The anchor of a heading: lower case, hyphens for spaces, no punctuation, and only the text of a link."""
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", title)
     return re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
 
 
 def parse(text: str) -> list[Line]:
-    """The lines of a document; a slug that comes again gets a number, ``-1`` first."""
+    """The lines of a document; a repeated slug gets a number, starting with ``-1``."""
     lines: list[Line] = []
     fence = ""
     seen: dict[str, int] = {}
@@ -66,12 +66,12 @@ def parse(text: str) -> list[Line]:
 
 
 def section(lines: list[Line], slug: str, *, subsections: bool = True) -> list[Line]:
-    """A heading with what stands under it.
+    """A heading and the lines of its section.
 
     Args:
         lines: the document.
         slug: of the heading.
-        subsections: go on to the next heading of the same level or a higher one; otherwise to the next heading.
+        subsections: end at the next heading of the same or a higher level; otherwise at the next heading.
 
     Raises:
         ValueError: there is no such heading.
@@ -86,7 +86,7 @@ def section(lines: list[Line], slug: str, *, subsections: bool = True) -> list[L
 
 
 def _outside_code(text: str) -> Iterator[tuple[str, bool]]:
-    """The parts of a line, each with whether a link may stand in it."""
+    """The parts of a line, each with whether it can contain a link."""
     position = 0
     for span in _CODE_SPAN.finditer(text):
         yield text[position : span.start()], True
@@ -107,9 +107,9 @@ def with_targets(line: Line, change: Callable[[str], str]) -> Line:
 
 
 def with_deep_lists(lines: list[Line]) -> list[Line]:
-    """The lines with what belongs to a list item indented by four columns a level.
+    """The lines with the content of list items indented by four columns per level.
 
-    CommonMark takes what is indented as far as the item's text; Python-Markdown, which builds the site, takes four.
+    CommonMark accepts the indentation of the item's text; Python-Markdown, which builds the site, requires four.
     """
     result: list[Line] = []
     columns: list[int] = []  # where the text of each open item begins

@@ -1,11 +1,11 @@
-"""Pages of the site from ``docs/``, in which a comment stands for a part of another document of the repository.
+"""Assembles the pages of the site from ``docs/``, in which comments include parts of the repository's documents.
 
 - ``<!-- include: PATH -->`` is a whole document, ``<!-- include: PATH#anchor -->`` one section of it, and
   ``<!-- include: PATH#anchor only -->`` that section without its subsections. PATH is relative to the repository.
 - ``<!-- reference: PACKAGE -->`` is the API reference of a package.
 
-What is included keeps its anchors. Its links, which are relative to the document they stand in, are turned into links
-of the site: to the page that includes the target, or to a copy of the file where no page does.
+Included text keeps its anchors. Its links, which are relative to the included document, are converted to links of the
+site: to the page that includes the target, or to a copy of the file if no page does.
 """
 
 import os
@@ -25,7 +25,7 @@ _SHOWN_BY_BROWSERS = {".png", ".jpg", ".svg", ".gif", ".webp"}
 
 @dataclass(frozen=True)
 class Part:
-    """Lines of one document on a page, and the anchor that each of its headings has there."""
+    """Lines of one document on a page, and the anchors of its headings on that page."""
 
     source: PurePosixPath
     lines: list[Line]
@@ -43,13 +43,13 @@ class Page:
 
 
 class Site:
-    """All pages, and where on them every document and every heading of the repository is.
+    """All pages, and the page and anchor of every included document and heading.
 
     Args:
         root: of the repository.
 
     Raises:
-        ValueError: a page includes what does not exist; all such places are named.
+        ValueError: a page includes something that does not exist; the message lists all such places.
     """
 
     def __init__(self, root: Path) -> None:
@@ -76,7 +76,7 @@ class Site:
         """Write every page, and the files that pages link to, into an empty folder.
 
         Raises:
-            ValueError: links that lead nowhere, all of them named.
+            ValueError: there are broken links; the message lists all of them.
         """
         shutil.rmtree(folder, ignore_errors=True)
         for page in self.pages:
@@ -159,7 +159,7 @@ class Site:
         return lines
 
     def _link(self, page: Page, source: PurePosixPath, where: str, target: str) -> str:
-        """A target of ``source``, as ``page`` has to write it."""
+        """The link on ``page`` to a target of ``source``."""
         if _EXTERNAL.match(target):
             return target
         name, _, slug = target.partition("#")
@@ -186,6 +186,6 @@ class Site:
     def _copy_of(self, path: PurePosixPath) -> PurePosixPath:
         if path.is_relative_to("docs"):
             return path.relative_to("docs")
-        # A browser shows text, and saves what it does not know.
+        # Browsers display text files, and download files of unknown types.
         name = path.name if path.suffix in _SHOWN_BY_BROWSERS else f"{path.name}.txt"
         return PurePosixPath("files") / path.with_name(name)

@@ -1,4 +1,4 @@
-"""The API reference of a package: its public names, then its modules by room. Read from source; nothing is imported."""
+"""The API reference of a package: its public names, then its modules. It is read from source; nothing is imported."""
 
 import ast
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class Module:
 
     @property
     def names(self) -> set[str]:
-        """The public functions and classes that it defines, which are those that the reference shows."""
+        """The public functions and classes that it defines, which the reference shows."""
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         return {node.name for node in self.tree.body if isinstance(node, kinds) and not node.name.startswith("_")}
 
 
 def modules(root: Path, package: str) -> list[Module]:
-    """All modules of a distribution, packages before what is in them.
+    """All modules of a distribution, packages before their modules.
 
     Private ones, ``__main__`` and those of the command line are left out: ``--help`` describes these.
     """
@@ -44,11 +44,11 @@ def modules(root: Path, package: str) -> list[Module]:
 def public_names(face: Module) -> dict[str, str]:
     """The names of a package's ``__all__``, each with the module that defines it.
 
-    A package's ``__init__`` says so twice, to type checkers in imports and to Python in ``lazy_names``; the imports are
-    read here.
+    A package's ``__init__`` declares them twice: in imports for type checkers and in ``lazy_names`` for Python. This
+    function reads the imports.
 
     Raises:
-        ValueError: a name of ``__all__`` is imported from nowhere.
+        ValueError: a name of ``__all__`` is not imported.
     """
     origins, exported = {}, []
     for node in ast.walk(face.tree):
@@ -68,7 +68,7 @@ def _block(name: str, level: int, **options: str) -> str:
 
 
 def page(root: Path, package: str) -> str:
-    """The Markdown of a package's page: directives of mkdocstrings, which fills in what the docstrings say.
+    """The Markdown of a package's page: directives that mkdocstrings replaces by the docstrings.
 
     Raises:
         ValueError: there is no such package.
@@ -77,8 +77,8 @@ def page(root: Path, package: str) -> str:
     if not found:
         raise ValueError(f"packages/{package}/src holds no module")
     face, *rest = found
-    rooms = {module.name for module in rest if module.path.name == "__init__.py"}
-    outside = [module for module in rest if module.name not in rooms and module.name.count(".") == 1]
+    subpackages = {module.name for module in rest if module.path.name == "__init__.py"}
+    outside = [module for module in rest if module.name not in subpackages and module.name.count(".") == 1]
     blocks = [_block(face.name, 1, members="false", show_root_full_path="true")]
     names = public_names(face)
     if names:
@@ -94,8 +94,8 @@ def page(root: Path, package: str) -> str:
     if any(module.names for module in outside):
         blocks.append(f"## Modules of {face.name} {{ #modules }}")
         blocks += [_block(module.name, 3) for module in outside if module.names]
-    for room in sorted(rooms):
-        inside = [module for module in rest if module.name.startswith(f"{room}.") and module.names]
-        blocks.append(_block(room, 2, members="false"))
+    for subpackage in sorted(subpackages):
+        inside = [module for module in rest if module.name.startswith(f"{subpackage}.") and module.names]
+        blocks.append(_block(subpackage, 2, members="false"))
         blocks += [_block(module.name, 3) for module in inside]
     return "\n\n".join(blocks)

@@ -1,4 +1,4 @@
-"""What a reader of the built site would trip over: links that lead nowhere, and markup that was not rendered."""
+"""Checks of the built site: broken links, and markup that was not rendered."""
 
 import re
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class _Page(HTMLParser):
         anchors: ids that a fragment can name.
         links: addresses of links, images, scripts and styles.
         fetched: those that a browser fetches by itself.
-        text: what is neither code nor script.
+        text: text outside code and scripts.
     """
 
     anchors: set[str] = field(default_factory=set)
@@ -36,7 +36,7 @@ class _Page(HTMLParser):
         super().__init__(convert_charrefs=True)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note what a tag names and where it leads."""
+        """Record a tag's anchors and links."""
         if tag not in _VOID:
             self._open.append(tag)
         values = dict(attrs)
@@ -50,7 +50,7 @@ class _Page(HTMLParser):
                 self.fetched.append(address)
 
     def handle_endtag(self, tag: str) -> None:
-        """Leave everything up to the tag that ends."""
+        """Close all elements up to the tag that ends."""
         while self._open and self._open.pop() != tag:
             pass
 
@@ -67,7 +67,7 @@ def _read(path: Path) -> _Page:
 
 
 def problems(site: Path) -> list[str]:
-    """One sentence for everything that is wrong with the pages of a built site; addresses elsewhere are not asked."""
+    """One sentence for each problem of the pages of a built site; external links are not checked."""
     root = site.resolve()
     pages = {path.resolve(): _read(path) for path in sorted(site.glob("**/*.html"))}
     found = [] if pages else [f"{site} holds no page"]

@@ -1,1 +1,1 @@
-"""Mutation testing by hand: realistic one-line mistakes in the four packages, and whether the tests notice each."""
+"""Mutation testing with a fixed list: realistic one-line mistakes, and whether the tests detect each of them."""

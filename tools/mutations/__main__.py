@@ -1,7 +1,7 @@
-"""``python -m mutations``: apply each mutation to a copy of the packages, and see whether its tests fail.
+"""``python -m mutations``: apply each mutation to a copy of the packages, and check whether its tests fail.
 
-The exit status is 0 if every mutation was caught, and 1 if one was missed, took too long, or could not be applied
-because the code has changed. On two cores the whole list takes about an hour.
+The exit status is 0 if every mutation was caught, and 1 if one was missed, timed out, or could not be applied because
+the code has changed. On two cores the whole list takes about an hour.
 """
 
 import argparse
@@ -23,17 +23,15 @@ MUTATIONS = (*wan_model.MUTATIONS, *wan_data.MUTATIONS, *wan_train.MUTATIONS, *w
 
 
 def main() -> int:
-    """Choose, check, run, print."""
+    """Run the selected mutations and print the outcomes."""
     parser = argparse.ArgumentParser(prog="mutations", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations")
-    parser.add_argument("--package", choices=PACKAGES, help="those of one package")
-    parser.add_argument("--jobs", type=int, default=1, help="how many at once, each in a copy of its own")
-    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="for the tests of one mutation")
-    parser.add_argument("--folder", type=Path, help="where the table and the output of the tests go")
-    parser.add_argument("--check", action="store_true", help="only see whether every mutation can still be applied")
-    parser.add_argument(
-        "--no-control", action="store_true", help="leave out the runs that must pass, and those that must fail"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these mutations")
+    parser.add_argument("--package", choices=PACKAGES, help="run only the mutations of one package")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs, each in a copy of its own")
+    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="timeout of a mutation's tests")
+    parser.add_argument("--folder", type=Path, help="folder for the table and the output of the tests")
+    parser.add_argument("--check", action="store_true", help="only check that every mutation can be applied")
+    parser.add_argument("--no-control", action="store_true", help="skip the control runs, which must pass or must fail")
     arguments = parser.parse_args()
     names = [mutation.name for mutation in MUTATIONS]
     assert len(set(names)) == len(names), "every mutation has a name of its own"
@@ -69,7 +67,7 @@ def main() -> int:
 
 
 def stale(root: Path, mutations: Sequence[Mutation]) -> Iterator[str]:
-    """What is to be brought up to date, a sentence a mutation."""
+    """One sentence for each mutation that does not fit the current code."""
     for mutation in mutations:
         try:
             mutate(root, mutation)
@@ -81,7 +79,7 @@ def stale(root: Path, mutations: Sequence[Mutation]) -> Iterator[str]:
 
 
 def run_all(trees: Sequence[Tree], mutations: Sequence[Mutation], limit: float) -> Iterator[Outcome]:
-    """The outcome of each mutation, in order; printed as they come."""
+    """The outcome of each mutation, in order; each is printed when it is known."""
     idle: queue.SimpleQueue[Tree] = queue.SimpleQueue()
     for tree in trees:
         idle.put(tree)

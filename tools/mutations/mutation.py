@@ -1,4 +1,4 @@
-"""What one mutation is."""
+"""The definition of a mutation."""
 
 import dataclasses
 
@@ -7,15 +7,15 @@ PACKAGES = ("wan-model", "wan-data", "wan-train", "wan-infer")
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """A mistake of one line, and the tests that must fail because of it.
+    """A one-line mistake, and the tests that must fail because of it.
 
     Attributes:
-        name: unique in the list, by which it is chosen on the command line.
+        name: unique in the list; selects the mutation on the command line.
         package: the distribution, such as ``wan-model``.
         file: the module, relative to the package's source, such as ``dit/rope.py``.
-        old: a part of a line that stands in the file exactly once.
-        new: what replaces it.
-        harm: what a user would suffer.
+        old: part of a line that occurs in the file exactly once.
+        new: its replacement.
+        harm: the consequence for a user.
         tests: files or single tests, relative to the package's ``tests``, in the order in which they are run.
     """
 

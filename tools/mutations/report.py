@@ -1,4 +1,4 @@
-"""The outcomes as a table."""
+"""Tables of outcomes."""
 
 import collections
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def line_of(outcome: Outcome) -> str:
 
 
 def counts(outcomes: Sequence[Outcome]) -> str:
-    """How many were caught, of all and of each package."""
+    """The number of caught mutations, in total and per package."""
 
     def caught(chosen: Sequence[Outcome]) -> str:
         return f"{sum(one.verdict == 'caught' for one in chosen)} of {len(chosen)}"
@@ -28,8 +28,8 @@ def counts(outcomes: Sequence[Outcome]) -> str:
 
 
 def to_markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table, with the counts above it."""
-    lines = [counts(outcomes), "", "| mutation | package | a user would suffer | verdict | seconds | test |"]
+    """A Markdown table with the counts above it."""
+    lines = [counts(outcomes), "", "| mutation | package | consequence | verdict | seconds | test |"]
     lines.append("|---|---|---|---|---:|---|")
     for one in outcomes:
         of = one.mutation
@@ -40,7 +40,7 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
 
 
 def write(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """The table, and pytest's output of every mutation that was not caught."""
+    """Write the table, and pytest's output for every mutation that was not caught."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mutations.md").write_text(to_markdown(outcomes), encoding="utf-8")
     for one in outcomes:

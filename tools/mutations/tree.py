@@ -1,4 +1,4 @@
-"""A copy of the packages that mutations are applied to, so that the checkout itself is never changed."""
+"""A copy of the packages that mutations are applied to, so that the checkout is never changed."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ class CopyNotUsedError(RuntimeError):
 
 
 class Tree:
-    """Sources and tests of all packages in a folder of their own.
+    """A copy of the sources and tests of all packages.
 
     Args:
         root: of the repository.
@@ -32,12 +32,12 @@ class Tree:
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's variables, with the copy's sources before everything that is installed."""
+        """This process's environment variables, with the copy's sources first on the import path."""
         sources = [str(self.folder / "packages" / package / "src") for package in PACKAGES]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(sources)}
 
     def check_imports(self) -> None:
-        """Make sure that processes of this environment import the copy.
+        """Check that processes with this environment import the copy.
 
         Raises:
             CopyNotUsedError: naming a module that comes from elsewhere.
@@ -53,7 +53,7 @@ class Tree:
 
     @contextlib.contextmanager
     def mutated(self, mutation: Mutation) -> Iterator[None]:
-        """The copy with a mutation applied, for as long as the block runs.
+        """Apply a mutation to the copy while the block runs.
 
         Raises:
             ValueError: see ``mutate``.
@@ -64,7 +64,7 @@ class Tree:
 
     @contextlib.contextmanager
     def replaced(self, path: Path, text: str) -> Iterator[None]:
-        """A file of the copy with another content, for as long as the block runs."""
+        """Replace the content of a file of the copy while the block runs."""
         before = path.read_text(encoding="utf-8")
         try:
             _write(path, text)
@@ -93,6 +93,6 @@ def mutate(root: Path, mutation: Mutation) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    # Compiled code is recognised by time in seconds and size, which may both be the same.
+    # Python recognises stale bytecode by modification time in seconds and size, which may both be unchanged.
     for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
         compiled.unlink()

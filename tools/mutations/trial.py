@@ -1,4 +1,4 @@
-"""Running tests on a copy, and what that says of a mutation."""
+"""Running the tests of a mutation on a copy, and the resulting verdict."""
 
 import contextlib
 import dataclasses
@@ -23,14 +23,14 @@ _CONTROL = "the control mutation of {package}"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a mutation.
+    """The outcome of a mutation.
 
     Attributes:
-        mutation: which.
+        mutation: the mutation.
         verdict: ``caught`` if a test failed, ``missed`` if all passed.
-        seconds: that the tests took.
-        test: the first one that failed, or why the tests were not run.
-        output: of pytest.
+        seconds: duration of the tests.
+        test: the first test that failed, or the reason why the tests could not run.
+        output: pytest's output.
     """
 
     mutation: Mutation
@@ -77,7 +77,7 @@ def run_tests(tree: Tree, tests: Sequence[str], limit: float, *options: str) -> 
 
 
 def try_mutation(tree: Tree, mutation: Mutation, limit: float) -> Outcome:
-    """Apply a mutation, run its tests until one fails, and take it back."""
+    """Apply a mutation, run its tests until one fails, and revert it."""
     try:
         with tree.mutated(mutation):
             run = run_tests(tree, mutation.test_paths, limit, "-x")
@@ -95,7 +95,7 @@ def try_mutation(tree: Tree, mutation: Mutation, limit: float) -> Outcome:
 
 
 def control_problem(tree: Tree, package: str, mutations: Sequence[Mutation], limit: float) -> str | None:
-    """Why the verdicts on a package's mutations could not be trusted; None if they can.
+    """The reason why the verdicts on a package's mutations are not reliable; None if they are.
 
     A package that cannot be imported must fail, or the tests would be running other code, and the tests must pass on
     the sources as they are.
@@ -115,7 +115,7 @@ def control_problem(tree: Tree, package: str, mutations: Sequence[Mutation], lim
 
 
 def missing_tests(root: Path, mutation: Mutation) -> list[str]:
-    """Those of the named tests that are not there."""
+    """Those of the named tests that do not exist."""
     absent = []
     for test in mutation.test_paths:
         file, _, node = test.partition("::")

@@ -10,9 +10,9 @@ from quickstart.report import table, write_report
 
 
 def main() -> None:
-    """Run the chain, write the report, show the table."""
+    """Run all stages, write the report and print the table."""
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where everything is written")
+    parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="folder for all results")
     folder = parser.parse_args().folder
     chain = Chain(Path.cwd(), folder)
     try:

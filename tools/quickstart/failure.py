@@ -1,15 +1,15 @@
-"""How the quickstart ends when something is not as it claims."""
+"""The error of the quickstart, and a check that raises it."""
 
 
 class QuickstartError(Exception):
-    """One sentence: what was got, what was expected."""
+    """A check failed; the message is one sentence with the actual and the expected value."""
 
 
 def require(holds: bool, sentence: str) -> None:
-    """Go on, or end the quickstart with a sentence.
+    """End the quickstart with a sentence unless a condition holds.
 
     Raises:
-        QuickstartError: the claim does not hold.
+        QuickstartError: it does not hold.
     """
     if not holds:
         raise QuickstartError(sentence)

@@ -1,4 +1,4 @@
-"""The loss curve as a picture, and checks of the pictures and the video that the run leaves behind."""
+"""A plot of the loss curve, and checks of the images and the video that the run writes."""
 
 from pathlib import Path
 
@@ -30,13 +30,13 @@ def draw_losses(runs: dict[str, TrainingLog], path: Path) -> None:
 
 
 def check_video(path: Path, frames: int, height: int, width: int) -> dict[str, float | int]:
-    """Decode the video wholly.
+    """Decode the whole video and check it.
 
     Returns:
         Its frames, height and width, and the deviation of its pixel values (0 would be one flat colour).
 
     Raises:
-        QuickstartError: it is not of the size asked for, or all of one colour.
+        QuickstartError: it does not have the requested size, or has only one colour.
     """
     require(path.is_file(), f"there is no video at {path}")
     with av.open(str(path)) as container:
@@ -52,10 +52,10 @@ def check_video(path: Path, frames: int, height: int, width: int) -> dict[str, f
 
 
 def check_picture(path: Path) -> None:
-    """The file is a PNG of some size.
+    """Check that the file is a PNG image.
 
     Raises:
-        QuickstartError: it is not there, or cannot be decoded.
+        QuickstartError: it does not exist or cannot be decoded.
     """
     require(path.is_file(), f"there is no picture at {path}")
     with av.open(str(path)) as container:

@@ -1,4 +1,4 @@
-"""The quickstart's result: report.json for programs, a table for people."""
+"""The quickstart's result as report.json and as a table."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ def _run_rows(name: str, run: dict[str, Any]) -> list[tuple[str, str]]:
     samples, fill, needed = packing["samples_a_pack"], 100 * packing["fill"], 100 * packing["efficiency"]
     return [
         (name, f"{run['steps']} steps{how}; loss {run['first_loss']:.4f} -> {run['last_loss']:.4f}"),
-        ("  packing", f"{samples} samples a pack; packs {fill:.0f} % full; {needed:.1f} % of computed tokens needed"),
+        ("  packing", f"{samples} samples per pack; packs {fill:.0f} % full; {needed:.1f} % of computed tokens needed"),
     ]
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as lines of two columns."""
+    """The report as a table of two columns."""
     data, video = report["dataset"], report["video"]
     shapes = ", ".join(f"{count} of {shape}" for shape, count in data["shapes"].items())
     rows = [

@@ -1,4 +1,4 @@
-"""The stages of the quickstart: each a headline, a command with its output live on the terminal, and its seconds."""
+"""The stages of the quickstart: each prints a headline, the output of its commands, and its duration."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ from quickstart.failure import QuickstartError
 
 
 class Stages:
-    """Runs one stage after another and remembers how long each took.
+    """Runs stages one after another and records their durations.
 
     Args:
-        count: how many there will be, for the headlines.
-        folder: where the commands run, so that the paths on their command lines are short.
+        count: number of stages, for the headlines.
+        folder: working folder of the commands, so that their paths are short.
     """
 
     def __init__(self, count: int, folder: Path) -> None:
@@ -27,7 +27,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
-        """Announce a stage and time what happens inside it."""
+        """Print a headline and measure the duration of the block."""
         print(f"\n[{len(self.seconds) + 1}/{self.count}] {name}: {what}", flush=True)
         started = time.monotonic()
         yield
@@ -35,7 +35,7 @@ class Stages:
         print(f"      {self.seconds[name]} s", flush=True)
 
     def command(self, *arguments: str) -> None:
-        """Run a program of this environment as a user would type it; its output goes straight to the terminal.
+        """Run a program of this environment; its output goes to the terminal.
 
         Raises:
             QuickstartError: it ended with a non-zero status.
@@ -49,4 +49,4 @@ class Stages:
             )
         status = subprocess.run([path, *rest], cwd=self.folder, check=False, stdin=subprocess.DEVNULL).returncode
         if status:
-            raise QuickstartError(f"`{shlex.join(arguments)}` ended with status {status}; its last lines above say why")
+            raise QuickstartError(f"`{shlex.join(arguments)}` ended with status {status}; see its output above")

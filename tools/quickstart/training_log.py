@@ -1,4 +1,4 @@
-"""What a training run's log says, and whether that is what was asked of the run."""
+"""Reading a training run's log, and checks of it and of the run's checkpoints."""
 
 import json
 import math
@@ -14,14 +14,14 @@ class TrainingLog:
     """A run's ``log.jsonl``.
 
     Attributes:
-        entries: its lines in order: one a step, and an event where the run was resumed.
+        entries: its lines in order: one per step, and an event for each resume.
     """
 
     entries: list[dict[str, Any]]
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of steps."""
+        """The entries of steps."""
         return [entry for entry in self.entries if "loss" in entry]
 
     @property
@@ -30,15 +30,15 @@ class TrainingLog:
         return [float(entry["loss"]) for entry in self.steps]
 
     def resumed_from(self) -> int | None:
-        """The step of the only resumption, which must stand right behind that step's line; None if there was none.
+        """The step that the run resumed from, which must be the last logged step before; None without a resume.
 
         Raises:
-            QuickstartError: several resumptions, or one from another step than the log had reached.
+            QuickstartError: several resumes, or one from another step than the last logged one.
         """
         places = [index for index, entry in enumerate(self.entries) if entry.get("event") == "resumed"]
         if not places:
             return None
-        require(len(places) == 1, f"the log tells of {len(places)} resumptions; expected one")
+        require(len(places) == 1, f"the log has {len(places)} resumes; expected one")
         step = int(self.entries[places[0]]["step"])
         before = [entry["step"] for entry in self.entries[: places[0]] if "loss" in entry]
         require(
@@ -48,14 +48,14 @@ class TrainingLog:
         return step
 
     def packing(self, packs_a_step: int, capacity: int) -> dict[str, float]:
-        """How well samples of mixed shapes fill packs.
+        """The packing efficiency for samples of mixed shapes.
 
         Args:
-            packs_a_step: of all data-parallel ranks together.
-            capacity: tokens that a pack may have.
+            packs_a_step: packs per step, over all data-parallel ranks.
+            capacity: tokens of a pack.
 
         Returns:
-            ``efficiency`` (tokens of samples among those computed), ``fill`` (the same of what the packs could hold),
+            ``efficiency`` (tokens of samples / computed tokens), ``fill`` (tokens of samples / capacity of the packs),
             the two counts of tokens, and ``samples_a_pack``.
         """
         needed = sum(entry["tokens"] for entry in self.steps)
@@ -83,10 +83,10 @@ def read_log(folder: Path) -> TrainingLog:
 
 
 def check_steps(log: TrainingLog, last: int) -> None:
-    """Every step from 1 to ``last`` once, in order, with finite numbers and real data.
+    """Check that the log has every step from 1 to ``last`` once, in order, with finite numbers and samples.
 
     Raises:
-        QuickstartError: naming what is not so.
+        QuickstartError: a check fails.
     """
     numbers = [entry["step"] for entry in log.steps]
     require(
@@ -102,7 +102,7 @@ def check_steps(log: TrainingLog, last: int) -> None:
 
 
 def check_learning(log: TrainingLog) -> None:
-    """The loss of the last quarter of the steps is below that of the first, on average.
+    """Check that the mean loss of the last quarter of the steps is below that of the first quarter.
 
     Raises:
         QuickstartError: it is not.
@@ -115,12 +115,12 @@ def check_learning(log: TrainingLog) -> None:
 
 
 def check_checkpoint(folder: Path, step: int) -> None:
-    """The step's checkpoint is there and is the one that a resumption takes.
+    """Check that the step's checkpoint exists and is the newest one.
 
     Raises:
-        QuickstartError: it is not.
+        QuickstartError: it does not exist, or another one is newer.
     """
     place = folder / f"iter_{step:07d}"
     require((place / ".metadata").is_file(), f"no checkpoint of step {step}: {place} holds no .metadata")
     tracker = (folder / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8").strip()
-    require(tracker == str(step), f"the newest checkpoint in {folder} is said to be of step {tracker}, not {step}")
+    require(tracker == str(step), f"the newest checkpoint in {folder} is of step {tracker}; expected {step}")

@@ -1,7 +1,7 @@
 """``python -m release PACKAGE [--version X.Y.Z]``: prepare the release of one package, and publish nothing.
 
-The version goes into the package's ``__init__``, the changelog's unreleased section under the version and the date.
-Wheel and source distribution are built from a copy and tried in an empty environment; only then do files change.
+The version is written to the package's ``__init__``, and the changelog's unreleased section gets the version and the
+date. Wheel and source distribution are built from a copy and tested in an empty environment before any file changes.
 """
 
 import argparse
@@ -38,14 +38,14 @@ def _next_steps(plan: Plan, output: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Prepare a release, or exit with the reason against it."""
+    """Prepare a release, or exit with the reason why it is refused."""
     parser = argparse.ArgumentParser(prog="release", description=__doc__)
     parser.add_argument("package", help="wan-model, wan-data, wan-train or wan-infer")
     parser.add_argument(
-        "--version", help="of the release; by default __version__, or the next patch if that is released"
+        "--version", help="version of the release; by default __version__, or the next patch if that is released"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check and show, but build and change nothing")
-    parser.add_argument("--offline", action="store_true", help="fetch nothing: use what is installed here; no twine")
+    parser.add_argument("--dry-run", action="store_true", help="check and print, but build and change nothing")
+    parser.add_argument("--offline", action="store_true", help="download nothing: use installed packages; no twine")
     options = parser.parse_args(arguments)
     try:
         plan = make_plan(root, options.package, options.version, datetime.now(UTC).date())

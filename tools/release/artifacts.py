@@ -1,4 +1,4 @@
-"""Wheel and source distribution, built from a copy and tried in an empty environment."""
+"""Wheel and source distribution, built from a copy and tested in an empty environment."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from release.plan import Plan, git
 
 
 class CommandError(Exception):
-    """A command of the build failed; what it printed has been shown."""
+    """A command of the build failed; its output has been printed."""
 
 
 def _run(*command: str | Path, **environment: str) -> None:
@@ -41,12 +41,12 @@ def copy_package(package: Package, edits: Mapping[Path, str], target: Path) -> P
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where distributions are built and tried.
+    """Builds and tests distributions.
 
     Args:
-        scratch: an empty folder for all that is thrown away.
-        offline: fetch nothing: build with the hatchling that is installed here, and try the wheel with the dependencies
-            that are installed here.
+        scratch: an empty folder for temporary files.
+        offline: download nothing: build with the installed hatchling, and test the wheel with the installed
+            dependencies.
     """
 
     scratch: Path
@@ -85,10 +85,10 @@ class Workshop:
 
 
 def make(plan: Plan, workshop: Workshop) -> Path:
-    """Build, check and try the release; the folder with its two files is returned.
+    """Build, check and test the release; returns the folder of its two files.
 
     Raises:
-        CommandError: something of it failed; the working tree is as before.
+        CommandError: a step failed; the working tree is unchanged.
     """
     package = plan.package
     output = package.root / "dist" / f"{package.name}-{plan.version}"

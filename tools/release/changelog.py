@@ -11,7 +11,7 @@ _RELEASED = re.compile(r"(\S+) \((\d{4}-\d{2}-\d{2})\)")
 
 
 def sections(text: str) -> dict[str, str]:
-    """What stands under each heading of the second level, by its title."""
+    """The text of each section of the second level, by its title."""
     headings = list(_SECTION.finditer(text))
     ends = [heading.start() for heading in headings[1:]] + [len(text)]
     return {heading[1]: text[heading.end() : end].strip() for heading, end in zip(headings, ends, strict=True)}

@@ -1,4 +1,4 @@
-"""One of the repository's packages, as its files describe it."""
+"""Metadata of one of the repository's packages, read from its files."""
 
 import re
 import tomllib
@@ -37,7 +37,7 @@ class Package:
 
     @property
     def init(self) -> Path:
-        """The file that holds its version."""
+        """The file that defines its version."""
         return self.folder / "src" / self.module / "__init__.py"
 
     @property
@@ -52,10 +52,10 @@ class Package:
 
     @property
     def version(self) -> Version:
-        """``__version__``, the only place where the version is written down.
+        """``__version__``, the only definition of the version.
 
         Raises:
-            ValueError: it is not written down, or a second time in the pyproject.
+            ValueError: it is not defined, or the pyproject defines it too.
         """
         found = _VERSION.findall(self.init.read_text(encoding="utf-8"))
         if len(found) != 1:
@@ -86,7 +86,7 @@ def packages(root: Path) -> dict[str, Package]:
 
 
 def needed_by(package: Package, every: dict[str, Package]) -> list[Package]:
-    """The packages of the repository that are installed with this one, each after those that it needs itself."""
+    """The packages of the repository that this one depends on, each after its own dependencies."""
     ordered: list[Package] = []
 
     def add(one: Package) -> None:

@@ -1,4 +1,4 @@
-"""What a release changes, and every reason to refuse it. Nothing is written here."""
+"""The changes of a release, and the checks that can refuse it. Nothing is written here."""
 
 import subprocess
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from release.package import Package, needed_by, packages
 
 @dataclass(frozen=True)
 class Plan:
-    """A release that nothing speaks against.
+    """A release that has passed the checks.
 
     Attributes:
-        package: what is released.
-        version: the new one.
+        package: the package to release.
+        version: the new version.
         changes: its section of the changelog.
         edits: the new text of each file that changes.
-        siblings: packages of this repository that it needs, those that others need first.
+        siblings: packages of this repository that it depends on, dependencies first.
         unreleased: those of them whose version has not been released.
     """
 
@@ -39,7 +39,7 @@ class Plan:
 
 
 def git(root: Path, *arguments: str) -> str:
-    """What a git command prints."""
+    """The output of a git command."""
     return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
 
 
@@ -53,7 +53,7 @@ def make_plan(root: Path, name: str, wanted: str | None, day: date) -> Plan:
         day: the date of the release.
 
     Raises:
-        ValueError: why the package cannot be released so.
+        ValueError: the release is refused; the message is the reason.
     """
     every = packages(root)
     if name not in every:

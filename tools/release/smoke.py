@@ -1,4 +1,4 @@
-"""``smoke.py NAME VERSION SCRIPT...`` in a fresh environment: the installed package is the one that was to be released.
+"""``smoke.py NAME VERSION SCRIPT...`` in a new environment: check that the installed package is the released one.
 
 Imports nothing of this repository but the package.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main(name: str, expected: str, scripts: list[str]) -> None:
-    """Check import, version, metadata and command lines; exit with a sentence if something is wrong."""
+    """Check import, version, metadata and command lines; exit with a sentence if a check fails."""
     module = importlib.import_module(name.replace("-", "_"))
     site_packages = Path(sysconfig.get_path("purelib")).resolve()
     if module.__file__ is None or site_packages not in Path(module.__file__).resolve().parents:
