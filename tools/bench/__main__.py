@@ -1,4 +1,4 @@
-"""``python -m bench [--folder FOLDER] [--of model|data|train|infer] [--quick]``: what it costs, as tables."""
+"""``python -m bench [--folder FOLDER] [--of model|data|train|infer] [--quick]``: tables of speed and memory."""
 
 import argparse
 import itertools
@@ -16,7 +16,7 @@ from bench.report import Table, to_markdown
 
 
 def conditions() -> dict[str, str]:
-    """What the figures depend on besides the code."""
+    """Versions and hardware that the figures depend on."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -37,14 +37,16 @@ def conditions() -> dict[str, str]:
 
 
 def main() -> int:
-    """Run, print, write."""
+    """Run the benchmarks, print the tables and write them to files."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("bench"), help="where the tables go")
-    parser.add_argument("--quick", action="store_true", help="few rounds of small sizes: to see that it runs")
+    parser.add_argument("--folder", type=Path, default=Path("bench"), help="folder for the tables")
+    parser.add_argument("--quick", action="store_true", help="few rounds of small sizes, only to check that it runs")
     parser.add_argument(
-        "--of", choices=["all", "model", "data", "train", "infer"], default="all", help="which package is timed"
+        "--of", choices=["all", "model", "data", "train", "infer"], default="all", help="package to benchmark"
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: all there are")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the CPU, and a GPU if there is one"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("--device is cuda and there is no CUDA device here; leave it out", file=sys.stderr)
@@ -58,7 +60,7 @@ def main() -> int:
         for table in itertools.chain.from_iterable(runs):
             tables.append(table)
             print("\n" + to_markdown(table), flush=True)
-            # Written after each table, so that a run that is cut short leaves what it had.
+            # Written after each table, so that an interrupted run keeps its finished tables.
             _write(arguments.folder / name, surroundings, tables)
         if tables:
             print(f"\nwritten: {arguments.folder / name}.md and .json", flush=True)
