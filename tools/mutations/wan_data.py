@@ -11,7 +11,7 @@ MUTATIONS = (
     _of(
         "loader-state-without-waiting-samples", "reading/task_encoder.py",
         '(*PackingDataset._savable_fields, "_carried")', "PackingDataset._savable_fields",
-        "a resume packs the samples that waited for a better pack otherwise than the uninterrupted run",
+        "a resumed run packs the carried-over samples differently from the uninterrupted run",
         "reading/test_loader.py::test_resume_is_exact_from_every_pack_of_an_epoch",
     ),
     _of(
@@ -23,25 +23,25 @@ MUTATIONS = (
     _of(
         "bad-samples-skipped", "reading/loader.py",
         "global_error_handler=reraise_exception,", "",
-        "a damaged sample is left out in silence and training goes on without it",
+        "a damaged sample is silently skipped and training continues",
         "reading/test_loader.py::test_a_refused_sample_ends_the_run_and_is_named",
     ),
     _of(
         "padding-beyond-the-capacity", "reading/packing.py",
         "usable = capacity - capacity % multiple", "usable = capacity",
-        "padded packs exceed the capacity that memory was planned for",
+        "padded packs exceed the capacity and may run out of memory",
         "reading/test_packing.py",
     ),
     _of(
         "blend-weights-ignored", "reading/loader.py",
         "dataclasses.replace(loaded, weight=one.part.weight)", "loaded",
-        "a blend draws its datasets in equal shares whatever weights it names",
+        "a blend draws its datasets equally often and ignores the weights",
         "reading/test_blends.py",
     ),
     _of(
         "known-split-forgotten", "prepare/shard_batches.py",
         'content: known.get(content) or ("val" if draw <', 'content: ("val" if draw <',
-        "a copy of a validation clip that is added later goes into training",
+        "a copy of a validation clip that is added later is put into the train split",
         "prepare/test_shard_batches.py",
     ),
     _of(
@@ -53,7 +53,7 @@ MUTATIONS = (
     _of(
         "replaced-clip-of-equal-size", "prepare/probe.py",
         '[value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]', 'value.get("bytes") != size',
-        "a clip that was replaced by one of equal size keeps the digest and the frames of the one before",
+        "a clip that was replaced by one of equal size keeps the old digest and frame count",
         "prepare/test_run.py::test_cached_probe_results_are_used_again",
     ),
     _of(
@@ -77,7 +77,7 @@ MUTATIONS = (
     _of(
         "rotation-ignored", "video/decode.py",
         "_rotation(frame) // 90)", "0 * _rotation(frame))",
-        "videos of phones are encoded lying on their side",
+        "rotated videos, such as those of phones, are encoded without rotation",
         "video/test_decode.py",
     ),
     _of(
@@ -89,7 +89,7 @@ MUTATIONS = (
     _of(
         "verify-without-digests", "inspect/verify.py",
         "(digest := sha256_of(path)) != record.sha256", "not (digest := sha256_of(path))",
-        "wan-data verify says that a shard with a flipped bit is whole",
+        "wan-data verify accepts a shard with a flipped bit",
         "inspect/test_verify.py", "test_reliability.py::test_every_cut_and_every_flipped_bit_is_found",
     ),
     _of(
@@ -101,7 +101,7 @@ MUTATIONS = (
     _of(
         "shards-run-code", "shards/serialization.py",
         "weights_only=True", "weights_only=False",
-        "reading a downloaded dataset runs whatever its members hold",
+        "reading a downloaded dataset runs code from its shards",
         "shards/test_serialization.py",
     ),
 )  # fmt: skip

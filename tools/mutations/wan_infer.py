@@ -17,13 +17,13 @@ MUTATIONS = (
     _of(
         "guidance-branches-swapped", "sampling/denoise.py",
         "conditional, unconditional = both", "unconditional, conditional = both",
-        "guidance pushes videos away from the prompt and towards the negative prompt",
+        "guidance moves videos away from the prompt and towards the negative prompt",
         "sampling/test_diffusers_parity.py",
     ),
     _of(
         "one-noise-for-all-videos", "sampling/sampler.py",
         "draw_noise(shape, own) for own in seeds", "draw_noise(shape, seeds[0]) for own in seeds",
-        "videos of one call ignore their own seeds and look alike",
+        "all videos of a call use the first seed",
         "sampling/test_sampler.py",
     ),
     _of(
@@ -35,7 +35,7 @@ MUTATIONS = (
     _of(
         "lora-not-divided-by-its-rank", "loading/lora.py",
         "(rank if own_alpha is None else own_alpha) / rank", "(1 if own_alpha is None else own_alpha)",
-        "an adapter with an alpha changes the weights by its rank times too much",
+        "the change of an adapter with an alpha is too large by a factor of its rank",
         "loading/test_lora.py",
     ),
     _of(
@@ -59,7 +59,7 @@ MUTATIONS = (
     _of(
         "metadata-always-kept", "cli.py",
         'metadata=not given["no_metadata"]', "metadata=True",
-        "--no-metadata has no effect: prompts travel with published files",
+        "--no-metadata has no effect: published files contain the prompts",
         "test_cli.py",
     ),
     _of(

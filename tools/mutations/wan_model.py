@@ -11,13 +11,13 @@ MUTATIONS = (
     _of(
         "rope-axes-swapped", "dit/rope.py",
         "return head_dim - 2 * side, side, side", "return side, side, head_dim - 2 * side",
-        "released weights see rows and columns at wrong angles; videos fall apart",
+        "released weights get wrong rotary angles for rows and columns; videos are destroyed",
         "dit/test_block_reference.py", "dit/test_transformer_parity.py",
     ),
     _of(
         "norm-weight-gradient-of-last-piece", "dit/elementwise.py",
         "grad_weight_D += out.sum(dim=0)", "grad_weight_D = out.sum(dim=0)",
-        "the norms of queries and keys learn from the last tokens of a long pack only",
+        "the norms of queries and keys get gradients only from the last tokens of a long pack",
         "dit/test_elementwise.py",
     ),
     _of(
@@ -30,7 +30,7 @@ MUTATIONS = (
         "padding-before-the-samples", "pack.py",
         "rows.append(rows[0].new_zeros(layout.padding, rows[0].shape[1]))",
         "rows.insert(0, rows[0].new_zeros(layout.padding, rows[0].shape[1]))",
-        "with a padded pack every sample is shifted against its offsets: tokens of one sample count to another",
+        "in a padded pack the rows are shifted against the offsets: tokens of one sample count as another's",
         "dit/test_packs.py",
     ),
     _of(
@@ -90,20 +90,20 @@ MUTATIONS = (
     _of(
         "written-in-place", "system/files.py",
         "partial = path.with_name(", "partial = path; path.with_name(",
-        "a save that fails half way destroys the file that it was to replace",
+        "a failed save destroys the file that it should replace",
         "system/test_files.py",
     ),
     _of(
         "index-runs-code", "weights/training_checkpoint.py",
         'raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")',
         "return super().find_class(module, name)",
-        "opening a downloaded checkpoint runs whatever its index holds",
+        "opening a downloaded checkpoint runs code from its index",
         "weights/test_training_checkpoint.py",
     ),
     _of(
         "partial-checkpoint-accepted", "weights/training_checkpoint.py",
         "    _check_files(path, index)", "    pass",
-        "a checkpoint that was cut while it was written is sampled or exported as the newest",
+        "a truncated checkpoint is sampled or exported as the newest",
         "weights/test_training_checkpoint.py",
     ),
 )  # fmt: skip

@@ -25,7 +25,7 @@ MUTATIONS = (
     _of(
         "pack-numbers-restart-at-a-resume", "data/dataset.py",
         "self.drawn = drawn", "pass",
-        "a resumed run repeats the noise of its first steps: it is not the uninterrupted run",
+        "a resumed run repeats the noise of its first steps and differs from the uninterrupted run",
         "checkpoint/test_resume.py::test_resumed_equals_uninterrupted_to_the_bit",
     ),
     _of(
@@ -37,44 +37,44 @@ MUTATIONS = (
     _of(
         "sequence-parallel-gradients-not-summed", "model/megatron_ops.py",
         "parameter.sequence_parallel = self.sequence_parallel", "parameter.sequence_parallel = False",
-        "under sequence parallelism norms and modulation tables learn from a part of the tokens",
+        "under sequence parallelism norms and modulation tables get gradients from only a part of the tokens",
         f"{_EQUAL}[tensor and sequence, recomputing]",
     ),
     _of(
         "tensor-parallel-norm-gradient", "model/megatron_ops.py",
         "copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))",
         "reduce_from_tensor_model_parallel_region(squares)",
-        "under tensor parallelism the gradient of queries and keys misses what the other ranks' heads say",
+        "under tensor parallelism the gradient of queries and keys lacks the contribution of the other ranks' heads",
         f"{_EQUAL}[tensor]",
     ),
     _of(
         "embedders-of-stages-drift-apart", "model/provider.py",
         "parameter.pipeline_parallel = True", "parameter.pipeline_parallel = False",
-        "with pipeline stages each stage learns a timestep embedder of its own",
+        "the copies of the timestep embedder on the pipeline stages diverge",
         f"{_EQUAL}[data x pipeline]",
     ),
     _of(
         "average-decays-the-wrong-way", "model/ema.py",
         "1 - self.decay)", "self.decay)",
-        "the average of the weights is nearly the last step's weights",
+        "the EMA nearly equals the weights of the last step",
         "loop/test_plain_training.py",
     ),
     _of(
         "average-not-restored", "model/provider.py",
         "self.ema.load(saved)", "self.ema.reset()",
-        "each resume begins the average of the weights anew",
+        "each resume restarts the EMA",
         "loop/test_bf16.py::test_resumes_to_the_bit",
     ),
     _of(
         "validation-noise-not-seeded", "loop/validation.py",
         "torch.randn(stop - start, clean.shape[1], generator=generator)", "torch.randn(stop - start, clean.shape[1])",
-        "validation losses differ from step to step and from run to run by their noise",
+        "validation losses of different steps and runs use different noise and cannot be compared",
         "loop/test_metrics.py::test_a_validation_does_not_depend_on_how_samples_are_packed",
     ),
     _of(
         "infinite-gradient-steps", "loop/nan_guard.py",
         "norm is not None and not math.isfinite(norm)", "norm is not None and math.isnan(norm)",
-        "a step with an infinite gradient ruins the weights, and the next checkpoint with them",
+        "a step with an infinite gradient destroys the weights and the next checkpoint",
         "loop/test_nan_guard.py",
     ),
     _of(
@@ -87,7 +87,7 @@ MUTATIONS = (
         "only-sizes-compared", "checkpoint/record.py",
         "if record_file(folder / name) != files[name]]",
         "if record_file(folder / name).bytes != files[name].bytes]",
-        "a checkpoint with flipped bits is resumed from and ruins the run",
+        "a run resumes from a checkpoint with flipped bits",
         "checkpoint/test_folder.py",
     ),
     _of(
@@ -105,13 +105,13 @@ MUTATIONS = (
     _of(
         "loader-state-runs-code", "checkpoint/folder.py",
         "weights_only=True", "weights_only=False",
-        "resuming from a downloaded checkpoint runs whatever its loader state holds",
+        "resuming from a downloaded checkpoint runs code from its loader state",
         "test_units.py",
     ),
     _of(
         "refused-dry-run-exits-0", "cli.py",
         "        return 2", "        return 0",
-        "scripts take a configuration that cannot run for a good one",
+        "the exit status is 0 for an invalid configuration",
         "config/test_configurations.py::test_a_dry_run_refuses_what_cannot_be",
     ),
     _of(
