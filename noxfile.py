@@ -171,7 +171,7 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Every package's unit tests and the integration tests, in parallel."""
+    """Run every package's unit tests and the integration tests, in parallel."""
     prepare_environment(session)
     pytest(session, *TESTS)
 
@@ -212,7 +212,7 @@ def soak_reliability(session: nox.Session) -> None:
 
 @nox.session(name="soak-rounding", venv_backend="none", tags=["soak"])
 def soak_rounding(session: nox.Session) -> None:
-    """Every test with a rounding bound, with 100 seeds, on the kernels of older processors and of this one."""
+    """Run the tests with rounding bounds with 100 seeds, on the kernels of older processors and of this one."""
     prepare_environment(session)
     for name, kernels in KERNELS.items():
         session.log(f"kernels: {name}")

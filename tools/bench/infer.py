@@ -33,7 +33,7 @@ PROMPT, NEGATIVE = "A rabbit wakes in a meadow and looks up at a butterfly.", "b
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is sampled.
+    """The videos to sample.
 
     Attributes:
         config: the transformer's sizes.
@@ -51,11 +51,11 @@ class Shape:
 
     @property
     def latent(self) -> tuple[int, int, int, int]:
-        """Its shape."""
+        """Shape of the latent."""
         return 16, 1 + (self.frames - 1) // 4, self.height // 8, self.width // 8
 
     def arguments(self, model: Path, file: Path) -> list[str]:
-        """The same for the command."""
+        """The arguments of ``wan-infer``."""
         return [
             *("--model", str(model), "--prompts", PROMPT, "--negative-prompt", NEGATIVE, "--save-file", str(file)),
             *("--sizes", f"{self.width}*{self.height}", "--frame-nums", str(self.frames)),
@@ -184,7 +184,7 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
 
 
 def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
-    """From the start of the process to the finished file."""
+    """Time from the start of the process to the finished file."""
     threads = torch.get_num_threads()
     spent: dict[str, list[float]] = {}
 

@@ -27,7 +27,7 @@ class Package:
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """Its folder."""
         return self.root / "packages" / self.name
 
     @property
@@ -69,12 +69,12 @@ class Package:
         return _VERSION.sub(f'__version__ = "{version}"', self.init.read_text(encoding="utf-8"))
 
     def requirements(self) -> list[Requirement]:
-        """Everything that it requires, with every extra."""
+        """Its requirements, including those of all extras."""
         extras = self.project.get("optional-dependencies", {}).values()
         return [Requirement(text) for group in (self.project["dependencies"], *extras) for text in group]
 
     def requirements_on(self, names: set[str]) -> list[Requirement]:
-        """What it requires of these distributions, itself left out."""
+        """Its requirements on the given distributions, except itself."""
         others = names - {self.name}
         return [one for one in self.requirements() if canonicalize_name(one.name) in others]
 

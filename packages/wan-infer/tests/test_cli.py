@@ -171,7 +171,7 @@ def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tm
         (["--device", "cuda:77"], r"the device cuda:77 was asked for"),
         (["--sample_steps", "0"], r"0 sampling steps"),
         (["--cfg-parallel"], r"divides the processes into two halves and there are 1; start an even number"),
-        (["--cfg-parallel", "--nproc-per-node", "2", "--sample_guide_scale", "1"], r"leaves no second branch"),
+        (["--cfg-parallel", "--nproc-per-node", "2", "--sample_guide_scale", "1"], r"so there is no second branch"),
         (["--shard-weights"], r"--shard-weights needs several processes and there is one; add --nproc-per-node N"),
         (["--lora", "{tmp}/none"], r"no LoRA at .*none"),
         (["--vae-tiles", "97"], r"cannot be cut into 1\*97 tiles"),

@@ -150,11 +150,11 @@ def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: 
         raise ValueError("--nproc-per-node is given under torchrun, which has started the processes")
     _parallel_options(given).check(max(nproc_per_node, started))
     if given["cfg_parallel"] and any(request.settings.guidance == 1 for request in requests):
-        raise ValueError("the guidance scale is 1, which leaves no second branch; leave --cfg-parallel out")
+        raise ValueError("the guidance scale is 1, so there is no second branch; leave --cfg-parallel out")
 
 
 def _run(given: dict[str, Any], requests: list[VideoRequest]) -> dict[str, Any] | None:
-    """The report, from rank 0 alone."""
+    """Run and return the report; only rank 0 has one."""
     job = Job(
         requests=requests,
         fps=given["fps"],

@@ -6,7 +6,7 @@ from typing import Any
 
 PatchSize = tuple[int, int, int]
 
-# diffusers' names beside ours; everything else in its config.json is a switch that Wan 2.1 text-to-video leaves fixed.
+# Our names and diffusers' names. All other fields of its config.json have fixed values in Wan 2.1 text-to-video.
 _DIFFUSERS_NAMES = {
     "num_attention_heads": "num_heads",
     "attention_head_dim": "head_dim",

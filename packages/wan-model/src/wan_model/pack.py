@@ -159,7 +159,7 @@ class LatentPack:
             )
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LatentPack":
-        """The same pack on another device; ``dtype`` applies to the text, the latents stay as they are."""
+        """The same pack on another device; ``dtype`` applies only to the text."""
         return dataclasses.replace(
             self,
             tokens_SC=self.tokens_SC.to(device, non_blocking=True),

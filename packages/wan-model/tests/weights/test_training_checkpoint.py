@@ -130,7 +130,7 @@ def test_partial_is_never_chosen_and_named_when_asked_for(run: Path, damage: str
 def test_absent_ones_are_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no checkpoint of step 15; it has 10, 20"):
         find_checkpoint(run, 15)
-    with pytest.raises(ValueError, match=r"is one checkpoint, of step 10; step 20 was asked for"):
+    with pytest.raises(ValueError, match=r"is one checkpoint, of step 10; step 20 was requested"):
         find_checkpoint(run / "iter_0000010", 20)
     with pytest.raises(ValueError, match=r"no checkpoint folder at .*nowhere"):
         find_checkpoint(tmp_path / "nowhere")

@@ -81,7 +81,7 @@ def plot_statistics(found: dict[str, Any], path: Path, *, pad_multiple: int = 1,
     """Write a PNG with histograms of samples and texts, and the fill of packs of several capacities.
 
     Args:
-        found: the result of ``statistics.inspect``.
+        found: the result of ``wan_data.inspect.statistics.inspect``.
         path: of the PNG.
         pad_multiple, packing_buffer: as for ``inspect``.
     """

@@ -28,7 +28,7 @@ class PlannedSource:
     """An accepted source with the windows that become samples.
 
     Attributes:
-        name: see ``sources.SourceFile``.
+        name: see ``wan_data.prepare.sources.SourceFile``.
         path: the file.
         bytes, sha256: size and digest of the file.
         caption: the caption of all its samples.

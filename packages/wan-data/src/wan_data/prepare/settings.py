@@ -22,7 +22,7 @@ class PrepareSettings:
     Attributes:
         mode: ``video``, or ``frames`` for single images from videos and image files.
         fps: target rate; a fraction, so that ``24000/1001`` is exact.
-        windows: ``whole``, ``first`` or ``consecutive`` (see ``windows.plan_windows``).
+        windows: ``whole``, ``first`` or ``consecutive`` (see ``wan_data.video.windows.plan_windows``).
         frames: largest number of frames of a window, 4n+1.
         min_frames: smallest number of frames of a window, 4n+1.
         lengths: allowed numbers of frames of a window, 4n+1 each; replaces ``frames`` and ``min_frames``.
@@ -33,7 +33,8 @@ class PrepareSettings:
         center_crop: keep the aspect ratio and crop the margins; otherwise stretch.
         allow_upscaling: accept sources that are smaller than their bucket.
         caption_key: key of the caption in JSON files and listings.
-        max_source_frames, max_source_pixels, max_source_bytes: limits of an accepted source (see ``limits.Limits``).
+        max_source_frames, max_source_pixels, max_source_bytes: limits of an accepted source (see
+            ``wan_data.video.limits.Limits``).
         batch_size: number of windows of one shape that are encoded together; it changes the last digits of latents.
         samples_per_shard: samples of a full shard.
         validation_fraction: share of the sources whose samples go to the ``val`` split.

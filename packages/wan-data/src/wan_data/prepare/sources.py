@@ -66,8 +66,8 @@ def _named(path: Path, folder: Path) -> SourceFile:
 def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettings) -> list[SourceFile]:
     """The rows of a .jsonl, .csv or .parquet file, sorted by name.
 
-    A row has a path under one of ``captions.NAME_KEYS``, relative to ``folder`` or absolute, and the caption under
-    ``settings.caption_key``; other columns are ignored.
+    A row has a path under one of ``wan_data.prepare.captions.NAME_KEYS``, relative to ``folder`` or absolute, and the
+    caption under ``settings.caption_key``; other columns are ignored.
 
     Args:
         listing: the file.

@@ -27,7 +27,7 @@ class SourceRecord:
         split: the split of its samples; None if it was rejected.
         sha256: digest of the file; None if it could not be read.
         bytes: size of the file.
-        samples: number of its samples; their keys are ``writer.sample_key`` of the path.
+        samples: number of its samples; their keys are ``wan_data.shards.writer.sample_key`` of the path.
         shards: names of the shards that hold its samples.
         dropped: number and reason of each window that could not be encoded.
         frames: number of frames at the target rate; 0 if it was rejected.
@@ -75,7 +75,8 @@ class ShapeCount:
 class Manifest:
     """The content of the file; ``complete`` is False until the first batch of shards is finished.
 
-    ``empty_caption`` is the sha256 of the file with the embedding of the empty caption (``reading.empty_caption``).
+    ``empty_caption`` is the sha256 of the file with the embedding of the empty caption
+    (``wan_data.reading.empty_caption``).
     """
 
     complete: bool

@@ -48,7 +48,7 @@ class Job:
         limits: limits of the source.
         windows: the windows to decode; None to decode the source to its end and return its properties.
         size: of the returned frames; None if ``windows`` is None.
-        resize_mode, center_crop: see ``decode.to_size``.
+        resize_mode, center_crop: see ``wan_data.video.decode.to_size``.
     """
 
     path: Path

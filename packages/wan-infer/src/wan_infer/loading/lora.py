@@ -55,7 +55,7 @@ def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.
     Args:
         path: of either.
         config: of the transformer.
-        scale: that B A is multiplied by beside alpha / r; 0 leaves the weights as they are.
+        scale: factor of B A in addition to alpha / r; 0 leaves the weights unchanged.
 
     Raises:
         ValueError: no such file, or tensors that are not a LoRA of this transformer, naming the first.
@@ -80,7 +80,7 @@ def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.
     for key, own in parts.items():
         down, up = own.get("lora_A.weight"), own.get("lora_B.weight")
         if down is None or up is None:
-            raise ValueError(f"{path} holds only a part of what changes {key}; expected lora_A and lora_B")
+            raise ValueError(f"{path} holds only one of lora_A and lora_B for {key}; expected both")
         wanted = shapes.get(key)
         if wanted is None:
             raise ValueError(f"{path} changes {key}, which this transformer does not have; is it for another model?")

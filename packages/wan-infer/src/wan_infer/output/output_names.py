@@ -56,12 +56,10 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def output_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, whose folder is created if absent; it gets its name when the block ends without an error.
-
-    A file of that name is replaced.
+    """A file to write atomically; its folder is created if absent, and an existing file is replaced.
 
     Raises:
-        ValueError: the operating system refuses (a full disk, say), with its reason; no partial file is left.
+        ValueError: the operating system's error, such as a full disk; no partial file is left.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

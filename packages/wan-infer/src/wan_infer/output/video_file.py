@@ -46,7 +46,7 @@ def to_frames(video_3THW: Float[Tensor, "3 T H W"]) -> Frames:
 
 
 def _encode_mp4(file: IO[bytes], pieces: Iterable[Frames], fps: int, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write an mp4 while its frames are computed: H.264, 4:2:0, BT.709 limited range, which the file says."""
+    """Write an mp4 while its frames are computed: H.264, 4:2:0, tagged as BT.709 limited range."""
     with av.open(file, "w", format="mp4") as container:
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False)

@@ -1,1 +1,1 @@
-"""What is asked for, checked."""
+"""Requests and options, validated before anything is loaded."""

@@ -15,7 +15,7 @@ class ModelSources:
         model: a folder in diffusers' layout or a hub id: text encoder, autoencoder and, without ``checkpoint``, the
             transformer. None where ``checkpoint``, ``vae_model`` and ``text_model`` are given.
         checkpoint: checkpoint folder of a training run, to take the transformer from.
-        step: which of its checkpoints; the newest complete one by default.
+        step: step of the checkpoint; the newest complete one by default.
         ema: load the EMA of the checkpoint's weights instead of the weights.
         revision: of hub ids.
         vae_model: another model to take the autoencoder from.
@@ -96,7 +96,7 @@ def parse_options(options: SamplerOptions, **sources: Any) -> tuple[ModelSources
 
 @dataclasses.dataclass(frozen=True)
 class ParallelOptions:
-    """How several processes divide the work on a video.
+    """How several processes divide the computation of a video.
 
     Attributes:
         cfg_parallel: compute the two branches of classifier-free guidance in one half of the processes each.
@@ -110,7 +110,7 @@ class ParallelOptions:
         """Refuse a number of processes that these options do not allow.
 
         Raises:
-                ValueError: the message says how many there should be.
+            ValueError: the message says how many there should be.
         """
         if self.cfg_parallel and world_size % 2:
             raise ValueError(

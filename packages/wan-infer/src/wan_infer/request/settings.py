@@ -32,14 +32,14 @@ SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How videos are sampled; the defaults are the official ones.
+    """Sampling settings; the defaults are the official ones.
 
     Attributes:
         steps: evaluations of the model.
         shift: s in sigma <- s * sigma / (1 + (s - 1) * sigma).
         guidance: g in u + g * (c - u); at 1 only the conditional branch c is computed.
         solver: ``unipc`` or ``dpm++`` (both second order), or ``euler`` (first order).
-        negative_prompt: what the unconditional branch u is conditioned on.
+        negative_prompt: prompt of the unconditional branch u.
     """
 
     steps: int = 50
@@ -64,11 +64,11 @@ class VideoRequest:
     """One video.
 
     Attributes:
-        prompt: what it shows.
+        prompt: text of the video.
         width, height: pixels, multiples of 16.
         frames: 4n+1; one frame is a picture.
-        seed: of its noise; the same seed and settings give the same video, alone or among others.
-        settings: how it is sampled.
+        seed: of its noise; the same seed and settings give the same video, independent of other requests.
+        settings: sampling settings.
 
     Raises:
         ValueError: a size or a frame count that the model does not support, naming the nearest.

@@ -42,7 +42,7 @@ def decode_frames(
 
 
 def _gather(parts: list[Tensor], own_tiles: list[Tile], all_tiles: list[Tile], world_size: int) -> Tensor:
-    """The whole frames from every process's tiles, which may differ in size by a few pixels."""
+    """Gather whole frames from the tiles of all processes, which may differ in size by a few pixels."""
     largest = (max(tile.bottom - tile.top for tile in all_tiles), max(tile.right - tile.left for tile in all_tiles))
     length = parts[0].shape[1]
     sent = parts[0].new_zeros(len(own_tiles), 3, length, *largest)

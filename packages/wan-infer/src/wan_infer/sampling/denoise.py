@@ -106,7 +106,7 @@ def _texts_of_branches(
     """The texts that the samples of this process's pack are conditioned on."""
     if settings.guidance == 1:
         if parallelism.branch is not None:
-            raise ValueError("the guidance scale is 1, which leaves no second branch; leave --cfg-parallel out")
+            raise ValueError("the guidance scale is 1, so there is no second branch; leave --cfg-parallel out")
         return list(texts)
     assert negative_text is not None, "guidance needs the negative prompt's embedding"
     both = [list(texts), [negative_text] * len(texts)]

@@ -52,7 +52,7 @@ class LatentCodec:
     Args:
         spec: the latent space, with the statistics that latents are normalised by.
         vae: diffusers' ``AutoencoderKLWan``, or None.
-        decoder: decodes latents, or None; by default made from the weights of ``vae``.
+        decoder: decodes latents, or None; by default created with the weights of ``vae``.
         text_encoder: UMT5's encoder, or None.
         tokenizer: the text encoder's tokenizer, or None.
     """

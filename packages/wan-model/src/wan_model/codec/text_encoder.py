@@ -24,7 +24,7 @@ from wan_model.extras import requires_extra
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 _STEM = "model"
-# Files hold the embedding under either name, or under both.
+# Files store the embedding under one of these names, or under both.
 _TIED_KEY = "encoder.embed_tokens.weight"
 
 

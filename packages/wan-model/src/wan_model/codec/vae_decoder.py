@@ -50,7 +50,7 @@ class CausalConv(nn.Conv3d):
 
 
 class Conv2d(nn.Conv2d):
-    """A 2D convolution, left uninitialised."""
+    """A 2D convolution without initialisation."""
 
     def reset_parameters(self) -> None:
         """No-op: the weights are loaded later."""

@@ -67,7 +67,7 @@ class Ops(Protocol):
         """This rank's rows of the sequence."""
 
     def gather_tokens(self, x_SD: Tensor) -> Tensor:
-        """All rows, on every rank; the gradient that comes back is the same on every rank."""
+        """All rows, on every rank; the incoming gradient is the same on every rank."""
 
     def enter_tokens(self, x_SD: Tensor) -> Tensor:
         """All rows, as the input of column-linears."""
@@ -135,7 +135,7 @@ class TorchOps:
         return RMSNorm(width, eps)
 
     def local_heads(self, heads: int) -> int:
-        """All of them."""
+        """All heads."""
         return heads
 
     def shard_tokens(self, x_SD: Tensor) -> Tensor:
@@ -164,10 +164,10 @@ class TorchOps:
         return rows.part(self.context.rank, self.context.ranks) if self.context else rows
 
     def on_token_rows(self, module: nn.Module) -> None:
-        """Nothing to declare."""
+        """No-op."""
 
     def partition(self, parameter: nn.Parameter) -> tuple[int, int, int] | None:
-        """Every parameter is whole."""
+        """None: no parameter is split."""
         return None
 
     def self_attention(self, q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, offsets: Offsets) -> Tensor:

@@ -19,7 +19,7 @@ THETA = 10000.0
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """How many values of a head are rotated by the frame, the row and the column index."""
+    """The number of values of a head that are rotated by the frame, the row and the column index."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 

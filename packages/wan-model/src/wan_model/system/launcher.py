@@ -58,12 +58,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the ranks ended.
+    """The result of a launch.
 
     Attributes:
         code: 0; the exit status of the cause, 128 + N if signal N killed that rank; 128 + N if signal N interrupted
             this process.
-        interrupted: whether a signal to this process ended them.
+        interrupted: whether a signal to this process ended the ranks.
     """
 
     code: int

@@ -23,7 +23,7 @@ PATIENCE = 120.0
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Wait for a condition; fail with ``what`` was expected."""
+    """Wait for a condition; the assertion error names ``what`` was expected."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"after {seconds:.0f} s it is still not true that {what}"

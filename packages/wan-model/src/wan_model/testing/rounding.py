@@ -45,8 +45,8 @@ def rounding_scale(
     """The deviation that rounding gives each element of each result.
 
     Args:
-        run: computes named results in float64, and the same ones at every call. Random numbers come from a generator
-            that it makes itself. Operations on other types than float64 are taken to be equal in all runs.
+        run: computes named results in float64, equal at every call. It creates the generators of its random numbers.
+            Operations on other types than float64 are assumed to be equal in all runs.
         dtype: the precision whose rounding is modelled.
         samples: number of runs with noise.
 
@@ -120,11 +120,11 @@ def assert_all_within(actual: Results, expected: Results, scale: Results, factor
 
 
 def assert_rounds_to(actual: Results, exact: Callable[[], Results], factor: int | float = FACTOR) -> None:
-    """Assert that results are what a function gives in float64, but for rounding.
+    """Assert that results equal those of a function in float64 up to rounding.
 
     Args:
         actual: results in one precision.
-        exact: computes the same in float64; see ``rounding_scale``.
+        exact: computes the same results in float64; see ``rounding_scale``.
         factor: deviations that are allowed.
     """
     dtypes = {value.dtype for value in actual.values()}
@@ -173,7 +173,7 @@ class _Rounding(TorchDispatchMode):
 
 @functools.cache
 def _magnitudes(operator: Any) -> Callable[..., Any] | None:
-    """What computes the magnitudes t of an operator's results; None where nothing is rounded."""
+    """The function that computes the magnitudes t of an operator's results; None if nothing is rounded."""
     name = operator._schema.name
     if operator.is_view or name in _EXACT:
         return None
@@ -307,7 +307,7 @@ _EXACT = {
 
 
 class _StepwiseAttention(TorchFunctionMode):
-    """Torch's attention as the operations that its fused kernels consist of, so that each gets its noise."""
+    """Torch's attention as separate operations instead of a fused kernel, so that noise is added to each."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:

@@ -88,13 +88,13 @@ def open_weights(path: Path) -> Iterator[Any]:
     try:
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or copy it again") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); download or copy it again") from error
     with opened as file:
         yield file
 
 
 def weight_files(folder: Path, stem: str) -> dict[str, Path]:
-    """Which safetensors file of a component's folder holds each key.
+    """The safetensors file of each key in a component's folder.
 
     Args:
         folder: the component's folder, e.g. ``transformer``.

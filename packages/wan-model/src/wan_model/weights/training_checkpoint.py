@@ -210,7 +210,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
     if folder.is_dir() and (match or (folder / METADATA).is_file()):
         own = int(match[1]) if match else None
         if step is not None and step != own:
-            raise ValueError(f"{folder} is one checkpoint, of step {own or 'unknown'}; step {step} was asked for")
+            raise ValueError(f"{folder} is one checkpoint, of step {own or 'unknown'}; step {step} was requested")
         _check_complete(folder)
         return folder
     folders = _step_folders(folder)

@@ -110,7 +110,7 @@ def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: s
     """Refuse a set of tensors that is not exactly the model's.
 
     Raises:
-        ValueError: naming the first missing, unexpected or misshapen keys and what was expected.
+        ValueError: keys are missing, unexpected or of another shape; the message names the first of them.
     """
     expected = expected_shapes(config)
     problems = [f"{key} is missing (expected {list(expected[key])})" for key in expected if key not in found]

@@ -25,7 +25,7 @@ LOSS = "loss"
 
 @dataclasses.dataclass
 class Counts:
-    """What this rank has processed since the counts were last taken.
+    """Counts of this rank since ``take_counts`` was last called.
 
     Attributes:
         samples, tokens: of the packs.
