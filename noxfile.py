@@ -154,7 +154,7 @@ def run(session: nox.Session, name: str, *arguments: str, **environment: str) ->
 
 def pytest(session: nox.Session, *folders: str, **environment: str) -> None:
     """Run tests in parallel; ``nox -s NAME -- ARGUMENTS`` passes arguments to pytest."""
-    # Tests that share an expensive fixture have a group mark and run on one worker.
+    # loadgroup hands out one test at a time, in order; the other ways of pytest-xdist begin with long runs of tests.
     options = ["-n", WORKERS, "--dist", "loadgroup", "--durations=10"]
     run(session, "pytest", *folders, *options, *session.posargs, **TESTING, **environment)
 

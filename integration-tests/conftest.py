@@ -1,6 +1,6 @@
 """The chain through the real command lines, run once: every test looks at what a stage left behind.
 
-Nothing of the packages is imported here: they are used as installed programs.
+Nothing of the packages but their support for tests is imported here: they are used as installed programs.
 """
 
 import json
@@ -17,15 +17,16 @@ import av
 import numpy as np
 import pytest
 
+from wan_model.testing.once import Once, once_in, session_folder
+
 TRAIN_STEPS, SAVED_STEP = 6, 3
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The stages are expensive and shared: under xdist all of this folder's tests that use them stay on one worker.
-    for item in items:
-        if Path(__file__).parent in item.path.parents and "run" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("chain"))
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a stage once for all test processes."""
+    return once_in(session_folder(tmp_path_factory, "integration"))
 
 
 @pytest.fixture(scope="session")
@@ -74,9 +75,13 @@ def _write_clip(path: Path, frames: int, height: int, width: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clips(once: Once) -> Path:
     """Three clips of three shapes, with captions of both kinds."""
-    folder = tmp_path_factory.mktemp("clips")
+    return once("clips", _write_clips)
+
+
+def _write_clips(folder: Path) -> None:
+    folder.mkdir()
     for name, suffix, frames, height, width in [
         ("wide", ".json", 36, 64, 128),
         ("tall", ".jsonl", 27, 128, 64),
@@ -85,25 +90,23 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _write_clip(folder / f"{name}.mp4", frames, height, width)
         caption = {"caption": f"A {name} pattern that moves."}
         (folder / f"{name}{suffix}").write_text(json.dumps(caption) + "\n", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    run("python", "-m", "wan_model.tiny", folder)
-    return folder
+def tiny_model(run: Run, once: Once) -> Path:
+    return once("model", lambda folder: run("python", "-m", "wan_model.tiny", folder))
 
 
 @pytest.fixture(scope="session")
-def dataset(run: Run, clips: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "dataset"
-    run(
-        "wan-data", "prepare", "--video-folder", clips, "--output-folder", folder, "--model", tiny_model,
-        "--windows", "consecutive", "--frames", "9", "--area", str(64 * 64), "--samples-per-shard", "2",
-        "--validation-fraction", "0",
-    )  # fmt: skip
-    return folder
+def dataset(run: Run, clips: Path, tiny_model: Path, once: Once) -> Path:
+    def prepare(folder: Path) -> None:
+        run(
+            "wan-data", "prepare", "--video-folder", clips, "--output-folder", folder, "--model", tiny_model,
+            "--windows", "consecutive", "--frames", "9", "--area", str(64 * 64), "--samples-per-shard", "2",
+            "--validation-fraction", "0",
+        )  # fmt: skip
+
+    return once("dataset", prepare)
 
 
 @pytest.fixture(scope="session")
@@ -120,13 +123,13 @@ def train(run: Run) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def chain(
-    train: Callable[..., None], clips: Path, tiny_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Chain:
+def chain(train: Callable[..., None], clips: Path, tiny_model: Path, dataset: Path, once: Once) -> Chain:
     """One run stopped at its first save and resumed, and one of as many steps without a stop."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    stopped, whole = folder / "stopped", folder / "whole"
-    for _ in range(2):  # the same command twice
-        train(dataset, stopped, f"train.exit_interval={SAVED_STEP}")
-    train(dataset, whole)
+
+    def stop_and_resume(folder: Path) -> None:
+        for _ in range(2):  # the same command twice
+            train(dataset, folder, f"train.exit_interval={SAVED_STEP}")
+
+    stopped = once("stopped", stop_and_resume)
+    whole = once("whole", lambda folder: train(dataset, folder))
     return Chain(clips, tiny_model, dataset, stopped, whole)

@@ -11,11 +11,14 @@ TOOLS = Path(__file__).parents[1] / "tools"
 # The tables of a GPU, on the CPU at a tiny size: what they say is not speed, but every row of them is filled.
 GPU_TABLES = """
 import json, torch
-from bench import model_cuda
+from bench import infer, infer_cuda, model_cuda
 from wan_model import WanConfig
 
 config = WanConfig(num_heads=2, head_dim=24, ffn_dim=64, num_layers=1, text_dim=32, text_length=512, freq_dim=32)
-tables = list(model_cuda.tables(torch.device("cpu"), quick=True, config=config, video=(2, 4, 4)))
+tables = [
+    *model_cuda.tables(torch.device("cpu"), quick=True, config=config, video=(2, 4, 4)),
+    *infer_cuda.tables(quick=True, shape=infer.QUICK),
+]
 print(json.dumps([vars(table) for table in tables]))
 """
 
@@ -65,18 +68,8 @@ def test_infer_tables(tmp_path):
     assert [row[5] for row in needs["rows"][:2]] == ["28.3", "167.8"]
 
 
-# Likewise of the sampler's.
-GPU_SAMPLING_TABLES = """
-import json
-from bench import infer, infer_cuda
-
-tables = list(infer_cuda.tables(quick=True, shape=infer.QUICK))
-print(json.dumps([vars(table) for table in tables]))
-"""
-
-
-def test_sampling_tables_of_a_gpu_hang_together():
-    step, whole = json.loads(_python("-c", GPU_SAMPLING_TABLES))
+def test_gpu_tables_name_what_cannot_run():
+    forward, training, step, whole = json.loads(_python("-c", GPU_TABLES))
     theirs, auto, *others = step["rows"]
     assert [row[0] for row in step["rows"]] == [
         "diffusers' WanPipeline", "wan-infer, auto", "wan-infer, cudnn", "wan-infer, flash"
@@ -86,10 +79,6 @@ def test_sampling_tables_of_a_gpu_hang_together():
     assert 0 < float(auto[6]) < 0.05, "they sample the same but for rounding"
     assert all(" needs CUDA" in row[1] for row in others)
     assert 0.01 < float(whole["rows"][0][2]) < 100
-
-
-def test_gpu_tables_name_what_cannot_run():
-    forward, training = json.loads(_python("-c", GPU_TABLES))
     assert [row[0] for row in forward["rows"]] == ["diffusers", "auto", "cudnn", "flash", "varlen"]
     assert [row[:2] for row in training["rows"][:2]] == [["diffusers", "none"], ["diffusers", "block"]]
     assert len(training["rows"]) == 2 + 4 * 3

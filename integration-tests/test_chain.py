@@ -77,15 +77,18 @@ def test_packs_hold_samples_of_several_shapes(chain):
 
 
 @pytest.fixture(scope="module")
-def videos(run, chain, tmp_path_factory):
+def videos(run, chain, once):
     """A video from each saved step, with one seed."""
-    folder = tmp_path_factory.mktemp("videos")
-    for step in (3, 6):
-        run(
-            "wan-infer", "--checkpoint_dir", chain.stopped, "--checkpoint_step", str(step), "--model", chain.model,
-            "--prompts", "A wide pattern that moves.", "--sizes", "96*64", "--frame_nums", "9",
-            "--sample_steps", "4", "--base_seed", "42", "--save_file", folder / f"{step}.mp4",
-        )  # fmt: skip
+
+    def sample(folder: Path) -> None:
+        for step in (3, 6):
+            run(
+                "wan-infer", "--checkpoint_dir", chain.stopped, "--checkpoint_step", str(step), "--model", chain.model,
+                "--prompts", "A wide pattern that moves.", "--sizes", "96*64", "--frame_nums", "9",
+                "--sample_steps", "4", "--base_seed", "42", "--save_file", folder / f"{step}.mp4",
+            )  # fmt: skip
+
+    folder = once("videos", sample)
     return {step: _decode(folder / f"{step}.mp4") for step in (3, 6)}
 
 

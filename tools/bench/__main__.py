@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from bench import data, infer, infer_cuda, model_cpu, model_cuda, train
 from bench.report import Table, to_markdown
 
 
@@ -68,6 +67,9 @@ def main() -> int:
 
 
 def _chosen(arguments: argparse.Namespace) -> dict[str, list[Iterator[Table]]]:
+    # Only now: they import everything that is timed.
+    from bench import data, infer, infer_cuda, model_cpu, model_cuda, train
+
     cpu, quick = arguments.device in ("auto", "cpu"), arguments.quick
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     runs: dict[str, list[Iterator[Table]]] = {}

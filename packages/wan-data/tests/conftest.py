@@ -1,6 +1,5 @@
 """Shared by the tests: shapes checked at run time, tiny clips, a tiny model, one small dataset, running decoders."""
 
-import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for disk_writes and the other 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
+
+from wan_model.testing.once import Once, once_in, session_folder
 
 # Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
 # Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
@@ -30,8 +31,6 @@ from hypothesis import settings  # noqa: E402
 from reused_decoder import ReusedDecoder, end_idle_decoders  # noqa: E402
 
 from wan_data.prepare.settings import PrepareSettings  # noqa: E402
-
-Once = Callable[[str, Callable[[Path], object]], Path]
 
 torch.set_num_threads(1)
 # Machines differ in speed and tests run side by side: a slow example is no failure, and the examples are the same.
@@ -98,20 +97,7 @@ def clip() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Make a file or folder once for all test processes; tests only read it, or copy it."""
-    # Under xdist each worker has its own base folder below a common one.
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def make(name: str, build: Callable[[Path], object]) -> Path:
-        path, done = base / name, base / f"{name}.done"
-        with (base / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
-                build(path)
-                done.touch()
-        return path
-
-    return make
+    return once_in(session_folder(tmp_path_factory, "wan-data"))
 
 
 @pytest.fixture(scope="session")

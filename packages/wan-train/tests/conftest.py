@@ -1,6 +1,5 @@
 """One thread a test process, shapes checked, and runs that several tests check made once."""
 
-import fcntl
 import json
 import os
 import sys
@@ -12,6 +11,9 @@ import jaxtyping
 import pytest
 import torch
 
+from wan_model.testing.once import Once, once_in
+from wan_model.testing.once import session_folder as shared_folder
+
 sys.path.insert(0, str(Path(__file__).parent))  # for training_runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 jaxtyping.install_import_hook(["wan_model", "wan_train.data.mock_data", "wan_train.data.dataset"], "beartype.beartype")
@@ -20,15 +22,11 @@ import training_runs  # noqa: E402  these after the hook
 from plain_training import Reference  # noqa: E402
 from training_runs import EQUALITY_SEED, call, equality_options, train, write_start  # noqa: E402
 
-Once = Callable[[str, Callable[[Path], object]], Path]
-
 
 @pytest.fixture(scope="session", autouse=True)
 def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Common to all test processes."""
-    # Under xdist each worker has its own base below a common one.
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    base = shared_folder(tmp_path_factory, "wan-train")
     training_runs.ranks_folder = base
     yield base
     if training_runs.warm_ranks.cache_info().currsize:
@@ -38,18 +36,7 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def once(session_folder: Path) -> Once:
     """Make a folder once for all test processes."""
-    base = session_folder
-
-    def make(name: str, build: Callable[[Path], object]) -> Path:
-        folder, done = base / name, base / f"{name}.done"
-        with (base / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
-                build(folder)
-                done.touch()
-        return folder
-
-    return make
+    return once_in(session_folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,48 @@
+"""Files and folders that all test processes of a session share, each made once. Linux and macOS."""
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+# Makes ``name`` with the function, which gets its path, unless another process of the session has done so already.
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+class TempPathFactory(Protocol):
+    """Pytest's."""
+
+    def getbasetemp(self) -> Path:
+        """The folder of this process; under pytest-xdist those of all workers lie below a common one."""
+
+
+def session_folder(factory: TempPathFactory, name: str) -> Path:
+    """A folder common to all test processes of this session.
+
+    Args:
+        factory: pytest's ``tmp_path_factory``.
+        name: of the folder, so that packages that are tested in one session do not share their files' names.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once_in(folder: Path) -> Once:
+    """For a fixture ``once`` of session scope: ``once(name, build)`` is the path of what ``build`` made.
+
+    While one process builds, others that want the same wait. Tests only read what was made, or copy it.
+    """
+
+    def make(name: str, build: Callable[[Path], object]) -> Path:
+        path, done = folder / name, folder / f"{name}.done"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                build(path)
+                done.touch()
+        return path
+
+    return make
