@@ -4,12 +4,13 @@ import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 # Makes ``name`` with the function, which gets its path, unless another process of the session has done so already.
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 
+@runtime_checkable
 class TempPathFactory(Protocol):
     """Pytest's."""
 
