@@ -221,7 +221,7 @@ def soak_rounding(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def mutations(session: nox.Session) -> None:
-    """Mutation testing with sixty one-line mistakes (-- --package wan-data, -- --only NAME)."""
+    """Mutation testing with some sixty one-line mistakes (-- --package wan-data, -- --only NAME)."""
     prepare_environment(session)
     run(session, "python", "-m", "mutations", *session.posargs, PYTHONPATH="tools")
 
@@ -274,12 +274,13 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Run ruff, import-linter and hadolint, then the types session."""
+    """Run ruff, import-linter and hadolint, check that mutations can be applied, then run the types session."""
     prepare_environment(session)
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
     run(session, "lint-imports")
     run(session, "hadolint", "docker/Dockerfile")
+    run(session, "python", "-m", "mutations", "--check", PYTHONPATH="tools")
     session.notify("types")
 
 

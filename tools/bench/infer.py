@@ -193,8 +193,8 @@ def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
         for name, value in report["seconds"].items():
             spent.setdefault(name, []).append(value)
 
-    contenders = {"theirs": lambda: _pipeline(shape, model, folder, threads), "ours": ours}
-    times = time_rounds(contenders, 1 if quick else 3, warm_up=not quick)
+    candidates = {"theirs": lambda: _pipeline(shape, model, folder, threads), "ours": ours}
+    times = time_rounds(candidates, 1 if quick else 3, warm_up=not quick)
     parts = ", ".join(f"{name} {median(values):.1f}" for name, values in spent.items())
     where = "the same" if shape.device == "cpu" else f"{shape.width}x{shape.height}, {shape.frames} frames, bf16"
     return Table(

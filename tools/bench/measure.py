@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 
 def time_rounds(
-    contenders: Mapping[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
     finish: Callable[[], object] = lambda: None,
@@ -18,20 +18,20 @@ def time_rounds(
     """Seconds of each function in each round.
 
     Args:
-        contenders: the functions to time, by name.
+        candidates: the functions to time, by name.
         rounds: number of rounds.
         finish: waits for the device to finish its work; called before and after each call.
         warm_up: run one round first, which is not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(0 if warm_up else 1, rounds + 1):
         # The first function may find the caches in another state, so the order rotates with every round.
-        names = list(contenders)
+        names = list(candidates)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             finish()
             start = time.perf_counter()
-            contenders[name]()
+            candidates[name]()
             finish()
             if number:
                 seconds[name].append(time.perf_counter() - start)

@@ -139,8 +139,8 @@ def small_models(quick: bool) -> Table:
             ours, theirs = twins(config, CPU, torch.float32)
             calls = three(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
             for label, wrap in (("forward", forward), ("training", lambda call: training(call, ours, theirs))):  # noqa: B023  called in this turn
-                contenders = {who: wrap(calls[who]) for who in ("ours", "diffusers")}
-                times = time_rounds(contenders, 5 if quick else 150)
+                candidates = {who: wrap(calls[who]) for who in ("ours", "diffusers")}
+                times = time_rounds(candidates, 5 if quick else 150)
                 medians = [seconds(median(times[who])) for who in ("ours", "diffusers")]
                 table.rows.append([name, label, *medians, f"{ratio(times['ours'], times['diffusers']):.3f}"])
     finally:

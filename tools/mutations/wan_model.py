@@ -106,4 +106,29 @@ MUTATIONS = (
         "a truncated checkpoint is sampled or exported as the newest",
         "weights/test_training_checkpoint.py",
     ),
+    _of(
+        "consequence-printed-for-the-cause", "system/launcher.py",
+        "key=lambda item: (item[1].lost_peer, item[1].at)", "key=lambda item: item[1].at",
+        "a lost connection is printed, and not the error of the rank that broke it",
+        "system/test_launcher.py::test_the_cause_is_shown_although_what_follows_from_it_came_first",
+    ),
+    _of(
+        "stopped-rank-undetected", "system/launcher.py",
+        "now - self._stopped_at >= STOPPED_SECONDS:", "now - self._stopped_at < 0:",
+        "a run with one stopped rank waits for ever",
+        "system/test_launcher.py::test_a_short_stop_is_forgiven",
+    ),
+    _of(
+        "ranks-import-from-the-working-folder", "system/launcher.py",
+        'command = [sys.executable, "-P", "-m", module, *arguments]',
+        'command = [sys.executable, "-m", module, *arguments]',
+        "a file torch.py in the folder of a command is run by its ranks",
+        "system/test_launcher.py::test_modules_in_the_working_folder_are_not_imported",
+    ),
+    _of(
+        "ranks-outlive-the-launcher", "system/child_process.py",
+        "            follow_parent(self._parent)", "            pass",
+        "after a kill of the launcher its ranks keep the GPUs",
+        "system/test_launcher.py::test_nothing_outlives_a_killed_launcher",
+    ),
 )  # fmt: skip

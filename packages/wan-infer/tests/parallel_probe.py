@@ -20,8 +20,8 @@ Source = dict[str, str | None]
 Sample = tuple[torch.Tensor, torch.Tensor, dict[str, int]]
 
 
-def sample(model: str, source: Source, seed: int, parallelism: Parallelism, tiles: int) -> Sample:
-    """Latents and frames of two videos; the tokens that the first block is given for one; the weights that are held."""
+def samples(model: str, source: Source, seeds: list[int], parallelism: Parallelism, tiles: int) -> list[Sample]:
+    """By seed: latents and frames of two videos, the tokens that the first block is given for one, the weights held."""
     options: dict[str, Any] = {"device": "cpu", "parallelism": parallelism, "tiles": tiles}
     if source["lora"] is not None:
         options["lora"] = (source["lora"], 0.1)
@@ -29,7 +29,7 @@ def sample(model: str, source: Source, seed: int, parallelism: Parallelism, tile
         sampler = WanSampler.from_pretrained(model, **options)
     else:
         sampler = WanSampler.from_training_checkpoint(source["checkpoint"], model, **options)
-    latents = sampler.sample_latents(PROMPTS, seed=[seed, seed + 1], settings=SETTINGS, **REQUEST)
+    drawn = [sampler.sample_latents(PROMPTS, seed=[seed, seed + 1], settings=SETTINGS, **REQUEST) for seed in seeds]
     tokens: list[int] = []
     handle = sampler.model.blocks["0"].register_forward_pre_hook(
         lambda _, inputs: tokens.append(int(inputs[0].shape[0]))
@@ -40,10 +40,13 @@ def sample(model: str, source: Source, seed: int, parallelism: Parallelism, tile
         (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
         for parameter in sampler.model.blocks.parameters()
     )
-    return latents, sampler.decode(latents), {"tokens": tokens[0], "held": held}
+    numbers = {"tokens": tokens[0], "held": held}
+    return [(latents, sampler.decode(latents), numbers) for latents in drawn]
 
 
-def run_rank(rank: int, world_size: int, model: str, folder: str, seed: int, cases: list[dict[str, Any]]) -> None:
+def run_rank(
+    rank: int, world_size: int, model: str, folder: str, seeds: list[int], cases: list[dict[str, Any]]
+) -> None:
     """A process of its own; results go to ``RANK.pt`` in the folder."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -53,6 +56,8 @@ def run_rank(rank: int, world_size: int, model: str, folder: str, seed: int, cas
     for case in cases:
         options = ParallelOptions(cfg_parallel=case["cfg_parallel"], shard_weights=case["shard_weights"])
         parallelism = Parallelism.initialize(torch.device("cpu"), options)
-        results[case["name"]] = (*sample(model, case["source"], seed, parallelism, case["tiles"]), parallelism.rank)
+        found = samples(model, case["source"], seeds, parallelism, case["tiles"])
+        for seed, one in zip(seeds, found, strict=True):
+            results[case["name"], seed] = (*one, parallelism.rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     parallelism.close()

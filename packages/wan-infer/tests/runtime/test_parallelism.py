@@ -1,12 +1,14 @@
 """Two, three and four gloo processes against one: the same latents and frames, whatever is divided."""
 
+import functools
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parallel_probe import Sample, Source, run_rank, sample
+from parallel_probe import Sample, Source, run_rank, samples
 from safetensors.torch import save_file
 from tiny_sources import tiny_lora, write_checkpoint_of
 
@@ -33,7 +35,9 @@ CASES = {
     3: [case("tokens, heads that do not divide"), case("the same, weights", shard=True)],
     4: [case("guidance x tokens", cfg=True), case("guidance x tokens, weights", cfg=True, shard=True)],
 }
-SECONDS = 300.0
+SEEDS = seeds(3)
+# For the start, and for each seed.
+SECONDS, SECONDS_OF_A_SEED = 300.0, 60.0
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +52,13 @@ def sources(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     }
 
 
-@pytest.fixture(scope="module", params=seeds(3))
-def seed(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
 @pytest.fixture(scope="module")
-def alone(model_folder: Path, sources: dict[str, Source], seed: int) -> dict[str, Sample]:
-    """What one process makes of each source."""
-    return {name: sample(str(model_folder), source, seed, Parallelism(), 1) for name, source in sources.items()}
+def alone(model_folder: Path, sources: dict[str, Source]) -> dict[str, dict[int, Sample]]:
+    """What one process makes of each source with each seed."""
+    return {
+        name: dict(zip(SEEDS, samples(str(model_folder), source, SEEDS, Parallelism(), 1), strict=True))
+        for name, source in sources.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,42 +75,55 @@ def off_by(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-def test_sources_differ(alone: dict[str, Sample]) -> None:
-    assert off_by(alone["checkpoint"][0], alone["released"][0]) > 0.01
-    assert off_by(alone["lora"][0], alone["released"][0]) > 0.01
-
-
-@pytest.mark.rounding
-@pytest.mark.parametrize("count", CASES)
-def test_equal_to_one_process(
-    count: int,
-    seed: int,
-    alone: dict[str, Sample],
+@pytest.fixture(scope="module")
+def several(
     sources: dict[str, Source],
     context: multiprocessing.context.ForkServerContext,
     model_folder: Path,
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[int], list[Any]]:
+    """By the number of processes: what each found, all cases and seeds in one start of them."""
+
+    @functools.cache
+    def start(count: int) -> list[Any]:
+        folder = tmp_path_factory.mktemp(f"{count}-processes")
+        cases = [{**one, "source": sources[one["source"]]} for one in CASES[count]]
+        processes = [
+            context.Process(target=run_rank, args=(rank, count, str(model_folder), str(folder), SEEDS, cases))
+            for rank in range(count)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(SECONDS + SECONDS_OF_A_SEED * len(SEEDS))
+            assert [process.exitcode for process in processes] == [0] * count, "see standard error"
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+    return start
+
+
+def test_sources_differ(alone: dict[str, dict[int, Sample]]) -> None:
+    released, checkpoint, lora = (alone[name][SEEDS[0]][0] for name in ("released", "checkpoint", "lora"))
+    assert off_by(checkpoint, released) > 0.01
+    assert off_by(lora, released) > 0.01
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("count", CASES)
+def test_equal_to_one_process(
+    count: int, seed: int, alone: dict[str, dict[int, Sample]], several: Callable[[int], list[Any]]
 ) -> None:
-    cases = [{**one, "source": sources[one["source"]]} for one in CASES[count]]
-    processes = [
-        context.Process(target=run_rank, args=(rank, count, str(model_folder), str(tmp_path), seed, cases))
-        for rank in range(count)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(SECONDS)
-        assert [process.exitcode for process in processes] == [0] * count, "see standard error"
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)]
+    results = several(count)
     for one in CASES[count]:
-        latents, video, numbers = alone[one["source"]]
+        latents, video, numbers = alone[one["source"]][seed]
         for rank, result in enumerate(results):
-            own_latents, own_video, own_numbers, own_rank = result[one["name"]]
+            own_latents, own_video, own_numbers, own_rank = result[one["name"], seed]
             assert own_rank == rank
             off, pixels_off = off_by(own_latents, latents), float((own_video - video).abs().max())
             print(f"{one['name']}, rank {rank}: latents off by {off:.1e}, pixels by {pixels_off:.1e}")
@@ -122,4 +137,4 @@ def test_equal_to_one_process(
             else:
                 assert own_numbers["held"] == numbers["held"]
         # And every process has the same.
-        assert all(torch.equal(result[one["name"]][0], results[0][one["name"]][0]) for result in results)
+        assert all(torch.equal(result[one["name"], seed][0], results[0][one["name"], seed][0]) for result in results)

@@ -114,8 +114,8 @@ def test_all_end_together(end: str, server: LaunchServer, model_folder: Path, tm
             wait_until(lambda: not job.alive(), "all have ended", 20.0)
         else:
             assert job.alive() == []
-            assert job.said()[-1].startswith(message)
-            assert "Error" not in "".join(job.said()[:-1])
+            assert job.error_lines()[-1].startswith(message)
+            assert "Error" not in "".join(job.error_lines()[:-1])
         assert not video.parent.exists() or not list(video.parent.iterdir())
     finally:
         job.end()

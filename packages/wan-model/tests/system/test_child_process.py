@@ -154,7 +154,7 @@ def test_a_child_ends_with_its_parent(how: str, jobs: list[Job], tmp_path: Path)
     job.process.kill()
     job.code()
     wait_until(lambda: not job.alive(), "all have ended", 20.0)
-    assert job.said() == []
+    assert job.error_lines() == []
 
 
 def test_a_parent_that_is_gone_already_is_noticed() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.elastic.utils import macros
 
 from wan_model.system import launcher
 from wan_model.system.child_process import Failure
@@ -63,6 +64,7 @@ ready()
 SLEEP_WITH_CHILDREN = f"{LEAVE_CHILDREN}time.sleep(600)"
 # Where no other rank fails.
 QUICK = {"_SETTLE_SECONDS": 0.1}
+PROMPT = "a $$5 note, ${local_rank} and $local_rank, 100 % {rank} 'quoted'"
 # As gloo says it.
 LOST_PEER = "raise RuntimeError('[x/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer')"
 
@@ -109,7 +111,7 @@ def test_ranks_that_end_well_leave_nothing(start_ranks: Callable[..., Job], tmp_
     job = start_ranks(LEAVE_CHILDREN)
     assert job.code() == 0
     assert job.alive() == []
-    assert job.said() == []
+    assert job.error_lines() == []
     assert not list(tmp_path.glob("wan-ranks-*"))
 
 
@@ -119,7 +121,7 @@ def test_a_killed_rank_is_named_and_what_follows_in_gloo_is_not(start_ranks: Cal
     os.kill(job.pid(1), signal.SIGSEGV)
     assert job.code() == 128 + signal.SIGSEGV
     assert job.alive() == []
-    assert job.said() == ["Error (rank 1): the process was killed by SIGSEGV"]
+    assert job.error_lines() == ["Error (rank 1): the process was killed by SIGSEGV"]
 
 
 def test_a_rank_killed_for_memory_is_named_and_what_follows_is_not(start_ranks: Callable[..., Job]) -> None:
@@ -129,7 +131,7 @@ def test_a_rank_killed_for_memory_is_named_and_what_follows_is_not(start_ranks: 
     os.kill(job.pid(1), signal.SIGKILL)
     assert job.code() == 128 + signal.SIGKILL
     assert job.alive() == []
-    [line] = job.said()
+    [line] = job.error_lines()
     assert line == "Error (rank 1): the process was killed by SIGKILL; the system does so where memory runs out"
 
 
@@ -137,20 +139,20 @@ def test_a_ranks_sentence_is_the_only_error(start_ranks: Callable[..., Job]) -> 
     job = start_ranks("meet()\nif rank == 1: raise ValueError('step 3 is not to be had')\ntime.sleep(600)", **QUICK)
     assert job.code() == 2
     assert job.alive() == []
-    assert job.said() == ["Error (rank 1): step 3 is not to be had"]
+    assert job.error_lines() == ["Error (rank 1): step 3 is not to be had"]
 
 
 def test_the_cause_is_shown_although_what_follows_from_it_came_first(start_ranks: Callable[..., Job]) -> None:
     seen = "list(Path(os.environ['TMPDIR']).glob('wan-ranks-*/0.json'))"
     job = start_ranks(f"if rank == 0: {LOST_PEER}\nuntil(lambda: {seen})\nraise ValueError('step 3 is not to be had')")
     assert job.code() == 2
-    assert job.said() == ["Error (rank 1): step 3 is not to be had"]
+    assert job.error_lines() == ["Error (rank 1): step 3 is not to be had"]
 
 
 def test_what_users_cannot_mend_is_shown_with_its_traceback(start_ranks: Callable[..., Job]) -> None:
     job = start_ranks("if rank == 0: return 1 / 0\ntime.sleep(600)", **QUICK)
     assert job.code() == 1
-    lines = job.said()
+    lines = job.error_lines()
     assert lines[:2] == ["Error (rank 0):", "Traceback (most recent call last):"]
     assert lines[-1] == "ZeroDivisionError: division by zero"
     assert sum("Error" in line for line in lines) == 2
@@ -159,14 +161,14 @@ def test_what_users_cannot_mend_is_shown_with_its_traceback(start_ranks: Callabl
 def test_what_every_rank_says_is_said_once(start_ranks: Callable[..., Job]) -> None:
     job = start_ranks("meet()\nraise ValueError('no such recipe')")
     assert job.code() == 2
-    assert job.said() == ["Error: no such recipe"]
+    assert job.error_lines() == ["Error: no such recipe"]
 
 
 def test_a_rank_that_only_exits_is_named(start_ranks: Callable[..., Job]) -> None:
     job = start_ranks("if rank == 1: os._exit(5)\ntime.sleep(600)", **QUICK)
     assert job.code() == 5
     assert job.alive() == []
-    assert job.said() == ["Error (rank 1): the process ended with exit status 5"]
+    assert job.error_lines() == ["Error (rank 1): the process ended with exit status 5"]
 
 
 def test_a_stopped_rank_ends_the_run(start_ranks: Callable[..., Job]) -> None:
@@ -175,13 +177,13 @@ def test_a_stopped_rank_ends_the_run(start_ranks: Callable[..., Job]) -> None:
     os.kill(job.pid(1), signal.SIGSTOP)
     assert job.code(SOON) == 1
     assert job.alive() == []
-    [line] = job.said()
+    [line] = job.error_lines()
     assert line.startswith("Error (rank 1): the process was stopped (SIGSTOP) 1 seconds ago")
 
 
 def test_a_short_stop_is_forgiven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = 100.0
-    with launcher.Interrupts() as interrupts, interrupts.in_place_of_torchs():
+    with launcher.Interrupts() as interrupts, interrupts.overriding_torch_handlers():
         rank = launcher.Rank(1, ["sleep", "600"], {}, tmp_path, silent=False)
     monkeypatch.setattr(launcher.time, "monotonic", lambda: clock)
     (pid,) = rank._context.pids().values()
@@ -220,7 +222,7 @@ def test_a_rank_that_hangs_is_found_by_its_peers(start_ranks: Callable[..., Job]
     job = start_ranks(hang.replace("\n    ", "\n"), _CAUSE_SECONDS=0.5)
     assert job.code() == 1
     assert job.alive() == []
-    lines = job.said()
+    lines = job.error_lines()
     assert lines[0] == "Error (rank 0):"
     assert lines[-1].endswith("no failure was reported by rank 1.")
 
@@ -244,7 +246,7 @@ def test_an_interrupt_ends_everything(start_ranks: Callable[..., Job], number: s
     job.process.send_signal(number)
     assert job.code() == 128 + number
     assert job.alive() == []
-    assert job.said() == [f"Ended by {number.name}."]
+    assert job.error_lines() == [f"Ended by {number.name}."]
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -284,7 +286,7 @@ def test_handlers_of_signals_are_restored_and_what_was_ignored_stays_ignored() -
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     try:
         with launcher.Interrupts() as interrupts:
-            with interrupts.in_place_of_torchs():
+            with interrupts.overriding_torch_handlers():
                 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as torch sets its own
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             os.kill(os.getpid(), signal.SIGINT)
@@ -294,6 +296,13 @@ def test_handlers_of_signals_are_restored_and_what_was_ignored_stays_ignored() -
     finally:
         signal.signal(signal.SIGHUP, before)
         signal.signal(signal.SIGINT, interrupt)
+
+
+def test_arguments_reach_the_ranks_as_they_are(server: LaunchServer, tmp_path: Path) -> None:
+    write_ranks("Path(PLACE, f'arguments {rank}').write_text('\\n'.join(sys.argv[1:]))", tmp_path)
+    job = server.start("ranks", tmp_path, arguments=[PROMPT])
+    assert job.code() == 0, job.error_lines()
+    assert [(tmp_path / f"arguments {rank}").read_text() for rank in range(2)] == [PROMPT, PROMPT]
 
 
 def test_modules_in_the_working_folder_are_not_imported(server: LaunchServer, tmp_path: Path) -> None:
@@ -310,8 +319,8 @@ def test_modules_in_the_working_folder_are_not_imported(server: LaunchServer, tm
     )
     write_ranks(f"{body}\nsys.exit(child.exitcode or os.getcwd() != {str(folder)!r})", place)
     job = server.start("ranks", place, cwd=folder)
-    assert job.code() == 0, job.said()
-    assert job.said() == []
+    assert job.code() == 0, job.error_lines()
+    assert job.error_lines() == []
 
 
 # -- under torchrun ---------------------------------------------------------------------------------------------------
@@ -338,7 +347,7 @@ def test_under_torchrun_the_sentence_is_the_only_error_of_ours(start_torchrun: C
     )
     assert job.code() == 1
     assert job.alive() == []
-    lines = job.said()
+    lines = job.error_lines()
     assert [line for line in lines if line.startswith("Error")] == ["Error (rank 1): step 3 is not to be had"]
     assert not any("gloo" in line for line in lines)
     assert any("ValueError: step 3 is not to be had" in line for line in lines), "torchrun's summary has it, too"
@@ -357,7 +366,7 @@ def test_nothing_outlives_a_killed_torchrun(start_torchrun: Callable[[str], Job]
 
 
 def test_torch_does_not_notice_a_stopped_rank(tmp_path: Path) -> None:
-    with launcher.Interrupts() as interrupts, interrupts.in_place_of_torchs():
+    with launcher.Interrupts() as interrupts, interrupts.overriding_torch_handlers():
         context = start_processes(
             "rank", "sleep", args={0: ("600",)}, envs={0: {}}, logs_specs=DefaultLogsSpecs(log_dir=str(tmp_path))
         )
@@ -366,3 +375,7 @@ def test_torch_does_not_notice_a_stopped_rank(tmp_path: Path) -> None:
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
     assert context.wait(0) is None
     context.close(signal.SIGKILL)
+
+
+def test_torchs_agent_replaces_parts_of_arguments() -> None:
+    assert macros.substitute([PROMPT], "1") == ["a $5 note, 1 and 1, 100 % {rank} 'quoted'"]

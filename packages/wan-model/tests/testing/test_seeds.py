@@ -10,7 +10,7 @@ def test_a_few_seeds_by_default_and_many_on_request(monkeypatch: pytest.MonkeyPa
     assert seeds() == [11]
     assert seeds(3, 7) == [3, 7]
     monkeypatch.setenv("WAN_SEEDS", "100")
-    assert seeds(3, 7) == list(range(100))
+    assert seeds(3, 7) == list(range(1, 101))
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "many", "1.5"])

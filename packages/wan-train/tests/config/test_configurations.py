@@ -40,6 +40,8 @@ REFUSED = [
     (["--recipe", "tiny", "mixed_precision=bf16_with_mxfp8_mixed"], "expected null (fp32) or bf16_mixed"),
     (["--recipe", "tiny", "train.train_samples=10"], "train.train_samples is 10; a run's length is train.train_iters"),
     (["--recipe", "tiny", "train.train_iters=null"], "train.train_iters is None; expected at least 1"),
+    (["--recipe", "tiny", "rng.seed=0"], "rng.seed is 0; expected 1 to 4000000000"),
+    (["--recipe", "tiny", "rng.seed=5000000000"], "rng.seed is 5000000000; expected 1 to 4000000000"),
     (["--recipe", "tiny", "train.micro_batch_size=2"], "train.micro_batch_size is 2; a micro-batch is one pack"),
     (["--recipe", "tiny", "checkpoint.pretrained_checkpoint=x"], "use checkpoint.load with checkpoint.finetune=true"),
     (

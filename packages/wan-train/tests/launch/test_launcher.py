@@ -65,7 +65,7 @@ def test_an_error_of_training_reaches_the_launcher(
     job = server.start("ranks", tmp_path, [RunOptions("tiny").to_json()])
     assert job.code() == code
     assert job.alive() == []
-    lines: list[object] = [*job.said()]
+    lines: list[object] = [*job.error_lines()]
     assert [*lines[:2], ..., *lines[-1:]] == said if ... in said else lines == said
 
 
@@ -117,8 +117,8 @@ def test_a_rank_killed_in_training_ends_the_run(start_training: Callable[..., Jo
     os.kill(pids[1], signal.SIGKILL)
     assert job.code(SOON) == 137
     assert job.alive() == []
-    assert [line for line in job.said() if "Error" in line] == [job.said()[-1]]
-    assert job.said()[-1].startswith("Error (rank 1): the process was killed by SIGKILL")
+    assert [line for line in job.error_lines() if "Error" in line] == [job.error_lines()[-1]]
+    assert job.error_lines()[-1].startswith("Error (rank 1): the process was killed by SIGKILL")
 
 
 def test_training_and_its_checkpoint_writers_end_with_a_killed_launcher(start_training: Callable[..., Job]) -> None:

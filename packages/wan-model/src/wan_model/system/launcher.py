@@ -108,7 +108,7 @@ class Interrupts:
             signal.signal(number, before)
 
     @contextlib.contextmanager
-    def in_place_of_torchs(self) -> Iterator[None]:
+    def overriding_torch_handlers(self) -> Iterator[None]:
         """Record signals while torch starts a process: its own handlers raise an exception, which is caught here."""
         from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -329,7 +329,7 @@ def launch(module: str, arguments: Sequence[str], ranks: int, *, first_rank_outp
         stack.callback(lambda: _end(started, interrupts.received))
         base = _rank_variables(folder)
         for number in range(ranks):
-            with interrupts.in_place_of_torchs():
+            with interrupts.overriding_torch_handlers():
                 values = environment(number, ranks, store.port, base)
                 command = [sys.executable, "-P", "-m", module, *arguments]
                 started.append(Rank(number, command, values, folder, silent=first_rank_output and number > 0))

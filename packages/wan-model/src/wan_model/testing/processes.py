@@ -96,7 +96,7 @@ class Job:
                         found.append(int(folder.name))
         return found
 
-    def said(self) -> list[str]:
+    def error_lines(self) -> list[str]:
         """The lines on standard error."""
         return self.errors.read_text().splitlines()
 

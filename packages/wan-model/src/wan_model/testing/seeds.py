@@ -12,7 +12,7 @@ def seeds(*few: int) -> list[int]:
         few: the seeds of an ordinary run; 11 by default.
 
     Returns:
-        These, or 0 to N-1 where the environment variable ``WAN_SEEDS`` is N.
+        These, or 1 to N where the environment variable ``WAN_SEEDS`` is N. Not 0, which Megatron refuses.
 
     Raises:
         ValueError: the variable is not a positive number.
@@ -22,4 +22,4 @@ def seeds(*few: int) -> list[int]:
         return list(few or (11,))
     if not count.isdecimal() or int(count) < 1:
         raise ValueError(f"{VARIABLE} is {count!r}; expected a number of seeds, such as 100")
-    return list(range(int(count)))
+    return list(range(1, int(count) + 1))

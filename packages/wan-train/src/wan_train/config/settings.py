@@ -35,6 +35,8 @@ _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 # Megatron's keys of a transformer that a Wan model supports, in addition to those of parallelism.
 _SUPPORTED = frozenset({"recompute_granularity", "recompute_method", "recompute_num_layers"})
+# Megatron seeds NumPy, which takes 32 bits, with this and an addition for each rank.
+_LARGEST_SEED = 4_000_000_000
 _OURS = {
     "num_layers": "model.transformer.num_layers",
     "num_attention_heads": "model.transformer.num_attention_heads",
@@ -65,6 +67,8 @@ def check_settings(config: Any) -> None:
     for key in ("train.train_iters", "train.global_batch_size"):
         if (value := _value(config, key)) is None or value < 1:
             raise ValueError(f"{key} is {value!r}; expected at least 1")
+    if config.rng.seed is None or not 1 <= config.rng.seed <= _LARGEST_SEED:
+        raise ValueError(f"rng.seed is {config.rng.seed!r}; expected 1 to {_LARGEST_SEED}")
     parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
     fresh, sizes = WanModelProvider(), config.model.wan_config
     follows = {
