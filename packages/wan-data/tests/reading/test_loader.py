@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import multiprocessing
 import random
 import re
 import shutil
@@ -131,8 +132,7 @@ def test_resume_is_exact_from_every_pack_of_an_epoch(mixed_sizes, order, monkeyp
 
 
 def test_resume_with_workers_is_exact_and_can_be_repeated(mixed_sizes):
-    # Energon's workers take seconds to end, so two resumes stand for all. The second one comes after a single pack: a
-    # worker that has not been asked since the first resume keeps its position.
+    # The second resume comes after a single pack: a worker that has not been asked since the first keeps its position.
     whole = mixed(mixed_sizes, num_workers=2)
     packs = iter(whole)
     wanted = drawn(packs, 7)
@@ -235,9 +235,27 @@ def test_a_refused_sample_ends_the_run_and_is_named(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_pass_over_a_split_has_each_sample_once_although_some_are_carried_over(mixed_sizes, workers):
     one = mixed(mixed_sizes, split="val", num_workers=workers)
-    # Workers take seconds to end; that a loader is read again is shown without them.
-    for _ in range(1 if workers else 2):
+    for _ in range(2):
         assert sorted(key for pack in one for key in pack.keys) == [f"key{n}{i:03d}" for n in (3, 4) for i in range(30)]
+
+
+@pytest.mark.parametrize("how", ["deleted", "closed", "left in the middle of a pass"])
+def test_workers_end_when_told(mixed_sizes, how):
+    before = set(multiprocessing.active_children())
+    split = "val" if how.startswith("left") else "train"
+    one = mixed(mixed_sizes, split=split, num_workers=2)
+    packs = iter(one)
+    next(packs)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    if how == "deleted":
+        del one, packs
+    elif how == "closed":
+        one.close()
+    else:
+        del packs
+    # torch terminates workers that it cannot reach after five seconds each.
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_a_shard_of_the_recipe_is_read(tmp_path):

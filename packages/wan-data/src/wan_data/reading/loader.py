@@ -4,8 +4,9 @@ It needs neither torch.distributed nor a GPU nor Megatron-Core: the caller passe
 """
 
 import dataclasses
+import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class PackLoader:
                     f"{max(1, config.num_workers)} workers; each needs at least one"
                 )
         self._loader: Any = None
-        self._packs: Iterator[LatentPack] | None = None
+        self._packs: Generator[LatentPack, None, None] | None = None
 
     @property
     def _endless(self) -> bool:
@@ -147,6 +148,10 @@ class PackLoader:
             watchdog_timeout_seconds=None,
         )
         loader.pin_memory = False
+        if self.config.num_workers:
+            # Energon's reader of dataset.yaml leaves exceptions with their frames in a cycle. Those refer to all frames
+            # that called it and their variables, this loader among them, whose workers should end when it is deleted.
+            gc.collect()
         # torch draws a seed for each iterator, by default from the global generator.
         loader.generator = torch.Generator().manual_seed(self.config.seed)
         return loader
@@ -184,11 +189,21 @@ class PackLoader:
         return self._packs
 
     @staticmethod
-    def _draw(loader: Any) -> Iterator[LatentPack]:
+    def _draw(loader: Any) -> Generator[LatentPack, None, None]:
         # A generator function, so that iter() of Energon's loader is called with the first pack: from then on its state
         # is that of the workers, which have to be started.
-        for sample in loader:
-            yield sample.pack
+        try:
+            for sample in loader:
+                yield sample.pack
+        finally:
+            # Energon's loader and its iterator refer to each other. When they are collected as a cycle, the queues end
+            # before torch has told the workers to, and it waits five seconds for each worker.
+            loader._epoch_iterator = loader._iterator = None
+
+    def close(self) -> None:
+        """End the worker processes of the endless iterator; the deletion of the loader does so, too."""
+        if self._packs is not None:
+            self._packs.close()
 
     def _identity(self) -> dict[str, Any]:
         return {
