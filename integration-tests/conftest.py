@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,10 +16,14 @@ import av
 import numpy as np
 import pytest
 
-from wan_model.testing.once import Once, once_in, session_folder
+from wan_model.testing.once import Once, first_users_first, once_in, session_folder
 
 TRAIN_STEPS, SAVED_STEP = 6, 3
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first_users_first(items, Path(__file__).parent, "whole_run", "stopped_run", "videos")
 
 
 @pytest.fixture(scope="session")
@@ -48,17 +51,6 @@ def run() -> Run:
         return done
 
     return run_program
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Where each stage wrote."""
-
-    clips: Path
-    model: Path
-    dataset: Path
-    stopped: Path
-    whole: Path
 
 
 def _write_clip(path: Path, frames: int, height: int, width: int) -> None:
@@ -123,13 +115,17 @@ def train(run: Run) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def chain(train: Callable[..., None], clips: Path, tiny_model: Path, dataset: Path, once: Once) -> Chain:
-    """One run stopped at its first save and resumed, and one of as many steps without a stop."""
+def stopped_run(train: Callable[..., None], dataset: Path, once: Once) -> Path:
+    """The checkpoints of a run that was stopped at its first save and resumed by the same command."""
 
     def stop_and_resume(folder: Path) -> None:
-        for _ in range(2):  # the same command twice
+        for _ in range(2):
             train(dataset, folder, f"train.exit_interval={SAVED_STEP}")
 
-    stopped = once("stopped", stop_and_resume)
-    whole = once("whole", lambda folder: train(dataset, folder))
-    return Chain(clips, tiny_model, dataset, stopped, whole)
+    return once("stopped", stop_and_resume)
+
+
+@pytest.fixture(scope="session")
+def whole_run(train: Callable[..., None], dataset: Path, once: Once) -> Path:
+    """The checkpoints of a run of as many steps without a stop."""
+    return once("whole", lambda folder: train(dataset, folder))

@@ -32,9 +32,9 @@ def _log(checkpoints: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (checkpoints / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_captions_are_dropped_in_training(train, dataset, chain, tmp_path):
+def test_captions_are_dropped_in_training(train, dataset, whole_run, tmp_path):
     train(dataset, tmp_path, "model.flow.caption_dropout=1.0", "train.exit_interval=3")
-    dropped, kept = _log(tmp_path), _log(chain.whole)
+    dropped, kept = _log(tmp_path), _log(whole_run)
     # The head begins at zero: the first answer does not depend on the text, later ones do.
     assert dropped[0]["loss"] == kept[0]["loss"]
     assert dropped[2]["loss"] != kept[2]["loss"]
@@ -57,8 +57,8 @@ def test_captions_of_both_kinds_reach_the_shards(dataset):
         assert f"A {name} pattern that moves." in text
 
 
-def test_a_resumed_run_equals_one_without_a_stop(chain):
-    stopped, whole = _log(chain.stopped), _log(chain.whole)
+def test_a_resumed_run_equals_one_without_a_stop(stopped_run, whole_run):
+    stopped, whole = _log(stopped_run), _log(whole_run)
     assert [entry["step"] for entry in stopped if entry.get("event") == "resumed"] == [3]
     assert not [entry for entry in whole if "event" in entry]
 
@@ -71,19 +71,19 @@ def test_a_resumed_run_equals_one_without_a_stop(chain):
     assert facts(stopped) == facts(whole)
 
 
-def test_packs_hold_samples_of_several_shapes(chain):
-    samples = [entry["samples"] for entry in _log(chain.whole)]
+def test_packs_hold_samples_of_several_shapes(whole_run):
+    samples = [entry["samples"] for entry in _log(whole_run)]
     assert max(samples) > 1
 
 
 @pytest.fixture(scope="module")
-def videos(run, chain, once):
+def videos(run, stopped_run, tiny_model, once):
     """A video from each saved step, with one seed."""
 
     def sample(folder: Path) -> None:
         for step in (3, 6):
             run(
-                "wan-infer", "--checkpoint_dir", chain.stopped, "--checkpoint_step", str(step), "--model", chain.model,
+                "wan-infer", "--checkpoint_dir", stopped_run, "--checkpoint_step", str(step), "--model", tiny_model,
                 "--prompts", "A wide pattern that moves.", "--sizes", "96*64", "--frame_nums", "9",
                 "--sample_steps", "4", "--base_seed", "42", "--save_file", folder / f"{step}.mp4",
             )  # fmt: skip

@@ -1,12 +1,12 @@
 """A model trained on one codec's latents is not decoded with another's."""
 
 
-def test_sampler_refuses_a_checkpoint_of_another_codec(run, chain, tmp_path):
+def test_sampler_refuses_a_checkpoint_of_another_codec(run, stopped_run, tmp_path):
     other = tmp_path / "other"
     run("python", "-m", "wan_model.tiny", other, "--seed", "1")
     video = tmp_path / "video.mp4"
     done = run(
-        "wan-infer", "--checkpoint_dir", chain.stopped, "--model", other, "--prompts", "A pattern.",
+        "wan-infer", "--checkpoint_dir", stopped_run, "--model", other, "--prompts", "A pattern.",
         "--sizes", "96*64", "--frame_nums", "9", "--sample_steps", "2", "--save_file", video, fails=True,
     )  # fmt: skip
     assert "different latent spaces: model_id" in done.stderr

@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
 
-from wan_model.testing.once import Once, once_in, session_folder
+from wan_model.testing.once import Once, first_users_first, once_in, session_folder
 
 # Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
 # Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
@@ -82,6 +82,10 @@ def write_clip(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first_users_first(items, Path(__file__).parent, "reliability_runs", "payload_runs")
 
 
 @pytest.fixture(scope="session")

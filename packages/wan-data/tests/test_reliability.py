@@ -24,7 +24,7 @@ PROGRAM = Path(__file__).with_name("reliability_runs.py")
 
 
 @pytest.fixture(scope="session")
-def runs(once, clips, tiny_model, length):
+def reliability_runs(once, clips, tiny_model, length):
     """What one process saw of all three, which imports and loads the model once."""
     counts = {"kills": length(200, 12), "full_disk": length(20, 6), "races": length(20, 4)}
 
@@ -49,16 +49,16 @@ def runs(once, clips, tiny_model, length):
     return get
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(runs, length):
-    found = runs("kills")
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(reliability_runs, length):
+    found = reliability_runs("kills")
     print(found)
     assert found["killed"] >= length(200, 12)
     assert found["finished"] >= 1
     assert (found["half_shards"], found["different"]) == (0, 0)
 
 
-def test_a_full_disk_is_named_and_a_rerun_succeeds(runs):
-    found = runs("full_disk")
+def test_a_full_disk_is_named_and_a_rerun_succeeds(reliability_runs):
+    found = reliability_runs("full_disk")
     print(found)
     failed = 0
     for limit, code, said, again, same in found["runs"]:
@@ -72,8 +72,8 @@ def test_a_full_disk_is_named_and_a_rerun_succeeds(runs):
     assert failed >= len(found["runs"]) / 2
 
 
-def test_two_writers_one_wins(runs):
-    found = runs("races")
+def test_two_writers_one_wins(reliability_runs):
+    found = reliability_runs("races")
     print(found)
     lost = 0
     for codes, said, same in found["runs"]:

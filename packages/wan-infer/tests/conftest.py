@@ -8,12 +8,20 @@ import jaxtyping
 import pytest
 import torch
 
+from wan_model.testing.once import Once, once_in, session_folder
+
 if TYPE_CHECKING:
     from wan_infer.sampling.sampler import WanSampler
 
 sys.path.insert(0, str(Path(__file__).parent))  # for parallel_probe
 torch.set_num_threads(1)
 jaxtyping.install_import_hook("wan_infer", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a file or folder once for all test processes."""
+    return once_in(session_folder(tmp_path_factory, "wan-infer"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
 
-from wan_model.testing import seeds  # before the hook: checks would take longer than what it does
+# Before the hook: checks would take longer than what these do.
+from wan_model.testing import seeds
+from wan_model.testing.once import Once, first_users_first, once_in, session_folder
 
 # Before all other imports of wan_model: every annotated function of them checks its shapes from here on.
 jaxtyping.install_import_hook("wan_model", "beartype.beartype")
@@ -75,6 +77,16 @@ def randomise(module: nn.Module, seed: int) -> None:
             else:
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
                 parameter.copy_(noise * fan_in**-0.5)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first_users_first(items, Path(__file__).parent, "processes")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a file once for all test processes."""
+    return once_in(session_folder(tmp_path_factory, "wan-model"))
 
 
 @pytest.fixture(params=seeds(7), ids="seed {}".format)

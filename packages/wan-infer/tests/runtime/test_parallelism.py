@@ -14,6 +14,7 @@ from tiny_sources import tiny_lora, write_checkpoint_of
 
 from wan_infer.runtime.parallelism import Parallelism
 from wan_model.testing import seeds
+from wan_model.testing.once import Once
 
 
 def case(
@@ -53,12 +54,18 @@ def sources(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.fixture(scope="module")
-def alone(model_folder: Path, sources: dict[str, Source]) -> dict[str, dict[int, Sample]]:
+def alone(once: Once, model_folder: Path, sources: dict[str, Source]) -> dict[str, dict[int, Sample]]:
     """What one process makes of each source with each seed."""
-    return {
-        name: dict(zip(SEEDS, samples(str(model_folder), source, SEEDS, Parallelism(), 1), strict=True))
-        for name, source in sources.items()
-    }
+
+    def build(path: Path) -> None:
+        made = {
+            name: dict(zip(SEEDS, samples(str(model_folder), source, SEEDS, Parallelism(), 1), strict=True))
+            for name, source in sources.items()
+        }
+        torch.save(made, path)
+
+    found: dict[str, dict[int, Sample]] = torch.load(once("sampled-alone.pt", build), weights_only=True)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +84,15 @@ def off_by(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def several(
+    once: Once,
     sources: dict[str, Source],
     context: multiprocessing.context.ForkServerContext,
     model_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[int], list[Any]]:
     """By the number of processes: what each found, all cases and seeds in one start of them."""
 
-    @functools.cache
-    def start(count: int) -> list[Any]:
-        folder = tmp_path_factory.mktemp(f"{count}-processes")
+    def start(count: int, folder: Path) -> None:
+        folder.mkdir()
         cases = [{**one, "source": sources[one["source"]]} for one in CASES[count]]
         processes = [
             context.Process(target=run_rank, args=(rank, count, str(model_folder), str(folder), SEEDS, cases))
@@ -102,9 +108,13 @@ def several(
             for process in processes:
                 process.kill()
                 process.join()
+
+    @functools.cache
+    def results(count: int) -> list[Any]:
+        folder = once(f"sampled-in-{count}", functools.partial(start, count))
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
-    return start
+    return results
 
 
 def test_sources_differ(alone: dict[str, dict[int, Sample]]) -> None:

@@ -12,14 +12,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from context_parallel_cases import build, cases, on_each_rank, outcome, run_distributed
 
 from wan_model.testing import assert_all_within, rounding_scale, seeds
+from wan_model.testing.once import Once
 
 SEEDS = seeds(9)
 
 
-@pytest.fixture(scope="module")
-def processes() -> list[dict[str, Any]]:
+@pytest.fixture(scope="session")
+def processes(once: Once) -> list[dict[str, Any]]:
     """What each of four processes found, all seeds and cases in one start of them."""
-    return run_distributed(on_each_rank, 4, SEEDS)
+    path = once("context-parallel.pt", lambda path: torch.save(run_distributed(on_each_rank, 4, SEEDS), path))
+    found: list[dict[str, Any]] = torch.load(path, weights_only=True)
+    return found
 
 
 def whole(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """What all test processes of a session share is made by one of them."""
 
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from wan_model.testing.once import once_in, session_folder
+from wan_model.testing.once import first_users_first, once_in, session_folder
 
 
 def test_is_made_by_one_of_several_at_the_same_time(tmp_path):
@@ -50,3 +52,12 @@ def test_the_folder_is_above_those_of_the_workers(worker, place, tmp_path, monke
             return base
 
     assert session_folder(Factory(), "wan-x") == {"above": tmp_path, "base": base}[place] / "wan-x"
+
+
+def test_first_users_go_to_the_front_and_others_to_the_end():
+    uses = {"a": [], "b": ["run"], "c": ["run", "video"], "d": [], "e": ["run"], "f": ["video", "run"]}
+    items = [SimpleNamespace(name=n, path=Path("/p/tests/t.py"), fixturenames=uses[n]) for n in uses]
+    others = [SimpleNamespace(name=n, path=Path("/q/tests/t.py"), fixturenames=["run"]) for n in "xyz"]
+    mixed = [others[0], *items[:3], others[1], *items[3:], others[2]]
+    first_users_first(mixed, Path("/p/tests"), "run", "video", "absent")
+    assert [item.name for item in mixed] == ["x", "b", "c", "a", "y", "d", "e", "f", "z"]

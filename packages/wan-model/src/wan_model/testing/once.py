@@ -4,7 +4,7 @@ import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 # Makes ``name`` with the function, which gets its path, unless another process of the session has done so already.
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -47,3 +47,27 @@ def once_in(folder: Path) -> Once:
         return path
 
     return make
+
+
+def first_users_first(items: list[Any], folder: Path, *fixtures: str) -> None:
+    """Order the tests below a folder so that test processes rarely wait for what another one makes.
+
+    Of the tests that use one of the fixtures, directly or through another fixture, the first one goes before all tests
+    of the folder, and the others go behind them. Call it in ``pytest_collection_modifyitems``.
+
+    Args:
+        items: all collected tests; changed in place.
+        folder: the tests to order; the others keep their positions.
+        fixtures: the names of fixtures that make something once for all test processes.
+    """
+    places = [place for place, item in enumerate(items) if folder in item.path.parents]
+    own = [items[place] for place in places]
+    first: list[Any] = []
+    for name in fixtures:
+        user = next((item for item in own if name in item.fixturenames), None)
+        if user is not None and user not in first:
+            first.append(user)
+    last = [item for item in own if item not in first and not {*fixtures}.isdisjoint(item.fixturenames)]
+    middle = [item for item in own if item not in first and item not in last]
+    for place, item in zip(places, [*first, *middle, *last], strict=True):
+        items[place] = item
