@@ -13,13 +13,14 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from torch import Tensor
 
 from bench.infer import Shape, given, whole
-from bench.model_cuda import Measured, peak_of
+from bench.model_cuda import Measured
 from bench.models import twins
 from bench.report import Table, gigabytes, seconds
 from wan_infer.request.settings import Settings
 from wan_infer.sampling.denoise import denoise, draw_noise
 from wan_model import WAN_1_3B, PackLayout, TorchOps, pack_flops
 from wan_model.dit.attention import AttentionKind
+from wan_model.system.gpus import peak_tflops
 from wan_model.tiny import write_tiny_wan
 
 VIDEO = Shape(WAN_1_3B, 832, 480, 81, 6, "cuda")
@@ -65,7 +66,7 @@ def steps(shape: Shape, rounds: int) -> Table:
         "operations. bf16 latents differ because the two round at different operations. Target: <= 0.75.",
     )
     tflop = pack_flops(shape.config, layout).forward / 1e12
-    peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     base = Measured(their_run, device, rounds)
 
     def row(name: str, it: Measured, result: Tensor | None) -> list[str]:

@@ -17,20 +17,12 @@ from wan_model import WAN_1_3B, PackLayout, TorchOps, WanConfig, WanDiT, pack_fl
 from wan_model.dit.attention import AttentionKind
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import Grid
+from wan_model.system.gpus import peak_tflops
 
 # 81 frames of 480 x 832: 32,760 tokens.
 VIDEO: Grid = (21, 30, 52)
 # Two videos and sixteen images.
 MIX: list[Grid] = [(11, 30, 52), (6, 30, 52), *[(1, 30, 52)] * 4, *[(1, 16, 16)] * 12]
-
-# Dense bf16 TFLOP/s from the data sheets.
-PEAKS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
-
-
-def peak_of(name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU by its name; None where it is not known. PCIe cards of a kind reach less."""
-    found = [peak for part, peak in PEAKS.items() if part in name]
-    return found[-1] if found else None
 
 
 class Measured:
@@ -77,7 +69,7 @@ def whole_model(device: torch.device, config: WanConfig, grids: list[Grid], roun
     samples = Samples.draw(config, grids, device, dtype)
     tokens, batch = samples.tokens, samples.padded()
     flops = pack_flops(config, PackLayout(tuple(grids)))
-    peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     kinds: list[AttentionKind] = ["auto", "cudnn", "flash", "varlen"]
 
     def our_call() -> Tensor:

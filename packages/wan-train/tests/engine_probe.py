@@ -232,7 +232,7 @@ def _precision_answers() -> dict[str, object]:
     )
     (timesteps,) = seen
     return {
-        "weights": str(next(wrapped.parameters()).dtype),
+        "weights": {key: str(weight.dtype) for key, weight in wrapped.module.dit.named_parameters()},
         "timesteps": [round(value, 6) for value in timesteps.tolist()],
         "velocity": str(out.dtype),
     }

@@ -18,6 +18,7 @@ from training_runs import (
     train,
 )
 
+from wan_model.dit.model import precision_of
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
 
 BF16 = "mixed_precision=bf16_mixed"
@@ -53,8 +54,8 @@ def test_the_optimizer_keeps_what_is_rounded_away(bf16_run: Path) -> None:
     averages = read_tensors(checkpoint, ("ema.",))
     assert set(masters) == set(averages) == set(weights)
     for key, weight in weights.items():
-        assert weight.dtype == torch.bfloat16, key
-        assert torch.equal(masters[key].to(torch.bfloat16), weight), key
+        assert weight.dtype == precision_of(key, torch.bfloat16), key
+        assert torch.equal(masters[key].to(weight.dtype), weight), key
         assert averages[key].dtype == torch.float32
     assert any(not torch.equal(masters[key], weight.float()) for key, weight in weights.items())
 
@@ -71,7 +72,7 @@ def test_two_processes_are_as_near(settings: list[str], bf16_run: Path, start_we
     _, _, weights = read_training_checkpoint(find_checkpoint(tmp_path), dtype=None)
     # Fully sharded checkpoints hold the fp32 masters, of which the weights are made.
     stored = torch.float32 if FULLY_SHARDED in settings else torch.bfloat16
-    assert {weight.dtype for weight in weights.values()} == {stored}
+    assert all(weight.dtype == precision_of(key, stored) for key, weight in weights.items())
 
 
 def test_resumes_to_the_bit(bf16_run: Path, start_weights: Path, tmp_path: Path) -> None:
@@ -85,10 +86,10 @@ def test_resumes_to_the_bit(bf16_run: Path, start_weights: Path, tmp_path: Path)
         assert all(torch.equal(got[key], value) for key, value in wanted.items())
 
 
-def test_timesteps_reach_the_model_unrounded(probed: dict[str, Any]) -> None:
-    """bf16 rounds 999 to 1000; the engine's wrapper rounds whatever has no name."""
-    assert probed["precision"] == {
-        "weights": "torch.bfloat16",
-        "timesteps": [999.0, 0.1],
-        "velocity": "torch.float32",
-    }
+def test_weights_and_timesteps_that_bf16_would_spoil_reach_the_model_in_fp32(probed: dict[str, Any]) -> None:
+    """bf16 rounds 999 to 1000; the engine's wrapper rounds all weights, and whatever input has no name."""
+    found = probed["precision"]
+    assert found["timesteps"] == [999.0, 0.1]
+    assert found["velocity"] == "torch.float32"
+    assert found["weights"] == {key: str(precision_of(key, torch.bfloat16)) for key in found["weights"]}
+    assert {*found["weights"].values()} == {"torch.bfloat16", "torch.float32"}

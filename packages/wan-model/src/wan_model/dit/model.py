@@ -352,6 +352,8 @@ class WanDiT(nn.Module):
         self._check_inputs(x, timesteps_B, text, layout)
         check_recompute(self.recompute)
         embedding_BD, time_B6D = self.condition_embedder.time(timesteps_B)
+        # Once and not in each block, so that its gradient is summed over the blocks in fp32.
+        time_B6D = at_least_fp32(time_B6D)
         texts: Mapping[str, Tensor | tuple[Tensor, Tensor]]
         if isinstance(text, PreparedText):
             length, texts = text.length, text.keys_values

@@ -14,7 +14,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
 from wan_train.checkpoint.folder import ResumePoint, read_loader_state
-from wan_train.loop.metrics import MetricsWriter, StepMetrics, peak_tflops, reduce_metrics
+from wan_train.loop.metrics import MetricsWriter, StepMetrics, peak_of_device, reduce_metrics
 from wan_train.loop.nan_guard import guard_gradient
 from wan_train.loop.step import LOSS, WanForwardStep
 from wan_train.loop.validation import Validator
@@ -61,7 +61,7 @@ class WanCallback(Callback):
         if state.cfg.train.exit_signal_handler:
             state.signal_handler.__enter__()  # Bridge queries it for signals but never installs it
         guard_gradient(context.optimizer, self.step, lambda: state.train_state.step)
-        self.peak = state.cfg.report.peak_tflops or peak_tflops(self.step.device)
+        self.peak = state.cfg.report.peak_tflops or peak_of_device(self.step.device)
         if self.make_validator is not None:
             self.validator = self.make_validator()
         self.started = time.monotonic()

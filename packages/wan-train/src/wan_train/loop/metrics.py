@@ -11,20 +11,17 @@ from typing import Any, TextIO
 import torch
 from megatron.core import parallel_state
 
+from wan_model.system.gpus import peak_tflops
 from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
 from wan_train.loop.validation import ValidationResult
 
-# Dense bf16 TFLOP/s of a device, by a part of its name; from NVIDIA's data sheets of the SXM variants.
-PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
 
-
-def peak_tflops(device: torch.device) -> float | None:
-    """The device's peak; None for an unknown device."""
+def peak_of_device(device: torch.device) -> float | None:
+    """Dense bf16 TFLOP/s of the device; None for the CPU and for an unknown GPU."""
     if not torch.version.cuda or device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return peak_tflops(torch.cuda.get_device_name(device))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,6 +106,11 @@ class MegatronWanDiT(MegatronModule):
             ranks=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         )
 
+    def bfloat16(self) -> "MegatronWanDiT":
+        """Called by Megatron's precision wrapper: to bf16, except the weights that diffusers keeps in fp32."""
+        self.dit.to_precision(torch.bfloat16)
+        return self
+
     def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
         """Called by the schedule with the output of the previous stage."""
         self._received = tensor[0] if isinstance(tensor, list) else tensor
