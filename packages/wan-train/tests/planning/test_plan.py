@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from training_runs import RUN_OPTIONS, run
+from training_runs import RUN_OPTIONS, call, run
 from warm_ranks import Call
 
 from wan_model import WAN_14B
@@ -20,7 +21,7 @@ from wan_train.cli import main
 from wan_train.model.layout import Layout
 from wan_train.planning.hardware import KNOWN, Hardware
 from wan_train.planning.memory import ActivationBytes, StateBytes, parameters_of_stages
-from wan_train.planning.plan import DEFAULT_GPUS, MODELS, candidates, pack_of
+from wan_train.planning.plan import DEFAULT_GPUS, MODELS, RECIPES, candidates, pack_of
 from wan_train.planning.step_time import StepTime
 
 H100 = KNOWN["h100"]
@@ -170,7 +171,8 @@ def test_the_command_prints_a_table_and_the_settings() -> None:
     *_, row, _, settings = result.output.splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[0] == "64"
-    assert settings.startswith("wan-train pretrain ... train.global_batch_size=8 ")
+    command = "wan-train pretrain --recipe wan_14b dataset.path=DATASET checkpoint.save=CHECKPOINTS"
+    assert settings.startswith(f"{command} train.global_batch_size=8 dataset.capacity=32760 ")
     many = CliRunner().invoke(main, ["plan", "--gpus", "8", "--best", "5", "--json"])
     found: list[dict[str, Any]] = json.loads(many.output)
     assert len(found) == 5
@@ -180,6 +182,48 @@ def test_the_command_prints_a_table_and_the_settings() -> None:
     assert [plan["tflops_per_gpu"] for plan in found] == pytest.approx(
         sorted((plan["tflops_per_gpu"] for plan in found), reverse=True), abs=0.1
     )
+
+
+PASTED = [(model, gpus, shape) for model in MODELS for gpus in (8, 64, 1024) for shape in ("81x480x832", "17x480x832")]
+
+
+@pytest.fixture(scope="session")
+def pasted(once: Callable[..., Path]) -> dict[str, list[Any]]:
+    """The plan of each case, and the dry run of its settings."""
+
+    def build(path: Path) -> None:
+        plans, wanted = {}, {}
+        for model, gpus, shape in PASTED:
+            key = f"{model} {gpus} {shape}"
+            planned = CliRunner().invoke(
+                main, ["plan", "--model", model, "--gpus", str(gpus), "--shape", shape, "--json"]
+            )
+            (plans[key],) = json.loads(planned.output)
+            frames, height, width = map(int, shape.split("x"))
+            latent = [1 + (frames - 1) // 4, height // 8, width // 8]
+            samples = pack_of(MODELS[model], (frames, height, width), 43008).num_samples
+            wanted[key] = [
+                *("pretrain", "--recipe", RECIPES[model], "--mock", "--dry-run", "--json", "--world-size", str(gpus)),
+                f"dataset.mock_settings.shapes=[{latent}]".replace(" ", ""),
+                f"dataset.mock_settings.number_packed_samples={samples}", *plans[key]["settings"],
+            ]  # fmt: skip
+        call("rank_calls:command_lines", str(path), wanted)
+        path.write_text(json.dumps({key: [plans[key], *ran] for key, ran in json.loads(path.read_text()).items()}))
+
+    results: dict[str, list[Any]] = json.loads(once("pasted-plans", build).read_text())
+    return results
+
+
+@pytest.mark.parametrize(("model", "gpus", "shape"), PASTED)
+def test_the_settings_train_what_was_planned(model: str, gpus: int, shape: str, pasted: dict[str, list[Any]]) -> None:
+    plan, code, output, errors = pasted[f"{model} {gpus} {shape}"]
+    assert code == 0, errors
+    found = json.loads(output)
+    assert found["layout"] == plan["layout"]
+    assert (found["packs"], found["recompute"]) == (plan["packs"], plan["recompute"])
+    needed = found["state_bytes"]["total"] + found["activation_bytes"][found["recompute"]]
+    assert needed == pytest.approx(plan["memory"]["total"], rel=1e-12)
+    assert found["tokens"] <= plan["packs"] * plan["capacity"]
 
 
 def test_another_gpu_is_described_by_a_file(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import math
 from typing import Any
 
 from megatron.bridge.models.transformer_config import TransformerConfig
-from megatron.core.model_parallel_config import ModelParallelConfig
 
+from wan_train.engine.installed import is_installed
 from wan_train.model.provider import WanModelProvider
 
 # Key, allowed values, and advice for any other value.
@@ -33,8 +33,17 @@ _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("model.virtual_pipeline_model_parallel_size", (None,), "virtual pipeline stages are not supported"),
     ("model.expert_model_parallel_size", (1,), "a Wan model has no experts"),
 )
-# Megatron's keys of a transformer that a Wan model supports, in addition to those of parallelism.
-_SUPPORTED = frozenset({"recompute_granularity", "recompute_method", "recompute_num_layers"})
+# Megatron's keys of a transformer and of its parallelism that have an effect on a Wan model. The exchange between
+# pipeline stages is Megatron's own, so are its keys; the linears use the fusion, if its kernel is installed.
+_SUPPORTED = frozenset(
+    {
+        *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+        *("tensor_model_parallel_size", "sequence_parallel", "context_parallel_size", "pipeline_model_parallel_size"),
+        *("pipeline_model_parallel_comm_backend", "batch_p2p_comm", "batch_p2p_sync", "use_ring_exchange_p2p"),
+        *("deallocate_pipeline_outputs", "gradient_accumulation_fusion", "barrier_with_L1_time", "deterministic_mode"),
+    }
+)
+_FUSION_KERNEL = "fused_weight_gradient_mlp_cuda"
 # Megatron seeds NumPy, which takes 32 bits, with this and an addition for each rank.
 _LARGEST_SEED = 4_000_000_000
 _OURS = {
@@ -69,7 +78,6 @@ def check_settings(config: Any) -> None:
             raise ValueError(f"{key} is {value!r}; expected at least 1")
     if config.rng.seed is None or not 1 <= config.rng.seed <= _LARGEST_SEED:
         raise ValueError(f"rng.seed is {config.rng.seed!r}; expected 1 to {_LARGEST_SEED}")
-    parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
     fresh, sizes = WanModelProvider(), config.model.wan_config
     follows = {
         "num_layers": sizes.num_layers,
@@ -81,7 +89,7 @@ def check_settings(config: Any) -> None:
     }
     for field in dataclasses.fields(TransformerConfig):
         value = getattr(config.model, field.name)
-        if field.name in parallel | _SUPPORTED or value == getattr(fresh, field.name):
+        if field.name in _SUPPORTED or value == getattr(fresh, field.name):
             continue
         if field.name in follows and value == follows[field.name]:
             continue
@@ -89,6 +97,12 @@ def check_settings(config: Any) -> None:
         raise ValueError(f"model.{field.name} is {value!r}, which has no effect on a Wan model; {instead}")
     if config.dist.use_megatron_fsdp and config.ema.decay:
         raise ValueError("ema.decay is not supported with dist.use_megatron_fsdp; set it to 0")
+    if config.dist.use_megatron_fsdp and config.checkpoint.async_save:
+        raise ValueError("checkpoint.async_save is not supported with dist.use_megatron_fsdp; set it to false")
+    if config.model.gradient_accumulation_fusion and not is_installed(_FUSION_KERNEL):
+        raise ValueError(
+            f"model.gradient_accumulation_fusion needs APEX's {_FUSION_KERNEL}, which is not installed; set it to false"
+        )
     config.validation.check()
     config.ema.check()
 

@@ -87,7 +87,9 @@ def configure_data(config: Any, layout: Layout) -> None:
         if model.init_from is not None:
             _check_initial_weights(model, dataset.path)
     dataset.configure(model.wan_config, layout.pad_multiple)
-    model.seq_length = dataset.capacity
+    # Only for Megatron's checks of a fixed sequence length, which a pack's capacity need not pass.
+    divisor = 2 * layout.context * layout.tensor
+    model.seq_length = -(-dataset.capacity // divisor) * divisor
 
 
 def _check_initial_weights(model: Any, data: str) -> None:

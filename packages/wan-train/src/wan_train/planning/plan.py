@@ -21,6 +21,7 @@ from wan_train.planning.memory import RankBytes, rank_bytes
 from wan_train.planning.step_time import StepTime
 
 MODELS = {"1.3b": WAN_1_3B, "14b": WAN_14B}
+RECIPES = {"1.3b": "wan_1_3b", "14b": "wan_14b"}
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # By the names of ``model.recompute_granularity``.
 SETTING: dict[Recompute, str] = {"none": "null", "all_but_attention": "selective", "block": "full"}
@@ -35,6 +36,7 @@ class Plan:
         layout: of the run.
         recompute: activation recomputation.
         packs: packs per step, over all ranks.
+        capacity: tokens of a pack, padded for the layout.
         memory: of the rank that needs most.
         time: of a step.
     """
@@ -42,13 +44,14 @@ class Plan:
     layout: Layout
     recompute: Recompute
     packs: int
+    capacity: int
     memory: RankBytes
     time: StepTime
 
     def settings(self) -> list[str]:
         """The overrides of ``wan-train pretrain`` for it."""
         layout = self.layout
-        given = [f"train.global_batch_size={self.packs}"]
+        given = [f"train.global_batch_size={self.packs}", f"dataset.capacity={self.capacity}"]
         for name, size in (("tensor_model", layout.tensor), ("context", layout.context), ("pipeline", layout.pipeline)):
             if size > 1:
                 key = f"model.{name}_parallel_size" if name != "pipeline" else "model.pipeline_model_parallel_size"
@@ -119,7 +122,7 @@ def candidates(model: WanConfig, pack: PackLayout, gpus: int, hardware: Hardware
             if memory.total > hardware.memory - hardware.reserved:
                 continue
             time = StepTime.of(model, layout, padded, recompute, hardware, packs=of_rank)
-            found.append(Plan(layout, recompute, of_rank * layout.data, memory, time))
+            found.append(Plan(layout, recompute, of_rank * layout.data, padded.total, memory, time))
     # Of equally fast ones the simplest first.
     return sorted(found, key=lambda plan: (-round(plan.time.rate / 1e12, 1), plan.layout.replica))
 
@@ -147,6 +150,7 @@ def entry(plan: Plan, hardware: Hardware) -> dict[str, Any]:
         "layout": {**dataclasses.asdict(plan.layout), "data": plan.layout.data},
         "recompute": plan.recompute,
         "packs": plan.packs,
+        "capacity": plan.capacity,
         "memory": {**dataclasses.asdict(plan.memory), "total": plan.memory.total},
         "seconds": {**dataclasses.asdict(plan.time), "total": plan.time.total},
         "tflops_per_gpu": plan.time.rate / 1e12,
@@ -210,5 +214,6 @@ def main(
         *table(plans, hardware),
     ]
     if len(plans) == 1:
-        lines += ["", "wan-train pretrain ... " + " ".join(plans[0].settings())]
+        command = f"wan-train pretrain --recipe {RECIPES[model]} dataset.path=DATASET checkpoint.save=CHECKPOINTS"
+        lines += ["", " ".join([command, *plans[0].settings()])]
     return lines
