@@ -1,8 +1,7 @@
-"""What stands between the matrix products, against plain fp64 lines: values, gradients, the fused forms for CUDA."""
+"""The operations between the matrix products, against plain fp64 formulae: values and gradients."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -61,23 +60,16 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.rounding
 @pytest.mark.parametrize("rows", [ONE, ROWS], ids=["one sample", "pack"])
-@pytest.mark.parametrize("chain", [False, True], ids=["one pass", "chain"])
-def test_norm_modulate(rows: TokenRows, chain: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm_modulate(rows: TokenRows, rng: torch.Generator) -> None:
     samples, index = rows.layout.num_samples, sample_of(rows)
     x, shift, scale = (leaf(n, WIDTH, rng=rng) for n in (len(index), samples, samples))
-
-    def ours(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        if chain:
-            per_token = lambda x, shift, scale: ew._norm_modulate_chain(x, shift, scale, 1e-6)  # noqa: E731
-            return ew._by_segment(rows, per_token, (x,), (shift.unbind(), scale.unbind()))
-        return ew.norm_modulate(x, shift.unbind(), scale.unbind(), rows, 1e-6)
 
     def plain(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
         normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         return normed * (1 + scale[index]) + shift[index]
 
-    compare(ours, plain, [x, shift, scale])
+    compare(lambda x, shift, scale: ew.norm_modulate(x, shift, scale, rows, 1e-6), plain, [x, shift, scale])
 
 
 @pytest.mark.rounding
@@ -86,14 +78,14 @@ def test_gate_add(rows: TokenRows, rng: torch.Generator) -> None:
     index = sample_of(rows)
     leaves = [leaf(n, WIDTH, rng=rng) for n in (len(index), len(index), rows.layout.num_samples)]
     compare(
-        lambda x, y, gate: ew.gate_add_(x, y, gate.unbind(), rows),
+        lambda x, y, gate: ew.gate_add_(x, y, gate, rows),
         lambda x, y, gate: x + y * gate[index],
         leaves,
     )
     x, y, gate = (leaf.detach() for leaf in leaves)
     kept = x.clone()
     with torch.no_grad():
-        added = ew.gate_add_(x, y.clone(), gate.unbind(), rows)
+        added = ew.gate_add_(x, y.clone(), gate, rows)
         compare_values(added, lambda x, y, gate: x + y * gate[index], x, y, gate)
         compare_values(ew.add_(x, y.clone()), torch.add, x, y)
     assert torch.equal(x, kept), "only the update is given up"
@@ -116,14 +108,6 @@ def test_rms_norm_with_rotation(turned: bool, rng: torch.Generator) -> None:
     compare(lambda x, weight: ew.rms_norm_(x, weight, 1e-6, table), plain, [x, weight])
     with torch.no_grad():
         compare_values(ew.rms_norm_(x.clone(), weight, 1e-6, table), plain, x, weight)
-
-
-@pytest.mark.rounding
-def test_rotation_without_complex_numbers_is_the_same(rng: torch.Generator) -> None:
-    table = rotary_table(ROWS, 2 * PAIRS, torch.device("cpu"))
-    x = leaf(ROWS.stop, WIDTH, rng=rng)
-    chain = lambda x: ew._rotate_chain(x.view(len(x), -1, 2 * PAIRS), torch.view_as_real(table)).flatten(1)  # noqa: E731
-    compare(chain, lambda x: ew.rotate(x, table), [x])
 
 
 @pytest.mark.rounding
@@ -160,10 +144,10 @@ def test_rounding_happens_once(rng: torch.Generator) -> None:
     wide_x, wide_y, weight = x.double(), y.double(), shift[0].bfloat16()
     for got, exact in (
         (
-            ew.norm_modulate(x, shift.unbind(), scale.unbind(), ROWS, 1e-6),
+            ew.norm_modulate(x, shift, scale, ROWS, 1e-6),
             lambda: F.layer_norm(wide_x, (WIDTH,), eps=1e-6) * (1 + scale[index].double()) + shift[index].double(),
         ),
-        (ew.gate_add_(x, y, scale.unbind(), ROWS), lambda: wide_x + wide_y * scale[index].double()),
+        (ew.gate_add_(x, y, scale, ROWS), lambda: wide_x + wide_y * scale[index].double()),
         (ew.rotate(x, table), lambda: ew.rotate(wide_x, table)),
         (ew.rms_norm_(x, weight, 1e-6), lambda: F.rms_norm(wide_x, (WIDTH,), weight.double(), 1e-6)),
     ):
@@ -173,25 +157,3 @@ def test_rounding_happens_once(rng: torch.Generator) -> None:
         # Half a unit in the last place of bf16, and before it the rounding of fp32.
         assert ((got.double() - wanted).abs() <= 2**-8 * wanted.abs() + 16 * in_fp32).all()
         assert (got == wanted.bfloat16()).float().mean() > 0.99
-
-
-@pytest.mark.parametrize("chain", ["_norm_modulate_chain", "_gate_add_chain", "_rotate_chain"])
-def test_chains_compile_whole_for_any_number_of_tokens(chain: str, rng: torch.Generator) -> None:
-    """What CUDA runs: one graph without a break, not compiled anew for each length."""
-    graphs = []
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    function = getattr(ew, chain)
-    compiled = torch.compile(function, dynamic=True, fullgraph=True, backend=count)
-    for tokens in (5, 9, 31):
-        x = torch.randn(tokens, WIDTH, generator=rng)
-        args = {
-            "_norm_modulate_chain": (x, x[0], x[1], 1e-6),
-            "_gate_add_chain": (x, x + 1, x[0]),
-            "_rotate_chain": (x.view(tokens, 3, 16), torch.randn(tokens, 1, 8, 2, generator=rng)),
-        }[chain]
-        assert torch.equal(compiled(*args), function(*args))
-    assert len(graphs) == 1

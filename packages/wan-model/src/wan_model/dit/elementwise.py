@@ -1,25 +1,25 @@
 """Elementwise operations and norms: modulation, gates, rotary rotation, activation.
 
-On the CPU these are bound by memory bandwidth, so each makes one pass over memory if possible, and operations of
-several steps work on chunks that fit in the cache. On CUDA they are fused by ``torch.compile``, which the environment
-variable ``TORCH_COMPILE_DISABLE=1`` disables. Both give the same results up to rounding: everything is computed in fp32
-and rounded once to the precision of the input.
+These are bound by memory bandwidth, so each makes one pass over memory if possible. On the CPU, operations of several
+steps work on chunks that fit in the cache. On CUDA they are Triton kernels (``wan_model.kernels``) or, where those
+cannot be compiled, torch's operations one by one. All give the same results up to rounding: everything is computed in
+fp32 and rounded once to the precision of the input.
 
 A function whose name ends in an underscore may overwrite one of its inputs, which the caller must not use afterwards.
 
 Legend: S tokens on this rank, D width, B samples, H heads, E head width.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from wan_model.kernels import available
+from wan_model.kernels.row_chunks import chunks_by_sample, chunks_of_all
 from wan_model.pack import TokenRows
 
 # Elements of a chunk per thread: a few such buffers fit in a core's caches. Smaller tensors are not cut into chunks.
@@ -33,69 +33,76 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@functools.cache
-def _fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(function, dynamic=True)
-    return compiled
-
-
-PerSample = Sequence[Tensor]
-
-
 def _by_segment(
-    rows: TokenRows, function: Callable[..., Tensor], tokens: Sequence[Tensor], samples: Sequence[PerSample]
+    rows: TokenRows, function: Callable[..., Tensor], tokens: Sequence[Tensor], samples: Sequence[Tensor]
 ) -> Tensor:
     """Apply a function to each segment's rows of ``tokens`` and its sample's row of ``samples``."""
+    by_sample = [values_BD.unbind(0) for values_BD in samples]
     if len(rows.segments) == 1:
         sample = rows.segments[0][0]
-        return function(*tokens, *(rows_D[sample] for rows_D in samples))
+        return function(*tokens, *(values[sample] for values in by_sample))
     # split() instead of slices, because the gradient of a slice is a tensor of the full size.
     lengths = [stop - start for _, start, stop in rows.segments]
     parts = zip(*(x_SD.split(lengths) for x_SD in tokens), strict=True)
     return torch.cat(
         [
-            function(*segment, *(rows_D[sample] for rows_D in samples))
+            function(*segment, *(values[sample] for values in by_sample))
             for segment, (sample, _, _) in zip(parts, rows.segments, strict=True)
         ]
     )
 
 
-# -- modulation -------------------------------------------------------------------------------------------------------
+# -- norms with a factor and an offset, gates -------------------------------------------------------------------------
 
 
-def _norm_modulate_chain(x_SD: Tensor, shift_D: Tensor, scale_D: Tensor, eps: float) -> Tensor:
-    normed = F.layer_norm(at_least_fp32(x_SD), x_SD.shape[-1:], eps=eps)
-    return (normed * (1 + scale_D) + shift_D).to(x_SD.dtype)
+def norm_modulate(x_SD: Tensor, shift_BD: Tensor, scale_BD: Tensor, rows: TokenRows, eps: float) -> Tensor:
+    """LN(x) * (1 + scale) + shift, with the scale and shift (fp32) of each token's sample."""
+    if available.for_tensor(x_SD):
+        from wan_model.kernels.layer_norm import layer_norm_factor_offset
+
+        chunks = chunks_by_sample(rows, x_SD.device)
+        return layer_norm_factor_offset(x_SD, scale_BD, shift_BD, chunks, eps, plus_one=1.0)
+    # A layer norm with weight 1 + scale and bias shift is the same function in one pass, on a CPU.
+    width, dtype = x_SD.shape[-1:], x_SD.dtype
+
+    def of_segment(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if x.is_cpu:
+            return F.layer_norm(x, width, 1 + scale, shift, eps)
+        return F.layer_norm(at_least_fp32(x), width, 1 + scale, shift, eps).to(dtype)
+
+    return _by_segment(rows, of_segment, (x_SD,), (shift_BD, scale_BD))
 
 
-def norm_modulate(x_SD: Tensor, shifts: PerSample, scales: PerSample, rows: TokenRows, eps: float) -> Tensor:
-    """LN(x) * (1 + scale) + shift, with the scale and shift (fp32, [D] a sample) of each token's sample."""
-    if x_SD.is_cuda:
-        chain = functools.partial(_fused(_norm_modulate_chain), eps=eps)
-        return _by_segment(rows, chain, (x_SD,), (shifts, scales))
-    # A layer norm with weight 1 + scale and bias shift is the same function in one pass.
-    width = x_SD.shape[-1:]
-    return _by_segment(
-        rows, lambda x, shift, scale: F.layer_norm(x, width, 1 + scale, shift, eps), (x_SD,), (shifts, scales)
-    )
+def layer_norm(x_SD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """LN(x) * weight + bias."""
+    weight_D, bias_D = at_least_fp32(weight_D), at_least_fp32(bias_D)
+    if available.for_tensor(x_SD):
+        from wan_model.kernels.layer_norm import layer_norm_factor_offset
+
+        chunks = chunks_of_all(x_SD.shape[0], x_SD.device)
+        return layer_norm_factor_offset(x_SD, weight_D[None], bias_D[None], chunks, eps, plus_one=0.0)
+    return F.layer_norm(at_least_fp32(x_SD), x_SD.shape[-1:], weight_D, bias_D, eps).to(x_SD.dtype)
 
 
-def _gate_add_chain(x_SD: Tensor, update_SD: Tensor, gate_D: Tensor) -> Tensor:
-    return torch.addcmul(at_least_fp32(x_SD), at_least_fp32(update_SD), gate_D).to(x_SD.dtype)
+def gate_add_(x_SD: Tensor, update_SD: Tensor, gate_BD: Tensor, rows: TokenRows) -> Tensor:
+    """x + gate * update, with the gate (fp32) of each token's sample. Without gradients it overwrites ``update``."""
+    if available.for_tensor(x_SD) and update_SD.dtype == x_SD.dtype:
+        from wan_model.kernels import gate
 
-
-def gate_add_(x_SD: Tensor, update_SD: Tensor, gates: PerSample, rows: TokenRows) -> Tensor:
-    """x + gate * update, with the gate (fp32, [D] a sample) of each token's sample.
-
-    Without gradients the result overwrites ``update``.
-    """
+        chunks = chunks_by_sample(rows, x_SD.device)
+        if not torch.is_grad_enabled() and x_SD.is_contiguous() and update_SD.is_contiguous():
+            return gate.gate_add_(x_SD, update_SD, gate_BD, chunks)
+        return gate.gate_add(x_SD, update_SD, gate_BD, chunks)
     if update_SD.is_cpu and update_SD.dtype == x_SD.dtype == torch.float32 and not torch.is_grad_enabled():
         for sample, start, stop in rows.segments:
             update = update_SD[start:stop]
-            torch.addcmul(x_SD[start:stop], update, gates[sample], out=update)
+            torch.addcmul(x_SD[start:stop], update, gate_BD[sample], out=update)
         return update_SD
-    chain = _fused(_gate_add_chain) if x_SD.is_cuda else _gate_add_chain
-    return _by_segment(rows, chain, (x_SD, update_SD), (gates,))
+
+    def of_segment(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        return torch.addcmul(at_least_fp32(x), at_least_fp32(update), gate).to(x.dtype)
+
+    return _by_segment(rows, of_segment, (x_SD, update_SD), (gate_BD,))
 
 
 def add_(x_SD: Tensor, update_SD: Tensor) -> Tensor:
@@ -106,13 +113,6 @@ def add_(x_SD: Tensor, update_SD: Tensor) -> Tensor:
 
 
 # -- norm and rotation of queries and keys -----------------------------------------------------------------
-
-
-def _rotate_chain(x_SHE: Tensor, rotations_S1P2: Tensor) -> Tensor:
-    cos, sin = rotations_S1P2.unbind(-1)
-    even, odd = rearrange(at_least_fp32(x_SHE), "s h (p two) -> two s h p", two=2)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rearrange(rotated, "s h p two -> s h (p two)").to(x_SHE.dtype)
 
 
 def _as_pairs(x_SD: Tensor, pairs: int) -> Tensor:
@@ -127,18 +127,21 @@ def rotate(x_SD: Tensor, table_S1P: Tensor) -> Tensor:
         x_SD: tokens, the heads concatenated.
         table_S1P: from ``wan_model.dit.rope.rotary_table``; P is half of a head's width.
     """
-    pairs = table_S1P.shape[-1]
-    if x_SD.is_cuda:
-        heads = rearrange(x_SD, "s (h e) -> s h e", e=2 * pairs)
-        return rearrange(_fused(_rotate_chain)(heads, torch.view_as_real(table_S1P)), "s h e -> s (h e)")
-    rotated = _as_pairs(at_least_fp32(x_SD), pairs) * table_S1P
+    rotated = _as_pairs(at_least_fp32(x_SD), table_S1P.shape[-1]) * table_S1P
     return torch.view_as_real(rotated).flatten(1).to(x_SD.dtype)
 
 
 def rms_norm_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P: Tensor | None = None) -> Tensor:
     """RMS norm over the whole width, then ``rotate`` if a table is given. Without gradients it overwrites its input."""
+    if available.for_tensor(x_SD):
+        from wan_model.kernels.rms_norm import rms_norm_rotate, rms_norm_rotate_
+
+        table_S1P2 = None if table_S1P is None else torch.view_as_real(table_S1P)
+        if not torch.is_grad_enabled() and x_SD.is_contiguous():
+            return rms_norm_rotate_(x_SD, weight_D, eps, table_S1P2)
+        return rms_norm_rotate(x_SD, weight_D, eps, table_S1P2)
+    normed: Tensor
     if x_SD.is_cpu and x_SD.dtype == weight_D.dtype == torch.float32:
-        normed: Tensor
         if torch.is_grad_enabled():
             normed = _RMSNormRotate.apply(x_SD, weight_D, eps, table_S1P)
         else:

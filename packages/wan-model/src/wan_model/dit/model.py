@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from wan_model.config import WanConfig
 from wan_model.dit.attention import Offsets
-from wan_model.dit.elementwise import add_, at_least_fp32, gate_add_, norm_modulate, tanh_gelu_
+from wan_model.dit.elementwise import add_, at_least_fp32, gate_add_, layer_norm, norm_modulate, tanh_gelu_
 from wan_model.dit.ops import Linear, Ops, TorchOps
 from wan_model.dit.recompute import Recompute, check_recompute
 from wan_model.dit.rope import rotary_table
@@ -65,10 +65,9 @@ def timestep_features(timesteps_B: Float[Tensor, " B"], width: int) -> Float[Ten
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def modulation_rows(table_1ND: Tensor, time_BND: Tensor) -> list[tuple[Tensor, ...]]:
-    """The N modulation vectors (table plus time embedding), fp32: each is a tuple of one [D] per sample."""
-    modulation_BND = at_least_fp32(table_1ND) + at_least_fp32(time_BND)
-    return list(zip(*(sample.unbind(0) for sample in modulation_BND.unbind(0)), strict=True))
+def modulation(table_1ND: Tensor, time_BND: Tensor) -> tuple[Tensor, ...]:
+    """The N modulation vectors of each sample (table plus time embedding), fp32, [B, D] each."""
+    return (at_least_fp32(table_1ND) + at_least_fp32(time_BND)).unbind(1)
 
 
 class LayerNorm(nn.Module):
@@ -82,8 +81,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """Normalise the last axis; the result has the input's precision."""
-        weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
-        return F.layer_norm(at_least_fp32(x_SD), x_SD.shape[-1:], weight, bias, self.eps).to(x_SD.dtype)
+        return layer_norm(x_SD, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -186,7 +184,7 @@ class Block(nn.Module):
 
         ``text`` is the embedded texts, or the keys and values that ``text_keys`` returned for them.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_rows(self.scale_shift_table, time_B6D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, time_B6D)
         offsets = held.layout.offsets
 
         entered = self.ops.enter_tokens(norm_modulate(x_SD, shift1, scale1, held, self.eps))
@@ -374,7 +372,7 @@ class WanDiT(nn.Module):
         if not self.stage.is_last:
             return x_SD
 
-        shift, scale = modulation_rows(self.scale_shift_table, embedding_BD[:, None])
+        shift, scale = modulation(self.scale_shift_table, embedding_BD[:, None])
         normed = norm_modulate(x_SD, shift, scale, held, self.config.eps)
         return self.ops.gather_tokens(self.proj_out(normed))
 

@@ -27,6 +27,7 @@ from wan_model import ContextParallel, PackLayout, TokenRows
 from wan_model.dit.attention import AttentionKind
 from wan_model.dit.elementwise import rotate
 from wan_model.dit.ops import RMSNorm, TorchOps
+from wan_model.kernels import available
 
 
 def _no_init(weight: Tensor) -> None:
@@ -65,13 +66,21 @@ class _RowLinear(RowParallelLinear):
 class _SplitRMSNorm(RMSNorm):
     """RMS norm across heads that are split over ranks: the squares are all-reduced in fp32."""
 
-    def __init__(self, width: int, eps: float, ranks: int) -> None:
+    def __init__(self, width: int, eps: float, ranks: int, group: torch.distributed.ProcessGroup) -> None:
         super().__init__(width // ranks, eps)
-        self.full_width = width
+        self.full_width, self._group = width, group
         _mark_split(self.weight, 0)
+
+    def _add_over_ranks(self, values: Tensor) -> None:
+        torch.distributed.all_reduce(values, group=self._group)
 
     def forward(self, x_SD: Tensor, table_S1P: Tensor | None = None) -> Tensor:
         """Normalise this rank's part of the width, then apply RoPE if a table is given."""
+        if available.for_tensor(x_SD):
+            from wan_model.kernels.split_rms_norm import split_rms_norm_rotate
+
+            table = None if table_S1P is None else torch.view_as_real(table_S1P)
+            return split_rms_norm_rotate(x_SD, self.weight, self.eps, table, self.full_width, self._add_over_ranks)
         wide = x_SD.float()
         squares = wide.square().sum(dim=-1, keepdim=True)
         # Every rank's output depends on the sum, so its gradient is all-reduced as well.
@@ -125,7 +134,7 @@ class MegatronOps(TorchOps):
 
     def norm_across_heads(self, width: int, eps: float) -> nn.Module:
         """RMS norm whose mean spans all ranks."""
-        return _SplitRMSNorm(width, eps, self.ranks) if self.ranks > 1 else RMSNorm(width, eps)
+        return _SplitRMSNorm(width, eps, self.ranks, self.group) if self.ranks > 1 else RMSNorm(width, eps)
 
     def local_heads(self, heads: int) -> int:
         """This rank's share."""

@@ -1,0 +1,129 @@
+"""RMS norm over the whole width, and the rotary rotation that follows it.
+
+    normed = x / sqrt(mean(x^2) + eps);  out = rotate(normed * weight)
+
+Values 2i and 2i + 1 of a head are a pair, which is rotated by the angle of its token and i. The backward pass computes
+the statistics again from the input, which it reads anyway, so nothing else is kept.
+
+Legend: S rows, D width, P pairs of a head.
+"""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from wan_model.kernels.launch import Kernel, block_of, warps_of
+from wan_model.kernels.reduction import sum_over_chunks
+from wan_model.kernels.row_chunks import chunks_of_all
+
+
+def _forward(  # type: ignore[no-untyped-def]
+    x, out, weights, table, chunks, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+) -> None:  # fmt: skip
+    chunk = tl.program_id(0)
+    first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    weight = tl.load(weights + columns, mask=inside, other=0.0).to(tl.float32)
+    for row in range(first, end):
+        places = tl.cast(row, tl.int64) * WIDTH + columns
+        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        value *= weight * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
+        if ROTATED:
+            # The table has the cosine and the sine of each pair side by side, as the row has its values.
+            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
+            even, odd = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
+            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
+            value = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (BLOCK,))
+        tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    grad, x, weights, table, grad_x, partial, chunks, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+) -> None:  # fmt: skip
+    chunk = tl.program_id(0)
+    first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    weight = tl.load(weights + columns, mask=inside, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    for row in range(first, end):
+        places = tl.cast(row, tl.int64) * WIDTH + columns
+        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        slope = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+        if ROTATED:
+            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
+            even, odd = tl.split(tl.reshape(slope, (BLOCK // 2, 2)))
+            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
+            slope = tl.reshape(tl.join(even * cosine + odd * sine, odd * cosine - even * sine), (BLOCK,))
+        scale = tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
+        normed = value * scale
+        grad_weight += slope * normed
+        slope *= weight
+        slope -= normed * (tl.sum(slope * normed, axis=0) / WIDTH)
+        tl.store(grad_x + places, (slope * scale).to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(partial + chunk * WIDTH + columns, grad_weight, mask=inside)
+
+
+FORWARD, BACKWARD = Kernel(_forward), Kernel(_backward)
+
+
+def _constants(width: int, table_S1P2: Tensor | None) -> dict[str, Any]:
+    head = 1 if table_S1P2 is None else 2 * table_S1P2.shape[-2]
+    return {"WIDTH": width, "BLOCK": block_of(width), "HEAD": head, "ROTATED": table_S1P2 is not None}
+
+
+def rms_norm_rotate_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Tensor | None) -> Tensor:
+    """Without gradients: the result overwrites the input.
+
+    Args:
+        x_SD: contiguous.
+        weight_D: of the norm.
+        eps: added to the mean of the squares.
+        table_S1P2: cosine and sine of each pair's angle, fp32, contiguous; None for no rotation.
+    """
+    width, chunks = x_SD.shape[1], chunks_of_all(x_SD.shape[0], x_SD.device)
+    table = weight_D if table_S1P2 is None else table_S1P2
+    FORWARD.launch(
+        (chunks.count,), x_SD, x_SD, weight_D, table, chunks.table, eps,
+        warps=warps_of(width), **_constants(width, table_S1P2),
+    )  # fmt: skip
+    return x_SD
+
+
+class _RMSNormRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Tensor | None) -> Tensor:
+        x_SD = x_SD.contiguous()
+        width, chunks = x_SD.shape[1], chunks_of_all(x_SD.shape[0], x_SD.device)
+        out_SD = torch.empty_like(x_SD)
+        table = weight_D if table_S1P2 is None else table_S1P2
+        constants = _constants(width, table_S1P2)
+        FORWARD.launch(
+            (chunks.count,), x_SD, out_SD, weight_D, table, chunks.table, eps, warps=warps_of(width), **constants
+        )
+        ctx.save_for_backward(x_SD, weight_D, table)
+        ctx.rest = chunks, eps, constants
+        return out_SD
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
+        x_SD, weight_D, table = ctx.saved_tensors
+        chunks, eps, constants = ctx.rest
+        width, grad_x_SD = x_SD.shape[1], torch.empty_like(x_SD)
+        partial = torch.empty(chunks.count, width, dtype=torch.float32, device=x_SD.device)
+        BACKWARD.launch(
+            (chunks.count,), grad_SD.contiguous(), x_SD, weight_D, table, grad_x_SD, partial, chunks.table, eps,
+            warps=warps_of(width), **constants,
+        )  # fmt: skip
+        return grad_x_SD, sum_over_chunks(partial, chunks)[0].to(weight_D.dtype), None, None
+
+
+def rms_norm_rotate(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Tensor | None) -> Tensor:
+    """See the module; the arguments are those of ``rms_norm_rotate_``."""
+    out: Tensor = _RMSNormRotate.apply(x_SD, weight_D, eps, table_S1P2)
+    return out

@@ -1,0 +1,172 @@
+"""The RMS norm and rotation of ``rms_norm`` where several ranks hold parts of each row (tensor parallelism).
+
+The sum of the squares of a row, and in the backward pass one product of a row, are added over the ranks. Each pass
+reads its input twice, before and after the exchange.
+
+Legend: S rows, D this rank's width, P pairs of a head.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from wan_model.kernels.launch import Kernel, block_of, warps_of
+from wan_model.kernels.reduction import sum_over_chunks
+from wan_model.kernels.row_chunks import chunks_of_all
+
+
+def _squares(x, sums, chunks, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+    chunk = tl.program_id(0)
+    first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    for row in range(first, end):
+        value = tl.load(x + tl.cast(row, tl.int64) * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sums + row, tl.sum(value * value, axis=0))
+
+
+def _forward(  # type: ignore[no-untyped-def]
+    x, out, weights, table, sums, chunks, eps, full_width,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+) -> None:  # fmt: skip
+    chunk = tl.program_id(0)
+    first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    weight = tl.load(weights + columns, mask=inside, other=0.0).to(tl.float32)
+    for row in range(first, end):
+        places = tl.cast(row, tl.int64) * WIDTH + columns
+        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        value *= weight * tl.rsqrt(tl.load(sums + row) / full_width + eps)
+        if ROTATED:
+            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
+            even, odd = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
+            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
+            value = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (BLOCK,))
+        tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
+
+
+def _backward_products(  # type: ignore[no-untyped-def]
+    grad, x, weights, table, sums, products, partial, chunks, eps, full_width,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+) -> None:  # fmt: skip
+    chunk = tl.program_id(0)
+    first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    weight = tl.load(weights + columns, mask=inside, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    for row in range(first, end):
+        places = tl.cast(row, tl.int64) * WIDTH + columns
+        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        slope = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+        if ROTATED:
+            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
+            even, odd = tl.split(tl.reshape(slope, (BLOCK // 2, 2)))
+            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
+            slope = tl.reshape(tl.join(even * cosine + odd * sine, odd * cosine - even * sine), (BLOCK,))
+        normed = value * tl.rsqrt(tl.load(sums + row) / full_width + eps)
+        grad_weight += slope * normed
+        tl.store(products + row, tl.sum(slope * weight * normed, axis=0))
+    tl.store(partial + chunk * WIDTH + columns, grad_weight, mask=inside)
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    grad, x, weights, table, sums, products, grad_x, chunks, eps, full_width,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+) -> None:  # fmt: skip
+    chunk = tl.program_id(0)
+    first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    weight = tl.load(weights + columns, mask=inside, other=0.0).to(tl.float32)
+    for row in range(first, end):
+        places = tl.cast(row, tl.int64) * WIDTH + columns
+        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        slope = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+        if ROTATED:
+            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
+            even, odd = tl.split(tl.reshape(slope, (BLOCK // 2, 2)))
+            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
+            slope = tl.reshape(tl.join(even * cosine + odd * sine, odd * cosine - even * sine), (BLOCK,))
+        scale = tl.rsqrt(tl.load(sums + row) / full_width + eps)
+        slope = slope * weight - value * scale * (tl.load(products + row) / full_width)
+        tl.store(grad_x + places, (slope * scale).to(grad_x.dtype.element_ty), mask=inside)
+
+
+SQUARES, FORWARD = Kernel(_squares), Kernel(_forward)
+BACKWARD_PRODUCTS, BACKWARD = Kernel(_backward_products), Kernel(_backward)
+
+
+class _SplitRMSNormRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        table_S1P2: Tensor | None,
+        full_width: int,
+        add_over_ranks: Callable[[Tensor], object],
+    ) -> Tensor:
+        x_SD = x_SD.contiguous()
+        rows, width = x_SD.shape
+        chunks, warps = chunks_of_all(rows, x_SD.device), warps_of(width)
+        head = 1 if table_S1P2 is None else 2 * table_S1P2.shape[-2]
+        sizes = {"WIDTH": width, "BLOCK": block_of(width)}
+        constants = {**sizes, "HEAD": head, "ROTATED": table_S1P2 is not None}
+        table = weight_D if table_S1P2 is None else table_S1P2
+        grid = (chunks.count,)
+        sums_S = torch.empty(rows, dtype=torch.float32, device=x_SD.device)
+        SQUARES.launch(grid, x_SD, sums_S, chunks.table, warps=warps, **sizes)
+        add_over_ranks(sums_S)
+        out_SD = torch.empty_like(x_SD)
+        FORWARD.launch(
+            grid, x_SD, out_SD, weight_D, table, sums_S, chunks.table, eps, full_width, warps=warps, **constants
+        )
+        ctx.save_for_backward(x_SD, weight_D, table, sums_S)
+        ctx.rest = chunks, eps, full_width, add_over_ranks, warps, constants
+        return out_SD
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
+        x_SD, weight_D, table, sums_S = ctx.saved_tensors
+        chunks, eps, full_width, add_over_ranks, warps, constants = ctx.rest
+        grid, grad_SD = (chunks.count,), grad_SD.contiguous()
+        products_S, grad_x_SD = torch.empty_like(sums_S), torch.empty_like(x_SD)
+        partial = torch.empty(chunks.count, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
+        BACKWARD_PRODUCTS.launch(
+            grid, grad_SD, x_SD, weight_D, table, sums_S, products_S, partial, chunks.table, eps, full_width,
+            warps=warps, **constants,
+        )  # fmt: skip
+        add_over_ranks(products_S)
+        BACKWARD.launch(
+            grid, grad_SD, x_SD, weight_D, table, sums_S, products_S, grad_x_SD, chunks.table, eps, full_width,
+            warps=warps, **constants,
+        )  # fmt: skip
+        return grad_x_SD, sum_over_chunks(partial, chunks)[0].to(weight_D.dtype), None, None, None, None
+
+
+def split_rms_norm_rotate(
+    x_SD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    table_S1P2: Tensor | None,
+    full_width: int,
+    add_over_ranks: Callable[[Tensor], object],
+) -> Tensor:
+    """See the module.
+
+    Args:
+        x_SD: this rank's part of the rows.
+        weight_D: this rank's part of the weight.
+        eps: added to the mean of the squares.
+        table_S1P2: cosine and sine of each pair's angle, fp32, contiguous; None for no rotation.
+        full_width: of all ranks.
+        add_over_ranks: adds a tensor [S] over the ranks, in place.
+    """
+    out: Tensor = _SplitRMSNormRotate.apply(x_SD, weight_D, eps, table_S1P2, full_width, add_over_ranks)
+    return out
