@@ -67,6 +67,10 @@ def test_reference_shows_every_public_name_and_module(name, assembled):
         if re.search(r"^(class|def) [a-z]", path.read_text(), re.IGNORECASE | re.MULTILINE) and path.stem != "__init__":
             dotted = ".".join(path.relative_to(source).with_suffix("").parts)
             assert (dotted in shown) == (not path.stem.startswith(("_", "cli"))), dotted
+    # What a subpackage defines itself is shown, too.
+    for path in source.glob("*/*/__init__.py"):
+        if re.search(r"^(class|def) [a-z]", path.read_text(), re.IGNORECASE | re.MULTILINE):
+            assert f"::: {module}.{path.parent.name}\n    options:\n      heading_level: 2\n\n" in page
 
 
 def test_every_argument_that_a_docstring_explains_exists():
@@ -213,6 +217,7 @@ GOOD = """<h1 id="a">A</h1><p>Text.</p><pre>``x`` [a](b)</pre><img src="p.png">
         ("<p>For example::</p>", "was not rendered"),
         ("<h2>A { #a }</h2>", "was not rendered"),
         ("<p>**a**</p>", "was not rendered"),
+        ("<p>====  ==== a b ====  ====</p>", "'====' was not rendered"),
     ],
 )
 def test_what_a_reader_would_trip_over_is_found(page, sentence, tmp_path):

@@ -77,7 +77,7 @@ def page(root: Path, package: str) -> str:
     if not found:
         raise ValueError(f"packages/{package}/src holds no module")
     face, *rest = found
-    subpackages = {module.name for module in rest if module.path.name == "__init__.py"}
+    subpackages = {module.name: module for module in rest if module.path.name == "__init__.py"}
     outside = [module for module in rest if module.name not in subpackages and module.name.count(".") == 1]
     blocks = [_block(face.name, 1, members="false", show_root_full_path="true")]
     names = public_names(face)
@@ -96,6 +96,7 @@ def page(root: Path, package: str) -> str:
         blocks += [_block(module.name, 3) for module in outside if module.names]
     for subpackage in sorted(subpackages):
         inside = [module for module in rest if module.name.startswith(f"{subpackage}.") and module.names]
-        blocks.append(_block(subpackage, 2, members="false"))
+        own = subpackages[subpackage].names
+        blocks.append(_block(subpackage, 2, **({} if own else {"members": "false"})))
         blocks += [_block(module.name, 3) for module in inside]
     return "\n\n".join(blocks)

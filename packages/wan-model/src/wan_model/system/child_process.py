@@ -1,11 +1,10 @@
 """A child process that ends with its parent and reports its failure. Imports no torch.
 
-Started by                       the parent is identified by           its error is printed by
-===============================  ====================================  =============================================
-``wan_model.system.launcher``    the environment                       the launcher, if it is the first cause
-torchrun                         ``os.getppid()``                      this process, and in torchrun's summary
-neither                          (no parent is monitored)              this process
-===============================  ====================================  =============================================
+| started by | the parent is identified by | its error is printed by |
+|---|---|---|
+| ``wan_model.system.launcher`` | the environment | the launcher, if it is the first cause |
+| torchrun | ``os.getppid()`` | this process, and in torchrun's summary |
+| neither | (no parent is monitored) | this process |
 """
 
 import contextlib

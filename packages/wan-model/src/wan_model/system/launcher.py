@@ -4,15 +4,12 @@
 collects the exit status; the rendezvous is a ``TCPStore`` in this process, as under torchrun. When one rank ends, all
 ranks are ended within ``GRACE_SECONDS``, and the cause is printed in one sentence:
 
-==========================  ===========================================================================================
-a rank                      is detected by
-==========================  ===========================================================================================
-raises                      the failure that it records (``wan_model.system.child_process``); of the failures of all
-                            ranks, the first cause is printed, not its consequences
-is killed, or exits         its exit status
-is stopped (SIGSTOP)        the same call, after ``STOPPED_SECONDS``
-hangs in a collective       the error of its peers after the timeout of their process group
-==========================  ===========================================================================================
+| a rank | is detected by |
+|---|---|
+| raises | the failure that it records (``child_process``); the first cause is printed, not its consequences |
+| is killed, or exits | its exit status |
+| is stopped (SIGSTOP) | the same call, after ``STOPPED_SECONDS`` |
+| hangs in a collective | the error of its peers after the timeout of their process group |
 
 torch's own agent, ``LocalElasticAgent``, is not used for the following reasons, which this module and ``child_process``
 address. Its restarts and its rendezvous of several machines are not needed here; torchrun provides them.

@@ -2,13 +2,11 @@
 
 ``start`` is called once, first, in a training process; never on import. Its effect:
 
-====================  ==========================================================================================
-machine               effect
-====================  ==========================================================================================
-CUDA, with TE         nothing but the imports
-CUDA, without TE      Megatron-Bridge is imported without Transformer Engine, modelopt and its model families
-no CUDA               the same, and Megatron's calls of CUDA and NCCL are redirected to the CPU and gloo
-====================  ==========================================================================================
+| machine | effect |
+|---|---|
+| CUDA, with TE | nothing but the imports |
+| CUDA, without TE | Megatron-Bridge is imported without Transformer Engine, modelopt and its model families |
+| no CUDA | the same, and Megatron's calls of CUDA and NCCL are redirected to the CPU and gloo |
 """
 
 import contextlib
