@@ -6,10 +6,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# Marks that only unrendered Markdown leaves in text: code, tables, links, lists, bold type, directives; and the rules of
-# reStructuredText's tables and headings, which Markdown does not have.
+# Marks that only unrendered Markdown leaves in text: code, tables, links, lists, bold type, directives; and rules of
+# reStructuredText, which Markdown does not have.
 _UNRENDERED = re.compile(
-    r"``|={4,}|^\s*\|?[\s:|-]*---[\s:|-]*\|\s*$|\]\(|^\s*(?:[-*]|\d+\.) |(?<!\w)\*\*\w|<!--|::\s*$|:::|\{\s*#[\w-]+\s*\}",
+    r"``|={4,}|^\s*\|?[\s:|-]*---[\s:|-]*\|\s*$|\]\(|^\s*(?:[-*]|\d+\.) |(?<!\w)\*\*\w|<!--|::\s*$|:::"
+    r"|\{\s*#[\w-]+\s*\}",
     re.MULTILINE,
 )
 _VERBATIM = {"pre", "code", "script", "style", "title"}
