@@ -26,7 +26,10 @@ from wan_infer.runtime.launch import launch, processes
 from wan_model.system.child_process import Supervisor, end_process
 
 
-@click.command(cls=SeveralValues, context_settings={"show_default": True, "max_content_width": 110})
+@click.command(
+    cls=SeveralValues,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110},
+)
 @flag("prompts", multiple=True, help="Text of the video; several make several videos.")
 @flag("prompts-file", type=click.Path(path_type=Path),
       help=".txt: one prompt a line; .jsonl: one object a line, which may have settings of its own.")  # fmt: skip

@@ -11,6 +11,7 @@ from wan_train import engine
 from wan_train.config.options import DEFAULT_RECIPE, RunOptions
 from wan_train.loop.run import build_config, check_layout, configure_data
 from wan_train.planning.memory import parameters_of_model, rank_bytes
+from wan_train.planning.plan import SETTING
 
 
 def describe(options: RunOptions, world: int) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     gib = {name: size / 2**30 for name, size in state.items()}
     activations = {mode: size / 2**30 for mode, size in found["activation_bytes"].items()}
     chosen = found["recompute"]
-    others = ", ".join(f"{size:.2f} with {mode}" for mode, size in activations.items() if mode != chosen)
+    others = ", ".join(f"{size:.2f} with {SETTING[mode]}" for mode, size in activations.items() if mode != chosen)
     tflop = found["training_flops"] / 1e12
     return [
         f"{found['recipe']}: {parameters['model']:,} parameters, {found['precision']}",
@@ -96,7 +97,8 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         f"the largest rank has {parameters['largest_rank']:,} parameters and {gib['total']:.2f} GiB of model state "
         f"(weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer "
         f"{gib['optimizer']:.2f}, EMA {gib['average']:.2f})",
-        f"plus about {activations[chosen]:.2f} GiB of activations with recompute {chosen} ({others})",
+        f"plus about {activations[chosen]:.2f} GiB of activations with model.recompute_granularity={SETTING[chosen]} "
+        f"({others})",
         f"per step: {found['packs']} packs, {found['packs_a_rank']} per data-parallel rank,{most} {found['tokens']:,} "
         f"tokens and{most} {tflop:,.2f} TFLOP, {tflop / layout['world']:,.2f} per process",
     ]
