@@ -210,6 +210,20 @@ def test_a_checkpoint_alone_is_not_enough(write_checkpoint: Callable[..., Path],
     assert "there is no transformer to sample" in refused("--prompts", "a")
 
 
+def test_an_exported_transformer_is_completed_by_two_flags(model_folder: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    shutil.copytree(model_folder / "transformer", exported / "transformer")
+    base = ("--model", exported, "--prompts", "a", "--save_file", tmp_path / "out.mp4", *QUICK)
+    vae, text = ("--vae-checkpoint-dir", model_folder), ("--t5-checkpoint-dir", model_folder)
+    advice = "take it from another model with"
+    assert f"{exported} has no vae folder; {advice} --vae-checkpoint-dir and --t5-checkpoint-dir" in refused(*base)
+    assert f"{exported} has no text_encoder folder; {advice} --t5-checkpoint-dir" in refused(*base, *vae)
+    assert f"{exported} has no vae folder; {advice} --vae-checkpoint-dir" in refused(*base, *text)
+    # The model that a flag names is itself the wrong one.
+    assert f"{exported} has no vae folder; expected a model" in refused(*base, *text, "--vae-checkpoint-dir", exported)
+    assert run(*base, *vae, *text).exit_code == 0
+
+
 DAMAGES: dict[str, tuple[str, bytes]] = {
     "transformer cut": ("transformer/diffusion_pytorch_model.safetensors", b"\x10"),
     "autoencoder cut": ("vae/diffusion_pytorch_model.safetensors", b"\x10"),

@@ -20,7 +20,7 @@ from wan_model.codec.latent_codec import LatentCodec
 from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.dit.model import WanDiT
 from wan_model.latent_spec import LatentSpec
-from wan_model.weights.model_folder import resolve_folder
+from wan_model.weights.model_folder import MissingPartsError, resolve_folder
 from wan_model.weights.transformer import load_weights, read_config
 
 _TASKS = {"t2v-1.3B": WAN_1_3B, "t2v-14B": WAN_14B}
@@ -197,7 +197,7 @@ class CodecSource:
 
     def _load(self, text_length: int, *, load_text: bool = False, **parts: Any) -> LatentCodec:
         sources = self._sources
-        with naming_models(*self._names):
+        with naming_models(*self._names), self._advising():
             codec: LatentCodec = LatentCodec.from_pretrained(
                 sources.model,
                 vae_model=sources.vae_model,
@@ -209,6 +209,21 @@ class CodecSource:
                 **parts,
             )
         return codec
+
+    @contextlib.contextmanager
+    def _advising(self) -> Iterator[None]:
+        # A model that has only a transformer, as `wan-train export` writes it, is completed by two flags.
+        try:
+            yield
+        except MissingPartsError as error:
+            others = {"--vae-checkpoint-dir": self._sources.vae_model, "--t5-checkpoint-dir": self._sources.text_model}
+            needed = "--vae-checkpoint-dir" if "vae" in error.parts else "--t5-checkpoint-dir"
+            if others[needed] is not None:
+                raise
+            flags = " and ".join(flag for flag, model in others.items() if model is None)
+            raise ValueError(
+                f"{error.folder} has no {', '.join(error.parts)} folder; take it from another model with {flags}"
+            ) from error
 
 
 def check_task(task: str, config: WanConfig, origin: str) -> None:

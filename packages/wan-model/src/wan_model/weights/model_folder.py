@@ -21,13 +21,27 @@ _VAE_DIGEST_KEYS = ("encoder.conv_in.bias", "encoder.conv_out.bias", "quant_conv
 _TEXT_DIGEST_KEYS = ("encoder.final_layer_norm.weight", "encoder.block.0.layer.0.layer_norm.weight")
 
 
+class MissingPartsError(ValueError):
+    """A folder lacks parts of a model.
+
+    Args:
+        folder: the model's.
+        parts: names of the folders that it lacks.
+    """
+
+    def __init__(self, folder: Path, parts: Sequence[str]) -> None:
+        super().__init__(f"{folder} has no {', '.join(parts)} folder; expected a model in diffusers' layout")
+        self.folder, self.parts = folder, list(parts)
+
+
 def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revision: str | None = None) -> Path:
     """The local folder of a model given by path or by hub id, with the named parts present.
 
     A hub id is downloaded (safetensors and small files only) with ``HF_TOKEN`` from the environment.
 
     Raises:
-        ValueError: it is neither a folder nor a hub id, or a part is missing.
+        MissingPartsError: a part is missing.
+        ValueError: it is neither a folder nor a hub id.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -45,7 +59,7 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
         except Exception as error:
             raise ValueError(f"{name} is no folder here, and the hub did not give it: {error}") from error
     if missing := [part for part in parts if not (folder / part).is_dir()]:
-        raise ValueError(f"{folder} has no {', '.join(missing)} folder; expected a model in diffusers' layout")
+        raise MissingPartsError(folder, missing)
     if "transformer" in parts:
         _refuse_wan_22(folder)
     return folder
