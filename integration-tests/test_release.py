@@ -1,6 +1,8 @@
 """A release changes the version and the changelog of one package, or says in one sentence why it does not."""
 
+import re
 import shutil
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -184,8 +186,20 @@ def test_a_dry_run_shows_the_changes_and_makes_none(repository, capsys):
     printed = capsys.readouterr().out
     assert "up 0.3.0" in printed
     assert "- Something new." in printed
+    assert "changes packages/up/src/up/__init__.py, packages/up/CHANGELOG.md." in printed
+    assert "first" not in printed
     assert git(repository, "status", "--porcelain") == ""
     assert not (repository / "dist").exists()
+
+
+def test_a_dry_run_of_a_first_release_names_only_what_changes_and_what_comes_first(repository, capsys):
+    for name in ("low", "up"):
+        (repository / f"packages/{name}/CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n- Everything.\n")
+    _commit(repository)
+    main(["up", "--dry-run"], repository)
+    printed = capsys.readouterr().out
+    assert "up 0.2.0 changes packages/up/CHANGELOG.md." in printed
+    assert "Release low 0.2.0 first" in printed
 
 
 def test_a_changelog_keeps_every_section():
@@ -238,7 +252,8 @@ def test_wan_infer_is_built_and_tried(tmp_path, capfd):
     assert "wan-infer 7.8.9 imports from its wheel, and so do wan-infer --help and --version." in printed
     assert "git tag -a wan-infer-v7.8.9" in printed
     assert "Release wan-model" in printed
-    assert "twine upload dist/wan-infer-7.8.9/*" in printed
+    (upload,) = re.findall(r"- Upload: (\S+) -m twine upload dist/wan-infer-7\.8\.9/\*", printed)
+    assert (root / upload).samefile(sys.executable)
     built = sorted(path.name for path in (root / "dist/wan-infer-7.8.9").iterdir())
     assert built == ["wan_infer-7.8.9-py3-none-any.whl", "wan_infer-7.8.9.tar.gz"]
     changed = git(root, "status", "--porcelain").split()[1::2]

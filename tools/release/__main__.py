@@ -5,6 +5,7 @@ date. Wheel and source distribution are built from a copy and tested in an empty
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,24 +18,40 @@ ROOT = Path(__file__).parents[2]
 
 
 def _described(plan: Plan) -> str:
-    files = ", ".join(str(path.relative_to(plan.package.root)) for path in plan.edits)
-    return f"{plan.package.name} {plan.version} changes {files}. Its section of the changelog:\n\n{plan.changes}\n"
+    changed = [path for path, text in plan.edits.items() if text != path.read_text(encoding="utf-8")]
+    files = ", ".join(str(path.relative_to(plan.package.root)) for path in changed)
+    lines = [f"{plan.package.name} {plan.version} changes {files}. Its section of the changelog:", "", plan.changes, ""]
+    if plan.unreleased:
+        lines += [_first(plan), ""]
+    return "\n".join(lines)
+
+
+def _first(plan: Plan) -> str:
+    names = " and ".join(f"{one.name} {one.version}" for one in plan.unreleased)
+    return f"Release {names} first: this package needs it, and no changelog says that it is released."
 
 
 def _next_steps(plan: Plan, output: Path) -> str:
     package, folder = plan.package, output.relative_to(plan.package.root)
     lines = [f"{package.name} {plan.version} is in {folder}, and nothing has been published. What to do next:"]
     if plan.unreleased:
-        names = " and ".join(f"{one.name} {one.version}" for one in plan.unreleased)
-        lines.append(f"- Release {names} first: this package needs it, and no changelog says that it is released.")
+        lines.append(f"- {_first(plan)}")
     lines += [
         "- Read the change: git diff",
         f'- Commit it: git commit -m "Release {package.name} {plan.version}" -- packages/{package.name}',
         f'- Tag the commit: git tag -a {plan.tag} -m "{package.name} {plan.version}"',
         f"- Push both: git push origin HEAD {plan.tag}",
-        f"- Upload: python -m twine upload {folder}/*",
+        f"- Upload: {_twine(plan.package.root)} upload {folder}/*",
     ]
     return "\n".join(lines)
+
+
+def _twine(root: Path) -> str:
+    # twine is installed in the environment that runs this, which is .nox/release in the session of that name.
+    environment = Path(sys.prefix)
+    if environment.is_relative_to(root):
+        environment = environment.relative_to(root)
+    return f"{environment / 'bin' / 'python'} -m twine"
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:

@@ -54,6 +54,7 @@ REFUSED = [
         "less than the 2",
     ),
 ]
+README = Path(__file__).parents[2] / "README.md"
 GPUS = {
     "tiny": 1, "wan_1_3b": 8, "wan_1_3b_t2i": 8, "wan_14b_128gpu": 128, "wan_14b_64gpu_fsdp": 64, "wan_14b_t2i": 32
 }  # fmt: skip
@@ -193,6 +194,13 @@ def test_a_dry_run_says_what_a_step_is(dry_runs: dict[str, list[Any]]) -> None:
     assert "data 16 x tensor 2 with sequence x context 4 x pipeline 1" in output
     # 6.184 PFLOP a sample of 37,440 tokens, and 16 of them.
     assert "16 packs, 1 per data-parallel rank, 599,040 tokens and 98,945" in output
+
+
+def test_the_readme_shows_what_a_dry_run_prints(dry_runs: dict[str, list[Any]]) -> None:
+    code, output, errors = dry_runs["people"]
+    assert code == 0, errors
+    command = "$ wan-train pretrain --config-file wan_14b_128gpu --mock --dry-run --world-size 128\n"
+    assert f"```sh\n{command}{output}```" in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("model", "parameters"), [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584)])
