@@ -60,6 +60,18 @@ def test_every_flag_is_known(words):
     assert used <= known, f"unknown: {sorted(used - known)}"
 
 
+def test_the_places_to_add_something_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^## Where to add\n(.*?)^## ", text, re.M | re.S)
+    places = re.findall(r"`(wan_\w+/[\w./]+)`", table)
+    assert places
+    for place in places:
+        assert list(ROOT.glob(f"packages/*/src/{place}")), place
+    for name, place in re.findall(r"`(\w+)` of `(wan_\w+/[\w./]+)`", table):
+        (file,) = ROOT.glob(f"packages/*/src/{place}")
+        assert re.search(rf"^{name}\b", file.read_text(encoding="utf-8"), re.M), name
+
+
 def test_every_override_is_a_known_setting(run):
     runs = []
     for words in COMMANDS:

@@ -32,7 +32,9 @@ def table(report: dict[str, Any]) -> str:
     for name, run in report["training"].items():
         rows += _run_rows(name, run)
     rows.append(("video", f"{video['frames']} frames of {video['width']} x {video['height']} pixels"))
-    rows += [(f"  {stage}", f"{seconds:7.1f} s") for stage, seconds in report["seconds"].items()]
+    stages = dict(report["seconds"])
+    rows.append(("time", f"{stages.pop('total'):7.1f} s, of which"))
+    rows += [(f"  {stage}", f"{seconds:7.1f} s") for stage, seconds in stages.items()]
     rows += [(name.replace("_", " "), path) for name, path in report["files"].items()]
     width = max(len(name) for name, _ in rows)
     rule = "-" * (width + 62)

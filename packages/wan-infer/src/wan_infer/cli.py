@@ -52,7 +52,8 @@ from wan_model.system.child_process import Supervisor, end_process
 )
 @flag("sample-solver", type=click.Choice(SOLVERS), default="unipc", help="Solver of the sampling steps.")
 @flag("sample-steps", type=int, default=50, help="Sampling steps.")
-@flag("sample-shift", type=float, default=5.0, help="Shift of the noise levels: 5 is the official default at every size; diffusers suggests 3 for 480p.")
+@flag("sample-shift", type=float, default=5.0,
+      help="Shift of the noise levels; officially 5 at every size, diffusers suggests 3 for 480p.")  # fmt: skip
 @flag("sample-guide-scale", type=float, default=5.0, help="Guidance scale; 1 is none and takes half the time.")
 @flag("fps", type=click.IntRange(1, 240), default=16, help="Frames per second; the models were trained for 16.")
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")

@@ -1,4 +1,4 @@
-"""``wan-data prepare``: from a folder of clips, or a listing, to a dataset."""
+"""``wan-data prepare``: from a folder of clips, or a listing, to a dataset; start, resume and addition of files."""
 
 import collections
 import contextlib
