@@ -203,4 +203,7 @@ def test_inspect(run, dataset):
     tables = run("inspect", dataset)
     assert tables.exit_code == 0
     assert "16x3x" in tables.output
+    printed = " ".join(tables.output.split())
+    assert "% of their capacity filled, " in printed
+    assert "% of computed tokens valid (packing efficiency)" in printed
     assert "Error: " in run("inspect", dataset / "absent").output

@@ -152,7 +152,7 @@ def plan(
 def inspect(
     path: Path, capacity: int | None, pad_multiple: int, packing_buffer: int, png: Path | None, **flags: bool
 ) -> None:
-    """Show the samples, shapes, tokens, captions and packing efficiency of a dataset, or of a blend of several."""
+    """Show the samples, shapes, tokens, captions and packing of a dataset, or of a blend of several."""
     from wan_data.inspect.statistics import inspect as read_statistics
     from wan_data.inspect.statistics import print_tables
 

@@ -81,7 +81,7 @@ def pretrain(
     """Train a model; the same command again resumes from checkpoint.save.
 
     \b
-    wan-train pretrain --recipe wan_1_3b --nproc-per-node 8 dataset.path=DATA checkpoint.save=CHECKPOINTS
+    wan-train pretrain --config-file wan_1_3b --nproc-per-node 8 dataset.path=DATA checkpoint.save=CHECKPOINTS
     """
     from wan_train.config.options import RunOptions
     from wan_train.engine.installed import require_installed

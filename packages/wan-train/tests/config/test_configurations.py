@@ -1,6 +1,7 @@
 """What is shipped, what a dry run says, and what an export leaves."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -201,6 +202,15 @@ def test_the_readme_shows_what_a_dry_run_prints(dry_runs: dict[str, list[Any]]) 
     assert code == 0, errors
     command = "$ wan-train pretrain --config-file wan_14b_128gpu --mock --dry-run --world-size 128\n"
     assert f"```sh\n{command}{output}```" in README.read_text(encoding="utf-8")
+
+
+def test_the_guide_lists_every_shipped_file(dry_runs: dict[str, list[Any]]) -> None:
+    guide = README.with_name("TRAINING.md").read_text(encoding="utf-8")
+    _, table = guide.split("| configuration file |", 1)
+    rows = [line.split("|")[1:-1] for line in table.split("\n\n")[0].splitlines()[2:]]
+    listed = {name: (int(row[1]), int(row[3])) for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    packs = {name: json.loads(dry_runs[f"shipped {name}"][1])["packs"] for name in GPUS}
+    assert listed == {name: (gpus, packs[name]) for name, gpus in GPUS.items()}
 
 
 @pytest.mark.parametrize(("model", "parameters"), [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584)])

@@ -1,4 +1,4 @@
-"""``wan-data inspect``: statistics of a dataset and its packing efficiency."""
+"""``wan-data inspect``: statistics of a dataset and of its packs."""
 
 import collections
 import statistics
@@ -21,7 +21,7 @@ from wan_data.shards.reader import samples_of
 def simulate_packing(
     tokens: Sequence[int], capacity: int, *, pad_multiple: int = 1, packing_buffer: int = 64
 ) -> Efficiency:
-    """The packing efficiency of the loader's algorithm.
+    """How full packs are with the loader's algorithm, and how much of them is padding.
 
     Args:
         tokens: of each sample, in the order in which they are drawn.
@@ -158,7 +158,7 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
         console.print(
             f"packs of {packing['capacity']} tokens: {packing['packs']}, "
             f"{packing['valid_of_capacity']:.1%} of their capacity filled, "
-            f"{packing['valid_of_total']:.1%} of computed tokens valid"
+            f"{packing['valid_of_total']:.1%} of computed tokens valid (packing efficiency)"
         )
     if found["rejected"]:
         console.print(f"{len(found['rejected'])} files were rejected when it was prepared")
