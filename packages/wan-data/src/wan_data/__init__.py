@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["LoaderConfig", "PackLoader", "read_empty_caption", "read_latent_spec", "splits"]
 __version__ = "0.1.0"
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        **dict.fromkeys(("LoaderConfig", "PackLoader"), "reading.loader"),
-        **dict.fromkeys(("read_latent_spec", "splits"), "reading.datasets"),
-        "read_empty_caption": "reading.empty_caption",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            **dict.fromkeys(("LoaderConfig", "PackLoader"), "reading.loader"),
+            **dict.fromkeys(("read_latent_spec", "splits"), "reading.datasets"),
+            "read_empty_caption": "reading.empty_caption",
+        },
+    )

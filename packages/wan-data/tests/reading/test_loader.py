@@ -258,6 +258,38 @@ def test_workers_end_when_told(mixed_sizes, how):
     assert [worker.exitcode for worker in workers] == [0, 0]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_closed_loader_says_so(mixed_sizes, workers):
+    one = mixed(mixed_sizes, num_workers=workers)
+    next(iter(one))
+    one.close()
+    one.close()
+    for use in (iter, PackLoader.state_dict):
+        with pytest.raises(ValueError, match="the loader is closed; make a new one"):
+            use(one)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_loader_has_a_state_and_no_packs(mixed_sizes, workers, monkeypatch):
+    one = mixed(mixed_sizes, num_workers=workers)
+    packs = iter(one)
+    wanted = drawn(packs, 3)
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.utils.data.dataloader._BaseDataLoaderIter.__next__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(packs)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="the loader's iterator was ended by an error"):
+        iter(one)
+    resumed = mixed(mixed_sizes, num_workers=workers)
+    resumed.load_state_dict(one.state_dict())
+    assert drawn(resumed, 4) == drawn(mixed(mixed_sizes, num_workers=workers), 7)[3:]
+    assert wanted
+
+
 def test_a_shard_of_the_recipe_is_read(tmp_path):
     # As NVIDIA's script writes them: stock pickle, bfloat16, no fields of ours, no manifest.
     import pickle

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["NEGATIVE_PROMPT", "WanSampler", "draw_contact_sheet", "read_video", "save_contact_sheet", "save_video"]
 __version__ = "0.1.0"
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "NEGATIVE_PROMPT": "request.settings",
-        "WanSampler": "sampling.sampler",
-        **dict.fromkeys(("draw_contact_sheet", "save_contact_sheet"), "output.contact_sheet"),
-        **dict.fromkeys(("read_video", "save_video"), "output.video_file"),
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "NEGATIVE_PROMPT": "request.settings",
+            "WanSampler": "sampling.sampler",
+            **dict.fromkeys(("draw_contact_sheet", "save_contact_sheet"), "output.contact_sheet"),
+            **dict.fromkeys(("read_video", "save_video"), "output.video_file"),
+        },
+    )

@@ -41,18 +41,19 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        **dict.fromkeys(("WAN_1_3B", "WAN_14B", "WanConfig"), "config"),
-        "ContextParallel": "dit.context_parallel",
-        "pack_flops": "dit.flops",
-        **dict.fromkeys(("Stage", "WanDiT"), "dit.model"),
-        **dict.fromkeys(("Ops", "TorchOps"), "dit.ops"),
-        "LatentSpec": "latent_spec",
-        **dict.fromkeys(
-            ("LatentPack", "PackLayout", "TokenRows", "pack_latents", "pad_text", "patchify", "unpatchify"), "pack"
-        ),
-        **dict.fromkeys(("init_weights", "load_transformer", "save_transformer"), "weights.transformer"),
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            **dict.fromkeys(("WAN_1_3B", "WAN_14B", "WanConfig"), "config"),
+            "ContextParallel": "dit.context_parallel",
+            "pack_flops": "dit.flops",
+            **dict.fromkeys(("Stage", "WanDiT"), "dit.model"),
+            **dict.fromkeys(("Ops", "TorchOps"), "dit.ops"),
+            "LatentSpec": "latent_spec",
+            **dict.fromkeys(
+                ("LatentPack", "PackLayout", "TokenRows", "pack_latents", "pad_text", "patchify", "unpatchify"), "pack"
+            ),
+            **dict.fromkeys(("init_weights", "load_transformer", "save_transformer"), "weights.transformer"),
+        },
+    )

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,31 @@ print(json.dumps([heavy, "torch" in sys.modules, WanConfig().hidden_size]))
 def test_other_names_are_refused_as_python_does() -> None:
     with pytest.raises(AttributeError, match="module 'wan_model' has no attribute 'WanModel'"):
         wan_model.WanModel  # noqa: B018
-    get = lazy_names("wan_model", {"THETA": "dit.rope"})
+    get, _ = lazy_names("wan_model", {"THETA": "dit.rope"})
     assert get("THETA") == 10000.0
     with pytest.raises(AttributeError, match="has no attribute 'theta'"):
         get("theta")
+
+
+@pytest.mark.parametrize("package", ["wan_model"])
+def test_names_are_listed_before_they_are_used(package: str) -> None:
+    script = f"import {package}; print(set({package}.__all__) <= set(dir({package})), '__version__' in dir({package}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_a_type_checker_refuses_other_names(tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    (tmp_path / "user.py").write_text("from wan_model import WanConfig, WanModl\n\nWanConfig(num_layers=1)\n")
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--follow-imports=silent",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    done = subprocess.run([*command, str(tmp_path / "user.py")], capture_output=True, text=True, check=False)
+    assert 'Module "wan_model" has no attribute "WanModl"' in done.stdout, done.stdout + done.stderr
+    assert "Found 1 error" in done.stdout

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["RunOptions", "export", "pretrain"]
 __version__ = "0.1.0"
 
-__getattr__ = lazy_names(
-    __name__, {"RunOptions": "config.options", "export": "checkpoint.export", "pretrain": "loop.run"}
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__, {"RunOptions": "config.options", "export": "checkpoint.export", "pretrain": "loop.run"}
+    )

@@ -5,6 +5,7 @@ It needs neither torch.distributed nor a GPU nor Megatron-Core: the caller passe
 
 import dataclasses
 import gc
+import inspect
 import time
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
@@ -113,6 +114,7 @@ class PackLoader:
                     f"{one.part.folder} has {one.samples} training samples for {world_size} ranks of "
                     f"{max(1, config.num_workers)} workers; each needs at least one"
                 )
+        self._closed = False
         self._loader: Any = None
         self._packs: Generator[LatentPack, None, None] | None = None
 
@@ -181,29 +183,48 @@ class PackLoader:
         return self._loader
 
     def __iter__(self) -> Iterator[LatentPack]:
-        """For ``train`` always the same endless iterator; for other splits a new pass over the split."""
+        """For ``train`` always the same endless iterator; for other splits a new pass over the split.
+
+        Raises:
+            ValueError: the loader is closed, or an error has ended the iterator.
+        """
         if not self._endless:
             return self._draw(self._build())
+        self._check_open()
         if self._packs is None:
             self._packs = self._draw(self._current())
+        elif inspect.getgeneratorstate(self._packs) == inspect.GEN_CLOSED:
+            raise ValueError("the loader's iterator was ended by an error; make a new loader, and load the last state")
         return self._packs
 
     @staticmethod
     def _draw(loader: Any) -> Generator[LatentPack, None, None]:
         # A generator function, so that iter() of Energon's loader is called with the first pack: from then on its state
         # is that of the workers, which have to be started.
+        ended = True
         try:
             for sample in loader:
                 yield sample.pack
+        except GeneratorExit:
+            raise
+        except BaseException:
+            ended = False  # interrupted, for example: the state can still be asked of the workers
+            raise
         finally:
-            # Energon's loader and its iterator refer to each other. When they are collected as a cycle, the queues end
-            # before torch has told the workers to, and it waits five seconds for each worker.
-            loader._epoch_iterator = loader._iterator = None
+            if ended:
+                # Energon's loader and its iterator refer to each other. When they are collected as a cycle, the queues
+                # end before torch has told the workers to, and it waits five seconds for each worker.
+                loader._epoch_iterator = loader._iterator = None
 
     def close(self) -> None:
         """End the worker processes of the endless iterator; the deletion of the loader does so, too."""
+        self._closed = True
         if self._packs is not None:
             self._packs.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the loader is closed; make a new one, and load a state that was saved before")
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -223,10 +244,11 @@ class PackLoader:
         """The state as plain JSON values; ``load_state_dict`` continues with the next pack.
 
         Raises:
-            ValueError: the split is read once and in order, which has no state.
+            ValueError: the split is read once and in order, which has no state; or the loader is closed.
         """
         if not self._endless:
             raise ValueError(f"the split {self.config.split!r} has no state: each iteration is a whole pass")
+        self._check_open()
         return {**self._identity(), "state": to_plain(self._saved())}
 
     def _saved(self) -> Any:

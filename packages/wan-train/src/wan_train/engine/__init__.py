@@ -11,10 +11,12 @@
 
 import contextlib
 import dataclasses
-
-import torch
+from typing import TYPE_CHECKING
 
 from wan_train.engine.installed import is_installed, require_installed
+
+if TYPE_CHECKING:  # start() imports it; a command that imports wan_train.engine.installed should not wait for it
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Engine:
         transformer_engine: whether Transformer Engine can be used.
     """
 
-    device: torch.device
+    device: "torch.device"
     backend: str
     transformer_engine: bool
 
@@ -49,6 +51,8 @@ def start(*, take_device: bool = True) -> Engine:
     if _started is not None:
         return _started
     require_installed()
+    import torch
+
     from wan_train.engine import absent_modules, cpu
 
     has_cuda = torch.cuda.is_available()
