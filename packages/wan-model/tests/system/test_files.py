@@ -69,9 +69,11 @@ def test_saved_weights_are_flushed_file_by_file(small_model: WanDiT, tmp_path: P
     names = sorted(path.name for path in (tmp_path / "transformer").iterdir())
     weights = [name for name in names if name.endswith(".safetensors")]
     assert len(weights) > 1
-    in_order = [*weights, "diffusion_pytorch_model.safetensors.index.json", "config.json"]
+    in_order = [*reversed(weights), "diffusion_pytorch_model.safetensors.index.json", "config.json"]
     assert sorted(in_order) == names
-    assert events == [event for name in in_order for event in flushed("transformer", name, name + PARTIAL_SUFFIX)]
+    # First the removal of an earlier index, if there is one.
+    assert events[0] == ("fsync", "transformer")
+    assert events[1:] == [event for name in in_order for event in flushed("transformer", name, name + PARTIAL_SUFFIX)]
 
 
 def test_an_existing_file_is_replaced_and_stays_whole_when_the_new_one_fails(tmp_path: Path) -> None:
@@ -143,3 +145,27 @@ def test_json_is_sorted_utf8_and_the_digest_is_of_the_bytes(tmp_path: Path) -> N
     assert (tmp_path / "a.json").read_bytes() == '{\n "a": "é",\n "b": [\n  1.5\n ]\n}\n'.encode()
     write_bytes(tmp_path / "empty", b"")
     assert sha256_of(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_links_are_followed_and_permissions_kept(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    write_bytes(link, b"new")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+
+
+def test_what_is_no_file_is_written_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(pipe, b"content")
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    assert pipe.is_fifo()
+    write_bytes(Path(os.devnull), b"content")
+    assert Path(os.devnull).is_char_device()

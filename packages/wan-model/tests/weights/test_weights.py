@@ -68,6 +68,35 @@ def test_precision_of_loading(folder: Path, small_model: WanDiT) -> None:
     assert equal(loaded, {key: value if key in kept else value.bfloat16() for key, value in original})
 
 
+def test_a_save_that_is_killed_leaves_no_mixture_of_two_models(
+    small_model: WanDiT, small_config: WanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {key: torch.zeros_like(value) for key, value in small_model.state_dict().items()}
+    new = {key: torch.ones_like(value) for key, value in old.items()}
+    rename, renamed = Path.replace, 0
+
+    def killed_at_a_rename(self: Path, target: Path) -> Path:
+        nonlocal renamed
+        renamed += 1
+        if renamed == last:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    for last in range(1, 6):
+        folder = tmp_path / str(last)
+        save_transformer(old, small_config, folder, shard_bytes=60_000)
+        renamed = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed_at_a_rename)
+            with pytest.raises(KeyboardInterrupt):
+                save_transformer(new, small_config, folder, shard_bytes=60_000)
+        try:
+            loaded = load_transformer(folder).state_dict()
+        except ValueError:
+            continue
+        assert equal(loaded, old) or equal(loaded, new)
+
+
 @pytest.mark.parametrize(("before", "after"), [(60_000, 10**10), (10**10, 60_000), (30_000, 60_000)])
 def test_saving_over_an_earlier_save_leaves_nothing_of_it(
     small_model: WanDiT, small_config: WanConfig, tmp_path: Path, before: int, after: int

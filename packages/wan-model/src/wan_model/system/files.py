@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +42,9 @@ def sync_folder(folder: Path) -> None:
 def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """A temporary path beside ``path``; its file is flushed and renamed when the block ends without an error.
 
+    A link is followed, and an existing file keeps its permissions. What is no file, such as ``/dev/null``, is written
+    directly.
+
     Args:
         path: the final name of the file; an existing file is replaced.
         unique: include the process id in the temporary name, for files that several processes may write concurrently.
@@ -49,10 +53,17 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the write fails; the error names the path. After any error the temporary file is removed.
     """
+    named, path = path, Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with naming(named):
+            yield path
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}" if unique else path.name + PARTIAL_SUFFIX)
     try:
-        with naming(path):
+        with naming(named):
             yield partial
+            if path.exists():
+                shutil.copymode(path, partial)
             sync_file(partial)
             partial.replace(path)
     except BaseException:

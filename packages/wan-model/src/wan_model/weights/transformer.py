@@ -4,6 +4,7 @@ A tensor-parallel or pipeline-parallel model reads its shard of each full tensor
 number of ranks.
 """
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from wan_model.config import WanConfig
 from wan_model.dit.model import Stage, WanDiT
-from wan_model.system.files import atomic_path, write_json
+from wan_model.system.files import atomic_path, sync_folder, write_json
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -193,6 +194,9 @@ def save_transformer(
 ) -> None:
     """Write a diffusers ``transformer`` folder; each file is written atomically.
 
+    An earlier model in the folder is replaced when all files have been written. A process that is killed meanwhile
+    leaves either model, or a folder that readers refuse.
+
     Args:
         state: every tensor of the whole model, by key.
         config: its sizes.
@@ -218,18 +222,20 @@ def save_transformer(
     names = [f"{WEIGHTS_STEM}.safetensors"]
     if len(shards) > 1:
         names = [f"{WEIGHTS_STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        with atomic_path(folder / name) as partial:
-            save_file(shard, partial, metadata={"format": "pt"})
     index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
+    with contextlib.ExitStack() as written:
+        for name, shard in zip(names, shards, strict=True):
+            partial = written.enter_context(atomic_path(folder / name))
+            save_file(shard, partial, metadata={"format": "pt"})
+        # Readers prefer an index: with that of an earlier save they would read a mixture of both while files get their
+        # names, and afterwards the earlier weights.
+        index.unlink(missing_ok=True)
+        sync_folder(folder)
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for shard in shards for tensor in shard.values())
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         table = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(index, table)
-    else:
-        # Readers prefer an index; with one left by an earlier save they would read the earlier weights.
-        index.unlink(missing_ok=True)
     for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
         if path.name not in names:
             path.unlink()

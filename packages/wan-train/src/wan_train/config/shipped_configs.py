@@ -1,7 +1,8 @@
 """The YAML files of the package. Imports no torch and no Megatron."""
 
-import shutil
 from pathlib import Path
+
+from wan_model.system.files import write_bytes
 
 FOLDER = Path(__file__).parent / "shipped"
 
@@ -65,5 +66,5 @@ def copy(name: str, target: Path, *, force: bool) -> Path:
     if target.exists() and not force:
         raise ValueError(f"{target} exists; choose another file, or pass --force to overwrite it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    write_bytes(target, source.read_bytes())
     return target
