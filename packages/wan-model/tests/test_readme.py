@@ -63,5 +63,5 @@ def test_context_parallelism_on_two_processes(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == 2 * ["torch.Size([72, 64])"]
+    assert done.stdout.count("torch.Size([72, 64])") == 2
     assert not torch.distributed.is_initialized()
