@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wan_model.kernels.launch import Kernel, block_of, warps_of
 from wan_model.kernels.reduction import sum_over_chunks
+from wan_model.kernels.rotation import rotate
 from wan_model.kernels.row_chunks import chunks_of_all
 
 
@@ -33,11 +34,7 @@ def _forward(  # type: ignore[no-untyped-def]
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         value *= weight * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
         if ROTATED:
-            # The table has the cosine and the sine of each pair side by side, as the row has its values.
-            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
-            even, odd = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
-            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
-            value = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (BLOCK,))
+            value = rotate(value, table, row, columns, inside, HEAD, BLOCK, 1.0)
         tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -56,10 +53,7 @@ def _backward(  # type: ignore[no-untyped-def]
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         slope = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
         if ROTATED:
-            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
-            even, odd = tl.split(tl.reshape(slope, (BLOCK // 2, 2)))
-            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
-            slope = tl.reshape(tl.join(even * cosine + odd * sine, odd * cosine - even * sine), (BLOCK,))
+            slope = rotate(slope, table, row, columns, inside, HEAD, BLOCK, -1.0)
         scale = tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
         normed = value * scale
         grad_weight += slope * normed

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wan_model.kernels.launch import Kernel, block_of, warps_of
 from wan_model.kernels.reduction import sum_over_chunks
+from wan_model.kernels.rotation import rotate
 from wan_model.kernels.row_chunks import chunks_of_all
 
 
@@ -42,10 +43,7 @@ def _forward(  # type: ignore[no-untyped-def]
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         value *= weight * tl.rsqrt(tl.load(sums + row) / full_width + eps)
         if ROTATED:
-            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
-            even, odd = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
-            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
-            value = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (BLOCK,))
+            value = rotate(value, table, row, columns, inside, HEAD, BLOCK, 1.0)
         tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -64,10 +62,7 @@ def _backward_products(  # type: ignore[no-untyped-def]
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         slope = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
         if ROTATED:
-            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
-            even, odd = tl.split(tl.reshape(slope, (BLOCK // 2, 2)))
-            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
-            slope = tl.reshape(tl.join(even * cosine + odd * sine, odd * cosine - even * sine), (BLOCK,))
+            slope = rotate(slope, table, row, columns, inside, HEAD, BLOCK, -1.0)
         normed = value * tl.rsqrt(tl.load(sums + row) / full_width + eps)
         grad_weight += slope * normed
         tl.store(products + row, tl.sum(slope * weight * normed, axis=0))
@@ -88,10 +83,7 @@ def _backward(  # type: ignore[no-untyped-def]
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
         slope = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
         if ROTATED:
-            angles = tl.load(table + tl.cast(row, tl.int64) * HEAD + columns % HEAD, mask=inside, other=0.0)
-            even, odd = tl.split(tl.reshape(slope, (BLOCK // 2, 2)))
-            cosine, sine = tl.split(tl.reshape(angles, (BLOCK // 2, 2)))
-            slope = tl.reshape(tl.join(even * cosine + odd * sine, odd * cosine - even * sine), (BLOCK,))
+            slope = rotate(slope, table, row, columns, inside, HEAD, BLOCK, -1.0)
         scale = tl.rsqrt(tl.load(sums + row) / full_width + eps)
         slope = slope * weight - value * scale * (tl.load(products + row) / full_width)
         tl.store(grad_x + places, (slope * scale).to(grad_x.dtype.element_ty), mask=inside)
