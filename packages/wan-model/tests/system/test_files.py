@@ -1,9 +1,11 @@
 """Atomic writes: flushed, then renamed, then the name is flushed; and what stays behind when one fails."""
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,48 @@ def test_leftovers_are_overwritten_and_processes_have_names_of_their_own(tmp_pat
         assert str(os.getpid()) in partial.name
         partial.write_bytes(b"2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "b.bin"]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with atomic_write(path) as file:
+        file.write(b"first")
+        with pytest.raises(OSError, match="another process is writing this file") as caught:
+            write_bytes(path, b"second")
+        assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"first"
+    write_bytes(path, b"third")
+    assert path.read_bytes() == b"third"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_concurrent_writers_each_write_a_whole_file_or_are_refused(tmp_path: Path) -> None:
+    path, contents = tmp_path / "a.bin", [bytes([n]) * 200_000 for n in range(4)]
+
+    def write_often(content: bytes) -> int:
+        refused = 0
+        for _ in range(30):
+            try:
+                write_bytes(path, content)
+            except OSError as error:
+                assert error.errno == errno.EBUSY  # noqa: PT017  counted here, in a thread
+                refused += 1
+            assert path.read_bytes() in contents
+        return refused
+
+    path.write_bytes(contents[0])
+    with ThreadPoolExecutor(4) as threads:
+        assert sum(threads.map(write_often, contents)) < 120, "one writer always succeeds"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_bytes(tmp_path / "a.bin", b"1")
+    assert (tmp_path / "a.bin").read_bytes() == b"1"
 
 
 def test_json_is_sorted_utf8_and_the_digest_is_of_the_bytes(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Atomic writes: a file is complete and flushed to the disk before it is renamed to its name. Imports no torch."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -51,7 +53,8 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
             Otherwise the next attempt overwrites a temporary file that a killed process has left.
 
     Raises:
-        OSError: the write fails; the error names the path. After any error the temporary file is removed.
+        OSError: the write fails, or another process is writing this file; the error names the path. After any error
+            the temporary file of this process is removed.
     """
     named, path = path, Path(os.path.realpath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -59,17 +62,39 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
             yield path
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}" if unique else path.name + PARTIAL_SUFFIX)
-    try:
-        with naming(named):
-            yield partial
-            if path.exists():
-                shutil.copymode(path, partial)
-            sync_file(partial)
-            partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with contextlib.nullcontext() if unique else _only_writer(partial, named):
+        try:
+            with naming(named):
+                yield partial
+                if path.exists():
+                    shutil.copymode(path, partial)
+                sync_file(partial)
+                partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _only_writer(partial: Path, path: Path) -> Iterator[None]:
+    """Create the temporary file and hold its lock, which the system releases if this process dies."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = "another process is writing this file; wait for its end, or choose another name"
+                raise OSError(errno.EBUSY, text, str(path)) from None
+            except OSError:
+                break  # a file system without locks
+            # Another writer may have renamed or removed the file before it was locked here.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), partial.stat()):
+                    break
+        yield
 
 
 @contextlib.contextmanager
