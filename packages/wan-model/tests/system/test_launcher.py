@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -88,9 +88,9 @@ def start_ranks(server: LaunchServer, tmp_path: Path) -> Iterator[Callable[..., 
     """Two ranks that do as they are told, under our launcher."""
     jobs: list[Job] = []
 
-    def start_two(body: str, **settings: float) -> Job:
+    def start_two(body: str, ignored: Sequence[int] = (), **settings: float) -> Job:
         write_ranks(body, tmp_path)
-        jobs.append(server.start("ranks", tmp_path, settings=settings, TMPDIR=str(tmp_path)))
+        jobs.append(server.start("ranks", tmp_path, settings=settings, ignored=ignored, TMPDIR=str(tmp_path)))
         return jobs[-1]
 
     yield start_two
@@ -168,6 +168,12 @@ def test_a_rank_that_only_exits_is_named(start_ranks: Callable[..., Job]) -> Non
     job = start_ranks("if rank == 1: os._exit(5)\ntime.sleep(600)", **QUICK)
     assert job.code() == 5
     assert job.alive() == []
+    assert job.error_lines() == ["Error (rank 1): the process ended with exit status 5"]
+
+
+def test_a_parent_that_ignores_sigchld_does_not_turn_a_failure_into_success(start_ranks: Callable[..., Job]) -> None:
+    job = start_ranks("if rank == 1: os._exit(5)\ntime.sleep(600)", ignored=[signal.SIGCHLD], **QUICK)
+    assert job.code() == 5
     assert job.error_lines() == ["Error (rank 1): the process ended with exit status 5"]
 
 

@@ -224,6 +224,19 @@ def _end(ranks: Sequence[Rank], received: Sequence[int]) -> None:
 
 
 @contextlib.contextmanager
+def _exit_statuses_kept() -> Iterator[None]:
+    """Handle SIGCHLD by default: where the parent process ignored it, the system drops the exit status of a rank."""
+    before = signal.getsignal(signal.SIGCHLD)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, before)
+
+
+@contextlib.contextmanager
 def _subreaper() -> Iterator[None]:
     """Make orphaned descendants of this process its children, so that it can wait for their end (Linux)."""
     if sys.platform != "linux":
@@ -318,6 +331,7 @@ def launch(module: str, arguments: Sequence[str], ranks: int, *, first_rank_outp
         interrupts = stack.enter_context(Interrupts())
         stack.enter_context(_without_torchs_messages())
         stack.enter_context(_subreaper())
+        stack.enter_context(_exit_statuses_kept())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-ranks-")))
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 

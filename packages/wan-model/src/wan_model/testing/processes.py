@@ -125,6 +125,7 @@ class LaunchServer:
         cwd: Path | None = None,
         settings: Mapping[str, float] | None = None,
         first_rank_output: bool = False,
+        ignored: Sequence[int] = (),
         **variables: str,
     ) -> Job:
         """``wan_model.system.launcher.launch`` in a process of its own.
@@ -134,6 +135,7 @@ class LaunchServer:
             place: an empty folder; the ranks may import modules from it.
             cwd: the working folder.
             settings: names and values of the launcher's module to replace.
+            ignored: signals that the process ignores when it starts.
             variables: of the environment, besides ``os.environ`` as it is now.
         """
         path = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -143,6 +145,7 @@ class LaunchServer:
             "ranks": ranks,
             "first": first_rank_output,
             "settings": dict(settings or {}),
+            "ignored": list(ignored),
         }
         return self._start(place, cwd or place, {"PYTHONPATH": path, **variables}, launch=launch)
 
@@ -189,6 +192,8 @@ def _run(order: dict[str, Any]) -> int:
     launch = order["launch"]
     for name, value in launch["settings"].items():
         setattr(launcher, name, value)
+    for number in launch["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
     outcome = launcher.launch(launch["module"], launch["arguments"], launch["ranks"], first_rank_output=launch["first"])
     return outcome.code
 
