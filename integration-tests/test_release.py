@@ -221,6 +221,27 @@ def test_a_wheel_that_does_not_import_is_no_release(repository, capfd):
     assert not (repository / "dist").exists()
 
 
+@pytest.mark.parametrize(
+    ("during", "sentence"),
+    [
+        (lambda root: (root / "packages/low/CHANGELOG.md").write_text("my edit"), "working tree has changes"),
+        (_edit("low/src/low/__init__.py", '"""A package."""', '"""Better."""'), "commit was made during the build"),
+    ],
+    ids=["edit", "commit"],
+)
+def test_what_is_changed_during_the_build_is_kept(during, sentence, repository, monkeypatch):
+    def build(plan, workshop):
+        during(repository)
+        return []
+
+    monkeypatch.setattr("release.__main__.make", build)
+    with pytest.raises(SystemExit, match=sentence):
+        main(["low", "--offline"], repository)
+    assert not (repository / "dist").exists()
+    assert "0.2.1" not in (repository / "packages/low/src/low/__init__.py").read_text()
+    assert "0.2.1" not in (repository / "packages/low/CHANGELOG.md").read_text()
+
+
 def test_packages_of_this_repository_are_in_order():
     every = packages(ROOT)
     assert set(every) == {"wan-model", "wan-data", "wan-train", "wan-infer"}

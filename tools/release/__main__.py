@@ -5,13 +5,14 @@ date. Wheel and source distribution are built from a copy and tested in an empty
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from release.artifacts import CommandError, Workshop, make
+from release.artifacts import CommandError, Workshop, deliver, make
 from release.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -65,18 +66,23 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("--offline", action="store_true", help="download nothing: use installed packages; no twine")
     options = parser.parse_args(arguments)
     try:
-        plan = make_plan(root, options.package, options.version, datetime.now(UTC).date())
+        day = datetime.now(UTC).date()
+        plan = make_plan(root, options.package, options.version, day)
         print(_described(plan), flush=True)
         if options.dry_run:
             return
         with tempfile.TemporaryDirectory(prefix="release-") as scratch:
-            output = make(plan, Workshop(Path(scratch), options.offline))
+            files = make(plan, Workshop(Path(scratch), options.offline))
+            # Edits and commits made meanwhile are in neither file, and would be overwritten.
+            if make_plan(root, options.package, options.version, day) != plan:
+                raise ValueError("A commit was made during the build; run this command again.")
+            output = deliver(plan, files)
     except (ValueError, CommandError) as error:
         raise SystemExit(str(error)) from None
-    for path, text in plan.edits.items():
-        path.write_text(text, encoding="utf-8")
     print(f"\n{_next_steps(plan, output)}")
 
 
 if __name__ == "__main__":
+    # So that the temporary folder is removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     main()

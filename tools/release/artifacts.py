@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,15 +84,13 @@ class Workshop:
         return python
 
 
-def make(plan: Plan, workshop: Workshop) -> Path:
-    """Build, check and test the release; returns the folder of its two files.
+def make(plan: Plan, workshop: Workshop) -> list[Path]:
+    """Build, check and test the release; returns its two files, which are in the scratch folder.
 
     Raises:
-        CommandError: a step failed; the working tree is unchanged.
+        CommandError: a step failed.
     """
     package = plan.package
-    output = package.root / "dist" / f"{package.name}-{plan.version}"
-    shutil.rmtree(output, ignore_errors=True)
     made = workshop.scratch / "release"
     wheel = workshop.build(package, plan.edits, made)
     files = sorted(made.iterdir())
@@ -102,7 +100,16 @@ def make(plan: Plan, workshop: Workshop) -> Path:
     python = workshop.install([*siblings, wheel], package.root / "constraints.txt")
     scripts = list(package.project.get("scripts", {}))
     _run(python, "-P", Path(__file__).with_name("smoke.py"), package.name, str(plan.version), *scripts)
+    return files
+
+
+def deliver(plan: Plan, files: Sequence[Path]) -> Path:
+    """Copy the release's files to its folder in ``dist``, and write the edits; returns that folder."""
+    output = plan.package.root / "dist" / f"{plan.package.name}-{plan.version}"
+    shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     for file in files:
         shutil.copy2(file, output)
+    for path, text in plan.edits.items():
+        path.write_text(text, encoding="utf-8")
     return output

@@ -17,6 +17,7 @@ class Plan:
     """A release that has passed the checks.
 
     Attributes:
+        commit: the commit that is released.
         package: the package to release.
         version: the new version.
         changes: its section of the changelog.
@@ -25,6 +26,7 @@ class Plan:
         unreleased: those of them whose version has not been released.
     """
 
+    commit: str
     package: Package
     version: Version
     changes: str
@@ -72,6 +74,7 @@ def make_plan(root: Path, name: str, wanted: str | None, day: date) -> Plan:
         raise ValueError(f"The changelog of {name} cannot be used: {error}.") from None
     version = _choose(package.version, released, wanted)
     plan = Plan(
+        git(root, "rev-parse", "HEAD").strip(),
         package,
         version,
         changes,
