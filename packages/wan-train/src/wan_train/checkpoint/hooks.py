@@ -17,13 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import megatron.bridge.training.checkpointing as bridge
-import megatron.bridge.training.pretrain as bridge_pretrain
-import megatron.bridge.training.setup as bridge_setup
-import megatron.bridge.training.train as bridge_train
 import torch
-from megatron.core.safe_globals import register_safe_globals
-from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -36,6 +30,7 @@ from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, s
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
 from wan_train.checkpoint.writer_watch import watch_writer
 from wan_train.engine.torch_adam import synchronize_steps, uses_torch_adam
+from wan_train.engine.upstream.checkpoints import place_hooks, register_safe_globals, unwrap_model
 from wan_train.model.ema import PREFIX
 from wan_train.model.provider import MegatronWanDiT
 
@@ -68,15 +63,19 @@ class CheckpointHooks:
         return seconds
 
     def install(self) -> None:
-        """Make Megatron-Bridge's loop save and load through this object; once per process."""
-        save = self._saving(bridge.save_checkpoint)
-        bridge_train.save_checkpoint = bridge_pretrain.save_checkpoint = save
-        bridge.schedule_async_save = self._scheduling(bridge.schedule_async_save)
-        bridge.cleanup_old_non_persistent_checkpoint = lambda *args, **kwargs: None
-        bridge_setup.load_checkpoint = self._loading(bridge_setup.load_checkpoint)
-        # Bridge looks for its tracker files; the resume point has been resolved already.
-        bridge_setup.checkpoint_exists = lambda path: path is not None and self._point is not None
-        bridge._load_model_state_dict = _load_strictly
+        """Make Megatron-Bridge's loop save and load through this object; once per process.
+
+        Raises:
+            EngineChangedError: this version of Bridge cannot be made to.
+        """
+        place_hooks(
+            save=self._saving,
+            schedule=self._scheduling,
+            load=self._loading,
+            # Bridge looks for its tracker files; the resume point has been resolved already.
+            exists=lambda path: path is not None and self._point is not None,
+            load_weights=_load_strictly,
+        )
         read_without_code()
 
     def _saving(self, save: Callable[..., None]) -> Callable[..., None]:

@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable
 
 import torch
-from megatron.bridge.training.callbacks import Callback, CallbackContext
-from megatron.bridge.training.train import force_param_sync, should_disable_forward_pre_hook
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
 from wan_train.checkpoint.folder import ResumePoint, read_loader_state
+from wan_train.engine.upstream.loop import (
+    Callback,
+    CallbackContext,
+    force_param_sync,
+    should_disable_forward_pre_hook,
+)
 from wan_train.loop.metrics import MetricsWriter, StepMetrics, peak_of_device, reduce_metrics
 from wan_train.loop.nan_guard import guard_gradient
 from wan_train.loop.step import LOSS, WanForwardStep
