@@ -234,10 +234,10 @@ def pretrain(options: RunOptions) -> None:
     try:
         with _megatron_output_in_file(config, options.verbose) as terminal:
             metrics = MetricsWriter(log, Terminal(terminal), config.train.train_iters)
-            run_loop(config, step, [WanCallback(step, resume, metrics, validates, hooks.take_seconds)])
-    except SystemExit as stop:  # the loop exits this way at train.exit_interval
-        if stop.code:
-            raise
+            callback = WanCallback(step, resume, metrics, validates, hooks)
+            run_loop(config, step, [callback])
+            if callback.state is not None:
+                hooks.require_complete(config.checkpoint, callback.state.train_state.step)
     finally:
         import torch
 

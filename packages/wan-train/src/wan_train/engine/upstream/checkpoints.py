@@ -14,13 +14,14 @@ from megatron.core.utils import unwrap_model
 
 from wan_train.engine.upstream.replace import by, changed, find, mentions, nothing, replace
 
-__all__ = ["place_hooks", "register_safe_globals", "unwrap_model"]
+__all__ = ["SAFE_SAVES", "place_hooks", "register_safe_globals", "unwrap_model"]
 
 _BRIDGE = "megatron.bridge.training"
 _CHECKPOINTING = f"{_BRIDGE}.checkpointing"
 _MANAGER = f"{_CHECKPOINTING}:DefaultCheckpointManager"
 _SAVES = f"{_BRIDGE}.train:save_checkpoint_and_time"
-_SAFE, _EXACT = "saves that a crash cannot damage", "an exact resume"
+SAFE_SAVES, _EXACT = "saves that a crash cannot damage", "an exact resume"
+_NO_CODE = "reading checkpoints without executing code"
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -41,15 +42,16 @@ def place_hooks(
         EngineChangedError: one of them cannot be placed, or would not be called.
     """
     _verify_the_way_to_a_save()
-    replace(f"{_CHECKPOINTING}:save_checkpoint", save, _SAFE, called_by=(f"{_MANAGER}.save", _SAVES))
+    replace(f"{_CHECKPOINTING}:save_checkpoint", save, SAFE_SAVES, called_by=(f"{_MANAGER}.save", _SAVES))
     saves = (f"{_CHECKPOINTING}:save_checkpoint",)
-    replace(f"{_CHECKPOINTING}:schedule_async_save", schedule, _SAFE, called_by=saves)
+    replace(f"{_CHECKPOINTING}:schedule_async_save", schedule, SAFE_SAVES, called_by=saves)
     # Its retention can delete the only complete checkpoint.
     cleanup = f"{_CHECKPOINTING}:cleanup_old_non_persistent_checkpoint"
-    replace(cleanup, by(nothing), _SAFE, called_by=saves)
+    replace(cleanup, by(nothing), SAFE_SAVES, called_by=saves)
 
     loads = (f"{_MANAGER}.load", f"{_BRIDGE}.setup:setup")
     replace(f"{_CHECKPOINTING}:load_checkpoint", load, _EXACT, called_by=loads)
+    _verify_how_it_reads()
     reads = (f"{_CHECKPOINTING}:_load_checkpoint_from_path",)
     replace(f"{_CHECKPOINTING}:_load_model_state_dict", by(load_weights), _EXACT, called_by=reads)
     _place_exists(exists)
@@ -70,4 +72,16 @@ def _verify_the_way_to_a_save() -> None:
     step = {"save_checkpoint"} if find(_MANAGER) is None else {"save"}
     function = find(_SAVES)
     if function is None or not any(mentions(function, name) for name in step):
-        raise changed(f"the training loop does not save by {_SAVES}", _SAFE)
+        raise changed(f"the training loop does not save by {_SAVES}", SAFE_SAVES)
+
+
+def _verify_how_it_reads() -> None:
+    """Megatron-Core leaves reading pickles to the functions of torch that ``read_without_code`` replaces."""
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    reader = f"{strategies}.cached_metadata_filesystem_reader:CachedMetadataFileSystemReader"
+    reads = find(f"{reader}.read_metadata")
+    if find(reader) is None or not (reads is None or mentions(reads, "read_metadata")):
+        raise changed(f"{reader} does not read the metadata as torch does", _NO_CODE)
+    planner = f"{strategies}.torch:MCoreLoadPlanner"
+    if find(planner) is None or find(f"{planner}.load_bytes") is not None:
+        raise changed(f"{planner} does not read objects as torch does", _NO_CODE)

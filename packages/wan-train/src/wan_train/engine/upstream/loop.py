@@ -3,6 +3,9 @@
 Import only after ``wan_train.engine.start``.
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.bridge.models.model_provider import ModelProviderMixin
@@ -30,5 +33,23 @@ __all__ = [
 
 
 def run_loop(config: Any, step: Any, callbacks: list[Callback]) -> None:
-    """Megatron-Bridge's ``pretrain``."""
-    _pretrain.pretrain(config, step, callbacks=callbacks)
+    """Megatron-Bridge's ``pretrain``; returns in whichever way it ends a run in order."""
+    # From 0.6 on it logs every exception with its traceback, and raises it; who calls this reports it.
+    with _without_tracebacks(logging.getLogger(_pretrain.__name__)):
+        try:
+            _pretrain.pretrain(config, step, callbacks=callbacks)
+        except SystemExit as stop:  # the loop exits this way at train.exit_interval
+            if stop.code:
+                raise
+
+
+@contextlib.contextmanager
+def _without_tracebacks(logger: logging.Logger) -> Iterator[None]:
+    def has_none(record: logging.LogRecord) -> bool:
+        return record.exc_info is None
+
+    logger.addFilter(has_none)
+    try:
+        yield
+    finally:
+        logger.removeFilter(has_none)
