@@ -41,13 +41,16 @@ class Repository:
         if path.exists():
             if (path / "megatron" / self.module).is_dir():  # the folder of the packages itself
                 path = path.parents[len(Path(self.packages).parts) - 1] if self.packages != "." else path
-            if not (path / self.packages / "megatron" / self.module).is_dir():
+            if not self._is_checkout(path):
                 raise SourceError(f"{given} is no checkout of {self.name}: {self.packages}/megatron is missing")
             return path.resolve()
         checkout = cache / f"{self.name}-{given.replace('/', '_')}"
-        if not (checkout / self.packages).is_dir():
+        if not self._is_checkout(checkout):
             self._download(given, checkout)
         return checkout
+
+    def _is_checkout(self, path: Path) -> bool:
+        return (path / self.packages / "megatron" / self.module).is_dir()
 
     def _download(self, reference: str, checkout: Path) -> None:
         checkout.mkdir(parents=True, exist_ok=True)
