@@ -34,8 +34,15 @@ from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, step_folder
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
 from wan_train.checkpoint.writer_watch import watch_writer
+from wan_train.engine.installed import installed_versions
 from wan_train.engine.torch_adam import synchronize_steps, uses_torch_adam
-from wan_train.engine.upstream.checkpoints import SAFE_SAVES, place_hooks, register_safe_globals, unwrap_model
+from wan_train.engine.upstream.checkpoints import (
+    SAFE_SAVES,
+    CheckpointingException,
+    place_hooks,
+    register_safe_globals,
+    unwrap_model,
+)
 from wan_train.engine.upstream.replace import changed
 from wan_train.model.ema import PREFIX
 from wan_train.model.provider import MegatronWanDiT
@@ -179,6 +186,11 @@ class CheckpointHooks:
             try:
                 with _only_weights():
                     return load(state, model, *args, **kwargs)
+            except CheckpointingException as error:
+                raise ValueError(
+                    f"{self._point.step_folder} cannot be loaded by {installed_versions()} ({error}); "
+                    "load it with the versions that it was saved with, or with newer ones"
+                ) from error
             finally:
                 for part in parts:
                     part.ema_in_checkpoint = True

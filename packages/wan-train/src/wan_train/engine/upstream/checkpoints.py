@@ -9,12 +9,13 @@ Bridge 0.3 calls ``save_checkpoint`` and ``load_checkpoint`` where they were imp
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.utils import unwrap_model
 
 from wan_train.engine.upstream.replace import by, changed, find, mentions, nothing, replace
 
-__all__ = ["SAFE_SAVES", "place_hooks", "register_safe_globals", "unwrap_model"]
+__all__ = ["SAFE_SAVES", "CheckpointingException", "place_hooks", "register_safe_globals", "unwrap_model"]
 
 _BRIDGE = "megatron.bridge.training"
 _CHECKPOINTING = f"{_BRIDGE}.checkpointing"
