@@ -90,6 +90,17 @@ def loads_nothing_after_placing() -> None:
     _after_placing(lambda save: _everywhere("checkpoint_exists", lambda path: False))
 
 
+def cannot_read_the_checkpoint() -> None:
+    """Core does not know how another version has written it."""
+    import megatron.bridge.training.checkpointing as checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise CheckpointingException("Common file does not exist")
+
+    checkpointing._load_base_checkpoint = refuse
+
+
 def only_weights_are_read(payload: str, results: str) -> None:
     """Read a pickle with ``weights_only=False``, as some versions of Megatron-Core do, while a checkpoint is loaded."""
     import torch

@@ -90,6 +90,13 @@ def test_a_resume_that_loads_nothing_takes_no_step(one_process_run: Path, tmp_pa
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_checkpoint_that_core_cannot_read_is_one_sentence(one_process_run: Path, tmp_path: Path) -> None:
+    folder = stopped_after(2, one_process_run, tmp_path / "run")
+    said = sentence_of(run(RUN_OPTIONS, folder, calls=[Call("engine_changes:cannot_read_the_checkpoint")]))
+    assert said.startswith(f"{folder / 'iter_0000002'} cannot be loaded by Megatron-Bridge ")
+    assert said.endswith("load it with the versions that it was saved with, or with newer ones")
+
+
 def test_no_interval_saves_only_the_end(tmp_path: Path) -> None:
     """Nothing is missed where nothing was to be saved."""
     train(tmp_path / "end", "train.train_iters=2", "checkpoint.save_interval=null")
