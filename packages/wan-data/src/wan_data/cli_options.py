@@ -10,6 +10,7 @@ import click
 
 from wan_data.prepare.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
 from wan_data.video.windows import WINDOW_KINDS
+from wan_model.system.versions import check_dependencies
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _DEFAULT = PrepareSettings()
@@ -69,8 +70,12 @@ def sources_of(video_folder: Path | None, listing: Path | None, settings: Prepar
 
 @contextlib.contextmanager
 def errors_as_messages(folder: Path) -> Iterator[None]:
-    """Turn expected errors into a message without a traceback; ``folder`` is named if an ``OSError`` names no file."""
+    """Turn expected errors into a message without a traceback; ``folder`` is named if an ``OSError`` names no file.
+
+    The versions of the dependencies are checked first.
+    """
     try:
+        check_dependencies("wan-data")
         yield
     except OSError as error:
         raise click.ClickException(f"{error.filename or folder}: {error.strerror or error}") from error

@@ -24,6 +24,7 @@ from wan_infer.request.settings import (
 )
 from wan_infer.runtime.launch import launch, processes
 from wan_model.system.child_process import Supervisor, end_process
+from wan_model.system.versions import check_dependencies
 
 
 @click.command(
@@ -89,6 +90,8 @@ def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given:
     supervisor = Supervisor.find()
     supervisor.follow()
     try:
+        if not supervisor.is_launcher:
+            check_dependencies("wan-infer")
         requests = _parse_requests(given)
         _check(given, requests, nproc_per_node, launched=supervisor.is_launcher)
         if nproc_per_node > 1 and not supervisor.is_launcher:

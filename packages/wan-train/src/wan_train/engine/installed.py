@@ -3,8 +3,8 @@
 import importlib.util
 
 INSTALL_HINT = (
-    "on a CUDA machine use NVIDIA's NeMo container or `pip install 'wan-train[cuda]'`; elsewhere "
-    "`pip install 'wan-train[cpu]'` and then `pip install --no-deps megatron-bridge==0.3.1`"
+    "use one of NVIDIA's NeMo containers, or `pip install 'wan-train[engine]'` and then "
+    "`pip install --no-deps megatron-bridge==0.3.1`"
 )
 
 
