@@ -139,6 +139,11 @@ settings_options = _all(
     flag("samples-per-shard", default=_DEFAULT.samples_per_shard, type=int, help="Samples of a full shard."),
     flag("validation-fraction", default=_DEFAULT.validation_fraction, type=float, help="Share of clips kept for val."),
     flag("text-length", default=_DEFAULT.text_length, type=int, help="Tokens that captions are truncated to."),
-    flag("dtype", default=_DEFAULT.dtype, type=click.Choice(DTYPES), help="Precision of the encoders."),
+    flag(
+        "dtype",
+        default=_DEFAULT.dtype,
+        type=click.Choice(DTYPES),
+        help="Precision of the encoders; tf32 is float32 with convolutions that a GPU may round to TF32.",
+    ),
     flag("seed", default=_DEFAULT.seed, type=int, help="Of the choice of validation clips."),
 )
