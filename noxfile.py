@@ -75,7 +75,7 @@ class Package:
 PACKAGES = [
     Package("wan-model", forbidden=["wan-data", "wan-train", "wan-infer", "megatron*", "transformer-engine*"]),
     Package("wan-data", needs=["wan-model"], forbidden=["wan-train", "wan-infer", *ENGINE]),
-    Package("wan-train", needs=["wan-model", "wan-data"], extras="cpu,test", forbidden=["wan-infer"]),
+    Package("wan-train", needs=["wan-model", "wan-data"], extras="engine,test", forbidden=["wan-infer"]),
     Package(
         "wan-infer",
         needs=["wan-model"],
@@ -235,6 +235,13 @@ def mutations(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def installs(session: nox.Session) -> None:
+    """Check with pip's dry run that the documented ways to install keep what a machine has (-- nemo-26.02)."""
+    prepare_environment(session)
+    run(session, "python", "-m", "installs", *session.posargs, PYTHONPATH="tools")
+
+
+@nox.session(venv_backend="none")
 def isolation(session: nox.Session) -> None:
     """Each package's built wheel in an environment of its own: all four sessions below."""
     for package in PACKAGES:
@@ -259,7 +266,7 @@ def _isolated(package: Package) -> Callable[[nox.Session], None]:
 
         files[package.name] += f"[{package.extras}]"
         session.run("pip", *INSTALL, *files.values())
-        if "cpu" in package.extras:
+        if "engine" in package.extras:
             session.run("pip", *INSTALL, "--no-deps", "-r", ENGINE_WITHOUT_DEPENDENCIES)
 
         session.run(*check)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from bench.measure import median, ratio, time_rounds
 from bench.models import Samples, twins
 from bench.report import Table, gigabytes, seconds
 from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
+from wan_model.dit.recompute import Recompute
 from wan_model.pack import Grid
 
 CPU = torch.device("cpu")
@@ -193,10 +194,10 @@ def recompute(quick: bool) -> Table:
 
         return run
 
-    modes = ("none", "all_but_attention", "block")
+    modes = get_args(Recompute)
     times = time_rounds({mode: in_mode(mode) for mode in modes}, 1 if quick else 5)
     for mode in modes:
-        ours.recompute = mode  # type: ignore[assignment]
+        ours.recompute = mode
         ours.zero_grad()
         with torch.profiler.profile(profile_memory=True) as profile:
             out = call()

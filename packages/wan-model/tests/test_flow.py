@@ -150,7 +150,7 @@ def test_randomness_comes_from_the_generator_alone(pack: LatentPack) -> None:
 @pytest.mark.rounding
 def test_padding_changes_neither_noise_nor_loss(pack: LatentPack, rng: torch.Generator) -> None:
     valid = pack.layout.valid
-    bare = LatentPack(pack.tokens_SC[:valid], pack.text_BTD, PackLayout(pack.layout.grids), pack.keys)
+    bare = LatentPack(pack.tokens_SC[:valid], pack.texts, PackLayout(pack.layout.grids), pack.keys)
     with_padding, without = (FlowMatching().corrupt(p, torch.Generator().manual_seed(5)) for p in (pack, bare))
     assert torch.equal(with_padding.target_SC[:valid], without.target_SC)
     predicted = torch.randn(pack.layout.total, 64, generator=rng)

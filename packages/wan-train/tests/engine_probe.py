@@ -1,6 +1,7 @@
 """Called in a process where the engine was started (``warm_ranks.Call``): try what it is for, write the results."""
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -335,6 +336,40 @@ def _configuration_answers() -> dict[str, object]:
     }
 
 
+def _determinism_answers() -> dict[str, object]:
+    from wan_train.config.options import RunOptions
+    from wan_train.config.settings import check_settings, derive_settings
+    from wan_train.loop.run import build_config
+
+    def build(*overrides: str) -> Any:
+        return build_config(RunOptions("tiny", "pretrain", None, ("model.deterministic_mode=true", *overrides)))
+
+    def refused(variable: str, value: str) -> str:
+        os.environ[variable] = value
+        try:
+            return _raises(lambda: check_settings(build()))
+        finally:
+            del os.environ[variable]
+
+    names = ("NCCL_ALGO", "CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO")
+    before = {name: os.environ.pop(name, None) for name in names}
+    config = build()
+    check_settings(config)
+    derive_settings(config, on_cpu=True)
+    try:
+        config._validate_and_apply_deterministic_mode()  # Megatron-Bridge's
+        return {
+            "environment": [os.environ.pop(name) for name in names],
+            "torch": torch.are_deterministic_algorithms_enabled(),
+            "cudnn": _raises(lambda: check_settings(build("model.attention=cudnn"))),
+            "nccl": refused("NCCL_ALGO", "PAT"),
+            "transformer engine": refused("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1"),
+        }
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
 def _exit_status(status: object) -> object:
     """What ``pretrain`` makes of Megatron-Bridge's loop that leaves with that status."""
     import megatron.bridge.training.pretrain as bridge
@@ -458,6 +493,7 @@ def probe(results: str) -> None:
         "torch.compile is torch's": torch.compile.__module__,
         "devices": _device_answers(),
         "configuration": _configuration_answers(),
+        "determinism": _determinism_answers(),
         "model": _model_answers(),
         "transformer engine": _transformer_engine_answers(),
         "precision": _precision_answers(),

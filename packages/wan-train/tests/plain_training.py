@@ -29,6 +29,7 @@ from training_runs import (
 
 from wan_model import LatentPack, PackLayout
 from wan_model.flow import FlowMatching, NoisyPack
+from wan_model.pack import PackedText
 from wan_model.testing import rounding_scale
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
@@ -144,7 +145,7 @@ def _held_out(seed: int) -> LatentPack:
         packs.append(next(iter(loader)))
     return LatentPack(
         torch.cat([pack.tokens_SC for pack in packs]),
-        torch.cat([pack.text_BTD for pack in packs]),
+        PackedText.join([pack.texts for pack in packs]),
         PackLayout(tuple(grid for pack in packs for grid in pack.layout.grids)),
         tuple(key for pack in packs for key in pack.keys),
     )

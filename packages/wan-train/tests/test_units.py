@@ -41,6 +41,8 @@ def test_mock_packs_take_the_shapes_in_turn_and_are_truly_random() -> None:
     assert first.layout.grids == ((2, 2, 3), (1, 1, 1), (2, 2, 3))
     assert first.layout.total % 4 == 0
     assert not torch.equal(first.tokens_SC, second.tokens_SC)
+    texts = [*first.text_BTD, *second.text_BTD]
+    assert len({text.sum(1)[0].item() for text in texts}) == len(texts)
     assert float(first.text_BTD[:, 5:].abs().max()) == 0.0
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     help="Folder in diffusers' layout, or hub id, with the autoencoder and the text encoder.",
 )
 @settings_options
-@flag("num-processes", default=1, type=int, help="Number of encoding processes.")
+@flag("num-processes", type=int, help="Encoding processes; one per GPU if not given, one without a GPU.")
 @flag("num-decoders", type=int, help="Decoder processes that probe the clips; one per core if not given.")
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only format.")
@@ -46,7 +46,7 @@ def prepare(
     listing: Path | None,
     output_folder: Path,
     model: str,
-    num_processes: int,
+    num_processes: int | None,
     num_decoders: int | None,
     device: str,
     output_format: str,
@@ -67,6 +67,10 @@ def prepare(
 
         settings = settings_of(values)
         sources = sources_of(video_folder, listing, settings)
+        if num_processes is None:
+            from wan_data.prepare.encoding import default_processes
+
+            num_processes = default_processes(device)
         if num_processes > 1:
             preload_encoders()  # while this process imports its own modules
         from wan_data.prepare.ranks import ranks_from_environment

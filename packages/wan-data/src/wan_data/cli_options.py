@@ -10,6 +10,7 @@ import click
 
 from wan_data.prepare.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
 from wan_data.video.windows import WINDOW_KINDS
+from wan_model.system.versions import check_dependencies
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _DEFAULT = PrepareSettings()
@@ -69,8 +70,12 @@ def sources_of(video_folder: Path | None, listing: Path | None, settings: Prepar
 
 @contextlib.contextmanager
 def errors_as_messages(folder: Path) -> Iterator[None]:
-    """Turn expected errors into a message without a traceback; ``folder`` is named if an ``OSError`` names no file."""
+    """Turn expected errors into a message without a traceback; ``folder`` is named if an ``OSError`` names no file.
+
+    The versions of the dependencies are checked first.
+    """
     try:
+        check_dependencies("wan-data")
         yield
     except OSError as error:
         raise click.ClickException(f"{error.filename or folder}: {error.strerror or error}") from error
@@ -134,6 +139,11 @@ settings_options = _all(
     flag("samples-per-shard", default=_DEFAULT.samples_per_shard, type=int, help="Samples of a full shard."),
     flag("validation-fraction", default=_DEFAULT.validation_fraction, type=float, help="Share of clips kept for val."),
     flag("text-length", default=_DEFAULT.text_length, type=int, help="Tokens that captions are truncated to."),
-    flag("dtype", default=_DEFAULT.dtype, type=click.Choice(DTYPES), help="Precision of the encoders."),
+    flag(
+        "dtype",
+        default=_DEFAULT.dtype,
+        type=click.Choice(DTYPES),
+        help="Precision of the encoders; tf32 is float32 with convolutions that a GPU may round to TF32.",
+    ),
     flag("seed", default=_DEFAULT.seed, type=int, help="Of the choice of validation clips."),
 )

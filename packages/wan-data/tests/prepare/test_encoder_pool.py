@@ -4,6 +4,7 @@ import threading
 import pytest
 
 from wan_data.prepare.encoder_pool import EncoderPool, _TaskQueue
+from wan_data.prepare.encoding import default_processes
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask
 
@@ -39,6 +40,27 @@ def pool(monkeypatch):
         return one, log
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "local_ranks", "expected"),
+    [
+        ("auto", 8, None, 8),
+        ("cuda", 8, "8", 1),
+        ("auto", 8, "2", 4),
+        ("auto", 2, "4", 1),
+        ("cuda:1", 8, None, 1),
+        ("cpu", 8, None, 1),
+        ("auto", 0, None, 1),
+    ],
+)
+def test_by_default_every_gpu_encodes(monkeypatch, device, gpus, local_ranks, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local_ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_ranks)
+    assert default_processes(device) == expected
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 50])

@@ -11,7 +11,7 @@ import click
 from wan_infer import __version__
 from wan_infer.request.flags import ARGUMENTS, SeveralValues, flag
 from wan_infer.request.job import Job, check_outputs
-from wan_infer.request.options import ComputeOptions, ModelSources, ParallelOptions
+from wan_infer.request.options import VAE_DTYPES, ComputeOptions, ModelSources, ParallelOptions
 from wan_infer.request.prompt_file import read_prompt_file
 from wan_infer.request.settings import (
     NEGATIVE_PROMPT,
@@ -24,6 +24,7 @@ from wan_infer.request.settings import (
 )
 from wan_infer.runtime.launch import launch, processes
 from wan_model.system.child_process import Supervisor, end_process
+from wan_model.system.versions import check_dependencies
 
 
 @click.command(
@@ -59,6 +60,8 @@ from wan_model.system.child_process import Supervisor, end_process
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @flag("dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
       help="Precision of transformer and text encoder; auto is bfloat16 on CUDA.")  # fmt: skip
+@flag("vae-dtype", type=click.Choice(VAE_DTYPES), default="tf32",
+      help="Precision of the autoencoder; tf32 is float32 with convolutions that a GPU may round to TF32.")  # fmt: skip
 @flag("t5-cpu", is_flag=True, help="Embed prompts on the CPU.")
 @flag("offload-model", type=bool, default=False,
       help="Keep each part in main memory, and on the device only while it computes (true/false).")  # fmt: skip
@@ -89,6 +92,8 @@ def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given:
     supervisor = Supervisor.find()
     supervisor.follow()
     try:
+        if not supervisor.is_launcher:
+            check_dependencies("wan-infer")
         requests = _parse_requests(given)
         _check(given, requests, nproc_per_node, launched=supervisor.is_launcher)
         if nproc_per_node > 1 and not supervisor.is_launcher:
@@ -183,6 +188,7 @@ def _run(given: dict[str, Any], requests: list[VideoRequest]) -> dict[str, Any] 
     options = ComputeOptions(
         device=given["device"],
         dtype=given["dtype"],
+        vae_dtype=given["vae_dtype"],
         t5_cpu=given["t5_cpu"],
         offload=given["offload_model"],
         tiles=given["vae_tiles"],

@@ -93,7 +93,7 @@ def run(
     step = f", step {source.step}" if source.step is not None else ""
     progress.line(f"loaded {source.origin}{step} on {device} in {stages.seconds['load']:.1f} s")
 
-    made = [_make(sampler, job, index, stages, progress) for index in range(len(job.requests))]
+    made = [_make(sampler, job, index, options.vae_dtype, stages, progress) for index in range(len(job.requests))]
     if job.contact_sheet is not None and parallelism.rank == 0:
         from wan_infer.output.contact_sheet import save_contact_sheet
 
@@ -120,7 +120,7 @@ class _Made:
     shown: list["np.ndarray"]
 
 
-def _make(sampler: "WanSampler", job: Job, index: int, stages: _Stages, progress: Progress) -> _Made:
+def _make(sampler: "WanSampler", job: Job, index: int, vae_dtype: str, stages: _Stages, progress: Progress) -> _Made:
     from wan_infer.output.contact_sheet import chosen_frames
     from wan_infer.output.video_file import to_frames, write_video
 
@@ -133,6 +133,7 @@ def _make(sampler: "WanSampler", job: Job, index: int, stages: _Stages, progress
         **settings,
         "fps": job.fps,
         "dtype": str(sampler.placement.dtype).removeprefix("torch."),
+        "vae_dtype": vae_dtype,
         "transformer": sampler.source.origin,
         "checkpoint_step": sampler.source.step,
         "ema": sampler.source.ema,

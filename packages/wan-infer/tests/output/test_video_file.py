@@ -1,12 +1,15 @@
 import ctypes
 import io
+import itertools
 import json
 import os
 import re
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import av
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from wan_infer.output import video_file
 from wan_infer.output.contact_sheet import draw_contact_sheet, save_contact_sheet
 from wan_infer.output.output_names import check_writable, output_file, output_name
 from wan_infer.output.video_file import read_video, save_video, to_frames, write_video
@@ -169,6 +173,57 @@ def test_a_disk_that_fills_up_while_a_video_comes_leaves_nothing(tmp_path: Path)
     write_video(pieces(), 40, path)
     assert drawn == 40
     assert len(read_video(path)[0]) == 40
+
+
+def test_frames_are_encoded_while_the_next_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second_came = threading.Event()
+    encode = video_file._encode_mp4
+
+    def wait_and_encode(file: IO[bytes], pieces: Iterator[np.ndarray], *rest: Any) -> None:
+        first = next(pieces)
+        assert second_came.wait(60), "the next frames wait for the encoder"
+        encode(file, itertools.chain([first], pieces), *rest)
+
+    def pieces() -> Iterator[np.ndarray]:
+        yield np.zeros((1, 32, 32, 3), np.uint8)
+        second_came.set()
+        yield np.zeros((4, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(video_file, "_encode_mp4", wait_and_encode)
+    write_video(pieces(), 5, tmp_path / "a.mp4")
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 5
+
+
+def test_only_a_few_frames_wait_for_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead: list[int] = []
+    drawn = 0
+
+    def encode(file: IO[bytes], pieces: Iterator[np.ndarray], *rest: Any) -> None:
+        for taken, _ in enumerate(pieces, start=1):
+            ahead.append(drawn - taken)
+
+    def pieces() -> Iterator[np.ndarray]:
+        nonlocal drawn
+        for _ in range(50):
+            drawn += 1
+            yield np.zeros((4, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(video_file, "_encode_mp4", encode)
+    write_video(pieces(), 200, tmp_path / "a.mp4")
+    assert len(ahead) == 50
+    assert max(ahead) <= 4
+
+
+def test_frames_that_cannot_be_computed_leave_no_file_and_no_thread(tmp_path: Path) -> None:
+    def pieces() -> Iterator[np.ndarray]:
+        yield np.zeros((4, 32, 32, 3), np.uint8)
+        raise RuntimeError("out of memory")
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write_video(pieces(), 8, tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == before
 
 
 def test_places_that_cannot_be_written_are_named_beforehand(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the sampler holds in memory, and on which device its parts are."""
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from wan_infer.loading import sources
 from wan_infer.request.settings import Settings
 from wan_infer.runtime.placement import Placement
+from wan_infer.sampling import sampler as sampler_module
 from wan_infer.sampling.sampler import WanSampler
 from wan_model.codec.text_encoder import TextEncoder
 
@@ -130,17 +132,20 @@ def test_with_offload_only_the_part_that_computes_is_on_the_device(
     parts: dict[nn.Module, str] = {}
     at: dict[str, str] = {}
     computed: list[tuple[str, list[str]]] = []
-    move = nn.Module.to
+    move = sampler_module.onload
 
-    def recording_move(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
-        if type(module).__name__ in ("TextEncoder", "VaeDecoder", "WanDiT") and arguments:
-            at[type(module).__name__] = str(arguments[0])
-        return move(module, *arguments, **options)
+    @contextlib.contextmanager
+    def recording_move(module: nn.Module, device: torch.device, offload_device: torch.device) -> Iterator[None]:
+        name = type(module).__name__
+        with move(module, device, offload_device):
+            at[name] = str(device)
+            yield
+        at[name] = str(offload_device)
 
     def before_forward(module: nn.Module, inputs: object) -> None:
         computed.append((parts[module], sorted(name for name, where in at.items() if where == "cpu:0")))
 
-    monkeypatch.setattr(nn.Module, "to", recording_move)
+    monkeypatch.setattr(sampler_module, "onload", recording_move)
     for name, entry in (
         ("TextEncoder", sampler.text_codec.text_encoder),
         ("WanDiT", sampler.model),

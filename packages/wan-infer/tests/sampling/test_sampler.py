@@ -1,3 +1,4 @@
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,23 +131,22 @@ def test_wrong_counts_are_named(sampler: WanSampler) -> None:
         sampler.sample_latents(["a"], noise=torch.zeros(1, 16, 2, 6, 6), settings=FAST, **SMALL)
 
 
-class MoveRecorder(nn.Module):
-    """Records the devices that it is moved to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.path: list[str] = []
-
-    def to(self, device: torch.device) -> "MoveRecorder":  # type: ignore[override]
-        self.path.append(str(device))
-        return self
-
-
-def test_a_part_is_offloaded_after_a_failure_too() -> None:
-    module = MoveRecorder()
-    with pytest.raises(RuntimeError, match="failed"), onload(module, torch.device("meta"), torch.device("cpu")):
-        raise RuntimeError("failed")
-    assert module.path == ["meta", "cpu"]
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_part_is_copied_to_the_device_and_the_copy_dropped(fails: bool) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = module.state_dict()
+    parameters = list(module.parameters())
+    # Nothing can be copied back from the meta device.
+    with contextlib.suppress(KeyboardInterrupt), onload(module, torch.device("meta"), torch.device("cpu")):
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+        if fails:
+            raise KeyboardInterrupt
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert tensor.data_ptr() == before[name].data_ptr(), name
+        assert torch.equal(tensor, before[name])
+    assert all(new is old for new, old in zip(module.parameters(), parameters, strict=True))
 
 
 def test_placement_has_execution_and_offload_devices() -> None:
@@ -154,6 +154,16 @@ def test_placement_has_execution_and_offload_devices() -> None:
     assert (placement.offload_device.type, placement.text_offload_device.type) == ("cpu", "cpu")
     assert Placement.choose(ComputeOptions("cpu")).dtype == torch.float32
     assert Placement.choose(ComputeOptions("cpu", "bfloat16")).dtype == torch.bfloat16
+    for name, dtype, tf32 in (
+        ("tf32", torch.float32, True),
+        ("float32", torch.float32, False),
+        ("bfloat16", torch.bfloat16, False),
+    ):
+        chosen = Placement.choose(ComputeOptions("cpu", vae_dtype=name))
+        assert (chosen.vae_dtype, chosen.vae_tf32) == (dtype, tf32)
+    assert Placement.choose(ComputeOptions("cpu")).vae_tf32, "as torch and the official code do by default"
+    with pytest.raises(ValueError, match="'float16' of the autoencoder; expected float32, tf32, bfloat16"):
+        ComputeOptions(vae_dtype="float16")
     for device in ("cuda:99", "mps", "nonsense"):
         with pytest.raises(ValueError, match=device):
             Placement.choose(ComputeOptions(device))
@@ -166,6 +176,21 @@ def test_bfloat16_stays_near_float32(model_folder: Path, sampler: WanSampler) ->
     settings = Settings(steps=3, guidance=1.0)
     ours, exact = (own.sample_latents(["a"], settings=settings, **SMALL) for own in (coarse, sampler))
     assert 0 < float((ours - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize("vae_dtype", ["float32", "tf32", "bfloat16"])
+def test_the_autoencoder_has_the_precision_of_its_option(
+    model_folder: Path, sampler: WanSampler, vae_dtype: str
+) -> None:
+    own = WanSampler.from_pretrained(model_folder, device="cpu", vae_dtype=vae_dtype)
+    wanted = torch.bfloat16 if vae_dtype == "bfloat16" else torch.float32
+    assert {parameter.dtype for parameter in own.codec.decoder.parameters()} == {wanted}
+    assert own.codec.tf32 == (vae_dtype == "tf32")
+    latents = draw_noise((16, 2, 6, 4), 1)[None]
+    ours, exact = own.decode(latents), sampler.decode(latents)
+    assert ours.dtype == torch.float32
+    error = float((ours - exact).norm() / exact.norm())
+    assert 0 < error < 0.05 if vae_dtype == "bfloat16" else error == 0
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """The batch format: samples of any shape packed into one sequence of tokens.
 
-Shapes: S tokens of the pack (padding included), C values of a token, B samples, T text length, D text width;
+Shapes: S tokens of the pack (padding included), C values of a token, B samples, T text length, D text width, R text
+tokens of all samples without padding;
 of one latent: C channels, F frames, H rows, W columns.
 
 A latent [C, F, H, W] becomes F/pf × H/ph × W/pw tokens in the order (frame, row, column); inside a token the order is
@@ -9,7 +10,7 @@ A latent [C, F, H, W] becomes F/pf × H/ph × W/pw tokens in the order (frame, r
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -135,35 +136,96 @@ def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, " S"]:
 
 
 @dataclasses.dataclass
+class PackedText:
+    """Text embeddings of true length, one after another.
+
+    For short captions the zero padding to the model's text length is most of the bytes of a pack. It is therefore added
+    on the device, by ``padded``, and travels neither between processes nor to the device.
+
+    Attributes:
+        rows_RD: the embeddings of all samples, R tokens in all.
+        places_R: where each row belongs, out of B * T.
+        samples, length: B and T.
+    """
+
+    rows_RD: Float[Tensor, "R D"]
+    places_R: Int[Tensor, " R"]
+    samples: int
+    length: int
+
+    @classmethod
+    def of(cls, embeddings: Sequence[Float[Tensor, "_ D"]], length: int) -> "PackedText":
+        """Concatenate embeddings that will be padded to ``length``.
+
+        Raises:
+            ValueError: there is no embedding, or one is longer than ``length``.
+        """
+        _check_lengths(embeddings, length)
+        places = [torch.arange(text.shape[0]) + sample * length for sample, text in enumerate(embeddings)]
+        return cls(torch.cat(list(embeddings)), torch.cat(places), len(embeddings), length)
+
+    @classmethod
+    def join(cls, parts: Sequence["PackedText"]) -> "PackedText":
+        """The texts of several packs, in order; padded to the greatest of their lengths."""
+        length = max(part.length for part in parts)
+        places, samples = [], 0
+        for part in parts:
+            # Sample and token of each row.
+            places.append((part.places_R // part.length + samples) * length + part.places_R % part.length)
+            samples += part.samples
+        return cls(torch.cat([part.rows_RD for part in parts]), torch.cat(places), samples, length)
+
+    def padded(self) -> Float[Tensor, "B T D"]:
+        """Zero-padded, as the model takes them."""
+        out = self.rows_RD.new_zeros(self.samples * self.length, self.rows_RD.shape[1])
+        return rearrange(out.index_copy_(0, self.places_R, self.rows_RD), "(b t) d -> b t d", b=self.samples)
+
+
+@dataclasses.dataclass
 class LatentPack:
     """A training batch: clean latents of several samples, as tokens, with their text.
 
     Attributes:
         tokens_SC: normalised latents, patchified; padding rows are zero.
-        text_BTD: text embeddings, zero-padded.
+        texts: text embeddings.
         layout: the position of each sample.
         keys: each sample's name, for messages.
     """
 
     tokens_SC: Float[Tensor, "S C"]
-    text_BTD: Float[Tensor, "B T D"]
+    texts: PackedText
     layout: PackLayout
     keys: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if self.tokens_SC.shape[0] != self.layout.total:
             raise ValueError(f"{self.tokens_SC.shape[0]} tokens were given for a layout of {self.layout.total}")
-        if not (self.text_BTD.shape[0] == len(self.keys) == self.layout.num_samples):
+        if not (self.texts.samples == len(self.keys) == self.layout.num_samples):
             raise ValueError(
-                f"{self.text_BTD.shape[0]} texts and {len(self.keys)} keys for {self.layout.num_samples} samples"
+                f"{self.texts.samples} texts and {len(self.keys)} keys for {self.layout.num_samples} samples"
             )
+
+    @property
+    def text_BTD(self) -> Float[Tensor, "B T D"]:
+        """The text embeddings, zero-padded; computed at every access."""
+        return self.texts.padded()
+
+    def _with_tensors(self, move: Callable[[Tensor], Tensor], move_text: Callable[[Tensor], Tensor]) -> "LatentPack":
+        texts = dataclasses.replace(
+            self.texts, rows_RD=move_text(self.texts.rows_RD), places_R=move(self.texts.places_R)
+        )
+        return dataclasses.replace(self, tokens_SC=move(self.tokens_SC), texts=texts)
+
+    def pin_memory(self) -> "LatentPack":
+        """The same pack in page-locked memory, from which ``to`` copies without waiting."""
+        return self._with_tensors(torch.Tensor.pin_memory, torch.Tensor.pin_memory)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LatentPack":
         """The same pack on another device; ``dtype`` applies only to the text."""
-        return dataclasses.replace(
-            self,
-            tokens_SC=self.tokens_SC.to(device, non_blocking=True),
-            text_BTD=self.text_BTD.to(device, dtype, non_blocking=True),
+        return self._with_tensors(
+            lambda tensor: tensor.to(device, non_blocking=True),
+            # Converted after the copy, which must be one between equal types to be asynchronous.
+            lambda rows: rows.to(device, non_blocking=True).to(dtype or rows.dtype),
         )
 
 
@@ -195,17 +257,21 @@ def unpatchify(tokens: Float[Tensor, "S K"], grid: Grid, patch_size: PatchSize =
     return rearrange(tokens, "(f h w) (pf ph pw c) -> c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
 
 
+def _check_lengths(embeddings: Sequence[Tensor], length: int) -> None:
+    if not embeddings:
+        raise ValueError("there are no text embeddings to pad; expected one a sample")
+    longest = max(embedding.shape[0] for embedding in embeddings)
+    if longest > length:
+        raise ValueError(f"a text embedding has {longest} tokens; the model takes at most {length}")
+
+
 def pad_text(embeddings: Sequence[Float[Tensor, "_ D"]], length: int) -> Float[Tensor, "B T D"]:
     """Stack text embeddings of true length into [B, T, D], zero-padded.
 
     Raises:
         ValueError: there is no embedding, or one is longer than ``length``.
     """
-    if not embeddings:
-        raise ValueError("there are no text embeddings to pad; expected one a sample")
-    longest = max(embedding.shape[0] for embedding in embeddings)
-    if longest > length:
-        raise ValueError(f"a text embedding has {longest} tokens; the model takes at most {length}")
+    _check_lengths(embeddings, length)
     out = embeddings[0].new_zeros(len(embeddings), length, embeddings[0].shape[1])
     for row, embedding in zip(out, embeddings, strict=True):
         row[: embedding.shape[0]] = embedding
@@ -240,4 +306,4 @@ def pack_latents(
     rows = [patchify(latent, patch_size) for latent in latents]
     if layout.padding:
         rows.append(rows[0].new_zeros(layout.padding, rows[0].shape[1]))
-    return LatentPack(torch.cat(rows), pad_text(texts, text_length), layout, tuple(keys))
+    return LatentPack(torch.cat(rows), PackedText.of(texts, text_length), layout, tuple(keys))

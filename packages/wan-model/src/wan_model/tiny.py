@@ -14,6 +14,7 @@ import torch
 
 from wan_model.config import WanConfig
 from wan_model.extras import requires_extra
+from wan_model.system.versions import check_dependencies
 
 TINY_CONFIG = WanConfig(num_heads=4, head_dim=24, num_layers=2, ffn_dim=192, text_dim=32, text_length=512, freq_dim=64)
 
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
+        check_dependencies("wan-model", ["tiny"])
         folder = write_tiny_wan(arguments.folder, seed=arguments.seed)
     except (ValueError, OSError) as error:
         raise SystemExit(f"Error: {error}") from error

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from wan_model import LatentPack, PackLayout, TokenRows, WanConfig, WanDiT, pack_latents, pad_text, patchify, unpatchify
 from wan_model.dit.model import PatchEmbedding
-from wan_model.pack import Grid, latent_grid, sample_index
+from wan_model.pack import Grid, PackedText, latent_grid, sample_index
 from wan_model.testing import assert_all_within, assert_rounds_to, rounding_scale, seeds
 
 CONFIG = WanConfig(num_heads=2, head_dim=16, num_layers=2, ffn_dim=48, text_dim=12, text_length=8, freq_dim=16)
@@ -214,6 +214,48 @@ def test_layout_numbers() -> None:
     assert sample_index(layout, torch.device("cpu")).tolist() == [0] * 24 + [1] * 8
 
 
+def texts_of(*lengths: int, length: int = 8, offset: float = 1.0) -> PackedText:
+    """Texts of those lengths; no value is zero."""
+    rows = torch.arange(4.0 * sum(lengths)).view(-1, 4) + offset
+    return PackedText.of(rows.split(list(lengths)), length)
+
+
+def test_texts_travel_without_padding_and_are_padded_where_they_arrive() -> None:
+    texts = texts_of(3, 8, 1)
+    assert texts.rows_RD.shape == (12, 4)
+    padded = texts.padded()
+    assert torch.equal(padded, pad_text(texts.rows_RD.split([3, 8, 1]), 8))
+    pack = LatentPack(torch.zeros(6, 64), texts, PackLayout(((1, 1, 2),) * 3), ("a", "b", "c"))
+    assert torch.equal(pack.text_BTD, padded)
+    moved = pack.to(torch.device("cpu"), torch.bfloat16)
+    assert moved.text_BTD.dtype == torch.bfloat16
+    assert torch.equal(moved.text_BTD, padded.to(torch.bfloat16))
+    assert moved.tokens_SC.dtype == torch.float32
+    assert pack.to(torch.device("meta")).text_BTD.shape == (3, 8, 4)
+
+
+def test_texts_of_several_packs_are_joined() -> None:
+    parts = [texts_of(3, 1, length=4), texts_of(6, offset=100.0), texts_of(2, 8, offset=200.0)]
+    rows = [
+        row for part, lengths in zip(parts, ([3, 1], [6], [2, 8]), strict=True) for row in part.rows_RD.split(lengths)
+    ]
+    joined = PackedText.join(parts)
+    assert (joined.samples, joined.length) == (5, 8)
+    assert torch.equal(joined.padded(), pad_text(rows, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_pinned_pack_arrives_as_it_is() -> None:
+    pack = LatentPack(torch.ones(4, 64), texts_of(3, 8), PackLayout(((1, 1, 2),) * 2), ("a", "b"))
+    pinned = pack.pin_memory()
+    assert pinned.tokens_SC.is_pinned()
+    assert pinned.texts.rows_RD.is_pinned()
+    there = pinned.to(torch.device("cuda"))
+    assert torch.equal(there.tokens_SC.cpu(), pack.tokens_SC)
+    assert torch.equal(there.text_BTD.cpu(), pack.text_BTD)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -227,8 +269,8 @@ def test_layout_numbers() -> None:
         (lambda: pad_text([], 8), "no text embeddings"),
         (lambda: pack_latents([], [], []), "at least one sample"),
         (lambda: pack_latents([torch.zeros(16, 1, 2, 2)], [], ["a"]), "1 latents, 0 texts and 1 keys"),
-        (lambda: LatentPack(torch.zeros(3, 64), torch.zeros(1, 8, 4), PackLayout(((1, 1, 2),)), ("a",)), "3 tokens"),
-        (lambda: LatentPack(torch.zeros(2, 64), torch.zeros(2, 8, 4), PackLayout(((1, 1, 2),)), ("a",)), "2 texts"),
+        (lambda: LatentPack(torch.zeros(3, 64), texts_of(2), PackLayout(((1, 1, 2),)), ("a",)), "3 tokens"),
+        (lambda: LatentPack(torch.zeros(2, 64), texts_of(2, 3), PackLayout(((1, 1, 2),)), ("a",)), "2 texts"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(make: Callable[[], object], message: str) -> None:

@@ -50,7 +50,7 @@ def test_gradients_are_equal_to_the_bit(small_model: WanDiT) -> None:
         small_model(*arguments(small_model)).square().sum().backward()
         gradients[mode] = [parameter.grad for parameter in small_model.parameters() if parameter.grad is not None]
     assert len(gradients["none"]) == len(list(small_model.parameters()))
-    for mode in ("block", "all_but_attention"):
+    for mode in get_args(Recompute):
         assert all(torch.equal(a, b) for a, b in zip(gradients[mode], gradients["none"], strict=True)), mode
 
 
@@ -66,9 +66,13 @@ def test_what_is_computed_again(small_model: WanDiT) -> None:
     assert seen["none"][ATTENTION] == once
     assert seen["block"][ATTENTION] == 2 * once
     assert seen["all_but_attention"][ATTENTION] == once + layers * samples, "the cross-attention alone"
+    assert seen["elementwise"][ATTENTION] == once
     # Ten linears a block, and six outside: the rest is computed again.
     assert seen["none"]["addmm"] == 10 * layers + 7
     assert seen["all_but_attention"]["addmm"] == seen["block"]["addmm"] == 20 * layers + 7
+    assert seen["elementwise"]["addmm"] == seen["none"]["addmm"]
+    for function in ("gelu", "native_layer_norm"):
+        assert seen["elementwise"][function] == seen["block"][function] > seen["none"][function] > 0
 
 
 def test_memory_falls(small_model: WanDiT) -> None:
@@ -79,6 +83,12 @@ def test_memory_falls(small_model: WanDiT) -> None:
     kept = config.num_layers * LAYOUT.valid * (config.hidden_size + config.num_heads) * 4
     assert held["all_but_attention"] - held["block"] == pytest.approx(kept, rel=0.02)
     assert held["all_but_attention"] < 0.25 * held["none"]
+    # The results of both attentions and of the ten linears, of which two have the rows of the texts.
+    rows, texts, h = LAYOUT.total, 2 * config.text_length, config.hidden_size
+    attended = 2 * LAYOUT.valid * (h + config.num_heads)
+    kept = config.num_layers * (rows * (7 * h + config.ffn_dim) + texts * 2 * h + attended) * 4
+    assert held["elementwise"] - held["block"] == pytest.approx(kept, rel=0.02)
+    assert held["elementwise"] < 0.6 * held["none"]
 
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(small_model: WanDiT) -> None:
@@ -90,7 +100,8 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(small_model: WanDiT) -> Non
 
 def test_unknown_modes_are_refused(small_model: WanDiT) -> None:
     small_model.recompute = "some"  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="recompute is 'some'; expected one of none, block, all_but_attention"):
+    known = "none, elementwise, all_but_attention, block"
+    with pytest.raises(ValueError, match=f"recompute is 'some'; expected one of {known}"):
         small_model(*arguments(small_model))
 
 

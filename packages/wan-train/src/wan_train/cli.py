@@ -185,7 +185,7 @@ def plan_command(**options: Any) -> None:
 @click.option("--ema", is_flag=True, help="Export the EMA instead of the weights.")
 @click.option(
     "--dtype", type=click.Choice(["stored", "float32", "bfloat16"]), default="stored", show_default=True,
-    help="Precision of the tensors; stored: unchanged.",
+    help="Precision of the tensors; stored: unchanged; float32: of the optimizer's fp32 weights.",
 )  # fmt: skip
 def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dtype: str) -> None:
     """Write a step of a training run as a model in diffusers' layout: OUT/transformer.

@@ -140,6 +140,15 @@ def test_the_rate_decays_over_the_run_and_weights_by_the_optimizers_decay(probed
     assert found["warming up to the end"] == 10
 
 
+def test_deterministic_mode_sets_what_every_library_needs(probed: dict[str, Any]) -> None:
+    found = probed["determinism"]
+    assert found["environment"] == ["Ring", ":4096:8", "0"]
+    assert found["torch"] is True
+    assert "cudnn, whose backward pass is not deterministic" in found["cudnn"]
+    assert found["nccl"].startswith("NCCL_ALGO is 'PAT' and model.deterministic_mode is true")
+    assert found["transformer engine"].endswith("unset NVTE_ALLOW_NONDETERMINISTIC_ALGO")
+
+
 def test_training_modes_are_presets_of_the_objective(probed: dict[str, Any]) -> None:
     assert probed["configuration"]["finetune"] == ["uniform", 3.0]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_runs import (
     EQUALITY_SEED,
     EQUALITY_STEPS,
@@ -20,7 +21,9 @@ from training_runs import (
 
 from wan_model.dit.model import precision_of
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
+from wan_train.checkpoint.export import export
 
+MASTERS = "optimizer.state.param."
 BF16 = "mixed_precision=bf16_mixed"
 # A loss is the mean of VALUES squared errors. On its way through two blocks a value is rounded some 30 times by at most
 # 2^-9 of itself, independent of the others; squaring doubles that, and the mean divides it by the root of VALUES.
@@ -50,7 +53,7 @@ def test_the_optimizer_keeps_what_is_rounded_away(bf16_run: Path) -> None:
     """Weights are computed with in bf16; their fp32 masters and the average are in the checkpoint beside them."""
     checkpoint = find_checkpoint(bf16_run)
     _, _, weights = read_training_checkpoint(checkpoint, dtype=None)
-    masters = read_tensors(checkpoint, ("optimizer.state.param.",))
+    masters = read_tensors(checkpoint, (MASTERS,))
     averages = read_tensors(checkpoint, ("ema.",))
     assert set(masters) == set(averages) == set(weights)
     for key, weight in weights.items():
@@ -58,6 +61,24 @@ def test_the_optimizer_keeps_what_is_rounded_away(bf16_run: Path) -> None:
         assert torch.equal(masters[key].to(weight.dtype), weight), key
         assert averages[key].dtype == torch.float32
     assert any(not torch.equal(masters[key], weight.float()) for key, weight in weights.items())
+
+
+def test_an_export_in_float32_has_the_weights_of_the_optimizer(bf16_run: Path, tmp_path: Path) -> None:
+    export(bf16_run, tmp_path / "wide", dtype="float32")
+    export(bf16_run, tmp_path / "stored")
+    wide, stored = (
+        load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("wide", "stored")
+    )
+    masters = read_tensors(find_checkpoint(bf16_run), (MASTERS,))
+    assert wide.keys() == masters.keys()
+    assert all(torch.equal(wide[key], value) for key, value in masters.items())
+    assert {value.dtype for value in wide.values()} == {torch.float32}
+    rounded = {key for key, value in stored.items() if value.dtype == torch.bfloat16}
+    assert rounded
+    for key, value in stored.items():
+        assert torch.equal(value, wide[key].to(value.dtype)), key
+    assert any(not torch.equal(stored[key].float(), wide[key]) for key in rounded)
 
 
 @pytest.mark.rounding

@@ -33,7 +33,7 @@ def test_it_is_taken_for_16_bits_unless_another_is_named(probed: dict[str, Any])
 def test_asking_for_it_where_it_is_not_is_one_sentence(tmp_path: Path) -> None:
     assert refused(tmp_path, "model.attention=transformer_engine") == (
         "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
-        "pip install 'wan-train[te]', or leave the setting at auto"
+        "pip install --no-build-isolation 'wan-train[te]', or leave the setting at auto"
     )
 
 

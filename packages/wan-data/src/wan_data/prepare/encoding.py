@@ -5,6 +5,7 @@ Shapes: T frames, H rows, W columns, 3 colours; a latent is [C, F, h, w]; L text
 
 import collections
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from wan_data.video.decode import Rejected
 from wan_data.video.decoder_process import Decoder, Job
 from wan_model.codec.latent_codec import LatentCodec
 
-_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_TORCH_DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(name: str, process: int = 0) -> torch.device:
@@ -31,6 +32,13 @@ def choose_device(name: str, process: int = 0) -> torch.device:
     if name == "cuda":
         return torch.device("cuda", process % torch.cuda.device_count())
     return torch.device(name)
+
+
+def default_processes(device: str) -> int:
+    """One encoding process for each GPU that this process may use; under torchrun the ranks of a machine share them."""
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return 1
+    return max(1, torch.cuda.device_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def load_codec(model: str, settings: PrepareSettings, device: torch.device, *, vae: bool, text: bool) -> LatentCodec:
@@ -44,6 +52,7 @@ def load_codec(model: str, settings: PrepareSettings, device: torch.device, *, v
         load_vae=vae,
         load_text=text,
         text_length=settings.text_length,
+        tf32=settings.dtype == "tf32",
     )
 
 

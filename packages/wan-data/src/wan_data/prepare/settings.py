@@ -12,7 +12,7 @@ DEFAULT_AREA = 480 * 832
 DEFAULT_FRAMES = 81
 MODES = ("video", "frames")
 RESIZE_MODES = ("bicubic", "bilinear", "nearest")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "tf32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class PrepareSettings:
         batch_size: number of windows of one shape that are encoded together; it changes the last digits of latents.
         samples_per_shard: samples of a full shard.
         validation_fraction: share of the sources whose samples go to the ``val`` split.
-        dtype: precision of the encoders; latents and text embeddings are stored as float32.
+        dtype: precision of the encoders; ``tf32`` is float32 with convolutions that a GPU may round to TF32. Latents
+            and text embeddings are stored as float32.
         text_length: number of tokens that captions are truncated to.
         seed: of the choice of validation sources.
     """

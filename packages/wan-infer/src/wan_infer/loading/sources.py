@@ -187,13 +187,13 @@ class CodecSource:
         """
         return self._load(text_length, load_text=True, text_dtype=dtype)
 
-    def load_decoder(self, text_length: int) -> LatentCodec:
-        """A codec that decodes latents, in fp32 as in the official code.
+    def load_decoder(self, text_length: int, dtype: torch.dtype, *, tf32: bool) -> LatentCodec:
+        """A codec that decodes latents; see ``LatentCodec``.
 
         Raises:
             ValueError: damaged files.
         """
-        return self._load(text_length, load_decoder=True)
+        return self._load(text_length, load_decoder=True, vae_dtype=dtype, tf32=tf32)
 
     def _load(self, text_length: int, *, load_text: bool = False, **parts: Any) -> LatentCodec:
         sources = self._sources

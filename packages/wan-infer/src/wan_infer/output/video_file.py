@@ -7,10 +7,13 @@ default that of the processors, so it is fixed.
 Shapes: T frames, H rows, W columns.
 """
 
+import contextlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+import queue
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +73,33 @@ def _encode_mp4(file: IO[bytes], pieces: Iterable[Frames], fps: int, metadata: M
         container.mux(stream.encode(None))
 
 
+def _encode_beside(file: IO[bytes], pieces: Iterable[Frames], fps: int, metadata: Mapping[str, Any] | None) -> None:
+    """Encode in a thread, while this one computes the next frames."""
+    waiting: queue.Queue[Frames | None] = queue.Queue(maxsize=2)
+
+    def received() -> Iterator[Frames]:
+        while (piece := waiting.get()) is not None:
+            yield piece
+
+    with ThreadPoolExecutor(1, thread_name_prefix="mp4") as executor:
+        encoding = executor.submit(_encode_mp4, file, received(), fps, metadata)
+
+        def send(piece: Frames | None) -> None:
+            while not encoding.done():  # before its end only if it has failed
+                with contextlib.suppress(queue.Full):
+                    waiting.put(piece, timeout=0.1)
+                    return
+
+        try:
+            for piece in pieces:
+                send(piece)
+                if encoding.done():
+                    break
+        finally:
+            send(None)
+        encoding.result()
+
+
 def encode_png(pixels: UInt8[np.ndarray, "H W 3"], metadata: Mapping[str, Any] | None = None) -> bytes:
     """A PNG file's bytes; the metadata are JSON in a text field named ``wan-infer``."""
     buffer, info = io.BytesIO(), PngInfo()
@@ -104,7 +134,7 @@ def save_video(
 def write_video(
     pieces: Iterable[Frames], count: int, path: Path, *, fps: int = FPS, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a video while its frames are computed, or one frame as a picture; the file is written atomically.
+    """Write a video beside the computation of its frames, or one frame as a picture; the file is written atomically.
 
     Args:
         pieces: consecutive frames, some at a time.
@@ -121,7 +151,7 @@ def write_video(
             file.write(encode_png(frame, metadata))
         return
     with output_file(path) as file:
-        _encode_mp4(file, pieces, fps, metadata)
+        _encode_beside(file, pieces, fps, metadata)
 
 
 def read_video(path: str | Path) -> tuple[Frames, float, dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any, TypedDict
 
+VAE_DTYPES = ("float32", "tf32", "bfloat16")
 ModelName = str | os.PathLike[str]
 
 
@@ -41,16 +42,19 @@ class ComputeOptions:
         device: ``auto`` (CUDA where there is a CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: of the transformer and the text encoder: ``auto`` (bfloat16 on CUDA, else float32), ``float32`` or
             ``bfloat16``.
+        vae_dtype: of the autoencoder: ``float32``, ``tf32`` (float32 whose convolutions a GPU may round to TF32, as in
+            the official code) or ``bfloat16``.
         t5_cpu: embed prompts on the CPU.
         offload: keep each part in main memory, and on the device only while it computes.
         tiles: into which each process divides frames to decode them; more tiles need less memory.
 
     Raises:
-        ValueError: fewer than one tile.
+        ValueError: fewer than one tile, or an unknown precision of the autoencoder.
     """
 
     device: str = "auto"
     dtype: str = "auto"
+    vae_dtype: str = "tf32"
     t5_cpu: bool = False
     offload: bool = False
     tiles: int = 1
@@ -58,6 +62,9 @@ class ComputeOptions:
     def __post_init__(self) -> None:
         if self.tiles < 1:
             raise ValueError(f"{self.tiles} tiles; expected at least 1")
+        if self.vae_dtype not in VAE_DTYPES:
+            expected = ", ".join(VAE_DTYPES)
+            raise ValueError(f"there is no precision {self.vae_dtype!r} of the autoencoder; expected {expected}")
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -69,6 +76,7 @@ class SamplerOptions(TypedDict, total=False):
     lora: tuple[ModelName, float] | None
     device: str
     dtype: str
+    vae_dtype: str
     t5_cpu: bool
     offload: bool
     tiles: int

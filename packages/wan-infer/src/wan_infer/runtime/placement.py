@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wan_infer.request.options import ComputeOptions
 
@@ -19,15 +20,19 @@ class Placement:
 
     Attributes:
         device: the execution device of transformer and autoencoder.
-        dtype: of the transformer's and the text encoder's weights; the autoencoder is fp32, as in the official code.
+        dtype: of the transformer's and the text encoder's weights.
         text_device: the execution device of the text encoder.
         offload: keep every part in main memory, and on its execution device only while it computes.
+        vae_dtype: of the autoencoder's weights; fp32 in the official code.
+        vae_tf32: whether a GPU may round the autoencoder's fp32 convolutions to TF32.
     """
 
     device: torch.device
     dtype: torch.dtype
     text_device: torch.device
     offload: bool = False
+    vae_dtype: torch.dtype = torch.float32
+    vae_tf32: bool = False
 
     @classmethod
     def choose(cls, options: ComputeOptions) -> "Placement":
@@ -56,7 +61,15 @@ class Placement:
             dtype = "bfloat16" if chosen.type == "cuda" else "float32"
         if dtype not in DTYPES:
             raise ValueError(f"there is no precision {dtype!r}; expected auto, {' or '.join(DTYPES)}")
-        return cls(chosen, DTYPES[dtype], torch.device("cpu") if options.t5_cpu else chosen, options.offload)
+        tf32 = options.vae_dtype == "tf32"
+        return cls(
+            chosen,
+            DTYPES[dtype],
+            torch.device("cpu") if options.t5_cpu else chosen,
+            options.offload,
+            torch.float32 if tf32 else DTYPES[options.vae_dtype],
+            tf32,
+        )
 
     @property
     def offload_device(self) -> torch.device:
@@ -71,11 +84,29 @@ class Placement:
 
 @contextlib.contextmanager
 def onload(module: nn.Module, device: torch.device, offload_device: torch.device) -> Iterator[None]:
-    """Move a module to its execution device for the block, and to the offload device after it."""
+    """Copy a module to its execution device for the block; after it, it has the tensors of the offload device again.
+
+    The weights do not change meanwhile, so the copy is dropped and not copied back.
+    """
+    if offload_device == device:
+        module.to(device)
+        yield
+        return
+    module.to(offload_device)
+    # Moving a module replaces the data of a parameter, or the parameter.
+    kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+        (table, name, tensor, tensor.data)
+        for owner in module.modules()
+        for table in (owner._parameters, owner._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
     module.to(device)
     try:
         yield
     finally:
-        module.to(offload_device)
-        if device.type == "cuda" and offload_device != device:
+        for table, name, tensor, data in kept:
+            table[name] = tensor
+            tensor.data = data
+        if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -21,6 +21,7 @@ from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.runtime.placement import Placement, onload
 from wan_infer.sampling.decode import decode_frames
 from wan_infer.sampling.denoise import OnStep, denoise, draw_noise
+from wan_model.codec.convolutions import to_channels_last
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.dit.model import WanDiT
 
@@ -130,9 +131,12 @@ class WanSampler:
     @functools.cached_property
     def codec(self) -> LatentCodec:
         """The autoencoder's decoder."""
-        codec = self._codec_source.load_decoder(self.source.text_length)
+        placement = self.placement
+        codec = self._codec_source.load_decoder(self.source.text_length, placement.vae_dtype, tf32=placement.vae_tf32)
         assert codec.decoder is not None, "it was loaded"
-        codec.decoder.to(self.placement.offload_device)
+        if placement.device.type == "cuda":
+            to_channels_last(codec.decoder)
+        codec.decoder.to(placement.offload_device)
         return codec
 
     @functools.cached_property

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from wan_model.codec.convolutions import computed_with_tf32, tf32_convolutions, to_channels_last
 from wan_model.codec.prompt_cleaning import clean_prompt
 from wan_model.codec.text_encoder import PromptTokenizer, TextEncoder
 from wan_model.codec.tiled_decode import Tile, TiledDecoder, split_frame
@@ -44,6 +45,11 @@ def _quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _prepare_for(device: torch.device | str, autoencoder: torch.nn.Module) -> None:
+    if torch.device(device).type == "cuda":
+        to_channels_last(autoencoder)
+
+
 class LatentCodec:
     """Encodes and decodes videos and encodes prompts, equal to diffusers' ``WanPipeline``.
 
@@ -55,6 +61,7 @@ class LatentCodec:
         decoder: decodes latents, or None; by default created with the weights of ``vae``.
         text_encoder: UMT5's encoder, or None.
         tokenizer: the text encoder's tokenizer, or None.
+        tf32: on a GPU, allow fp32 convolutions of the autoencoder to round their inputs to TF32.
     """
 
     def __init__(
@@ -64,8 +71,10 @@ class LatentCodec:
         text_encoder: TextEncoder | None = None,
         tokenizer: PromptTokenizer | None = None,
         decoder: VaeDecoder | None = None,
+        tf32: bool = False,
     ) -> None:
         self.spec = spec
+        self.tf32 = tf32
         self.vae = vae
         if decoder is None and vae is not None:
             decoder = VaeDecoder.of_state(vae.config, vae.state_dict(), "the autoencoder")
@@ -88,6 +97,7 @@ class LatentCodec:
         load_text: bool = True,
         load_decoder: bool = False,
         text_length: int = 512,
+        tf32: bool = False,
     ) -> "LatentCodec":
         """Load the autoencoder and the text encoder of a diffusers folder or hub id; safetensors only.
 
@@ -103,6 +113,7 @@ class LatentCodec:
             load_vae, load_text: which halves to load.
             load_decoder: load only the decoder of the autoencoder, without importing diffusers.
             text_length: tokens that prompts are cut to (512 in the official code).
+            tf32: see the class. torch allows it by default, and so does the official code.
 
         Raises:
             ValueError: a missing folder or file, naming it.
@@ -119,16 +130,18 @@ class LatentCodec:
         vae = text_encoder = tokenizer = decoder = None
         if load_decoder:
             decoder = VaeDecoder.from_pretrained(vae_folder, vae_dtype).to(device)
+            _prepare_for(device, decoder)
         if load_vae:
             with _quiet_loading():
                 from diffusers import AutoencoderKLWan
 
                 vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)
                 vae = vae.to(device).eval().requires_grad_(False)
+                _prepare_for(device, vae)
         if load_text:
             text_encoder = TextEncoder.from_pretrained(text_folder / "text_encoder", text_dtype).to(device)
             tokenizer = PromptTokenizer(text_folder / "tokenizer")
-        return cls(spec, vae, text_encoder, tokenizer, decoder)
+        return cls(spec, vae, text_encoder, tokenizer, decoder, tf32)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (
@@ -154,7 +167,8 @@ class LatentCodec:
         """
         vae = self._require("vae")
         self.spec.latent_shape(*video_BCTHW.shape[2:])
-        mu = vae.encode(video_BCTHW.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        with tf32_convolutions(self.tf32):
+            mu = vae.encode(video_BCTHW.to(vae.device, vae.dtype)).latent_dist.mode().float()
         mean, std = self._statistics(mu)
         return (mu - mean) / std
 
@@ -196,11 +210,11 @@ class LatentCodec:
         decoder = self._require("decoder")
         mean, std = self._statistics(latents_CFhw)
         raw = (latents_CFhw[None] * std + mean).to(decoder.device, decoder.dtype)
-        return TiledDecoder(decoder).features(raw)
+        return computed_with_tf32(TiledDecoder(decoder).features(raw), self.tf32)
 
     def decode_tile(self, features: Iterable[Tensor], tile: Tile) -> Iterator[Float[Tensor, "3 t H W"]]:
         """Decode one tile of each latent frame from ``decoder_features``: RGB in [-1, 1], fp32."""
-        return TiledDecoder(self._require("decoder")).pixels(features, tile)
+        return computed_with_tf32(TiledDecoder(self._require("decoder")).pixels(features, tile), self.tf32)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:

@@ -365,10 +365,7 @@ class WanDiT(nn.Module):
         recompute = self.recompute != "none" and torch.is_grad_enabled()
         for name, block in self.blocks.items():
             args = (x_SD, time_B6D, texts[name], held, table_S1P, text_offsets)
-            if recompute:
-                x_SD = self.ops.checkpoint(block, *args, keep_attention=self.recompute == "all_but_attention")
-            else:
-                x_SD = block(*args)
+            x_SD = self.ops.checkpoint(block, *args, mode=self.recompute) if recompute else block(*args)
         if not self.stage.is_last:
             return x_SD
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wan_model.dit.attention import AttentionKind, Offsets, check_kind, packed_attention
 from wan_model.dit.context_parallel import ContextParallel
 from wan_model.dit.elementwise import rms_norm_
-from wan_model.dit.recompute import recomputed, self_attention_region
+from wan_model.dit.recompute import Recompute, recomputed, self_attention_region
 from wan_model.pack import PackLayout, TokenRows
 
 
@@ -99,11 +99,8 @@ class Ops(Protocol):
     ) -> Tensor:
         """Each sample attends to its own text; entered rows in and out, ``q_offsets`` as above."""
 
-    def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
-        """Call a function with activation checkpointing.
-
-        ``keep_attention`` keeps the results of self-attention.
-        """
+    def checkpoint(self, function: Callable[..., Tensor], *args: object, mode: Recompute) -> Tensor:
+        """Call a function with activation checkpointing in a mode of ``wan_model.dit.recompute``."""
 
 
 class TorchOps:
@@ -189,6 +186,6 @@ class TorchOps:
         """Packed attention on this device; a subclass with another kernel overrides it."""
         return packed_attention(q_SHE, k_KHE, v_KHE, q_offsets, k_offsets, self.kind)
 
-    def checkpoint(self, function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
+    def checkpoint(self, function: Callable[..., Tensor], *args: object, mode: Recompute) -> Tensor:
         """See ``wan_model.dit.recompute``."""
-        return recomputed(function, *args, keep_attention=keep_attention)
+        return recomputed(function, *args, mode=mode)

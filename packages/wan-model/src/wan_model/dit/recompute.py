@@ -1,8 +1,10 @@
 """Activation recomputation: which activations of a block are saved for its backward pass.
 
 ``none`` saves everything. ``block`` saves a block's input and recomputes the block. ``all_but_attention`` also saves
-the result of self-attention, which is most of the work for a long video, and recomputes the rest. The model draws no
-random numbers, so recomputed values are equal.
+the result of self-attention, which is most of the work for a long video, and recomputes the rest. ``elementwise`` saves
+the results of all matrix products and of both attentions, and recomputes norms, rotations, gated additions and the
+activation, which take little time and most of the memory. The model draws no random numbers, so recomputed values are
+equal.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Recompute = Literal["none", "block", "all_but_attention"]
+Recompute = Literal["none", "elementwise", "all_but_attention", "block"]
 
 _in_self_attention = contextvars.ContextVar("in_self_attention", default=False)
 _aten = torch.ops.aten
@@ -25,6 +27,7 @@ _ATTENTION = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
+_MATRIX_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
 
 
 def check_recompute(mode: str) -> None:
@@ -47,23 +50,37 @@ def self_attention_region() -> Iterator[None]:
         _in_self_attention.reset(token)
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _attends(operator: Any) -> bool:
     # The variable-length kernel is an operator of its own, which older versions of torch do not have.
-    attends = operator in _ATTENTION or "varlen_attn" in operator.name()
-    keep = attends and _in_self_attention.get()
+    return operator in _ATTENTION or "varlen_attn" in operator.name()
+
+
+def _self_attention_is_saved(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = _attends(operator) and _in_self_attention.get()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(function: Callable[..., Tensor], *args: object, keep_attention: bool) -> Tensor:
+def _products_are_saved(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = operator in _MATRIX_PRODUCTS or _attends(operator)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_POLICIES: dict[Recompute, Callable[..., CheckpointPolicy]] = {
+    "all_but_attention": _self_attention_is_saved,
+    "elementwise": _products_are_saved,
+}
+
+
+def recomputed(function: Callable[..., Tensor], *args: object, mode: Recompute) -> Tensor:
     """Call a function with activation checkpointing (torch's, non-reentrant).
 
     Args:
         function: a function of tensors and constants.
         args: its arguments.
-        keep_attention: save the results of a ``self_attention_region``.
+        mode: any but ``none``.
     """
     options: dict[str, Any] = {}
-    if keep_attention:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    if mode in _POLICIES:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _POLICIES[mode])
     result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
     return result

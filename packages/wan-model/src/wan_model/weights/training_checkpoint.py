@@ -39,6 +39,8 @@ _STEP = re.compile(r"iter_(\d{7,})")
 # Megatron's fully sharded checkpoints name modules as they are wrapped; the others have diffusers' keys.
 _FSDP_PREFIX = "model.module.dit."
 _EMA_PREFIX = "ema."
+# The fp32 weights of Megatron's optimizer, where it shards them by parameter.
+_MASTER_PREFIX = "optimizer.state.param."
 
 _DCP = "torch.distributed.checkpoint"
 
@@ -244,8 +246,10 @@ class _Reader(filesystem.FileSystemReader):
         return self.index
 
 
-def _prefix(index: Metadata, path: Path, ema: bool) -> str:
+def _prefix(index: Metadata, config: WanConfig, path: Path, *, ema: bool, masters: bool) -> str:
     """The prefix of diffusers' keys in this checkpoint."""
+    if masters and all(_MASTER_PREFIX + key in index.state_dict_metadata for key in expected_shapes(config)):
+        return _MASTER_PREFIX
     if ema:
         if not any(key.startswith(_EMA_PREFIX) for key in index.state_dict_metadata):
             raise ValueError(f"{path} holds no EMA of the weights; it was trained without one (ema.decay)")
@@ -281,6 +285,7 @@ def read_training_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
     ema: bool = False,
+    masters: bool = False,
     into: Mapping[str, Tensor] | None = None,
 ) -> tuple[WanConfig, LatentSpec | None, dict[str, Tensor]]:
     """Read the model of one checkpoint (see ``find_checkpoint``); needs no process group.
@@ -291,6 +296,7 @@ def read_training_checkpoint(
         dtype: of most of them (see ``wan_model.dit.model.precision_of``), converted when they are read; None keeps the
             stored dtype.
         ema: read the EMA instead of the weights.
+        masters: read the optimizer's fp32 weights if it has them, as it does where the model computes in bfloat16.
         into: existing tensors to read into, by diffusers' keys; of a ``DTensor`` its local shard.
 
     Returns:
@@ -303,7 +309,8 @@ def read_training_checkpoint(
     """
     path = Path(path)
     index, config, spec = _check_complete(path)
-    prefix = _prefix(index, path, ema)
+    assert not (ema and masters), "the EMA is fp32 itself"
+    prefix = _prefix(index, config, path, ema=ema, masters=masters)
     entries = _model_entries(index, config, path, prefix)
     state: dict[str, Tensor]
     if into is not None:

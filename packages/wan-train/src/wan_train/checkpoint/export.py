@@ -21,8 +21,9 @@ def export(checkpoints: Path, out: Path, *, step: int | None = None, ema: bool =
         out: a new or empty folder.
         step: the step to export; the newest complete one by default.
         ema: export the EMA instead of the weights.
-        dtype: ``stored`` keeps every bit; ``float32`` and ``bfloat16`` convert (modules that diffusers keeps in fp32
-            stay fp32).
+        dtype: ``stored`` keeps every bit of the weights that the model computes with; ``float32`` takes the optimizer's
+            fp32 weights, of which those are rounded; ``bfloat16`` converts (modules that diffusers keeps in fp32 stay
+            fp32).
 
     Returns:
         The checkpoint that was read.
@@ -37,6 +38,7 @@ def export(checkpoints: Path, out: Path, *, step: int | None = None, ema: bool =
         files = read_record(checkpoint, int(checkpoint.name.removeprefix("iter_")))
         if changed := changed_files(checkpoint, files, files):
             raise ValueError(f"{checkpoint / changed[0]} is damaged: its SHA-256 differs from {RECORD_NAME}'s")
-    config, _, state = read_training_checkpoint(checkpoint, dtype=DTYPES[dtype], ema=ema)
+    masters = dtype == "float32" and not ema
+    config, _, state = read_training_checkpoint(checkpoint, dtype=DTYPES[dtype], ema=ema, masters=masters)
     save_transformer(state, config, out / "transformer")
     return checkpoint

@@ -8,6 +8,7 @@ Wan run, or would break its guarantees, are errors instead of being ignored.
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 from wan_train.engine.installed import is_installed
@@ -45,6 +46,13 @@ _SUPPORTED = frozenset(
 _FUSION_KERNEL = "fused_weight_gradient_mlp_cuda"
 # Megatron seeds NumPy, which takes 32 bits, with this and an addition for each rank.
 _LARGEST_SEED = 4_000_000_000
+# What libraries need beside torch's own switch to repeat a run to the bit. Megatron-Bridge accepts these algorithms.
+_NCCL_ALGORITHMS = ("Tree", "Ring", "CollnetDirect", "CollnetChain", "^NVLS")
+_DETERMINISTIC = {
+    "NCCL_ALGO": "Ring",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
 _OURS = {
     "num_layers": "model.transformer.num_layers",
     "num_attention_heads": "model.transformer.num_attention_heads",
@@ -102,12 +110,33 @@ def check_settings(config: Any) -> None:
         raise ValueError(
             f"model.gradient_accumulation_fusion needs APEX's {_FUSION_KERNEL}, which is not installed; set it to false"
         )
+    if config.model.deterministic_mode:
+        _check_deterministic(config)
     config.validation.check()
     config.ema.check()
 
 
+def _check_deterministic(config: Any) -> None:
+    if config.model.attention == "cudnn":
+        raise ValueError(
+            "model.attention is cudnn, whose backward pass is not deterministic, and model.deterministic_mode is true; "
+            "set model.attention to auto, flash or varlen"
+        )
+    algorithm = os.environ.get("NCCL_ALGO", _NCCL_ALGORITHMS[0])
+    if algorithm not in _NCCL_ALGORITHMS:
+        expected = ", ".join(_NCCL_ALGORITHMS)
+        raise ValueError(
+            f"NCCL_ALGO is {algorithm!r} and model.deterministic_mode is true; unset it, or set one of {expected}"
+        )
+    if os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0") != "0":
+        raise ValueError("model.deterministic_mode is true; unset NVTE_ALLOW_NONDETERMINISTIC_ALGO")
+
+
 def derive_settings(config: Any, *, on_cpu: bool) -> None:
     """Set what follows from other settings."""
+    if config.model.deterministic_mode:
+        for name, value in _DETERMINISTIC.items():
+            os.environ.setdefault(name, value)
     config.model.ema_decay = config.ema.decay
     optimizer, scheduler = config.optimizer, config.scheduler
     if optimizer.clip_grad == 0:

@@ -1,13 +1,21 @@
-"""Packs of random latents and text, for running without data."""
+"""Packs of random latents and text, for running without data.
+
+A text is a rotation of one random table: to draw as many numbers as a pack of images has text would take longer than a
+training step.
+"""
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wan_model import LatentPack, WanConfig, pack_latents
 from wan_train.data.seeds import generator_for
+
+# A prime, so that the rotations of consecutive samples differ.
+_STRIDE = 104_729
 
 
 @dataclasses.dataclass
@@ -51,6 +59,12 @@ class MockLoader:
         self.settings, self.model = settings, model
         self.rank, self.ranks, self.multiple, self.seed, self.purpose = rank, ranks, multiple, seed, purpose
         self.drawn = 0
+        size = (settings.context_length, model.text_dim)
+        self._text_LD = torch.randn(size, generator=generator_for(f"{purpose} text", seed))
+
+    def _text(self, number: int, slot: int) -> Tensor:
+        first = (number * self.settings.number_packed_samples + slot) * _STRIDE % self._text_LD.numel()
+        return self._text_LD.flatten().roll(first).view_as(self._text_LD)
 
     def __iter__(self) -> Iterator[LatentPack]:
         """Packs from the current position on."""
@@ -62,7 +76,7 @@ class MockLoader:
             for slot in range(settings.number_packed_samples):
                 shape = settings.shapes[slot % len(settings.shapes)]
                 latents.append(torch.randn(self.model.in_channels, *shape, generator=generator))
-                texts.append(torch.randn(settings.context_length, self.model.text_dim, generator=generator))
+                texts.append(self._text(number, slot))
                 keys.append(f"{self.purpose}-{number}-{slot}")
             self.drawn += 1
             yield pack_latents(

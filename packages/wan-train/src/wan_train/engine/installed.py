@@ -10,8 +10,8 @@ import importlib.util
 from pathlib import Path
 
 INSTALL_HINT = (
-    "on a CUDA machine use NVIDIA's NeMo container or `pip install 'wan-train[cuda]'`; elsewhere "
-    "`pip install 'wan-train[cpu]'` and then `pip install --no-deps megatron-bridge==0.3.1`"
+    "use one of NVIDIA's NeMo containers, or `pip install 'wan-train[engine]'` and then "
+    "`pip install --no-deps megatron-bridge==0.3.1`"
 )
 # Callbacks, which the loop needs, came with Bridge 0.3.
 OLDEST = {"megatron.bridge": (0, 3), "megatron.core": (0, 16)}

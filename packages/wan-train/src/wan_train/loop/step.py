@@ -76,7 +76,10 @@ class WanForwardStep:
         started = time.perf_counter()
         numbered = next(data_iterator)
         self.counts.data_wait += time.perf_counter() - started
-        pack = numbered.pack.to(self.device, self.dtype)
+        pack = numbered.pack
+        if self.device.type == "cuda":
+            pack = pack.pin_memory()  # while the device computes the last step
+        pack = pack.to(self.device, self.dtype)
         self.counts.samples += pack.layout.num_samples
         self.counts.tokens += pack.layout.valid
         self.counts.tokens_padded += pack.layout.total

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wan_model import LatentPack, PackLayout
 from wan_model.flow import TIMESTEPS, NoisyPack, sample_losses
-from wan_model.pack import pad_text
+from wan_model.pack import PackedText
 from wan_train.config.schema import ValidationConfig
 from wan_train.data.seeds import generator_for
 from wan_train.engine.upstream.loop import CallbackContext
@@ -51,8 +51,7 @@ def merge(packs: Iterable[LatentPack], capacity: int, multiple: int) -> Iterator
         layout = PackLayout(tuple(grid for pack in waiting for grid in pack.layout.grids)).padded_to(multiple)
         rows = [pack.tokens_SC[: pack.layout.valid] for pack in waiting]
         rows.append(rows[0].new_zeros(layout.padding, rows[0].shape[1]))
-        longest = max(pack.text_BTD.shape[1] for pack in waiting)
-        texts = pad_text([text for pack in waiting for text in pack.text_BTD], longest)
+        texts = PackedText.join([pack.texts for pack in waiting])
         return LatentPack(torch.cat(rows), texts, layout, tuple(key for pack in waiting for key in pack.keys))
 
     usable = capacity - capacity % multiple

@@ -62,7 +62,7 @@ def _ops(provider: "WanModelProvider") -> MegatronOps:
         if not has_te:
             raise ValueError(
                 "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
-                "pip install 'wan-train[te]', or leave the setting at auto"
+                "pip install --no-build-isolation 'wan-train[te]', or leave the setting at auto"
             )
         from wan_train.model.transformer_engine_ops import TransformerEngineOps
 
