@@ -215,7 +215,7 @@ def pretrain(options: RunOptions) -> None:
     if resume := _resolve_checkpoints(config):
         _check_resumed_weights(config, resume)
     derive_settings(config, on_cpu=running.device.type == "cpu")
-    if config.logger.logging_level == logging.INFO:
+    if config.logger.logging_level in (None, logging.INFO):
         config.logger.logging_level = logging.WARNING  # Megatron's own messages; set 10 or 30 to choose
 
     from wan_train.checkpoint.hooks import CheckpointHooks

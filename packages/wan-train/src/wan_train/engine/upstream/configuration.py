@@ -76,11 +76,31 @@ _OF_SOME_VERSIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("dist.eval_context_parallel_size", (None,), _INSTEAD),
     ("dataset.dataloader_load", (None,), "the data continue at the checkpoint's position"),
 )
+# Keys of Megatron-LM's loop that Bridge has from 0.4 on and does not read in any version, and those that it reads only
+# for an export to Hugging Face's layout or for an asynchronous save with FSDP, which are refused.
+_UNREAD = {
+    "train": ("exit_signal_handler_for_training", "gpu_sniff_test_interval"),
+    "logger": (
+        *("log_device_memory_used", "log_memory_interval", "moe_routing_trace_path"),
+        *("moe_routing_trace_max_training_iters", "moe_routing_trace_capture_logits"),
+        *("moe_routing_trace_capture_hidden_states", "moe_routing_trace_dump_weights"),
+    ),
+    "checkpoint": (
+        *("async_ckpt_use_cpu_shm", "auto_detect_ckpt_format", "ckpt_convert_update_legacy_dist_opt_format"),
+        *("ckpt_fully_parallel_load_exchange_algo", "ckpt_fully_parallel_load_process_group"),
+        *("ckpt_fully_parallel_save_process_group", "ckpt_load_validate_sharding_integrity"),
+        *("dist_ckpt_save_pre_mcore_014", "dist_ckpt_workers", "hf_distributed_save", "hf_save_every_n_ranks"),
+        *("hf_source_path", "hf_trust_remote_code", "save_activations_interval", "save_dgrads_interval"),
+        *("save_params_interval", "save_retain_interval", "save_tokens_per_expert_interval", "save_wgrads_interval"),
+        *("use_mp_args_from_checkpoint_args", "use_tokenizer_model_from_checkpoint_args", "verify_integrity"),
+    ),
+}
 
 
 def _only() -> tuple[tuple[str, tuple[Any, ...], str], ...]:
     sections = {
         "train": TrainingConfig,
+        "logger": LoggerConfig,
         "checkpoint": CheckpointConfig,
         "dist": DistributedInitConfig,
         "dataset": bridge.DatasetProvider,
@@ -89,10 +109,16 @@ def _only() -> tuple[tuple[str, tuple[Any, ...], str], ...]:
     fields = dataclasses.fields(BridgeValidation)
     evaluates = ("train.eval_iters", (0, None) if fields else (0,), _INSTEAD)
     theirs = [(f"validation.{field.name}", (field.default,), _INSTEAD) for field in fields]
-    return (evaluates, *rows, *theirs)
+    unread = [
+        (f"{section}.{field.name}", (field.default,), "Megatron-Bridge does not read it, so leave it out")
+        for section, names in _UNREAD.items()
+        for field in dataclasses.fields(sections[section])
+        if field.name in names
+    ]
+    return (evaluates, *rows, *theirs, *unread)
 
 
-# The keys of ``_OF_SOME_VERSIONS`` that this version has, and those of Bridge's own validation.
+# Of the keys above those that this version has, and those of Bridge's own validation.
 ONLY = _only()
 
 
