@@ -89,7 +89,8 @@ def replace(place: str, make: Callable[[Any], Any], purpose: str, *, called_by: 
     if original is None:
         raise changed(f"{module} has no {name}", purpose)
     new = make(original)
-    for holder in [one for key, one in sys.modules.items() if key.partition(".")[0] == "megatron"]:
+    modules = [one for key, one in sys.modules.items() if key.partition(".")[0] == "megatron"]
+    for holder in [one for one in modules if isinstance(one, types.ModuleType)]:
         if vars(holder).get(name) is original:
             setattr(holder, name, new)
     if not called_by:
