@@ -1,7 +1,7 @@
-"""Energon's metadata folder ``.nv-meta``: writing it, and validating it before Energon reads it.
+"""Energon's metadata folder ``.nv-meta``: writing it, and reading it in Energon's place.
 
 Energon instantiates any class that ``dataset.yaml`` names, imports the files it refers to, and opens shards at any
-path. Therefore Energon only gets metadata of exactly the form that is written here.
+path. Therefore only metadata of exactly the form that is written here is accepted, and Energon gets plain paths.
 """
 
 import contextlib
