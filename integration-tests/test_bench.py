@@ -35,15 +35,15 @@ def test_cpu_tables(tmp_path):
     report = json.loads((tmp_path / "model.json").read_text())
     assert report["conditions"]["threads"] == "1"
     titles = [table["title"] for table in report["tables"]]
-    assert len(titles) == 5
+    assert len(titles) == 6
     markdown = (tmp_path / "model.md").read_text()
     for table in report["tables"]:
         assert table["title"] in printed
         assert table["title"] in markdown
         assert table["rows"]
         assert all(len(row) == len(table["columns"]) and all(row) for row in table["rows"])
-    limit, small, _, recompute, _ = report["tables"]
-    for table, columns in ((limit, range(4, 7)), (small, [4]), (recompute, [3])):
+    limit, small, _, recompute, traffic, _ = report["tables"]
+    for table, columns in ((limit, range(4, 7)), (small, [4]), (recompute, [3]), (traffic, [4])):
         assert all(0.01 < float(row[i].split()[0]) < 100 for row in table["rows"] for i in columns)
 
 
@@ -58,12 +58,13 @@ def test_data_tables(tmp_path):
 
 def test_infer_tables(tmp_path):
     _python("-m", "bench", "--quick", "--of", "infer", "--folder", str(tmp_path))
-    step, whole, several, decoding, needs = json.loads((tmp_path / "infer.json").read_text())["tables"]
+    step, whole, several, decoding, precision, needs = json.loads((tmp_path / "infer.json").read_text())["tables"]
     assert float(step["rows"][0][3]) < 1e-4, "both sides sample the same"
     assert all(0.01 < float(table["rows"][0][2]) < 100 for table in (step, whole))
     assert len(several["rows"]) == len(decoding["rows"]) == 2, "the quick ones"
     assert several["rows"][0][2] == "1.00"
     assert len({row[3] for row in decoding["rows"]}) == 1, "every way decodes the same pixels"
+    assert 0 < float(precision["rows"][0][0]) < 0.05
     # A hundred forward passes of 283.0 and 1,678.4 TFLOP.
     assert [row[5] for row in needs["rows"][:2]] == ["28.3", "167.8"]
 

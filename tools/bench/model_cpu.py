@@ -19,9 +19,10 @@ from bench.bare import bare_products
 from bench.measure import median, ratio, time_rounds
 from bench.models import Samples, twins
 from bench.report import Table, gigabytes, seconds
-from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
+from wan_model import WAN_1_3B, PackLayout, WanConfig, WanDiT, save_transformer
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import Grid
+from wan_model.testing.traffic import block_step
 
 CPU = torch.device("cpu")
 # The 1.3B model's width, and a quarter of it for quick runs.
@@ -213,6 +214,45 @@ def recompute(quick: bool) -> Table:
     return table
 
 
+def kernel_traffic(quick: bool) -> Table:
+    """What the kernels for CUDA move, launch and keep; counted, so always in full."""
+    del quick
+    config = WanConfig(num_heads=2, head_dim=48, ffn_dim=560, num_layers=1, text_dim=16, text_length=32, freq_dim=32)
+    packs = {"a video": PackLayout(((4, 8, 8),)), "27 images": PackLayout(((1, 4, 8),) * 27)}
+    table = Table(
+        "What one block moves, launches and keeps in bf16, with the kernels for CUDA and with torch's operations",
+        [
+            "pack",
+            "pass",
+            "moved: kernels",
+            "torch",
+            "ratio",
+            "launches: kernels",
+            "torch",
+            "kept fp32: kernels",
+            "torch",
+        ],
+    )
+    for name, layout in packs.items():
+        fused, plain = (block_step(config, layout, kernels=kernels) for kernels in (True, False))
+        for direction in ("forward", "backward"):
+            ours, torchs = (getattr(step, direction) for step in (fused, plain))
+            moved = [one.bytes / fused.unit for one in (ours, torchs)]
+            kept = ["-", "-"]
+            if direction == "forward":
+                kept = [f"{one.kept.get(torch.float32, 0) / fused.unit:.1f}" for one in (ours, torchs)]
+            table.rows.append(
+                [name, direction, f"{moved[0]:.1f}", f"{moved[1]:.1f}", f"{moved[0] / moved[1]:.2f}",
+                 str(ours.launches), str(torchs.launches), *kept]
+            )  # fmt: skip
+    table.note = (
+        "Counted without a GPU (wan_model.testing.traffic), outside matrix products and attention; bytes are in units "
+        "of the block's rows in bf16. A quarter of the kernels' launches in the backward pass are the gradients of "
+        "biases, and on a CPU each image is a segment of attention of its own. Target: <= 0.5 of the bytes."
+    )
+    return table
+
+
 _LOAD = """
 import json, sys, time
 from pathlib import Path
@@ -253,5 +293,5 @@ def loading(quick: bool) -> Table:
 
 def tables(*, quick: bool) -> Iterator[Table]:
     """Yield each table when it is measured."""
-    for measure in (versus_limit, small_models, mixed_pack, recompute, loading):
+    for measure in (versus_limit, small_models, mixed_pack, recompute, kernel_traffic, loading):
         yield measure(quick)

@@ -9,22 +9,28 @@ def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mut
 
 MUTATIONS = (
     _of(
-        "loader-state-without-waiting-samples", "reading/task_encoder.py",
+        "loader-state-without-waiting-samples", "energon/pipeline.py",
         '(*PackingDataset._savable_fields, "_carried")', "PackingDataset._savable_fields",
         "a resumed run packs the carried-over samples differently from the uninterrupted run",
         "reading/test_loader.py::test_resume_is_exact_from_every_pack_of_an_epoch",
     ),
     _of(
         "every-rank-reads-the-same", "reading/loader.py",
-        "            rank=rank,", "            rank=0,",
+        "rank=rank, world_size=world_size, num_workers", "rank=0, world_size=world_size, num_workers",
         "all data-parallel ranks train on the same samples and most of the dataset is never seen",
         "reading/test_loader.py::test_ranks_share_out_an_epoch",
     ),
     _of(
-        "bad-samples-skipped", "reading/loader.py",
-        "global_error_handler=reraise_exception,", "",
+        "bad-samples-skipped", "energon/pipeline.py",
+        'return {"global_error_handler": _raise}, {}', "return {}, {}",
         "a damaged sample is silently skipped and training continues",
         "reading/test_loader.py::test_a_refused_sample_ends_the_run_and_is_named",
+    ),
+    _of(
+        "workers-resume-in-another-order", "energon/pipeline.py",
+        "(process.id + self.worker_id_offset)", "(process.id + process.num_workers - self.worker_id_offset)",
+        "a run with three or more workers resumes with another order of samples",
+        "reading/test_loader.py::test_resume_with_workers_is_exact_and_can_be_repeated",
     ),
     _of(
         "padding-beyond-the-capacity", "reading/packing.py",
@@ -34,7 +40,7 @@ MUTATIONS = (
     ),
     _of(
         "blend-weights-ignored", "reading/loader.py",
-        "dataclasses.replace(loaded, weight=one.part.weight)", "loaded",
+        "weight=one.part.weight", "weight=1.0",
         "a blend draws its datasets equally often and ignores the weights",
         "reading/test_blends.py",
     ),

@@ -83,7 +83,7 @@ def stock(case: Path) -> list[str]:
         dataset = get_train_dataset(
             path,
             worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-            batch_size=None,
+            batch_size=1,
             shuffle_buffer_size=None,
             max_samples_per_sequence=None,
             task_encoder=Encoder(),

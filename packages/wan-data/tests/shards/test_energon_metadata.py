@@ -7,21 +7,30 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from wan_data.reading.datasets import splits
 from wan_data.reading.loader import LoaderConfig, PackLoader
-from wan_data.shards.energon_metadata import DATASET_YAML, check_metadata, write_metadata
+from wan_data.shards.energon_metadata import DATASET_YAML, check_metadata, shard_counts, write_metadata
 from wan_data.shards.writer import ShardRecord
 
 # Energon's command line, several calls in one process: each would import for seconds.
 ENERGON = """
 import contextlib, io, json, sys
 from megatron.energon.cli.main import main
+from megatron.energon.tools.prepare import command
 
 if __name__ == "__main__":
+    asks = not any("--non-interactive" in option.opts for option in command.params)
     found = []
     for arguments in json.loads(sys.argv[1]):
-        out = io.StringIO()
+        out, answers = io.StringIO(), ""
+        if arguments[0] == "prepare":
+            more = ["--split-ratio", "8,1,1", "--sample-type", "CrudeWebdataset", "--force-overwrite"]
+            # Energon 6 asks for the ratio and the type, of which the crude one is the last.
+            arguments += ["--num-workers", "1"] + ([] if asks else ["--non-interactive", *more])
+            answers = "8,1,1\\ny\\n-1\\n"
+        sys.stdin = io.StringIO(answers)
         with contextlib.redirect_stdout(out):
             main(arguments, standalone_mode=False)
         found.append(out.getvalue())
@@ -33,8 +42,13 @@ def energon(folder, *calls):
     """The output of each call."""
     script = folder / "energon_calls.py"
     script.write_text(ENERGON)
-    command = [sys.executable, str(script), json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, input="y\n" * 20, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(calls)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -73,7 +87,7 @@ def test_a_dataset_yaml_that_runs_code_is_refused_before_it_runs(copy, tmp_path)
     get_train_dataset(
         copy,
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        batch_size=None,
+        batch_size=1,
         shuffle_buffer_size=None,
         max_samples_per_sequence=None,
     )
@@ -114,6 +128,26 @@ def test_what_energon_itself_writes_is_accepted(copy):
     assert set(splits(copy)) == {"train", "test"}
 
 
+def test_a_dataset_of_either_generation_of_energon_is_read(copy):
+    # Version 6 writes the counts in YAML, later ones in JSON; we write both.
+    meta = copy / ".nv-meta"
+    counts = splits(copy)
+    assert yaml.safe_load((meta / ".info.yaml").read_text()) == {"shard_counts": shard_counts(copy)}
+    kept = next(iter(open_it(copy))).keys
+    for name in (".info.yaml", ".info.json"):
+        hidden = (meta / name).rename(meta / "hidden")
+        assert splits(copy) == counts
+        assert next(iter(open_it(copy))).keys == kept
+        hidden.rename(meta / name)
+    (meta / ".info.json").unlink()
+    (meta / ".info.yaml").write_text("shard_counts: !!python/object/apply:os.system [id]\n")
+    with pytest.raises(ValueError, match=r"\.info\.yaml is not YAML"):
+        open_it(copy)
+    (meta / ".info.yaml").unlink()
+    with pytest.raises(ValueError, match=r"has no \.nv-meta/\.info\.json: run wan-data prepare or energon prepare"):
+        open_it(copy)
+
+
 def test_a_shard_of_another_length_is_refused(copy):
     shard = copy / "shard-rank00-000001.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
@@ -130,9 +164,17 @@ def test_missing_things_are_named(tmp_path, copy):
         PackLoader(LoaderConfig(str(copy), capacity=200, split="test"), rank=0, world_size=1)
 
 
-def rows(folder):
+def rows(folder, table):
     with contextlib.closing(sqlite3.connect(folder / ".nv-meta" / "index.sqlite")) as index:
-        return sorted(index.iterdump())  # Energon inserts them as its workers get ready
+        (known,) = index.execute("SELECT count(*) FROM sqlite_master WHERE name = ?", [table]).fetchone()
+        columns = "tar_file_id, sample_key, sample_index, byte_offset, byte_size" if table == "samples" else "*"
+        # Energon inserts them as its workers get ready.
+        return sorted(index.execute(f"SELECT {columns} FROM {table}")) if known else None
+
+
+def schema(folder):
+    with contextlib.closing(sqlite3.connect(folder / ".nv-meta" / "index.sqlite")) as index:
+        return sorted(" ".join(sql.split()) for (sql,) in index.execute("SELECT sql FROM sqlite_master WHERE sql > ''"))
 
 
 def test_a_shard_of_other_samples_than_its_record_is_named(dataset, tmp_path):
@@ -148,26 +190,27 @@ def test_energons_own_tools(dataset, tmp_path):
     shards.mkdir()
     for shard in dataset.glob("*.tar"):
         shutil.copy(shard, shards)
-    ours = ("--dataset-config", "captioning.yaml")
+    configuration = ("--dataset-config", "captioning.yaml")
     info, _, preview, _ = energon(
         tmp_path,
-        ("info", str(dataset), *ours),
-        ("lint", str(dataset), "--parallel", "0", *ours),
-        ("preview", str(dataset), "--split-parts", "val", *ours),
-        (
-            *("prepare", str(shards), "--non-interactive", "--split-ratio", "8,1,1"),
-            *("--sample-type", "CrudeWebdataset", "--force-overwrite"),
-        ),
+        ("info", str(dataset), *configuration),
+        ("lint", str(dataset), "--parallel", "0", "--split-parts", "train,val", *configuration),
+        ("preview", str(dataset), "--split-parts", "val", *configuration),
+        ("prepare", str(shards)),
     )
     assert "14 samples" in info
     assert "caption (<class 'str'>)" in preview
     # What `energon prepare` makes of the same shards is what we write, to the last row of the index.
     assert sum(splits(shards).values()) == 14
-    assert rows(shards) == rows(dataset)
+    assert rows(shards, "samples") == rows(dataset, "samples")
+    if (parts := rows(shards, "sample_parts")) is not None:  # Energon 6 does not know the second table
+        assert parts == rows(dataset, "sample_parts")
+        assert schema(shards) == schema(dataset)
     assert {path.name: path.read_bytes() for path in shards.glob("*.idx")} == {
         path.name: path.read_bytes() for path in dataset.glob("*.idx")
     }
-    theirs, written = (json.loads((folder / ".nv-meta" / ".info.json").read_text()) for folder in (shards, dataset))
-    assert theirs == written
+    (written,) = (shards / ".nv-meta").glob(".info.*")
+    theirs, ours = (yaml.safe_load((folder / ".nv-meta" / written.name).read_bytes()) for folder in (shards, dataset))
+    assert theirs == ours
     assert (shards / ".nv-meta" / "dataset.yaml").read_bytes() == DATASET_YAML
     assert len(next(iter(PackLoader(LoaderConfig(str(shards), capacity=200), rank=0, world_size=1))).keys) > 1

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_model import PackLayout, WanDiT
+from wan_model.dit import elementwise
 from wan_model.dit.recompute import Recompute
 
 LAYOUT = PackLayout(((2, 6, 8), (1, 5, 4)), padding=2)
@@ -42,7 +43,12 @@ def held_bytes(model: WanDiT, mode: Recompute) -> int:
     return held
 
 
-def test_gradients_are_equal_to_the_bit(small_model: WanDiT) -> None:
+@pytest.mark.parametrize("chunk", [None, 64], ids=["small tensors", "large tensors"])
+def test_gradients_are_equal_to_the_bit(
+    small_model: WanDiT, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunk is not None:  # which are computed in chunks, and partly over their inputs
+        monkeypatch.setattr(elementwise, "_CHUNK_SIZE", chunk)
     gradients: dict[str, list[Tensor]] = {}
     for mode in get_args(Recompute):
         small_model.zero_grad()

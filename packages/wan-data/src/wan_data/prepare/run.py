@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from wan_data import __version__
+from wan_data.energon.version import energon_version
 from wan_data.prepare.encoder_pool import EncoderPool
 from wan_data.prepare.encoding import EncodedWindow, TextEmbeddings, choose_device, load_codec, make_sample
 from wan_data.prepare.preload import preload_encoders
@@ -114,9 +115,10 @@ def prepare(
         The manifest, as written beside the shards. Its sources list the rejected files with their reasons.
 
     Raises:
-        ValueError: no usable source, an output folder that is in use or was made with other settings, or a model that
-            cannot be loaded.
+        ValueError: no usable source, an output folder that is in use or was made with other settings, a model that
+            cannot be loaded, or a version of Energon that wan-data does not work with.
     """
+    energon_version()  # an Energon that cannot read the dataset is refused before anything is encoded
     if processes < 1:
         raise ValueError(f"{processes} processes cannot encode; it must be at least 1")
     return _Preparation(Path(output), model, settings, report, device, processes, decoders, ranks or Ranks()).run(

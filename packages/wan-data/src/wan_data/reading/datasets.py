@@ -24,12 +24,14 @@ class OpenPart:
 
     Attributes:
         part: the dataset and its split.
+        shards: names and numbers of samples of the split's shards, in order.
         samples: number of samples of the split.
         manifest: None for shards of NVIDIA's own script.
         fingerprint: identifies the order of samples, because the state of a loader refers to samples by index.
     """
 
     part: Part
+    shards: Sequence[tuple[str, int]]
     samples: int
     manifest: Manifest | None
     fingerprint: str
@@ -41,7 +43,9 @@ def splits(path: str | os.PathLike[str]) -> dict[str, int]:
     Raises:
         ValueError: the path is no dataset, or its metadata could run code.
     """
-    totals = {name: sum(_samples(part) for part in parts) for name, parts in parts_of(path).items()}
+    totals = {
+        name: sum(count for part in parts for _, count in _shards(part)) for name, parts in parts_of(path).items()
+    }
     return {name: total for name, total in totals.items() if total}
 
 
@@ -85,10 +89,11 @@ def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(available) or 'none'}")
     opened = []
     for part in parts[split]:
-        if not (samples := _samples(part)):
+        shards = _shards(part)
+        if not (samples := sum(count for _, count in shards)):
             raise ValueError(f"{path}, split {split}: {part.folder} has no sample in its split {part.split!r}")
         manifest = _manifest_of(part.folder)
-        opened.append(OpenPart(part, samples, manifest, _fingerprint(part, manifest)))
+        opened.append(OpenPart(part, shards, samples, manifest, _fingerprint(part, manifest)))
     return opened
 
 
@@ -126,9 +131,9 @@ def check_sizes(parts: Sequence[OpenPart], usable: int, patch_size: PatchSize) -
                 )
 
 
-def _samples(part: Part) -> int:
+def _shards(part: Part) -> tuple[tuple[str, int], ...]:
     counts = shard_counts(part.folder)
-    return sum(counts[shard] for shard in check_metadata(part.folder)[part.split])
+    return tuple((shard, counts[shard]) for shard in check_metadata(part.folder)[part.split])
 
 
 def _common(specs: Sequence[tuple[str, LatentSpec]]) -> LatentSpec:

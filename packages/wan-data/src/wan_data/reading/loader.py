@@ -4,30 +4,22 @@ It needs neither torch.distributed nor a GPU nor Megatron-Core: the caller passe
 """
 
 import dataclasses
-import gc
+import functools
 import inspect
-import time
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-import torch
-from megatron.energon import WorkerConfig, get_savable_loader, load_dataset
-from megatron.energon import __version__ as energon_version
-from megatron.energon.errors import reraise_exception
-from megatron.energon.metadataset.loader_interface import DatasetBlendMode
-
+from wan_data.energon.pipeline import ExactLoader, Source, make_workers, packed, samples_in_order, training_samples
+from wan_data.energon.version import energon_version
 from wan_data.reading.datasets import OpenPart, check_sizes, common_latent_spec, open_split
 from wan_data.reading.loader_state import from_plain, to_plain
+from wan_data.reading.pack_encoder import PackEncoder, settings_of
 from wan_data.reading.packing import usable_capacity
-from wan_data.reading.task_encoder import PART, PackEncoder, settings_of
 from wan_model.pack import LatentPack
 
 STATE_VERSION = 1
 # Samples are drawn from at most this many sequences of neighbours, because a state lists all sequences.
 _MOST_SEQUENCES = 20_000
-_PREFETCH = 2
-# A worker imports torch first, which takes a minute on a busy machine.
-_WORKER_TIMEOUT = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +57,16 @@ class PackLoader:
     """Iterates over the packs of one data-parallel rank.
 
     Ranks of one tensor-, pipeline- or context-parallel group pass the same ``rank`` and get identical packs; different
-    ranks get different samples of each epoch. The order depends only on the seed, the rank, the world size and the
-    number of workers.
+    ranks get different samples of each epoch. The order depends only on the seed, the rank, the world size, the number
+    of workers and the version of Energon.
 
     Args:
         config: the dataset and the packing.
         rank, world_size: of data parallelism.
 
     Raises:
-        ValueError: the dataset is missing, damaged, unsafe, or too small for the number of ranks and workers, or a
-            sample does not fit into a pack.
+        ValueError: the dataset is missing, damaged, unsafe, or too small for the number of ranks and workers, a sample
+            does not fit into a pack, or the installed Energon is not one that this works with.
     """
 
     def __init__(self, config: LoaderConfig, *, rank: int, world_size: int) -> None:
@@ -86,6 +78,7 @@ class PackLoader:
         if config.num_workers < 0:
             raise ValueError(f"num_workers is {config.num_workers}; it must be at least 0")
         self.config, self.rank, self.world_size = config, rank, world_size
+        self._energon = energon_version()
         self._parts = open_split(config.path, config.split)
         check_sizes(self._parts, usable_capacity(config.capacity, config.pad_multiple), config.patch_size)
         self._readers = world_size * max(1, config.num_workers)
@@ -100,13 +93,7 @@ class PackLoader:
             # If a buffer holds an epoch, samples that are carried over would be in the next epoch.
             carry=config.packing_buffer < self._share,
         )
-        self._workers = WorkerConfig(
-            rank=rank,
-            world_size=world_size,
-            num_workers=config.num_workers,
-            seed_offset=config.seed,
-            global_error_handler=reraise_exception,  # the default logs an invalid sample and skips it
-        )
+        self._workers = make_workers(rank=rank, world_size=world_size, num_workers=config.num_workers, seed=config.seed)
         for one in self._parts if self._endless else ():
             # A reader without samples of a dataset would draw from the others only.
             if one.samples < self._readers:
@@ -115,69 +102,36 @@ class PackLoader:
                     f"{max(1, config.num_workers)} workers; each needs at least one"
                 )
         self._closed = False
-        self._loader: Any = None
+        self._loader: ExactLoader | None = None
         self._packs: Generator[LatentPack, None, None] | None = None
 
     @property
     def _endless(self) -> bool:
         return self.config.split == "train"
 
-    def _build(self) -> Any:
-        common: dict[str, Any] = {
-            "worker_config": self._workers,
-            "batch_size": None,
-            "packing_buffer_size": max(1, min(self.config.packing_buffer, self._share)),
-        }
+    def _build(self) -> ExactLoader:
+        sources = [self._source(one) for one in self._parts]
         if self._endless:
             # If single samples are drawn, an epoch is a full permutation, and a buffer would only mix epochs.
-            drawn_singly = all(self._run_length(one) == 1 for one in self._parts)
-            dataset = self._encoder.build_train_datasets(
-                datasets=[self._open(one) for one in self._parts],
-                blend_mode=DatasetBlendMode.DATASET_WEIGHT,
-                shuffle_buffer_size=None if drawn_singly else min(self.config.shuffle_buffer, self._share) or None,
-                **common,
-            )
+            drawn_singly = all(one.run_length == 1 for one in sources)
+            buffer = 0 if drawn_singly else min(self.config.shuffle_buffer, self._share)
+            samples = training_samples(sources, self._workers, shuffle_buffer=buffer)
         else:
-            dataset = self._encoder.build_val_datasets(datasets=[self._open(one) for one in self._parts], **common)
-        loader = get_savable_loader(
-            dataset,
-            # A state for every pack, so that a resume starts right after the last pack that was drawn.
-            checkpoint_every_sec=0,
-            checkpoint_every_min_n_samples=1,
-            n_checkpoints=_PREFETCH * max(1, self.config.num_workers) + 2,
-            prefetch_factor=_PREFETCH,
-            gc_collect_every_n_steps=0,
-            watchdog_timeout_seconds=None,
+            samples = samples_in_order(sources, self._workers)
+        buffer = max(1, min(self.config.packing_buffer, self._share))
+        packs = packed(samples, self._encoder, self._workers, buffer=buffer)
+        return ExactLoader(packs, self._workers, seed=self.config.seed)
+
+    def _source(self, one: OpenPart) -> Source:
+        return Source(
+            folder=one.part.folder,
+            shards=one.shards,
+            cook=functools.partial(self._encoder.cook, one.part.name),
+            weight=one.part.weight,
+            run_length=-(-(one.samples // self._readers) // _MOST_SEQUENCES) if self._endless else None,
         )
-        loader.pin_memory = False
-        if self.config.num_workers:
-            # Energon's reader of dataset.yaml leaves exceptions with their frames in a cycle. Those refer to all frames
-            # that called it and their variables, this loader among them, whose workers should end when it is deleted.
-            gc.collect()
-        # torch draws a seed for each iterator, by default from the global generator.
-        loader.generator = torch.Generator().manual_seed(self.config.seed)
-        return loader
 
-    def _run_length(self, one: OpenPart) -> int:
-        return -(-(one.samples // self._readers) // _MOST_SEQUENCES)
-
-    def _open(self, one: OpenPart) -> Any:
-        more = {"max_samples_per_sequence": self._run_length(one)} if self._endless else {}
-        (loaded,) = (
-            load_dataset(one.part.folder)
-            .get_datasets(
-                training=self._endless,
-                split_part=one.part.split,
-                worker_config=self._workers,
-                decoder=self._encoder.decoder,
-                subflavors={PART: one.part.name},
-                **more,
-            )
-            .datasets
-        )
-        return dataclasses.replace(loaded, weight=one.part.weight)
-
-    def _current(self) -> Any:
+    def _current(self) -> ExactLoader:
         if self._loader is None:
             self._loader = self._build()
         return self._loader
@@ -198,23 +152,13 @@ class PackLoader:
         return self._packs
 
     @staticmethod
-    def _draw(loader: Any) -> Generator[LatentPack, None, None]:
-        # A generator function, so that iter() of Energon's loader is called with the first pack: from then on its state
-        # is that of the workers, which have to be started.
-        ended = True
+    def _draw(loader: ExactLoader) -> Generator[LatentPack, None, None]:
+        items = iter(loader)
         try:
-            for sample in loader:
+            for sample in items:
                 yield sample.pack
-        except GeneratorExit:
-            raise
-        except BaseException:
-            ended = False  # interrupted, for example: the state can still be asked of the workers
-            raise
         finally:
-            if ended:
-                # Energon's loader and its iterator refer to each other. When they are collected as a cycle, the queues
-                # end before torch has told the workers to, and it waits five seconds for each worker.
-                loader._epoch_iterator = loader._iterator = None
+            items.close()
 
     def close(self) -> None:
         """End the worker processes of the endless iterator; the deletion of the loader does so, too."""
@@ -229,7 +173,7 @@ class PackLoader:
     def _identity(self) -> dict[str, Any]:
         return {
             "state_version": STATE_VERSION,
-            "energon": energon_version,
+            "energon": self._energon,
             "rank": self.rank,
             "world_size": self.world_size,
             "num_workers": self.config.num_workers,
@@ -249,32 +193,25 @@ class PackLoader:
         if not self._endless:
             raise ValueError(f"the split {self.config.split!r} has no state: each iteration is a whole pass")
         self._check_open()
-        return {**self._identity(), "state": to_plain(self._saved())}
-
-    def _saved(self) -> Any:
-        # A worker responds as soon as its command thread runs, which may be before it has restored its own state.
-        # Energon 7.4.1 then returns no state and a count of samples to skip that is one too high, so repeat.
-        deadline = time.monotonic() + _WORKER_TIMEOUT
-        while True:
-            saved = self._current().save_state_rank()
-            workers = saved.worker_states if saved is not None and self.config.num_workers else ()
-            if all(worker.state is not None for worker in workers):
-                return saved
-            if time.monotonic() > deadline:
-                raise RuntimeError("a worker of the loader has not started after 10 minutes; its state cannot be saved")
-            time.sleep(0.01)
+        return {**self._identity(), "state": to_plain(self._current().state())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the pack at which ``state_dict`` was called; call it before the iteration starts.
 
         Raises:
-            ValueError: the iteration has started, or the state is of another dataset, configuration or rank.
+            ValueError: the iteration has started, or the state is of another dataset, configuration, rank or version
+                of Energon.
         """
         if self._packs is not None or not self._endless:
             raise ValueError("a loader's state is loaded before its iteration starts, and for the train split only")
         own = self._identity()
         if missing := sorted({*own, "state"} - set(state)):
             raise ValueError(f"the loader's state has no {', '.join(missing)}; expected what state_dict returned")
+        if state["energon"] != self._energon:
+            raise ValueError(
+                f"the loader's state was saved with Megatron-Energon {state['energon']}, and {self._energon} is "
+                "installed, which draws samples in another order; resume with the version that saved it"
+            )
         if differing := [
             f"{name} {state[name]!r} instead of {own[name]!r}" for name in own if state[name] != own[name]
         ]:
@@ -283,9 +220,9 @@ class PackLoader:
                 "resume with the same dataset, settings and data-parallel size"
             )
         restored = from_plain(state["state"])
-        self._loader = self._build()
+        loader = self._build()
         try:
-            self._loader.restore_state_rank(restored)
+            loader.restore(restored)
         except (AssertionError, AttributeError, KeyError, TypeError) as error:
-            self._loader = None
             raise ValueError(f"the loader's state is damaged: {error!r}") from error
+        self._loader = loader

@@ -10,15 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.energon.flavors.webdataset.sample_loader import SliceState
-from megatron.energon.rng import SystemRngState
-from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
-from megatron.energon.state import FlexState
 
-_STATES = {
-    state.__name__: state
-    for state in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState)
-}
+from wan_data.energon.pipeline import MAPPING, STATES
+
+_STATES = {state.__name__: state for state in STATES}
 _ARRAYS = ("uint8", "uint32", "uint64", "int64")
 
 
@@ -40,11 +35,11 @@ def to_plain(value: Any) -> Any:
         return [to_plain(item) for item in value]
     if type(value) is tuple:
         return {"$tuple": [to_plain(item) for item in value]}
-    if type(value) in (dict, FlexState):
+    if type(value) in (dict, MAPPING):
         if any(type(key) is not str or key.startswith("$") for key in value):
             raise TypeError(f"the loader's state has the keys {list(value)}, which cannot be saved")
         fields = {key: to_plain(item) for key, item in value.items()}
-        return {"$flex": fields} if type(value) is FlexState else fields
+        return {"$flex": fields} if type(value) is MAPPING else fields
     if isinstance(value, bytes):
         return {"$bytes": _text(value)}
     if isinstance(value, torch.Tensor):
@@ -100,7 +95,7 @@ def _state(content: Any) -> Any:
 
 _READERS: dict[str, Any] = {
     "$tuple": lambda content: tuple(from_plain(item) for item in content),
-    "$flex": lambda content: FlexState({key: from_plain(item) for key, item in content.items()}),
+    "$flex": lambda content: MAPPING({key: from_plain(item) for key, item in content.items()}),
     "$bytes": lambda content: base64.b64decode(content, validate=True),
     "$tensor": lambda content: torch.from_numpy(from_plain(content)),
     "$array": _array,

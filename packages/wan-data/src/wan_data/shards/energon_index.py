@@ -2,22 +2,43 @@
 
 Energon's own ``prepare_dataset`` is not used: it forks workers, which outlive a preparation that is killed, and forking
 a process with threads may hang. It also renames files that are not yet flushed to the disk, and skips a shard that it
-cannot read.
+cannot read. Nor is its writer of the database, so that the index is the same whatever version is installed.
 """
 
 import contextlib
 import errno
+import sqlite3
 import struct
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from wan_data.shards.writer import ShardRecord
 from wan_model.system.files import atomic_path, naming, write_bytes
 
 INDEX_NAME = "index.sqlite"
 OFFSETS_SUFFIX = ".idx"
+# The tables of Energon 7.4; 6.0 reads the first of them.
+_TABLES = """
+CREATE TABLE samples (
+    tar_file_id INTEGER NOT NULL,
+    sample_key TEXT NOT NULL UNIQUE,
+    sample_index INTEGER NOT NULL,
+    byte_offset INTEGER,
+    byte_size INTEGER
+);
+CREATE TABLE sample_parts (
+    tar_file_id INTEGER,
+    sample_index INTEGER,
+    part_name TEXT,
+    content_byte_offset INTEGER,
+    content_byte_size INTEGER
+);
+CREATE INDEX idx_samples_by_tar_and_idx ON samples(tar_file_id, sample_index);
+CREATE INDEX idx_sample_parts_seq ON sample_parts(tar_file_id, sample_index, content_byte_offset);
+CREATE INDEX idx_sample_parts_full
+    ON sample_parts(tar_file_id, sample_index, part_name, content_byte_offset, content_byte_size);
+"""
 
 
 def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None:
@@ -31,16 +52,12 @@ def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None
     Raises:
         OSError: a file cannot be written, or a shard holds another number of samples than its record says.
     """
-    from megatron.energon.epathlib import EPath
-    from megatron.energon.flavors.webdataset.indexing import SqliteIndexWriter
-    from megatron.energon.flavors.webdataset.prepare import IndexSample, IndexSamplePart
-
     with atomic_path(meta / INDEX_NAME) as partial:
         # A killed process may have left these files.
         for leftover in (partial, *meta.glob(f"{INDEX_NAME}*-journal")):
             leftover.unlink(missing_ok=True)
-        database: Any = SqliteIndexWriter(EPath(partial))
-        with contextlib.closing(database.db):
+        with contextlib.closing(sqlite3.connect(partial)) as database:
+            database.executescript(_TABLES)
             for number, shard in enumerate(shards):
                 samples, end = _samples_of(folder / shard.name)
                 if len(samples) != shard.samples:
@@ -49,32 +66,22 @@ def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None
                 offsets = [members[0].offset for _, members in samples] + [end]
                 content = struct.pack(f"<{len(offsets)}Q", *offsets)
                 write_bytes(folder / (shard.name + OFFSETS_SUFFIX), content)
-                database.append_samples(
+                database.executemany(
+                    "INSERT INTO samples VALUES (?, ?, ?, ?, ?)",
                     [
-                        IndexSample(
-                            tar_file_id=number,
-                            sample_key=key,
-                            sample_index=index,
-                            byte_offset=offsets[index],
-                            byte_size=offsets[index + 1] - offsets[index],
-                        )
+                        (number, key, index, offsets[index], offsets[index + 1] - offsets[index])
                         for index, (key, _) in enumerate(samples)
-                    ]
+                    ],
                 )
-                database.append_parts(
+                database.executemany(
+                    "INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)",
                     [
-                        IndexSamplePart(
-                            tar_file_id=number,
-                            sample_index=index,
-                            part_name=member.name.partition(".")[2],
-                            content_byte_offset=member.offset_data,
-                            content_byte_size=member.size,
-                        )
+                        (number, index, member.name.partition(".")[2], member.offset_data, member.size)
                         for index, (_, members) in enumerate(samples)
                         for member in members
-                    ]
+                    ],
                 )
-            database.close()
+            database.commit()
 
 
 def _samples_of(shard: Path) -> tuple[list[tuple[str, list[tarfile.TarInfo]]], int]:

@@ -1,7 +1,7 @@
-"""Energon's metadata folder ``.nv-meta``: writing it, and validating it before Energon reads it.
+"""Energon's metadata folder ``.nv-meta``: writing it, and reading it in Energon's place.
 
 Energon instantiates any class that ``dataset.yaml`` names, imports the files it refers to, and opens shards at any
-path. Therefore Energon only gets metadata of exactly the form that is written here.
+path. Therefore only metadata of exactly the form that is written here is accepted, and Energon gets plain paths.
 """
 
 import contextlib
@@ -17,11 +17,14 @@ from typing import Any
 
 import yaml
 
+from wan_data.energon.version import energon_version
 from wan_data.shards.energon_index import write_index
 from wan_data.shards.writer import ShardRecord
 from wan_model.system.files import naming, write_bytes
 
 META_FOLDER = ".nv-meta"
+INFO_NAME = ".info.json"
+EARLIER_INFO_NAME = ".info.yaml"  # Energon 6 knows this one only, and accepts nothing but the counts in it
 # Byte for byte what `energon prepare --sample-type CrudeWebdataset` writes too.
 DATASET_YAML = b"__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 # For `energon info`, `lint` and `preview --dataset-config captioning.yaml`: Energon 7.4.1's own tools fail on crude
@@ -51,8 +54,6 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
         folder: folder of the dataset.
         shards: all shards, each with its split; the train split must not be empty.
     """
-    from megatron.energon import __version__ as energon_version
-
     splits = dict.fromkeys((*_SPLITS, *(shard.split for shard in shards)))
     assert any(shard.split == "train" for shard in shards), "a dataset without training samples is refused before this"
     names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
@@ -63,9 +64,10 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
     # Energon draws this UUID at random; ours is the same in every run.
     digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).digest()
     split_yaml = yaml.safe_dump({"split_parts": names, "exclude": []}, sort_keys=False)
-    info = {"energon_version": energon_version, "shard_counts": {shard.name: shard.samples for shard in shards}}
+    counts = {"shard_counts": {shard.name: shard.samples for shard in shards}}
     for name, content in (
-        (".info.json", json.dumps(info, indent=2).encode()),
+        (INFO_NAME, json.dumps({"energon_version": energon_version(), **counts}, indent=2).encode()),
+        (EARLIER_INFO_NAME, yaml.safe_dump(counts).encode()),
         ("index.uuid", str(uuid.UUID(bytes=digest[:16])).encode()),
         ("split.yaml", split_yaml.encode()),
         ("dataset.yaml", DATASET_YAML),
@@ -90,13 +92,17 @@ def shard_counts(folder: Path) -> dict[str, int]:
     Raises:
         ValueError: the file is missing, or names anything but shards of this folder.
     """
-    path = folder / META_FOLDER / ".info.json"
+    path = folder / META_FOLDER / INFO_NAME
+    if not path.is_file():
+        path = folder / META_FOLDER / EARLIER_INFO_NAME
     try:
-        info = json.loads(path.read_bytes())
+        info = yaml.safe_load(path.read_bytes()) if path.suffix == ".yaml" else json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {META_FOLDER}/.info.json: run wan-data prepare or energon prepare") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(
+            f"{folder} has no {META_FOLDER}/{INFO_NAME}: run wan-data prepare or energon prepare"
+        ) from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {' '.join(str(error).split())}") from None
     counts = info.get("shard_counts") if isinstance(info, dict) else None
     if not isinstance(counts, dict) or any(not isinstance(count, int) or count < 0 for count in counts.values()):
         raise ValueError(f"{path} does not count the samples of shards")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wan_model.dit.recompute import products_are_saved
 from wan_model.kernels import available
 from wan_model.kernels.row_chunks import chunks_by_sample, chunks_of_all
 from wan_model.pack import TokenRows
@@ -215,7 +216,8 @@ def tanh_gelu_(x: Tensor) -> Tensor:
     0.5 x (1 + tanh z) is x sigmoid(2 z), which needs one exponential and does not cancel for negative x.
     """
     if x.is_cpu and x.dtype == torch.float32 and x.numel() > _CHUNK_SIZE and x.is_contiguous():
-        activated: Tensor = _TanhGelu.apply(x)
+        # A copy has the same bits as the computation over the input, which F.gelu has not.
+        activated: Tensor = _TanhGelu.apply(x.clone() if products_are_saved() else x)
         return activated
     return F.gelu(x, approximate="tanh")
 

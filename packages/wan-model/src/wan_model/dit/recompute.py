@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 Recompute = Literal["none", "elementwise", "all_but_attention", "block"]
 
 _in_self_attention = contextvars.ContextVar("in_self_attention", default=False)
+_saves_products = contextvars.ContextVar("saves_products", default=False)
 _aten = torch.ops.aten
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -48,6 +49,22 @@ def self_attention_region() -> Iterator[None]:
         yield
     finally:
         _in_self_attention.reset(token)
+
+
+def products_are_saved() -> bool:
+    """Whether the result of a matrix product is saved for the backward pass, so that it may not be overwritten."""
+    return _saves_products.get()
+
+
+def _marked(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: object) -> Tensor:
+        token = _saves_products.set(True)
+        try:
+            return function(*args)
+        finally:
+            _saves_products.reset(token)
+
+    return call
 
 
 def _attends(operator: Any) -> bool:
@@ -82,5 +99,7 @@ def recomputed(function: Callable[..., Tensor], *args: object, mode: Recompute) 
     options: dict[str, Any] = {}
     if mode in _POLICIES:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _POLICIES[mode])
+    if mode == "elementwise":
+        function = _marked(function)
     result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
     return result

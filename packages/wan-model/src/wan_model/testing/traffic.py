@@ -8,13 +8,16 @@ would have written are undefined.
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from wan_model import PackLayout, WanConfig
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
@@ -94,3 +97,47 @@ def counted(*, kernels: bool) -> Iterator[Traffic]:
         _Counter(traffic),
     ):
         yield traffic
+
+
+@dataclasses.dataclass
+class BlockStep:
+    """The two passes of a block in bf16.
+
+    Attributes:
+        forward, backward: of the passes.
+        unit: bytes of the block's rows.
+    """
+
+    forward: Traffic
+    backward: Traffic
+    unit: int
+
+
+def block_step(config: "WanConfig", layout: "PackLayout", *, kernels: bool) -> BlockStep:
+    """Count a training step of one block on a pack.
+
+    Args:
+        config: sizes.
+        layout: of the pack.
+        kernels: whether the kernels for CUDA are used.
+    """
+    from wan_model import TokenRows, WanDiT
+    from wan_model.dit.rope import rotary_table
+
+    model, rng = WanDiT(dataclasses.replace(config, num_layers=1)), torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=rng) * 0.02
+    block = model.to_precision(torch.bfloat16).blocks["0"]
+    samples, width, rows = layout.num_samples, config.hidden_size, TokenRows.whole(layout)
+    x, text = (
+        torch.randn(count, width, generator=rng).bfloat16().requires_grad_()
+        for count in (layout.total, samples * config.text_length)
+    )
+    time = torch.randn(samples, 6, width, generator=rng).requires_grad_()
+    offsets = tuple(i * config.text_length for i in range(samples + 1))
+    arguments = (x, time, text, rows, rotary_table(rows, config.head_dim, torch.device("cpu")), offsets)
+    with counted(kernels=kernels) as forward:
+        out = block(*arguments)
+    with counted(kernels=kernels) as backward:
+        out.backward(torch.ones_like(out))
+    return BlockStep(forward, backward, x.numel() * 2)
