@@ -61,7 +61,8 @@ def main() -> int:
     except SourceError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    environment = {**os.environ, "PYTHONPATH": python_path(bridge, core, further)}
+    installed = {"WAN_INSTALLED_PATH": os.environ.get("PYTHONPATH", "")}  # for tests with both engines
+    environment = {**os.environ, **installed, "PYTHONPATH": python_path(bridge, core, further)}
     print(f"Megatron-Bridge in {bridge}\nMegatron-LM in {core}", *further, sep="\n", flush=True)
     if subprocess.run([sys.executable, "-c", VERSIONS], env=environment, check=False).returncode:
         return 2
