@@ -13,7 +13,6 @@ from engines.sources import (
     CORE,
     SourceError,
     core_of,
-    least_resiliency,
     python_path,
 )
 
@@ -70,14 +69,6 @@ def test_core_is_the_one_that_bridge_names(bridge: Path, tmp_path: Path) -> None
     assert core_of(bridge) == str(submodule)
     with pytest.raises(SourceError, match="add --core PATH"):
         core_of(tmp_path)
-
-
-def test_what_core_asserts_about_nvidia_resiliency_ext_is_read(tmp_path: Path) -> None:
-    assert least_resiliency(tmp_path) is None
-    file = tmp_path / "megatron" / "core" / "dist_checkpointing" / "strategies" / "nvrx.py"
-    file.parent.mkdir(parents=True)
-    file.write_text('from typing import Any\n\nNVRX_MIN_VERSION = "0.6.0"\n')
-    assert least_resiliency(tmp_path) == "0.6.0"
 
 
 def test_processes_find_the_sources_before_what_is_installed(

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from packaging.version import Version
+
 from engines.sources import (
     BRIDGE,
     CORE,
@@ -19,9 +21,9 @@ from engines.sources import (
     SourceError,
     core_of,
     install_resiliency,
-    least_resiliency,
     python_path,
 )
+from wan_train.engine.installed import resiliency_for
 
 ROOT = Path(__file__).parents[2]
 TESTS = "packages/wan-train/tests"
@@ -55,8 +57,8 @@ def main() -> int:
         bridge = BRIDGE.resolve(arguments.bridge, arguments.cache)
         core = CORE.resolve(arguments.core or core_of(bridge), arguments.cache)
         further = [str(Path(folder).resolve()) for folder in arguments.path]
-        least = least_resiliency(core)
-        if least and not further and _older(importlib.metadata.version(NVRX), least):
+        least = resiliency_for(core / "megatron" / "core")
+        if least and not further and Version(importlib.metadata.version(NVRX)) < Version(least):
             further.append(str(install_resiliency(least, arguments.cache)))
     except SourceError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -70,10 +72,6 @@ def main() -> int:
     options = ["-n", arguments.workers, "--dist", "loadgroup"]
     command = [sys.executable, "-m", "pytest", *tests, *options, *for_pytest]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-
-
-def _older(version: str, least: str) -> bool:
-    return tuple(map(int, version.split(".")[:3])) < tuple(map(int, least.split(".")[:3]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Where the sources of Megatron-Bridge and Megatron-LM are, and the path on which Python finds them."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -87,17 +86,6 @@ def core_of(bridge: Path) -> str:
     if done.returncode or len(parts) < 3:
         raise SourceError(f"{bridge} does not say which Megatron-LM it was made with; add --core PATH")
     return parts[2]
-
-
-def least_resiliency(core: Path) -> str | None:
-    """The version of nvidia-resiliency-ext that Core asserts; None if it does not."""
-    file = core / "megatron" / "core" / "dist_checkpointing" / "strategies" / "nvrx.py"
-    if not file.is_file():
-        return None
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "NVRX_MIN_VERSION":
-            return str(ast.literal_eval(node.value))
-    return None
 
 
 def install_resiliency(version: str, cache: Path) -> Path:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from wan_train.engine.installed import resiliency_for
+
 NVRX = 'NVRX_MIN_VERSION = "99.1.0"\n'
 
 
@@ -63,12 +65,47 @@ def test_megatron_training_of_another_checkout_is_refused(tmp_path: Path) -> Non
     assert str(tmp_path / "wheel" / "megatron" / "core") in sentence
 
 
-def test_the_version_of_nvidia_resiliency_ext_that_core_asserts_is_needed(tmp_path: Path) -> None:
+def test_the_version_of_nvidia_resiliency_ext_that_core_needs_is_known(tmp_path: Path) -> None:
+    asserts = {"dist_checkpointing__strategies__nvrx": NVRX}
+    imports = {"dist_checkpointing__strategies__torch": "from nvidia_resiliency_ext.x import get_write_results_queue"}
+    for name, files in {"new": asserts, "both": {**asserts, **imports}, "0.17.0": imports, "old": {}}.items():
+        write_engine(tmp_path / name, "core", (0, 17, 0), **files)
+    needed = {path.name: resiliency_for(path / "megatron" / "core") for path in tmp_path.iterdir()}
+    assert needed == {"new": "99.1.0", "both": "99.1.0", "0.17.0": "0.6.0", "old": None}
+
+
+def test_an_older_nvidia_resiliency_ext_is_refused(tmp_path: Path) -> None:
     write_engine(tmp_path, "core", (0, 18, 2), dist_checkpointing__strategies__nvrx=NVRX)
     write_engine(tmp_path, "bridge", (0, 5, 1), training__config="")
     sentence = said(tmp_path)
     assert sentence.startswith("Megatron-Core 0.18.2rc1 needs nvidia-resiliency-ext 99.1.0 or newer, and ")
     assert sentence.endswith(" is installed: pip install 'nvidia-resiliency-ext>=99.1.0'")
+
+
+@pytest.mark.parametrize("has_function", [False, True])
+def test_a_build_of_nvidia_resiliency_ext_without_a_version_counts_by_its_content(
+    has_function: bool, tmp_path: Path
+) -> None:
+    """Core 0.17.0 asserts no version; NVIDIA's container has one built from a commit."""
+    imports = "from nvidia_resiliency_ext.x import get_write_results_queue"
+    write_engine(tmp_path, "core", (0, 17, 0), dist_checkpointing__strategies__torch=imports)
+    write_engine(tmp_path, "bridge", (0, 2, 0), training__config="")
+    file = tmp_path / "nvidia_resiliency_ext" / "checkpointing" / "async_ckpt" / "filesystem_async.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("def get_write_results_queue(mode): ...\n" if has_function else "")
+    metadata = tmp_path / "nvidia_resiliency_ext-0.0.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: nvidia-resiliency-ext\nVersion: 0.0.0\n")
+    script = (
+        "from wan_train.engine import installed\n"
+        "try: installed._require_resiliency()\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    said = "Megatron-Core 0.17.0rc1 needs nvidia-resiliency-ext 0.6.0 or newer, and 0.0.0 is installed"
+    assert done.stdout.startswith("" if has_function else said)
+    assert bool(done.stdout) is not has_function
 
 
 def test_a_package_without_version_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import importlib.metadata
 import importlib.util
 from pathlib import Path
 
+from packaging.version import Version
+
 INSTALL_HINT = (
     "use one of NVIDIA's NeMo containers, or `pip install 'wan-train[engine]'` and then "
     "`pip install --no-deps megatron-bridge==0.3.1`"
@@ -18,6 +20,7 @@ OLDEST = {"megatron.bridge": (0, 3), "megatron.core": (0, 16)}
 # What each release of Bridge was made with, for the error when another pair cannot be imported.
 PAIRS = "Megatron-Bridge 0.3 with Megatron-Core 0.16, 0.4 with 0.17, 0.5 with 0.18, 0.6 with 0.19"
 _NAMES = {"megatron.bridge": "Megatron-Bridge", "megatron.core": "Megatron-Core"}
+_NVRX_FUNCTION = "get_write_results_queue"
 _PARTS = ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")
 
 
@@ -66,19 +69,6 @@ def version_of(module: str) -> str:
     return ".".join(str(parts[name]) for name in _PARTS[:3]) + str(parts.get("PRE_RELEASE") or "")
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version."""
-    numbers = []
-    for part in version.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-        if digits != part:
-            break
-    return tuple(numbers)
-
-
 def installed_versions() -> str:
     """Both versions, for messages."""
     return " with ".join(f"{name} {version_of(module)}" for module, name in _NAMES.items())
@@ -96,7 +86,7 @@ def require_installed() -> None:
         names = " and ".join(name.replace(".", "-") for name in missing)
         raise EngineMissingError(f"training needs {names}, which is not installed: {INSTALL_HINT}")
     for module, oldest in OLDEST.items():
-        if _release(version := version_of(module)) < oldest:
+        if Version(version := version_of(module)).release < oldest:
             needed = ".".join(map(str, oldest))
             raise EngineError(f"{_NAMES[module]} is {version}; training needs {needed} or newer: {INSTALL_HINT}")
     _require_megatron_training()
@@ -122,19 +112,45 @@ def _require_megatron_training() -> None:
         )
 
 
+def resiliency_for(core: Path) -> str | None:
+    """The version of nvidia-resiliency-ext that a ``megatron/core`` folder needs; None if any will do.
+
+    Core from 0.17.1 on asserts it. Core 0.17.0 imports a function that came with the same version.
+    """
+    asserts = core / "dist_checkpointing" / "strategies" / "nvrx.py"
+    if asserts.is_file():
+        least = _constants(asserts).get("NVRX_MIN_VERSION")
+        return least if isinstance(least, str) else None
+    return "0.6.0" if _imports_function(core) else None
+
+
+def _imports_function(core: Path) -> bool:
+    file = core / "dist_checkpointing" / "strategies" / "torch.py"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return "nvidia_resiliency_ext" in text and _NVRX_FUNCTION in text
+
+
 def _require_resiliency() -> None:
-    """Core from 0.17.1 on asserts the version of nvidia-resiliency-ext where it finds its asynchronous writer."""
-    asks = _folder("megatron.core") / "dist_checkpointing" / "strategies" / "nvrx.py"
-    least = _constants(asks).get("NVRX_MIN_VERSION") if asks.is_file() else None
-    if not isinstance(least, str):
+    core = _folder("megatron.core")
+    if (least := resiliency_for(core)) is None:
         return
     try:
         found = importlib.metadata.version("nvidia-resiliency-ext")
     except importlib.metadata.PackageNotFoundError:
         found = None
-    if found is None or _release(found) < _release(least):
-        raise EngineError(
-            f"Megatron-Core {version_of('megatron.core')} needs nvidia-resiliency-ext {least} or newer, "
-            f"{f'and {found} is installed' if found else 'which is not installed'}: "
-            f"pip install 'nvidia-resiliency-ext>={least}'"
-        )
+    if found is not None and Version(found) >= Version(least):
+        return
+    if not (core / "dist_checkpointing" / "strategies" / "nvrx.py").is_file() and _has_function():
+        return  # a build of its sources, whose version says little
+    raise EngineError(
+        f"Megatron-Core {version_of('megatron.core')} needs nvidia-resiliency-ext {least} or newer, "
+        f"{f'and {found} is installed' if found else 'which is not installed'}: "
+        f"pip install 'nvidia-resiliency-ext>={least}'"
+    )
+
+
+def _has_function() -> bool:
+    if not is_installed("nvidia_resiliency_ext"):
+        return False
+    file = _folder("nvidia_resiliency_ext") / "checkpointing" / "async_ckpt" / "filesystem_async.py"
+    return file.is_file() and f"def {_NVRX_FUNCTION}(" in file.read_text(encoding="utf-8")
