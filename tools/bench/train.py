@@ -248,7 +248,12 @@ def packs_against_padding(quick: bool) -> Table:
 # -- recomputation ----------------------------------------------------------------------------------------------------
 
 # Megatron's model.recompute_granularity, and the mode of WanDiT that wan-train sets for it.
-MODES: dict[str, Recompute] = {"none": "none", "selective": "all_but_attention", "full": "block"}
+MODES: dict[str, Recompute] = {
+    "none": "none",
+    "elementwise": "elementwise",
+    "selective": "all_but_attention",
+    "full": "block",
+}
 
 
 def recompute(quick: bool) -> Table:

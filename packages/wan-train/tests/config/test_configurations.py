@@ -28,7 +28,10 @@ REFUSED = [
     (["--recipe", "wan_1_3b", "--world-size", "31", "model.pipeline_model_parallel_size=31"], "30 layers cannot"),
     (["--recipe", "tiny", "--config-file", "wan_1_3b"], "--recipe is tiny and wan_1_3b is for wan_1_3b"),
     (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist; give a path, or one of tiny"),
-    (["--recipe", "tiny", "model.recompute_granularity=half"], "'half'; expected one of full, selective or null"),
+    (
+        ["--recipe", "tiny", "model.recompute_granularity=half"],
+        "'half'; expected one of elementwise, selective, full or null",
+    ),
     (["--recipe", "tiny", "model.recompute_method=block"], "recomputation applies to every layer"),
     (["--recipe", "tiny", "train.train_iter=3"], "the nearest known one is train.train_iters"),
     (["--recipe", "tiny", "dist.use_megatron_fsdp=true", "ema.decay=0.9"], "ema.decay is not supported with"),

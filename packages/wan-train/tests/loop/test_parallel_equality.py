@@ -40,16 +40,17 @@ SEQUENCE = "model.sequence_parallel=true"
 CONTEXT = "model.context_parallel_size=2"
 PIPELINE = "model.pipeline_model_parallel_size=2"
 OVERLAP = ("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true")
+SELECTIVE, ELEMENTWISE = (f"model.recompute_granularity={mode}" for mode in ("selective", "elementwise"))
 # Processes, and what they are given; data parallelism takes the rest.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "data, communication overlapped": (2, [*OVERLAP]),
-    "tensor": (2, [TENSOR]),
-    "tensor and sequence, recomputing": (2, [TENSOR, SEQUENCE, "model.recompute_granularity=selective"]),
+    "tensor, recomputing": (2, [TENSOR, ELEMENTWISE]),
+    "tensor and sequence, recomputing": (2, [TENSOR, SEQUENCE, SELECTIVE]),
     "data x tensor": (4, [TENSOR, SEQUENCE]),
     "data x context": (4, [CONTEXT]),
     "data x pipeline": (4, [PIPELINE]),
-    "fully sharded x tensor": (4, [FULLY_SHARDED, TENSOR, SEQUENCE]),
-    "fully sharded x context": (4, [FULLY_SHARDED, CONTEXT]),
+    "fully sharded x tensor, recomputing": (4, [FULLY_SHARDED, TENSOR, SEQUENCE, SELECTIVE]),
+    "fully sharded x context, recomputing": (4, [FULLY_SHARDED, CONTEXT, ELEMENTWISE]),
     "tensor x context": (4, [TENSOR, SEQUENCE, CONTEXT]),
     "tensor x pipeline": (4, [TENSOR, SEQUENCE, PIPELINE]),
     "context x pipeline": (4, [CONTEXT, PIPELINE]),
@@ -57,7 +58,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 # What the pairs contain.
 ALONE: dict[str, tuple[int, list[str]]] = {
     "data": (2, []),
+    "tensor": (2, [TENSOR]),
     "fully sharded": (2, [FULLY_SHARDED]),
+    "fully sharded x tensor": (4, [FULLY_SHARDED, TENSOR, SEQUENCE]),
+    "fully sharded x context": (4, [FULLY_SHARDED, CONTEXT]),
     "tensor and sequence": (2, [TENSOR, SEQUENCE]),
     "context": (2, [CONTEXT]),
     "pipeline": (2, [PIPELINE]),

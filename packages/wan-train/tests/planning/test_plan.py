@@ -32,6 +32,11 @@ MEASURED: dict[str, tuple[Layout, list[str], Recompute]] = {
     "one process": (Layout(1), ["ema.decay=0.9", "train.train_iters=3"], "none"),
     "all computed again": (Layout(1), FULL, "block"),
     "all but attention computed again": (Layout(1), ["model.recompute_granularity=selective"], "all_but_attention"),
+    "only elementwise operations computed again": (
+        Layout(2, tensor=2, sequence=True),
+        [*TENSOR, "model.recompute_granularity=elementwise"],
+        "elementwise",
+    ),
     "tensor": (Layout(2, tensor=2, sequence=True), TENSOR, "none"),
     "context": (Layout(2, context=2), ["model.context_parallel_size=2"], "none"),
     "pipeline": (Layout(2, pipeline=2), ["model.pipeline_model_parallel_size=2"], "none"),
@@ -103,6 +108,9 @@ def test_a_step_on_one_gpu_is_its_operations_over_their_rates() -> None:
     again = StepTime.of(WAN_14B, Layout(1), pack, "block", hardware, packs=3)
     assert again.matmul == pytest.approx(3 * (4 * linears + 3 * ends) / 794e12)
     assert again.attention == pytest.approx(3 * (2 * core / 693e12 + 2 * core / 572e12))
+    cheap = StepTime.of(WAN_14B, Layout(1), pack, "elementwise", hardware, packs=3)
+    assert (cheap.matmul, cheap.attention) == (time.matmul, time.attention)
+    assert cheap.elementwise == again.elementwise > time.elementwise
     kept = StepTime.of(WAN_14B, Layout(1), pack, "all_but_attention", hardware, packs=3)
     text = layers * 4 * s * t * h
     assert kept.attention == pytest.approx(3 * ((core + text) / 693e12 + 2 * core / 572e12))
@@ -159,7 +167,7 @@ def test_the_published_layout_is_estimated_near_its_published_rate() -> None:
     pack = PackLayout(((24, 30, 52),))
     rates = [
         StepTime.of(WAN_14B, layout, pack, mode, H100, packs=1).rate / 1e12
-        for mode in ("block", "all_but_attention", "none")
+        for mode in ("block", "all_but_attention", "elementwise", "none")
     ]
     assert rates == sorted(rates)
     assert 325.77 < rates[0] < 325.77 * 1.25

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from wan_model import LatentPack
+from wan_model import PackLayout
 from wan_model.dit.flops import pack_flops
 from wan_model.flow import FlowMatching, NoisyPack, loss_sum, sample_losses
 from wan_train.data.dataset import NumberedPack
@@ -91,11 +91,14 @@ class WanForwardStep:
         out = model(
             tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=noisy.text_BTD, layout=pack.layout
         )
-        return out, partial(self._loss, noisy, pack)
+        # Not the pack, whose clean tokens and texts are not needed any more.
+        return out, partial(self._loss, noisy, pack.layout, pack.keys)
 
-    def _loss(self, noisy: NoisyPack, pack: LatentPack, predicted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total, tokens = loss_sum(predicted, noisy, pack.layout)
-        self._losses.append((pack.keys, sample_losses(predicted, noisy, pack.layout)))
+    def _loss(
+        self, noisy: NoisyPack, layout: PackLayout, keys: tuple[str, ...], predicted: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, tokens = loss_sum(predicted, noisy, layout)
+        self._losses.append((keys, sample_losses(predicted, noisy, layout)))
         # Megatron sums gradients and counts over the data- and context-parallel ranks. Each of the ranks that share a
         # pack has a part of the gradient and the whole loss, so the pack must be counted once.
         counted = tokens if parallel_state.get_context_parallel_rank() == 0 else 0

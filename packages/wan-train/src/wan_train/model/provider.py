@@ -30,8 +30,14 @@ from wan_train.model.megatron_ops import MegatronOps
 
 # Every pipeline stage has its own copy of the timestep and text embedders; the copies must stay equal.
 REPLICATED_ON_STAGES = "condition_embedder."
-# By Megatron's names: "selective" keeps the output of self-attention, the most expensive part to recompute.
-RECOMPUTE: dict[str | None, Recompute] = {None: "none", "full": "block", "selective": "all_but_attention"}
+# By Megatron's names, and one of ours: "selective" keeps the output of self-attention, the most expensive part to
+# recompute, and "elementwise" those of all matrix products as well.
+RECOMPUTE: dict[str | None, Recompute] = {
+    None: "none",
+    "elementwise": "elementwise",
+    "selective": "all_but_attention",
+    "full": "block",
+}
 
 
 def transformer_folder(model: str) -> Path:
@@ -55,11 +61,8 @@ def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
 
 
 def _ops(provider: "WanModelProvider") -> MegatronOps:
-    has_te = engine.start().transformer_engine
-    # Its fused kernels need 16-bit precision; its fp32 path is slower than torch's.
-    fits = has_te and provider.params_dtype in (torch.float16, torch.bfloat16)
-    if provider.attention == "transformer_engine" or (provider.attention == "auto" and fits):
-        if not has_te:
+    if provider.attention == "transformer_engine":
+        if not engine.start().transformer_engine:
             raise ValueError(
                 "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
                 "pip install --no-build-isolation 'wan-train[te]', or leave the setting at auto"
@@ -182,12 +185,13 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         latent_spec: ``LatentSpec.to_dict()`` of the training data, recorded in checkpoints; None for mock data.
         flow: the flow-matching objective.
         attention: ``sdpa``, ``cudnn``, ``flash`` and ``varlen`` are torch's (see ``wan_model.dit.attention``);
-            ``transformer_engine`` is its fused packed attention; ``auto`` uses that in 16-bit precision if it is
-            installed, else torch's.
+            ``transformer_engine`` is its fused packed attention, which torch does not see as an operator, so that every
+            recomputation computes it again; ``auto`` is the fastest of torch's.
         init_from: a model in diffusers' layout (folder or hub id) whose transformer the training starts from; None
             for the official random initialisation.
         init_seed: seed of the random initialisation.
         ema_decay: set from ``ema.decay``.
+        recompute_granularity: see ``RECOMPUTE``.
     """
 
     num_layers: int = 0
@@ -200,6 +204,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     init_from: str | None = None
     init_seed: int = 1234
     ema_decay: float = 0.0
+    recompute_granularity: Literal["elementwise", "selective", "full"] | None = None
     # Megatron-Bridge reads these from every model.
     seq_length: int = 0
     vocab_size: int | None = 1
@@ -245,7 +250,12 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         full = self.recompute == "block"
         self.recompute_method = "uniform" if full else None
         self.recompute_num_layers = 1 if full else None
+        # Megatron does not know our name.
+        chosen = self.recompute_granularity
+        if self.recompute == "elementwise":
+            self.recompute_granularity = "selective"
         super().finalize()
+        self.recompute_granularity = chosen
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None

@@ -77,6 +77,7 @@ class ActivationBytes:
         block: saved by one block without recomputation.
         block_input: saved by a recomputed block.
         attention: output of its self-attention.
+        products: outputs of its matrix products and of both attentions.
         ends: saved outside the blocks on any stage.
         head: saved additionally by the last stage, for the last norm and the velocity.
         rows: sent between stages.
@@ -86,6 +87,7 @@ class ActivationBytes:
     block: float
     block_input: float
     attention: float
+    products: float
     ends: float
     head: float
     rows: float
@@ -122,35 +124,40 @@ class ActivationBytes:
         )
         if layout.tensor > 1:  # a split norm saves the normalised values
             block += (3 * entered + texts) * part * FP32
+        products = (
+            (4 * entered + 2 * texts) * part * size  # queries, keys and values of both attentions
+            + 3 * entered * h * size  # the two projections of attended values, and the feed-forward output
+            + entered * ffn * size
+            + 2 * attention
+        )
         ends = (
             held * h * size  # the last block's output
-            + pack.total * model.token_in * 3 * FP32  # noise, clean and noisy tokens
+            + pack.total * model.token_in * 2 * FP32  # noisy tokens and target
             + texts * (model.text_dim + 3 * h) * size  # the text embedder
             + samples * 8 * h * FP32  # the timestep's
             + entered * model.head_dim * FP32  # the rotary table
         )
         rows = held * h * size
         head = rows + pack.total * model.token_out * FP32  # output of the last norm, velocity
-        return cls(block, rows, attention, ends, head, rows, max(2 * held * h, entered * ffn) * size)
+        return cls(block, rows, attention, products, ends, head, rows, max(2 * held * h, entered * ffn) * size)
+
+    def _kept_by_block(self, recompute: Recompute) -> float:
+        return {
+            "none": self.block,
+            "elementwise": self.block_input + self.products,
+            "all_but_attention": self.block_input + self.attention,
+            "block": self.block_input,
+        }[recompute]
 
     def kept(self, recompute: Recompute, layers: int, *, last: bool = True) -> float:
         """Saved between the two passes of one pack, with that many layers; on the last stage or another."""
-        of_layer = {
-            "none": self.block,
-            "block": self.block_input,
-            "all_but_attention": self.block_input + self.attention,
-        }[recompute]
-        return layers * of_layer + self.ends + (self.head if last else 0.0)
+        return layers * self._kept_by_block(recompute) + self.ends + (self.head if last else 0.0)
 
     def peak(
         self, recompute: Recompute, layers: int, in_flight: int = 1, *, last: bool = True, piped: bool = False
     ) -> float:
         """Peak with ``in_flight`` packs between their passes; ``piped``: with several pipeline stages."""
-        recomputed = {
-            "none": 0.0,
-            "block": self.block - self.block_input,
-            "all_but_attention": self.block - self.block_input - self.attention,
-        }[recompute]
+        recomputed = self.block - self._kept_by_block(recompute)
         # One pack's rows are received and another's sent while a third is computed.
         transferred = 2 * self.rows if piped else 0.0
         return in_flight * self.kept(recompute, layers, last=last) + recomputed + self.transient + transferred

@@ -24,7 +24,12 @@ MODELS = {"1.3b": WAN_1_3B, "14b": WAN_14B}
 RECIPES = {"1.3b": "wan_1_3b", "14b": "wan_14b"}
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # By the names of ``model.recompute_granularity``.
-SETTING: dict[Recompute, str] = {"none": "null", "all_but_attention": "selective", "block": "full"}
+SETTING: dict[Recompute, str] = {
+    "none": "null",
+    "elementwise": "elementwise",
+    "all_but_attention": "selective",
+    "block": "full",
+}
 _SIZES = (1, 2, 4, 8, 16)
 
 

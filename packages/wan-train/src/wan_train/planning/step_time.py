@@ -87,10 +87,10 @@ class StepTime:
 
         again = 0 if recompute == "none" else 1
         # The embedding and the head belong to one stage each, and are small.
-        products = share * (flops.block_linears * (3 + again) + 3 * flops.ends) / split
+        recomputes_products = recompute in ("block", "all_but_attention")
+        products = share * (flops.block_linears * (3 + recomputes_products) + 3 * flops.ends) / split
         matmul = products / (hardware.matmul * speed)
-        kept = recompute == "all_but_attention"
-        scores = share * (flops.self_attention * (0 if kept else again) + flops.cross_attention * again)
+        scores = share * (flops.self_attention * (recompute == "block") + flops.cross_attention * recomputes_products)
         once = share * (flops.self_attention + flops.cross_attention)
         attention = (
             (once + scores) / hardware.attention_forward + 2 * once / hardware.attention_backward
