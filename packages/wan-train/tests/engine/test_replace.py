@@ -52,10 +52,17 @@ def test_every_module_that_imported_it_gets_the_replacement(module: Any) -> None
 
 def test_a_missing_function_is_an_error(module: Any) -> None:
     module("files", "")
-    with pytest.raises(EngineChangedError, match="made_up_files has no write, which wan-train relies on"):
-        drop("megatron.made_up_files:write", PURPOSE)
+    with pytest.raises(EngineChangedError, match="made_up_files has no write, which wan-train relies on for this test"):
+        replace("megatron.made_up_files:write", by(nothing), PURPOSE)
     with pytest.raises(EngineChangedError, match="made_up_absent has no write"):
-        drop("megatron.made_up_absent:write", PURPOSE)
+        replace("megatron.made_up_absent:write", by(nothing), PURPOSE)
+
+
+def test_a_function_that_is_not_needed_may_be_missing(module: Any) -> None:
+    files = module("files", WRITES)
+    for name in ("write", "absent"):
+        drop(f"megatron.made_up_files:{name}")
+    assert files.write(3) is None
 
 
 def test_a_caller_that_calls_another_function_is_an_error(module: Any) -> None:

@@ -62,17 +62,16 @@ def _place_exists(exists: Callable[[Any], bool]) -> None:
     """Replace ``checkpoint_exists``, which looks for Bridge's tracker files, where setup asks whether to load."""
     import megatron.bridge.training.setup as setup
 
-    asks = next(function for name in ("_should_load_checkpoint", "setup") if (function := vars(setup).get(name)))
-    if not (hasattr(setup, "checkpoint_exists") and mentions(asks, "checkpoint_exists")):
+    asks = vars(setup).get("_should_load_checkpoint", vars(setup).get("setup"))
+    if asks is None or not (hasattr(setup, "checkpoint_exists") and mentions(asks, "checkpoint_exists")):
         raise changed(f"{setup.__name__} does not ask checkpoint_exists whether to load", _EXACT)
     setup.checkpoint_exists = exists
 
 
 def _verify_the_way_to_a_save() -> None:
     """The loop saves by one function, which calls Bridge's ``save_checkpoint`` or the manager that does."""
-    step = {"save_checkpoint"} if find(_MANAGER) is None else {"save"}
-    function = find(_SAVES)
-    if function is None or not any(mentions(function, name) for name in step):
+    function, calls = find(_SAVES), "save_checkpoint" if find(_MANAGER) is None else "save"
+    if function is None or not mentions(function, calls):
         raise changed(f"the training loop does not save by {_SAVES}", SAFE_SAVES)
 
 

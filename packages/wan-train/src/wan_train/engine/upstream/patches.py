@@ -11,7 +11,7 @@ from wan_train.engine import gloo_groups, torch_adam, write_results
 from wan_train.engine.upstream.replace import by, changed, drop, find, replace
 
 _BRIDGE = "megatron.bridge.training"
-_ON_CPU, _WITHOUT_MODELOPT = "running without CUDA", "running without modelopt"
+_ON_CPU = "running without CUDA"
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
@@ -27,23 +27,23 @@ def patch_bridge(*, on_cpu: bool, without_te: bool) -> None:
     """
     # Compiles a helper for language-model datasets. The wheel has it compiled but without its Makefile, and a failed
     # `make` ends the process.
-    drop(f"{_BRIDGE}.initialize:compile_helpers", "starting without a compiler")
+    drop(f"{_BRIDGE}.initialize:compile_helpers")
     # Prints the memory of a language model of these sizes.
-    drop(f"{_BRIDGE}.utils.train_utils:report_theoretical_memory", "a correct log")
+    drop(f"{_BRIDGE}.utils.train_utils:report_theoretical_memory")
     _write_with_core()
     if on_cpu:
         _patch_writer()
         gloo_groups.skip_groups_of_one()
-        drop(f"{_BRIDGE}.initialize:_warmup_jit_function", _ON_CPU)
+        drop(f"{_BRIDGE}.initialize:_warmup_jit_function")
         # There are none, and it would search all objects for them.
-        drop(f"{_BRIDGE}.train:_delete_cuda_graphs", _ON_CPU)
+        drop(f"{_BRIDGE}.train:_delete_cuda_graphs")
         _fork_a_writer_for_each_save()
     if without_te:
         torch_adam.patch_optimizer()
         # modelopt is not imported (see absent_modules), so there is nothing of it to save or restore.
         for name in ("save_sharded_modelopt_state", "save_modelopt_state", "restore_modelopt_state"):
-            drop(f"{_BRIDGE}.checkpointing:{name}", _WITHOUT_MODELOPT)
-        drop(f"{_BRIDGE}.train:get_tensor_shapes_adjust_fn_for_distillation", _WITHOUT_MODELOPT)
+            drop(f"{_BRIDGE}.checkpointing:{name}")
+        drop(f"{_BRIDGE}.train:get_tensor_shapes_adjust_fn_for_distillation")
 
 
 def _write_with_core() -> None:

@@ -33,11 +33,11 @@ def import_errors_explained() -> Iterator[None]:
     """In this context an import of Bridge that fails names the versions.
 
     Raises:
-        EngineError: instead of ImportError or AttributeError.
+        EngineError: instead of errors of Python.
     """
     try:
         yield
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError, TypeError) as error:
         python = ".".join(map(str, sys.version_info[:3]))
         raise EngineError(
             f"{installed_versions()} cannot be imported by Python {python} ({error}); use a pair that wan-train knows, "
@@ -68,8 +68,8 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def mentions(function: Callable[..., Any], name: str) -> bool:
     """Whether a function, or one that is defined in it, uses a global or an attribute of that name."""
-    plain = inspect.unwrap(function)
-    return any(name in code.co_names for code in _codes(plain.__code__))
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and any(name in one.co_names for one in _codes(code))
 
 
 def replace(place: str, make: Callable[[Any], Any], purpose: str, *, called_by: tuple[str, ...] = ()) -> None:
@@ -112,6 +112,7 @@ def nothing(*args: object, **kwargs: object) -> None:
     """Replaces a function that is not needed."""
 
 
-def drop(place: str, purpose: str) -> None:
-    """Replace a function by one that does nothing; arguments are those of ``replace``."""
-    replace(place, by(nothing), purpose)
+def drop(place: str) -> None:
+    """Replace a function that is not needed, where there is one, by one that does nothing."""
+    if find(place) is not None:
+        replace(place, by(nothing), "nothing")
