@@ -220,7 +220,7 @@ def integration(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def engine(session: nox.Session) -> None:
-    """wan-train's tests with other sources of its engine: -- --bridge PATH_OR_GIT_REFERENCE [--core THE_SAME]."""
+    """wan-train's tests with other sources of its engine: -- --bridge PATH, version or git reference [--core ...]."""
     prepare_environment(session)
     arguments = ["--workers", WORKERS, *session.posargs]
     run(session, "python", "-m", "engines", *arguments, **TESTING, PYTHONPATH="tools")

@@ -41,8 +41,8 @@ def bridge(tmp_path: Path) -> Path:
 
 
 def test_a_checkout_is_recognised_by_any_of_its_folders(bridge: Path, tmp_path: Path) -> None:
-    assert BRIDGE.resolve(str(bridge), tmp_path / "cache") == bridge.resolve()
-    assert BRIDGE.resolve(str(bridge / "src"), tmp_path / "cache") == bridge.resolve()
+    for given in (bridge, bridge / "src"):
+        assert BRIDGE.resolve(str(given), tmp_path / "cache") == (bridge / "src").resolve()
     (tmp_path / "lm" / "megatron" / "core").mkdir(parents=True)
     assert CORE.resolve(str(tmp_path / "lm"), tmp_path / "cache") == (tmp_path / "lm").resolve()
     with pytest.raises(SourceError, match="is no checkout of Megatron-LM"):
@@ -52,23 +52,42 @@ def test_a_checkout_is_recognised_by_any_of_its_folders(bridge: Path, tmp_path: 
 
 def test_a_reference_is_downloaded_once(bridge: Path, tmp_path: Path) -> None:
     repository = dataclasses.replace(BRIDGE, url=str(bridge))
-    checkout = repository.resolve("v0.6.0", tmp_path / "cache")
-    assert (checkout / "src" / "megatron" / "bridge" / "package_info.py").is_file()
+    sources = repository.resolve("v0.6.0", tmp_path / "cache")
+    assert (sources / "megatron" / "bridge" / "package_info.py").is_file()
     gone = dataclasses.replace(BRIDGE, url=str(tmp_path / "gone"))
-    assert gone.resolve("v0.6.0", tmp_path / "cache") == checkout
+    assert gone.resolve("v0.6.0", tmp_path / "cache") == sources
     core = dataclasses.replace(CORE, url=gone.url)
     for absent in (gone, gone, core, core):  # a failed download is not taken for a checkout
         with pytest.raises(SourceError, match=r"v9 is neither a folder nor a reference of .*gone"):
             absent.resolve("v9", tmp_path / "cache")
 
 
+def test_a_version_is_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def pip(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        target = Path(command[command.index("--target") + 1])
+        (target / "megatron" / "bridge").mkdir(parents=True)
+        return subprocess.CompletedProcess(command, int(command[-1].endswith("==9.9")))
+
+    monkeypatch.setattr("engines.sources.subprocess.run", pip)
+    for _ in range(2):
+        assert BRIDGE.resolve("0.6.0", tmp_path) == tmp_path / "megatron-bridge-0.6.0"
+    (command,) = commands
+    assert command[-1] == "megatron-bridge==0.6.0"
+    assert "--no-deps" in command
+    with pytest.raises(SourceError, match=r"pip cannot install megatron-bridge==9\.9"):
+        BRIDGE.resolve("9.9", tmp_path)
+
+
 def test_core_is_the_one_that_bridge_names(bridge: Path, tmp_path: Path) -> None:
-    assert core_of(bridge) == COMMIT
+    assert core_of(bridge / "src") == COMMIT
     submodule = bridge / "3rdparty" / "Megatron-LM"
     (submodule / "megatron" / "core").mkdir(parents=True)
-    assert core_of(bridge) == str(submodule)
-    with pytest.raises(SourceError, match="add --core PATH"):
-        core_of(tmp_path)
+    assert core_of(bridge / "src") == str(submodule)
+    with pytest.raises(SourceError, match="add --core"):
+        core_of(tmp_path / "src")
 
 
 def test_processes_find_the_sources_before_what_is_installed(
@@ -77,7 +96,7 @@ def test_processes_find_the_sources_before_what_is_installed(
     (tmp_path / "lm" / "megatron" / "core").mkdir(parents=True)
     (tmp_path / "further").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "already"))
-    path = python_path(bridge, tmp_path / "lm", [str(tmp_path / "further")])
+    path = python_path(bridge / "src", tmp_path / "lm", [str(tmp_path / "further")])
     places = [place for place in path.split(os.pathsep) if place != str(BACKPORTS)]
     assert places == [str(tmp_path / "further"), str(bridge / "src"), str(tmp_path / "lm"), str(tmp_path / "already")]
     script = "import typing, megatron; print(typing.override.__name__, *list(megatron.__path__)[:2], sep='\\n')"

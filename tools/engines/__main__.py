@@ -1,8 +1,8 @@
 """``python -m engines --bridge PATH [--core PATH]``: wan-train's tests with other sources of Bridge and Core.
 
-A path is a checkout; instead of one a git reference (tag, branch or commit) can be given, which is downloaded from
-GitHub. Further arguments are passed to pytest. The sources come before the installed packages in this process and in
-all that it starts.
+A path is a checkout. Instead of one a version on the package index (0.6.0) can be given, or a git reference (v0.6.0, a
+commit), which is downloaded from GitHub. Further arguments are passed to pytest. The sources come before the installed
+packages in this process and in all that it starts.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from engines.sources import (
     NVRX,
     SourceError,
     core_of,
-    install_resiliency,
+    install,
     python_path,
 )
 from wan_train.engine.installed import resiliency_for
@@ -42,7 +42,10 @@ def main() -> int:
     """Print the versions that are found, then run the tests."""
     parser = argparse.ArgumentParser(prog="nox -s engine --", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--bridge", required=True, metavar="PATH|REF", help="Megatron-Bridge: checkout or git reference"
+        "--bridge",
+        required=True,
+        metavar="PATH|VERSION|REF",
+        help="Megatron-Bridge: checkout, version or git reference",
     )
     parser.add_argument(
         "--core",
@@ -59,7 +62,7 @@ def main() -> int:
         further = [str(Path(folder).resolve()) for folder in arguments.path]
         least = resiliency_for(core / "megatron" / "core")
         if least and not further and Version(importlib.metadata.version(NVRX)) < Version(least):
-            further.append(str(install_resiliency(least, arguments.cache)))
+            further.append(str(install(f"{NVRX}=={least}", arguments.cache, "nvidia_resiliency_ext")))
     except SourceError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

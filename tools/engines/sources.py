@@ -1,6 +1,7 @@
 """Where the sources of Megatron-Bridge and Megatron-LM are, and the path on which Python finds them."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 BACKPORTS = Path(__file__).parent / "python311"
 NVRX = "nvidia-resiliency-ext"
+_VERSION = re.compile(r"\d+(\.\d+)+")
 
 
 class SourceError(ValueError):
@@ -16,40 +18,45 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository.
+    """Where one of the two comes from.
 
     Attributes:
         name: for messages and folders.
         url: where it is cloned from.
+        distribution: its name on a package index.
         packages: folder of the ``megatron`` namespace below a checkout.
         module: its package in that namespace.
     """
 
     name: str
     url: str
+    distribution: str
     packages: str
     module: str
 
     def resolve(self, given: str, cache: Path) -> Path:
-        """The checkout that a path or a git reference (tag, branch, commit) names; a reference is downloaded once.
+        """The folder that has to be on Python's path; what is not on this machine is downloaded once.
+
+        Args:
+            given: a checkout, a version on the package index, or a git reference (tag, branch, commit).
+            cache: where downloads are kept.
 
         Raises:
-            SourceError: it is neither.
+            SourceError: it is none of these.
         """
         path = Path(given).expanduser()
         if path.exists():
-            if (path / "megatron" / self.module).is_dir():  # the folder of the packages itself
-                path = path.parents[len(Path(self.packages).parts) - 1] if self.packages != "." else path
-            if not self._is_checkout(path):
-                raise SourceError(f"{given} is no checkout of {self.name}: {self.packages}/megatron is missing")
-            return path.resolve()
-        checkout = cache / f"{self.name}-{given.replace('/', '_')}"
-        if not self._is_checkout(checkout):
-            self._download(given, checkout)
-        return checkout
-
-    def _is_checkout(self, path: Path) -> bool:
-        return (path / self.packages / "megatron" / self.module).is_dir()
+            for place in (path / self.packages, path):
+                if (place / "megatron" / self.module).is_dir():
+                    return place.resolve()
+            missing = Path(self.packages) / "megatron" / self.module
+            raise SourceError(f"{given} is no checkout of {self.name}: {missing} is missing")
+        if _VERSION.fullmatch(given):
+            return install(f"{self.distribution}=={given}", cache, f"megatron/{self.module}")
+        place = cache / f"{self.name}-{given.replace('/', '_')}" / self.packages
+        if not (place / "megatron" / self.module).is_dir():
+            self._download(given, cache / place.relative_to(cache).parts[0])
+        return place
 
     def _download(self, reference: str, checkout: Path) -> None:
         checkout.mkdir(parents=True, exist_ok=True)
@@ -67,41 +74,50 @@ class Repository:
                 )
 
 
-BRIDGE = Repository("Megatron-Bridge", "https://github.com/NVIDIA-NeMo/Megatron-Bridge", "src", "bridge")
-CORE = Repository("Megatron-LM", "https://github.com/NVIDIA/Megatron-LM", ".", "core")
+BRIDGE = Repository(
+    "Megatron-Bridge", "https://github.com/NVIDIA-NeMo/Megatron-Bridge", "megatron-bridge", "src", "bridge"
+)
+CORE = Repository("Megatron-LM", "https://github.com/NVIDIA/Megatron-LM", "megatron-core", ".", "core")
 
 
 def core_of(bridge: Path) -> str:
     """The Megatron-LM that a checkout of Bridge names: its submodule if that is there, else the submodule's commit.
 
+    Args:
+        bridge: the checkout's ``src``.
+
     Raises:
         SourceError: it has neither.
     """
-    submodule = bridge / "3rdparty" / "Megatron-LM"
+    submodule = bridge.parent / "3rdparty" / "Megatron-LM"
     if (submodule / "megatron" / "core").is_dir():
         return str(submodule)
-    command = ["git", "-C", str(bridge), "ls-tree", "HEAD", "3rdparty/Megatron-LM"]
+    command = ["git", "-C", str(bridge.parent), "ls-tree", "HEAD", "3rdparty/Megatron-LM"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     parts = done.stdout.split()
     if done.returncode or len(parts) < 3:
-        raise SourceError(f"{bridge} does not say which Megatron-LM it was made with; add --core PATH")
+        raise SourceError(f"{bridge} does not say which Megatron-LM it was made with; add --core")
     return parts[2]
 
 
-def install_resiliency(version: str, cache: Path) -> Path:
-    """A folder with nvidia-resiliency-ext of that version.
+def install(requirement: str, cache: Path, content: str) -> Path:
+    """A folder with one distribution of the package index, without its dependencies.
 
-    Its wheels are for systems newer than those that the tests run on, but the part that the loop uses is plain Python.
+    The wheels are those for Python 3.12 on recent systems, because Bridge is for no other and what the loop uses of all
+    of them is plain Python.
 
     Raises:
         SourceError: pip cannot install it.
     """
-    target = cache / f"{NVRX}-{version}-python{sys.version_info[0]}.{sys.version_info[1]}"
-    if not (target / "nvidia_resiliency_ext").is_dir():
-        wheels = ["--only-binary=:all:", "--platform", "manylinux_2_39_x86_64", "--platform", "manylinux_2_39_aarch64"]
+    target = cache / requirement.replace("==", "-")
+    if not (target / content).is_dir():
+        platforms = [f"manylinux_2_{glibc}_{machine}" for glibc in (28, 39) for machine in ("x86_64", "aarch64")]
+        wheels = ["--only-binary=:all:", "--python-version", "3.12", "--ignore-requires-python"]
+        for platform in platforms:
+            wheels += ["--platform", platform]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), *wheels]
-        if subprocess.run([*pip, f"{NVRX}=={version}"], check=False).returncode:
-            raise SourceError(f"pip cannot install {NVRX}=={version}, which this Megatron-Core requires")
+        if subprocess.run([*pip, requirement], check=False).returncode:
+            raise SourceError(f"pip cannot install {requirement}")
     return target
 
 
@@ -109,5 +125,5 @@ def python_path(bridge: Path, core: Path, further: list[str]) -> str:
     """PYTHONPATH with the sources before everything that is installed."""
     backports = [str(BACKPORTS)] if sys.version_info < (3, 12) else []
     already = os.environ.get("PYTHONPATH", "")
-    places = [*backports, *further, str(bridge / BRIDGE.packages), str(core / CORE.packages), already]
+    places = [*backports, *further, str(bridge), str(core), already]
     return os.pathsep.join(place for place in places if place)

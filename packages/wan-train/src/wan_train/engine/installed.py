@@ -94,21 +94,20 @@ def require_installed() -> None:
 
 
 def _require_megatron_training() -> None:
-    """Bridge from 0.4 on takes its configuration from a folder of Megatron-LM that Core's wheel does not contain."""
+    """Bridge from 0.4 on takes its configuration from Megatron-LM's own loop, which Core contains from 0.17 on."""
     bridge, core = _folder("megatron.bridge"), _folder("megatron.core")
     if "megatron.training" not in (bridge / "training" / "config.py").read_text(encoding="utf-8"):
         return
     needs = f"{_NAMES['megatron.bridge']} {version_of('megatron.bridge')} needs megatron.training"
     which = f"a checkout of Megatron-LM contains it beside megatron.core ({PAIRS}): put the checkout on PYTHONPATH"
+    core_version = f"Megatron-Core {version_of('megatron.core')}"
     if not is_installed("megatron.training"):
-        raise EngineError(
-            f"{needs}, which is not installed and which the wheel of megatron-core does not contain; {which}"
-        )
+        raise EngineError(f"{needs}, which {core_version} does not bring; {which}")
     training = _folder("megatron.training")
     if training.parent != core.parent:
         raise EngineError(
-            f"{needs} of the same Megatron-LM as Megatron-Core {version_of('megatron.core')}, but the first is in "
-            f"{training} and the second in {core}; {which}, before other installations"
+            f"{needs} of the same Megatron-LM as {core_version}, but the first is in {training} and the second in "
+            f"{core}; {which}, before other installations"
         )
 
 
