@@ -219,6 +219,14 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def engine(session: nox.Session) -> None:
+    """wan-train's tests with other sources of its engine: -- --bridge PATH_OR_GIT_REFERENCE [--core THE_SAME]."""
+    prepare_environment(session)
+    arguments = ["--workers", WORKERS, *session.posargs]
+    run(session, "python", "-m", "engines", *arguments, **TESTING, PYTHONPATH="tools")
+
+
+@nox.session(venv_backend="none")
 def soak(session: nox.Session) -> None:
     """Long runs of several hours: the two sessions below."""
     session.notify("soak-reliability")

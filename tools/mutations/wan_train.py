@@ -120,4 +120,34 @@ MUTATIONS = (
         "wan-train plan recommends layouts that run out of memory at the first step",
         "planning/test_plan.py",
     ),
+    _of(
+        "checkpoint-written-past-the-hook", "checkpoint/hooks.py",
+        "if not saving():", "if False:",
+        "a version of Megatron-Bridge that moved its function writes checkpoints that a crash can damage",
+        "checkpoint/test_changed_engine.py::test_a_save_that_passes_by_the_hook_writes_nothing",
+    ),
+    _of(
+        "missing-save-unnoticed", "loop/callback.py",
+        "self.hooks.require_saved(config, done)", "pass",
+        "a run goes on although a step was not saved",
+        "checkpoint/test_changed_engine.py::test_a_step_that_should_have_been_saved_is_missed_before_the_next",
+    ),
+    _of(
+        "missing-load-unnoticed", "checkpoint/hooks.py",
+        "if self._point is not None and not self._loaded:", "if False:",
+        "a run that should resume starts from the initial weights",
+        "checkpoint/test_changed_engine.py::test_a_resume_that_loads_nothing_takes_no_step",
+    ),
+    _of(
+        "code-in-the-common-state", "checkpoint/hooks.py",
+        '**{**kwargs, "weights_only": True}', "**kwargs",
+        "with some versions of Megatron-Core a checkpoint can execute code",
+        "checkpoint/test_changed_engine.py::test_no_version_of_core_reads_more_than_weights",
+    ),
+    _of(
+        "replacement-not-verified", "engine/upstream/replace.py",
+        "or function.__globals__.get(name) is not new:", "or False:",
+        "a hook is placed where nothing calls it",
+        "engine/test_replace.py::test_a_caller_that_imported_it_from_elsewhere_is_an_error",
+    ),
 )  # fmt: skip

@@ -370,6 +370,24 @@ def _determinism_answers() -> dict[str, object]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
+def _keys_of_this_version() -> dict[str, str]:
+    """What is said about each key that only some versions have, with a value that it may not have."""
+    from wan_train.config.options import RunOptions
+    from wan_train.config.settings import check_settings
+    from wan_train.engine.upstream.configuration import ONLY
+    from wan_train.loop.run import build_config
+
+    said = {}
+    for key, possible, _ in ONLY:
+        config = build_config(RunOptions("tiny"))
+        assert "another" not in possible
+        check_settings(config)
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, "another")
+        said[key] = _raises(lambda config=config: check_settings(config))
+    return said
+
+
 def _exit_status(status: object) -> object:
     """What ``pretrain`` makes of Megatron-Bridge's loop that leaves with that status."""
     import megatron.bridge.training.pretrain as bridge
@@ -494,6 +512,7 @@ def probe(results: str) -> None:
         "devices": _device_answers(),
         "configuration": _configuration_answers(),
         "determinism": _determinism_answers(),
+        "keys of this version": _keys_of_this_version(),
         "model": _model_answers(),
         "transformer engine": _transformer_engine_answers(),
         "precision": _precision_answers(),

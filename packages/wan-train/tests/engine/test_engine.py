@@ -149,6 +149,12 @@ def test_deterministic_mode_sets_what_every_library_needs(probed: dict[str, Any]
     assert found["transformer engine"].endswith("unset NVTE_ALLOW_NONDETERMINISTIC_ALGO")
 
 
+def test_keys_that_only_some_versions_have_are_not_ignored(probed: dict[str, Any]) -> None:
+    found = probed["keys of this version"]
+    assert {"train.eval_iters", "train.skip_train"} <= set(found)
+    assert all(said.startswith(f"{key} is 'another'; ") for key, said in found.items())
+
+
 def test_training_modes_are_presets_of_the_objective(probed: dict[str, Any]) -> None:
     assert probed["configuration"]["finetune"] == ["uniform", 3.0]
 

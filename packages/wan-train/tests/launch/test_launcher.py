@@ -122,7 +122,7 @@ def test_a_rank_killed_in_training_ends_the_run(start_training: Callable[..., Jo
 
 
 def test_training_and_its_checkpoint_writers_end_with_a_killed_launcher(start_training: Callable[..., Job]) -> None:
-    job = start_training(1, "checkpoint.save_interval=1")
+    job = start_training(1, "checkpoint.save_interval=1", "checkpoint.async_save=true")
     # More than the launcher and its rank: somebody is writing.
     wait_until(lambda: len(job.alive()) > 2, "a checkpoint is being written")
     job.process.send_signal(signal.SIGKILL)

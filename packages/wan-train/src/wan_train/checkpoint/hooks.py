@@ -2,32 +2,31 @@
 
 Import only after ``wan_train.engine.start``.
 
-Bridge 0.3 writes shards, state and tracker one after the other; after a crash in between it cannot resume, and its
+Bridge writes shards, state and tracker one after the other; after a crash in between it cannot resume, and its
 retention can delete the only complete checkpoint. Here each save first deletes an incomplete checkpoint of that step
 and last writes ``complete.json`` (``wan_train.checkpoint.record``); only then are older checkpoints deleted. Each load
 first verifies the digest of every file, distributed over all ranks, and reads pickles with an unpickler that allows
 only the classes of a checkpoint.
+
+The hooks must not be passed by in any version of Bridge. ``wan_train.engine.upstream.checkpoints`` verifies where they
+are placed; here a writer that is created outside of a save, a step that should have been saved and was not, and a
+checkpoint that should have been loaded and was not end the run with an error.
 """
 
+import contextlib
 import functools
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import megatron.bridge.training.checkpointing as bridge
-import megatron.bridge.training.pretrain as bridge_pretrain
-import megatron.bridge.training.setup as bridge_setup
-import megatron.bridge.training.train as bridge_train
 import torch
-from megatron.core.safe_globals import register_safe_globals
-from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from wan_model.system.files import sync_folder, write_bytes
@@ -35,7 +34,16 @@ from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, step_folder
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
 from wan_train.checkpoint.writer_watch import watch_writer
+from wan_train.engine.installed import installed_versions
 from wan_train.engine.torch_adam import synchronize_steps, uses_torch_adam
+from wan_train.engine.upstream.checkpoints import (
+    SAFE_SAVES,
+    CheckpointingException,
+    place_hooks,
+    register_safe_globals,
+    unwrap_model,
+)
+from wan_train.engine.upstream.replace import changed
 from wan_train.model.ema import PREFIX
 from wan_train.model.provider import MegatronWanDiT
 
@@ -61,6 +69,7 @@ class CheckpointHooks:
         self._saved = {point.step_folder} if point else set()
         self._seconds = 0.0
         self._watching = False
+        self._inside_save = self._scheduled = self._loaded = False
 
     def take_seconds(self) -> float:
         """Seconds that saves have blocked the loop since the last call."""
@@ -68,16 +77,44 @@ class CheckpointHooks:
         return seconds
 
     def install(self) -> None:
-        """Make Megatron-Bridge's loop save and load through this object; once per process."""
-        save = self._saving(bridge.save_checkpoint)
-        bridge_train.save_checkpoint = bridge_pretrain.save_checkpoint = save
-        bridge.schedule_async_save = self._scheduling(bridge.schedule_async_save)
-        bridge.cleanup_old_non_persistent_checkpoint = lambda *args, **kwargs: None
-        bridge_setup.load_checkpoint = self._loading(bridge_setup.load_checkpoint)
-        # Bridge looks for its tracker files; the resume point has been resolved already.
-        bridge_setup.checkpoint_exists = lambda path: path is not None and self._point is not None
-        bridge._load_model_state_dict = _load_strictly
+        """Make Megatron-Bridge's loop save and load through this object; once per process.
+
+        Raises:
+            EngineChangedError: this version of Bridge cannot be made to.
+        """
+        place_hooks(
+            save=self._saving,
+            schedule=self._scheduling,
+            load=self._loading,
+            # Bridge looks for its tracker files; the resume point has been resolved already.
+            exists=lambda path: path is not None and self._point is not None,
+            load_weights=_load_strictly,
+        )
+        refuse_other_writers(lambda: self._inside_save)
         read_without_code()
+
+    def require_loaded(self) -> None:
+        """Raise ``EngineChangedError`` if the run resumes and nothing was loaded; called before the first step."""
+        if self._point is not None and not self._loaded:
+            raise changed("its loop does not load the checkpoint by load_checkpoint", "an exact resume")
+
+    def require_saved(self, config: Any, step: int) -> None:
+        """Raise ``EngineChangedError`` if this step was not saved although it should have been.
+
+        Args:
+            config: the ``checkpoint`` section.
+            step: number of completed steps.
+        """
+        if config.save is not None and step_folder(Path(config.save), step) not in self._saved:
+            raise changed(f"its loop did not save step {step} by save_checkpoint", SAFE_SAVES)
+
+    def require_complete(self, config: Any, step: int) -> None:
+        """The same at the end of a run, when the last save must also have been completed."""
+        if config.save is None or config.save_interval == 0:
+            return
+        self.require_saved(config, step)
+        if not (step_folder(Path(config.save), step) / RECORD_NAME).is_file():
+            raise changed(f"its loop did not complete the save of step {step}", SAFE_SAVES)
 
     def _saving(self, save: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(save)
@@ -95,15 +132,20 @@ class CheckpointHooks:
             self._saved.add(folder)
             if uses_torch_adam(optimizer):
                 synchronize_steps(optimizer)
+            self._inside_save, self._scheduled = True, False
             try:
                 save(state, model, optimizer, *args, **kwargs)
                 if not config.async_save:
                     _finalize(Path(config.save), step, config.most_recent_k)
+                elif not self._scheduled:
+                    raise changed("save_checkpoint does not call schedule_async_save", SAFE_SAVES)
             except (CheckpointException, OSError, RuntimeError) as error:
                 raise NotSavedError(
                     f"the checkpoint of step {step} could not be written to {folder}: {_reason(error, folder)}; "
                     "earlier checkpoints are unchanged, and the same command resumes from them"
                 ) from error
+            finally:
+                self._inside_save = False
             self._seconds += time.monotonic() - begun
 
         return save_and_finalize
@@ -121,6 +163,7 @@ class CheckpointHooks:
                 caller = queue._get_async_caller()
                 watch_writer(lambda: caller.process)
             schedule(state, request)
+            self._scheduled = True
 
         return schedule_and_finalize
 
@@ -139,8 +182,15 @@ class CheckpointHooks:
             parts = [part for part in unwrap_model(model) if isinstance(part, MegatronWanDiT)]
             for part in parts:
                 part.ema_in_checkpoint = has_ema
+            self._loaded = True
             try:
-                return load(state, model, *args, **kwargs)
+                with _only_weights():
+                    return load(state, model, *args, **kwargs)
+            except CheckpointingException as error:
+                raise ValueError(
+                    f"{self._point.step_folder} cannot be loaded by {installed_versions()} ({error}); "
+                    "load it with the versions that it was saved with, or with newer ones"
+                ) from error
             finally:
                 for part in parts:
                     part.ema_in_checkpoint = True
@@ -237,6 +287,36 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: Any, value: Any) -> None:
         set_element(self.original_state_dict, self.mappings[key], loaded)
     else:
         self.state_dict[key] = loaded
+
+
+@contextlib.contextmanager
+def _only_weights() -> Iterator[None]:
+    """In this context ``torch.load`` reads no classes but those of a checkpoint.
+
+    Core 0.17.0 and 0.19 read the common state with ``weights_only=False``.
+    """
+    load = torch.load
+    torch.load = functools.wraps(load)(lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": True}))
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
+def refuse_other_writers(saving: Callable[[], bool]) -> None:
+    """Make this process write distributed checkpoints only while ``saving`` returns True; once per process.
+
+    Every writer of a checkpoint, Megatron's too, is a ``FileSystemWriter`` of torch.
+    """
+    create = FileSystemWriter.__init__
+
+    @functools.wraps(create)
+    def create_in_a_save(self: FileSystemWriter, *args: Any, **kwargs: Any) -> None:
+        if not saving():
+            raise changed("it writes a checkpoint outside of save_checkpoint", SAFE_SAVES)
+        create(self, *args, **kwargs)
+
+    FileSystemWriter.__init__ = create_in_a_save  # type: ignore[method-assign]
 
 
 def read_without_code() -> None:

@@ -7,7 +7,13 @@ eps 1e-8, clipping at 1, 2,000 warm-up steps, seed 1234.
 from collections.abc import Callable
 from typing import Literal
 
-from megatron.bridge.training.config import (
+from wan_model import WAN_1_3B, WAN_14B, WanConfig
+from wan_model.flow import FlowMatching
+from wan_model.tiny import TINY_CONFIG
+from wan_train.config.schema import WanRunConfig
+from wan_train.data.dataset import WanDatasetConfig
+from wan_train.data.mock_data import MockConfig
+from wan_train.engine.upstream.configuration import (
     CheckpointConfig,
     DistributedDataParallelConfig,
     DistributedInitConfig,
@@ -17,14 +23,9 @@ from megatron.bridge.training.config import (
     SchedulerConfig,
     TokenizerConfig,
     TrainingConfig,
+    checkpoint_settings,
+    no_validation_by_bridge,
 )
-
-from wan_model import WAN_1_3B, WAN_14B, WanConfig
-from wan_model.flow import FlowMatching
-from wan_model.tiny import TINY_CONFIG
-from wan_train.config.schema import WanRunConfig
-from wan_train.data.dataset import WanDatasetConfig
-from wan_train.data.mock_data import MockConfig
 from wan_train.model.provider import WanModelProvider
 
 TrainingMode = Literal["pretrain", "finetune"]
@@ -45,7 +46,7 @@ def _config(
         model=WanModelProvider(transformer=model.to_diffusers(), flow=flow, seq_length=capacity),
         dataset=WanDatasetConfig(capacity=capacity),
         train=TrainingConfig(
-            train_iters=iterations, global_batch_size=1, micro_batch_size=1, eval_iters=0, eval_interval=iterations
+            train_iters=iterations, global_batch_size=1, micro_batch_size=1, **no_validation_by_bridge(iterations)
         ),
         optimizer=OptimizerConfig(
             optimizer="adam", lr=learning_rate, min_lr=learning_rate / 10, adam_beta1=0.9, adam_beta2=0.95,
@@ -58,7 +59,7 @@ def _config(
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, check_for_nan_in_grad=False),
         checkpoint=CheckpointConfig(
             save_interval=1000, ckpt_format="torch_dist", dist_ckpt_optim_fully_reshardable=True,
-            exit_on_missing_checkpoint=True, save_tokenizer_assets=False,
+            exit_on_missing_checkpoint=True, save_tokenizer_assets=False, **checkpoint_settings(),
         ),
         logger=LoggerConfig(log_interval=10),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1),

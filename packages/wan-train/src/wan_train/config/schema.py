@@ -5,11 +5,11 @@ Import only after ``wan_train.engine.start``.
 
 import dataclasses
 
-from megatron.bridge.training.config import ConfigContainer
+from wan_train.engine.upstream.configuration import BridgeValidation, ConfigContainer
 
 
-@dataclasses.dataclass
-class ValidationConfig:
+@dataclasses.dataclass(kw_only=True)
+class ValidationConfig(BridgeValidation):
     """The ``validation`` section: a validation loss that is comparable between runs.
 
     Attributes:

@@ -11,9 +11,9 @@ import math
 import os
 from typing import Any
 
-from megatron.bridge.models.transformer_config import TransformerConfig
-
 from wan_train.engine.installed import is_installed
+from wan_train.engine.upstream.configuration import ONLY
+from wan_train.engine.upstream.loop import TransformerConfig
 from wan_train.model.provider import WanModelProvider
 
 # Key, allowed values, and advice for any other value.
@@ -22,7 +22,6 @@ _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("train.train_samples", (None,), "a run's length is train.train_iters"),
     ("train.rampup_batch_size", (None,), "every step has train.global_batch_size packs"),
     ("train.decrease_batch_size_if_needed", (False,), "every step has train.global_batch_size packs"),
-    ("train.eval_iters", (0,), "validate with validation.interval and validation.samples"),
     ("dist.use_torch_fsdp2", (False,), "use dist.use_megatron_fsdp for FSDP"),
     ("checkpoint.ckpt_format", ("torch_dist", "fsdp_dtensor"), "leave it out, dist.use_megatron_fsdp decides it"),
     ("checkpoint.pretrained_checkpoint", (None,), "use checkpoint.load with checkpoint.finetune=true, or --init-from"),
@@ -78,7 +77,7 @@ def check_settings(config: Any) -> None:
     Raises:
         ValueError: a setting is invalid; the message names the key and what to do.
     """
-    for key, possible, instead in _ONLY:
+    for key, possible, instead in (*_ONLY, *ONLY):
         if (value := _value(config, key)) not in possible:
             raise ValueError(f"{key} is {value!r}; {instead}")
     for key in ("train.train_iters", "train.global_batch_size"):

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
-from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
 from megatron.core import parallel_state
 from torch import Tensor
 
 from wan_model import LatentPack, WanConfig
 from wan_train.data.mock_data import MockConfig, MockLoader
+from wan_train.engine.upstream.loop import DatasetBuildContext, DatasetProvider
 
 if TYPE_CHECKING:  # Energon takes seconds to import, and mock data needs none of it
     from wan_data.reading.loader import PackLoader

@@ -45,7 +45,7 @@ def start(*, take_device: bool = True) -> Engine:
             reading configurations.
 
     Raises:
-        EngineMissingError: megatron-core or megatron-bridge is not installed.
+        EngineError: megatron-core or megatron-bridge is not installed, or not in versions that can be used.
     """
     global _started
     if _started is not None:
@@ -54,13 +54,16 @@ def start(*, take_device: bool = True) -> Engine:
     import torch
 
     from wan_train.engine import absent_modules, cpu
+    from wan_train.engine.upstream.replace import import_errors_explained
 
     has_cuda = torch.cuda.is_available()
     has_te = has_cuda and is_installed("transformer_engine")
-    if not has_te:
-        absent_modules.skip_model_families()
-        with contextlib.nullcontext() if has_cuda else cpu.compiler_disabled():
-            absent_modules.import_bridge_without((absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT))
+    with import_errors_explained():
+        if not has_te:
+            absent_modules.skip_model_families()
+            with contextlib.nullcontext() if has_cuda else cpu.compiler_disabled():
+                absent_modules.import_bridge_without((absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT))
+        import megatron.bridge.training.pretrain  # noqa: F401
     if has_cuda:
         local_rank = cpu.local_rank()
         if take_device:
@@ -69,6 +72,8 @@ def start(*, take_device: bool = True) -> Engine:
     else:
         cpu.redirect()
         device, backend = torch.device("cpu"), "gloo"
-    cpu.patch_bridge(on_cpu=not has_cuda, without_te=not has_te)
+    from wan_train.engine.upstream.patches import patch_bridge
+
+    patch_bridge(on_cpu=not has_cuda, without_te=not has_te)
     _started = Engine(device, backend, has_te)
     return _started

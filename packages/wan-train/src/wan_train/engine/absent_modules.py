@@ -1,24 +1,28 @@
 """Importing Megatron-Bridge without the distributions that a Wan model has no use for.
 
-Bridge 0.3.1 imports two of them unconditionally, in files that serve language models, adapters and quantisation:
+Bridge imports two of them unconditionally, in files that serve language models, adapters and quantisation:
 ``transformer_engine``, which only builds against CUDA, and NVIDIA's ``modelopt``, whose import alone takes longer than
-everything else together. Megatron-Core has ``HAVE_...`` flags for them; it is imported first, so that the flags
-are correct. During the import of Bridge a finder supplies stub modules, whose attributes are classes that cannot be
-instantiated; afterwards the stubs are removed.
+everything else together. During the import of Bridge a finder supplies stub modules, whose attributes are classes that
+cannot be instantiated; afterwards the stubs are removed. Megatron-Core has ``HAVE_...`` flags for them, which must be
+correct: it is imported first, and what Bridge imports of it later does not see the stubs.
 
 ``transformers`` and ``datasets``, which tokenizers and instruction data need, are stubbed although they are installed,
 also for Core: importing them takes a third of the engine's start. Later imports get the real modules.
 """
 
+import builtins
 import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+from wan_train.engine.installed import is_installed
 
 TRANSFORMER_ENGINE = "transformer_engine"
 MODELOPT = "modelopt"
@@ -66,11 +70,19 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__path__ = []
 
 
-# The training loop needs these; the rest of these two packages is language and vision models, whose import takes longer
-# than that of torch.
-_FROM_MODELS = {
-    "GPTModelProvider": "megatron.bridge.models.gpt_provider",
-    "T5ModelProvider": "megatron.bridge.models.t5_provider",
+# Packages whose ``__init__`` imports language and vision models or Megatron-LM's own loop, which takes longer than
+# importing torch; and those of their names that Bridge's training loop needs, with the modules that define them.
+_BARE: dict[str, dict[str, str]] = {
+    "megatron.bridge": {},
+    "megatron.bridge.models": {
+        "GPTModelProvider": "megatron.bridge.models.gpt_provider",
+        "T5ModelProvider": "megatron.bridge.models.t5_provider",
+    },
+    "megatron.bridge.models.conversion": {},
+    "megatron.bridge.models.hf_pretrained": {},
+    "megatron.training": dict.fromkeys(
+        ("get_adlr_autoresume", "get_args", "get_timers"), "megatron.training.global_vars"
+    ),
 }
 
 
@@ -79,7 +91,7 @@ def _bare_package(name: str, places: dict[str, str]) -> None:
     if name in sys.modules:
         return
     spec = importlib.util.find_spec(name)
-    assert spec is not None, "checked by require_installed"
+    assert spec is not None, "checked by the caller"
     package: Any = types.ModuleType(name)
     package.__spec__, package.__path__ = spec, spec.submodule_search_locations
 
@@ -96,8 +108,9 @@ def _bare_package(name: str, places: dict[str, str]) -> None:
 
 def skip_model_families() -> None:
     """Make Megatron-Bridge importable without its language and vision models and their dependencies."""
-    _bare_package("megatron.bridge", {})
-    _bare_package("megatron.bridge.models", _FROM_MODELS)
+    for name, places in _BARE.items():
+        if is_installed(name):
+            _bare_package(name, places)
 
 
 @contextlib.contextmanager
@@ -113,16 +126,45 @@ def _left_out(names: Iterable[str]) -> Iterator[None]:
             del sys.modules[name]
 
 
+@contextlib.contextmanager
+def _seen_by_bridge_only(names: Iterable[str]) -> Iterator[None]:
+    """In this context no module but those of Megatron-Bridge can import the named top-level modules.
+
+    Megatron-Core, of which Bridge imports more and more, shall find that they are absent.
+    """
+    import_module = builtins.__import__
+    hidden = frozenset(name for name in names if name not in sys.modules)
+
+    def import_unless_hidden(
+        name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+    ) -> Any:
+        importer = (globals or {}).get("__name__", "")
+        if level == 0 and name.partition(".")[0] in hidden and not importer.startswith("megatron.bridge"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return import_module(name, globals, locals, fromlist, level)
+
+    builtins.__import__ = import_unless_hidden
+    try:
+        yield
+    finally:
+        builtins.__import__ = import_module
+
+
 def import_bridge_without(names: Iterable[str]) -> None:
     """Import Megatron-Bridge's training loop with stubs for the named distributions.
 
     Args:
         names: top-level modules to stub; modules that are imported already are kept.
     """
-    with warnings.catch_warnings(), _left_out(_OF_LANGUAGE_MODELS):
-        # They warn at length that Transformer Engine and Apex are missing, which is expected here.
+    with contextlib.ExitStack() as stack, warnings.catch_warnings(), _left_out(_OF_LANGUAGE_MODELS):
+        # They say at length that Transformer Engine and Apex are missing, which is expected here.
         warnings.simplefilter("ignore", UserWarning)
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.INFO)
         import megatron.core.extensions.transformer_engine
 
-        with _left_out(names):
+        with _seen_by_bridge_only(names), _left_out(names):
             import megatron.bridge.training.pretrain  # noqa: F401
+
+            if is_installed("megatron.training.utils"):
+                importlib.import_module("megatron.training.utils")  # Bridge imports it later, and it warns too

@@ -1,9 +1,9 @@
 """Redirects Megatron's calls of CUDA to the CPU and gloo.
 
-Megatron-Core 0.16 and Megatron-Bridge 0.3 name "cuda" in some five hundred places. Nearly all of them are handled by a
+Megatron-Core and Megatron-Bridge name "cuda" in some five hundred places. Nearly all of them are handled by a
 ``TorchFunctionMode`` that rewrites the device of tensor calls, and by replacements of ``torch.cuda``'s functions. The
-rest is patched one by one in ``patch_bridge``. All of this is process-wide: ``wan_train.engine.start`` installs it in
-a process that only trains, without CUDA.
+rest is patched one by one in ``upstream.patches``. All of this is process-wide: ``wan_train.engine.start`` installs it
+in a process that only trains, without CUDA.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from wan_train.engine import gloo_groups, torch_adam, write_results
+from wan_train.engine import gloo_groups
+from wan_train.engine.upstream.replace import by, replace
 
 _CPU = torch.device("cpu")
 
@@ -135,10 +136,13 @@ def _keep_mode_in_backward() -> None:
 
 
 def _keep_rng_tracker_on_cpu() -> None:
-    from megatron.core.tensor_parallel import random
-
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random = "megatron.core.tensor_parallel.random"
+    replacements: dict[str, Callable[..., Any]] = {
+        "_get_cuda_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "_set_cuda_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    }
+    for name, function in replacements.items():
+        replace(f"{random}:{name}", by(function), "running without CUDA")
 
 
 @contextlib.contextmanager
@@ -169,42 +173,3 @@ def redirect() -> None:
     _keep_mode_in_backward()
     gloo_groups.share_device()
     CudaToCpu().__enter__()
-
-
-def patch_bridge(*, on_cpu: bool, without_te: bool) -> None:
-    """Replace functions of Bridge that do not work here.
-
-    Args:
-        on_cpu: there is no CUDA.
-        without_te: Transformer Engine is not installed, so the optimizer is torch's AdamW.
-    """
-    import megatron.bridge.training.initialize as initialize
-    import megatron.bridge.training.train as train
-    import megatron.bridge.training.utils.train_utils as train_utils
-
-    # Compiles a helper for language-model datasets. The wheel has it compiled but without its Makefile, and a failed
-    # `make` ends the process.
-    initialize.compile_helpers = _nothing
-    # Prints the memory of a language model of these sizes.
-    train_utils.report_theoretical_memory = _nothing
-    if on_cpu:
-        import megatron.bridge.training.state as state
-        import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
-
-        writer._get_write_results_queue = write_results.results_of_process
-        gloo_groups.skip_groups_of_one()
-
-        initialize._warmup_jit_function = _nothing
-        train._delete_cuda_graphs = _nothing  # there are none, and it would search all objects for them
-        # The persistent process that writes checkpoints needs a CUDA device; one is forked for each save instead.
-        calls = state.AsyncCallsQueue
-        state.AsyncCallsQueue = lambda persistent: calls(persistent=False)
-    if without_te:
-        torch_adam.patch_optimizer()
-        # modelopt is not imported (see absent_modules), so there is nothing of it to save or restore.
-        import megatron.bridge.training.checkpointing as checkpointing
-
-        checkpointing.save_sharded_modelopt_state = _nothing
-        checkpointing.save_modelopt_state = _nothing
-        checkpointing.restore_modelopt_state = _nothing
-        train.get_tensor_shapes_adjust_fn_for_distillation = _nothing

@@ -11,6 +11,8 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
+from wan_train.engine.upstream.replace import replace
+
 
 class _SharingDevice(type):
     """Replaces torch's class of gloo groups; its groups share one device."""
@@ -64,7 +66,6 @@ def skip_groups_of_one() -> None:
     gloo would copy the buffer onto itself in a thread with its own team of OpenMP threads; with more of these than
     cores, all of them sleep between two parallel loops instead of spinning.
     """
-    import megatron.core.distributed.param_and_grad_buffer as buffers
-
-    buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)
-    buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        place = f"megatron.core.distributed.param_and_grad_buffer:{name}"
+        replace(place, _unless_alone, "running on few cores")

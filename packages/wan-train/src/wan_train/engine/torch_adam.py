@@ -4,9 +4,15 @@ Megatron-Core then uses torch's AdamW, whose state has a tensor "step" per param
 per group. Core 0.16 handles this in some places only.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from wan_train.engine.upstream.replace import changed, replace
+
+_PURPOSE = "resuming torch's AdamW exactly"
 
 
 def _inner_adams(optimizer: Any) -> list[torch.optim.Adam]:
@@ -17,27 +23,31 @@ def _inner_adams(optimizer: Any) -> list[torch.optim.Adam]:
 
 def _seed_state() -> None:
     # torch creates the state lazily, but loading builds a template that asserts that all steps are equal.
-    import megatron.bridge.training.setup as setup
+    def building_and_seeding(build: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def build_and_seed(*args: Any, **kwargs: Any) -> Any:
+            optimizer, scheduler = build(*args, **kwargs)
+            for adam in _inner_adams(optimizer):
+                for group in adam.param_groups:
+                    for parameter in group["params"]:
+                        state = adam.state[parameter]
+                        state.setdefault("step", torch.tensor(0.0))
+                        state.setdefault("exp_avg", torch.zeros_like(parameter.data))
+                        state.setdefault("exp_avg_sq", torch.zeros_like(parameter.data))
+            return optimizer, scheduler
 
-    build = setup.setup_optimizer
+        return build_and_seed
 
-    def build_and_seed(*args: Any, **kwargs: Any) -> Any:
-        optimizer, scheduler = build(*args, **kwargs)
-        for adam in _inner_adams(optimizer):
-            for group in adam.param_groups:
-                for parameter in group["params"]:
-                    state = adam.state[parameter]
-                    state.setdefault("step", torch.tensor(0.0))
-                    state.setdefault("exp_avg", torch.zeros_like(parameter.data))
-                    state.setdefault("exp_avg_sq", torch.zeros_like(parameter.data))
-        return optimizer, scheduler
-
-    setup.setup_optimizer = build_and_seed
+    setup = "megatron.bridge.training.setup"
+    replace(f"{setup}:setup_optimizer", building_and_seeding, _PURPOSE, called_by=(f"{setup}:setup",))
 
 
 def _load_steps_apart() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    for name in ("_set_main_param_and_optimizer_states", "load_state_dict"):
+        if name not in vars(DistributedOptimizer):
+            raise changed(f"Megatron-Core's DistributedOptimizer has no {name}", _PURPOSE)
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load = DistributedOptimizer.load_state_dict
 

@@ -8,12 +8,18 @@ import time
 from collections.abc import Callable
 
 import torch
-from megatron.bridge.training.callbacks import Callback, CallbackContext
-from megatron.bridge.training.train import force_param_sync, should_disable_forward_pre_hook
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
 from wan_train.checkpoint.folder import ResumePoint, read_loader_state
+from wan_train.checkpoint.hooks import CheckpointHooks
+from wan_train.engine.upstream.loop import (
+    Callback,
+    CallbackContext,
+    GlobalState,
+    force_param_sync,
+    should_disable_forward_pre_hook,
+)
 from wan_train.loop.metrics import MetricsWriter, StepMetrics, peak_of_device, reduce_metrics
 from wan_train.loop.nan_guard import guard_gradient
 from wan_train.loop.step import LOSS, WanForwardStep
@@ -28,7 +34,7 @@ class WanCallback(Callback):
         resume: the checkpoint that the loop loads, or None.
         metrics: writes the log.
         make_validator: called once the process groups exist; None for no validation.
-        save_seconds: returns the seconds that saves have taken since the last call.
+        hooks: of saves and loads, whose calls are verified.
     """
 
     def __init__(
@@ -37,10 +43,12 @@ class WanCallback(Callback):
         resume: ResumePoint | None,
         metrics: MetricsWriter,
         make_validator: Callable[[], Validator] | None,
-        save_seconds: Callable[[], float],
+        hooks: CheckpointHooks,
     ) -> None:
         self.step, self.resume, self.metrics = step, resume, metrics
-        self.make_validator, self.save_seconds = make_validator, save_seconds
+        self.make_validator, self.hooks = make_validator, hooks
+        self.state: GlobalState | None = None  # None before the first step of this process
+        self._done: int | None = None
         self.validator: Validator | None = None
         self.started = time.monotonic()
         self.learning_rate = 0.0
@@ -50,6 +58,7 @@ class WanCallback(Callback):
         """Resume the data at the position of the checkpoint."""
         state = context.state
         done = state.train_state.step
+        self.hooks.require_loaded()
         if done > 0:
             assert self.resume is not None, "the loop loads only the checkpoint that the run has resolved"
             iterator = state.cfg.dataset.train_iterator
@@ -68,6 +77,9 @@ class WanCallback(Callback):
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """Record the learning rate of the step, before the scheduler advances."""
+        config, done = context.state.cfg.checkpoint, context.state.train_state.step
+        if done == self._done and config.save_interval and done % config.save_interval == 0:
+            self.hooks.require_saved(config, done)
         self.step.begin()
         self.learning_rate = float(next(group["lr"] for group in context.optimizer.param_groups if group))
 
@@ -75,6 +87,7 @@ class WanCallback(Callback):
         """Update the EMA, log, validate."""
         state = context.state
         config, done = state.cfg, state.train_state.step + 1  # the loop increments it after this hook
+        self.state, self._done = state, done
         interval = config.validation.interval
         validates = self.validator is not None and (done % interval == 0 or done == config.train.train_iters)
         emas = [part.ema for part in unwrap_model(context.model) if getattr(part, "ema", None) is not None]
@@ -88,7 +101,7 @@ class WanCallback(Callback):
             self._validate(context, done)
 
     def _log(self, context: CallbackContext, done: int) -> None:
-        seconds = time.monotonic() - self.started - self.save_seconds()
+        seconds = time.monotonic() - self.started - self.hooks.take_seconds()
         counts, seconds = reduce_metrics(self.step.take_counts(), seconds, self.step.device)
         self.started = time.monotonic()
         if LOSS not in context.loss_dict:  # not on this pipeline stage

@@ -178,7 +178,7 @@ def _megatron_output_in_file(config: Any, verbose: bool) -> Iterator[TextIO]:
     with contextlib.ExitStack() as stack:
         if not verbose:
             stack.enter_context(warnings.catch_warnings())
-            for module in ("megatron", "torch", "modelopt", "nvidia_resiliency_ext", "wan_train.loop.run"):
+            for module in ("megatron", "torch", "modelopt", "nvidia_resiliency_ext", "wan_train.engine.upstream.loop"):
                 warnings.filterwarnings("ignore", module=rf"{module}\b")
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             where = os.devnull
@@ -215,13 +215,12 @@ def pretrain(options: RunOptions) -> None:
     if resume := _resolve_checkpoints(config):
         _check_resumed_weights(config, resume)
     derive_settings(config, on_cpu=running.device.type == "cpu")
-    if config.logger.logging_level == logging.INFO:
+    if config.logger.logging_level in (None, logging.INFO):
         config.logger.logging_level = logging.WARNING  # Megatron's own messages; set 10 or 30 to choose
-
-    from megatron.bridge.training.pretrain import pretrain as bridge_pretrain
 
     from wan_train.checkpoint.hooks import CheckpointHooks
     from wan_train.data.dataset import empty_caption_of
+    from wan_train.engine.upstream.loop import run_loop
     from wan_train.loop.callback import WanCallback
     from wan_train.loop.metrics import MetricsWriter, Terminal
     from wan_train.loop.step import WanForwardStep
@@ -235,10 +234,10 @@ def pretrain(options: RunOptions) -> None:
     try:
         with _megatron_output_in_file(config, options.verbose) as terminal:
             metrics = MetricsWriter(log, Terminal(terminal), config.train.train_iters)
-            bridge_pretrain(config, step, callbacks=[WanCallback(step, resume, metrics, validates, hooks.take_seconds)])
-    except SystemExit as stop:  # the loop exits this way at train.exit_interval
-        if stop.code:
-            raise
+            callback = WanCallback(step, resume, metrics, validates, hooks)
+            run_loop(config, step, [callback])
+            if callback.state is not None:
+                hooks.require_complete(config.checkpoint, callback.state.train_state.step)
     finally:
         import torch
 

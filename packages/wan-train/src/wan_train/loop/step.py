@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.bridge.training.state import GlobalState
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from wan_model.dit.flops import pack_flops
 from wan_model.flow import FlowMatching, NoisyPack, loss_sum, sample_losses
 from wan_train.data.dataset import NumberedPack
 from wan_train.data.seeds import generator_for
+from wan_train.engine.upstream.loop import GlobalState
 
 LOSS = "loss"
 

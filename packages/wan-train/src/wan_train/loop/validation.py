@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.bridge.training.callbacks import CallbackContext
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
@@ -23,6 +22,7 @@ from wan_model.flow import TIMESTEPS, NoisyPack, sample_losses
 from wan_model.pack import PackedText
 from wan_train.config.schema import ValidationConfig
 from wan_train.data.seeds import generator_for
+from wan_train.engine.upstream.loop import CallbackContext
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from megatron.bridge.models.model_provider import ModelProviderMixin
-from megatron.bridge.models.transformer_config import TransformerConfig
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
@@ -24,6 +22,7 @@ from wan_model.flow import FlowMatching
 from wan_model.weights.model_folder import resolve_folder
 from wan_model.weights.transformer import load_weights
 from wan_train import engine
+from wan_train.engine.upstream.loop import ModelProviderMixin, TransformerConfig
 from wan_train.model.ema import PREFIX as EMA_PREFIX
 from wan_train.model.ema import WeightEMA
 from wan_train.model.layout import layers_of_stages

@@ -71,7 +71,7 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
 
 
 def _reduces_in_fp32(config: Any) -> bool:
-    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+    from wan_train.engine.upstream.loop import get_mixed_precision_config
 
     precision = config.mixed_precision
     if isinstance(precision, str):

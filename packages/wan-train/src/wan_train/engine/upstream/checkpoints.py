@@ -1,0 +1,88 @@
+"""Where the hooks of ``wan_train.checkpoint`` are placed in Megatron-Bridge.
+
+Import only after ``wan_train.engine.start``.
+
+Bridge 0.3 calls ``save_checkpoint`` and ``load_checkpoint`` where they were imported, from 0.4 on its
+``DefaultCheckpointManager`` calls them where they are defined.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.safe_globals import register_safe_globals
+from megatron.core.utils import unwrap_model
+
+from wan_train.engine.upstream.replace import by, changed, find, mentions, nothing, replace
+
+__all__ = ["SAFE_SAVES", "CheckpointingException", "place_hooks", "register_safe_globals", "unwrap_model"]
+
+_BRIDGE = "megatron.bridge.training"
+_CHECKPOINTING = f"{_BRIDGE}.checkpointing"
+_MANAGER = f"{_CHECKPOINTING}:DefaultCheckpointManager"
+_SAVES = f"{_BRIDGE}.train:save_checkpoint_and_time"
+SAFE_SAVES, _EXACT = "saves that a crash cannot damage", "an exact resume"
+_NO_CODE = "reading checkpoints without executing code"
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def place_hooks(
+    *, save: Wrapper, schedule: Wrapper, load: Wrapper, exists: Callable[[Any], bool], load_weights: Callable[..., None]
+) -> None:
+    """Make the loop save and load through these functions; once per process.
+
+    Args:
+        save: makes the replacement of ``save_checkpoint(state, model, optimizer, ...)``.
+        schedule: of ``schedule_async_save(state, request)``.
+        load: of ``load_checkpoint(state, model, ...)``.
+        exists: replaces ``checkpoint_exists(path)``.
+        load_weights: replaces ``_load_model_state_dict(module, state, strict)``.
+
+    Raises:
+        EngineChangedError: one of them cannot be placed, or would not be called.
+    """
+    _verify_the_way_to_a_save()
+    replace(f"{_CHECKPOINTING}:save_checkpoint", save, SAFE_SAVES, called_by=(f"{_MANAGER}.save", _SAVES))
+    saves = (f"{_CHECKPOINTING}:save_checkpoint",)
+    replace(f"{_CHECKPOINTING}:schedule_async_save", schedule, SAFE_SAVES, called_by=saves)
+    # Its retention can delete the only complete checkpoint.
+    cleanup = f"{_CHECKPOINTING}:cleanup_old_non_persistent_checkpoint"
+    replace(cleanup, by(nothing), SAFE_SAVES, called_by=saves)
+
+    loads = (f"{_MANAGER}.load", f"{_BRIDGE}.setup:setup")
+    replace(f"{_CHECKPOINTING}:load_checkpoint", load, _EXACT, called_by=loads)
+    _verify_how_it_reads()
+    reads = (f"{_CHECKPOINTING}:_load_checkpoint_from_path",)
+    replace(f"{_CHECKPOINTING}:_load_model_state_dict", by(load_weights), _EXACT, called_by=reads)
+    _place_exists(exists)
+
+
+def _place_exists(exists: Callable[[Any], bool]) -> None:
+    """Replace ``checkpoint_exists``, which looks for Bridge's tracker files, where setup asks whether to load."""
+    import megatron.bridge.training.setup as setup
+
+    asks = next(function for name in ("_should_load_checkpoint", "setup") if (function := vars(setup).get(name)))
+    if not (hasattr(setup, "checkpoint_exists") and mentions(asks, "checkpoint_exists")):
+        raise changed(f"{setup.__name__} does not ask checkpoint_exists whether to load", _EXACT)
+    setup.checkpoint_exists = exists
+
+
+def _verify_the_way_to_a_save() -> None:
+    """The loop saves by one function, which calls Bridge's ``save_checkpoint`` or the manager that does."""
+    step = {"save_checkpoint"} if find(_MANAGER) is None else {"save"}
+    function = find(_SAVES)
+    if function is None or not any(mentions(function, name) for name in step):
+        raise changed(f"the training loop does not save by {_SAVES}", SAFE_SAVES)
+
+
+def _verify_how_it_reads() -> None:
+    """Megatron-Core leaves reading pickles to the functions of torch that ``read_without_code`` replaces."""
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    reader = f"{strategies}.cached_metadata_filesystem_reader:CachedMetadataFileSystemReader"
+    reads = find(f"{reader}.read_metadata")
+    if find(reader) is None or not (reads is None or mentions(reads, "read_metadata")):
+        raise changed(f"{reader} does not read the metadata as torch does", _NO_CODE)
+    planner = f"{strategies}.torch:MCoreLoadPlanner"
+    if find(planner) is None or find(f"{planner}.load_bytes") is not None:
+        raise changed(f"{planner} does not read objects as torch does", _NO_CODE)

@@ -1,0 +1,132 @@
+"""The sections of Megatron-Bridge's configuration, and the keys that have moved or are new in some version.
+
+Import only after ``wan_train.engine.start``.
+
+Bridge 0.4 moved the keys of its own validation from ``train`` to a section ``validation``, whose name this package has
+for its own section; that section then extends Bridge's.
+"""
+
+import dataclasses
+from typing import Any
+
+import megatron.bridge.training.config as bridge
+from megatron.bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    DistributedDataParallelConfig,
+    DistributedInitConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "ONLY",
+    "BridgeValidation",
+    "CheckpointConfig",
+    "ConfigContainer",
+    "DistributedDataParallelConfig",
+    "DistributedInitConfig",
+    "LoggerConfig",
+    "OptimizerConfig",
+    "RNGConfig",
+    "SchedulerConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "checkpoint_settings",
+    "no_validation_by_bridge",
+]
+
+
+def has_key(section: type, name: str) -> bool:
+    """Whether a section has a key in this version."""
+    return name in {field.name for field in dataclasses.fields(section)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class _NoValidation:
+    """Bridge has no such section."""
+
+
+_Theirs: Any = getattr(bridge, "ValidationConfig", None)
+if _Theirs is not None:
+
+    @dataclasses.dataclass(kw_only=True)
+    class _OffByDefault(_Theirs):
+        """Bridge's section, with which it validates nothing."""
+
+        eval_iters: int | None = 0
+
+
+# What this package's section ``validation`` extends.
+BridgeValidation: Any = _NoValidation if _Theirs is None else _OffByDefault
+_INSTEAD = "validate with validation.interval and validation.samples"
+
+# Keys that not every version has: the key, its allowed values, and advice for any other value.
+_OF_SOME_VERSIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("train.step_batch_size_schedule", (None,), "every step has train.global_batch_size packs"),
+    ("train.num_epochs", (None,), "a run's length is train.train_iters"),
+    ("train.skip_train", (False, None), "a run trains"),
+    ("checkpoint.custom_manager_class", (None,), "only this package's saves can be resumed after a crash"),
+    ("checkpoint.async_strategy", ("mcore",), "only Megatron-Core's writer is supervised"),
+    ("checkpoint.also_save_hf_checkpoint", (False,), "use wan-train export"),
+    ("dist.eval_context_parallel_size", (None,), _INSTEAD),
+    ("dataset.dataloader_load", (None,), "the data continue at the checkpoint's position"),
+)
+# Keys of Megatron-LM's loop that Bridge has from 0.4 on and does not read in any version, and those that it reads only
+# for an export to Hugging Face's layout or for an asynchronous save with FSDP, which are refused.
+_UNREAD = {
+    "train": ("exit_signal_handler_for_training", "gpu_sniff_test_interval"),
+    "logger": (
+        *("log_device_memory_used", "log_memory_interval", "moe_routing_trace_path"),
+        *("moe_routing_trace_max_training_iters", "moe_routing_trace_capture_logits"),
+        *("moe_routing_trace_capture_hidden_states", "moe_routing_trace_dump_weights"),
+    ),
+    "checkpoint": (
+        *("async_ckpt_use_cpu_shm", "auto_detect_ckpt_format", "ckpt_convert_update_legacy_dist_opt_format"),
+        *("ckpt_fully_parallel_load_exchange_algo", "ckpt_fully_parallel_load_process_group"),
+        *("ckpt_fully_parallel_save_process_group", "ckpt_load_validate_sharding_integrity"),
+        *("dist_ckpt_save_pre_mcore_014", "dist_ckpt_workers", "hf_distributed_save", "hf_save_every_n_ranks"),
+        *("hf_source_path", "hf_trust_remote_code", "save_activations_interval", "save_dgrads_interval"),
+        *("save_params_interval", "save_retain_interval", "save_tokens_per_expert_interval", "save_wgrads_interval"),
+        *("use_mp_args_from_checkpoint_args", "use_tokenizer_model_from_checkpoint_args", "verify_integrity"),
+    ),
+}
+
+
+def _only() -> tuple[tuple[str, tuple[Any, ...], str], ...]:
+    sections = {
+        "train": TrainingConfig,
+        "logger": LoggerConfig,
+        "checkpoint": CheckpointConfig,
+        "dist": DistributedInitConfig,
+        "dataset": bridge.DatasetProvider,
+    }
+    rows = [row for row in _OF_SOME_VERSIONS if has_key(sections[(path := row[0].split("."))[0]], path[1])]
+    fields = dataclasses.fields(BridgeValidation)
+    evaluates = ("train.eval_iters", (0, None) if fields else (0,), _INSTEAD)
+    theirs = [(f"validation.{field.name}", (field.default,), _INSTEAD) for field in fields]
+    unread = [
+        (f"{section}.{field.name}", (field.default,), "Megatron-Bridge does not read it, so leave it out")
+        for section, names in _UNREAD.items()
+        for field in dataclasses.fields(sections[section])
+        if field.name in names
+    ]
+    return (evaluates, *rows, *theirs, *unread)
+
+
+# Of the keys above those that this version has, and those of Bridge's own validation.
+ONLY = _only()
+
+
+def no_validation_by_bridge(train_iters: int) -> dict[str, Any]:
+    """Arguments of ``TrainingConfig``, where it has the keys of Bridge's validation."""
+    return {} if dataclasses.fields(BridgeValidation) else {"eval_iters": 0, "eval_interval": train_iters}
+
+
+def checkpoint_settings() -> dict[str, Any]:
+    """Further arguments of ``CheckpointConfig``: the writer of asynchronous saves, where there is more than one."""
+    return {"async_strategy": "mcore"} if has_key(CheckpointConfig, "async_strategy") else {}
