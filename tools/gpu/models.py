@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bench.models import Samples
 from wan_model import WanConfig, WanDiT
+from wan_model.codec.vae_decoder import VaeDecoder
 from wan_model.dit.attention import AttentionKind
 from wan_model.dit.ops import TorchOps
 from wan_model.dit.recompute import Recompute
@@ -41,3 +42,22 @@ def call(model: WanDiT, samples: Samples, tokens: Tensor) -> Tensor:
     """A forward pass."""
     out: Tensor = model(tokens, samples.timesteps, samples.texts, samples.layout)
     return out
+
+
+def random_decoder(width: int) -> VaeDecoder:
+    """The autoencoder's decoder with random weights; the width of the released one is 96."""
+    multiples = [1, 2, 4, 4] if width >= 32 else [1, 2, 2, 2]
+    sizes = {"base_dim": width, "z_dim": 16, "dim_mult": multiples, "num_res_blocks": 2 if width >= 32 else 1}
+    decoder = VaeDecoder({**sizes, "temperal_downsample": [False, True, True]})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("gamma"):
+                parameter.fill_(1.0)
+            elif parameter.ndim > 1:
+                parameter.normal_(std=1.2 * parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.normal_(std=0.02, generator=generator)
+        # Pixels are cut off at -1 and 1, where no difference would be seen.
+        decoder.decoder.conv_out.weight.mul_(0.2)
+    return decoder.eval().requires_grad_(False)
