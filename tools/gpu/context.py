@@ -3,11 +3,15 @@
 import contextlib
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gpu.rows import DeviceLostError, Found, NotRun, Row, measured
+
+# The seconds of a row whose figures have been measured.
+AT_ONCE = -math.inf
 
 
 @dataclasses.dataclass(frozen=True)

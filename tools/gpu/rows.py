@@ -73,11 +73,18 @@ class Found:
 
 
 class Failed(Exception):
-    """A check that does not hold; the arguments are those of ``Found``."""
+    """A check that does not hold.
 
-    def __init__(self, why: str, numbers: Mapping[str, Value] | None = None) -> None:
+    Args:
+        why, numbers: see ``Found``.
+        traceback: the last lines, where it is an exception of what was checked.
+    """
+
+    def __init__(
+        self, why: str, numbers: Mapping[str, Value] | None = None, traceback: list[str] | None = None
+    ) -> None:
         super().__init__(why)
-        self.numbers = dict(numbers or {})
+        self.numbers, self.traceback = dict(numbers or {}), traceback or []
 
 
 class NotRun(Exception):
@@ -92,6 +99,11 @@ def one_line(error: BaseException | str) -> str:
     """A message on one line, shortened."""
     text = " ".join(str(error).split())
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 4] + " ..."
+
+
+def last_lines(error: BaseException) -> list[str]:
+    """The end of its traceback."""
+    return "".join(traceback.format_exception(error)).rstrip().splitlines()[-_TRACEBACK_LINES:]
 
 
 def absent_package(error: BaseException | None) -> str | None:
@@ -121,7 +133,7 @@ def measured(name: str, measure: Callable[[], Found], *, memory_may_lack: bool =
     except NotRun as reason:
         row = Row(name, "not run", one_line(reason))
     except Failed as failure:
-        row = Row(name, "failed", one_line(failure), failure.numbers)
+        row = Row(name, "failed", one_line(failure), failure.numbers, traceback=failure.traceback)
     except DeviceLostError:
         raise
     except Exception as error:
@@ -136,5 +148,4 @@ def _unexpected(name: str, error: Exception, *, memory_may_lack: bool) -> Row:
     # By name, because torch is not imported here.
     if type(error).__name__ == "OutOfMemoryError" and memory_may_lack:
         return Row(name, "not run", "it needs more memory than the device has")
-    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-    return Row(name, "failed", f"{type(error).__name__}: {one_line(error)}", traceback=lines[-_TRACEBACK_LINES:])
+    return Row(name, "failed", f"{type(error).__name__}: {one_line(error)}", traceback=last_lines(error))
