@@ -22,7 +22,8 @@ from gpu.stages import Stage
 # Inherited by every process of a stage, also by those in sessions of their own.
 _MARK = "WAN_GPU_CHECK_STAGE"
 # Between the time that a stage is told and its end by force; a stage needs some seconds to start again.
-_GRACE_SECONDS, _RESTART_SECONDS = 3.0, 8.0
+_GRACE_SECONDS, _RESTART_SECONDS = 4.0, 8.0
+_MOST_STARTS = 10
 _LOG_LINES, _LOG_BYTES = 40, 20_000
 
 
@@ -77,6 +78,7 @@ class _Events:
     def __init__(self, path: Path) -> None:
         self._path, self._read, self._rest = path, 0, b""
         self.running: str | None = None
+        self.ended = False
 
     def rows(self) -> list[Row]:
         """The new rows."""
@@ -93,6 +95,8 @@ class _Events:
             if "row" in event:
                 found.append(Row(**event["row"]))
                 self.running = None
+            elif "end" in event:
+                self.ended = True
             else:
                 self.running = event["begin"]
         return found
@@ -130,9 +134,10 @@ def run_stage(
             result.seconds = round(time.monotonic() - start, 1)
             publish(result)
 
-    again = True
+    again, starts = True, 0
     try:
         while again:
+            starts += 1
             left = end - time.monotonic()
             command = [
                 *(sys.executable, "-m", "gpu.stage_process", stage.function, "--device", device),
@@ -147,7 +152,9 @@ def run_stage(
             code = _wait(process, end, update)
             kill_marked(mark)
             update()
-            again = _after(result, code, events.running, time.monotonic(), end)
+            # A process that has measured everything may be killed while it ends.
+            again = not events.ended and _after(result, code, events.running, time.monotonic(), end)
+            again = again and starts < _MOST_STARTS
             events.running = None
     finally:
         kill_marked(mark)
@@ -172,16 +179,14 @@ def _wait(process: "subprocess.Popen[bytes]", end: float, update: Callable[[], N
 
 
 def _after(result: StageResult, code: int | None, running: str | None, now: float, end: float) -> bool:
-    """Add the row of a process that did not end by itself; returns whether another one should measure the rest."""
-    if code == 0:
-        return False
+    """Add the row of a process that ended before its last row; returns whether another one should measure the rest."""
     where = f" in {running!r}" if running else ""
     if code is None:
         why = f"it overran its {result.deadline:.0f} s{where} and was killed; what follows was not measured"
         result.rows.append(Row("the stage itself", "failed", why))
         return False
     if code != DEVICE_LOST:
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
         result.rows.append(Row(running or "the stage itself", "failed", f"its process was ended {how}"))
     # Without a row that began, a new process would end in the same way.
     progress = running is not None or code == DEVICE_LOST

@@ -1,7 +1,7 @@
 """``python -m gpu.stage_process``: one stage; its rows go to a file, one JSON object a line, as they are measured.
 
-A line ``{"begin": NAME}`` stands before the row of that name. The exit status is ``DEVICE_LOST`` if another process has
-to measure the remaining rows.
+A line ``{"begin": NAME}`` stands before the row of that name, and ``{"end": true}`` is the last one. The exit status is
+``DEVICE_LOST`` if another process has to measure the remaining rows.
 """
 
 import argparse
@@ -37,6 +37,7 @@ def _run(function: str, context: Context, file: TextIO) -> int:
         return DEVICE_LOST
     if whole.outcome != "passed":
         _write(file, {"row": whole.to_json()})
+    _write(file, {"end": True})
     return 0
 
 
@@ -56,7 +57,7 @@ def main() -> int:
     if path.exists():
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         # What had begun and has no row crashed the process before this one.
-        done = {event.get("begin") or event["row"]["name"] for event in events}
+        done = {event["begin"] if "begin" in event else event["row"]["name"] for event in events}
     with path.open("a", encoding="utf-8") as file:
         context = Context(
             arguments.device, arguments.folder, ends_at, frozenset(done), lambda name: _write(file, {"begin": name})
