@@ -75,12 +75,19 @@ class Check:
         device: ``auto``, ``cuda`` or ``cpu``.
         stages: in order.
         wheels: folder of wheels to install for this run, or None.
+        quick: on a CPU, only what shows that every stage runs.
     """
 
     def __init__(
-        self, out: Path, minutes: float, device: str, stages: Sequence[Stage] = STAGES, wheels: Path | None = None
+        self,
+        out: Path,
+        minutes: float,
+        device: str,
+        stages: Sequence[Stage] = STAGES,
+        wheels: Path | None = None,
+        quick: bool = False,
     ) -> None:
-        self.out, self.stages, self.wheels = out, stages, wheels
+        self.out, self.stages, self.wheels, self.quick = out, stages, wheels, quick
         self.device = _likely_device() if device == "auto" else device
         self.end = time.monotonic() + 60 * minutes - _RESERVE_SECONDS * minutes / 8
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
@@ -100,8 +107,9 @@ class Check:
             for number, stage in enumerate(self.stages):
                 shares = sum(later.share for later in self.stages[number:])
                 seconds = max(1.0, (self.end - time.monotonic()) * stage.share / shares)
+                variables, options = environment(self.device, site), ["--quick"] if self._is_quick() else []
                 result = run_stage(
-                    stage, self.device, seconds, Path(name) / stage.name, environment(self.device, site), self._publish
+                    stage, self.device, seconds, Path(name) / stage.name, variables, self._publish, options
                 )
                 if stage.name == "versions":
                     self._note_device(result)
@@ -111,6 +119,9 @@ class Check:
         self.report.write(self.out)
         print(self.report.summary(), flush=True)
         return 1 if self.report.counts()["failed"] else 0
+
+    def _is_quick(self) -> bool:
+        return self.quick and self.device == "cpu"
 
     def _install(self, work: Path) -> Path:
         assert self.wheels is not None
@@ -140,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu_check.json and gpu_check.md")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--quick", action="store_true", help="on a CPU: only what shows that every stage runs")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to use in this run, see gpu_wheels.py")
     parser.add_argument("--stages", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}")
     given = parser.parse_args(arguments)
@@ -150,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
     chosen = [stage for stage in STAGES if given.stages is None or stage.name in given.stages]
-    return Check(given.out, given.minutes, given.device, chosen, given.wheels).run()
+    return Check(given.out, given.minutes, given.device, chosen, given.wheels, given.quick).run()
 
 
 if __name__ == "__main__":

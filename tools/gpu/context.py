@@ -22,6 +22,7 @@ class Context:
         device: ``cuda`` or ``cpu``.
         folder: for files of the stage.
         ends_at: by ``time.monotonic``; no row should begin that would end later.
+        quick: on a CPU, only what shows that the stage runs.
         done: names of rows that an earlier process of this stage has finished.
         begin: called with the name of what begins, so that a crash can be attributed to it.
     """
@@ -29,6 +30,7 @@ class Context:
     device: str
     folder: Path
     ends_at: float
+    quick: bool = False
     done: frozenset[str] = frozenset()
     begin: Callable[[str], None] = lambda name: None
 
@@ -50,6 +52,15 @@ class Context:
         """
         if not self.on_gpu:
             raise NotRun("no GPU")
+
+    def leave_out_if_quick(self) -> None:
+        """Refuse a row that ``--quick`` leaves out.
+
+        Raises:
+            NotRun: it is left out.
+        """
+        if self.quick:
+            raise NotRun("left out by --quick")
 
     def row(
         self, name: str, measure: Callable[[], Found], *, seconds: float = 1.0, memory_may_lack: bool = False

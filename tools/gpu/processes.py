@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gpu.rows import Row
@@ -109,6 +109,7 @@ def run_stage(
     folder: Path,
     environment: Mapping[str, str],
     publish: Callable[[StageResult], None],
+    options: Sequence[str] = (),
 ) -> StageResult:
     """Run a stage; a crash ends one row, and a new process measures the others.
 
@@ -119,6 +120,7 @@ def run_stage(
         folder: for its files.
         environment: of its processes.
         publish: called with what is known when rows are new.
+        options: further options of ``gpu.stage_process``.
 
     Returns:
         The result, complete.
@@ -142,7 +144,7 @@ def run_stage(
             command = [
                 *(sys.executable, "-m", "gpu.stage_process", stage.function, "--device", device),
                 *("--folder", str(folder), "--seconds", f"{max(1.0, left - _GRACE_SECONDS):.1f}"),
-                *("--parent", str(os.getpid())),
+                *("--parent", str(os.getpid()), *options),
             ]
             with log.open("ab") as output:
                 process = subprocess.Popen(

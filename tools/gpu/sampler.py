@@ -129,10 +129,11 @@ class _Folder:
     """The tiny model with text encoder, tokenizer and autoencoder, and a sampler of it; needs diffusers."""
 
     def __init__(self, context: Context) -> None:
-        self.device, self.path = context.device, context.folder / "tiny-wan"
+        self.context, self.device, self.path = context, context.device, context.folder / "tiny-wan"
 
     @functools.cached_property
     def written(self) -> Path:
+        self.context.leave_out_if_quick()
         from wan_model.tiny import write_tiny_wan
 
         return write_tiny_wan(self.path)
@@ -174,6 +175,7 @@ def _offloaded(it: _Folder, results: dict[str, Tensor]) -> Found:
 
 
 def _command(it: _Folder, context: Context, name: str, *options: str) -> Found:
+    context.leave_out_if_quick()
     import av
 
     file, output = context.folder / name, context.folder / f"{name}.json"

@@ -62,6 +62,7 @@ class _Sampling:
 
     @functools.cached_property
     def pipeline(self) -> Any:
+        self.context.leave_out_if_quick()
         from diffusers import UniPCMultistepScheduler, WanPipeline
 
         theirs = twin_of(self.model, torch.device(self.context.device)).eval().requires_grad_(False)

@@ -5,6 +5,7 @@ A line ``{"begin": NAME}`` stands before the row of that name, and ``{"end": tru
 """
 
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -22,6 +23,10 @@ DEVICE_LOST = 75
 def _write(file: TextIO, event: dict[str, Any]) -> None:
     file.write(json.dumps(event) + "\n")
     file.flush()
+
+
+def _begin(file: TextIO, name: str) -> None:
+    _write(file, {"begin": name})
 
 
 def _run(function: str, context: Context, file: TextIO) -> int:
@@ -49,6 +54,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     ends_at = time.monotonic() + arguments.seconds
     follow_parent(arguments.parent)
@@ -59,9 +65,8 @@ def main() -> int:
         # What had begun and has no row crashed the process before this one.
         done = {event["begin"] if "begin" in event else event["row"]["name"] for event in events}
     with path.open("a", encoding="utf-8") as file:
-        context = Context(
-            arguments.device, arguments.folder, ends_at, frozenset(done), lambda name: _write(file, {"begin": name})
-        )
+        begin = functools.partial(_begin, file)
+        context = Context(arguments.device, arguments.folder, ends_at, arguments.quick, frozenset(done), begin)
         return _run(arguments.function, context, file)
 
 
