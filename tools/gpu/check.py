@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from gpu.processes import StageResult, run_stage
-from gpu.report import Report
+from gpu.report import OUTCOMES, Report
 from gpu.stages import STAGES, Stage
 from gpu.wheel_install import install_wheels
 
@@ -99,29 +99,38 @@ class Check:
         self.report.write(self.out)
 
     def run(self) -> int:
-        """Run everything; returns the exit status: 0 if no row failed, else 1."""
+        """Run everything; returns the exit status: 0 if no row failed, else 1.
+
+        A signal that asks the process to end ends the stage with all of its processes, and leaves a report.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         self.report.write(self.out)
-        with tempfile.TemporaryDirectory(prefix="wan-gpu-check-", ignore_cleanup_errors=True) as name:
-            site = self._install(Path(name)) if self.wheels else None
-            for number, stage in enumerate(self.stages):
-                shares = sum(later.share for later in self.stages[number:])
-                seconds = max(1.0, (self.end - time.monotonic()) * stage.share / shares)
-                variables, options = environment(self.device, site), ["--quick"] if self._is_quick() else []
-                result = run_stage(
-                    stage, self.device, seconds, Path(name) / stage.name, variables, self._publish, options
-                )
-                if stage.name == "versions":
-                    self._note_device(result)
-                counts = ", ".join(f"{result.count(outcome)} {outcome}" for outcome in ("passed", "failed", "not run"))
-                print(f"{stage.name}: {counts} in {result.seconds:.0f} of {seconds:.0f} s", flush=True)
-        self.report.finished = True
-        self.report.write(self.out)
-        print(self.report.summary(), flush=True)
+        before = {number: signal.signal(number, _ended) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            with tempfile.TemporaryDirectory(prefix="wan-gpu-check-", ignore_cleanup_errors=True) as name:
+                self._run_stages(Path(name))
+            self.report.finished = True
+        finally:
+            self.report.write(self.out)
+            print(self.report.summary(), flush=True)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return 1 if self.report.counts()["failed"] else 0
 
-    def _is_quick(self) -> bool:
-        return self.quick and self.device == "cpu"
+    def _run_stages(self, work: Path) -> None:
+        site = self._install(work) if self.wheels else None
+        options = ["--quick"] if self.quick else []
+        for number, stage in enumerate(self.stages):
+            shares = sum(later.share for later in self.stages[number:])
+            seconds = max(1.0, (self.end - time.monotonic()) * stage.share / shares)
+            # A GPU has no quick run: what is left out there may be what is wrong.
+            options = options if self.device == "cpu" else []
+            variables = environment(self.device, site)
+            result = run_stage(stage, self.device, seconds, work / stage.name, variables, self._publish, options)
+            if stage.name == "versions":
+                self._note_device(result)
+            counts = ", ".join(f"{result.count(outcome)} {outcome}" for outcome in OUTCOMES)
+            print(f"{stage.name}: {counts} in {result.seconds:.0f} of {seconds:.0f} s", flush=True)
 
     def _install(self, work: Path) -> Path:
         assert self.wheels is not None
@@ -159,8 +168,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--minutes is {given.minutes:g}; it must be positive")
     if given.wheels is not None and not list(given.wheels.glob("*.whl")):
         parser.error(f"--wheels is {given.wheels}, which has no wheel; make it with tools/gpu_wheels.py")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _ended)
     chosen = [stage for stage in STAGES if given.stages is None or stage.name in given.stages]
     return Check(given.out, given.minutes, given.device, chosen, given.wheels, given.quick).run()
 

@@ -61,11 +61,9 @@ def compare(operation: Operation, call: Function, inputs: list[Tensor], rows: To
 
     wanted, scale, got = exact(), rounding_scale(exact), computed(call)
     truncates = os.environ.get("TRITON_INTERPRET") == "1"
-    numbers: dict[str, Value] = {
-        f"{key} / bound": float(f"{_distance(value, wanted[key], scale[key], truncates):.3g}")
-        for key, value in got.items()
-    }
-    wrong = [key for key, value in numbers.items() if not (isinstance(value, float) and value <= 1)]
+    distances = {key: _distance(value, wanted[key], scale[key], truncates) for key, value in got.items()}
+    numbers: dict[str, Value] = {f"{key} / bound": float(f"{value:.3g}") for key, value in distances.items()}
+    wrong = [key for key, value in distances.items() if not value <= 1]
     with torch.no_grad():
         without = call(*(x.clone() for x in leaves))
     again = [computed(call), *(computed(lambda *own: _recomputed(call, keep, *own)) for keep in (False, True))]  # noqa: B023
@@ -123,11 +121,9 @@ def split_norm(dtype: torch.dtype, heads: int, head: int, rows: TokenRows, with_
     got = {"value": out.detach(), "gradient 0": gradients[0], "gradient 1": gradients[1]}
     wanted, deviation = whole(), rounding_scale(whole)
     truncates = os.environ.get("TRITON_INTERPRET") == "1"
-    numbers: dict[str, Value] = {
-        f"{key} / bound": float(f"{_distance(value, wanted[key], deviation[key], truncates):.3g}")
-        for key, value in got.items()
-    }
-    if not all(isinstance(value, float) and value <= 1 for value in numbers.values()):
+    distances = {key: _distance(value, wanted[key], deviation[key], truncates) for key, value in got.items()}
+    numbers: dict[str, Value] = {f"{key} / bound": float(f"{value:.3g}") for key, value in distances.items()}
+    if not all(value <= 1 for value in distances.values()):
         raise Failed("beyond rounding of the whole norm's part", numbers)
     return Found("equal to its part of the whole norm within rounding", numbers)
 

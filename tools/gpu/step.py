@@ -78,6 +78,7 @@ class _Models:
         return random_model(config_of(self.context), self.context.device, torch.bfloat16)
 
     def theirs(self, *, checkpointing: bool) -> torch.nn.Module:
+        self.context.leave_out_if_quick()
         if checkpointing not in self._twins:
             twin = twin_of(self.ours, torch.device(self.context.device))
             if checkpointing:
