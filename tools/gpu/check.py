@@ -56,14 +56,8 @@ def _commit() -> str | None:
 
 
 def _likely_device() -> str:
-    """Before torch has been asked."""
+    """Without asking torch."""
     return "cuda" if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists() else "cpu"
-
-
-def _device_of(result: StageResult, otherwise: str) -> str:
-    """What torch said in the first stage."""
-    found = [row.numbers["device"] for row in result.rows if "device" in row.numbers]
-    return str(found[0]) if found else otherwise
 
 
 class Check:
@@ -88,7 +82,10 @@ class Check:
         quick: bool = False,
     ) -> None:
         self.out, self.stages, self.wheels, self.quick = out, stages, wheels, quick
-        self.device = _likely_device() if device == "auto" else device
+        # "auto" until torch has been asked, in the first stage.
+        self.device = device
+        if device == "auto" and all(stage.name != "versions" for stage in stages):
+            self.device = _likely_device()
         self.end = time.monotonic() + 60 * minutes - _RESERVE_SECONDS * minutes / 8
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         self.report = Report({"device": self.device, "minutes": minutes, "started": started, "commit": _commit()})
@@ -142,7 +139,9 @@ class Check:
         return work / "site"
 
     def _note_device(self, result: StageResult) -> None:
-        self.device = _device_of(result, self.device)
+        said = [str(row.numbers["device"]) for row in result.rows if "device" in row.numbers]
+        if self.device == "auto":
+            self.device = said[0] if said else _likely_device()
         self.report.facts["device"] = self.device
         for row in result.rows:
             if "card" in row.numbers:

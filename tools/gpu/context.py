@@ -19,7 +19,7 @@ class Context:
     """A run of a stage.
 
     Attributes:
-        device: ``cuda`` or ``cpu``.
+        device: ``cuda`` or ``cpu``; of the first stage also ``auto``.
         folder: for files of the stage.
         ends_at: by ``time.monotonic``; no row should begin that would end later.
         quick: on a CPU, only what shows that the stage runs.
@@ -84,7 +84,7 @@ class Context:
         self.begin(name)
         row = measured(name, measure, memory_may_lack=memory_may_lack)
         yield row
-        if row.outcome != "passed" and self.on_gpu:
+        if self.on_gpu and (row.outcome == "failed" or "memory" in row.why):
             self.free_memory()
 
     def free_memory(self) -> None:

@@ -10,6 +10,8 @@ from wan_model.system.files import write_bytes, write_json
 
 NAME = "gpu_check"
 OUTCOMES = ("passed", "failed", "not run")
+# Of the closing table.
+_SPEED = ("seconds", "seconds a step", "tokens/s", "TFLOP/s", "MFU %", "peak GB")
 
 
 @dataclasses.dataclass
@@ -68,6 +70,8 @@ def _stage_json(result: StageResult) -> dict[str, Any]:
 
 
 def _cell(value: Value) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -90,7 +94,7 @@ def _numbers(row: Row) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """The report for people: a summary, what failed, and every stage."""
+    """The report for people: a summary, what failed, every stage, and the speed of whole steps."""
     parts = ["# GPU check", report.summary() + "."]
     parts.append("; ".join(f"{name}: {_cell(value)}" for name, value in report.facts.items() if value is not None))
     overview = [
@@ -113,7 +117,19 @@ def to_markdown(report: Report) -> str:
                 parts += [f"### {_cell(row.name)}: traceback", "```text\n" + "\n".join(row.traceback) + "\n```"]
         if result.log:
             parts += [f"### {result.stage.title}: what its processes printed last", _fenced(result.log)]
+    if speeds := _speeds(report):
+        parts += ["## Speed", _figures(speeds)]
     return "\n\n".join(parts) + "\n"
+
+
+def _speeds(report: Report) -> list[dict[str, Value]]:
+    """What was measured of whole steps, one line each."""
+    return [
+        {"row": row.name, **{name: row.numbers.get(name, "") for name in _SPEED}}
+        for result in report.results
+        for row in result.rows
+        if row.outcome == "passed" and "tokens/s" in row.numbers
+    ]
 
 
 def _fenced(lines: list[str]) -> str:

@@ -157,6 +157,8 @@ def offloaded(context: Context, sampling: _Sampling) -> Found:
     Raises:
         Failed: it is not in main memory afterwards.
     """
+    # Diffusers' model would keep the weights on the device.
+    sampling.__dict__.pop("pipeline", None)
     model = sampling.model
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     main, device = torch.device("cpu"), torch.device(context.device)

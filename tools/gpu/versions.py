@@ -1,5 +1,6 @@
 """The first stage: what the other figures depend on."""
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -39,7 +40,7 @@ def version_of(package: str) -> str | None:
 def _torch(context: Context) -> Found:
     import torch
 
-    device = "cuda" if context.device == "cuda" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if context.device != "cpu" and torch.cuda.is_available() else "cpu"
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     numbers: dict[str, Value] = {
         "device": device,
@@ -50,8 +51,8 @@ def _torch(context: Context) -> Found:
     }
     if (major, minor) < (2, 10):
         raise Failed(f"torch is {torch.__version__}; wan-model needs 2.10 or newer", numbers)
-    if context.device == "cuda" and device == "cpu":
-        raise Failed("torch sees no GPU although this machine has one, or --device asks for it", numbers)
+    if device == "cpu" and (context.device == "cuda" or (context.device == "auto" and shutil.which("nvidia-smi"))):
+        raise Failed("torch sees no GPU although this machine has nvidia-smi, or --device asks for one", numbers)
     return Found(f"torch {torch.__version__} computes on {device}", numbers)
 
 
@@ -113,7 +114,11 @@ def _packages() -> Found:
 
 def rows(context: Context) -> Iterator[Row]:
     """Versions of everything, the card and its clocks."""
-    yield from context.row("torch", lambda: _torch(context))
+    device = context.device
+    for row in context.row("torch", lambda: _torch(context)):
+        yield row
+        device = str(row.numbers.get("device", device))
+    context = dataclasses.replace(context, device=device)
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     numbers: dict[str, Value] = {"python": platform.python_version(), "cores": os.cpu_count(), "system": system}
     yield from context.row("machine", lambda: Found("the interpreter and the machine", numbers))
