@@ -11,7 +11,7 @@ from gpu.context import Context
 from gpu.fused_operations import EPS, OPERATIONS, Function, Operation, draw, kernels_used, rotated
 from gpu.rows import Failed, Found, Row, Value
 from wan_model import PackLayout, TokenRows
-from wan_model.dit.recompute import recomputed
+from wan_model.dit.recompute import Recompute, recomputed
 from wan_model.dit.rope import rotary_table
 from wan_model.testing import rounding_scale
 
@@ -66,12 +66,13 @@ def compare(operation: Operation, call: Function, inputs: list[Tensor], rows: To
     wrong = [key for key, value in distances.items() if not value <= 1]
     with torch.no_grad():
         without = call(*(x.clone() for x in leaves))
-    again = [computed(call), *(computed(lambda *own: _recomputed(call, keep, *own)) for keep in (False, True))]  # noqa: B023
+    modes: tuple[Recompute, ...] = ("block", "all_but_attention", "elementwise")
+    again = [computed(call), *(computed(functools.partial(_recomputed, call, mode)) for mode in modes)]
     same = {
         "equal without gradients": torch.equal(without, got["value"]),
         **{
             f"equal {how}": all(torch.equal(other[key], got[key]) for key in got)
-            for how, other in zip(("twice", "recomputed", "recomputed selectively"), again, strict=True)
+            for how, other in zip(("twice", *(f"recomputed, {mode}" for mode in modes)), again, strict=True)
         },
     }
     numbers |= same
@@ -81,8 +82,8 @@ def compare(operation: Operation, call: Function, inputs: list[Tensor], rows: To
     return Found("equal to fp64 within rounding, and to the bit however it is called", numbers)
 
 
-def _recomputed(call: Function, keep: bool, *inputs: Tensor) -> Tensor:
-    return recomputed(call, *inputs, keep_attention=keep)
+def _recomputed(call: Function, mode: Recompute, *inputs: Tensor) -> Tensor:
+    return recomputed(call, *inputs, mode=mode)
 
 
 def split_norm(dtype: torch.dtype, heads: int, head: int, rows: TokenRows, with_rotation: bool, device: str) -> Found:

@@ -169,8 +169,8 @@ def attention_calls(it: _Model, kind: AttentionKind, mode: Recompute) -> Found:
     queries = torch.empty(it.samples.layout.total, 1, 1, device=it.device, dtype=torch.bfloat16)
     resolved = resolve_kind(kind, queries, it.samples.layout.offsets)
     once = it.config.num_layers * (1 if resolved == "varlen" else it.samples.layout.num_samples)
-    # Self-attention and cross-attention of each layer; the second is computed again in both modes.
-    wanted = {"none": 2 * once, "all_but_attention": 3 * once, "block": 4 * once}[mode]
+    # Self-attention and cross-attention of each layer.
+    wanted = {"none": 2 * once, "elementwise": 2 * once, "all_but_attention": 3 * once, "block": 4 * once}[mode]
     numbers: dict[str, Value] = {
         "attention": resolved, "forward": calls.seen["forward"], "expected": wanted, "backward": calls.seen["backward"],
     }  # fmt: skip

@@ -18,6 +18,7 @@ from gpu.rows import Failed, Found, Row, Value
 from wan_infer.request.settings import Settings
 from wan_infer.sampling.denoise import denoise, draw_noise
 from wan_model import WanDiT
+from wan_model.codec.convolutions import tf32_convolutions, to_channels_last
 from wan_model.codec.tiled_decode import Tile, TiledDecoder
 from wan_model.codec.vae_decoder import VaeDecoder
 
@@ -97,13 +98,11 @@ class _Autoencoder:
         return _decode(self.decoder, self.raw), _decode(copy.deepcopy(self.decoder).double(), self.raw)
 
     def on_device(self, allow_tf32: bool) -> Tensor:
-        """Frames of the device."""
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = allow_tf32
-        try:
-            return _decode(copy.deepcopy(self.decoder).to(self.device), self.raw)
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
+        """Frames of the device, with the channels last as in the sampler."""
+        decoder = copy.deepcopy(self.decoder).to(self.device)
+        to_channels_last(decoder)
+        with tf32_convolutions(allow_tf32):
+            return _decode(decoder, self.raw)
 
 
 def _frames_in_fp32(it: _Autoencoder) -> Found:

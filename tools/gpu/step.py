@@ -166,6 +166,7 @@ def rows(context: Context) -> Iterator[Row]:
     modes: tuple[Recompute, ...] = ("all_but_attention", "block")
     # "auto" is one of the others; which, the stage of the model says.
     calls = {f"{kind}, {mode}": video.ours(kind, mode) for mode in modes for kind in KINDS[mode == "block" :]}
+    calls |= {f"{kind}, elementwise": video.ours(kind, "elementwise") for kind in KINDS[:2]}
     calls |= {eager: video.ours("auto", modes[0], kernels=False), base: video.theirs(checkpointing=True)}
     yield from video.rows("one video", calls, (best, base))
 
