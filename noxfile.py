@@ -1,6 +1,6 @@
 """The sessions of this repository; ``nox -l`` lists them.
 
-All sessions except isolation, docs, build and release share one environment, ``.nox/dev``, with all four packages
+All sessions except isolation, docs, build, release and gpu share one environment, ``.nox/dev``, with all four packages
 installed editable at the versions of constraints.txt. A stamp in it records what it was created from: while that is
 unchanged, no session runs pip.
 """
@@ -307,6 +307,21 @@ def bench(session: nox.Session) -> None:
     """Speed and memory compared with diffusers and plain torch; tables in bench/ (-- --quick checks that it runs)."""
     prepare_environment(session)
     run(session, "python", "-m", "bench", "--folder", "bench", *session.posargs, PYTHONPATH="tools")
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Check on a GPU that everything is right and fast; report in gpu-check/ (-- --minutes 8, -- --wheels FOLDER)."""
+    # The machine's own Python, whose torch fits its GPU; nothing is installed.
+    python = os.environ.get("WAN_GPU_PYTHON") or shutil.which("python3") or sys.executable
+    found = session.run(
+        python, "-c", "import torch; print(torch.__version__)", external=True, silent=True, success_codes=[0, 1]
+    )
+    if "Traceback" in str(found):
+        session.error(
+            f"{python} has no torch: activate the environment that has it, or set WAN_GPU_PYTHON to its Python"
+        )
+    session.run(python, "tools/gpu_check.py", "--out", "gpu-check", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -16,10 +16,15 @@ import av
 import numpy as np
 import pytest
 
+from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, first_users_first, once_in, session_folder
 
 TRAIN_STEPS, SAVED_STEP = 6, 3
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hide_gpus(config.option.markexpr)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

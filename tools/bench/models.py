@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from wan_model import PackLayout, WanConfig, WanDiT, init_weights, patchify
@@ -57,10 +56,19 @@ def twins(config: WanConfig, device: torch.device, dtype: torch.dtype) -> tuple[
         # With a zero head most gradients would be zero.
         ours.proj_out.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     ours.to_precision(dtype).to(device)
+    return ours.train(), twin_of(ours, device)
+
+
+def twin_of(ours: WanDiT, device: torch.device) -> Any:
+    """Diffusers' model with the weights of ours, which are not copied."""
+    # Here, so that what needs no comparison runs without it.
+    from diffusers import WanTransformer3DModel
+
+    config = ours.config
     with torch.device("meta"):
         # Its own initialisation takes longer than a benchmark.
         theirs = WanTransformer3DModel.from_config(config.to_diffusers())
     theirs.rope = type(theirs.rope)(config.head_dim, config.patch_size, 1024)
     theirs.load_state_dict(ours.state_dict(), assign=True)
     theirs.to(device)
-    return ours.train(), theirs.train().requires_grad_()
+    return theirs.train().requires_grad_()

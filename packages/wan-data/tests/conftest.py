@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
 
+from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, first_users_first, once_in, session_folder
 
 # Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
@@ -82,6 +83,10 @@ def write_clip(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hide_gpus(config.option.markexpr)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ import jaxtyping
 import pytest
 import torch
 
+from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, once_in, session_folder
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parent))  # for parallel_probe
 torch.set_num_threads(1)
 jaxtyping.install_import_hook("wan_infer", "beartype.beartype")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hide_gpus(config.option.markexpr)
 
 
 @pytest.fixture(scope="session")

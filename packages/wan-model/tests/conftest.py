@@ -11,6 +11,7 @@ import jaxtyping
 
 # Before the hook: checks would take longer than what these do.
 from wan_model.testing import seeds
+from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, first_users_first, once_in, session_folder
 
 # Before all other imports of wan_model: every annotated function of them checks its shapes from here on.
@@ -77,6 +78,10 @@ def randomise(module: nn.Module, seed: int) -> None:
             else:
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 4
                 parameter.copy_(noise * fan_in**-0.5)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hide_gpus(config.option.markexpr)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

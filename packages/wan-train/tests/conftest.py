@@ -11,6 +11,7 @@ import jaxtyping
 import pytest
 import torch
 
+from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, once_in
 from wan_model.testing.once import session_folder as shared_folder
 
@@ -21,6 +22,10 @@ jaxtyping.install_import_hook(["wan_model", "wan_train.data.mock_data", "wan_tra
 import training_runs  # noqa: E402  these after the hook
 from plain_training import Reference  # noqa: E402
 from training_runs import EQUALITY_SEED, call, equality_options, train, write_start  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hide_gpus(config.option.markexpr)
 
 
 @pytest.fixture(scope="session", autouse=True)

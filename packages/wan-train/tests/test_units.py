@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_ranks
 
 from wan_model.tiny import TINY_CONFIG
 from wan_train.checkpoint.folder import ResumePoint, read_loader_state
@@ -157,3 +158,14 @@ def test_what_forked_writers_say_is_there_at_once_and_in_order() -> None:
             results.get_nowait()
         results.put(OSError(28, "No space left on device"))
         assert results.get_nowait().errno == 28
+
+
+def test_no_rank_is_forked_from_a_process_that_uses_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("it was forked"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        with pytest.raises(RuntimeError, match=r"^CUDA is initialised in this process"):
+            warm_ranks._fork({}, 0, 0, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match=r"which must not use CUDA: run these tests without -m gpu"):
+        warm_ranks._import_engine()

@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wan_model.testing.devices import check_fork
+
 # Far above what a tiny run takes on a busy machine: a run that hangs fails the test instead of the session.
 TIMEOUT_SECONDS = 600.0
 _START_SECONDS = 300.0
@@ -191,6 +193,7 @@ def _run_rank(order: dict[str, Any], rank: int, port: int) -> int:
 
 
 def _fork(order: dict[str, Any], rank: int, port: int, client: socket.socket) -> int:
+    check_fork()
     pid = os.fork()
     if pid:
         return pid
@@ -245,9 +248,17 @@ def _note_cost(order: dict[str, Any]) -> None:
 
 
 def _import_engine() -> None:
+    import torch
     import yaml
 
     from wan_train import engine
+
+    if torch.cuda.is_available():
+        # The engine would take the device, and ranks that are forked behind that could not.
+        raise RuntimeError(
+            "ranks are forked from one process with the engine, which must not use CUDA: run these tests without "
+            "-m gpu, which hides the GPU, and tests that need it in processes of their own"
+        )
 
     # It writes the same, and the one in Python takes a third of the time of a save.
     yaml.SafeDumper = yaml.CSafeDumper  # type: ignore[misc]

@@ -194,7 +194,7 @@ def test_the_autoencoder_has_the_precision_of_its_option(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and -m gpu")
 def test_cuda_gives_the_latents_of_the_cpu_and_offloads_all_parts(model_folder: Path, sampler: WanSampler) -> None:
     own = WanSampler.from_pretrained(model_folder, device="cuda", dtype="float32", offload=True)
     latents = own.sample_latents(["a rabbit"], seed=3, settings=FAST, **SMALL)

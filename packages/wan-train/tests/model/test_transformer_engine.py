@@ -38,7 +38,7 @@ def test_asking_for_it_where_it_is_not_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_it, reason="needs a CUDA device and transformer-engine")
+@pytest.mark.skipif(not has_it, reason="needs a CUDA device, transformer-engine and -m gpu")
 @pytest.mark.parametrize(
     "settings",
     [[], ["--nproc-per-node", "2", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]],

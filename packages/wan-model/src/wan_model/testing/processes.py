@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wan_model.testing.devices import check_fork
+
 # Inherited by every process of a job, independent of its parents and process groups.
 _MARK = "WAN_TEST_JOB"
 PATIENCE = 120.0
@@ -199,6 +201,7 @@ def _run(order: dict[str, Any]) -> int:
 
 
 def _fork(order: dict[str, Any]) -> int:
+    check_fork()
     if pid := os.fork():
         return pid
     code = 1

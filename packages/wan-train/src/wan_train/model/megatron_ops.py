@@ -27,6 +27,7 @@ from wan_model import ContextParallel, PackLayout, TokenRows
 from wan_model.dit.attention import AttentionKind
 from wan_model.dit.elementwise import rotate
 from wan_model.dit.ops import RMSNorm, TorchOps
+from wan_model.dit.recompute import products_are_saved
 from wan_model.kernels import available
 
 
@@ -59,6 +60,10 @@ class _RowLinear(RowParallelLinear):
         """[S, in / ranks] -> this rank's rows [S, out]."""
         if self.input_size_per_partition == self.input_size and not self.config.gradient_accumulation_fusion:
             return F.linear(x, self.weight, self.bias)
+        if products_are_saved() and not self.config.sequence_parallel:
+            # Megatron's all-reduce overwrites the product, which would be reduced again when the block is recomputed.
+            reduced: Tensor = reduce_from_tensor_model_parallel_region(F.linear(x, self.weight).clone())
+            return reduced + self.bias
         out: Tensor = super().forward(x)[0]
         return out
 

@@ -1,0 +1,195 @@
+"""The GPU check on a CPU: every stage at a tiny size, and what becomes of stages that fail, hang or crash."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+LAST_LINE = re.compile(r"(\d+) rows passed, (\d+) failed, (\d+) not run in \d+ s on cpu")
+
+PLANTED = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from gpu.rows import Failed, Found, NotRun
+
+def fine(context):
+    yield from context.row("one", lambda: Found("it holds", {"value": 0.5, "huge": float("inf")}))
+    yield from context.row("two", lambda: Found("it holds", table=[{"kernel": "a|b", "ms": 1.5}]))
+
+def failing(context):
+    def wrong():
+        raise Failed("off by more than rounding", {"error": 1.01})
+    def lacking():
+        raise NotRun("no GPU")
+    yield from context.row("wrong", wrong)
+    yield from context.row("broken", lambda: Found(f"{1 / 0}"))
+    yield from context.row("absent", lambda: Found(__import__("transformer_engine").__name__))
+    yield from context.row("lacking", lacking)
+    raise LookupError("between two rows")
+
+def overrunning(context):
+    def hang():
+        # A child in a session of its own, as every rank of a launch is.
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        Path(os.environ["PLANTED_PID"]).write_text(str(child.pid))
+        time.sleep(600)
+    yield from context.row("before", lambda: Found("it holds"))
+    yield from context.row("hanging", hang)
+
+def crashing(context):
+    yield from context.row("before", lambda: Found("it holds"))
+    yield from context.row("crash", lambda: os.kill(os.getpid(), signal.SIGSEGV))
+    yield from context.row("behind", lambda: Found("it holds"))
+"""
+
+DRIVER = """
+import sys
+from pathlib import Path
+from gpu.check import Check
+from gpu.stages import Stage
+
+names = sys.argv[3:]
+stages = [Stage(n, n.title(), f"planted:{n}", 4 if n == "overrunning" else 30) for n in names]
+sys.exit(Check(Path(sys.argv[1]), float(sys.argv[2]), "cpu", stages).run())
+"""
+
+
+def _start(folder: Path, minutes: float, *stages: str) -> "subprocess.Popen[str]":
+    (folder / "planted.py").write_text(PLANTED)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(TOOLS), os.environ.get("PYTHONPATH", "")]),
+        "PLANTED_PID": str(folder / "pid"),
+    }
+    command = [sys.executable, "-c", DRIVER, str(folder / "out"), str(minutes), *stages]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _report(folder: Path) -> dict:
+    return json.loads((folder / "out" / "gpu_check.json").read_text())
+
+
+def _rows(stage: dict) -> dict[str, tuple[str, str]]:
+    return {row["name"]: (row["outcome"], row["why"]) for row in stage["rows"]}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_stages_that_fail_hang_or_crash_end_alone(tmp_path):
+    check = _start(tmp_path, 2.5, "failing", "overrunning", "crashing", "fine")
+    output, errors = check.communicate(timeout=170)
+    assert (check.returncode, errors) == (1, "")
+    report = _report(tmp_path)
+    failing, overrunning, crashing, fine = report["stages"]
+    assert report["finished"]
+    assert _rows(failing) == {
+        "wrong": ("failed", "off by more than rounding"),
+        "broken": ("failed", "ZeroDivisionError: division by zero"),
+        "absent": ("not run", "the package transformer_engine is not installed"),
+        "lacking": ("not run", "no GPU"),
+        "the stage itself": ("failed", "LookupError: between two rows"),
+    }
+    wrong, broken, *_, whole = failing["rows"]
+    assert wrong["numbers"] == {"error": 1.01}
+    assert broken["traceback"][-1] == "ZeroDivisionError: division by zero"
+    assert "between two rows" in whole["traceback"][-1]
+
+    assert _rows(overrunning)["before"] == ("passed", "it holds")
+    outcome, why = _rows(overrunning)["the stage itself"]
+    assert outcome == "failed"
+    assert re.fullmatch(r"it overran its \d+ s in 'hanging' and was killed; what follows was not measured", why), why
+    assert overrunning["seconds"] < overrunning["deadline"] + 5
+    assert not _is_alive(int((tmp_path / "pid").read_text())), "a child of the stage runs on"
+
+    assert _rows(crashing) == {
+        "before": ("passed", "it holds"),
+        "crash": ("failed", "its process was ended by SIGSEGV"),
+        "behind": ("passed", "it holds"),
+    }
+    assert set(_rows(fine).values()) == {("passed", "it holds")}
+
+    last = output.strip().splitlines()[-1]
+    assert LAST_LINE.fullmatch(last).groups() == ("5", "5", "2")
+    assert report["counts"] == {"passed": 5, "failed": 5, "not run": 2}
+    markdown = (tmp_path / "out" / "gpu_check.md").read_text()
+    assert last in markdown
+    assert "- Crashing: **crash**: its process was ended by SIGSEGV" in markdown
+    assert "| one | passed | it holds | value 0.5; huge inf |" in markdown
+    assert "| a\\|b | 1.5 |" in markdown
+    assert all(f"## {stage['title']}\n" in markdown for stage in report["stages"])
+
+
+def test_nothing_failed_is_exit_status_0(tmp_path):
+    check = _start(tmp_path, 2, "fine")
+    output, errors = check.communicate(timeout=150)
+    assert (check.returncode, errors) == (0, "")
+    assert LAST_LINE.fullmatch(output.strip().splitlines()[-1]).groups() == ("2", "0", "0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_check_leaves_its_rows_and_no_process(tmp_path, number):
+    check = _start(tmp_path, 20, "fine", "overrunning")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    check.send_signal(number)
+    output, _ = check.communicate(timeout=60)
+    assert check.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    report = _report(tmp_path)
+    assert not report["finished"]
+    assert set(_rows(report["stages"][0])) == {"one", "two"}
+    # The rank-like child is in a session of its own: only a check that is asked to end finds it. Real ranks follow
+    # their launcher.
+    child = int((tmp_path / "pid").read_text())
+    if number == signal.SIGTERM:
+        assert not _is_alive(child)
+        assert output.endswith("on cpu; the check has not come to its end\n")
+    else:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_every_stage_runs_on_a_cpu(tmp_path):
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--out", str(tmp_path), "--minutes", "20"]
+    # As on a machine where none of the packages is installed, as far as paths go.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--quick"], capture_output=True, text=True, env=environment, timeout=600
+    )
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    failed = [row for stage in report["stages"] for row in stage["rows"] if row["outcome"] == "failed"]
+    assert failed == []
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [stage["name"] for stage in report["stages"]] == [
+        "versions", "kernels", "attention", "model", "sampler", "training", "step", "bandwidth", "bridge", "sampling",
+        "profile",
+    ]  # fmt: skip
+    reasons = {
+        row["why"] for stage in report["stages"] for row in stage["rows"] if row["outcome"] == "not run"
+    }  # fmt: skip
+    assert reasons == {"no GPU", "left out by --quick"}
+    for stage in report["stages"]:
+        names = [row["name"] for row in stage["rows"]]
+        assert len(set(names)) == len(names), f"{stage['name']} has two rows of a name"
+        assert any(row["outcome"] == "passed" for row in stage["rows"]), stage["name"]
+        assert all(row["why"] for row in stage["rows"])
+    by_name = {row["name"]: row for stage in report["stages"] for row in stage["rows"]}
+    assert by_name["one video: auto, all_but_attention"]["numbers"]["tokens/s"] > 0
+    assert by_name["calls, auto, block"]["numbers"]["forward"] == 16
+    assert len(by_name["one video"]["table"]) == 20
+    passed, failures, not_run = map(int, LAST_LINE.fullmatch(done.stdout.strip().splitlines()[-1]).groups())
+    assert report["counts"] == {"passed": passed, "failed": failures, "not run": not_run}
+    assert passed >= 70
+    assert f"{passed} rows passed" in (tmp_path / "gpu_check.md").read_text()

@@ -1,0 +1,175 @@
+"""The command: installs carried wheels into a temporary folder, runs the stages, writes the report after each."""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from gpu.processes import StageResult, run_stage
+from gpu.report import OUTCOMES, Report
+from gpu.stages import STAGES, Stage
+from gpu.wheel_install import install_wheels
+
+ROOT = Path(__file__).resolve().parents[2]
+_INSTALL = Stage("install", "Carried wheels", "", 25)
+# Of eight minutes, for the start of the check itself and the end of killed processes.
+_RESERVE_SECONDS = 5.0
+
+
+def source_folders() -> list[str]:
+    """The folders of our own modules."""
+    return [str(ROOT / "tools"), *(str(folder) for folder in sorted(ROOT.glob("packages/*/src")))]
+
+
+def environment(device: str, site: Path | None = None) -> dict[str, str]:
+    """The environment of all processes of the check; ``site`` is the folder of the carried wheels."""
+    known = os.environ.get("PYTHONPATH")
+    path = [*([str(site)] if site else []), *source_folders(), *([known] if known else [])]
+    # On a machine with a GPU, commands would choose it by themselves.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return {
+        **os.environ,
+        **hidden,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore:The pynvml package is deprecated:FutureWarning",
+    }
+
+
+def _commit() -> str | None:
+    if (git := shutil.which("git")) is None:
+        return None
+    done = subprocess.run(
+        [git, "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def _likely_device() -> str:
+    """Without asking torch."""
+    return "cuda" if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists() else "cpu"
+
+
+class Check:
+    """A run of the check.
+
+    Args:
+        out: folder of the report.
+        minutes: for everything.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        stages: in order.
+        wheels: folder of wheels to install for this run, or None.
+        quick: on a CPU, only what shows that every stage runs.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        minutes: float,
+        device: str,
+        stages: Sequence[Stage] = STAGES,
+        wheels: Path | None = None,
+        quick: bool = False,
+    ) -> None:
+        self.out, self.stages, self.wheels, self.quick = out, stages, wheels, quick
+        # "auto" until torch has been asked, in the first stage.
+        self.device = device
+        if device == "auto" and all(stage.name != "versions" for stage in stages):
+            self.device = _likely_device()
+        self.end = time.monotonic() + 60 * minutes - _RESERVE_SECONDS * minutes / 8
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        self.report = Report({"device": self.device, "minutes": minutes, "started": started, "commit": _commit()})
+
+    def _publish(self, result: StageResult) -> None:
+        if result not in self.report.results:
+            self.report.results.append(result)
+        self.report.write(self.out)
+
+    def run(self) -> int:
+        """Run everything; returns the exit status: 0 if no row failed, else 1.
+
+        A signal that asks the process to end ends the stage with all of its processes, and leaves a report.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.report.write(self.out)
+        before = {number: signal.signal(number, _ended) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            with tempfile.TemporaryDirectory(prefix="wan-gpu-check-", ignore_cleanup_errors=True) as name:
+                self._run_stages(Path(name))
+            self.report.finished = True
+        finally:
+            self.report.write(self.out)
+            print(self.report.summary(), flush=True)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return 1 if self.report.counts()["failed"] else 0
+
+    def _run_stages(self, work: Path) -> None:
+        site = self._install(work) if self.wheels else None
+        options = ["--quick"] if self.quick else []
+        for number, stage in enumerate(self.stages):
+            shares = sum(later.share for later in self.stages[number:])
+            seconds = max(1.0, (self.end - time.monotonic()) * stage.share / shares)
+            # A GPU has no quick run: what is left out there may be what is wrong.
+            options = options if self.device == "cpu" else []
+            variables = environment(self.device, site)
+            result = run_stage(stage, self.device, seconds, work / stage.name, variables, self._publish, options)
+            if stage.name == "versions":
+                self._note_device(result)
+            counts = ", ".join(f"{result.count(outcome)} {outcome}" for outcome in OUTCOMES)
+            print(f"{stage.name}: {counts} in {result.seconds:.0f} of {seconds:.0f} s", flush=True)
+
+    def _install(self, work: Path) -> Path:
+        assert self.wheels is not None
+        start, seconds = time.monotonic(), (self.end - time.monotonic()) * 0.1
+        result = StageResult(_INSTALL, round(seconds, 1))
+        result.rows = install_wheels(self.wheels, work / "site", seconds)
+        result.seconds, result.finished = round(time.monotonic() - start, 1), True
+        self._publish(result)
+        return work / "site"
+
+    def _note_device(self, result: StageResult) -> None:
+        said = [str(row.numbers["device"]) for row in result.rows if "device" in row.numbers]
+        if self.device == "auto":
+            self.device = said[0] if said else _likely_device()
+        self.report.facts["device"] = self.device
+        for row in result.rows:
+            if "card" in row.numbers:
+                self.report.facts["card"] = row.numbers["card"]
+
+
+def _ended(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    names = [stage.name for stage in STAGES]
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of gpu_check.json and gpu_check.md")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--quick", action="store_true", help="on a CPU: only what shows that every stage runs")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to use in this run, see gpu_wheels.py")
+    parser.add_argument("--stages", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}")
+    given = parser.parse_args(arguments)
+    if given.minutes <= 0:
+        parser.error(f"--minutes is {given.minutes:g}; it must be positive")
+    if given.wheels is not None and not list(given.wheels.glob("*.whl")):
+        parser.error(f"--wheels is {given.wheels}, which has no wheel; make it with tools/gpu_wheels.py")
+    chosen = [stage for stage in STAGES if given.stages is None or stage.name in given.stages]
+    return Check(given.out, given.minutes, given.device, chosen, given.wheels, given.quick).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

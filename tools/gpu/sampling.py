@@ -1,0 +1,215 @@
+"""A sampling step of the 1.3B model beside diffusers, decoding of 81 frames, and offloading."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench.models import twin_of
+from gpu.clock import Timed, race, seconds_of
+from gpu.context import AT_ONCE, Context
+from gpu.fused_operations import kernels_used
+from gpu.model import relative
+from gpu.models import random_decoder, random_model, use
+from gpu.rows import Failed, Found, Row, Value
+from gpu.step import config_of, peak_of, rates
+from wan_infer.request.settings import Settings
+from wan_infer.runtime.placement import onload
+from wan_infer.sampling.denoise import denoise, draw_noise
+from wan_model import PackLayout, WanDiT, pack_flops
+from wan_model.codec.convolutions import tf32_convolutions, to_channels_last
+from wan_model.codec.tiled_decode import TiledDecoder, most_square, split_frame
+from wan_model.dit.attention import AttentionKind
+
+_STEPS = 2
+# Latents in bf16 of two implementations that round at different operations.
+_NEAR = 0.1
+
+
+class _Sampling:
+    """Runs of some steps with guidance, ours and diffusers' pipeline with the same weights and noise."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        # 81 frames of 480 x 832.
+        self.latent = (16, 21, 60, 104) if context.on_gpu else (16, 2, 8, 12)
+        self.config = config_of(context)
+        device, rng = torch.device(context.device), torch.Generator().manual_seed(1)
+        self.noise = draw_noise(self.latent, 0)[None].to(device)
+        shape = (1, self.config.text_length, self.config.text_dim)
+        self.embeds, self.negative = (torch.randn(shape, generator=rng).to(device) for _ in range(2))
+        self.results: dict[str, torch.Tensor] = {}
+
+    @functools.cached_property
+    def model(self) -> WanDiT:
+        return random_model(self.config, self.context.device, torch.bfloat16).eval().requires_grad_(False)
+
+    def ours(self, name: str, kind: AttentionKind, kernels: bool | None = None) -> Callable[[], object]:
+        def run() -> None:
+            if kind not in ("auto", "sdpa"):
+                self.context.need_gpu()
+            use(self.model, kind, "none")
+            self.results[name] = denoise(
+                self.model, self.noise, [self.embeds[0]], self.negative[0], Settings(_STEPS),
+                text_length=self.config.text_length,
+            )  # fmt: skip
+
+        def without() -> None:
+            with kernels_used(False):
+                run()
+
+        return run if kernels is None else without
+
+    @functools.cached_property
+    def pipeline(self) -> Any:
+        self.context.leave_out_if_quick()
+        from diffusers import UniPCMultistepScheduler, WanPipeline
+
+        theirs = twin_of(self.model, torch.device(self.context.device)).eval().requires_grad_(False)
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+        pipe: Any = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=theirs)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def theirs(self) -> None:
+        _, frames, height, width = self.latent
+        with torch.no_grad():
+            self.results["diffusers"] = self.pipeline(
+                prompt=None, negative_prompt=None, width=8 * width, height=8 * height, num_frames=4 * frames - 3,
+                num_inference_steps=_STEPS, guidance_scale=5.0, output_type="latent", latents=self.noise.clone(),
+                prompt_embeds=self.embeds.bfloat16(), negative_prompt_embeds=self.negative.bfloat16(),
+            ).frames  # fmt: skip
+
+    def rows(self) -> Iterator[Row]:
+        """A row for each implementation."""
+        calls: dict[str, Callable[[], object]] = {
+            "auto": self.ours("auto", "auto"),
+            "diffusers": self.theirs,
+            "flash": self.ours("flash", "flash"),
+            "auto, without fused kernels": self.ours("auto, without fused kernels", "auto", kernels=False),
+        }
+        timed: dict[str, Timed] = {}
+        with self.context.group("timing of a sampling step") as fresh:
+            if fresh:
+                timed = race(calls, self.context)
+        for name in calls:
+            yield from self.context.row(
+                f"a step with guidance: {name}", functools.partial(self._found, timed, name), seconds=AT_ONCE
+            )
+
+    def _found(self, timed: dict[str, Timed], name: str) -> Found:
+        if name not in timed:
+            raise Failed("an earlier process of this stage was ended while this was timed")
+        it, base = timed[name], timed["diffusers"]
+        grid = (self.latent[1], self.latent[2] // 2, self.latent[3] // 2)
+        layout = PackLayout((grid, grid))
+        seconds = it.median / _STEPS
+        figures = {key: value for key, value in it.figures().items() if key not in ("seconds", "each")}
+        numbers: dict[str, Value] = {
+            "seconds a step": float(f"{seconds:.4g}"),
+            "each run": it.figures()["each"],
+            **rates(seconds, pack_flops(self.config, layout).forward, layout.valid, peak_of(self.context)),
+            **figures,
+        }
+        if name != "diffusers" and base.seconds and base.problem is None:
+            numbers["time / diffusers"] = round(it.median / base.median, 3)
+            numbers["latents off by"] = relative(self.results[name], self.results["diffusers"])
+            if not relative(self.results[name], self.results["diffusers"]) <= _NEAR:
+                raise Failed("the latents are not near those of diffusers", numbers)
+        return Found(f"runs of {_STEPS} steps, both branches of guidance", numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """How a video is decoded; the defaults are the sampler's."""
+
+    tiles: int = 1
+    dtype: torch.dtype = torch.float32
+    tf32: bool = True
+    channels_last: bool = True
+
+
+def decoded(context: Context, way: _Decoding) -> Found:
+    """Decoding of a whole video, its frames copied to main memory as they are made.
+
+    Raises:
+        Failed: frames are missing or not finite.
+    """
+    size = (21, 60, 104) if context.on_gpu else (2, 4, 6)
+    decoder = random_decoder(96 if context.on_gpu else 8).to(context.device, way.dtype)
+    if way.channels_last:
+        to_channels_last(decoder)
+    tiled = TiledDecoder(decoder)
+    raw = torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(0)).to(context.device, way.dtype)
+    height, width = 8 * size[1], 8 * size[2]
+    places = split_frame(height, width, *most_square(way.tiles, height, width), tiled.scale)
+    counted, finite = 0, True
+
+    def run() -> None:
+        nonlocal counted, finite
+        counted = 0
+        features = list(tiled.features(raw)) if way.tiles > 1 else tiled.features(raw)
+        for place in places:
+            for frames in tiled.pixels(features, place):
+                pixels = frames.cpu()
+                counted += pixels[0].numel()
+                finite = finite and bool(pixels.isfinite().all())
+
+    with tf32_convolutions(way.tf32):
+        it = race({"decode": run}, context, rounds=1)["decode"]
+    frames = counted / (height * width)
+    numbers = {**it.figures(), "frames": frames, "tiles": way.tiles, "TF32": way.tf32}
+    if frames != 4 * size[0] - 3 or not finite:
+        raise Failed("frames are missing or not finite", numbers)
+    return Found(f"{frames:.0f} frames of {width} x {height}", numbers)
+
+
+def offloaded(context: Context, sampling: _Sampling) -> Found:
+    """The transformer to the device and back, as ``--offload-model true`` moves it for each video.
+
+    Raises:
+        Failed: it is not in main memory afterwards.
+    """
+    # Diffusers' model would keep the weights on the device.
+    sampling.__dict__.pop("pipeline", None)
+    model = sampling.model
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    main, device = torch.device("cpu"), torch.device(context.device)
+    model.to(main)
+
+    def there_and_back() -> None:
+        with onload(model, device, main):
+            pass
+
+    took = seconds_of(there_and_back, context.device)
+    places = {p.device.type for p in model.parameters()}
+    held = torch.cuda.memory_allocated() if context.on_gpu else 0
+    numbers: dict[str, Value] = {
+        "seconds both ways": float(f"{took:.4g}"), "GB": round(size / 1e9, 3),
+        "GB/s": float(f"{2 * size / took / 1e9:.3g}"), "GB still on the device": round(held / 1e9, 3),
+    }  # fmt: skip
+    if places != {"cpu"}:
+        raise Failed("weights stay on the device", numbers)
+    return Found("the weights go to the device and back to main memory", numbers)
+
+
+def rows(context: Context) -> Iterator[Row]:
+    """Steps, then decoding, then offloading, which takes the model from the device."""
+    sampling = _Sampling(context)
+    yield from sampling.rows()
+    yield from context.row("offloading", functools.partial(offloaded, context, sampling), memory_may_lack=True)
+    if context.on_gpu:
+        torch.cuda.empty_cache()
+    ways = {
+        "decoding": _Decoding(),
+        "decoding, channels first": _Decoding(channels_last=False),
+        "decoding, float32 without TF32": _Decoding(tf32=False),
+        "decoding, bfloat16": _Decoding(dtype=torch.bfloat16),
+        "decoding, 4 tiles": _Decoding(tiles=4),
+    }
+    if not context.on_gpu:
+        ways = {name: ways[name] for name in ("decoding, bfloat16", "decoding, 4 tiles")}
+    for name, way in ways.items():
+        yield from context.row(name, functools.partial(decoded, context, way), seconds=8, memory_may_lack=True)

@@ -1,0 +1,35 @@
+"""The stages of the check in their order. Imports no torch."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage, which runs in a process of its own.
+
+    Attributes:
+        name: on the command line.
+        title: in the report.
+        function: ``module:function``; the function takes a ``gpu.context.Context`` and yields rows.
+        share: of the time, as seconds of eight minutes.
+    """
+
+    name: str
+    title: str
+    function: str
+    share: float
+
+
+STAGES = (
+    Stage("versions", "Versions, card and packages", "gpu.versions:rows", 15),
+    Stage("kernels", "Fused kernels against their formulae in fp64", "gpu.kernels:rows", 45),
+    Stage("attention", "Attention against fp64", "gpu.attention:rows", 45),
+    Stage("model", "The model: precision, recomputation, determinism", "gpu.model:rows", 30),
+    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 35),
+    Stage("training", "wan-train at a tiny size: save, resume, FSDP", "gpu.training:rows", 70),
+    Stage("step", "A training step of the 1.3B model", "gpu.step:rows", 110),
+    Stage("bandwidth", "Bandwidth of the fused kernels", "gpu.bandwidth:rows", 20),
+    Stage("bridge", "wan-train on the 1.3B model", "gpu.training:real_rows", 60),
+    Stage("sampling", "A sampling step of the 1.3B model, and decoding", "gpu.sampling:rows", 45),
+    Stage("profile", "The longest kernels of a training step", "gpu.longest_kernels:rows", 20),
+)
