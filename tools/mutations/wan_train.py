@@ -150,4 +150,10 @@ MUTATIONS = (
         "a hook is placed where nothing calls it",
         "engine/test_replace.py::test_a_caller_that_imported_it_from_elsewhere_is_an_error",
     ),
+    _of(
+        "fully-sharded-run-resumes-with-initial-weights", "checkpoint/hooks.py",
+        "use_read_weights(model)", "pass",
+        "a resumed run with FSDP computes with the initial weights and goes on training them",
+        "checkpoint/test_resume.py::test_fully_sharded_resumes_to_the_bit",
+    ),
 )  # fmt: skip

@@ -119,8 +119,10 @@ def test_another_data_parallel_size_is_refused_before_a_step(stopped_run: Path) 
     assert len(read_log(stopped_run)) == STOPPED, "no step was taken"
 
 
-def test_fully_sharded_resumes_to_the_bit(tmp_path: Path) -> None:
-    options = ["--nproc-per-node", "2", "dist.use_megatron_fsdp=true", "train.train_iters=4"]
+@pytest.mark.parametrize("precision", ["null", "bf16_mixed"])
+def test_fully_sharded_resumes_to_the_bit(precision: str, tmp_path: Path) -> None:
+    layout = ["--nproc-per-node", "2", "dist.use_megatron_fsdp=true"]
+    options = [*layout, "train.train_iters=4", f"mixed_precision={precision}"]
     train(tmp_path / "whole", *options, "checkpoint.save_interval=2")
     stopped_after(2, tmp_path / "whole", tmp_path / "cut")
     log = train(tmp_path / "cut", *options)

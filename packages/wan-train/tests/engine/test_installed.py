@@ -93,6 +93,7 @@ def test_a_build_of_nvidia_resiliency_ext_without_a_version_counts_by_its_conten
     file = tmp_path / "nvidia_resiliency_ext" / "checkpointing" / "async_ckpt" / "filesystem_async.py"
     file.parent.mkdir(parents=True)
     file.write_text("def get_write_results_queue(mode): ...\n" if has_function else "")
+    (tmp_path / "nvidia_resiliency_ext" / "__init__.py").touch()  # else an installed one would be found
     metadata = tmp_path / "nvidia_resiliency_ext-0.0.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: nvidia-resiliency-ext\nVersion: 0.0.0\n")

@@ -39,9 +39,11 @@ from wan_train.engine.torch_adam import synchronize_steps, uses_torch_adam
 from wan_train.engine.upstream.checkpoints import (
     SAFE_SAVES,
     CheckpointingException,
+    is_fully_sharded,
     place_hooks,
     register_safe_globals,
     unwrap_model,
+    use_read_weights,
 )
 from wan_train.engine.upstream.replace import changed
 from wan_train.model.ema import PREFIX
@@ -185,7 +187,9 @@ class CheckpointHooks:
             self._loaded = True
             try:
                 with _only_weights():
-                    return load(state, model, *args, **kwargs)
+                    result = load(state, model, *args, **kwargs)
+                use_read_weights(model)
+                return result
             except CheckpointingException as error:
                 raise ValueError(
                     f"{self._point.step_folder} cannot be loaded by {installed_versions()} ({error}); "
@@ -271,7 +275,18 @@ def _write_trackers(point: ResumePoint) -> None:
 def _load_strictly(module: torch.nn.Module, state: dict[str, Any], strict: bool) -> None:
     # Bridge's own function retries without `strict`, and trains on with missing weights.
     del strict
-    module.load_state_dict(state)
+    if not is_fully_sharded(module):
+        module.load_state_dict(state)
+        return
+    # In bf16 it would not find its own names, because it saves without that of Megatron's precision wrapper.
+    own = {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    read = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if differing := sorted(own.keys() ^ read.keys()):
+        raise ValueError(f"the checkpoint has other tensors than this run, for example {differing[0]}")
+    with torch.no_grad():
+        for key, value in read.items():
+            if own[key] is not value:
+                own[key].copy_(value)
 
 
 def _read_index(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:

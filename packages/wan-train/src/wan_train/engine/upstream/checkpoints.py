@@ -9,13 +9,23 @@ Bridge 0.3 calls ``save_checkpoint`` and ``load_checkpoint`` where they were imp
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.utils import unwrap_model
 
 from wan_train.engine.upstream.replace import by, changed, find, mentions, nothing, replace
 
-__all__ = ["SAFE_SAVES", "CheckpointingException", "place_hooks", "register_safe_globals", "unwrap_model"]
+__all__ = [
+    "SAFE_SAVES",
+    "CheckpointingException",
+    "is_fully_sharded",
+    "place_hooks",
+    "register_safe_globals",
+    "unwrap_model",
+    "use_read_weights",
+]
 
 _BRIDGE = "megatron.bridge.training"
 _CHECKPOINTING = f"{_BRIDGE}.checkpointing"
@@ -85,3 +95,23 @@ def _verify_how_it_reads() -> None:
     planner = f"{strategies}.torch:MCoreLoadPlanner"
     if find(planner) is None or find(f"{planner}.load_bytes") is not None:
         raise changed(f"{planner} does not read objects as torch does", _NO_CODE)
+
+
+def is_fully_sharded(module: torch.nn.Module) -> bool:
+    """Whether a module is Megatron-FSDP's, whose tensors a checkpoint is read into."""
+    return isinstance(module, MegatronFSDP)
+
+
+def use_read_weights(model: list[torch.nn.Module]) -> None:
+    """Make Megatron-FSDP compute with the weights that were read.
+
+    They are read into the copy that the optimizer updates; Bridge 0.4 leaves the initial ones in the other copy.
+
+    Raises:
+        EngineChangedError: Megatron-FSDP cannot be told to.
+    """
+    for module in [module for part in model for module in part.modules() if is_fully_sharded(module)]:
+        use: Any = getattr(module, "install_optimized_model_weights", None)
+        if use is None:
+            raise changed("Megatron-FSDP has no install_optimized_model_weights", _EXACT)
+        use()
