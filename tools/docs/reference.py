@@ -95,7 +95,11 @@ def page(root: Path, package: str) -> str:
         blocks.append(f"## Modules of {face.name} {{ #modules }}")
         blocks += [_block(module.name, 3) for module in outside if module.names]
     for subpackage in sorted(subpackages):
-        inside = [module for module in rest if module.name.startswith(f"{subpackage}.") and module.names]
+        inside = [
+            module
+            for module in rest
+            if module.name.rpartition(".")[0] == subpackage and module.name not in subpackages and module.names
+        ]
         own = subpackages[subpackage].names
         blocks.append(_block(subpackage, 2, **({} if own else {"members": "false"})))
         blocks += [_block(module.name, 3) for module in inside]

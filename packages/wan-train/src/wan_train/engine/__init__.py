@@ -58,6 +58,8 @@ def start(*, take_device: bool = True) -> Engine:
 
     has_cuda = torch.cuda.is_available()
     has_te = has_cuda and is_installed("transformer_engine")
+    if has_cuda and take_device:  # before imports that may look at the current device
+        torch.cuda.set_device(cpu.local_rank())
     with import_errors_explained():
         if not has_te:
             absent_modules.skip_model_families()
@@ -65,10 +67,7 @@ def start(*, take_device: bool = True) -> Engine:
                 absent_modules.import_bridge_without((absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT))
         import megatron.bridge.training.pretrain  # noqa: F401
     if has_cuda:
-        local_rank = cpu.local_rank()
-        if take_device:
-            torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        device, backend = torch.device("cuda", cpu.local_rank()), "nccl"
     else:
         cpu.redirect()
         device, backend = torch.device("cpu"), "gloo"
