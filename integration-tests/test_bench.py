@@ -82,7 +82,7 @@ def test_gpu_tables_name_what_cannot_run():
     assert 0.01 < float(whole["rows"][0][2]) < 100
     assert [row[0] for row in forward["rows"]] == ["diffusers", "auto", "cudnn", "flash", "varlen"]
     assert [row[:2] for row in training["rows"][:2]] == [["diffusers", "none"], ["diffusers", "block"]]
-    assert len(training["rows"]) == 2 + 4 * 3
+    assert len(training["rows"]) == 2 + 4 * 4
     for row in forward["rows"] + training["rows"]:
         assert len(row) == len(forward["columns"])
         if row[0] in ("diffusers", "auto"):

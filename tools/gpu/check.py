@@ -39,7 +39,6 @@ def environment(device: str, site: Path | None = None) -> dict[str, str]:
         **hidden,
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore:The pynvml package is deprecated:FutureWarning",

@@ -1,6 +1,7 @@
 """A training step of the whole 1.3B model at 32,760 tokens: attention x recomputation, and beside diffusers."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 
@@ -132,12 +133,23 @@ class _Steps:
 
         return run
 
-    def rows(self, name: str, calls: Mapping[str, Callable[[], object]], bases: tuple[str, ...]) -> Iterator[Row]:
-        """A row for each call, all timed against each other."""
+    def rows(
+        self, name: str, calls: Mapping[str, Callable[[], object]], bases: tuple[str, ...], leave: float = 0.0
+    ) -> Iterator[Row]:
+        """A row for each call, all timed against each other.
+
+        Args:
+            name: of the group.
+            calls: by name.
+            bases: the calls that the others' times are divided by.
+            leave: share of the time that is left to the groups behind.
+        """
         context, timed = self.context, dict[str, Timed]()
         with context.group(f"timing of {name}") as fresh:
             if fresh:
-                timed = race(calls, context)
+                timed = race(
+                    calls, dataclasses.replace(context, ends_at=context.ends_at - leave * context.seconds_left)
+                )
         peak = peak_of(context)
         for label in calls:
             yield from context.row(
@@ -168,7 +180,7 @@ def rows(context: Context) -> Iterator[Row]:
     calls = {f"{kind}, {mode}": video.ours(kind, mode) for mode in modes for kind in KINDS[mode == "block" :]}
     calls |= {f"{kind}, elementwise": video.ours(kind, "elementwise") for kind in KINDS[:2]}
     calls |= {eager: video.ours("auto", modes[0], kernels=False), base: video.theirs(checkpointing=True)}
-    yield from video.rows("one video", calls, (best, base))
+    yield from video.rows("one video", calls, (best, base), leave=0.25)
 
     images = _Steps(models, IMAGES if context.on_gpu else [(1, 3, 5)] * 3)
     calls = {
@@ -177,7 +189,7 @@ def rows(context: Context) -> Iterator[Row]:
         eager: images.ours("auto", modes[0], kernels=False),
         base: images.theirs(checkpointing=True),
     }
-    yield from images.rows(f"{len(images.grids)} images", calls, (best, base))
+    yield from images.rows(f"{len(images.grids)} images", calls, (best, base), leave=0.3)
 
     calls = {f"{kind}, none": video.ours(kind, "none") for kind in KINDS[: 4 if context.on_gpu else 1]}
     calls["diffusers"] = video.theirs(checkpointing=False)

@@ -83,12 +83,14 @@ def pretrain(
     \b
     wan-train pretrain --config-file wan_1_3b --nproc-per-node 8 dataset.path=DATA checkpoint.save=CHECKPOINTS
     """
+    from wan_model.system.versions import check_dependencies
     from wan_train.config.options import RunOptions
     from wan_train.engine.installed import require_installed
     from wan_train.launch.launcher import launch
 
     options = RunOptions(recipe, training_mode, config_file, overrides, mock, init_from, verbose)  # type: ignore[arg-type]
     try:
+        check_dependencies("wan-train")
         require_installed()
     except ValueError as error:
         raise click.ClickException(str(error)) from error
