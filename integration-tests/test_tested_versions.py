@@ -9,6 +9,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from wan_data.energon.version import NEEDED
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,6 +44,11 @@ def test_packages_accept_the_tested_versions(file):
         if pin is not None:
             (version,) = (specifier.version for specifier in pin.specifier)
             assert requirement.specifier.contains(version), f"{requirement} does not accept the tested {pin}"
+
+
+def test_wan_data_refuses_what_its_metadata_excludes():
+    project = tomllib.loads((ROOT / "packages" / "wan-data" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert NEEDED in project["dependencies"]
 
 
 def test_engine_list_names_tested_versions():

@@ -19,10 +19,10 @@ from bench.bare import bare_products
 from bench.measure import median, ratio, time_rounds
 from bench.models import Samples, twins
 from bench.report import Table, gigabytes, seconds
-from wan_model import WAN_1_3B, PackLayout, WanConfig, WanDiT, save_transformer
+from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import Grid
-from wan_model.testing.traffic import block_step
+from wan_model.testing.traffic import BLOCK, PACKS, block_step
 
 CPU = torch.device("cpu")
 # The 1.3B model's width, and a quarter of it for quick runs.
@@ -217,8 +217,6 @@ def recompute(quick: bool) -> Table:
 def kernel_traffic(quick: bool) -> Table:
     """What the kernels for CUDA move, launch and keep; counted, so always in full."""
     del quick
-    config = WanConfig(num_heads=2, head_dim=48, ffn_dim=560, num_layers=1, text_dim=16, text_length=32, freq_dim=32)
-    packs = {"a video": PackLayout(((4, 8, 8),)), "27 images": PackLayout(((1, 4, 8),) * 27)}
     table = Table(
         "What one block moves, launches and keeps in bf16, with the kernels for CUDA and with torch's operations",
         [
@@ -233,8 +231,8 @@ def kernel_traffic(quick: bool) -> Table:
             "torch",
         ],
     )
-    for name, layout in packs.items():
-        fused, plain = (block_step(config, layout, kernels=kernels) for kernels in (True, False))
+    for name, layout in PACKS.items():
+        fused, plain = (block_step(BLOCK, layout, kernels=kernels) for kernels in (True, False))
         for direction in ("forward", "backward"):
             ours, torchs = (getattr(step, direction) for step in (fused, plain))
             moved = [one.bytes / fused.unit for one in (ours, torchs)]

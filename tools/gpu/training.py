@@ -127,6 +127,11 @@ def _complete(folder: Path) -> list[int]:
     return complete_steps(folder)
 
 
+def _require_both_saves(folder: Path, numbers: dict[str, Value]) -> None:
+    if (steps := _complete(folder)) != [_SAVED, _STEPS]:
+        raise Failed(f"the complete checkpoints are {steps}", numbers)
+
+
 def whole_run(tiny: _Tiny) -> Found:
     """A run with two saves.
 
@@ -212,8 +217,7 @@ def saved_asynchronously(tiny: _Tiny) -> Found:
     folder, took = tiny.folder("asynchronous"), tiny.wait("asynchronous")
     tiny.wait("whole")
     numbers = _numbers(folder, took)
-    if _complete(folder) != [_SAVED, _STEPS]:
-        raise Failed(f"the complete checkpoints are {_complete(folder)}", numbers)
+    _require_both_saves(folder, numbers)
     return _same_run(folder, tiny.folder("whole"), tiny.context.on_gpu, numbers)
 
 
@@ -230,8 +234,7 @@ def fully_sharded(tiny: _Tiny) -> Found:
     numbers = {**_numbers(folder, took), "losses off by": max(off.values()), "complete": str(_complete(folder))}
     if not max(off.values()) <= _NEAR:
         raise Failed("the losses are not those of the plain run", numbers)
-    if _complete(folder) != [_SAVED, _STEPS]:
-        raise Failed(f"the complete checkpoints are {_complete(folder)}", numbers)
+    _require_both_saves(folder, numbers)
     return Found("the losses are those of the plain run, and both checkpoints are complete", numbers)
 
 

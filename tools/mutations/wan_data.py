@@ -99,8 +99,8 @@ MUTATIONS = (
         "inspect/test_verify.py", "test_reliability.py::test_every_cut_and_every_flipped_bit_is_found",
     ),
     _of(
-        "lock-is-shared", "shards/lock.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "folder-not-locked", "shards/lock.py",
+        "stack.enter_context(locked(path))", "os.open(path, os.O_RDWR | os.O_CREAT)",
         "two preparations write into one folder and damage each other's shards",
         "prepare/test_run.py::test_one_writer_a_folder",
     ),

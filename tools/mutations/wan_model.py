@@ -88,6 +88,12 @@ MUTATIONS = (
         "system/test_files.py",
     ),
     _of(
+        "lock-is-shared", "system/files.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "two processes write one file, or one dataset, and damage each other's content",
+        "system/test_files.py::test_two_writers_of_one_file_do_not_mix",
+    ),
+    _of(
         "written-in-place", "system/files.py",
         "partial = path.with_name(", "partial = path; path.with_name(",
         "a failed save destroys the file that it should replace",

@@ -3,16 +3,14 @@
 import pytest
 import torch
 
-from wan_model import PackLayout, WanConfig
-from wan_model.testing.traffic import BlockStep, block_step
+from wan_model import PackLayout
+from wan_model.testing.traffic import BLOCK, PACKS, BlockStep, block_step
 
 pytest.importorskip("triton", reason="Triton is not installed")
-CONFIG = WanConfig(num_heads=2, head_dim=48, ffn_dim=560, num_layers=1, text_dim=16, text_length=32, freq_dim=32)
-PACKS = {"a video": PackLayout(((4, 8, 8),)), "27 images": PackLayout(((1, 4, 8),) * 27)}
 
 
 def step(layout: PackLayout, *, kernels: bool) -> BlockStep:
-    return block_step(CONFIG, layout, kernels=kernels)
+    return block_step(BLOCK, layout, kernels=kernels)
 
 
 @pytest.mark.parametrize("name", PACKS)

@@ -1,10 +1,11 @@
 """The installed version of Megatron-Energon, and the versions that wan-data works with. Imports nothing of Energon."""
 
-import re
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
+
 NEEDED = "megatron-energon>=6.0.1,<8"
-_FIRST, _BEYOND = (6, 0, 1), (8,)
 
 
 def energon_version() -> str:
@@ -17,8 +18,11 @@ def energon_version() -> str:
         found = version("megatron-energon")
     except PackageNotFoundError:
         raise ValueError(f"Megatron-Energon is not installed; wan-data needs {NEEDED}") from None
-    numbers = re.match(r"\d+(\.\d+)*", found)
-    if numbers is None or not _FIRST <= tuple(map(int, numbers.group().split("."))) < _BEYOND:
+    try:
+        fits = Requirement(NEEDED).specifier.contains(found, prereleases=True)
+    except InvalidVersion:
+        fits = False
+    if not fits:
         raise ValueError(f"Megatron-Energon {found} is installed; wan-data needs {NEEDED}")
     return found
 

@@ -20,9 +20,8 @@ from wan_data.prepare.shard_batches import EncodeTask, SourceWindows
 from wan_data.shards.writer import Sample, sample_key
 from wan_data.video.decode import Rejected
 from wan_data.video.decoder_process import Decoder, Job
+from wan_model.codec.convolutions import PRECISIONS
 from wan_model.codec.latent_codec import LatentCodec
-
-_TORCH_DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(name: str, process: int = 0) -> torch.device:
@@ -43,7 +42,7 @@ def default_processes(device: str) -> int:
 
 def load_codec(model: str, settings: PrepareSettings, device: torch.device, *, vae: bool, text: bool) -> LatentCodec:
     """Load the codec of a model in the precision of the settings."""
-    dtype = _TORCH_DTYPES[settings.dtype]
+    dtype, tf32 = PRECISIONS[settings.dtype]
     return LatentCodec.from_pretrained(
         model,
         device=device,
@@ -52,7 +51,7 @@ def load_codec(model: str, settings: PrepareSettings, device: torch.device, *, v
         load_vae=vae,
         load_text=text,
         text_length=settings.text_length,
-        tf32=settings.dtype == "tf32",
+        tf32=tf32,
     )
 
 

@@ -1,10 +1,11 @@
 """A lock file that allows one writer per dataset folder."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from wan_model.system.files import locked
 
 LOCK_NAME = ".wan-data.lock"
 
@@ -18,23 +19,17 @@ def writer_lock(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK_NAME
     with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(path.open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise ValueError(
-                    f"{folder} is being written by {holder}; wait for it or choose another folder"
-                ) from None
-            # The previous holder may have removed this file before it was locked here; then try again.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    break
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
+        try:
+            descriptor = stack.enter_context(locked(path))
+        except BlockingIOError:
+            holder = ""
+            with contextlib.suppress(FileNotFoundError):  # released meanwhile
+                holder = path.read_text().strip()
+            raise ValueError(
+                f"{folder} is being written by {holder or 'another process'}; wait for it or choose another folder"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()}".encode())
         try:
             yield
         finally:

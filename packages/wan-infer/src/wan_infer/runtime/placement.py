@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_infer.request.options import ComputeOptions
+from wan_model.codec.convolutions import PRECISIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,15 +62,8 @@ class Placement:
             dtype = "bfloat16" if chosen.type == "cuda" else "float32"
         if dtype not in DTYPES:
             raise ValueError(f"there is no precision {dtype!r}; expected auto, {' or '.join(DTYPES)}")
-        tf32 = options.vae_dtype == "tf32"
-        return cls(
-            chosen,
-            DTYPES[dtype],
-            torch.device("cpu") if options.t5_cpu else chosen,
-            options.offload,
-            torch.float32 if tf32 else DTYPES[options.vae_dtype],
-            tf32,
-        )
+        text_device = torch.device("cpu") if options.t5_cpu else chosen
+        return cls(chosen, DTYPES[dtype], text_device, options.offload, *PRECISIONS[options.vae_dtype])
 
     @property
     def offload_device(self) -> torch.device:

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+# The precisions of the autoencoder by name: of its weights, and whether a GPU may round fp32 convolutions to TF32.
+PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
 _Item = TypeVar("_Item")
 
 
@@ -36,6 +38,12 @@ def computed_with_tf32(items: Iterable[_Item], allowed: bool) -> Iterator[_Item]
             except StopIteration:
                 return
         yield item
+
+
+def prepare_for(device: torch.device | str, autoencoder: nn.Module) -> None:
+    """Choose the memory format that is fast on a device."""
+    if torch.device(device).type == "cuda":
+        to_channels_last(autoencoder)
 
 
 def to_channels_last(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_model.codec.convolutions import computed_with_tf32, tf32_convolutions, to_channels_last
+from wan_model.codec.convolutions import computed_with_tf32, prepare_for, tf32_convolutions
 from wan_model.codec.prompt_cleaning import clean_prompt
 from wan_model.codec.text_encoder import PromptTokenizer, TextEncoder
 from wan_model.codec.tiled_decode import Tile, TiledDecoder, split_frame
@@ -43,11 +43,6 @@ def _quiet_loading() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _prepare_for(device: torch.device | str, autoencoder: torch.nn.Module) -> None:
-    if torch.device(device).type == "cuda":
-        to_channels_last(autoencoder)
 
 
 class LatentCodec:
@@ -130,14 +125,14 @@ class LatentCodec:
         vae = text_encoder = tokenizer = decoder = None
         if load_decoder:
             decoder = VaeDecoder.from_pretrained(vae_folder, vae_dtype).to(device)
-            _prepare_for(device, decoder)
+            prepare_for(device, decoder)
         if load_vae:
             with _quiet_loading():
                 from diffusers import AutoencoderKLWan
 
                 vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)
                 vae = vae.to(device).eval().requires_grad_(False)
-                _prepare_for(device, vae)
+                prepare_for(device, vae)
         if load_text:
             text_encoder = TextEncoder.from_pretrained(text_folder / "text_encoder", text_dtype).to(device)
             tokenizer = PromptTokenizer(text_folder / "tokenizer")

@@ -42,13 +42,17 @@ def check_recompute(mode: str) -> None:
 
 
 @contextlib.contextmanager
-def self_attention_region() -> Iterator[None]:
-    """Mark attention calls whose results ``all_but_attention`` saves."""
-    token = _in_self_attention.set(True)
+def _set(variable: contextvars.ContextVar[bool]) -> Iterator[None]:
+    token = variable.set(True)
     try:
         yield
     finally:
-        _in_self_attention.reset(token)
+        variable.reset(token)
+
+
+def self_attention_region() -> contextlib.AbstractContextManager[None]:
+    """Mark attention calls whose results ``all_but_attention`` saves."""
+    return _set(_in_self_attention)
 
 
 def products_are_saved() -> bool:
@@ -58,11 +62,8 @@ def products_are_saved() -> bool:
 
 def _marked(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*args: object) -> Tensor:
-        token = _saves_products.set(True)
-        try:
+        with _set(_saves_products):
             return function(*args)
-        finally:
-            _saves_products.reset(token)
 
     return call
 

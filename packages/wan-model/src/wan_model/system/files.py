@@ -41,6 +41,37 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def locked(path: Path, *, required: bool = True) -> Iterator[int]:
+    """Create a file if it does not exist, and hold its exclusive lock; the system releases it if this process dies.
+
+    Args:
+        path: of the file, whose descriptor is yielded.
+        required: whether a file system without locks is an error.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the file cannot be opened, or locked although that is required.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:
+                if required:
+                    raise
+                break
+            # The previous holder may have renamed or removed the file before it was locked here; then try again.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    break
+        yield descriptor
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """A temporary path beside ``path``; its file is flushed and renamed when the block ends without an error.
 
@@ -80,20 +111,11 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
 def _only_writer(partial: Path, path: Path) -> Iterator[None]:
     """Create the temporary file and hold its lock, which the system releases if this process dies."""
     with contextlib.ExitStack() as stack:
-        while True:
-            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = "another process is writing this file; wait for its end, or choose another name"
-                raise OSError(errno.EBUSY, text, str(path)) from None
-            except OSError:
-                break  # a file system without locks
-            # Another writer may have renamed or removed the file before it was locked here.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), partial.stat()):
-                    break
+        try:
+            stack.enter_context(locked(partial, required=False))
+        except BlockingIOError:
+            text = "another process is writing this file; wait for its end, or choose another name"
+            raise OSError(errno.EBUSY, text, str(path)) from None
         yield
 
 

@@ -8,7 +8,7 @@ would have written are undefined.
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from wan_model import PackLayout, WanConfig
+from wan_model.config import WanConfig
+from wan_model.pack import PackLayout
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
@@ -99,6 +99,11 @@ def counted(*, kernels: bool) -> Iterator[Traffic]:
         yield traffic
 
 
+# A block, and packs, that are small enough to be counted in a second.
+BLOCK = WanConfig(num_heads=2, head_dim=48, ffn_dim=560, num_layers=1, text_dim=16, text_length=32, freq_dim=32)
+PACKS = {"a video": PackLayout(((4, 8, 8),)), "27 images": PackLayout(((1, 4, 8),) * 27)}
+
+
 @dataclasses.dataclass
 class BlockStep:
     """The two passes of a block in bf16.
@@ -113,7 +118,7 @@ class BlockStep:
     unit: int
 
 
-def block_step(config: "WanConfig", layout: "PackLayout", *, kernels: bool) -> BlockStep:
+def block_step(config: WanConfig, layout: PackLayout, *, kernels: bool) -> BlockStep:
     """Count a training step of one block on a pack.
 
     Args:
