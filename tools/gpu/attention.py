@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu.context import Context
 from gpu.exact_attention import RESULTS, Exact, exact_attention, judge
-from gpu.rows import Found, NotRun, Row
-from wan_model.dit.attention import packed_attention
+from gpu.rows import Failed, Found, NotRun, Row, Value
+from wan_model.dit.attention import cudnn_may_give_nan, packed_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], tuple[int, ...]], Tensor]
 
@@ -192,6 +192,53 @@ def _determinism(name: str, attend: Attend, case: Case, inputs: list[Tensor]) ->
     return Found(f"two runs are {what}", {f"{key} equal": value for key, value in same.items()})
 
 
+# Queries and keys around the edges of cuDNN's tiles, and lengths that occur.
+_QUERIES, _KEYS = (1, 2, 32, 63, 64, 65, 128, 192, 320, 512), (2, 32, 63, 64, 65, 96, 128, 192, 320, 512)
+_LONG = ((1560, 1560), (1560, 512), (4096, 4096), (4160, 4160), (4200, 512), (32_760, 512), (4160, 64), (704, 1560))
+
+
+def _not_finite(queries: int, keys: int, device: str) -> bool | None:
+    """Whether a gradient of cuDNN's attention is not finite where all scores are strongly negative.
+
+    None where it has no kernel.
+    """
+    q, k, v, grad = Case("", (queries,), (keys,), negative=True).inputs(2, 128, device)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    try:
+        out = _one_backend(SDPBackend.CUDNN_ATTENTION)(q, k, v, (0, queries), (0, keys))
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        return None
+    return not all(bool(x.isfinite().all()) for x in torch.autograd.grad(out, leaves, grad))
+
+
+def cudnn_lengths(context: Context) -> Found:
+    """At which lengths cuDNN's backward pass gives NaN, beside those at which the model does not take it.
+
+    Raises:
+        Failed: NaN at lengths at which the model takes it.
+    """
+    context.need_gpu()
+    found = {
+        lengths: _not_finite(*lengths, context.device)
+        for lengths in (*itertools.product(_QUERIES, _KEYS), *_LONG)
+        if context.seconds_left > 2
+    }
+    nan = [lengths for lengths, bad in found.items() if bad]
+    absent = [lengths for lengths, bad in found.items() if bad is None]
+    taken = [lengths for lengths in nan if not cudnn_may_give_nan(*lengths)]
+    numbers: dict[str, Value] = {
+        "pairs": len(found),
+        "queries x keys with NaN": " ".join(f"{q}x{k}" for q, k in nan),
+        "without kernel": " ".join(f"{q}x{k}" for q, k in absent),
+        "avoided without need": sum(bad is False and cudnn_may_give_nan(*it) for it, bad in found.items()),
+    }
+    if taken:
+        raise Failed(f"NaN where the model takes cuDNN: {taken}", numbers)
+    return Found("the model takes cuDNN at none of the lengths at which it gives NaN", numbers)
+
+
 @dataclasses.dataclass
 class _Prepared:
     """A case with its inputs and its reference, which are computed in the first row that needs them."""
@@ -218,6 +265,7 @@ def _check_needs(context: Context, name: str, case: Case) -> None:
 
 def rows(context: Context) -> Iterator[Row]:
     """Each case with each implementation, then which of them give the same bits twice."""
+    yield from context.row("cuDNN by length, negative scores", functools.partial(cudnn_lengths, context), seconds=3)
     for case in cases(context.on_gpu):
         prepared = _Prepared(case, context.device)
         for name, attend in IMPLEMENTATIONS.items():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gpu.clock import seconds_of
+from gpu.clock import profiled_kernels, seconds_of
 from gpu.context import Context
 from gpu.fused_operations import OPERATIONS, Function, Operation, draw, kernels_used
 from gpu.rows import Found, Row, Value
@@ -27,9 +27,22 @@ def _copy_rate(context: Context, bytes_moved: int) -> float:
 
 
 def _time(call: Callable[[], object], context: Context) -> float:
+    """Seconds of a call on the device, without the gaps between its kernels."""
+    repeats = 10 if context.on_gpu else 1
+
+    def several() -> None:
+        for _ in range(repeats):
+            call()
+
+    several()
+    return sum(kernel.microseconds for kernel in profiled_kernels(several, context.device)) / 1e6 / repeats
+
+
+def _alone(call: Callable[[], object], context: Context) -> float:
+    """Seconds of a call in a row of such calls: the longer of the device's time and that of its launch."""
     repeats = 20 if context.on_gpu else 1
     seconds_of(call, context.device, repeats)
-    return min(seconds_of(call, context.device, repeats) for _ in range(2))
+    return seconds_of(call, context.device, repeats)
 
 
 def bytes_of(operation: Operation, rows: int, width: int, head: int) -> tuple[int, int]:
@@ -56,18 +69,19 @@ def measure(operation: Operation, layout: PackLayout, width: int, head: int, con
     *inputs, grad = draw(operation, rows, width, torch.bfloat16, context.device)
     leaves = [x.requires_grad_() for x in inputs]
 
-    def times(function: Function) -> tuple[float, float]:
+    def calls(function: Function) -> tuple[Callable[[], object], Callable[[], object]]:
         out = function(*leaves)
-        backward = functools.partial(torch.autograd.grad, out, leaves, grad, retain_graph=True)
-        return _time(functools.partial(function, *leaves), context), _time(backward, context)
+        return functools.partial(function, *leaves), functools.partial(
+            torch.autograd.grad, out, leaves, grad, retain_graph=True
+        )
 
     call = operation.call(rows, head)
     with kernels_used(context.on_gpu):
-        fused = times(call)
+        fused = [(_time(one, context), _alone(one, context)) for one in calls(call)]
     with kernels_used(False):
-        eager = times(call)
+        eager = [_time(one, context) for one in calls(call)]
     numbers: dict[str, Value] = {}
-    for name, own, plain, moved in zip(
+    for name, (own, alone), plain, moved in zip(
         ("forward", "backward"), fused, eager, bytes_of(operation, layout.total, width, head), strict=True
     ):
         rate = moved / own
@@ -76,10 +90,11 @@ def measure(operation: Operation, layout: PackLayout, width: int, head: int, con
             f"{name} GB/s": float(f"{rate / 1e9:.4g}"),
             f"{name} / copy": round(rate / _copy_rate(context, moved), 3),
             f"{name} eager / fused": round(plain / own, 2),
+            f"{name} us with launch": float(f"{alone * 1e6:.4g}"),
         }
     assert all(not isinstance(value, float) or math.isfinite(value) for value in numbers.values())
     what = "fused and eager" if context.on_gpu else "the same operations twice, because kernels need a GPU"
-    return Found(f"means of launches in a row, {what}", numbers)
+    return Found(f"the device's time in kernels, {what}", numbers)
 
 
 def rows(context: Context) -> Iterator[Row]:

@@ -1,12 +1,14 @@
 """The command: installs carried wheels into a temporary folder, runs the stages, writes the report after each."""
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,12 +89,16 @@ class Check:
             self.device = _likely_device()
         self.end = time.monotonic() + 60 * minutes - _RESERVE_SECONDS * minutes / 8
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        self._began = time.monotonic()
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self.report = Report({"device": self.device, "minutes": minutes, "started": started, "commit": _commit()})
 
     def _publish(self, result: StageResult) -> None:
-        if result not in self.report.results:
-            self.report.results.append(result)
-        self.report.write(self.out)
+        with self._lock:
+            if not any(result is known for known in self.report.results):
+                self.report.results.append(result)
+            self.report.seconds = time.monotonic() - self._began
+            self.report.write(self.out)
 
     def run(self) -> int:
         """Run everything; returns the exit status: 0 if no row failed, else 1.
@@ -115,18 +121,43 @@ class Check:
 
     def _run_stages(self, work: Path) -> None:
         site = self._install(work) if self.wheels else None
-        options = ["--quick"] if self.quick else []
-        for number, stage in enumerate(self.stages):
-            shares = sum(later.share for later in self.stages[number:])
-            seconds = max(1.0, (self.end - time.monotonic()) * stage.share / shares)
-            # A GPU has no quick run: what is left out there may be what is wrong.
-            options = options if self.device == "cpu" else []
-            variables = environment(self.device, site)
-            result = run_stage(stage, self.device, seconds, work / stage.name, variables, self._publish, options)
-            if stage.name == "versions":
-                self._note_device(result)
-            counts = ", ".join(f"{result.count(outcome)} {outcome}" for outcome in OUTCOMES)
-            print(f"{stage.name}: {counts} in {result.seconds:.0f} of {seconds:.0f} s", flush=True)
+        beside: list[threading.Thread] = []
+        try:
+            for number, stage in enumerate(self.stages):
+                if stage.timed:
+                    _join(beside)
+                seconds = self._seconds(number)
+                if stage.beside:
+                    beside.append(threading.Thread(target=self._run_one, args=(stage, seconds, work, site)))
+                    beside[-1].start()
+                else:
+                    self._run_one(stage, seconds, work, site)
+            _join(beside)
+        finally:
+            self._ended.set()
+            _join(beside)
+
+    def _seconds(self, number: int) -> float:
+        """Of the time that is left, for a stage; one beside others has that of those up to the first timed one."""
+        later = self.stages[number:]
+        shares = sum(stage.share for stage in later)
+        if not self.stages[number].beside:
+            mine = self.stages[number].share
+        else:
+            mine = sum(stage.share for stage in itertools.takewhile(lambda stage: not stage.timed, later))
+        # Without any other stage it has all.
+        return max(1.0, (self.end - time.monotonic()) * (mine / shares if mine else 1.0))
+
+    def _run_one(self, stage: Stage, seconds: float, work: Path, site: Path | None) -> None:
+        # A GPU has no quick run: what is left out there may be what is wrong.
+        options = ["--quick"] if self.quick and self.device == "cpu" else []
+        variables = environment(self.device, site)
+        folder = work / stage.name
+        result = run_stage(stage, self.device, seconds, folder, variables, self._publish, options, self._ended.is_set)
+        if stage.name == "versions":
+            self._note_device(result)
+        counts = ", ".join(f"{result.count(outcome)} {outcome}" for outcome in OUTCOMES)
+        print(f"{stage.name}: {counts} in {result.seconds:.0f} of {seconds:.0f} s", flush=True)
 
     def _install(self, work: Path) -> Path:
         assert self.wheels is not None
@@ -145,6 +176,11 @@ class Check:
         for row in result.rows:
             if "card" in row.numbers:
                 self.report.facts["card"] = row.numbers["card"]
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()
 
 
 def _ended(number: int, frame: FrameType | None) -> None:

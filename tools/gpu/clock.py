@@ -5,6 +5,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from gpu.context import Context
 from gpu.rows import DeviceLostError, Failed, NotRun, Value, absent_package, last_lines, one_line
@@ -30,6 +31,42 @@ def seconds_of(call: Callable[[], object], device: str, repeats: int = 1) -> flo
     last.record()
     last.synchronize()
     return float(first.elapsed_time(last)) / 1e3 / repeats
+
+
+class Kernel(NamedTuple):
+    """A kernel of a profile: its name, its time in all calls, and how many these were."""
+
+    name: str
+    microseconds: float
+    calls: int
+
+
+def profiled_kernels(call: Callable[[], object], device: str) -> list[Kernel]:
+    """The kernels of a call, the longest first, by torch's profiler; on a CPU the operators.
+
+    Raises:
+        NotRun: the profiler recorded nothing.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as record:
+        call()
+        if on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    found = [
+        Kernel(event.key, float(getattr(event, field, 0.0)), event.count)
+        for event in record.key_averages()
+        # An operator's own time on the device is that of its kernels, which have events of their own.
+        if not on_gpu or "CUDA" in str(getattr(event, "device_type", "CUDA"))
+    ]
+    found = sorted((kernel for kernel in found if kernel.microseconds > 0), key=lambda kernel: -kernel.microseconds)
+    if not found:
+        raise NotRun("the profiler recorded no kernel")
+    return found
 
 
 @dataclasses.dataclass
@@ -97,17 +134,24 @@ def race(calls: Mapping[str, Callable[[], object]], context: Context, rounds: in
     for name, call in calls.items():
         if context.seconds_left > 2 * _RESERVE_SECONDS:
             lasts[name] = _first(call, found[name], context)
-    for number in range(rounds):
+            # The first call was longer, so that one figure of each is known before a second of any.
+            if found[name].problem is None and context.seconds_left > _RESERVE_SECONDS:
+                _timed(call, found[name], lasts, name, context)
+    for number in range(1, rounds):
         # What ran before may leave caches and clocks in another state, so the order changes.
         for name in list(calls) if number % 2 == 0 else list(calls)[::-1]:
             it = found[name]
             if it.problem is None and name in lasts and context.seconds_left > lasts[name] + _RESERVE_SECONDS:
-                try:
-                    it.seconds.append(seconds_of(calls[name], context.device))
-                    lasts[name] = it.seconds[-1]
-                except Exception as error:
-                    _note(it, error, context)
+                _timed(calls[name], it, lasts, name, context)
     return found
+
+
+def _timed(call: Callable[[], object], it: Timed, lasts: dict[str, float], name: str, context: Context) -> None:
+    try:
+        it.seconds.append(seconds_of(call, context.device))
+        lasts[name] = it.seconds[-1]
+    except Exception as error:
+        _note(it, error, context)
 
 
 def _first(call: Callable[[], object], it: Timed, context: Context) -> float:

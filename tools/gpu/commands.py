@@ -10,8 +10,9 @@ from pathlib import Path
 
 from gpu.rows import Failed, one_line
 
-# What ``wan-train`` and ``wan-infer`` run once they are installed.
+# What ``wan-train``, ``wan-data`` and ``wan-infer`` run once they are installed.
 WAN_TRAIN = [sys.executable, "-c", "from wan_train.cli import main; main()"]
+WAN_DATA = [sys.executable, "-c", "from wan_data.cli import main; main()"]
 WAN_INFER = [sys.executable, "-m", "wan_infer"]
 _REASON_LINES = 6
 

@@ -2,16 +2,15 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from bench.model_cpu import training
 from bench.models import Samples
-from gpu.clock import seconds_of
+from gpu.clock import profiled_kernels, seconds_of
 from gpu.context import Context
 from gpu.models import TINY, call, random_model, use
-from gpu.rows import Found, NotRun, Row, Value
+from gpu.rows import Found, Row, Value
 from gpu.step import IMAGES, VIDEO
 from wan_model import WanConfig
 from wan_model.pack import Grid
@@ -25,8 +24,6 @@ def profiled(context: Context, grids: list[Grid]) -> Found:
     Raises:
         NotRun: the profiler recorded nothing.
     """
-    from torch.profiler import ProfilerActivity, profile
-
     config = WanConfig(num_layers=_LAYERS) if context.on_gpu else TINY
     model = random_model(config, context.device, torch.bfloat16)
     samples = Samples.draw(config, grids, torch.device(context.device), torch.bfloat16)
@@ -34,30 +31,26 @@ def profiled(context: Context, grids: list[Grid]) -> Found:
     use(model, "auto", "all_but_attention")
     step = training(lambda: call(model, samples, tokens), model)
     seconds_of(step, context.device, 2)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.on_gpu else [])]
-    with profile(activities=activities) as record:
+    took = 0.0
+
+    def timed() -> None:
+        nonlocal took
         took = seconds_of(step, context.device)
-    field = "self_device_time_total" if context.on_gpu else "self_cpu_time_total"
-    events: list[tuple[float, Any]] = [(float(getattr(event, field, 0.0)), event) for event in record.key_averages()]
-    if context.on_gpu:
-        # An operator's own time on the device is that of its kernels, which have events of their own.
-        events = [(time, event) for time, event in events if "CUDA" in str(getattr(event, "device_type", "CUDA"))]
-    events = sorted(((time, event) for time, event in events if time > 0), key=lambda pair: -pair[0])
-    if not events:
-        raise NotRun("the profiler recorded no kernel")
-    total = sum(time for time, _ in events)
+
+    events = profiled_kernels(timed, context.device)
+    total = sum(event.microseconds for event in events)
     table: list[dict[str, Value]] = [
         {
-            "kernel": event.key[:100],
-            "ms": round(time / 1e3, 3),
-            "share %": round(100 * time / total, 1),
-            "calls": event.count,
+            "kernel": event.name[:100],
+            "ms": round(event.microseconds / 1e3, 3),
+            "share %": round(100 * event.microseconds / total, 1),
+            "calls": event.calls,
         }
-        for time, event in events[:_LONGEST]
+        for event in events[:_LONGEST]
     ]
     numbers: dict[str, Value] = {
         "step ms": round(took * 1e3, 2), "kernels ms": round(total / 1e3, 2), "layers": config.num_layers,
-        "launches": sum(event.count for _, event in events), "kinds": len(events),
+        "launches": sum(event.calls for event in events), "kinds": len(events),
     }  # fmt: skip
     return Found(
         f"the {len(table)} longest of a step of {config.num_layers} layers, recomputed selectively", numbers, table

@@ -16,7 +16,7 @@ from gpu.fused_operations import kernels_used
 from gpu.models import TINY, TWO_LAYERS, call, random_model, use
 from gpu.rows import Failed, Found, NotRun, Row, Value
 from wan_model import WanDiT
-from wan_model.dit.attention import AttentionKind, resolve_kind
+from wan_model.dit.attention import AttentionKind, equal_segments, resolve_kind
 from wan_model.dit.recompute import Recompute
 from wan_model.kernels import available
 from wan_model.pack import Grid
@@ -167,8 +167,9 @@ def attention_calls(it: _Model, kind: AttentionKind, mode: Recompute) -> Found:
     with _Calls() as calls:
         call(it.model, it.samples, it.samples.tokens).sum().backward()
     queries = torch.empty(it.samples.layout.total, 1, 1, device=it.device, dtype=torch.bfloat16)
-    resolved = resolve_kind(kind, queries, it.samples.layout.offsets)
-    once = it.config.num_layers * (1 if resolved == "varlen" else it.samples.layout.num_samples)
+    offsets = it.samples.layout.offsets
+    resolved = resolve_kind(kind, queries, offsets, offsets)
+    once = it.config.num_layers * (1 if resolved == "varlen" else len(equal_segments(offsets, offsets)))
     # Self-attention and cross-attention of each layer.
     wanted = {"none": 2 * once, "elementwise": 2 * once, "all_but_attention": 3 * once, "block": 4 * once}[mode]
     numbers: dict[str, Value] = {

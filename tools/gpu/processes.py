@@ -110,6 +110,7 @@ def run_stage(
     environment: Mapping[str, str],
     publish: Callable[[StageResult], None],
     options: Sequence[str] = (),
+    ended: Callable[[], bool] = lambda: False,
 ) -> StageResult:
     """Run a stage; a crash ends one row, and a new process measures the others.
 
@@ -121,6 +122,7 @@ def run_stage(
         environment: of its processes.
         publish: called with what is known when rows are new.
         options: further options of ``gpu.stage_process``.
+        ended: whether the whole check is to end at once.
 
     Returns:
         The result, complete.
@@ -151,7 +153,7 @@ def run_stage(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
                     env={**environment, _MARK: mark},
                 )  # fmt: skip
-            code = _wait(process, end, update)
+            code = _wait(process, end, update, ended)
             kill_marked(mark)
             update()
             # A process that has measured everything may be killed while it ends.
@@ -167,14 +169,16 @@ def run_stage(
     return result
 
 
-def _wait(process: "subprocess.Popen[bytes]", end: float, update: Callable[[], None]) -> int | None:
-    """The exit status, or None at the deadline."""
+def _wait(
+    process: "subprocess.Popen[bytes]", end: float, update: Callable[[], None], ended: Callable[[], bool]
+) -> int | None:
+    """The exit status, or None at the deadline, or when the whole check ends."""
     while True:
         try:
             return process.wait(min(0.25, max(0.0, end - time.monotonic())))
         except subprocess.TimeoutExpired:
             update()
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or ended():
                 process.kill()
                 process.wait()
                 return None

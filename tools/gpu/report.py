@@ -22,11 +22,13 @@ class Report:
         facts: device, commit, minutes and so on.
         results: of the stages that have begun.
         finished: whether the check has come to its end.
+        seconds: since it began, or None for those of its stages.
     """
 
     facts: dict[str, Value]
     results: list[StageResult] = dataclasses.field(default_factory=list)
     finished: bool = False
+    seconds: float | None = None
 
     def counts(self) -> dict[str, int]:
         """Rows by outcome."""
@@ -35,7 +37,7 @@ class Report:
     def summary(self) -> str:
         """One line."""
         counts = self.counts()
-        seconds = sum(result.seconds for result in self.results)
+        seconds = sum(result.seconds for result in self.results) if self.seconds is None else self.seconds
         end = "" if self.finished else "; the check has not come to its end"
         return (
             f"{counts['passed']} rows passed, {counts['failed']} failed, {counts['not run']} not run "

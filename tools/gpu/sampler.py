@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import io
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.commands import WAN_INFER, start
+from gpu.commands import WAN_DATA, WAN_INFER, start
 from gpu.context import Context
 from gpu.model import relative
 from gpu.models import TINY, random_decoder, random_model
-from gpu.rows import Failed, Found, Row, Value
+from gpu.rows import Failed, Found, NotRun, Row, Value
 from wan_infer.request.settings import Settings
 from wan_infer.sampling.denoise import denoise, draw_noise
 from wan_model import WanDiT
@@ -196,6 +198,48 @@ def _command(it: _Folder, context: Context, name: str, *options: str) -> Found:
     return Found("the command writes a video that can be decoded", numbers)
 
 
+def _prepared(it: _Folder, context: Context) -> Found:
+    """wan-data on the device and on the CPU, for the video that the command has written."""
+    context.leave_out_if_quick()
+    if not (video := context.folder / "video.mp4").exists():
+        raise NotRun("there is no video of wan-infer")
+    (clips := context.folder / "clips").mkdir()
+    (clips / "a.mp4").write_bytes(video.read_bytes())
+    (clips / "a.txt").write_text("a rabbit in a meadow", encoding="utf-8")
+    options = (
+        *("--height", str(_SMALL["height"]), "--width", str(_SMALL["width"]), "--frames", str(_SMALL["frames"])),
+        *("--min-frames", str(_SMALL["frames"]), "--validation-fraction", "0", "--model", str(it.written)),
+    )
+    folders = {device: context.folder / f"dataset-{device}" for device in dict.fromkeys((context.device, "cpu"))}
+    started = [
+        start(
+            [
+                *(*WAN_DATA, "prepare", "--video-folder", str(clips), "--output-folder", str(folder), *options),
+                *("--device", device),
+            ],
+            context.folder / f"prepare-{device}.log",
+        )
+        for device, folder in folders.items()
+    ]
+    took = [one.wait(context.seconds_left) for one in started]
+    latents = {device: _latents_of(folder) for device, folder in folders.items()}
+    off = relative(latents[context.device], latents["cpu"])
+    numbers: dict[str, Value] = {"seconds": round(took[0], 1), "latents off by": off}
+    if not off <= 2 * _MOST_OF_TF32:
+        raise Failed("the latents differ from those of the CPU", numbers)
+    return Found("wan-data writes the latents of the CPU", numbers)
+
+
+def _latents_of(folder: Path) -> Tensor:
+    (shard,) = folder.rglob("*.tar")
+    with tarfile.open(shard) as archive:
+        (member,) = (member for member in archive if member.name.endswith(".pth"))
+        file = archive.extractfile(member)
+        assert file is not None, "it is a file"
+        latents: Tensor = torch.load(io.BytesIO(file.read()), weights_only=True)
+    return latents
+
+
 def rows(context: Context) -> Iterator[Row]:
     """The loop and the decoder first, which need nothing but torch; then the tiny model with all parts."""
     yield from context.row("latents in fp32", functools.partial(latents_in_fp32, context.device))
@@ -209,6 +253,7 @@ def rows(context: Context) -> Iterator[Row]:
     yield from context.row("WanSampler with offloading", functools.partial(_offloaded, folder, results))
     command = functools.partial(_command, folder, context)
     yield from context.row("wan-infer to an mp4", functools.partial(command, "video.mp4"), seconds=5)
+    yield from context.row("wan-data prepare", functools.partial(_prepared, folder, context), seconds=5)
     if context.on_gpu:
         options = ("--offload-model", "true", "--t5-cpu", "--vae-tiles", "2")
         yield from context.row("wan-infer, offloaded", functools.partial(command, "offloaded.mp4", *options), seconds=5)

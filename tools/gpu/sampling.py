@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -184,6 +185,7 @@ def offloaded(context: Context, sampling: _Sampling) -> Found:
             pass
 
     took = seconds_of(there_and_back, context.device)
+    gc.collect()  # diffusers' pipeline refers to itself
     places = {p.device.type for p in model.parameters()}
     held = torch.cuda.memory_allocated() if context.on_gpu else 0
     numbers: dict[str, Value] = {

@@ -11,25 +11,30 @@ class Stage:
         name: on the command line.
         title: in the report.
         function: ``module:function``; the function takes a ``gpu.context.Context`` and yields rows.
-        share: of the time, as seconds of eight minutes.
+        share: of the time, as seconds of eight minutes; for one that runs beside others, 0.
+        beside: runs beside the stages behind it, up to the first one that is timed.
+        timed: measures times, so that nothing may run beside it.
     """
 
     name: str
     title: str
     function: str
     share: float
+    beside: bool = False
+    timed: bool = False
 
 
 STAGES = (
-    Stage("versions", "Versions, card and packages", "gpu.versions:rows", 15),
-    Stage("kernels", "Fused kernels against their formulae in fp64", "gpu.kernels:rows", 45),
-    Stage("attention", "Attention against fp64", "gpu.attention:rows", 45),
+    Stage("versions", "Versions, card and packages", "gpu.versions:rows", 20),
+    # Bound by the start of its processes on the CPU.
+    Stage("training", "wan-train at a tiny size: save, resume, FSDP", "gpu.training:rows", 0, beside=True),
+    Stage("kernels", "Fused kernels against their formulae in fp64", "gpu.kernels:rows", 35),
+    Stage("attention", "Attention against fp64", "gpu.attention:rows", 50),
     Stage("model", "The model: precision, recomputation, determinism", "gpu.model:rows", 30),
-    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 35),
-    Stage("training", "wan-train at a tiny size: save, resume, FSDP", "gpu.training:rows", 70),
-    Stage("step", "A training step of the 1.3B model", "gpu.step:rows", 110),
-    Stage("bandwidth", "Bandwidth of the fused kernels", "gpu.bandwidth:rows", 20),
-    Stage("bridge", "wan-train on the 1.3B model", "gpu.training:real_rows", 60),
-    Stage("sampling", "A sampling step of the 1.3B model, and decoding", "gpu.sampling:rows", 45),
-    Stage("profile", "The longest kernels of a training step", "gpu.longest_kernels:rows", 20),
+    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 45),
+    Stage("step", "A training step of the 1.3B model", "gpu.step:rows", 125, timed=True),
+    Stage("bandwidth", "Bandwidth of the fused kernels", "gpu.bandwidth:rows", 20, timed=True),
+    Stage("bridge", "wan-train on the 1.3B model", "gpu.training:real_rows", 70, timed=True),
+    Stage("sampling", "A sampling step of the 1.3B model, and decoding", "gpu.sampling:rows", 60, timed=True),
+    Stage("profile", "The longest kernels of a training step", "gpu.longest_kernels:rows", 25, timed=True),
 )

@@ -1,6 +1,7 @@
 """wan-train through its command line: tiny runs with saves, resume and FSDP, and steps of the 1.3B model."""
 
 import contextlib
+import datetime
 import functools
 import json
 import math
@@ -32,6 +33,9 @@ _RUNS: dict[str, tuple[str, ...]] = {
     "asynchronous": ("checkpoint.async_save=true",),
     "fsdp": ("dist.use_megatron_fsdp=true", "model.recompute_granularity=selective"),
 }
+# On a CPU all runs are deterministic.
+_DETERMINISTIC = ("model.deterministic_mode=true",)
+_ON_GPU = {"deterministic": _DETERMINISTIC, "deterministic again": _DETERMINISTIC}
 # Runs in bf16 that differ in the order of their sums; their first losses are equal within rounding.
 _NEAR = 0.02
 _MASTERS = "optimizer.state.param."
@@ -92,12 +96,25 @@ class _Tiny:
         return self.context.folder / name / "checkpoints"
 
     def start(self, name: str, *options: str) -> None:
-        arguments = [*WAN_TRAIN, *_TINY, *_RUNS.get(name, ()), *options, f"checkpoint.save={self.folder(name)}"]
+        arguments = [
+            *WAN_TRAIN,
+            *_TINY,
+            *(_RUNS | _ON_GPU).get(name, ()),
+            *options,
+            f"checkpoint.save={self.folder(name)}",
+        ]
         self._started[name] = start(arguments, self.context.folder / name / "log")
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The runs that need no other."""
+        if self.context.quick:
+            return ("whole",)
+        return (*_RUNS, *(_ON_GPU if self.context.on_gpu else ()))
 
     def start_all(self) -> None:
         _need_engine()
-        for name in ("whole",) if self.context.quick else _RUNS:
+        for name in self.first:
             self.start(name)
 
     def wait(self, name: str) -> float:
@@ -112,12 +129,13 @@ class _Tiny:
 
 def _numbers(folder: Path, took: float) -> dict[str, Value]:
     losses = _losses(folder)
-    backend = re.search(r"distributed_backend: (\w+)", (folder / "megatron-rank0.log").read_text(encoding="utf-8"))
+    settings = (folder / f"iter_{_STEPS:07d}" / "run_config.yaml").read_text(encoding="utf-8")
+    backend = re.search(r"distributed_backend: (\w+)", settings)
     return {
         "seconds with start": round(took, 1),
         "first loss": losses[1],
         "last loss": losses[max(losses)],
-        **({"backend": backend[1]} if backend else {}),
+        "backend": backend[1] if backend else None,
     }
 
 
@@ -144,8 +162,8 @@ def whole_run(tiny: _Tiny) -> Found:
         raise Failed(f"the losses are {losses}", numbers)
     if steps != [_SAVED, _STEPS]:
         raise Failed(f"the complete checkpoints are {steps}", numbers)
-    if tiny.context.on_gpu and numbers.get("backend") != "nccl":
-        raise Failed("it did not train on NCCL", numbers)
+    if numbers["backend"] != (wanted := "nccl" if tiny.context.on_gpu else "gloo"):
+        raise Failed(f"it did not train on {wanted}", numbers)
     return Found("it trains in bf16, and both checkpoints are complete", numbers)
 
 
@@ -221,6 +239,18 @@ def saved_asynchronously(tiny: _Tiny) -> Found:
     return _same_run(folder, tiny.folder("whole"), tiny.context.on_gpu, numbers)
 
 
+def deterministic(tiny: _Tiny) -> Found:
+    """Two runs with ``model.deterministic_mode``.
+
+    Raises:
+        Failed: they are not equal to the bit.
+    """
+    tiny.context.need_gpu()
+    folders = [tiny.folder(name) for name in _ON_GPU]
+    took = max(tiny.wait(name) for name in _ON_GPU)
+    return _same_run(folders[0], folders[1], False, _numbers(folders[0], took))
+
+
 def fully_sharded(tiny: _Tiny) -> Found:
     """FSDP with selective recomputation.
 
@@ -250,6 +280,7 @@ def rows(context: Context) -> Iterator[Row]:
         ("precision in the checkpoint", kept_precision),
         ("saved asynchronously", saved_asynchronously),
         ("FSDP with recomputation", fully_sharded),
+        ("two deterministic runs", deterministic),
         ("resumed", resumed),
     ):
         yield from context.row(name, functools.partial(check, tiny), seconds=3)
@@ -258,7 +289,7 @@ def rows(context: Context) -> Iterator[Row]:
 
 def _started(tiny: _Tiny) -> Found:
     tiny.start_all()
-    return Found("the runs are started together", {"runs": 1 if tiny.context.quick else len(_RUNS)})
+    return Found("the runs are started together", {"runs": len(tiny.first)})
 
 
 def _real_options(on_gpu: bool) -> list[str]:
@@ -277,7 +308,7 @@ def real_steps(context: Context) -> Found:
         Failed: it fails or prints no step.
     """
     _need_engine()
-    log, took = context.folder / "wan-train.log", 0.0
+    log, took, began = context.folder / "wan-train.log", 0.0, datetime.datetime.now()
     if context.quick:
         # Its lines are those of the run before.
         log = context.folder.parent / "training" / "whole" / "log"
@@ -299,6 +330,9 @@ def real_steps(context: Context) -> Found:
         "first loss": losses[0],
         "last loss": losses[-1],
     }
+    # By Megatron's own lines, in whole seconds.
+    for what, when in re.findall(r"^\[after ([^\]]+)\] datetime: ([\d-]+ [\d:]+)", text, re.MULTILINE):
+        numbers[f"seconds until {what}"] = round((datetime.datetime.fromisoformat(when) - began).total_seconds())
     if memory := re.findall(r"mem-max-allocated-gigabytes: ([\d.]+)", text):
         numbers["peak GB"] = float(memory[-1])
     if not all(math.isfinite(loss) for loss in losses):

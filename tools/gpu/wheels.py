@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "comparison with diffusers": ("diffusers", "importlib-metadata", "zipp", "lazy-importer"),
     "prompts and videos": ("ftfy", "wcwidth", "av"),
+    # wan-data writes shards for it, and imports it only to read them.
+    "preparing": ("megatron-energon",),
     "training": ("megatron-core", "megatron-bridge", "nvidia-resiliency-ext", "defusedxml", "omegaconf"),
     "tests marked gpu": ("beartype",),
 }

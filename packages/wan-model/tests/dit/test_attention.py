@@ -1,6 +1,7 @@
 """Attention over packs: against plain softmax, which kernel is taken, and memory that grows with the tokens only."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,16 +56,42 @@ class OnCuda:
 
 @pytest.mark.parametrize(
     ("offsets", "chosen"),
-    [((0, 32760), "sdpa"), ((0, 1024), "sdpa"), ((0, 30000, 30256), "sdpa"), ((0, 256, 512, 768), "varlen")],
-    ids=["a video", "an image", "a video and an image", "images"],
-)
+    [
+        ((0, 32760), "sdpa"), ((0, 1024), "sdpa"), ((0, 30000, 30256), "sdpa"), ((0, 256, 512, 768), "sdpa"),
+        ((0, 256, 512, 780), "varlen"),
+    ],
+    ids=["a video", "an image", "a video and an image", "equal images", "images"],
+)  # fmt: skip
 def test_auto_takes_one_launch_for_many_short_segments(offsets: tuple[int, ...], chosen: str) -> None:
     choose: Any = resolve_kind
     choose = getattr(choose, "__wrapped__", choose)
-    assert choose("auto", OnCuda(), offsets) == chosen
-    assert choose("cudnn", OnCuda(), offsets) == "cudnn"
+    assert choose("auto", OnCuda(), offsets, offsets) == chosen
+    assert choose("cudnn", OnCuda(), offsets, offsets) == "cudnn"
     cpu = torch.zeros(1, 1, 1, dtype=torch.bfloat16)
-    assert resolve_kind("auto", cpu, offsets) == "sdpa"
+    assert resolve_kind("auto", cpu, offsets, offsets) == "sdpa"
+
+
+def test_equal_segments_are_one_batch(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    q_offsets, k_offsets = (0, 5, 10, 15, 16, 16, 21), (0, 6, 12, 18, 24, 30, 36)
+    q = torch.randn(23, 2, 8, generator=rng)
+    k, v = (torch.randn(36, 2, 8, generator=rng) for _ in range(2))
+    sizes = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sizes.append((q.shape[0], q.shape[2], k.shape[2]))
+        return scaled_dot_product_attention(q, k, v)
+
+    scaled_dot_product_attention = attention.F.scaled_dot_product_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(attention.F, "scaled_dot_product_attention", record)
+        out = packed_attention(q, k, v, q_offsets, k_offsets)
+    assert sizes == [(3, 5, 6), (1, 1, 6), (1, 5, 6)]
+    pairs = zip(itertools.pairwise(q_offsets), itertools.pairwise(k_offsets), strict=True)
+    for (start, stop), (first, last) in pairs:
+        if start == stop:
+            continue
+        alone = packed_attention(q[start:stop], k[first:last], v[first:last], (0, stop - start), (0, last - first))
+        assert torch.equal(out[start:stop], alone), "a sample does not depend on the others of its batch"
 
 
 @pytest.mark.parametrize("kind", ["cudnn", "flash", "varlen"])
@@ -79,23 +106,51 @@ def test_unknown_attention_is_refused() -> None:
         make(TorchOps(), "fast")
 
 
-@pytest.mark.parametrize(
-    ("kind", "kernel"), [("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)]
-)
-def test_one_kernel_alone_is_asked_of_torch(
-    kind: Any, kernel: SDPBackend, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is asked of torch's choice of kernels."""
+    calls = []
 
     @contextlib.contextmanager
     def record(*args: Any, **kwargs: Any) -> Iterator[None]:
-        asked.append((args, kwargs))
+        calls.append((*args, *kwargs.values()))
         yield
 
     monkeypatch.setattr(attention, "sdpa_kernel", record)
     monkeypatch.setattr(attention, "resolve_kind", lambda kind, *_: kind)
-    packed_attention(*tensors(rng), Q, K, kind)
-    assert asked == [((kernel,), {})]
+    return calls
+
+
+# Two segments of 128, and one of a length at which cuDNN's backward pass can return NaN.
+LENGTHS = (0, 128, 256, 448)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [
+        ("cudnn", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]),
+        ("flash", [SDPBackend.FLASH_ATTENTION, SDPBackend.FLASH_ATTENTION]),
+    ],
+)
+def test_one_kernel_alone_is_asked_of_torch(
+    kind: Any, kernels: list[SDPBackend], rng: torch.Generator, asked: list[tuple[Any, ...]]
+) -> None:
+    q, k, v = (torch.randn(448, 1, 8, generator=rng) for _ in range(3))
+    packed_attention(q, k, v, LENGTHS, LENGTHS, kind)
+    assert asked == [(kernel,) for kernel in kernels]
+
+
+@pytest.mark.parametrize("newer", [True, False], ids=["Hopper", "Ampere"])
+def test_cudnn_is_preferred_on_hopper_but_not_where_it_can_give_nan(
+    newer: bool, asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_is_hopper_or_newer", lambda device: newer)
+    for lengths in ((32760, 32760), (1560, 512), (704, 704), (1, 512), (2048, 64)):
+        with attention._kernels("sdpa", torch.device("cuda", 0), attention.Batch(1, *lengths)):
+            pass
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    first = ([SDPBackend.CUDNN_ATTENTION, *others], True)
+    assert asked == [*([first] * 2 if newer else []), *[(others,)] * 3]
 
 
 def test_variable_lengths_are_told_to_the_kernel_not_read_back(

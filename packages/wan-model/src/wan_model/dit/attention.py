@@ -3,15 +3,16 @@
 Shapes: S queries, K keys, H heads, E head width. Offsets are host integers, so nothing is read back from the device,
 and no mask of tokens x tokens is built: memory is linear in the number of tokens.
 
-``sdpa`` calls torch's attention segment by segment, with the kernel that torch selects; ``cudnn`` and ``flash`` do the
-same with only that kernel. ``varlen`` is torch's variable-length flash attention, one launch for all segments. The last
-three need CUDA and 16-bit tensors.
+``sdpa`` calls torch's attention once for each run of consecutive segments of equal lengths, as a batch, with the kernel
+that torch selects; ``cudnn`` and ``flash`` do the same with only that kernel. ``varlen`` is torch's variable-length
+flash attention, one launch for all segments. The last three need CUDA and 16-bit tensors. At the few lengths at which
+cuDNN's backward pass can return NaN, ``sdpa`` and ``cudnn`` take flash attention instead.
 """
 
 import contextlib
 import functools
 import itertools
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,9 +23,40 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 AttentionKind = Literal["auto", "sdpa", "cudnn", "flash", "varlen"]
 Offsets = tuple[int, ...]
 
-_ONE_KERNEL = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# With segments shorter than this on average a GPU is bound by kernel launches, so all segments share one launch.
-_SHORT_SEGMENTS = 2048
+_OTHER_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# With fewer tokens than this in a launch a GPU is bound by launches, so all segments share one.
+_FEW_TOKENS = 2048
+
+
+class Batch(NamedTuple):
+    """Consecutive segments of equal lengths.
+
+    Attributes:
+        segments: how many.
+        queries, keys: of each.
+    """
+
+    segments: int
+    queries: int
+    keys: int
+
+
+@functools.lru_cache(maxsize=64)
+def equal_segments(q_offsets: Offsets, k_offsets: Offsets) -> tuple[Batch, ...]:
+    """The runs of consecutive segments of equal lengths, each of which is one batch of torch's attention."""
+    assert len(q_offsets) == len(k_offsets), "queries and keys must have the same number of segments"
+    lengths = zip(*([b - a for a, b in itertools.pairwise(offsets)] for offsets in (q_offsets, k_offsets)), strict=True)
+    return tuple(Batch(sum(1 for _ in same), *pair) for pair, same in itertools.groupby(lengths))
+
+
+def cudnn_may_give_nan(queries: int, keys: int) -> bool:
+    """Whether cuDNN's backward pass can return NaN at these lengths, or has no kernel for them.
+
+    It scores the rows that pad its last tile with 0. Where all true scores of a query are below -88, the exponential of
+    the difference overflows. Sources: pytorch issue 196678 (keys of 64 modulo 128), cudnn-frontend issue 1072 (few
+    queries); one key alone is not supported.
+    """
+    return keys % 128 == 64 or queries < 64 or keys < 2
 
 
 def check_kind(kind: str) -> None:
@@ -37,16 +69,17 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"attention is {kind!r}; expected one of {', '.join(get_args(AttentionKind))}")
 
 
-def resolve_kind(kind: AttentionKind, q_SHE: Tensor, q_offsets: Offsets) -> AttentionKind:
-    """Resolve ``auto``: ``varlen`` for many short segments in 16 bits on CUDA, else ``sdpa``.
+def resolve_kind(kind: AttentionKind, q_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets) -> AttentionKind:
+    """Resolve ``auto``: ``varlen`` for many short segments of different lengths in 16 bits on CUDA, else ``sdpa``.
 
     Raises:
         ValueError: the requested kind cannot run on these tensors.
     """
     on_cuda_in_16_bits = q_SHE.is_cuda and q_SHE.dtype in (torch.float16, torch.bfloat16)
     if kind == "auto":
-        short = q_offsets[-1] < _SHORT_SEGMENTS * (len(q_offsets) - 1)
-        return "varlen" if on_cuda_in_16_bits and short and len(q_offsets) > 2 else "sdpa"
+        launches = len(equal_segments(q_offsets, k_offsets))
+        few = q_offsets[-1] < _FEW_TOKENS * launches
+        return "varlen" if on_cuda_in_16_bits and few and launches > 1 else "sdpa"
     if kind != "sdpa" and not on_cuda_in_16_bits:
         raise ValueError(
             f"attention {kind} needs CUDA and bfloat16 or float16; got {q_SHE.dtype} on {q_SHE.device}: "
@@ -78,15 +111,11 @@ def packed_attention(
     Raises:
         ValueError: a kind that cannot run on these tensors.
     """
-    assert len(q_offsets) == len(k_offsets), "queries and keys must have the same number of segments"
-    kind = resolve_kind(kind, q_SHE, q_offsets)
+    kind = resolve_kind(kind, q_SHE, q_offsets, k_offsets)
     if kind == "varlen":
         parts = [_variable_length(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)]
     else:
-        # By default torch prefers flash attention to cuDNN's, although it is slower on Hopper.
-        only = sdpa_kernel(_ONE_KERNEL[kind]) if kind in _ONE_KERNEL else _preferred(q_SHE.device)
-        with only:
-            parts = _segment_by_segment(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)
+        parts = _batch_by_batch(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets, kind)
     if padding := q_SHE.shape[0] - q_offsets[-1]:
         zeros = q_SHE.new_zeros(padding, *q_SHE.shape[1:])
         # A rank that has only padding must take part in the backward pass, because the other ranks wait for it.
@@ -99,33 +128,45 @@ def _is_hopper_or_newer(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _preferred(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    if device.type != "cuda" or not _is_hopper_or_newer(device):
+def _kernels(kind: AttentionKind, device: torch.device, it: Batch) -> contextlib.AbstractContextManager[None]:
+    """The kernels that torch may take, the preferred first."""
+    if kind == "flash" or (kind == "cudnn" and cudnn_may_give_nan(it.queries, it.keys)):
+        return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    if kind == "cudnn":
+        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+    if device.type != "cuda":
         return contextlib.nullcontext()
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    if cudnn_may_give_nan(it.queries, it.keys):
+        return sdpa_kernel(_OTHER_KERNELS)
+    if _is_hopper_or_newer(device):
+        # By default torch prefers flash attention to cuDNN's, although it is slower on Hopper.
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *_OTHER_KERNELS], set_priority=True)
+    return contextlib.nullcontext()
 
 
-def _segment_by_segment(
-    q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets
+def _batch_by_batch(
+    q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Offsets, k_offsets: Offsets, kind: AttentionKind
 ) -> list[Tensor]:
     parts = []
-    for q, k, v in zip(_split(q_SHE, q_offsets), _split(k_SHE, k_offsets), _split(v_SHE, k_offsets), strict=True):
-        if not q.shape[0]:
+    batches = equal_segments(q_offsets, k_offsets)
+    of_queries = _split(q_SHE, q_offsets[0], [it.segments * it.queries for it in batches])
+    of_keys, of_values = (_split(x, k_offsets[0], [it.segments * it.keys for it in batches]) for x in (k_SHE, v_SHE))
+    for it, q, k, v in zip(batches, of_queries, of_keys, of_values, strict=True):
+        if not it.queries:
             continue
-        # [s, h, e] to [1, h, s, e] and back, as plain views: this runs for every segment of every layer.
-        q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))
-        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).squeeze(0))
+        # [b s, h, e] to [b, h, s, e] and back, as plain views: this runs for every batch of every layer.
+        q, k, v = (x.unflatten(0, (it.segments, -1)).transpose(1, 2) for x in (q, k, v))
+        with _kernels(kind, q_SHE.device, it):
+            parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
     return parts
 
 
-def _split(x_SHE: Tensor, offsets: Offsets) -> tuple[Tensor, ...]:
+def _split(x_SHE: Tensor, start: int, lengths: list[int]) -> tuple[Tensor, ...]:
     # Split, not sliced: the gradient of a slice is a tensor of the full size.
-    rest = x_SHE.shape[0] - offsets[-1]
-    if len(offsets) == 2 and not offsets[0] and not rest:
+    rest = x_SHE.shape[0] - start - sum(lengths)
+    if len(lengths) == 1 and not start and not rest:
         return (x_SHE,)
-    lengths = [offsets[0], *(stop - start for start, stop in itertools.pairwise(offsets)), rest]
-    return x_SHE.split(lengths)[1:-1]
+    return x_SHE.split([start, *lengths, rest])[1:-1]
 
 
 @functools.lru_cache(maxsize=32)

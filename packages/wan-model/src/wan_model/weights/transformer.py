@@ -6,8 +6,10 @@ number of ranks.
 
 import contextlib
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +77,16 @@ def initial_tensor(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     if key.endswith("scale_shift_table"):
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return torch.randn(shape, generator=generator).div_(shape[-1] ** 0.5)
     if key.endswith("bias") or key.startswith("proj_out."):
         return torch.zeros(shape)
     if ".norm" in key:
         return torch.ones(shape)
     if ".time_embedder." in key or ".text_embedder." in key:
-        return torch.randn(shape, generator=generator) * 0.02
+        return torch.randn(shape, generator=generator).mul_(0.02)
     fan_out, fan_in = shape[0], torch.Size(shape[1:]).numel()
     bound = (6 / (fan_in + fan_out)) ** 0.5
-    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(bound)
 
 
 @torch.no_grad()
@@ -93,9 +95,24 @@ def init_weights(model: WanDiT, *, seed: int) -> None:
 
     Each full tensor depends only on the seed and its key, so in every layout the ranks get shards of the same tensors.
     """
-    for key, parameter in model.named_parameters():
-        whole = initial_tensor(key, full_shape(model, parameter), seed=seed)
-        parameter.copy_(whole[local_slices(model, parameter)])
+    parameters = dict(model.named_parameters())
+    shapes = {key: full_shape(model, parameter) for key, parameter in parameters.items()}
+    workers = _drawing_threads()
+    with ThreadPoolExecutor(workers) as pool:
+        # Not all at once: whole tensors are drawn, also where this rank holds a shard of them.
+        for start in range(0, len(shapes), workers):
+            keys = list(shapes)[start : start + workers]
+            for key, whole in zip(
+                keys, pool.map(lambda key: initial_tensor(key, shapes[key], seed=seed), keys), strict=True
+            ):
+                parameters[key].copy_(whole[local_slices(model, parameters[key])])
+
+
+def _drawing_threads() -> int:
+    """Threads for the draws of a process, each of which is one thread's work: its share of the machine's processors."""
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, processors // processes))
 
 
 def read_config(folder: Path) -> WanConfig:
