@@ -244,7 +244,7 @@ def test_a_race_goes_on_without_those_that_fail(tmp_path):
         {"a": lambda: calls.append("a"), "wrong": wrong, "large": large, "b": lambda: calls.append("b")},
         context(tmp_path),
     )
-    assert "".join(calls) == "ab" + "ab" + "ba"
+    assert "".join(calls) == "aa" + "bb" + "ba"
     assert [len(found[name].seconds) for name in "ab"] == [2, 2]
     assert found["a"].figures()["each"].count(" ") == 1
     with pytest.raises(Failed, match="RuntimeError: a wrong shape") as error:

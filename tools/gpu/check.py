@@ -90,6 +90,7 @@ class Check:
         self.end = time.monotonic() + 60 * minutes - _RESERVE_SECONDS * minutes / 8
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         self._began = time.monotonic()
+        self._places = {stage.name: place for place, stage in enumerate(stages)}
         self._lock, self._ended = threading.Lock(), threading.Event()
         self.report = Report({"device": self.device, "minutes": minutes, "started": started, "commit": _commit()})
 
@@ -97,6 +98,8 @@ class Check:
         with self._lock:
             if not any(result is known for known in self.report.results):
                 self.report.results.append(result)
+                # A stage beside others has its first row at no certain time.
+                self.report.results.sort(key=lambda known: self._places.get(known.stage.name, -1))
             self.report.seconds = time.monotonic() - self._began
             self.report.write(self.out)
 

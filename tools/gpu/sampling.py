@@ -94,7 +94,7 @@ class _Sampling:
         timed: dict[str, Timed] = {}
         with self.context.group("timing of a sampling step") as fresh:
             if fresh:
-                timed = race(calls, self.context)
+                timed = race(calls, self.context, rounds=1)
         for name in calls:
             yield from self.context.row(
                 f"a step with guidance: {name}", functools.partial(self._found, timed, name), seconds=AT_ONCE

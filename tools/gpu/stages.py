@@ -31,10 +31,10 @@ STAGES = (
     Stage("kernels", "Fused kernels against their formulae in fp64", "gpu.kernels:rows", 35),
     Stage("attention", "Attention against fp64", "gpu.attention:rows", 50),
     Stage("model", "The model: precision, recomputation, determinism", "gpu.model:rows", 30),
-    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 45),
+    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 70),
     Stage("step", "A training step of the 1.3B model", "gpu.step:rows", 125, timed=True),
     Stage("bandwidth", "Bandwidth of the fused kernels", "gpu.bandwidth:rows", 20, timed=True),
-    Stage("bridge", "wan-train on the 1.3B model", "gpu.training:real_rows", 70, timed=True),
-    Stage("sampling", "A sampling step of the 1.3B model, and decoding", "gpu.sampling:rows", 60, timed=True),
+    Stage("bridge", "wan-train on the 1.3B model", "gpu.training:real_rows", 65, timed=True),
+    Stage("sampling", "A sampling step of the 1.3B model, and decoding", "gpu.sampling:rows", 75, timed=True),
     Stage("profile", "The longest kernels of a training step", "gpu.longest_kernels:rows", 25, timed=True),
 )
