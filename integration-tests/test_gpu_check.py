@@ -173,7 +173,7 @@ def test_every_stage_runs_on_a_cpu(tmp_path):
     assert failed == []
     assert (done.returncode, done.stderr) == (0, "")
     assert [stage["name"] for stage in report["stages"]] == [
-        "versions", "training", "kernels", "attention", "model", "sampler", "step", "bandwidth", "bridge", "sampling",
+        "versions", "training", "sampler", "kernels", "attention", "model", "step", "bandwidth", "bridge", "sampling",
         "profile",
     ]  # fmt: skip
     reasons = {

@@ -118,5 +118,10 @@ def draw(operation: Operation, rows: TokenRows, width: int, dtype: torch.dtype, 
 @contextlib.contextmanager
 def kernels_used(used: bool) -> Iterator[None]:
     """Whether the fused kernels compute in this context; on a CPU they run in Triton's interpreter."""
-    with mock.patch.object(available, "for_tensor", return_value=used):
+
+    # Not a mock that records its calls: it would keep every tensor that it was asked about.
+    def answer(tensor: Tensor) -> bool:
+        return used
+
+    with mock.patch.object(available, "for_tensor", answer):
         yield

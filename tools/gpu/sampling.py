@@ -124,12 +124,12 @@ class _Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class _Decoding:
-    """How a video is decoded; the defaults are the sampler's."""
+    """How a video is decoded; the defaults are the sampler's with TF32."""
 
     tiles: int = 1
     dtype: torch.dtype = torch.float32
     tf32: bool = True
-    channels_last: bool = True
+    channels_last: bool = False
 
 
 def decoded(context: Context, way: _Decoding) -> Found:
@@ -206,9 +206,10 @@ def rows(context: Context) -> Iterator[Row]:
         torch.cuda.empty_cache()
     ways = {
         "decoding": _Decoding(),
-        "decoding, channels first": _Decoding(channels_last=False),
+        "decoding, channels last": _Decoding(channels_last=True),
+        "decoding, bfloat16": _Decoding(dtype=torch.bfloat16, channels_last=True),
+        "decoding, bfloat16, channels first": _Decoding(dtype=torch.bfloat16),
         "decoding, float32 without TF32": _Decoding(tf32=False),
-        "decoding, bfloat16": _Decoding(dtype=torch.bfloat16),
         "decoding, 4 tiles": _Decoding(tiles=4),
     }
     if not context.on_gpu:

@@ -25,16 +25,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("versions", "Versions, card and packages", "gpu.versions:rows", 20),
-    # Bound by the start of its processes on the CPU.
+    Stage("versions", "Versions, card and packages", "gpu.versions:rows", 15),
+    # Bound by the start of their processes on the CPU.
     Stage("training", "wan-train at a tiny size: save, resume, FSDP", "gpu.training:rows", 0, beside=True),
-    Stage("kernels", "Fused kernels against their formulae in fp64", "gpu.kernels:rows", 35),
-    Stage("attention", "Attention against fp64", "gpu.attention:rows", 50),
-    Stage("model", "The model: precision, recomputation, determinism", "gpu.model:rows", 30),
-    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 70),
-    Stage("step", "A training step of the 1.3B model", "gpu.step:rows", 125, timed=True),
-    Stage("bandwidth", "Bandwidth of the fused kernels", "gpu.bandwidth:rows", 20, timed=True),
-    Stage("bridge", "wan-train on the 1.3B model", "gpu.training:real_rows", 65, timed=True),
-    Stage("sampling", "A sampling step of the 1.3B model, and decoding", "gpu.sampling:rows", 75, timed=True),
-    Stage("profile", "The longest kernels of a training step", "gpu.longest_kernels:rows", 25, timed=True),
+    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 0, beside=True),
+    Stage("kernels", "Fused kernels against their formulae in fp64", "gpu.kernels:rows", 55),
+    Stage("attention", "Attention against fp64", "gpu.attention:rows", 60),
+    Stage("model", "The model: precision, recomputation, determinism", "gpu.model:rows", 25),
+    Stage("step", "A training step of the 1.3B model", "gpu.step:rows", 115, timed=True),
+    Stage("bandwidth", "Bandwidth of the fused kernels", "gpu.bandwidth:rows", 35, timed=True),
+    Stage("bridge", "wan-train on the 1.3B model", "gpu.training:real_rows", 60, timed=True),
+    Stage("sampling", "A sampling step of the 1.3B model, and decoding", "gpu.sampling:rows", 95, timed=True),
+    Stage("profile", "The longest kernels of a training step", "gpu.longest_kernels:rows", 20, timed=True),
 )

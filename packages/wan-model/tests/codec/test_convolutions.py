@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from wan_model.codec.convolutions import computed_with_tf32, tf32_convolutions, to_channels_last
+from wan_model.codec.convolutions import computed_with_tf32, prepare_for, tf32_convolutions, to_channels_last
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.testing import assert_within, rounding_scale
 
@@ -62,6 +62,16 @@ def test_every_convolution_runs_in_the_chosen_precision(tiny_folder: Path, tf32:
     codec.decode_video(torch.zeros(LATENTS))
     assert seen.keys() == {expected}
     assert 0 < encoding < seen[expected]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "changed"),
+    [("cuda", torch.float32, False), ("cuda:1", torch.bfloat16, True), ("cpu", torch.bfloat16, False)],
+)
+def test_only_16_bits_on_a_gpu_have_the_channels_last(device: str, dtype: torch.dtype, changed: bool) -> None:
+    convolution = nn.Conv3d(2, 3, 3).to(dtype)
+    prepare_for(device, convolution)
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last_3d) == changed
 
 
 @pytest.mark.rounding

@@ -145,7 +145,7 @@ def test_cudnn_is_preferred_on_hopper_but_not_where_it_can_give_nan(
     newer: bool, asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_is_hopper_or_newer", lambda device: newer)
-    for lengths in ((32760, 32760), (1560, 512), (704, 704), (1, 512), (2048, 64)):
+    for lengths in ((32760, 32760), (1560, 512), (704, 704), (1, 512), (2048, 192)):
         with attention._kernels("sdpa", torch.device("cuda", 0), attention.Batch(1, *lengths)):
             pass
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -41,16 +41,18 @@ def computed_with_tf32(items: Iterable[_Item], allowed: bool) -> Iterator[_Item]
 
 
 def prepare_for(device: torch.device | str, autoencoder: nn.Module) -> None:
-    """Choose the memory format that is fast on a device."""
-    if torch.device(device).type == "cuda":
+    """Choose the memory format that is fast on a device.
+
+    On an H200 with TF32, 81 frames of 480 x 832 took 3.6 s with the channels last and 2.7 s with the channels first.
+    """
+    if torch.device(device).type == "cuda" and next(autoencoder.parameters()).element_size() == 2:
         to_channels_last(autoencoder)
 
 
 def to_channels_last(module: nn.Module) -> None:
     """Store the weights of all convolutions with the channels last, in place.
 
-    The outputs then have that format too where cuDNN computes them. Tensor cores read channels together: with the
-    channels first, cuDNN transposes inputs and outputs of each convolution. Results differ by rounding.
+    The outputs then have that format too where cuDNN computes them. Results differ by rounding.
     """
     formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
     for part in module.modules():

@@ -53,10 +53,10 @@ def cudnn_may_give_nan(queries: int, keys: int) -> bool:
     """Whether cuDNN's backward pass can return NaN at these lengths, or has no kernel for them.
 
     It scores the rows that pad its last tile with 0. Where all true scores of a query are below -88, the exponential of
-    the difference overflows. Sources: pytorch issue 196678 (keys of 64 modulo 128), cudnn-frontend issue 1072 (few
-    queries); one key alone is not supported.
+    the difference overflows. Sources: pytorch issue 196678 (keys of 64 modulo 128), cudnn-frontend issue 1072 (one
+    query); ``tools/gpu_check.py`` found the same with cuDNN 9.19 on an H200. One key alone is not supported.
     """
-    return keys % 128 == 64 or queries < 64 or keys < 2
+    return keys % 128 == 64 or queries < 2 or keys < 2
 
 
 def check_kind(kind: str) -> None:
