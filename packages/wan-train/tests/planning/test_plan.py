@@ -42,7 +42,7 @@ MEASURED: dict[str, tuple[Layout, list[str], Recompute]] = {
     "pipeline": (Layout(2, pipeline=2), ["model.pipeline_model_parallel_size=2"], "none"),
 }
 # Large enough that tokens, not texts or the data at hand, are what memory goes to.
-GRIDS = ((8, 8, 16), (1, 32, 32), (8, 8, 16))
+GRIDS = ((8, 8, 16), (1, 32, 24), (8, 8, 16))
 PACKS = 2
 
 
@@ -102,18 +102,19 @@ def test_a_step_on_one_gpu_is_its_operations_over_their_rates() -> None:
     ends = 4 * 64 * s * h + 2 * t * (4096 * h + h * h) + 14 * h * h + 512 * h
     core = layers * (4 * s * s * h + 4 * s * t * h)
     assert time.matmul == pytest.approx(3 * 3 * (linears + ends) / 794e12)
-    assert time.attention == pytest.approx(3 * (core / 693e12 + 2 * core / 572e12))
+    # The backward pass computes 2.5 times the forward pass, of which 2 are required.
+    assert time.attention == pytest.approx(3 * (core / 693e12 + 2.5 * core / 572e12))
     assert (time.tensor, time.context, time.pipeline, time.data) == (0, 0, 0, 0)
     assert time.needed == 3 * 3 * (linears + ends + core)
     again = StepTime.of(WAN_14B, Layout(1), pack, "block", hardware, packs=3)
     assert again.matmul == pytest.approx(3 * (4 * linears + 3 * ends) / 794e12)
-    assert again.attention == pytest.approx(3 * (2 * core / 693e12 + 2 * core / 572e12))
+    assert again.attention == pytest.approx(3 * (2 * core / 693e12 + 2.5 * core / 572e12))
     cheap = StepTime.of(WAN_14B, Layout(1), pack, "elementwise", hardware, packs=3)
     assert (cheap.matmul, cheap.attention) == (time.matmul, time.attention)
     assert cheap.elementwise == again.elementwise > time.elementwise
     kept = StepTime.of(WAN_14B, Layout(1), pack, "all_but_attention", hardware, packs=3)
     text = layers * 4 * s * t * h
-    assert kept.attention == pytest.approx(3 * ((core + text) / 693e12 + 2 * core / 572e12))
+    assert kept.attention == pytest.approx(3 * ((core + text) / 693e12 + 2.5 * core / 572e12))
 
 
 def test_wires_carry_what_the_layout_sends() -> None:

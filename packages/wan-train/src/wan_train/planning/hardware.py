@@ -15,7 +15,8 @@ class Hardware:
         name: of the GPU.
         peak: dense bf16 operations per second, of the data sheet.
         matmul: highest rate of matrix products.
-        attention_forward, attention_backward: highest rate of attention over long sequences.
+        attention_forward, attention_backward: highest rate of attention over long sequences, of the operations that
+            are required: twice as many in the backward pass.
         memory: bytes.
         reserved: bytes for the driver, communication buffers and fragmentation.
         bandwidth: memory bandwidth, bytes per second.
@@ -77,7 +78,7 @@ _HOPPER = Hardware(
     peak=989e12,
     matmul=794e12,
     attention_forward=693e12,
-    attention_backward=572e12,
+    attention_backward=572e12 * 2 / 2.5,
     memory=80e9,
     reserved=6e9,
     bandwidth=3.35e12,
@@ -85,5 +86,6 @@ _HOPPER = Hardware(
     outside=50e9,
 )
 # Data sheets of the SXM variants, a network card of 400 Gbit/s for each GPU; rates of kernels as published for Hopper
-# (cuBLAS, cuDNN with heads of 128).
+# (cuBLAS, cuDNN with heads of 128). Published rates of attention's backward pass count 2.5 times the forward pass,
+# because scores are computed again. BENCHMARKS.md compares the estimate with a measured step.
 KNOWN = {"h100": _HOPPER, "h200": dataclasses.replace(_HOPPER, name="h200", memory=141e9, bandwidth=4.8e12)}

@@ -9,6 +9,7 @@ import math
 from typing import Self
 
 from wan_model.config import WanConfig
+from wan_model.dit.attention import equal_segments
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
 from wan_model.weights.transformer import expected_shapes
@@ -103,8 +104,9 @@ class ActivationBytes:
         texts = samples * model.text_length
         part, ffn, heads = h / layout.tensor, model.ffn_dim / layout.tensor, model.num_heads / layout.tensor
 
-        # Copies: the outputs of several samples are concatenated, and context ranks receive rows.
-        copies = (samples > 1) + (layout.context > 1)
+        # Copies: the outputs of several launches are concatenated, and context ranks receive rows.
+        several = len(equal_segments(pack.offsets, pack.offsets)) > 1
+        copies = several + (layout.context > 1)
         attention = entered * (part * size + heads * FP32)
         block = (
             4 * held * h * size  # inputs of both modulated norms, and both gated updates
@@ -115,7 +117,7 @@ class ActivationBytes:
             * entered
             * part
             * size  # self-attention's queries, keys and values, and copies of its output
-            + (1 + (samples > 1)) * entered * part * size  # cross-attention's queries, and the copy of its output
+            + (1 + several) * entered * part * size  # cross-attention's queries, and the copy of its output
             + 2 * texts * part * size  # its keys and values
             + 2 * attention  # outputs of both attentions
             + 2 * entered * ffn * size  # input and output of the activation
