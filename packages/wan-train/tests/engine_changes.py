@@ -35,6 +35,30 @@ def _everywhere(name: str, function: Any) -> None:
             setattr(module, name, function)
 
 
+def no_initial_weights() -> None:
+    """Initial weights can be neither drawn nor read; memory that is not initialised is not a number."""
+    import torch
+
+    from wan_train.model import provider
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("initial weights are made although a checkpoint has all weights")
+
+    provide = provider.WanModelProvider.provide
+
+    @functools.wraps(provide)
+    def provide_undefined(self: Any, *arguments: Any, **options: Any) -> Any:
+        model = provide(self, *arguments, **options)
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
+        return model
+
+    provider.init_weights = provider.load_weights = refuse  # type: ignore[attr-defined]
+    provider.WanModelProvider.provide = provide_undefined  # type: ignore[method-assign]
+
+
 def saves_under_another_name() -> None:
     """The loop imports a function of another name."""
     import megatron.bridge.training.train as train

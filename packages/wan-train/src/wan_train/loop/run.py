@@ -214,6 +214,7 @@ def pretrain(options: RunOptions) -> None:
     configure_data(config, check_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
     if resume := _resolve_checkpoints(config):
         _check_resumed_weights(config, resume)
+        config.model.resumes = True
     derive_settings(config, on_cpu=running.device.type == "cpu")
     if config.logger.logging_level in (None, logging.INFO):
         config.logger.logging_level = logging.WARNING  # Megatron's own messages; set 10 or 30 to choose

@@ -211,6 +211,9 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     should_pad_vocab: bool = False
     has_cond_embedder: bool = True
 
+    # A checkpoint is loaded, which has every weight. No field, because it is no setting of the run.
+    resumes = False
+
     @property
     def wan_config(self) -> WanConfig:
         """The sizes of the transformer."""
@@ -260,7 +263,10 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> MegatronWanDiT:
-        """Build this rank's part with the initial weights, which do not depend on the layout."""
+        """Build this rank's part with the initial weights, which do not depend on the layout.
+
+        At a resume the weights are undefined: drawing or reading those of 14 billion parameters takes minutes.
+        """
         assert vp_stage is None, "refused in finalize"
         rank = parallel_state.get_pipeline_model_parallel_rank()
         ranks = parallel_state.get_pipeline_model_parallel_world_size()
@@ -269,7 +275,9 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
             "the stage is the one that Megatron expects"
         )
         model = MegatronWanDiT(self, stage)
-        if self.init_from is None:
+        if self.resumes:
+            pass
+        elif self.init_from is None:
             init_weights(model.dit, seed=self.init_seed)
         else:
             load_weights(model.dit, transformer_folder(self.init_from))
