@@ -13,16 +13,19 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/*.md")), ROOT / "docker" / "README.md"]
 PROGRAMS = ("wan-data", "wan-train", "wan-infer")
 
-# Builds the configuration of a run and nothing more: an unknown key or a value of the wrong kind ends it.
-BUILD = """
+# A dry run of each: an unknown key or a value of the wrong kind ends it.
+DESCRIBE = """
 import json, sys
-from wan_train import engine
-engine.start()
 from wan_train.config.options import RunOptions
-from wan_train.loop.run import build_config
-for recipe, file, overrides in json.loads(sys.argv[1]):
-    build_config(RunOptions(recipe, config_file=file, overrides=tuple(overrides)))
+from wan_train.planning.dry_run import describe
+found = []
+for recipe, file, overrides, world in json.loads(sys.argv[1]):
+    found.append(describe(RunOptions(recipe, config_file=file, overrides=tuple(overrides), mock=True), world))
+with open(sys.argv[2], "w") as results:
+    json.dump(found, results)
 """
+# One video that fills a pack, in place of the documents' data.
+FULL_PACK = ["dataset.mock_settings.shapes=[[42,64,64]]", "dataset.mock_settings.number_packed_samples=1"]
 
 
 def _commands() -> list[list[str]]:
@@ -72,11 +75,24 @@ def test_the_places_to_add_something_exist():
         assert re.search(rf"^{name}\b", file.read_text(encoding="utf-8"), re.M), name
 
 
-def test_every_override_is_a_known_setting(run):
+def _option(words: list[str], *names: str) -> str | None:
+    return next((words[words.index(name) + 1] for name in names if name in words), None)
+
+
+def test_every_training_command_has_known_settings_and_fits_80_gb(run, tmp_path):
     runs = []
     for words in COMMANDS:
         if words[:2] == ["wan-train", "pretrain"]:
-            recipe, file = (words[words.index(o) + 1] if o in words else None for o in ("--recipe", "--config-file"))
-            runs.append((recipe, file, [word for word in words[2:] if re.match(r"[a-z_]+\.[a-z_.0-9]+=", word)]))
-    assert any(overrides for _, _, overrides in runs)
-    run("python", "-c", BUILD, json.dumps(runs))
+            recipe, file = _option(words, "--recipe"), _option(words, "--config-file")
+            overrides = [word for word in words[2:] if re.match(r"[a-z_]+\.[a-z_.0-9]+=", word)]
+            overrides = [word for word in overrides if not word.startswith("dataset.path=")]
+            full = [] if "tiny" in (recipe, file) else FULL_PACK
+            world = int(_option(words, "--nproc-per-node", "--world-size") or 1)
+            runs.append((recipe, file, [*overrides, *full], world))
+    assert any(overrides for _, _, overrides, _ in runs)
+    run("python", "-c", DESCRIBE, json.dumps(runs), str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert any(one["tokens"] / one["packs"] == 43008 for one in found)
+    for words, one in zip(runs, found, strict=True):
+        needed = one["state_bytes"]["total"] + one["activation_bytes"][one["recompute"]]
+        assert needed < 0.9 * 80e9, f"{words} needs {needed / 1e9:.1f} GB"
