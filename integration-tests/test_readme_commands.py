@@ -32,7 +32,7 @@ def _commands() -> list[list[str]]:
     commands = []
     for document in DOCUMENTS:
         for block in re.findall(
-            r"^```(?:bash|console|sh)\n(.*?)^```", document.read_text(encoding="utf-8"), re.M | re.S
+            r"^ *```(?:bash|console|sh)\n(.*?)^ *```", document.read_text(encoding="utf-8"), re.M | re.S
         ):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line.removeprefix("$ "), comments=True)
@@ -46,6 +46,8 @@ COMMANDS = _commands()
 
 def test_the_documents_show_every_program():
     assert {command[0] for command in COMMANDS} == set(PROGRAMS)
+    # Blocks in a numbered list are indented.
+    assert any("--training-mode" in command for command in COMMANDS)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
