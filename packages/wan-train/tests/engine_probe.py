@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformer_engine_probe import transformer_engine_answers
@@ -52,6 +53,35 @@ def _device_answers() -> dict[str, object]:
         "gradient of custom backward": x.grad.tolist(),
         "gradient of hook": hooked.grad.tolist(),
     }
+
+
+def _cuda_build_answers() -> dict[str, object]:
+    """With torch's C functions as a CUDA build has them on a machine without a driver.
+
+    An optimizer of torch 2.13 asks for the stream of the accelerator, one of torch 2.11 for that of CUDA.
+    """
+
+    def no_driver(*args: object) -> None:
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0)
+    with (
+        mock.patch.object(torch._C, "_accelerator_getAccelerator", return_value=torch.device("cuda")),
+        mock.patch.object(torch._C, "_accelerator_getStream", no_driver),
+        mock.patch.object(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", no_driver),
+    ):
+        optimizer.step()
+        return {
+            "stepped": weight.tolist(),
+            "capturing": [torch.cuda.is_current_stream_capturing(), torch.cuda.graphs.is_current_stream_capturing()],
+            "accelerators": [
+                torch.accelerator.current_accelerator() is not None,
+                torch.accelerator.is_available(),
+                torch.accelerator.device_count(),
+            ],
+        }
 
 
 def _model_answers() -> dict[str, object]:
@@ -398,6 +428,7 @@ def probe(results: str) -> None:
         "compiled by Megatron": hasattr(bias_gelu_impl, "_torchdynamo_orig_callable"),
         "torch.compile is torch's": torch.compile.__module__,
         "devices": _device_answers(),
+        "cuda build": _cuda_build_answers() if started.backend == "gloo" else {},
         "configuration": _configuration_answers(),
         "determinism": _determinism_answers(),
         "keys of this version": _keys_of_this_version(),

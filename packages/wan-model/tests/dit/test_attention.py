@@ -180,7 +180,8 @@ def peak_bytes(model: WanDiT, layout: PackLayout) -> int:
     tokens = torch.ones(layout.total, model.config.token_in)
     text = torch.ones(layout.num_samples, 8, model.config.text_dim)
     model.zero_grad()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    # torch 2.11 warns if the events may be those of one cycle only.
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         model(tokens, torch.full((layout.num_samples,), 5.0), text, layout).sum().backward()
     held = peak = 0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

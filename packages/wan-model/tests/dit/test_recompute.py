@@ -36,7 +36,8 @@ def arguments(model: WanDiT) -> tuple[Tensor, Tensor, Tensor, PackLayout]:
 def held_bytes(model: WanDiT, mode: Recompute) -> int:
     """What a forward pass leaves behind for the backward pass."""
     model.recompute = mode
-    with torch.profiler.profile(profile_memory=True) as profile:
+    # torch 2.11 warns if the events may be those of one cycle only.
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         out = model(*arguments(model))
     held = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     del out

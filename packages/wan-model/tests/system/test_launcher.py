@@ -21,7 +21,7 @@ SOON = 20.0
 
 # A rank that does what BODY says; PLACE is where ready ranks leave their numbers.
 RANKS = """
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time, warnings
 from pathlib import Path
 from wan_model.system.child_process import Supervisor, end_process
 rank = int(os.environ["RANK"])
@@ -57,6 +57,7 @@ while True: reduce()
 """
 # With what a data loader and a checkpoint writer start: a fork that holds every descriptor, and another program.
 LEAVE_CHILDREN = """
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 prints one at a fork of a process with threads
 if os.fork() == 0: time.sleep(600)
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 ready()

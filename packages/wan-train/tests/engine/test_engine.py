@@ -55,6 +55,14 @@ def test_custom_backwards_and_hooks_are_redirected_too(probed: dict[str, Any]) -
 
 
 @needs_no_cuda
+def test_a_cuda_build_of_torch_needs_no_driver(probed: dict[str, Any]) -> None:
+    found = probed["cuda build"]
+    assert found["stepped"] == pytest.approx([-0.5, -0.5])
+    assert found["capturing"] == [False, False]
+    assert found["accelerators"] == [False, False, 0]
+
+
+@needs_no_cuda
 def test_no_compiler_and_a_working_rng_tracker(probed: dict[str, Any]) -> None:
     assert not probed["compiled by Megatron"]
     assert probed["torch.compile is torch's"] == "torch"

@@ -119,7 +119,19 @@ def _replace_cuda_functions() -> None:
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
     cuda.stream = _no_stream
+    # The optimizers of torch 2.11 ask this in each step; without a driver it raises an error in every build of torch.
+    cuda.is_current_stream_capturing = cuda.graphs.is_current_stream_capturing = lambda: False
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _hide_accelerator() -> None:
+    """Let ``torch.accelerator`` answer as in a CPU build of torch.
+
+    In a CUDA build it is CUDA, and available because ``torch.cuda.is_available`` says so here: the optimizers of torch
+    2.13 would ask the driver for a stream, and data loaders for pinned memory.
+    """
+    # `is_available` and `device_count` ask it too.
+    torch.accelerator.current_accelerator = lambda check_available=False: None
 
 
 def _keep_mode_in_backward() -> None:
@@ -169,6 +181,7 @@ def redirect() -> None:
     importlib.import_module("torch._dynamo")
 
     _replace_cuda_functions()
+    _hide_accelerator()
     _keep_rng_tracker_on_cpu()
     _keep_mode_in_backward()
     gloo_groups.share_device()
