@@ -260,12 +260,19 @@ def fully_sharded(tiny: _Tiny) -> Found:
     folder, took = tiny.folder("fsdp"), tiny.wait("fsdp")
     tiny.wait("whole")
     mine, theirs = _losses(folder), _losses(tiny.folder("whole"))
+    norms = [{entry["step"]: entry["grad_norm"] for entry in _log(one)} for one in (folder, tiny.folder("whole"))]
+    norm_off = max(abs(norms[0].get(step, math.inf) - norm) / norm for step, norm in norms[1].items())
     off = {step: abs(mine.get(step, math.inf) - loss) / loss for step, loss in theirs.items()}
-    numbers = {**_numbers(folder, took), "losses off by": max(off.values()), "complete": str(_complete(folder))}
-    if not max(off.values()) <= _NEAR:
-        raise Failed("the losses are not those of the plain run", numbers)
+    numbers = {
+        **_numbers(folder, took),
+        "losses off by": max(off.values()),
+        "norms off by": norm_off,
+        "complete": str(_complete(folder)),
+    }
+    if not max(*off.values(), norm_off) <= _NEAR:
+        raise Failed("the losses or norms of gradients are not those of the plain run", numbers)
     _require_both_saves(folder, numbers)
-    return Found("the losses are those of the plain run, and both checkpoints are complete", numbers)
+    return Found("the losses and norms are those of the plain run, and both checkpoints are complete", numbers)
 
 
 def rows(context: Context) -> Iterator[Row]:

@@ -49,6 +49,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "data x tensor": (4, [TENSOR, SEQUENCE]),
     "data x context": (4, [CONTEXT]),
     "data x pipeline": (4, [PIPELINE]),
+    "fully sharded, alone": (1, [FULLY_SHARDED]),
     "fully sharded x tensor, recomputing": (4, [FULLY_SHARDED, TENSOR, SEQUENCE, SELECTIVE]),
     "fully sharded x context, recomputing": (4, [FULLY_SHARDED, CONTEXT, ELEMENTWISE]),
     "tensor x context": (4, [TENSOR, SEQUENCE, CONTEXT]),

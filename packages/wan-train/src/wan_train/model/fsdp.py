@@ -3,18 +3,23 @@
 Import only after ``wan_train.engine.start``.
 """
 
+import os
 from typing import Any
 
 from wan_model.dit.model import Block
 from wan_train.engine.upstream.patches import use_fsdp_units
 
-STRATEGY = "optim_grads_params"
+SHARDED = "optim_grads_params"
+# With nothing to shard, Megatron-FSDP adds the gradients to themselves in place of their shards, so they are doubled with
+# every micro-batch (Megatron-Core 0.16, ``_bucket_group_gradient_reduce``).
+ALONE = "optim"
 
 
 def configure(config: Any, *, on_cpu: bool) -> None:
     """Set everything that ``dist.use_megatron_fsdp`` implies; each transformer block is one FSDP unit."""
     config.ddp.use_megatron_fsdp = True
-    config.ddp.data_parallel_sharding_strategy = STRATEGY
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.model.tensor_model_parallel_size
+    config.ddp.data_parallel_sharding_strategy = SHARDED if ranks > 1 else ALONE
     config.checkpoint.ckpt_format = "fsdp_dtensor"
     if on_cpu:
         # gloo has no reduction that scales while it sums.
