@@ -10,8 +10,8 @@ from wan_model.dit.model import Block
 from wan_train.engine.upstream.patches import use_fsdp_units
 
 SHARDED = "optim_grads_params"
-# With nothing to shard, Megatron-FSDP adds the gradients to themselves in place of their shards, so they are doubled with
-# every micro-batch (Megatron-Core 0.16, ``_bucket_group_gradient_reduce``).
+# With nothing to shard, Megatron-FSDP adds the gradients to themselves in place of their shards, so every micro-batch
+# doubles them (Megatron-Core 0.16, ``_bucket_group_gradient_reduce``).
 ALONE = "optim"
 
 
