@@ -42,7 +42,9 @@ def test_an_error_of_1e_4_in_a_gradient_would_show(seed: int, reference_of: Call
     for key in expected_shapes(TINY_CONFIG):
         exact, scale = reference.exact[f"gradient/{key}"], reference.scale[f"gradient/{key}"]
         # What is added to all keys of a text shifts all scores nearly alike: this gradient is what cancellation leaves.
-        planted = 2e-3 if key.endswith("attn2.to_k.bias") else 1e-4
+        # To a lesser degree so are those that reach the output only through the scores of a few tokens' texts.
+        of_queries = key.endswith(("attn2.to_q.bias", "norm2.bias", "norm2.weight"))
+        planted = 2e-3 if key.endswith("attn2.to_k.bias") else 4e-4 if of_queries else 1e-4
         with pytest.raises(AssertionError, match="which rounding bounds"):
             assert_within(exact * (1 + planted), exact, scale)
 
