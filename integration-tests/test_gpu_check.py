@@ -161,6 +161,15 @@ def test_a_killed_check_leaves_its_rows_and_no_process(tmp_path, number):
         os.kill(child, signal.SIGKILL)
 
 
+def test_an_output_that_is_no_folder_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--out", str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "error: --out is" in done.stderr
+    assert "where nothing can be written (File exists); name another folder" in done.stderr
+
+
 def test_every_stage_runs_on_a_cpu(tmp_path):
     command = [sys.executable, str(TOOLS / "gpu_check.py"), "--out", str(tmp_path), "--minutes", "20"]
     # As on a machine where none of the packages is installed, as far as paths go.

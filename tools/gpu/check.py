@@ -148,8 +148,9 @@ class Check:
             mine = self.stages[number].share
         else:
             mine = sum(stage.share for stage in itertools.takewhile(lambda stage: not stage.timed, later))
-        # Without any other stage it has all.
-        return max(1.0, (self.end - time.monotonic()) * (mine / shares if mine else 1.0))
+        # One that has no other to run beside leaves half to the timed ones, or has all.
+        part = mine / shares if mine else 0.5 if shares else 1.0
+        return max(1.0, (self.end - time.monotonic()) * part)
 
     def _run_one(self, stage: Stage, seconds: float, work: Path, site: Path | None) -> None:
         # A GPU has no quick run: what is left out there may be what is wrong.
@@ -203,6 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.minutes <= 0:
         parser.error(f"--minutes is {given.minutes:g}; it must be positive")
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=given.out):
+            pass
+    except OSError as error:
+        parser.error(f"--out is {given.out}, where nothing can be written ({error.strerror}); name another folder")
     if given.wheels is not None and not list(given.wheels.glob("*.whl")):
         parser.error(f"--wheels is {given.wheels}, which has no wheel; make it with tools/gpu_wheels.py")
     chosen = [stage for stage in STAGES if given.stages is None or stage.name in given.stages]
