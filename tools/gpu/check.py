@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -130,7 +130,7 @@ class Check:
                 if stage.timed:
                     _join(beside)
                 seconds = self._seconds(number)
-                if stage.beside:
+                if self._runs_beside(stage):
                     beside.append(threading.Thread(target=self._run_one, args=(stage, seconds, work, site)))
                     beside[-1].start()
                 else:
@@ -140,16 +140,24 @@ class Check:
             self._ended.set()
             _join(beside)
 
+    def _runs_beside(self, stage: Stage) -> bool:
+        # On a CPU stages would only take each other's cores.
+        return stage.beside and self.device != "cpu"
+
     def _seconds(self, number: int) -> float:
         """Of the time that is left, for a stage; one beside others has that of those up to the first timed one."""
-        later = self.stages[number:]
-        shares = sum(stage.share for stage in later)
-        if not self.stages[number].beside:
-            mine = self.stages[number].share
+        stage, later = self.stages[number], self.stages[number:]
+
+        def share(stages: Iterable[Stage]) -> float:
+            return sum(one.share for one in stages if not self._runs_beside(one))
+
+        if not self._runs_beside(stage):
+            part = stage.share / share(later)
+        elif mine := share(itertools.takewhile(lambda one: not one.timed, later)):
+            part = mine / share(later)
         else:
-            mine = sum(stage.share for stage in itertools.takewhile(lambda stage: not stage.timed, later))
-        # One that has no other to run beside leaves half to the timed ones, or has all.
-        part = mine / shares if mine else 0.5 if shares else 1.0
+            # It has no other to run beside: half is left to the timed ones.
+            part = 0.5 if share(later) else 1.0
         return max(1.0, (self.end - time.monotonic()) * part)
 
     def _run_one(self, stage: Stage, seconds: float, work: Path, site: Path | None) -> None:

@@ -11,7 +11,7 @@ class Stage:
         name: on the command line.
         title: in the report.
         function: ``module:function``; the function takes a ``gpu.context.Context`` and yields rows.
-        share: of the time, as seconds of eight minutes; for one that runs beside others, 0.
+        share: of the time, as seconds of eight minutes; of one that runs beside others only on a CPU, where it does not.
         beside: runs beside the stages behind it, up to the first one that is timed.
         timed: measures times, so that nothing may run beside it.
     """
@@ -27,8 +27,8 @@ class Stage:
 STAGES = (
     Stage("versions", "Versions, card and packages", "gpu.versions:rows", 15),
     # Bound by the start of their processes on the CPU.
-    Stage("training", "wan-train at a tiny size: save, resume, FSDP", "gpu.training:rows", 0, beside=True),
-    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 0, beside=True),
+    Stage("training", "wan-train at a tiny size: save, resume, FSDP", "gpu.training:rows", 70, beside=True),
+    Stage("sampler", "The sampler at a tiny size", "gpu.sampler:rows", 70, beside=True),
     Stage("kernels", "Fused kernels against their formulae in fp64", "gpu.kernels:rows", 55),
     Stage("attention", "Attention against fp64", "gpu.attention:rows", 60),
     Stage("model", "The model: precision, recomputation, determinism", "gpu.model:rows", 25),

@@ -180,7 +180,10 @@ def test_the_command_prints_a_table_and_the_settings() -> None:
     *_, row, _, settings = result.output.splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[0] == "64"
-    command = "wan-train pretrain --recipe wan_14b dataset.path=DATASET checkpoint.save=CHECKPOINTS"
+    command = (
+        "torchrun --nnodes 8 --nproc-per-node 8 --no-python wan-train pretrain --recipe wan_14b dataset.path=DATASET "
+        "checkpoint.save=CHECKPOINTS model.flow.caption_dropout=0.1"
+    )
     assert settings.startswith(f"{command} train.global_batch_size=8 dataset.capacity=32760 ")
     many = CliRunner().invoke(main, ["plan", "--gpus", "8", "--best", "5", "--json"])
     found: list[dict[str, Any]] = json.loads(many.output)

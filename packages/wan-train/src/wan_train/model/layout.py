@@ -70,7 +70,8 @@ class Layout:
         if self.world % self.replica:
             raise ValueError(
                 f"{self.world} processes cannot be laid out as tensor {self.tensor} x pipeline {self.pipeline} x "
-                f"context {self.context}: their number must be a multiple of {self.replica}"
+                f"context {self.context}: their number must be a multiple of {self.replica} (--nproc-per-node, or "
+                "--world-size of a dry run)"
             )
         if packs % self.data:
             raise ValueError(

@@ -182,6 +182,18 @@ def table(plans: list[Plan], hardware: Hardware) -> list[str]:
     return lines
 
 
+def _start(gpus: int, machine: int, recipe: str) -> list[str]:
+    """The command that starts a run: itself all processes of a machine, or on each of several machines by torchrun."""
+    command = ["wan-train", "pretrain", "--recipe", recipe]
+    if gpus > machine:
+        nodes = ["torchrun", "--nnodes", str(gpus // machine), "--nproc-per-node", str(machine), "--no-python"]
+        command = [*nodes, *command]
+    elif gpus > 1:
+        command += ["--nproc-per-node", str(gpus)]
+    # The recipes' default is 0, which leaves a model without an unconditional branch for guidance.
+    return [*command, "dataset.path=DATASET", "checkpoint.save=CHECKPOINTS", "model.flow.caption_dropout=0.1"]
+
+
 def main(
     *,
     model: str,
@@ -219,6 +231,8 @@ def main(
         *table(plans, hardware),
     ]
     if len(plans) == 1:
-        command = f"wan-train pretrain --recipe {RECIPES[model]} dataset.path=DATASET checkpoint.save=CHECKPOINTS"
-        lines += ["", " ".join([command, *plans[0].settings()])]
+        lines += [
+            "",
+            " ".join([*_start(plans[0].layout.world, hardware.machine, RECIPES[model]), *plans[0].settings()]),
+        ]
     return lines
