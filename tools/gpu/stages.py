@@ -11,7 +11,7 @@ class Stage:
         name: on the command line.
         title: in the report.
         function: ``module:function``; the function takes a ``gpu.context.Context`` and yields rows.
-        share: of the time, as seconds of eight minutes; of one that runs beside others only on a CPU, where it does not.
+        share: of the time, as seconds of eight minutes; of one beside others, on a CPU.
         beside: runs beside the stages behind it, up to the first one that is timed.
         timed: measures times, so that nothing may run beside it.
     """
