@@ -95,6 +95,7 @@ def test_several_videos_and_a_contact_sheet(
     assert read_video(folder / names[0])[2]["prompt"] == HOSTILE[0]
     with Image.open(sheet) as picture:
         assert picture.size[0] == 4 + 4 * (64 + 4)
+    assert f"contact sheet: {sheet}" in result.stderr
     assert {file.name for file in tmp_path.iterdir()} == {"videos", "sheet.png"}
     assert "hf_canary" not in result.stdout + result.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_canary" in path.read_bytes()]

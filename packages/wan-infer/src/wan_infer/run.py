@@ -98,6 +98,7 @@ def run(
         from wan_infer.output.contact_sheet import save_contact_sheet
 
         save_contact_sheet([np.stack(video.shown) for video in made], job.contact_sheet)
+        progress.line(f"contact sheet: {job.contact_sheet}")
     peak = parallelism.max(peak_memory(sampler.placement.device))
     parallelism.close()
     return {
