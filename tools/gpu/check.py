@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from types import FrameType
 
 from gpu.processes import StageResult, run_stage
 from gpu.report import OUTCOMES, Report
+from gpu.rows import Row
 from gpu.stages import STAGES, Stage
 from gpu.wheel_install import install_wheels
 
@@ -131,7 +133,7 @@ class Check:
                     _join(beside)
                 seconds = self._seconds(number)
                 if self._runs_beside(stage):
-                    beside.append(threading.Thread(target=self._run_one, args=(stage, seconds, work, site)))
+                    beside.append(threading.Thread(target=self._run_guarded, args=(stage, seconds, work, site)))
                     beside[-1].start()
                 else:
                     self._run_one(stage, seconds, work, site)
@@ -159,6 +161,15 @@ class Check:
             # It has no other to run beside: half is left to the timed ones.
             part = 0.5 if share(later) else 1.0
         return max(1.0, (self.end - time.monotonic()) * part)
+
+    def _run_guarded(self, stage: Stage, seconds: float, work: Path, site: Path | None) -> None:
+        """In a thread, whose error would otherwise be seen by nobody."""
+        try:
+            self._run_one(stage, seconds, work, site)
+        except Exception as error:
+            lost = StageResult(stage, round(seconds, 1), finished=True)
+            lost.rows = [Row("the stage itself", "failed", f"it could not be run: {type(error).__name__}: {error}")]
+            self._publish(lost)
 
     def _run_one(self, stage: Stage, seconds: float, work: Path, site: Path | None) -> None:
         # A GPU has no quick run: what is left out there may be what is wrong.
@@ -210,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, help="folder of wheels to use in this run, see gpu_wheels.py")
     parser.add_argument("--stages", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}")
     given = parser.parse_args(arguments)
-    if given.minutes <= 0:
+    if not 0 < given.minutes < math.inf:
         parser.error(f"--minutes is {given.minutes:g}; it must be positive")
     try:
         given.out.mkdir(parents=True, exist_ok=True)
