@@ -130,26 +130,27 @@ def race(calls: Mapping[str, Callable[[], object]], context: Context, rounds: in
         DeviceLostError: the device cannot be used any more.
     """
     found = {name: Timed() for name in calls}
-    lasts: dict[str, float] = {}
+    firsts: dict[str, float] = {}
     for name, call in calls.items():
         if context.seconds_left > 2 * _RESERVE_SECONDS:
-            lasts[name] = _first(call, found[name], context)
+            firsts[name] = _first(call, found[name], context)
             # The first call was longer, so that one figure of each is known before a second of any.
             if found[name].problem is None and context.seconds_left > _RESERVE_SECONDS:
-                _timed(call, found[name], lasts, name, context)
+                _timed(call, found[name], context)
     for number in range(1, rounds):
         # What ran before may leave caches and clocks in another state, so the order changes.
         for name in list(calls) if number % 2 == 0 else list(calls)[::-1]:
             it = found[name]
-            if it.problem is None and name in lasts and context.seconds_left > lasts[name] + _RESERVE_SECONDS:
-                _timed(calls[name], it, lasts, name, context)
+            if it.problem is None and name in firsts:
+                lasts = it.seconds[-1] if it.seconds else firsts[name]
+                if context.seconds_left > lasts + _RESERVE_SECONDS:
+                    _timed(calls[name], it, context)
     return found
 
 
-def _timed(call: Callable[[], object], it: Timed, lasts: dict[str, float], name: str, context: Context) -> None:
+def _timed(call: Callable[[], object], it: Timed, context: Context) -> None:
     try:
         it.seconds.append(seconds_of(call, context.device))
-        lasts[name] = it.seconds[-1]
     except Exception as error:
         _note(it, error, context)
 

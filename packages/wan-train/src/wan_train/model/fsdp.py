@@ -8,6 +8,7 @@ from typing import Any
 
 from wan_model.dit.model import Block
 from wan_train.engine.upstream.patches import use_fsdp_units
+from wan_train.model.layout import Layout
 
 SHARDED = "optim_grads_params"
 # With nothing to shard, Megatron-FSDP adds the gradients to themselves in place of their shards, so every micro-batch
@@ -18,8 +19,8 @@ ALONE = "optim"
 def configure(config: Any, *, on_cpu: bool) -> None:
     """Set everything that ``dist.use_megatron_fsdp`` implies; each transformer block is one FSDP unit."""
     config.ddp.use_megatron_fsdp = True
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.model.tensor_model_parallel_size
-    config.ddp.data_parallel_sharding_strategy = SHARDED if ranks > 1 else ALONE
+    layout = Layout.of(config, int(os.environ.get("WORLD_SIZE", "1")))
+    config.ddp.data_parallel_sharding_strategy = SHARDED if layout.data * layout.context > 1 else ALONE
     config.checkpoint.ckpt_format = "fsdp_dtensor"
     if on_cpu:
         # gloo has no reduction that scales while it sums.
