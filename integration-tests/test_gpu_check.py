@@ -1,5 +1,6 @@
 """The GPU check on a CPU: every stage at a tiny size, and what becomes of stages that fail, hang or crash."""
 
+import fcntl
 import json
 import os
 import re
@@ -138,27 +139,72 @@ def test_nothing_failed_is_exit_status_0(tmp_path):
     assert LAST_LINE.fullmatch(output.strip().splitlines()[-1]).groups() == ("2", "0", "0")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_check_leaves_its_rows_and_no_process(tmp_path, number):
-    check = _start(tmp_path, 20, "fine", "overrunning")
+def _start_and_wait(folder: Path) -> "subprocess.Popen[str]":
+    """A check whose second stage hangs."""
+    check = _start(folder, 20, "fine", "overrunning", "failing")
     deadline = time.monotonic() + 120
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+    while not (folder / "pid").exists() or not (folder / "pid").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    check.send_signal(number)
-    output, _ = check.communicate(timeout=60)
-    assert check.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    return check
+
+
+def test_a_killed_check_leaves_its_rows(tmp_path):
+    check = _start_and_wait(tmp_path)
+    check.kill()
+    check.communicate(timeout=60)
     report = _report(tmp_path)
     assert not report["finished"]
     assert set(_rows(report["stages"][0])) == {"one", "two"}
     # The rank-like child is in a session of its own: only a check that is asked to end finds it. Real ranks follow
     # their launcher.
-    child = int((tmp_path / "pid").read_text())
-    if number == signal.SIGTERM:
-        assert not _is_alive(child)
-        assert output.endswith("on cpu; the check has not come to its end\n")
-    else:
-        os.kill(child, signal.SIGKILL)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT] * 3, [signal.SIGHUP, signal.SIGTERM]], ids=str)
+def test_a_check_that_is_asked_to_end_leaves_its_report_and_no_process(tmp_path, numbers):
+    check = _start_and_wait(tmp_path)
+    for number in numbers:
+        check.send_signal(number)
+        time.sleep(0.1)
+    output, errors = check.communicate(timeout=60)
+    assert (check.returncode, errors) == (128 + numbers[0], "")
+    report = _report(tmp_path)
+    fine, overrunning, failing = report["stages"]
+    assert not report["finished"]
+    assert set(_rows(fine)) == {"one", "two"}
+    assert _rows(overrunning)["the stage itself"] == ("not run", "the check was ended in 'hanging'")
+    assert _rows(failing) == {"the stage itself": ("not run", "the check was ended before")}
+    assert report["counts"] == {"passed": 3, "failed": 0, "not run": 2}
+    assert output.endswith("on cpu; the check has not come to its end\n")
+    assert not _is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_check_under_nohup_goes_on_at_a_hangup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        check = _start_and_wait(tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    check.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert check.poll() is None
+    check.terminate()
+    check.communicate(timeout=60)
+    assert check.returncode == 128 + signal.SIGTERM
+
+
+def test_a_second_check_in_the_same_folder_is_refused(tmp_path):
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    try:
+        command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--out", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finally:
+        os.close(holder)
+    assert done.returncode == 2
+    assert f"--out is {tmp_path}, where another check writes its report; name another folder" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_is_no_folder_is_refused_in_a_sentence(tmp_path):

@@ -22,10 +22,10 @@ from gpu.context import AT_ONCE, Context
 from gpu.exact_attention import RESULTS, exact_attention, excess
 from gpu.fused_operations import OPERATIONS, draw
 from gpu.model import precision, relative
-from gpu.processes import StageResult
+from gpu.processes import StageResult, _after
 from gpu.report import Report, to_markdown
 from gpu.rows import DeviceLostError, Failed, Found, NotRun, Row, measured
-from gpu.stages import STAGES
+from gpu.stages import STAGES, Stage
 from gpu.training import _STEP_LINE
 from gpu.wheel_install import install_wheels
 from wan_model import PackLayout, TokenRows
@@ -229,6 +229,18 @@ def test_a_row_is_not_begun_without_time_nor_twice(tmp_path):
     assert row.outcome == "passed"
     (row,) = late.row("short", lambda: Found("it holds"))
     assert (row.outcome, begun) == ("passed", ["short"])
+
+
+@pytest.mark.parametrize(
+    ("planned", "outcome", "said"),
+    [(30, "failed", "it overran its 30 s in 'hanging' and was killed"), (100, "not run", "; give more --minutes")],
+)
+def test_a_stage_with_less_time_than_planned_has_not_failed(planned, outcome, said):
+    result = StageResult(Stage("one", "One", "", planned), 30.0)
+    assert not _after(result, None, "hanging", time.monotonic(), ended=False)
+    (row,) = result.rows
+    assert row.outcome == outcome
+    assert said in row.why
 
 
 def test_a_race_goes_on_without_those_that_fail(tmp_path):

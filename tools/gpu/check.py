@@ -1,6 +1,8 @@
 """The command: installs carried wheels into a temporary folder, runs the stages, writes the report after each."""
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import math
 import os
@@ -11,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -93,7 +95,9 @@ class Check:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         self._began = time.monotonic()
         self._places = {stage.name: place for place, stage in enumerate(stages)}
-        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        # Plain values, because a signal's handler may take no lock that the interrupted code holds.
+        self._signal, self._leaving = 0, False
         self.report = Report({"device": self.device, "minutes": minutes, "started": started, "commit": _commit()})
 
     def _publish(self, result: StageResult) -> None:
@@ -102,26 +106,50 @@ class Check:
                 self.report.results.append(result)
                 # A stage beside others has its first row at no certain time.
                 self.report.results.sort(key=lambda known: self._places.get(known.stage.name, -1))
-            self.report.seconds = time.monotonic() - self._began
-            self.report.write(self.out)
+            self._write()
+
+    def _write(self) -> None:
+        self.report.seconds = time.monotonic() - self._began
+        self.report.write(self.out)
+
+    def _ended(self) -> bool:
+        return self._leaving or self._signal != 0
+
+    @contextlib.contextmanager
+    def _noted_signals(self) -> Iterator[None]:
+        """A signal that asks the process to end is noted, however often it comes; an ignored one stays ignored."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = self._signal or number
+
+        asking = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        heard = [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def run(self) -> int:
         """Run everything; returns the exit status: 0 if no row failed, else 1.
 
-        A signal that asks the process to end ends the stage with all of its processes, and leaves a report.
+        A signal that asks the process to end ends the stage with all of its processes, and leaves a report; the status
+        is then 128 and the signal's number.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        self.report.write(self.out)
-        before = {number: signal.signal(number, _ended) for number in (signal.SIGTERM, signal.SIGHUP)}
-        try:
-            with tempfile.TemporaryDirectory(prefix="wan-gpu-check-", ignore_cleanup_errors=True) as name:
-                self._run_stages(Path(name))
-            self.report.finished = True
-        finally:
-            self.report.write(self.out)
-            print(self.report.summary(), flush=True)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with self._noted_signals():
+            self._write()
+            try:
+                with tempfile.TemporaryDirectory(prefix="wan-gpu-check-", ignore_cleanup_errors=True) as name:
+                    self._run_stages(Path(name))
+                self.report.finished = not self._signal
+            finally:
+                with self._lock:
+                    self._write()
+                print(self.report.summary(), flush=True)
+            if self._signal:
+                return 128 + self._signal
         return 1 if self.report.counts()["failed"] else 0
 
     def _run_stages(self, work: Path) -> None:
@@ -131,6 +159,9 @@ class Check:
             for number, stage in enumerate(self.stages):
                 if stage.timed:
                     _join(beside)
+                if self._ended():
+                    self._publish(_not_begun(stage))
+                    continue
                 seconds = self._seconds(number)
                 if self._runs_beside(stage):
                     beside.append(threading.Thread(target=self._run_guarded, args=(stage, seconds, work, site)))
@@ -139,7 +170,7 @@ class Check:
                     self._run_one(stage, seconds, work, site)
             _join(beside)
         finally:
-            self._ended.set()
+            self._leaving = True
             _join(beside)
 
     def _runs_beside(self, stage: Stage) -> bool:
@@ -176,7 +207,7 @@ class Check:
         options = ["--quick"] if self.quick and self.device == "cpu" else []
         variables = environment(self.device, site)
         folder = work / stage.name
-        result = run_stage(stage, self.device, seconds, folder, variables, self._publish, options, self._ended.is_set)
+        result = run_stage(stage, self.device, seconds, folder, variables, self._publish, options, self._ended)
         if stage.name == "versions":
             self._note_device(result)
         counts = ", ".join(f"{result.count(outcome)} {outcome}" for outcome in OUTCOMES)
@@ -186,7 +217,7 @@ class Check:
         assert self.wheels is not None
         start, seconds = time.monotonic(), (self.end - time.monotonic()) * 0.1
         result = StageResult(_INSTALL, round(seconds, 1))
-        result.rows = install_wheels(self.wheels, work / "site", seconds)
+        result.rows = install_wheels(self.wheels, work / "site", seconds, self._ended)
         result.seconds, result.finished = round(time.monotonic() - start, 1), True
         self._publish(result)
         return work / "site"
@@ -206,8 +237,29 @@ def _join(threads: Sequence[threading.Thread]) -> None:
         thread.join()
 
 
-def _ended(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+def _not_begun(stage: Stage) -> StageResult:
+    return StageResult(stage, 0.0, rows=[Row("the stage itself", "not run", "the check was ended before")])
+
+
+def _lock_of(out: Path) -> int | None:
+    """A lock on a folder for as long as this process runs.
+
+    Returns:
+        Its file descriptor, or None on a file system without locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise
+    except OSError:
+        os.close(folder)
+        return None
+    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -227,12 +279,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=given.out):
             pass
+        lock = _lock_of(given.out)
+    except BlockingIOError:
+        parser.error(f"--out is {given.out}, where another check writes its report; name another folder")
     except OSError as error:
         parser.error(f"--out is {given.out}, where nothing can be written ({error.strerror}); name another folder")
     if given.wheels is not None and not list(given.wheels.glob("*.whl")):
         parser.error(f"--wheels is {given.wheels}, which has no wheel; make it with tools/gpu_wheels.py")
     chosen = [stage for stage in STAGES if given.stages is None or stage.name in given.stages]
-    return Check(given.out, given.minutes, given.device, chosen, given.wheels, given.quick).run()
+    try:
+        return Check(given.out, given.minutes, given.device, chosen, given.wheels, given.quick).run()
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ _MARK = "WAN_GPU_CHECK_STAGE"
 # Between the time that a stage is told and its end by force; a stage needs some seconds to start again.
 _GRACE_SECONDS, _RESTART_SECONDS = 4.0, 8.0
 _MOST_STARTS = 10
+# Of the time that a stage is planned with: with less, it is no fault of the machine that it does not end.
+_LITTLE = 0.75
 _LOG_LINES, _LOG_BYTES = 40, 20_000
 
 
@@ -157,7 +159,7 @@ def run_stage(
             kill_marked(mark)
             update()
             # A process that has measured everything may be killed while it ends.
-            again = not events.ended and _after(result, code, events.running, time.monotonic(), end)
+            again = not events.ended and _after(result, code, events.running, end, ended())
             again = again and starts < _MOST_STARTS
             events.running = None
     finally:
@@ -184,19 +186,32 @@ def _wait(
                 return None
 
 
-def _after(result: StageResult, code: int | None, running: str | None, now: float, end: float) -> bool:
+def _after(result: StageResult, code: int | None, running: str | None, end: float, ended: bool) -> bool:
     """Add the row of a process that ended before its last row; returns whether another one should measure the rest."""
     where = f" in {running!r}" if running else ""
+    if ended:
+        result.rows.append(Row("the stage itself", "not run", f"the check was ended{where}"))
+        return False
     if code is None:
-        why = f"it overran its {result.deadline:.0f} s{where} and was killed; what follows was not measured"
-        result.rows.append(Row("the stage itself", "failed", why))
+        result.rows.append(_overrun(result, where))
         return False
     if code != DEVICE_LOST:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
         result.rows.append(Row(running or "the stage itself", "failed", f"its process was ended {how}"))
     # Without a row that began, a new process would end in the same way.
     progress = running is not None or code == DEVICE_LOST
-    if progress and end - now > _RESTART_SECONDS:
+    if progress and end - time.monotonic() > _RESTART_SECONDS:
         return True
     result.rows.append(Row("the rest of the stage", "failed", "it was not measured after the failure before"))
     return False
+
+
+def _overrun(result: StageResult, where: str) -> Row:
+    """A stage that was given its time and more hangs; one with less may have needed what it was not given."""
+    if result.deadline < _LITTLE * result.stage.share:
+        why = (
+            f"it had {result.deadline:.0f} of the {result.stage.share:.0f} s that it is planned with, and ended{where}"
+        )
+        return Row("the stage itself", "not run", f"{why}; give more --minutes")
+    why = f"it overran its {result.deadline:.0f} s{where} and was killed; what follows was not measured"
+    return Row("the stage itself", "failed", why)
