@@ -173,7 +173,7 @@ def _validate(model: torch.nn.Module, seed: int) -> list[Tensor]:
 def write_plain_results(path: str, start: str, seed: int) -> None:
     """What the loop computes, and how far fp32 rounding can move each of it."""
     # Each result has many elements, so that few samples tell its norm.
-    scale = rounding_scale(lambda: train_plainly(Path(start), seed), samples=3)
+    scale = rounding_scale(lambda: train_plainly(Path(start), seed), samples=3, name=f"plain training, seed {seed}")
     torch.save((train_plainly(Path(start), seed), scale), path)
 
 

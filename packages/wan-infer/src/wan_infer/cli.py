@@ -22,8 +22,9 @@ from wan_infer.request.settings import (
     check_task,
     pair_requests,
 )
-from wan_infer.runtime.launch import launch, processes
+from wan_infer.runtime.launch import launch
 from wan_model.system.child_process import Supervisor, end_process
+from wan_model.system.torchrun import rank, world_size
 from wan_model.system.versions import check_dependencies
 
 
@@ -154,7 +155,7 @@ def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: 
             "a training checkpoint holds the transformer only: give --model for the text encoder and the "
             "autoencoder, or both --t5-checkpoint-dir and --vae-checkpoint-dir"
         )
-    started = processes()
+    started = world_size()
     if nproc_per_node > 1 and started > 1 and not launched:
         raise ValueError("--nproc-per-node is given under torchrun, which has started the processes")
     _parallel_options(given).check(max(nproc_per_node, started))
@@ -193,7 +194,7 @@ def _run(given: dict[str, Any], requests: list[VideoRequest]) -> dict[str, Any] 
         offload=given["offload_model"],
         tiles=given["vae_tiles"],
     )
-    first = os.environ.get("RANK", "0") == "0"
+    first = rank() == 0
     with open(os.devnull, "w", encoding="utf-8") as devnull:
         report = run(job, sources, options, _parallel_options(given), given["task"], sys.stderr if first else devnull)
     return report if first else None

@@ -5,7 +5,6 @@ Shapes: T frames, H rows, W columns, 3 colours; a latent is [C, F, h, w]; L text
 
 import collections
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from wan_data.video.decode import Rejected
 from wan_data.video.decoder_process import Decoder, Job
 from wan_model.codec.convolutions import PRECISIONS
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.torchrun import local_world_size
 
 
 def choose_device(name: str, process: int = 0) -> torch.device:
@@ -37,7 +37,7 @@ def default_processes(device: str) -> int:
     """One encoding process for each GPU that this process may use; under torchrun the ranks of a machine share them."""
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return 1
-    return max(1, torch.cuda.device_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, torch.cuda.device_count() // local_world_size())
 
 
 def load_codec(model: str, settings: PrepareSettings, device: torch.device, *, vae: bool, text: bool) -> LatentCodec:

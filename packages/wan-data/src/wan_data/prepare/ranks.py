@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from wan_model.system import torchrun
+
 T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(days=30)
 
@@ -46,7 +48,7 @@ class TorchrunRanks(Ranks):
 
         self._store: Any
         self._store, self.rank, self.world_size = next(rendezvous("env://", timeout=_TIMEOUT))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.local_rank = torchrun.local_rank(self.rank)
         # A restarted group begins with new counters.
         self._prefix = f"wan-data/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
@@ -65,6 +67,6 @@ class TorchrunRanks(Ranks):
 
 def ranks_from_environment() -> Ranks:
     """The ranks of torchrun if it has started this process; otherwise a single rank."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
+    if torchrun.world_size() > 1 and "MASTER_ADDR" in os.environ:
         return TorchrunRanks()
     return Ranks()

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from wan_data.shards.writer import ShardWriter
 from wan_data.video.windows import Window
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.files import PARTIAL_SUFFIX, sync_folder, write_json
+from wan_model.system.torchrun import processors
 
 # The state of an unfinished preparation: the next run resumes from it, the end of a run removes it.
 WORK_FOLDER = ".wan-data"
@@ -168,7 +168,7 @@ def _probe(
         sources,
         settings,
         lambda result: report.step(_describe(result)),
-        decoders=decoders or os.cpu_count() or 1,
+        decoders=decoders or processors(),
         cache=ProbeCache(cache, settings),
     )
 

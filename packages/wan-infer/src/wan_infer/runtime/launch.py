@@ -4,15 +4,9 @@ The processes are started and supervised by ``wan_model.system.launcher``: the f
 only its error is printed; a stopped process is detected; when this process ends, its ranks end too.
 """
 
-import os
 from collections.abc import Sequence
 
 from wan_model.system import launcher
-
-
-def processes() -> int:
-    """The number of processes of this run, from torchrun's environment variables."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launch(arguments: Sequence[str], count: int) -> int:

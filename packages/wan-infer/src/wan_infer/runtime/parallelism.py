@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wan_infer.request.options import ParallelOptions
-from wan_infer.runtime.launch import processes
 from wan_model.dit.context_parallel import ContextParallel, all_gather_single
 from wan_model.dit.model import WanDiT
 from wan_model.dit.ops import TorchOps
+from wan_model.system import torchrun
 
 
 @dataclasses.dataclass
@@ -56,7 +56,7 @@ class Parallelism:
             ValueError: options that do not allow this number of processes.
         """
         options = options or ParallelOptions()
-        world_size = processes()
+        world_size = torchrun.world_size()
         options.check(world_size)
         if world_size == 1:
             return cls()

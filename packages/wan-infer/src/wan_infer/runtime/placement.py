@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from wan_infer.request.options import ComputeOptions
 from wan_model.codec.convolutions import PRECISIONS
+from wan_model.system import torchrun
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,8 +45,8 @@ class Placement:
         device, dtype = options.device, options.dtype
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and (local_rank := os.environ.get("LOCAL_RANK")):
-            device = f"cuda:{local_rank}"  # each process of a machine has its own device
+        if device == "cuda" and torchrun.world_size() > 1:
+            device = f"cuda:{torchrun.local_rank()}"  # each process of a machine has its own device
         try:
             chosen = torch.device(device)
         except RuntimeError:

@@ -41,6 +41,7 @@ from pathlib import Path
 from types import FrameType
 
 from wan_model.system.child_process import FAILURES, LAUNCHER_PID, Failure, error_message
+from wan_model.system.torchrun import processors
 
 GRACE_SECONDS = 10.0
 STOPPED_SECONDS = 8.0
@@ -69,7 +70,7 @@ class Outcome:
 
 def environment(rank: int, ranks: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
     """The environment variables of torch.distributed for a rank, as torchrun sets them."""
-    threads = base.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
+    threads = base.get("OMP_NUM_THREADS") or str(max(1, processors() // ranks))
     return {
         **base,
         "RANK": str(rank),

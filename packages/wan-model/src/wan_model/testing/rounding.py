@@ -33,6 +33,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wan_model.testing.kept_scales import kept
+
 FACTOR = 8.0
 SAMPLES = 8
 
@@ -40,7 +42,7 @@ Results = Mapping[str, Tensor]
 
 
 def rounding_scale(
-    run: Callable[[], Results], dtype: torch.dtype = torch.float32, samples: int = SAMPLES
+    run: Callable[[], Results], dtype: torch.dtype = torch.float32, samples: int = SAMPLES, name: str | None = None
 ) -> dict[str, Tensor]:
     """The deviation that rounding gives each element of each result.
 
@@ -49,6 +51,8 @@ def rounding_scale(
             Operations on other types than float64 are assumed to be equal in all runs.
         dtype: the precision whose rounding is modelled.
         samples: number of runs with noise.
+        name: of this scale among those that are kept, see ``wan_model.testing.kept_scales``; by default the running
+            test and how many it has computed before.
 
     Returns:
         For every name a float64 tensor of the result's shape.
@@ -60,15 +64,18 @@ def rounding_scale(
         exact = _copied(run())
         if wrong := [f"{name} in {value.dtype}" for name, value in exact.items() if value.dtype != torch.float64]:
             raise ValueError(f"got {', '.join(wrong)}; expected float64 everywhere: pass model.double() and its inputs")
-        unit = torch.finfo(dtype).eps / 2
-        # Of float64 itself the noise would be lost in the rounding of these runs; its effect is proportional.
-        noise = max(unit, 2.0**-36)
-        squares = {name: torch.zeros_like(value) for name, value in exact.items()}
-        for sample in range(samples):
-            with _Rounding(noise, sample):
-                results = run()
-            for name, value in results.items():
-                squares[name] += (value.detach() - exact[name]).square()
+        return kept(name, exact, lambda: _scale(run, exact, torch.finfo(dtype).eps / 2, samples))
+
+
+def _scale(run: Callable[[], Results], exact: Results, unit: float, samples: int) -> dict[str, Tensor]:
+    # Of float64 itself the noise would be lost in the rounding of these runs; its effect is proportional.
+    noise = max(unit, 2.0**-36)
+    squares = {name: torch.zeros_like(value) for name, value in exact.items()}
+    for sample in range(samples):
+        with _Rounding(noise, sample):
+            results = run()
+        for name, value in results.items():
+            squares[name] += (value.detach() - exact[name]).square()
     return {name: (value / samples).sqrt() * (unit / noise) for name, value in squares.items()}
 
 

@@ -6,7 +6,6 @@ number of ranks.
 
 import contextlib
 import hashlib
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from wan_model.config import WanConfig
 from wan_model.dit.model import Stage, WanDiT
 from wan_model.system.files import atomic_path, sync_folder, write_json
+from wan_model.system.torchrun import local_world_size, processors
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -110,9 +110,7 @@ def init_weights(model: WanDiT, *, seed: int) -> None:
 
 def _drawing_threads() -> int:
     """Threads for the draws of a process, each of which is one thread's work: its share of the machine's processors."""
-    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, processors // processes))
+    return min(8, max(1, processors() // local_world_size()))
 
 
 def read_config(folder: Path) -> WanConfig:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
+from wan_model.system.torchrun import local_rank
 from wan_train.engine.installed import is_installed, require_installed
 
 if TYPE_CHECKING:  # start() imports it; a command that imports wan_train.engine.installed should not wait for it
@@ -37,6 +38,17 @@ class Engine:
 _started: Engine | None = None
 
 
+def _take_device() -> None:
+    import torch
+
+    if local_rank() >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"this is process {local_rank() + 1} of its machine, which has {count} GPU{'s' * (count > 1)}; start one "
+            f"for each: --nproc-per-node {count}"
+        )
+    torch.cuda.set_device(local_rank())
+
+
 def start(*, take_device: bool = True) -> Engine:
     """Make Megatron-Bridge's loop importable and runnable in this process; further calls return the same result.
 
@@ -59,7 +71,7 @@ def start(*, take_device: bool = True) -> Engine:
     has_cuda = torch.cuda.is_available()
     has_te = has_cuda and is_installed("transformer_engine")
     if has_cuda and take_device:  # before imports that may look at the current device
-        torch.cuda.set_device(cpu.local_rank())
+        _take_device()
     with import_errors_explained():
         if not has_te:
             absent_modules.skip_model_families()
@@ -67,7 +79,7 @@ def start(*, take_device: bool = True) -> Engine:
                 absent_modules.import_bridge_without((absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT))
         import megatron.bridge.training.pretrain  # noqa: F401
     if has_cuda:
-        device, backend = torch.device("cuda", cpu.local_rank()), "nccl"
+        device, backend = torch.device("cuda", local_rank()), "nccl"
     else:
         cpu.redirect()
         device, backend = torch.device("cpu"), "gloo"

@@ -8,7 +8,6 @@ in a process that only trains, without CUDA.
 
 import contextlib
 import importlib
-import os
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,15 +15,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from wan_model.system.torchrun import processors
 from wan_train.engine import gloo_groups
 from wan_train.engine.upstream.replace import by, replace
 
 _CPU = torch.device("cpu")
-
-
-def local_rank() -> int:
-    """This process's local rank, as torchrun sets it."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _is_cuda(device: object) -> bool:
@@ -111,7 +106,7 @@ def _replace_cuda_functions() -> None:
     cuda.current_device = lambda: 0  # an int: Megatron-FSDP formats it into "cuda:{}"
     cuda.get_device_capability = lambda *args, **kwargs: (0, 0)
     cuda.get_device_properties = lambda *args, **kwargs: types.SimpleNamespace(
-        name="cpu", major=0, minor=0, multi_processor_count=os.cpu_count(), total_memory=1 << 34
+        name="cpu", major=0, minor=0, multi_processor_count=processors(), total_memory=1 << 34
     )
     cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from wan_model.system import torchrun
 from wan_train import engine
 from wan_train.checkpoint.folder import ResumePoint, find_resume_point, saved_steps
 from wan_train.config.options import DEFAULT_RECIPE, RunOptions
@@ -184,7 +185,7 @@ def _megatron_output_in_file(config: Any, verbose: bool) -> Iterator[TextIO]:
             where = os.devnull
             if config.checkpoint.save is not None:
                 Path(config.checkpoint.save).mkdir(parents=True, exist_ok=True)
-                where = f"{config.checkpoint.save}/megatron-rank{os.environ.get('RANK', '0')}.log"
+                where = f"{config.checkpoint.save}/megatron-rank{torchrun.rank()}.log"
             file = stack.enter_context(open(where, "a", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(file))
         yield terminal
@@ -194,7 +195,7 @@ def _init_single_process_group(backend: str) -> bool:
     """A process group of one process, which needs no port; returns whether it was created here."""
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized():
+    if torchrun.world_size() > 1 or torch.distributed.is_initialized():
         return False
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return True
@@ -211,7 +212,7 @@ def pretrain(options: RunOptions) -> None:
 
     config = build_config(options)
     config.dist.distributed_backend = running.backend
-    configure_data(config, check_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
+    configure_data(config, check_layout(config, torchrun.world_size()))
     if resume := _resolve_checkpoints(config):
         _check_resumed_weights(config, resume)
         config.model.resumes = True

@@ -3,10 +3,10 @@
 Import only after ``wan_train.engine.start``.
 """
 
-import os
 from typing import Any
 
 from wan_model.dit.model import Block
+from wan_model.system.torchrun import world_size
 from wan_train.engine.upstream.patches import use_fsdp_units
 from wan_train.model.layout import Layout
 
@@ -19,7 +19,7 @@ ALONE = "optim"
 def configure(config: Any, *, on_cpu: bool) -> None:
     """Set everything that ``dist.use_megatron_fsdp`` implies; each transformer block is one FSDP unit."""
     config.ddp.use_megatron_fsdp = True
-    layout = Layout.of(config, int(os.environ.get("WORLD_SIZE", "1")))
+    layout = Layout.of(config, world_size())
     config.ddp.data_parallel_sharding_strategy = SHARDED if layout.data * layout.context > 1 else ALONE
     config.checkpoint.ckpt_format = "fsdp_dtensor"
     if on_cpu:
