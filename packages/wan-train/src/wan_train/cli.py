@@ -110,7 +110,7 @@ def pretrain(
         from wan_train.launch import worker
 
         end_process(worker.main())
-    sys.exit(launch(options.to_json(), nproc_per_node))
+    sys.exit(launch(options, nproc_per_node))
 
 
 @contextlib.contextmanager

@@ -136,6 +136,14 @@ def test_fully_sharded_resumes_to_the_bit(precision: str, tmp_path: Path) -> Non
     assert [entry for entry in log if "event" in entry] == [{"event": "resumed", "step": 2}]
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
     assert same_weights(tmp_path / "cut", tmp_path / "whole", 4)
+    said = refused(tmp_path / "cut", "--nproc-per-node", "2", f"mixed_precision={precision}")
+    assert "iter_0000004 was saved with dist.use_megatron_fsdp=true, whose format the other cannot read" in said
+
+
+def test_a_plain_checkpoint_is_not_resumed_fully_sharded(stopped_run: Path) -> None:
+    said = refused(stopped_run, "dist.use_megatron_fsdp=true")
+    assert f"iter_000000{STOPPED} was saved with dist.use_megatron_fsdp=false, whose format the other" in said
+    assert len(read_log(stopped_run)) == STOPPED, "no step was taken"
 
 
 def test_a_signal_ends_a_run_in_order(tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ def test_every_shipped_file_fits_80_gb_with_a_tenth_to_spare(
     name: str, packs: str, dry_runs: dict[str, list[Any]]
 ) -> None:
     found = json.loads(dry_runs[f"{packs} {name}"][1])
-    assert found["state_bytes"]["total"] + found["activation_bytes"][found["recompute"]] < 0.9 * 80e9
+    assert found["total_bytes"] < 0.9 * 80e9
+    assert found["fits"] == {"h100": True, "h200": True}
     assert found["tokens"] / found["packs"] <= 43008
     assert (found["tokens"] / found["packs"] == 43008) == (packs == "full")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ import pytest
 from training_runs import RUN_OPTIONS
 
 from wan_model.testing.processes import Job, LaunchServer, wait_until
+from wan_train.checkpoint.folder import complete_steps
 from wan_train.config.options import RunOptions
+from wan_train.launch.launcher import save_folder, where_it_resumes
 
 # What the specification allows between an event and the end of the last process.
 SOON = 20.0
@@ -119,6 +122,41 @@ def test_a_rank_killed_in_training_ends_the_run(start_training: Callable[..., Jo
     assert job.alive() == []
     assert [line for line in job.error_lines() if "Error" in line] == [job.error_lines()[-1]]
     assert job.error_lines()[-1].startswith("Error (rank 1): the process was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "folder"),
+    [
+        (None, [], None),
+        (None, ["checkpoint.save=a", "checkpoint.save=b=c"], "b=c"),
+        ("checkpoint: {save: mine}", ["checkpoint.load=b"], "mine"),
+        ("checkpoint: {save: mine}", ["checkpoint.save=null"], None),
+        ("train: {train_iters: 3}", [], None),
+    ],
+)
+def test_where_a_run_saves(content: str | None, overrides: list[str], folder: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "run.yaml").write_text(content)
+    file = None if content is None else str(tmp_path / "run.yaml")
+    found = save_folder(RunOptions("tiny", config_file=file, overrides=tuple(overrides)))
+    assert found == (None if folder is None else Path(folder))
+
+
+def test_an_interrupted_run_says_from_where_it_goes_on(start_training: Callable[..., Job], tmp_path: Path) -> None:
+    job = start_training(1, "checkpoint.save_interval=2")
+    run = tmp_path / "run"
+    wait_until(lambda: bool(complete_steps(run)), "a checkpoint is complete")
+    job.process.send_signal(signal.SIGINT)
+    assert job.code(SOON) == 128 + signal.SIGINT
+    newest = complete_steps(run)[-1]
+    assert job.error_lines()[-2:] == [
+        "Ended by SIGINT.",
+        f"The same command goes on after step {newest}, from {run / f'iter_{newest:07d}'}.",
+    ]
+    shutil.rmtree(run)
+    options = RunOptions("tiny", overrides=(f"checkpoint.save={run}",))
+    assert where_it_resumes(options) == f"{run} has no complete checkpoint, so the same command starts anew."
+    assert where_it_resumes(RunOptions("tiny")) == "Nothing is saved, because checkpoint.save is not set."
 
 
 def test_training_and_its_checkpoint_writers_end_with_a_killed_launcher(start_training: Callable[..., Job]) -> None:

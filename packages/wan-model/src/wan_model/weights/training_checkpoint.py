@@ -136,6 +136,24 @@ def _check_files(path: Path, index: Metadata) -> None:
             raise ValueError(f"{path / name} has {size} bytes where {METADATA} names {end}: it was cut short")
 
 
+def read_run_settings(path: Path) -> dict[str, Any]:
+    """Read all settings of the run that wrote a checkpoint, as plain values by section.
+
+    Raises:
+        ValueError: the file is missing, is no plain YAML, or has no sections.
+    """
+    file = path / RUN_CONFIG
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: the checkpoint is partial, or of another program") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} has no sections: it was cut, or is of another program")
+    return content
+
+
 def read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
     """Read a checkpoint's configuration: the transformer's sizes, and the latent space of its training data.
 
@@ -145,13 +163,7 @@ def read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
         ValueError: the file is missing, is no plain YAML, or describes another model.
     """
     file = path / RUN_CONFIG
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing: the checkpoint is partial, or of another program") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from error
-    model = content.get("model") if isinstance(content, dict) else None
+    model = read_run_settings(path).get("model")
     transformer = model.get("transformer") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(transformer, dict) or "latent_spec" not in model:
         raise ValueError(f"{file} lacks model.transformer or model.latent_spec: it was cut, or is of another program")

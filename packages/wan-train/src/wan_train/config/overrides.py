@@ -157,14 +157,24 @@ def _apply(config: Any, key: str, value: Any) -> None:
         _set(config, name.split("."), value, name)
 
 
-def apply_overrides(config: Any, overrides: typing.Sequence[str]) -> None:
-    """Apply ``key.path=value`` settings; values are read as YAML.
+def parse_overrides(overrides: typing.Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Split ``key.path=value`` settings into keys and values, which are read as YAML.
 
     Raises:
-        ValueError: no ``=``, an unknown key (the nearest known one is named), a value of the wrong kind.
+        ValueError: no ``=``, or a value that is no YAML.
     """
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r} is not an override; expected key.path=value")
-        _apply(config, key, _parse(text, override))
+        yield key, _parse(text, override)
+
+
+def apply_overrides(config: Any, overrides: typing.Sequence[str]) -> None:
+    """Apply ``key.path=value`` settings.
+
+    Raises:
+        ValueError: no ``=``, an unknown key (the nearest known one is named), a value of the wrong kind.
+    """
+    for key, value in parse_overrides(overrides):
+        _apply(config, key, value)

@@ -136,10 +136,18 @@ def _resolve_checkpoints(config: Any) -> ResumePoint | None:
 
 
 def _check_resumed_weights(config: Any, resume: ResumePoint) -> None:
-    """Refuse a checkpoint of other model sizes, or of another latent space than the data's."""
-    from wan_model.weights.training_checkpoint import read_run_config
+    """Refuse a checkpoint of another format, of other model sizes, or of another latent space than the data's."""
+    from wan_model.weights.training_checkpoint import read_run_config, read_run_settings
 
     transformer, spec = read_run_config(resume.step_folder)
+    dist = read_run_settings(resume.step_folder).get("dist")
+    theirs = bool(isinstance(dist, dict) and dist.get("use_megatron_fsdp"))
+    if theirs != bool(config.dist.use_megatron_fsdp):
+        raise ValueError(
+            f"{resume.step_folder} was saved with dist.use_megatron_fsdp={str(theirs).lower()}, whose format the other "
+            f"cannot read; set it so, or start anew from an export: wan-train export {resume.folder} MODEL, then "
+            "--init-from MODEL"
+        )
     ours = config.model.wan_config
     if differing := [
         f"{field.name} {getattr(ours, field.name)} where it has {getattr(transformer, field.name)}"

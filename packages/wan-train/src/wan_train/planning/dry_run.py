@@ -10,6 +10,7 @@ from wan_model.pack import PackLayout
 from wan_train import engine
 from wan_train.config.options import DEFAULT_RECIPE, RunOptions
 from wan_train.loop.run import build_config, check_layout, configure_data
+from wan_train.planning.hardware import KNOWN
 from wan_train.planning.memory import parameters_of_model, rank_bytes
 from wan_train.planning.plan import SETTING
 
@@ -20,8 +21,9 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
     Returns:
         Plain values: ``layout``, ``parameters`` (of the model, and of the rank that needs most memory),
         ``state_bytes`` of that rank, ``recompute`` and ``activation_bytes`` (peak, with each kind of recomputation),
-        ``packs``, ``tokens`` and ``training_flops`` of a step. For a dataset, a pack is assumed to hold one sample: an
-        upper bound of the FLOPs, and of activations except for the text of further samples.
+        ``total_bytes`` with the chosen one, ``fits`` (by GPU, whether that fits), ``packs``, ``tokens`` and
+        ``training_flops`` of a step. For a dataset, a pack is assumed to hold one sample: an upper bound of the FLOPs,
+        and of activations except for the text of further samples.
 
     Raises:
         ValueError: an unknown key, an invalid layout, a missing dataset or one that does not match the model.
@@ -61,6 +63,8 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         "state_bytes": {**dataclasses.asdict(state), "total": state.total},
         "recompute": recompute,
         "activation_bytes": {mode: found.activations + found.gathered for mode, found in needed.items()},
+        "total_bytes": largest.total,
+        "fits": {name: largest.total <= gpu.memory - gpu.reserved for name, gpu in KNOWN.items()},
         "precision": "bf16" if bf16 else "fp32",
         "packs": packs,
         "packs_a_rank": packs // layout.data,
@@ -99,9 +103,20 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         f"{gib['optimizer']:.2f}, EMA {gib['average']:.2f})",
         f"plus about {activations[chosen]:.2f} GiB of activations with model.recompute_granularity={SETTING[chosen]} "
         f"({others})",
+        _verdict(found),
         f"per step: {found['packs']} packs, {found['packs_a_rank']} per data-parallel rank,{most} {found['tokens']:,} "
         f"tokens and{most} {tflop:,.2f} TFLOP, {tflop / layout['world']:,.2f} per process",
     ]
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    enough = ", ".join(
+        f"an {name} ({KNOWN[name].memory / 1e9:.0f} GB) is {'enough' if fits else 'not enough'}"
+        for name, fits in found["fits"].items()
+    )
+    reserved = max(gpu.reserved for gpu in KNOWN.values()) / 1e9
+    total = found["total_bytes"] / 1e9
+    return f"in all {total:.1f} GB, and about {reserved:.0f} GB for driver and communication: {enough}"
 
 
 def main(options: RunOptions, world: int, *, as_json: bool) -> list[str]:
