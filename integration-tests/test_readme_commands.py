@@ -1,10 +1,13 @@
 """Every command line that the documents show is one that the programs understand."""
 
+import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -19,50 +22,109 @@ import json, sys
 from wan_train.config.options import RunOptions
 from wan_train.planning.dry_run import describe
 found = []
-for recipe, file, overrides, world in json.loads(sys.argv[1]):
-    found.append(describe(RunOptions(recipe, config_file=file, overrides=tuple(overrides), mock=True), world))
+for recipe, mode, file, overrides, world in json.loads(sys.argv[1]):
+    options = RunOptions(recipe, training_mode=mode, config_file=file, overrides=tuple(overrides), mock=True)
+    found.append(describe(options, world))
 with open(sys.argv[2], "w") as results:
     json.dump(found, results)
 """
-# One video that fills a pack, in place of the documents' data.
-FULL_PACK = ["dataset.mock_settings.shapes=[[42,64,64]]", "dataset.mock_settings.number_packed_samples=1"]
 
 
-def _commands() -> list[list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line of a document.
+
+    Attributes:
+        before: the words before our program: variables, torchrun and its options.
+        words: our program and its arguments.
+    """
+
+    before: tuple[str, ...]
+    words: tuple[str, ...]
+
+    def parsed(self) -> tuple[str, dict[str, Any]]:
+        """The subcommand, and what the program makes of the arguments without running; its paths need not exist."""
+        program, *rest = self.words
+        (entry,) = entry_points(group="console_scripts", name=program)
+        command, names = entry.load(), []
+        while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+            names.append(rest.pop(0))
+            command = command.commands[names[-1]]
+        if {"--help", "--version"} & set(rest):
+            return " ".join(names), {}
+        return " ".join(names), command.make_context(program, rest).params
+
+    def processes(self, params: dict[str, Any]) -> int:
+        """Of a training run: its own, torchrun's, or those of the cluster that its configuration file is named for."""
+        if "torchrun" not in self.before:
+            return params["world_size"] or params["nproc_per_node"]
+        nodes, processes = (_option(self.before, name) or "1" for name in ("--nnodes", "--nproc-per-node"))
+        if nodes.startswith("$"):
+            return int(re.search(r"(\d+)gpu", params["config_file"])[1])
+        return int(nodes) * int(processes)
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    return next((words[at + 1] for at, word in enumerate(words) if word == name), None)
+
+
+def commands_of(text: str) -> list[Command]:
+    """The commands of a document's blocks: all lines that call one of our programs, whatever stands before it."""
     commands = []
-    for document in DOCUMENTS:
-        for block in re.findall(
-            r"^ *```(?:bash|console|sh)\n(.*?)^ *```", document.read_text(encoding="utf-8"), re.M | re.S
-        ):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line.removeprefix("$ "), comments=True)
-                if words and words[0] in PROGRAMS:
-                    commands.append(words)
+    for block in re.findall(r"^ *```(?:bash|console|sh)\n(.*?)^ *```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"\s(?:\||\|\||&&|;)\s", line.strip().removeprefix("$ ")):
+                words = shlex.split(re.split(r"\s(?:2?>|<)", part)[0], comments=True)
+                if at := [at for at, word in enumerate(words) if word in PROGRAMS]:
+                    commands.append(Command(tuple(words[: at[0]]), tuple(words[at[0] :])))
     return commands
 
 
-COMMANDS = _commands()
+COMMANDS = [command for document in DOCUMENTS for command in commands_of(document.read_text(encoding="utf-8"))]
 
 
 def test_the_documents_show_every_program():
-    assert {command[0] for command in COMMANDS} == set(PROGRAMS)
+    assert {command.words[0] for command in COMMANDS} == set(PROGRAMS)
     # Blocks in a numbered list are indented.
-    assert any("--training-mode" in command for command in COMMANDS)
+    assert any("--training-mode" in command.words for command in COMMANDS)
+    assert {command.words[0] for command in COMMANDS if "torchrun" in command.before} >= {"wan-train", "wan-data"}
+    assert any("srun" in command.before for command in COMMANDS)
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_flag_is_known(words):
-    program, *rest = words
-    (entry,) = entry_points(group="console_scripts", name=program)
-    command = entry.load()
-    if isinstance(command, click.Group):
-        name, *rest = rest
-        assert name in command.commands
-        command = command.commands[name]
-    known = {spelling for option in command.params for spelling in (*option.opts, *option.secondary_opts)}
-    known |= {"--help", "--version"}
-    used = {word.partition("=")[0] for word in rest if word.startswith("--")}
-    assert used <= known, f"unknown: {sorted(used - known)}"
+def test_commands_are_found_whatever_stands_around_them():
+    text = """
+  ```sh
+  $ A=1 torchrun --nproc-per-node 2 \\
+      --no-python wan-train pretrain --recipe=tiny a.b=1   # comment
+  cd x && wan-data inspect d | head > out 2> err
+  echo no
+  ```
+"""
+    assert [command.before for command in commands_of(text)] == [
+        ("A=1", "torchrun", "--nproc-per-node", "2", "--no-python"), (),
+    ]  # fmt: skip
+    train, inspect = commands_of(text)
+    assert inspect.words == ("wan-data", "inspect", "d")
+    name, params = train.parsed()
+    assert (name, params["recipe"], params["overrides"]) == ("pretrain", "tiny", ("a.b=1",))
+    assert train.processes(params) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "wan-data prepare --no-such-flag", "wan-train pretrain --recipe=unknown", "wan-infer -z",
+        "wan-train plan --gpus many", "wan-data nothing", "wan-train plan bare",
+    ],
+)  # fmt: skip
+def test_a_mistaken_command_is_noticed(line):
+    with pytest.raises((click.UsageError, KeyError)):
+        Command((), tuple(line.split())).parsed()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.words))
+def test_every_argument_is_understood(command):
+    command.parsed()
 
 
 def test_the_places_to_add_something_exist():
@@ -77,24 +139,28 @@ def test_the_places_to_add_something_exist():
         assert re.search(rf"^{name}\b", file.read_text(encoding="utf-8"), re.M), name
 
 
-def _option(words: list[str], *names: str) -> str | None:
-    return next((words[words.index(name) + 1] for name in names if name in words), None)
+def _full_pack(overrides: Sequence[str]) -> list[str]:
+    """One video that fills a pack, in place of the documents' data."""
+    capacity = next((int(word.partition("=")[2]) for word in overrides if word.startswith("dataset.capacity=")), 43008)
+    assert capacity >= 1024, "the grid below has 1,024 tokens a frame"
+    shape = f"dataset.mock_settings.shapes=[[{capacity // 1024},64,64]]"
+    return [shape, "dataset.mock_settings.number_packed_samples=1"]
 
 
 def test_every_training_command_has_known_settings_and_fits_80_gb(run, tmp_path):
-    runs = []
-    for words in COMMANDS:
-        if words[:2] == ["wan-train", "pretrain"]:
-            recipe, file = _option(words, "--recipe"), _option(words, "--config-file")
-            overrides = [word for word in words[2:] if re.match(r"[a-z_]+\.[a-z_.0-9]+=", word)]
-            overrides = [word for word in overrides if not word.startswith("dataset.path=")]
-            full = [] if "tiny" in (recipe, file) else FULL_PACK
-            world = int(_option(words, "--nproc-per-node", "--world-size") or 1)
-            runs.append((recipe, file, [*overrides, *full], world))
-    assert any(overrides for _, _, overrides, _ in runs)
+    runs, of = [], []
+    for command in COMMANDS:
+        name, params = command.parsed()
+        if command.words[0] == "wan-train" and name == "pretrain":
+            recipe, file = params["recipe"], params["config_file"]
+            overrides = [word for word in params["overrides"] if not word.startswith("dataset.path=")]
+            full = [] if "tiny" in (recipe, file) else _full_pack(overrides)
+            runs.append((recipe, params["training_mode"], file, [*overrides, *full], command.processes(params)))
+            of.append(" ".join(command.words))
+    assert any(overrides for _, _, _, overrides, _ in runs)
+    assert any(world > 64 for *_, world in runs)
     run("python", "-c", DESCRIBE, json.dumps(runs), str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
     assert any(one["tokens"] / one["packs"] == 43008 for one in found)
-    for words, one in zip(runs, found, strict=True):
-        needed = one["total_bytes"]
-        assert needed < 0.9 * 80e9, f"{words} needs {needed / 1e9:.1f} GB"
+    for line, one in zip(of, found, strict=True):
+        assert one["total_bytes"] < 0.9 * 80e9, f"{line} needs {one['total_bytes'] / 1e9:.1f} GB"
