@@ -48,6 +48,18 @@ def test_nothing_but_padding_still_takes_part_in_the_backward_pass(rng: torch.Ge
     assert all(not gradient.any() for gradient in torch.autograd.grad(out.sum(), leaves))
 
 
+def test_no_queries_at_all_are_no_rows_with_gradients(rng: torch.Generator) -> None:
+    q, k, v = (x.requires_grad_() for x in tensors(rng))
+    out = packed_attention(q[:0], k, v, (0, 0), (0, 16))
+    assert out.shape == (0, 3, 10)
+    assert all(not gradient.any() for gradient in torch.autograd.grad(out.sum(), [k, v]))
+
+
+def test_queries_before_the_first_segment_are_refused(rng: torch.Generator) -> None:
+    with pytest.raises(ValueError, match="the first segment of queries starts at row 3; expected 0"):
+        packed_attention(*tensors(rng), (3, 10), (0, 16))
+
+
 class OnCuda:
     """As much of a CUDA tensor as the choice looks at."""
 

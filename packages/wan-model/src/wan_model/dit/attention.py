@@ -101,22 +101,27 @@ def packed_attention(
     Args:
         q_SHE: queries; rows after the last offset are padding, whose results are zeros.
         k_SHE, v_SHE: keys and values.
-        q_offsets, k_offsets: segment starts and the end of the last one: B+1 ascending integers each. A segment without
-            queries is skipped.
+        q_offsets, k_offsets: segment starts and the end of the last one: B+1 ascending integers each; the first query
+            is that of the first segment. A segment without queries is skipped.
         kind: see the module's docstring.
 
     Returns:
         Attended values, [S, H, E].
 
     Raises:
-        ValueError: a kind that cannot run on these tensors.
+        ValueError: a kind that cannot run on these tensors, or queries before the first segment.
     """
+    if q_offsets[0]:
+        raise ValueError(
+            f"the first segment of queries starts at row {q_offsets[0]}; expected 0: cut the rows before it"
+        )
     kind = resolve_kind(kind, q_SHE, q_offsets, k_offsets)
     if kind == "varlen":
         parts = [_variable_length(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets)]
     else:
         parts = _batch_by_batch(q_SHE, k_SHE, v_SHE, q_offsets, k_offsets, kind)
-    if padding := q_SHE.shape[0] - q_offsets[-1]:
+    padding = q_SHE.shape[0] - q_offsets[-1]
+    if padding or not parts:
         zeros = q_SHE.new_zeros(padding, *q_SHE.shape[1:])
         # A rank that has only padding must take part in the backward pass, because the other ranks wait for it.
         parts.append(zeros if parts else zeros + (q_SHE[:0].sum() + k_SHE[:0].sum() + v_SHE[:0].sum()))
@@ -149,7 +154,7 @@ def _batch_by_batch(
 ) -> list[Tensor]:
     parts = []
     batches = equal_segments(q_offsets, k_offsets)
-    of_queries = _split(q_SHE, q_offsets[0], [it.segments * it.queries for it in batches])
+    of_queries = _split(q_SHE, 0, [it.segments * it.queries for it in batches])
     of_keys, of_values = (_split(x, k_offsets[0], [it.segments * it.keys for it in batches]) for x in (k_SHE, v_SHE))
     for it, q, k, v in zip(batches, of_queries, of_keys, of_values, strict=True):
         if not it.queries:
