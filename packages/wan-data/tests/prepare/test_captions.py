@@ -49,7 +49,9 @@ def test_the_key_is_a_setting(folder):
         (b'{"caption": 3}', "int under 'caption'; expected text"),
         (b'{"caption": "  "}', "empty caption"),
         (b'{"caption": "\\ud800"}', "surrogate"),
-        (b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "nested more than 100 levels deep"),
+        (b'{"caption": "' + 100_001 * b"a" + b'"}', "a caption of 100,001 characters; expected at most 100,000"),
+        (17_000_000 * b" ", "17,000,000 bytes; expected at most 16,777,216"),
     ],
 )
 def test_what_cannot_be_read_is_named(folder, content, message):

@@ -6,12 +6,13 @@ import sqlite3
 import subprocess
 import sys
 
+import braceexpand
 import pytest
 import yaml
 
 from wan_data.reading.datasets import splits
 from wan_data.reading.loader import LoaderConfig, PackLoader
-from wan_data.shards.energon_metadata import DATASET_YAML, check_metadata, shard_counts, write_metadata
+from wan_data.shards.energon_metadata import DATASET_YAML, _names_of, check_metadata, shard_counts, write_metadata
 from wan_data.shards.writer import ShardRecord
 
 # Energon's command line, several calls in one process: each would import for seconds.
@@ -126,6 +127,27 @@ def test_what_energon_itself_writes_is_accepted(copy):
         "  - shard-rank00-000004.tar\nexclude: []\n"
     )
     assert set(splits(copy)) == {"train", "test"}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a.tar", "a-{3..7}.tar", "a-{03..11}.tar", "a-{9..10}.tar", "{0..1}-b-{00..02}.tar", "a{x,y,z9}.tar", "a{5..5}"],
+)
+def test_patterns_are_expanded_as_energon_does(pattern, tmp_path):
+    assert list(_names_of(pattern, 20, tmp_path)) == list(braceexpand.braceexpand(pattern))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a-{000000..999999}.tar", "a-{1..999999999}.tar", "{0..9}{0..9}.tar", "{0..9}" * 60, "a-{a..z}.tar",
+        "a-{0..9..2}.tar", "a-{7..3}.tar", "{{0..1}..{1..2}}.tar", "a-{0..1.tar", "a-{,x}.tar",
+    ],
+)  # fmt: skip
+def test_patterns_of_more_than_there_is_are_refused(copy, pattern):
+    (copy / ".nv-meta" / "split.yaml").write_text(f"split_parts:\n  train: ['{pattern}']\nexclude: []\n")
+    with pytest.raises(ValueError, match=r"split\.yaml names '.*', which|split\.yaml names '.*'; expected names"):
+        open_it(copy)
 
 
 def test_a_dataset_of_either_generation_of_energon_is_read(copy):

@@ -46,7 +46,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, odd: str) -> None:
         ("a.csv", "a", r"must end in \.txt .* or \.jsonl"),
         ("a.txt", "\n \n", "holds no prompt"),
         ("a.txt", b"\xff\xfe", "is not UTF-8: invalid start byte at byte 0"),
-        ("a.jsonl", '{"prompt": "a"}\nb', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"prompt": "a"}\nb', "a.jsonl, line 2: it is not JSON"),
         ("a.jsonl", '["a"]', "line 1: expected an object such as"),
         ("a.jsonl", '{"seed": 1}', "line 1: expected an object such as"),
         ("a.jsonl", '{"prompt": "a", "sede": 1}', "line 1: there is no setting 'sede'; expected some of prompt, size"),

@@ -236,6 +236,6 @@ def test_configuration_with_python_tags_is_refused(run: Path, tmp_path: Path) ->
     marker = tmp_path / "marker"
     file = run / "iter_0000020" / "run_config.yaml"
     file.write_text(f"model: !!python/object/apply:os.system ['touch {marker}']\n")
-    with pytest.raises(ValueError, match="not plain YAML"):
+    with pytest.raises(ValueError, match="is not YAML: could not determine a constructor"):
         find_checkpoint(run, 20)
     assert not marker.exists()

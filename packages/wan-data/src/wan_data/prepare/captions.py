@@ -1,52 +1,47 @@
 """Captions of clips: finding them in the files beside a clip, and validating them."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from wan_model.system import safe_reading
 
 # Keys under which a line of a listing may name its clip. Those of NVIDIA's own files come first.
 NAME_KEYS = ("video_path", "file_name", "filename", "video", "path", "name", "file", "image", "image_path")
 
 
-def read_text(path: Path) -> str:
+# Bytes of a list of captions, which is read as a whole: some ten million lines.
+LARGEST_LISTING = 4 << 30
+# Characters; a text encoder takes 512 tokens of it.
+LONGEST_CAPTION = 100_000
+
+
+def read_text(path: Path, limit: int = safe_reading.SMALL_FILE) -> str:
     """Read a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it cannot be read, is larger than ``limit`` bytes, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # a byte order mark is skipped, its absence is fine
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: the text is not JSON; the message begins with ``where``.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
-    except RecursionError:
-        raise ValueError(f"{where} is not JSON of a caption: it is nested too deeply") from None
+        return safe_reading.read_text(path, limit)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the location and the value of each line that is not blank; a ``ValueError`` for a line that is not JSON.
 
     Raises:
-        ValueError: see ``read_text``.
+        ValueError: the file cannot be read, or is not UTF-8.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines: JSON text may hold U+2028
+    for number, line in enumerate(
+        read_text(path, LARGEST_LISTING).split("\n"), start=1
+    ):  # not splitlines: JSON text may hold U+2028
         if not line.strip():
             continue
         where = f"{path.name} line {number}"
         try:
-            value = parse_json(line, where)
+            value = safe_reading.parse_json(line, where)
         except ValueError as error:
             value = error
         yield where, value
@@ -72,6 +67,8 @@ def caption_in(value: Any, key: str, where: str) -> str:
 def _checked(caption: str, where: str) -> str:
     if not caption.strip():
         raise ValueError(f"{where} has an empty caption")
+    if len(caption) > LONGEST_CAPTION:
+        raise ValueError(f"{where} has a caption of {len(caption):,} characters; expected at most {LONGEST_CAPTION:,}")
     if any(0xD800 <= ord(letter) <= 0xDFFF for letter in caption):
         raise ValueError(f"{where} has half of a surrogate pair; expected valid Unicode text")
     return caption
@@ -101,9 +98,8 @@ class CaptionFinder:
         found: list[tuple[str, str]] = []
         beside = clip.with_suffix(".json")
         if beside.is_file():
-            found.append(
-                (beside.name, caption_in(parse_json(read_text(beside), beside.name), self.caption_key, beside.name))
-            )
+            value = safe_reading.parse_json(read_text(beside), beside.name)
+            found.append((beside.name, caption_in(value, self.caption_key, beside.name)))
         beside = clip.with_suffix(".jsonl")
         if beside.is_file() and (caption := self._single_line(beside)) is not None:
             found.append((beside.name, caption))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.captions import NAME_KEYS, CaptionFinder, caption_in, json_lines, read_text
+from wan_data.prepare.captions import LARGEST_LISTING, NAME_KEYS, CaptionFinder, caption_in, json_lines, read_text
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -129,7 +129,7 @@ def _rows_of_jsonl(listing: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows_of_csv(listing: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(read_text(listing), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(listing, LARGEST_LISTING), newline=""), strict=True)
     try:
         for row in reader:
             where = f"{listing.name} line {reader.line_num}"

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from wan_data.shards.energon_metadata import check_metadata
+from wan_model.system.safe_reading import read_yaml
 
 _HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 _EXPECTED = (
@@ -56,9 +55,9 @@ def parts_of(path: str | os.PathLike[str]) -> dict[str, tuple[Part, ...]]:
 
 def _read(path: Path) -> dict[str, tuple[Part, ...]]:
     try:
-        value = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        value = read_yaml(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(value, dict) or {**_HEAD, **value} != {**value, **_HEAD} or set(value) - {*_HEAD, "splits"}:
         raise ValueError(f"{path} is no blend of datasets; {_EXPECTED}")
     splits = value.get("splits")

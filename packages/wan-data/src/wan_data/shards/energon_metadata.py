@@ -7,7 +7,9 @@ path. Therefore only metadata of exactly the form that is written here is accept
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import math
 import re
 import sqlite3
 import uuid
@@ -21,6 +23,7 @@ from wan_data.energon.version import energon_version
 from wan_data.shards.energon_index import write_index
 from wan_data.shards.writer import ShardRecord
 from wan_model.system.files import naming, write_bytes
+from wan_model.system.safe_reading import parse_yaml, read_bytes, read_json, read_yaml
 
 META_FOLDER = ".nv-meta"
 INFO_NAME = ".info.json"
@@ -39,6 +42,8 @@ field_map:
   image: pth
   caption: json[caption]
 """
+# Bytes: a million shards have some forty million.
+_LARGEST_INFO = 64 << 20
 # The splits that Energon's tools expect, even if they are empty.
 _SPLITS = ("train", "val", "test")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.tar")
@@ -96,13 +101,13 @@ def shard_counts(folder: Path) -> dict[str, int]:
     if not path.is_file():
         path = folder / META_FOLDER / EARLIER_INFO_NAME
     try:
-        info = yaml.safe_load(path.read_bytes()) if path.suffix == ".yaml" else json.loads(path.read_bytes())
+        info = read_yaml(path, _LARGEST_INFO) if path.suffix == ".yaml" else read_json(path, _LARGEST_INFO)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} has no {META_FOLDER}/{INFO_NAME}: run wan-data prepare or energon prepare"
         ) from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     counts = info.get("shard_counts") if isinstance(info, dict) else None
     if not isinstance(counts, dict) or any(not isinstance(count, int) or count < 0 for count in counts.values()):
         raise ValueError(f"{path} does not count the samples of shards")
@@ -118,6 +123,29 @@ def _check_shard(folder: Path, name: Any, where: Path) -> None:
         raise ValueError(f"{where} names {name}, which is missing from {folder}")
 
 
+def _names_of(pattern: str, most: int, where: Path) -> Iterator[str]:
+    """The names that a pattern such as ``shard-{000..131}.tar`` stands for, as Energon's reader expands it."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices: list[list[str]] = []
+    for number, part in enumerate(parts):
+        if not number % 2:
+            found = [part]
+        elif part.replace(",", "").isalnum() and "," in part:
+            found = part.split(",")
+        elif match := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", part):
+            (first, last), width = map(int, match.groups()), max(map(len, match.groups()))
+            padded = any(text.startswith("0") and len(text) > 1 for text in match.groups())
+            if not 0 <= last - first < most:
+                raise ValueError(f"{where} names {pattern!r}, which is more than the {most} shards that are counted")
+            found = [str(value).zfill(width if padded else 0) for value in range(first, last + 1)]
+        else:
+            raise ValueError(f"{where} names {pattern!r}; expected names of shards, or ranges such as {{000..131}}")
+        choices.append(found)
+        if math.prod(map(len, choices)) > most:
+            raise ValueError(f"{where} names {pattern!r}, which is more than the {most} shards that are counted")
+    return map("".join, itertools.product(*choices))
+
+
 def check_metadata(folder: Path) -> dict[str, list[str]]:
     """Check that Energon can read ``.nv-meta`` without running code from it.
 
@@ -127,29 +155,24 @@ def check_metadata(folder: Path) -> dict[str, list[str]]:
     Raises:
         ValueError: a file is missing, or differs from those of ``write_metadata`` in more than names and counts.
     """
-    import braceexpand
-
     meta = folder / META_FOLDER
     if not meta.is_dir():
         raise ValueError(f"{folder} has no {META_FOLDER} folder: expected a dataset that wan-data prepare wrote")
     dataset_yaml = meta / "dataset.yaml"
     if not dataset_yaml.is_file():
         raise ValueError(f"{dataset_yaml} is missing: run wan-data prepare or energon prepare")
-    if dataset_yaml.read_bytes() != DATASET_YAML:
+    if read_bytes(dataset_yaml) != DATASET_YAML:
         raise ValueError(
             f"{dataset_yaml} is not what wan-data writes and could run code when it is loaded; "
             f"expected exactly {DATASET_YAML.decode()!r}"
         )
     counts = shard_counts(folder)
     split_yaml = meta / "split.yaml"
-    data = split_yaml.read_bytes() if split_yaml.is_file() else b""
+    data = read_bytes(split_yaml, _LARGEST_INFO) if split_yaml.is_file() else b""
     # Two underscores would name a class or module to Energon's reader.
     if not data or not _SPLIT_BYTES.fullmatch(data) or b"__" in data:
         raise ValueError(f"{split_yaml} is missing or holds more than names of shards")
-    try:
-        value = yaml.safe_load(data)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{split_yaml} is not YAML: {error}") from None
+    value = parse_yaml(data.decode(), str(split_yaml))
     parts = value.get("split_parts") if isinstance(value, dict) else None
     if not isinstance(parts, dict) or set(value) - {"split_parts", "exclude"} or value.get("exclude"):
         raise ValueError(f"{split_yaml} must hold split_parts and an empty exclude, nothing else")
@@ -157,9 +180,11 @@ def check_metadata(folder: Path) -> dict[str, list[str]]:
     for split, patterns in parts.items():
         if not isinstance(split, str) or not isinstance(patterns, list):
             raise ValueError(f"{split_yaml} must list the shards of each split")
-        names = [name for pattern in patterns for name in braceexpand.braceexpand(str(pattern))]
-        for name in names:
-            if name not in counts:
-                raise ValueError(f"{split_yaml} names {name!r}, which .info.json does not count")
+        names = []
+        for pattern in patterns:
+            for name in _names_of(str(pattern), len(counts), split_yaml):
+                if name not in counts:
+                    raise ValueError(f"{split_yaml} names {name!r}, which .info.json does not count")
+                names.append(name)
         splits[split] = names
     return splits

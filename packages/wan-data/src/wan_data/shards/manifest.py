@@ -13,6 +13,8 @@ from wan_model.system.files import write_json
 from wan_model.weights.model_folder import read_json
 
 MANIFEST_NAME = "wan-data.json"
+# Bytes; a source has some three hundred.
+_LARGEST = 4 << 30
 FORMAT_VERSION = 1
 
 
@@ -130,7 +132,7 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: expected a folder that wan-data prepare wrote")
-    value = read_json(path)
+    value = read_json(path, _LARGEST)
     if value.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} is of format {value.get('format_version')}; this version reads {FORMAT_VERSION}")
     try:

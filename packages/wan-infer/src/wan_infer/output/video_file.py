@@ -28,6 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from wan_infer.output.output_names import check_save_file, output_file
+from wan_model.system.safe_reading import parse_json
 
 FPS = 16
 # A constant rate factor of 17 is visually lossless or nearly so.
@@ -169,7 +170,7 @@ def read_video(path: str | Path) -> tuple[Frames, float, dict[str, Any]]:
     except (OSError, IndexError, av.FFmpegError) as error:
         raise ValueError(f"cannot read {path} as a video: {error}") from error
     try:
-        metadata = json.loads(comment)
-    except json.JSONDecodeError:
+        metadata = parse_json(comment, f"the comment of {path}")
+    except ValueError:
         metadata = {}
     return np.stack(frames), rate, metadata if isinstance(metadata, dict) else {}

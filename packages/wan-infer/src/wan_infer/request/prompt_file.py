@@ -6,11 +6,11 @@ In a ``.txt`` file every line that is not empty is a prompt. In a ``.jsonl`` fil
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from wan_infer.request.settings import SOLVERS, VideoRequest, parse_size
+from wan_model.system.safe_reading import parse_json, read_text
 
 _REQUEST_KINDS = {"prompt": str, "size": str, "frames": int, "seed": int}
 _SETTINGS_KINDS = {"negative_prompt": str, "steps": int, "shift": float, "guidance": float, "solver": str}
@@ -29,11 +29,11 @@ def read_prompt_file(path: Path, default: VideoRequest) -> list[VideoRequest]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"the prompts file {path} must end in .txt (a prompt a line) or .jsonl (an object a line)")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON text may hold U+2028
+        lines = read_text(path).split("\n")  # not splitlines: JSON text may hold U+2028
     except OSError as error:
         raise ValueError(f"the prompts file {path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompts file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        raise ValueError(f"the prompts file {error}") from error
     requests = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -51,10 +51,7 @@ def read_prompt_file(path: Path, default: VideoRequest) -> list[VideoRequest]:
 
 
 def _parse_object(line: str, default: VideoRequest) -> VideoRequest:
-    try:
-        given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
+    given = parse_json(line, "it")
     if not isinstance(given, dict) or "prompt" not in given:
         raise ValueError('expected an object such as {"prompt": "a rabbit", "seed": 1}')
     kinds = {**_REQUEST_KINDS, **_SETTINGS_KINDS}

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,10 @@ from torch import Tensor
 
 from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
+from wan_model.system import safe_reading
 
+# Bytes; the index of a 14B model has a hundred thousand, a tokenizer some millions.
+_LARGEST_INDEX = 64 << 20
 # Tensors that are small, so they are read quickly, and that differ between trained models. They are compared in
 # bfloat16, so that a folder stored in that precision counts as the same model.
 _VAE_DIGEST_KEYS = ("encoder.conv_in.bias", "encoder.conv_out.bias", "quant_conv.bias", "decoder.conv_in.bias")
@@ -75,18 +77,18 @@ def _refuse_wan_22(folder: Path) -> None:
         raise ValueError(f"{folder} holds a Wan 2.2 model; only Wan 2.1 text-to-video is supported")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def read_json(path: Path, limit: int = _LARGEST_INDEX) -> dict[str, Any]:
+    """Read a JSON object from a file of at most ``limit`` bytes.
 
     Raises:
-        ValueError: the file is absent or is not a JSON object.
+        ValueError: the file is absent, cannot be read, or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = safe_reading.read_json(path, limit)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value

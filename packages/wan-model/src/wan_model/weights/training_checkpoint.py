@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,9 +29,12 @@ from torch.serialization import _get_layout
 from wan_model.config import WanConfig
 from wan_model.dit.model import precision_of
 from wan_model.latent_spec import LatentSpec
+from wan_model.system.safe_reading import read_bytes, read_yaml
 from wan_model.weights.transformer import check_keys, expected_shapes
 
 METADATA = ".metadata"
+# Bytes; a run of 14B parameters on a thousand ranks has some ten million.
+_LARGEST_METADATA = 1 << 30
 RUN_CONFIG = "run_config.yaml"
 _STEP = re.compile(r"iter_(\d{7,})")
 
@@ -102,9 +104,11 @@ def read_index(path: Path) -> Metadata:
     """
     file = path / METADATA
     try:
-        content = file.read_bytes()
+        content = read_bytes(file, _LARGEST_METADATA)
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the checkpoint was never completed") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     try:
         found = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise any exception
@@ -144,11 +148,11 @@ def read_run_settings(path: Path) -> dict[str, Any]:
     """
     file = path / RUN_CONFIG
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file)
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the checkpoint is partial, or of another program") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} has no sections: it was cut, or is of another program")
     return content

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from wan_model.system.safe_reading import BoundedLoader, parse_yaml, read_yaml
 from wan_train.config.tutorial_names import SAME, translate
 
 
@@ -109,7 +108,7 @@ def settable(node: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """Reads 1e-4 as a number, which YAML 1.1 takes for a string."""
 
 
@@ -120,13 +119,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from error
-
-
 def read_file(path: Path) -> dict[str, Any]:
     """Read a YAML file of nested sections, with an optional ``recipe``.
 
@@ -134,7 +126,7 @@ def read_file(path: Path) -> dict[str, Any]:
         ValueError: the file cannot be read, or is not such a file.
     """
     try:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
+        values = read_yaml(path, loader=_Loader)
     except OSError as error:
         raise ValueError(f"the configuration file {path} cannot be read: {error.strerror}") from error
     if not isinstance(values, dict):
@@ -167,7 +159,7 @@ def parse_overrides(overrides: typing.Sequence[str]) -> Iterator[tuple[str, Any]
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r} is not an override; expected key.path=value")
-        yield key, _parse(text, override)
+        yield key, parse_yaml(text, override, _Loader)
 
 
 def apply_overrides(config: Any, overrides: typing.Sequence[str]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Self
 
-import yaml
+from wan_model.system.safe_reading import read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,7 @@ class Hardware:
             raise ValueError(
                 f"--gpu is {name!r}; expected one of {', '.join(KNOWN)}, or a YAML file that describes one"
             )
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
+        content = read_yaml(path)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if not isinstance(content, dict) or set(content) - set(fields):
             unknown = sorted(map(str, set(content) - set(fields))) if isinstance(content, dict) else "no mapping"
