@@ -82,7 +82,7 @@ def test_missing_sizes_are_named() -> None:
         ({"head_dim": 4}, "head_dim is 4"),
         ({"head_dim": 25}, "head_dim is 25"),
         ({"freq_dim": 3}, "freq_dim is 3"),
-        ({"patch_size": (1, 0, 2)}, r"patch_size is \(1, 0, 2\)"),
+        ({"patch_size": (1, 0, 2)}, r"a side of patch_size \(1, 0, 2\) is 0"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, Any], message: str) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from wan_model.sizes import TRANSFORMER, check_whole
+
 PatchSize = tuple[int, int, int]
 
 # Our names and diffusers' names. All other fields of its config.json have fixed values in Wan 2.1 text-to-video.
@@ -25,8 +27,29 @@ _FIXED = {
     "added_kv_proj_dim": None,
     "image_dim": None,
     "pos_embed_seq_len": None,
-    "rope_max_seq_len": 1024,
 }
+# A bound of the positions that diffusers computes beforehand; here they are computed for every pack.
+_ROPE_POSITIONS = {"rope_max_seq_len": 1024}
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Refuse sizes that the architecture cannot have, of whatever type; see ``WanConfig``."""
+    for name, (least, most) in TRANSFORMER.items():
+        if name in values:
+            check_whole(name, values[name], least, most)
+    if values["head_dim"] % 2:
+        raise ValueError(
+            f"head_dim is {values['head_dim']}; rotary embedding over three axes needs an even number of 6 or more"
+        )
+    if values["freq_dim"] % 2:
+        raise ValueError(f"freq_dim is {values['freq_dim']}; sines and cosines need an even number")
+    patch, eps = values["patch_size"], values["eps"]
+    if not isinstance(patch, list | tuple) or len(patch) != 3:
+        raise ValueError(f"patch_size is {patch!r:.60}; expected three whole numbers (frames, rows, columns)")
+    for side in patch:
+        check_whole(f"a side of patch_size {patch!r:.60}", side, 1, 64)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise ValueError(f"eps is {eps!r:.60}; expected a number between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +75,7 @@ class WanConfig:
     patch_size: PatchSize = (1, 2, 2)
 
     def __post_init__(self) -> None:
-        for field in ("num_heads", "num_layers", "ffn_dim", "in_channels", "out_channels", "text_dim", "text_length"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        if self.head_dim < 6 or self.head_dim % 2:
-            raise ValueError(
-                f"head_dim is {self.head_dim}; rotary embedding over three axes needs an even number of 6 or more"
-            )
-        if self.freq_dim < 2 or self.freq_dim % 2:
-            raise ValueError(f"freq_dim is {self.freq_dim}; sines and cosines need an even number")
-        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
-            raise ValueError(
-                f"patch_size is {self.patch_size}; it must be three positive integers (frames, rows, columns)"
-            )
+        _check(dataclasses.asdict(self))
 
     @property
     def hidden_size(self) -> int:
@@ -113,17 +124,26 @@ class WanConfig:
                 f"in_channels is {config.get('in_channels')} and out_channels is {config['out_channels']} where "
                 "Wan 2.1 text-to-video has them equal: image-to-video models are not supported"
             )
+        for key, otherwise in _ROPE_POSITIONS.items():
+            check_whole(key, config.get(key, otherwise), 1, 1 << 30)
         values = {ours: config[theirs] for theirs, ours in _DIFFUSERS_NAMES.items() if theirs in config}
         if missing := [theirs for theirs, ours in _DIFFUSERS_NAMES.items() if ours not in values]:
             raise ValueError(f"the transformer's configuration lacks {', '.join(missing)}")
-        values["patch_size"] = tuple(values["patch_size"])
         values["out_channels"] = values["out_channels"] or values["in_channels"]
+        _check(values)
+        values["patch_size"] = tuple(values["patch_size"])
         return cls(**values)
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of diffusers' ``transformer/config.json`` for this model."""
         ours = {theirs: getattr(self, name) for theirs, name in _DIFFUSERS_NAMES.items()}
-        return {"_class_name": "WanTransformer3DModel", **ours, "patch_size": list(self.patch_size), **_FIXED}
+        return {
+            "_class_name": "WanTransformer3DModel",
+            **ours,
+            "patch_size": list(self.patch_size),
+            **_FIXED,
+            **_ROPE_POSITIONS,
+        }
 
 
 WAN_1_3B = WanConfig()

@@ -22,7 +22,8 @@ from wan_model.codec.tiled_decode import Tile, TiledDecoder, split_frame
 from wan_model.codec.vae_decoder import VaeDecoder
 from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
-from wan_model.weights.model_folder import latent_spec_of, resolve_folder
+from wan_model.sizes import check_autoencoder
+from wan_model.weights.model_folder import latent_spec_of, read_json, resolve_folder
 
 
 @contextlib.contextmanager
@@ -130,6 +131,7 @@ class LatentCodec:
             with _quiet_loading():
                 from diffusers import AutoencoderKLWan
 
+                check_autoencoder(read_json(vae_folder / "config.json"), f"{vae_folder}/config.json")
                 vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)
                 vae = vae.to(device).eval().requires_grad_(False)
                 prepare_for(device, vae)

@@ -21,11 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_model.extras import requires_extra
+from wan_model.sizes import TEXT_ENCODER, check_sizes
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 _STEM = "model"
 # Files store the embedding under one of these names, or under both.
 _TIED_KEY = "encoder.embed_tokens.weight"
+
+
+# Of transformers' UMT5Config, for what a configuration leaves out.
+_DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 
 
 class _Linear(nn.Linear):
@@ -58,8 +63,8 @@ class _Attention(nn.Module):
         super().__init__()
         width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
         self.heads = config["num_heads"]
-        self.buckets = config.get("relative_attention_num_buckets", 32)
-        self.max_distance = config.get("relative_attention_max_distance", 128)
+        self.buckets = config["relative_attention_num_buckets"]
+        self.max_distance = config["relative_attention_max_distance"]
         self.q, self.k, self.v = (_Linear(width, inner) for _ in range(3))
         self.o = _Linear(inner, width)
         self.relative_attention_bias = _Embedding(self.buckets, self.heads)
@@ -161,6 +166,8 @@ class TextEncoder(nn.Module):
         kind, activation = config.get("model_type"), config.get("feed_forward_proj")
         if (kind, activation) != ("umt5", "gated-gelu"):
             raise ValueError(f"the text encoder is {kind} with {activation}; expected umt5 with gated-gelu")
+        config = {**_DEFAULTS, **config}
+        check_sizes(config, TEXT_ENCODER, "the text encoder's configuration")
         self.shared = _Embedding(config["vocab_size"], config["d_model"])
         self.encoder = _Stack(config)
 
@@ -187,23 +194,29 @@ class TextEncoder(nn.Module):
         """
         with torch.device("meta"):
             made = cls(read_json(folder / "config.json"))
-        made = made.to(dtype).to_empty(device="cpu").requires_grad_(False)
         files = weight_files(folder, _STEM)
         if "shared.weight" not in files and _TIED_KEY in files:
             files["shared.weight"] = files[_TIED_KEY]
-        mine = dict(made.named_parameters())
-        if missing := sorted(mine.keys() - files.keys()):
+        shapes = {key: list(value.shape) for key, value in made.named_parameters()}
+        if missing := sorted(shapes.keys() - files.keys()):
             raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more of UMT5's weights")
-        for path in sorted({files[key] for key in mine}):
+        # Before anything is allocated: a configuration may claim any size.
+        names = {}
+        for path in sorted({files[key] for key in shapes}):
             with open_weights(path) as file:
                 held = set(file.keys())
+                for key in (key for key in shapes if files[key] == path):
+                    names[key] = key if key in held else _TIED_KEY
+                    if names[key] not in held:
+                        raise ValueError(f"{path} lacks {key}, which the index says it has")
+                    if (found := file.get_slice(names[key]).get_shape()) != shapes[key]:
+                        raise ValueError(f"{path} holds {key} of shape {found}; expected {shapes[key]}")
+        made = made.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        mine = dict(made.named_parameters())
+        for path in sorted({files[key] for key in mine}):
+            with open_weights(path) as file:
                 for key in (key for key in mine if files[key] == path):
-                    stored = file.get_tensor(key if key in held else _TIED_KEY)
-                    if stored.shape != mine[key].shape:
-                        raise ValueError(
-                            f"{path} holds {key} of shape {list(stored.shape)}; expected {list(mine[key].shape)}"
-                        )
-                    mine[key].copy_(stored)
+                    mine[key].copy_(file.get_tensor(names[key]))
         return made.eval()
 
 

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan_model.sizes import check_autoencoder
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
 _PREFIXES = ("decoder.", "post_quant_conv.")
@@ -193,6 +194,7 @@ class VaeDecoder(nn.Module):
         super().__init__()
         if config.get("attn_scales") or config.get("is_residual") or config.get("patch_size"):
             raise ValueError("the autoencoder has parts that Wan 2.1's does not have; only that is supported")
+        check_autoencoder(config, "the autoencoder's configuration")
         self.post_quant_conv = CausalConv(config["z_dim"], config["z_dim"])
         self.decoder = _Decoder(config)
 

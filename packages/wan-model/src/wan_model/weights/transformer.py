@@ -149,6 +149,13 @@ def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tupl
                 yield key, path, tuple(file.get_slice(key).get_shape())
 
 
+def _check_stored(folder: Path, config: WanConfig) -> list[tuple[str, Path, tuple[int, ...]]]:
+    """Key, file and shape of all tensors of a folder, which are those of the model."""
+    stored = list(_stored_tensors(weight_files(folder, WEIGHTS_STEM)))
+    check_keys({key: shape for key, _, shape in stored}, config, str(folder))
+    return stored
+
+
 @torch.no_grad()
 def load_weights(model: WanDiT, folder: Path) -> None:
     """Copy a diffusers ``transformer`` folder into a model, or a rank's shard of it, tensor by tensor.
@@ -157,8 +164,7 @@ def load_weights(model: WanDiT, folder: Path) -> None:
         ValueError: a missing, unexpected or misshapen key.
     """
     folder = Path(folder)
-    stored = list(_stored_tensors(weight_files(folder, WEIGHTS_STEM)))
-    check_keys({key: shape for key, _, shape in stored}, model.config, str(folder))
+    stored = _check_stored(folder, model.config)
     files = {key: path for key, path, _ in stored}
     parameters = dict(model.named_parameters())
     for path in sorted({files[key] for key in parameters}):
@@ -197,8 +203,11 @@ def load_transformer(
     Parameters are created twice here, which loses attributes that another runtime sets on them: with other ops than
     ``TorchOps``, build the model first and fill it with ``load_weights``.
     """
+    config = read_config(folder)
+    # Before anything is allocated: a configuration may claim any size.
+    _check_stored(Path(folder), config)
     with torch.device("meta"):
-        model = WanDiT(read_config(folder), stage=stage)
+        model = WanDiT(config, stage=stage)
     model = model.to_precision(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model.eval()
