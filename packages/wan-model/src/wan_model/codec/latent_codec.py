@@ -17,7 +17,8 @@ from torch import Tensor
 
 from wan_model.codec.convolutions import computed_with_tf32, prepare_for, tf32_convolutions
 from wan_model.codec.prompt_cleaning import clean_prompt
-from wan_model.codec.text_encoder import PromptTokenizer, TextEncoder
+from wan_model.codec.prompt_tokenizer import PromptTokenizer
+from wan_model.codec.text_encoder import TextEncoder
 from wan_model.codec.tiled_decode import Tile, TiledDecoder, split_frame
 from wan_model.codec.vae_decoder import VaeDecoder
 from wan_model.extras import requires_extra
@@ -220,13 +221,14 @@ class LatentCodec:
         Each prompt is embedded separately at its true length, which equals masking at the fixed length.
 
         Raises:
-            ValueError: ``prompts`` is not a list or is empty.
+            ValueError: ``prompts`` is not a list or is empty, or see ``PromptTokenizer``.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"got {prompts!r}; expected a list of at least one prompt")
         text_encoder, tokenizer = self._require("text_encoder"), self._require("tokenizer")
         found = []
         for prompt in prompts:
-            ids = torch.tensor(tokenizer(clean_prompt(prompt), self.spec.text_length), device=text_encoder.device)
-            found.append(text_encoder(ids).float())
+            vocabulary = text_encoder.shared.num_embeddings
+            ids = tokenizer(clean_prompt(prompt), self.spec.text_length, vocabulary)
+            found.append(text_encoder(torch.tensor(ids, device=text_encoder.device)).float())
         return found

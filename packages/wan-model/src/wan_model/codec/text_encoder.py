@@ -1,4 +1,4 @@
-"""The text encoder of Wan 2.1, UMT5's encoder, with transformers' parameter names; and its tokenizer.
+"""The text encoder of Wan 2.1, UMT5's encoder, with transformers' parameter names.
 
 This separate implementation exists because importing transformers takes seconds, and because it embeds a prompt at its
 true length: masked positions contribute nothing, and a prompt of twenty tokens takes a twenty-fifth of the operations
@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_model.extras import requires_extra
 from wan_model.sizes import TEXT_ENCODER, check_sizes
 from wan_model.weights.model_folder import open_weights, read_json, weight_files
 
@@ -218,33 +217,3 @@ class TextEncoder(nn.Module):
                 for key in (key for key in mine if files[key] == path):
                     mine[key].copy_(file.get_tensor(names[key]))
         return made.eval()
-
-
-class PromptTokenizer:
-    """The tokenizer of a ``tokenizer`` folder.
-
-    Args:
-        folder: with ``tokenizer.json``.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        with requires_extra("sampling"):
-            from tokenizers import Tokenizer
-
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; save the tokenizer with transformers' AutoTokenizer, which writes it")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain ones
-            raise ValueError(f"{file} is no tokenizer: {error}") from error
-        self._tokenizer.no_padding()
-
-    def __call__(self, text: str, length: int) -> list[int]:
-        """Token ids, at most ``length`` with the end token."""
-        self._tokenizer.enable_truncation(length)
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
