@@ -176,8 +176,8 @@ def clips(once: Once) -> Path:
 
 
 def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> Any:
+    from wan_data.prepare.folder import files_of_folder
     from wan_data.prepare.run import prepare
-    from wan_data.prepare.sources import files_of_folder
 
     more = {"report": Silent(), "device": "cpu", "decoders": 1, **more}
     return prepare(files_of_folder(clips, settings), output, str(model), settings, **more)

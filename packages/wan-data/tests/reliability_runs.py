@@ -24,9 +24,9 @@ from folder_digests import without_index
 from wan_data.prepare import encoder_pool
 from wan_data.prepare import probe as probing
 from wan_data.prepare import run as running
+from wan_data.prepare.folder import files_of_folder
 from wan_data.prepare.run import prepare
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.sources import files_of_folder
 from wan_data.shards.lock import writer_lock
 from wan_data.video.decode import Rejected, probe, read_windows
 from wan_model.codec.latent_codec import LatentCodec

@@ -13,6 +13,7 @@ from wan_data.cli_options import (
     errors_as_messages,
     flag,
     input_options,
+    left_out_of,
     settings_of,
     settings_options,
     sources_of,
@@ -92,7 +93,7 @@ def prepare(
                 ranks=ranks,
             )
     if ranks.rank == 0:
-        for line in summary_lines(manifest, output_folder):
+        for line in (*summary_lines(manifest, output_folder), *left_out_of(video_folder, listing, settings)):
             click.echo(line)
     if not allow_rejects and any(source.verdict == "rejected" or source.dropped for source in manifest.sources):
         sys.exit(1)
@@ -137,11 +138,13 @@ def plan(
             if model is not None:
                 report.log(f"measuring {model}")
                 rate = measured_rate(model, settings, device)
-        found = make_plan(results, settings, rate=rate)
+        found = {**make_plan(results, settings, rate=rate), "left_out": left_out_of(video_folder, listing, settings)}
     if as_json:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
         print_plan(found)
+        for line in found["left_out"]:
+            click.echo(line)
     if found["rejected"] and not allow_rejects:
         sys.exit(1)
 

@@ -59,13 +59,21 @@ def sources_of(video_folder: Path | None, listing: Path | None, settings: Prepar
     Raises:
         ValueError: neither a folder nor a listing is given, or it holds no sources.
     """
-    from wan_data.prepare.sources import files_of_folder, files_of_listing
+    from wan_data.prepare.folder import files_of_folder
+    from wan_data.prepare.sources import files_of_listing
 
     if listing is not None:
         return files_of_listing(listing, video_folder, settings)
     if video_folder is None:
         raise ValueError("no input is given: pass --video-folder, or --listing")
     return files_of_folder(video_folder, settings)
+
+
+def left_out_of(video_folder: Path | None, listing: Path | None, settings: PrepareSettings) -> list[str]:
+    """What of the folder is not read; nothing of a folder that a listing names files of."""
+    from wan_data.prepare.folder import left_out
+
+    return [] if listing is not None or video_folder is None else left_out(video_folder, settings)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import pytest
 
 from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.sources import caption_of, files_of_folder, files_of_listing
+from wan_data.prepare.sources import caption_of, files_of_listing
 
 VIDEOS, IMAGES = PrepareSettings(), PrepareSettings(mode="frames")
 ROWS = [
@@ -35,16 +35,6 @@ def write_parquet(path, rows):
 
 
 WRITERS = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_parquet}
-
-
-def test_folders_are_searched_and_sorted(tmp_path):
-    for name in ("b.mp4", "a/z.MKV", "a/still.png", ".hidden.mp4", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [source.name for source in files_of_folder(tmp_path, VIDEOS)] == ["a/z.MKV", "b.mp4"]
-    assert [source.name for source in files_of_folder(tmp_path, IMAGES)] == ["a/still.png", "a/z.MKV", "b.mp4"]
-    with pytest.raises(ValueError, match="is no folder"):
-        files_of_folder(tmp_path / "absent", VIDEOS)
 
 
 @pytest.mark.parametrize("kind", WRITERS)

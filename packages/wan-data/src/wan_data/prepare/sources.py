@@ -1,4 +1,4 @@
-"""Listing the sources of a preparation: the files of a folder, or the rows of a listing of paths and captions."""
+"""The sources of a preparation that a listing names: a table of paths and captions."""
 
 import csv
 import dataclasses
@@ -30,37 +30,6 @@ class SourceFile:
     path: Path | None
     caption: str | None = None
     problem: str | None = None
-
-
-def files_of_folder(folder: Path, settings: PrepareSettings) -> list[SourceFile]:
-    """The videos under a folder, in ``frames`` mode also the images, sorted by name.
-
-    Raises:
-        ValueError: the folder does not exist or holds no such file.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; expected one with videos and captions")
-    suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if settings.mode == "frames" else ())
-    found = [
-        Path(place, file)
-        for place, _, files in os.walk(folder)
-        for file in files
-        if Path(file).suffix.lower() in suffixes and not file.startswith(".")
-    ]
-    if not found:
-        raise ValueError(f"{folder} holds no files ending in {', '.join(suffixes)}")
-    return sorted((_named(path, folder) for path in found), key=lambda source: source.name)
-
-
-def _named(path: Path, folder: Path) -> SourceFile:
-    name = path.relative_to(folder).as_posix()
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        # The manifest, which is JSON in UTF-8, cannot hold such a name.
-        readable = name.encode("utf-8", "backslashreplace").decode()
-        return SourceFile(readable, path, problem="its name is not valid Unicode; rename it")
-    return SourceFile(name, path)
 
 
 def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettings) -> list[SourceFile]:

@@ -1,0 +1,115 @@
+"""The sources of a preparation that a folder holds, and what else is in it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.sources import SourceFile
+from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+_CAPTION_SUFFIXES = (".txt", ".json")
+# Read for the captions of other files, or written by file managers.
+_SILENT = (".jsonl",)
+_NAMED = 5
+
+
+def files_of_folder(folder: Path, settings: PrepareSettings) -> list[SourceFile]:
+    """The videos under a folder, in ``frames`` mode also the images, sorted by name.
+
+    Links to folders are followed, each folder once; hidden files and folders, whose names begin with a dot, are left
+    out (``left_out`` names them).
+
+    Raises:
+        ValueError: the folder does not exist or holds no such file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; expected one with videos and captions")
+    suffixes = _suffixes(settings)
+    found = [
+        place / name
+        for place, _, names in _walk(folder)
+        for name in names
+        if _suffix(name) in suffixes and not name.startswith(".")
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds no files ending in {', '.join(suffixes)}")
+    return sorted((_named(path, folder) for path in found), key=lambda source: source.name)
+
+
+def left_out(folder: Path, settings: PrepareSettings) -> list[str]:
+    """What of a folder is not read, one line a kind; empty if all of it is."""
+    hidden, again, other, images, texts = [], [], [], [], []
+    suffixes = _suffixes(settings)
+    for place, folders, names in _walk(folder):
+        shown = [name for name in names if not name.startswith(".")]
+        hidden += [place / name for name in {*names} - {*shown}]
+        for name, reason in folders.items():
+            (hidden if reason == "hidden" else again).append(place / name)
+        media = {Path(name).stem for name in shown if _suffix(name) in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
+        for name in shown:
+            kind = _suffix(name)
+            if kind in _CAPTION_SUFFIXES:
+                texts += [] if Path(name).stem in media else [place / name]
+            elif kind in IMAGE_SUFFIXES and kind not in suffixes:
+                images.append(place / name)
+            elif kind not in suffixes and kind not in _SILENT:
+                other.append(place / name)
+    kinds = {
+        "hidden": hidden,
+        "linked a second time": again,
+        "of a kind that is not read": other,
+        "images, which --mode frames reads": images,
+        "texts without a clip of their name": texts,
+    }
+    return [f"{len(paths)} left out, {kind}: {_few(paths, folder)}" for kind, paths in kinds.items() if paths]
+
+
+def _suffixes(settings: PrepareSettings) -> tuple[str, ...]:
+    return VIDEO_SUFFIXES + (IMAGE_SUFFIXES if settings.mode == "frames" else ())
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _few(paths: Sequence[Path], folder: Path) -> str:
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    # A name that is not valid Unicode cannot be printed.
+    return (", ".join(names[:_NAMED]) + more).encode("utf-8", "backslashreplace").decode()
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, dict[str, str], list[str]]]:
+    """Each folder below one, with the folders in it that are not entered, and why, and the names of its files."""
+    seen = set()
+    for name, folders, names in os.walk(folder, followlinks=True):
+        place, skipped = Path(name), {}
+        if place == folder:
+            seen.add(_identity(place))
+        for one in sorted(folders):
+            if one.startswith("."):
+                skipped[one] = "hidden"
+            elif (identity := _identity(place / one)) in seen:
+                skipped[one] = "again"
+            else:
+                seen.add(identity)
+        # os.walk enters what is left in its list.
+        folders[:] = sorted({*folders} - {*skipped})
+        yield place, skipped, names
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _named(path: Path, folder: Path) -> SourceFile:
+    name = path.relative_to(folder).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        # The manifest, which is JSON in UTF-8, cannot hold such a name.
+        readable = name.encode("utf-8", "backslashreplace").decode()
+        return SourceFile(readable, path, problem="its name is not valid Unicode; rename it")
+    return SourceFile(name, path)

@@ -1,0 +1,77 @@
+"""The files of a folder: which are sources, in which order, and that everything else is named."""
+
+import os
+
+import pytest
+
+from wan_data.prepare.folder import files_of_folder, left_out
+from wan_data.prepare.settings import PrepareSettings
+
+VIDEOS, IMAGES = PrepareSettings(), PrepareSettings(mode="frames")
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def names_of(folder, settings=VIDEOS):
+    return [source.name for source in files_of_folder(folder, settings)]
+
+
+def test_folders_are_searched_and_sorted(tmp_path):
+    touch(tmp_path, "b.mp4", "a/z.MKV", "a/still.png", ".hidden.mp4", "notes.txt")
+    assert names_of(tmp_path) == ["a/z.MKV", "b.mp4"]
+    assert names_of(tmp_path, IMAGES) == ["a/still.png", "a/z.MKV", "b.mp4"]
+    with pytest.raises(ValueError, match="is no folder"):
+        names_of(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no files ending in \.mp4"):
+        names_of(tmp_path / "empty")
+
+
+def test_links_to_folders_are_followed_once_and_circles_end(tmp_path):
+    touch(tmp_path, "clips/a.mp4", "elsewhere/deep/b.mp4")
+    (tmp_path / "clips" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "clips" / "linked too").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "deep" / "circle").symlink_to(tmp_path / "clips")
+    (tmp_path / "clips" / "c.mp4").symlink_to(tmp_path / "clips" / "a.mp4")
+    (tmp_path / "clips" / "broken").symlink_to(tmp_path / "nowhere")
+    assert names_of(tmp_path / "clips") == ["a.mp4", "c.mp4", "linked/deep/b.mp4"]
+    assert left_out(tmp_path / "clips", VIDEOS) == [
+        "2 left out, linked a second time: linked too, linked/deep/circle",
+        "1 left out, of a kind that is not read: broken",
+    ]
+
+
+def test_everything_that_is_not_read_is_named(tmp_path):
+    touch(tmp_path, "a.mp4", "a.txt", "b.json", "list.jsonl", "paper.pdf", "x/still.jpg", "x/still.txt")
+    touch(tmp_path, ".git/c.mp4", "x/.ipynb_checkpoints/a.mp4", ".DS_Store", *(f"x/{i}.bin" for i in range(9)))
+    assert names_of(tmp_path) == ["a.mp4"]
+    assert left_out(tmp_path, VIDEOS) == [
+        "3 left out, hidden: .DS_Store, .git, x/.ipynb_checkpoints",
+        "10 left out, of a kind that is not read: paper.pdf, x/0.bin, x/1.bin, x/2.bin, x/3.bin and 5 more",
+        "1 left out, images, which --mode frames reads: x/still.jpg",
+        "1 left out, texts without a clip of their name: b.json",
+    ]
+    assert [line.split(":")[0] for line in left_out(tmp_path, IMAGES)] == [
+        "3 left out, hidden",
+        "10 left out, of a kind that is not read",
+        "1 left out, texts without a clip of their name",
+    ]  # fmt: skip
+
+
+def test_nothing_is_said_of_a_folder_that_is_read_whole(tmp_path):
+    touch(tmp_path, "a.mp4", "a.txt", "more.jsonl")
+    assert left_out(tmp_path, VIDEOS) == []
+
+
+def test_a_name_that_is_no_unicode_is_named_and_can_be_printed(tmp_path):
+    touch(tmp_path, "a.mp4")
+    for name in (b"\xff.mp4", b"\xff.pdf"):
+        os.close(os.open(os.fsencode(tmp_path) + b"/" + name, os.O_CREAT))
+    assert [(source.name, source.problem) for source in files_of_folder(tmp_path, VIDEOS)] == [
+        ("\\udcff.mp4", "its name is not valid Unicode; rename it"), ("a.mp4", None),
+    ]  # fmt: skip
+    assert left_out(tmp_path, VIDEOS) == ["1 left out, of a kind that is not read: \\udcff.pdf"]
