@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from wan_data.shards.serialization import (
+    LARGEST_LATENT,
     RefusedMember,
     info_from_json,
     info_to_json,
@@ -121,13 +122,21 @@ def test_pth_members_run_nothing(tmp_path, zipped):
         (tensor_to_pickle(LATENT), "its shape is"),
         (tensor_to_pickle(TEXT.long()), "values are torch.int64"),
         (tensor_to_pickle(TEXT / 0), "not finite"),
+        (tensor_to_pickle(TEXT + 1e6), r"a value of 1e\+06; expected a text embedding .* at most 100000"),
         (tensor_to_pickle(torch.zeros(5000, 1)), "at most"),
     ],
-    ids=["empty", "noise", "list", "cut", "latent", "integers", "infinite", "long"],
+    ids=["empty", "noise", "list", "cut", "latent", "integers", "infinite", "large", "long"],
 )
 def test_wrong_text_members_are_refused(payload, message):
     with pytest.raises(RefusedMember, match=message):
         text_from_pickle(payload)
+
+
+def test_a_latent_of_a_thousand_is_read_and_one_beyond_is_not():
+    at = LATENT / LATENT.max() * LARGEST_LATENT
+    assert torch.equal(latent_from_pth(tensor_to_pth(at)), at)
+    with pytest.raises(RefusedMember, match=r"a value of 1\.01e\+03; expected a latent .* of at most 1000"):
+        latent_from_pth(tensor_to_pth(-at * 1.01))
 
 
 def test_a_tensor_that_claims_more_than_it_stores_is_refused():

@@ -16,6 +16,7 @@ from torch import Tensor
 from wan_data.prepare.probe import PlannedSource
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask, SourceWindows
+from wan_data.shards.serialization import LARGEST_LATENT
 from wan_data.shards.writer import Sample, sample_key
 from wan_data.video.decode import Rejected
 from wan_data.video.decoder_process import Decoder, Job
@@ -140,10 +141,18 @@ class WindowEncoder:
         latents = encode_batch(self.codec, [frames for _, frames in batch])
         done = {}
         for ((name, number), _), latent in zip(batch, latents, strict=True):
-            finite = bool(torch.isfinite(latent).all())
-            problem = None if finite else "the autoencoder gave values that are not finite; try --dtype float32"
-            done[name, number] = EncodedWindow(name, number, latent if finite else None, problem)
+            problem = _problem(latent)
+            done[name, number] = EncodedWindow(name, number, None if problem else latent, problem)
         return done
+
+
+def _problem(latent: Tensor) -> str | None:
+    """Why no loader would read a latent."""
+    if not bool(torch.isfinite(latent).all()):
+        return "the autoencoder gave values that are not finite; try --dtype float32"
+    if (largest := float(latent.abs().max())) > LARGEST_LATENT:
+        return f"the autoencoder gave a value of {largest:.3g}, beyond {LARGEST_LATENT:g}; try --dtype float32"
+    return None
 
 
 class TextEmbeddings:

@@ -39,7 +39,11 @@ def files_of_folder(folder: Path, settings: PrepareSettings) -> list[SourceFile]
 
 def left_out(folder: Path, settings: PrepareSettings) -> list[str]:
     """What of a folder is not read, one line a kind; empty if all of it is."""
-    hidden, again, other, images, texts = [], [], [], [], []
+    hidden: list[Path] = []
+    again: list[Path] = []
+    other: list[Path] = []
+    images: list[Path] = []
+    texts: list[Path] = []
     suffixes = _suffixes(settings)
     for place, folders, names in _walk(folder):
         shown = [name for name in names if not name.startswith(".")]

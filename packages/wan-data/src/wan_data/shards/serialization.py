@@ -18,6 +18,9 @@ MEMBERS = ("json", "pickle", "pth")  # in the order of a shard
 LARGEST_MEMBER = 1 << 30  # bytes; a 121-frame 720p latent has 29 MB
 LARGEST_SIDE = 4096  # of a latent's frames, rows or columns
 LARGEST_TEXT = 4096  # tokens
+# Normalised latents have a deviation of 1; NVIDIA's preparation refuses the same values.
+LARGEST_LATENT = 1e3
+LARGEST_EMBEDDING = 1e5
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -103,7 +106,7 @@ def _read(read: Callable[[], Any], what: str) -> Any:
         raise RefusedMember(f"it does not hold {what}: {type(error).__name__}: {reason}") from None
 
 
-def _checked(value: Any, rank: int, bounds: tuple[int, ...], what: str) -> Tensor:
+def _checked(value: Any, rank: int, bounds: tuple[int, ...], what: str, largest: float) -> Tensor:
     if type(value) is not Tensor:
         raise RefusedMember(f"it holds a {type(value).__name__}; expected {what}")
     if value.layout != torch.strided or value.device.type != "cpu" or value.requires_grad:
@@ -116,6 +119,8 @@ def _checked(value: Any, rank: int, bounds: tuple[int, ...], what: str) -> Tenso
         raise RefusedMember(f"its shape {tuple(value.shape)} needs more values than it stores")
     if not bool(torch.isfinite(value).all()):
         raise RefusedMember("it holds values that are not finite")
+    if (found := float(value.abs().max())) > largest:
+        raise RefusedMember(f"it holds a value of {found:.3g}; expected {what} of at most {largest:g}")
     return value.contiguous()
 
 
@@ -132,7 +137,7 @@ def latent_from_pth(data: bytes) -> Float[Tensor, "C F H W"]:
         RefusedMember: the member is not a plain, finite tensor of that rank.
     """
     value = _read(lambda: _load_safely(_sized(data)), "a tensor")
-    return _checked(value, 4, (LARGEST_SIDE,) * 4, "a latent [channels, frames, rows, columns]")
+    return _checked(value, 4, (LARGEST_SIDE,) * 4, "a latent [channels, frames, rows, columns]", LARGEST_LATENT)
 
 
 def text_from_pickle(data: bytes) -> Float[Tensor, "L D"]:
@@ -142,7 +147,7 @@ def text_from_pickle(data: bytes) -> Float[Tensor, "L D"]:
         RefusedMember: the member is not a plain, finite tensor of that rank.
     """
     value = _read(lambda: _TensorUnpickler(io.BytesIO(_sized(data))).load(), "a pickled tensor")
-    return _checked(value, 2, (LARGEST_TEXT, 1 << 16), "a text embedding [tokens, width]")
+    return _checked(value, 2, (LARGEST_TEXT, 1 << 16), "a text embedding [tokens, width]", LARGEST_EMBEDDING)
 
 
 def info_from_json(data: bytes) -> dict[str, Any]:
