@@ -97,6 +97,31 @@ def test_broken_listings_are_refused(tmp_path, name, content, message):
         files_of_listing(tmp_path / "absent.csv", None, VIDEOS)
 
 
+def test_a_parquet_file_of_many_equal_texts_is_refused_before_it_grows(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    # A megabyte on the disk, a hundred gigabytes in memory.
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 1_000_000]))
+    parquet.write_table(
+        pa.table({"video": [f"{i}.mp4" for i in range(100_000)], "caption": texts}), tmp_path / "a.parquet"
+    )
+    assert (tmp_path / "a.parquet").stat().st_size < 3e6
+    with pytest.raises(
+        ValueError, match="has in the column 'caption' a text of 1,000,000 bytes; expected at most 400,000"
+    ):
+        files_of_listing(tmp_path / "a.parquet", None, VIDEOS)
+
+
+def test_a_parquet_file_without_the_caption_names_its_columns(tmp_path):
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", [{"video": "a.mp4", "text": "x", "other": 1}])
+    with pytest.raises(ValueError, match="has no column 'caption', only 'video', 'text', 'other'; choose another with"):
+        files_of_listing(tmp_path / "a.parquet", None, VIDEOS)
+    (source,) = files_of_listing(tmp_path / "a.parquet", None, PrepareSettings(caption_key="text"))
+    assert source.caption == "x"
+
+
 def test_a_text_file_is_a_caption(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeff One line,\nand another. \n", encoding="utf-8")
     assert CaptionFinder().find(tmp_path / "a.mp4") == "One line,\nand another."

@@ -8,11 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.captions import LARGEST_LISTING, NAME_KEYS, CaptionFinder, caption_in, json_lines, read_text
+from wan_data.prepare.captions import (
+    LARGEST_LISTING,
+    LONGEST_CAPTION,
+    NAME_KEYS,
+    CaptionFinder,
+    caption_in,
+    json_lines,
+    read_text,
+)
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
+_BATCH_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +63,7 @@ def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettin
     folder = listing.parent if folder is None else folder
     sources: dict[str, SourceFile] = {}
     repeated: list[SourceFile] = []
-    for where, row in read(listing):
+    for where, row in read(listing, settings.caption_key):
         source = _row(where, row, folder, settings)
         if source.name in sources:
             repeated.append(
@@ -89,7 +98,7 @@ def _row(where: str, row: Any, folder: Path, settings: PrepareSettings) -> Sourc
         return SourceFile(name, path, problem=str(error))
 
 
-def _rows_of_jsonl(listing: Path) -> Iterator[tuple[str, Any]]:
+def _rows_of_jsonl(listing: Path, caption_key: str) -> Iterator[tuple[str, Any]]:
     for where, value in json_lines(listing):
         if isinstance(value, dict | ValueError):
             yield where, value
@@ -97,7 +106,7 @@ def _rows_of_jsonl(listing: Path) -> Iterator[tuple[str, Any]]:
             yield where, ValueError(f"{where} holds a JSON {type(value).__name__}; expected an object")
 
 
-def _rows_of_csv(listing: Path) -> Iterator[tuple[str, Any]]:
+def _rows_of_csv(listing: Path, caption_key: str) -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(read_text(listing, LARGEST_LISTING), newline=""), strict=True)
     try:
         for row in reader:
@@ -107,21 +116,51 @@ def _rows_of_csv(listing: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{listing} is not CSV: {error} at line {reader.line_num}") from None
 
 
-def _rows_of_parquet(listing: Path) -> Iterator[tuple[str, Any]]:
+def _rows_of_parquet(listing: Path, caption_key: str) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
         raise ValueError(f"{listing} needs pyarrow to be read: pip install 'wan-data[parquet]'") from None
     try:
-        with parquet.ParquetFile(listing) as file:
+        names = parquet.read_schema(listing).names
+        if caption_key not in names:
+            raise ValueError(
+                f"{listing} has no column {caption_key!r}, only {', '.join(map(repr, names))}; choose another with "
+                "--caption-key"
+            )
+        columns = [name for name in names if name in (*NAME_KEYS, caption_key)]
+        # A few bytes can stand for gigabytes of equal values, which stay one value in a dictionary.
+        with parquet.ParquetFile(listing, read_dictionary=columns) as file:
+            for number in range(file.num_row_groups):
+                size = file.metadata.row_group(number).total_byte_size
+                if size > LARGEST_LISTING:
+                    raise ValueError(
+                        f"{listing} has a row group of {size:,} bytes; expected at most {LARGEST_LISTING:,}"
+                    )
             number = 0
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                    _check_column(column, f"{listing} has in the column {name!r}")
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{listing.name} row {number}", row
     except (ArrowException, OSError) as error:
         reason = str(error).split("\n", 1)[0]
         raise ValueError(f"{listing} is not Parquet: {reason}") from None
+
+
+def _check_column(column: Any, what: str) -> None:
+    """Refuse texts far beyond a caption before each row gets a copy of them."""
+    import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+    from pyarrow import compute  # type: ignore[import-untyped,unused-ignore]
+
+    values = column.dictionary if pa.types.is_dictionary(column.type) else column
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return
+    longest = compute.max(compute.binary_length(values)).as_py() or 0
+    # A letter has at most four bytes.
+    if longest > 4 * LONGEST_CAPTION:
+        raise ValueError(f"{what} a text of {longest:,} bytes; expected at most {4 * LONGEST_CAPTION:,}")
 
 
 def caption_of(source: SourceFile, captions: CaptionFinder) -> str:
