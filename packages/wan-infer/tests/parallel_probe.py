@@ -1,5 +1,6 @@
 """One rank of several: samples each case, keeps results."""
 
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from wan_infer.request.options import ParallelOptions
 from wan_infer.request.settings import Settings
 from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.sampling.sampler import WanSampler
+from wan_model.system.child_process import end_after
 
 REQUEST = {"width": 64, "height": 96, "frames": 9}
 PROMPTS = ["a rabbit in a meadow", "a street"]
@@ -47,7 +49,10 @@ def samples(model: str, source: Source, seeds: list[int], parallelism: Paralleli
 def run_rank(
     rank: int, world_size: int, model: str, folder: str, seeds: list[int], cases: list[dict[str, Any]]
 ) -> None:
-    """A process of its own; results go to ``RANK.pt`` in the folder."""
+    """A process of its own; results go to ``RANK.pt`` in the folder. It ends with the tests, also when they are killed."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    end_after(caller.join)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     # A file and not a port, which another process might take meanwhile.
