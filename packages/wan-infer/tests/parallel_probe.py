@@ -49,7 +49,7 @@ def samples(model: str, source: Source, seeds: list[int], parallelism: Paralleli
 def run_rank(
     rank: int, world_size: int, model: str, folder: str, seeds: list[int], cases: list[dict[str, Any]]
 ) -> None:
-    """A process of its own; results go to ``RANK.pt`` in the folder. It ends with the tests, also when they are killed."""
+    """A process of its own, which ends with the tests; results go to ``RANK.pt`` in the folder."""
     caller = multiprocessing.parent_process()
     assert caller is not None
     end_after(caller.join)
