@@ -34,7 +34,7 @@ MUTATIONS = (
     ),
     _of(
         "lora-not-divided-by-its-rank", "loading/lora.py",
-        "(rank if own_alpha is None else own_alpha) / rank", "(1 if own_alpha is None else own_alpha)",
+        "name: alpha / ranks[name] for", "name: alpha for",
         "the change of an adapter with an alpha is too large by a factor of its rank",
         "loading/test_lora.py",
     ),

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ from wan_model.system.versions import check_dependencies
 @flag("checkpoint-dir", help="Checkpoint folder of a training run to take the transformer from.")
 @flag("checkpoint-step", type=int, help="Its step.  [default: the newest complete checkpoint]")
 @flag("ema", is_flag=True, help="Use the EMA of the checkpoint's weights instead of the weights.")
-@flag("lora", type=click.Path(), help="A LoRA in diffusers' format to merge into the transformer.")
-@flag("lora-scale", type=float, default=1.0, help="Scale of the LoRA.")
+@flag("lora", multiple=True, type=click.Path(),
+      help="A LoRA to merge into the transformer: a safetensors file of any trainer; several are added.")  # fmt: skip
+@flag("lora-scale", multiple=True, type=float, show_default="1", help="Scale of the LoRA, for all or one each.")
 @flag("t5-checkpoint-dir", help="Another model to take text_encoder and tokenizer from.")
 @flag("vae-checkpoint-dir", help="Another model to take vae from.")
 @flag("task", type=click.Choice(list(TASK_SIZES)), help="Require this released model's shape and sizes.")
@@ -163,6 +165,13 @@ def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: 
         raise ValueError("the guidance scale is 1, so there is no second branch; leave --cfg-parallel out")
 
 
+def _pair_loras(files: Sequence[str], scales: Sequence[float]) -> list[tuple[str, float]]:
+    if scales and (not files or len(scales) not in (1, len(files))):
+        raise ValueError(f"got {len(files)} --lora and {len(scales)} --lora-scale; give one scale for all or one each")
+    scales = scales or [1.0]
+    return [(file, scales[i % len(scales)]) for i, file in enumerate(files)]
+
+
 def _run(given: dict[str, Any], requests: list[VideoRequest]) -> dict[str, Any] | None:
     """Run and return the report; only rank 0 has one."""
     job = Job(
@@ -184,7 +193,7 @@ def _run(given: dict[str, Any], requests: list[VideoRequest]) -> dict[str, Any] 
         revision=given["revision"],
         vae_model=given["vae_checkpoint_dir"],
         text_model=given["t5_checkpoint_dir"],
-        lora=None if given["lora"] is None else (given["lora"], given["lora_scale"]),
+        lora=_pair_loras(given["lora"], given["lora_scale"]),
     )
     options = ComputeOptions(
         device=given["device"],

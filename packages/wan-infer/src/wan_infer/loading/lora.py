@@ -1,109 +1,263 @@
-"""LoRA in diffusers' format, merged into the weights when they are loaded.
+"""LoRA of every dialect that diffusers reads for Wan, merged into the weights when they are loaded.
 
-A file holds, for a linear of the transformer, ``transformer.NAME.lora_A.weight`` [r, in],
-``transformer.NAME.lora_B.weight`` [out, r] and, in some files, ``transformer.NAME.alpha`` (or ``lora_alpha`` in the
-file's metadata). The merged weight is W + scale * alpha / r * B A, with alpha = r where the file gives none. Anything
-else (changed biases or norms) is refused. Source: peft's ``LoraLayer``, diffusers'
-``load_lora_weights``.
+A file holds, for some linears of the transformer, A [r, in] and B [out, r], and in some files an alpha, a change of the
+bias, or whole changes of weights and biases (``diff``, ``diff_b``). The merged weight is W + scale * factor * B A, or
+W + scale * diff; the factor is alpha / r, or 1 where the file gives no alpha. ``lora_names`` has the spellings of the
+keys, ``lora_config`` the factors that peft's configuration gives.
+
+Everything in a file is merged or the file is refused. That includes what diffusers leaves out (at least to version
+0.42): a ``diff`` or ``diff_b`` of norms and of the patch embedding, and the ``diff_b`` of ``time_projection`` without a
+change of its weight.
+
+Source: peft's ``LoraLayer``, diffusers' ``load_lora_weights`` and ``lora_conversion_utils.py``.
 """
 
 import dataclasses
-import json
+import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from wan_infer.loading.lora_config import CONFIG_NAME, LoraConfig
+from wan_infer.loading.lora_names import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.config import WanConfig
 from wan_model.dit.model import WanDiT
 from wan_model.weights.model_folder import open_weights
-from wan_model.weights.transformer import expected_shapes, local_slices, local_tensor
+from wan_model.weights.transformer import expected_shapes, full_shape, local_slices, local_tensor
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-_KEY = re.compile(r"(?:transformer\.)?(?P<name>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)")
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_INTEGERS = {"I8", "I16", "I32", "I64", "U8"}
+# Widths of the released transformers.
+_WIDTHS = {1536: "Wan 2.1's 1.3B model", 3072: "Wan 2.2's 5B model", 5120: "the 14B models of Wan 2.1 and 2.2"}
+
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraWeights:
-    """The adapters of one file, by the key of the weight that each is added to.
+    """The changes of one file, by the key of the weight or bias that each is added to.
 
     Attributes:
-        down, up: A [r, in] and B [out, r].
-        factors: of the products B A: scale * alpha / r.
+        products: B [out, r], A [r, in] and the factor of B A.
+        differences: a tensor of the weight's or bias's shape, and its factor.
     """
 
-    down: dict[str, Tensor]
-    up: dict[str, Tensor]
-    factors: dict[str, float]
+    products: dict[str, tuple[Tensor, Tensor, float]]
+    differences: dict[str, tuple[Tensor, float]]
 
-    @torch.no_grad()
-    def merge_into(self, model: WanDiT) -> None:
-        """Add the adapters to a model's weights; sums are fp32, rounded once to the weight's precision."""
-        for key, down in self.down.items():
-            parameter = model.get_parameter(key)
-            delta = (self.up[key].float() @ down.float()).view(parameter.shape) * self.factors[key]
-            held = local_tensor(parameter)
-            held.copy_(held.float() + delta[local_slices(model, parameter)].to(held.device))
+    def change(self, key: str, shape: Shape) -> Tensor:
+        """The change of one weight or bias, fp32, of its shape; zeros if there is none."""
+        if key in self.products:
+            up, down, factor = self.products[key]
+            return (up.float() @ down.float()).view(shape) * factor
+        if key in self.differences:
+            difference, factor = self.differences[key]
+            return difference.float() * factor
+        return torch.zeros(shape)
+
+
+@torch.no_grad()
+def merge_loras(loras: Sequence[LoraWeights], model: WanDiT) -> None:
+    """Add the changes of all files to a model's weights; sums are fp32, rounded once to the weight's precision."""
+    for key in dict.fromkeys(key for lora in loras for key in (*lora.products, *lora.differences)):
+        parameter = model.get_parameter(key)
+        shape = full_shape(model, parameter)
+        change = sum((lora.change(key, shape) for lora in loras), torch.zeros(shape))
+        held = local_tensor(parameter)
+        held.copy_(held.float() + change[local_slices(model, parameter)].to(held.device))
 
 
 def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.0) -> LoraWeights:
-    """Read a file, or a folder with ``pytorch_lora_weights.safetensors`` in it.
+    """Read a safetensors file, or a folder that has one.
 
     Args:
-        path: of either.
+        path: of either. In a folder the file is ``pytorch_lora_weights.safetensors``, ``adapter_model.safetensors``, or
+            the only safetensors file.
         config: of the transformer.
-        scale: factor of B A in addition to alpha / r; 0 leaves the weights unchanged.
+        scale: factor of all changes in addition to alpha / r; 0 leaves the weights unchanged.
 
     Raises:
         ValueError: no such file, or tensors that are not a LoRA of this transformer, naming the first.
     """
-    path = Path(path)
-    path = path / WEIGHTS_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"no LoRA at {path}: expected a safetensors file in diffusers' format")
+    path = _find(Path(path))
     with open_weights(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  the file is no mapping
-        alpha = _alpha_of(file.metadata() or {})
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
+        keys = sorted(file.keys())
+        metadata = file.metadata() or {}
+        stored = {key: file.get_slice(key) for key in keys}
+        shapes = {key: tuple(piece.get_shape()) for key, piece in stored.items()}
+        refuse_other_kinds(keys, str(path))
+        peft = path.name == PEFT_WEIGHTS_NAME or made_by_peft(keys)
+        lora_config = LoraConfig.read(metadata, path.with_name(CONFIG_NAME) if peft else None, str(path))
+        file_keys, own_names = _by_weight(keys, config, str(path))
+        wanted = expected_shapes(config)
+        for name, parts in file_keys.items():
+            _check_parts(name, parts, shapes, wanted, config, str(path))
+        for key in keys:
+            _check_type(key, stored[key].get_dtype(), str(path))
+        tensors = {key: _finite(file.get_tensor(key), key, str(path)) for key in keys}
+    return _assemble(file_keys, own_names, tensors, wanted, lora_config, scale)
+
+
+def _find(path: Path) -> Path:
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
+            if (path / name).is_file():
+                return path / name
+        if len(found) > 1:
+            names = ", ".join(shown(one.name) for one in found[:5])
+            raise ValueError(f"{path} has {len(found)} safetensors files ({names}); give one of them")
+        path = found[0] if found else path / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"no LoRA at {path}: expected a safetensors file")
+    return path
+
+
+def _by_weight(keys: Sequence[str], config: WanConfig, where: str) -> tuple[dict[str, dict[Part, str]], dict[str, str]]:
+    """The file's keys by the names of the weights that they change, and those names as the file spells them."""
+    known = spellings(expected_shapes(config))
+    found: dict[str, dict[Part, str]] = {}
+    own_names: dict[str, str] = {}
+    strange: list[str] = []
+    unknown: list[str] = []
+    for key in keys:
+        split = split_key(key)
+        if split is None:
+            strange.append(key)
+        elif split[0] not in known:
+            unknown.append(key)
+        else:
+            own, part = split
+            parts = found.setdefault(known[own], {})
+            if part in parts:
+                raise ValueError(f"{where} holds both {shown(parts[part])} and {shown(key)}, which are the same part")
+            parts[part] = key
+            own_names[known[own]] = own
+    if strange:
+        raise ValueError(
+            f"{where} holds {shown(strange[0])}{_and_more(strange)}, which is no part of a LoRA that is read "
+            "(lora_A and lora_B, lora_down and lora_up, alpha, diff, diff_b)"
+        )
+    if unknown:
+        raise ValueError(
+            f"{where} changes {shown(unknown[0])}{_and_more(unknown)}, which this transformer of {config.num_layers} "
+            "layers does not have; is it for another model?"
+        )
+    if not found:
+        raise ValueError(f"{where} changes nothing; expected a LoRA")
+    return found, own_names
+
+
+def _and_more(keys: Sequence[str]) -> str:
+    return f" (and {len(keys) - 1} more such keys)" if len(keys) > 1 else ""
+
+
+def _check_parts(
+    name: str,
+    parts: Mapping[Part, str],
+    shapes: Mapping[str, Shape],
+    wanted: Mapping[str, Shape],
+    config: WanConfig,
+    where: str,
+) -> None:
+    """Refuse incomplete parts, and shapes that are not the weight's or bias's."""
+    weight = f"{name}.weight" if f"{name}.weight" in wanted else name
+    down, up = (shapes[parts[part]] if part in parts else None for part in ("down", "up"))
+    if (down is None) != (up is None):
+        raise ValueError(f"{where} holds only one of the two matrices (lora_A and lora_B) of {name}; expected both")
+    if down is None and (alone := [key for part, key in parts.items() if part in ("alpha", "up_bias")]):
+        raise ValueError(f"{where} holds {shown(alone[0])} without lora_A and lora_B; expected both")
+    if "diff" in parts and down is not None:
+        raise ValueError(f"{where} holds both {shown(parts['diff'])} and {shown(parts['down'])}; expected one of them")
+    if "diff_b" in parts and "up_bias" in parts:
+        raise ValueError(
+            f"{where} holds both {shown(parts['diff_b'])} and {shown(parts['up_bias'])}; expected one of them"
+        )
+    if "alpha" in parts and math.prod(shapes[parts["alpha"]]) != 1:
+        got = list(shapes[parts["alpha"]])
+        raise ValueError(f"{shown(parts['alpha'])} in {where} has the shape {got}; expected one number")
+    if down is not None and up is not None:
+        _check_product(weight, down, up, wanted[weight], config, where)
+    for part, file_key in parts.items():
+        if part not in ("diff", "diff_b", "up_bias"):
+            continue
+        key = weight if part == "diff" else f"{name}.bias"
+        if key not in wanted:
+            raise ValueError(f"{where} holds {shown(file_key)}, but there is no {key}; is it for another model?")
+        if shapes[file_key] != wanted[key]:
             raise ValueError(
-                f"{path} holds {key}, which is no part of a LoRA in diffusers' format "
-                "(transformer.NAME.lora_A.weight and lora_B.weight); convert it with diffusers first"
+                f"{where} changes {key} of shape {list(wanted[key])} by {list(shapes[file_key])}, which does not fit; "
+                f"{_guess(name, shapes[file_key], config)}"
             )
-        parts.setdefault(f"{match['name']}.weight", {})[match["part"]] = tensor
-    shapes, found = expected_shapes(config), LoraWeights({}, {}, {})
-    for key, own in parts.items():
-        down, up = own.get("lora_A.weight"), own.get("lora_B.weight")
-        if down is None or up is None:
-            raise ValueError(f"{path} holds only one of lora_A and lora_B for {key}; expected both")
-        wanted = shapes.get(key)
-        if wanted is None:
-            raise ValueError(f"{path} changes {key}, which this transformer does not have; is it for another model?")
-        got = (up.shape[0], down[0].numel())
-        if down.shape[0] != up.shape[1] or got != (wanted[0], torch.Size(wanted[1:]).numel()):
-            raise ValueError(
-                f"{path} changes {key} of shape {list(wanted)} by {list(up.shape)} times {list(down.shape)}, "
-                "which does not fit; is it for another model?"
-            )
-        rank = down.shape[0]
-        own_alpha = float(own["alpha"]) if "alpha" in own else alpha
-        found.down[key], found.up[key] = down.flatten(1), up.flatten(1)
-        found.factors[key] = scale * (rank if own_alpha is None else own_alpha) / rank
-    if not found.down:
-        raise ValueError(f"{path} changes nothing; expected a LoRA in diffusers' format")
+
+
+def _check_product(weight: str, down: Shape, up: Shape, wanted: Shape, config: WanConfig, where: str) -> None:
+    if len(wanted) < 2:
+        raise ValueError(f"{where} changes {weight}, which is no matrix, by a product of two; is it for another model?")
+    plain = len(down) in (2, len(wanted)) and len(up) in (2, len(wanted)) and set(up[2:]) <= {1}
+    if plain and down[0] == 0:
+        raise ValueError(f"{where} changes {weight} by matrices of rank 0; expected a rank of 1 or more")
+    if plain and down[0] == up[1] and up[0] == wanted[0] and math.prod(down[1:]) == math.prod(wanted[1:]):
+        return
+    raise ValueError(
+        f"{where} changes {weight} of shape {list(wanted)} by {list(up)} times {list(down)}, which does not fit; "
+        f"{_guess(weight, (*up[:1], *down[1:]), config)}"
+    )
+
+
+def _guess(name: str, got: Shape, config: WanConfig) -> str:
+    """Which model a change of another shape may be for."""
+    channels = math.prod(got[1:]) // config.patch_volume
+    if name.startswith("patch_embedding") and len(got) > 1 and channels != config.in_channels:
+        other = {36: "an image-to-video model", 48: _WIDTHS[3072]}.get(channels)
+        return f"it has {channels} input channels, {f'as {other} has' if other else 'as another model has'}"
+    for width in got:
+        if width in _WIDTHS and width != config.hidden_size:
+            return f"its width of {width} is that of {_WIDTHS[width]}"
+    return "is it for another model?"
+
+
+def _check_type(key: str, dtype: str, where: str) -> None:
+    if dtype not in _FLOATS and not (dtype in _INTEGERS and key.endswith(".alpha")):
+        raise ValueError(f"{shown(key)} in {where} is of type {dtype}; expected floating-point numbers")
+
+
+def _finite(tensor: Tensor, key: str, where: str) -> Tensor:
+    if not torch.isfinite(tensor.float()).all():
+        raise ValueError(f"{shown(key)} in {where} holds values that are not finite (NaN or infinity)")
+    return tensor
+
+
+def _assemble(
+    file_keys: Mapping[str, Mapping[Part, str]],
+    own_names: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Shape],
+    config: LoraConfig | None,
+    scale: float,
+) -> LoraWeights:
+    ranks = {name: tensors[parts["down"]].shape[0] for name, parts in file_keys.items() if "down" in parts}
+    # A file's own alphas count before a configuration's.
+    stated = {name: float(tensors[parts["alpha"]]) for name, parts in file_keys.items() if "alpha" in parts}
+    factors: dict[str, float] = {} if config is None else config.factors(ranks, own_names)
+    factors |= {name: alpha / ranks[name] for name, alpha in stated.items()}
+    found = LoraWeights({}, {})
+    for name, parts in file_keys.items():
+        weight = f"{name}.weight" if f"{name}.weight" in wanted else name
+        factor = scale * factors.get(name, 1.0)
+        if "down" in parts:
+            # Those of a convolution have its kernel's axes.
+            found.products[weight] = (tensors[parts["up"]].flatten(1), tensors[parts["down"]].flatten(1), factor)
+        if "up_bias" in parts:
+            found.differences[f"{name}.bias"] = (tensors[parts["up_bias"]], factor)
+        if "diff" in parts:
+            found.differences[weight] = (tensors[parts["diff"]], scale)
+        if "diff_b" in parts:
+            found.differences[f"{name}.bias"] = (tensors[parts["diff_b"]], scale)
     return found
-
-
-def _alpha_of(metadata: Mapping[str, str]) -> float | None:
-    """``lora_alpha`` in peft's configuration, which diffusers writes into the metadata as JSON."""
-    try:
-        content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError:
-        return None
-    alpha = content.get("transformer.lora_alpha") if isinstance(content, dict) else None
-    return float(alpha) if isinstance(alpha, int | float) else None

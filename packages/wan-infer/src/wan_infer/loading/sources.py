@@ -6,14 +6,14 @@ Small files are read first, so that models that do not match are refused before 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from wan_infer.loading.lora import LoraWeights
+from wan_infer.loading.lora import LoraWeights, merge_loras
 from wan_infer.request.options import ModelName, ModelSources
 from wan_infer.runtime.parallelism import Parallelism
 from wan_model.codec.latent_codec import LatentCodec
@@ -84,7 +84,7 @@ class TransformerSource:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         parallelism: Parallelism | None = None,
-        lora: LoraWeights | None = None,
+        loras: Sequence[LoraWeights] = (),
     ) -> WanDiT:
         """The model in evaluation mode; weights are read tensor by tensor.
 
@@ -92,7 +92,7 @@ class TransformerSource:
             dtype: see ``WanDiT.to_precision``.
             device: of the weights.
             parallelism: of the model, and of its weights.
-            lora: merged into the weights.
+            loras: merged into the weights.
 
         Raises:
             ValueError: damaged files, or other weights than the model's.
@@ -110,8 +110,7 @@ class TransformerSource:
         else:
             with naming_models(self.path.parent):
                 load_weights(model, self.path)
-        if lora is not None:
-            lora.merge_into(model)
+        merge_loras(loras, model)
         return model.eval()
 
 

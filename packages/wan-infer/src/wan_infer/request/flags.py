@@ -7,7 +7,10 @@ import click
 
 ARGUMENTS = "wan_infer.arguments"
 # Flags that take several values behind one name, as argparse's nargs="+" does in the tutorial's command.
-SEVERAL = ("--prompts", "--sizes", "--frame_nums", "--frame-nums", "--base_seed", "--base-seed")
+SEVERAL = (
+    *("--prompts", "--sizes", "--frame_nums", "--frame-nums", "--base_seed", "--base-seed"),
+    *("--lora", "--lora_scale", "--lora-scale"),
+)
 
 
 def flag(name: str, **attributes: Any) -> Callable[[Any], Any]:

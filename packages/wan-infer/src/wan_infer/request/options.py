@@ -1,11 +1,14 @@
 """Options of the sampler: which models are loaded, on which devices, over how many processes. Imports no torch."""
 
 import dataclasses
+import math
 import os
-from typing import Any, TypedDict
+from collections.abc import Sequence
+from typing import Any, TypedDict, cast
 
 VAE_DTYPES = ("float32", "tf32", "bfloat16")
 ModelName = str | os.PathLike[str]
+Lora = ModelName | tuple[ModelName, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,10 @@ class ModelSources:
         revision: of hub ids.
         vae_model: another model to take the autoencoder from.
         text_model: another model to take the text encoder and the tokenizer from.
-        lora: a LoRA in diffusers' format to merge into the transformer, and its scale.
+        lora: a LoRA to merge into the transformer, or several: a file, or a file and its scale (1 by default).
+
+    Raises:
+        ValueError: the scale of a LoRA is not finite.
     """
 
     model: ModelName | None = None
@@ -31,7 +37,22 @@ class ModelSources:
     revision: str | None = None
     vae_model: ModelName | None = None
     text_model: ModelName | None = None
-    lora: tuple[ModelName, float] | None = None
+    lora: Lora | Sequence[Lora] | None = None
+
+    def __post_init__(self) -> None:
+        for path, scale in self.loras:
+            if not math.isfinite(scale):
+                raise ValueError(f"the scale of the LoRA {os.fspath(path)} is {scale}; expected a finite number")
+
+    @property
+    def loras(self) -> list[tuple[ModelName, float]]:
+        """The LoRA files with their scales, in the order in which they were given."""
+        given = self.lora
+        if given is None:
+            return []
+        is_pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
+        several = [given] if is_pair or isinstance(given, str | os.PathLike) else given
+        return [(one, 1.0) if isinstance(one, str | os.PathLike) else one for one in cast("Sequence[Lora]", several)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +94,7 @@ class SamplerOptions(TypedDict, total=False):
     revision: str | None
     vae_model: ModelName | None
     text_model: ModelName | None
-    lora: tuple[ModelName, float] | None
+    lora: Lora | Sequence[Lora] | None
     device: str
     dtype: str
     vae_dtype: str

@@ -45,7 +45,7 @@ class WanSampler:
 
     Attributes:
         spec: the latent space of the autoencoder and the text encoder.
-        lora_record: name and scale of the LoRA, or None.
+        lora_record: names and scales of the LoRA files, or None.
 
     Raises:
         ValueError: a part is missing, belongs to another model, or does not match the other parts.
@@ -61,9 +61,9 @@ class WanSampler:
         self.source = TransformerSource.find(sources)
         self._codec_source = CodecSource(sources)
         self.spec = check_latent_space(self.source, self._codec_source)
-        self._lora = sources.lora
-        self.lora_record = None if self._lora is None else f"{Path(self._lora[0]).name} x {self._lora[1]:g}"
-        self._read_lora()  # to refuse an invalid file before large ones are read
+        self._loras = sources.loras
+        self.lora_record = ", ".join(f"{Path(path).name} x {scale:g}" for path, scale in self._loras) or None
+        self._read_loras()  # to refuse an invalid file before large ones are read
         self._embeddings: dict[str, Tensor] = {}
 
     @classmethod
@@ -109,18 +109,18 @@ class WanSampler:
         sources, compute = parse_options(options, model=model, checkpoint=checkpoint, step=step, ema=ema)
         return cls(sources, compute, parallelism=parallelism)
 
-    def _read_lora(self) -> LoraWeights | None:
-        return None if self._lora is None else read_lora(self._lora[0], self.source.config, self._lora[1])
+    def _read_loras(self) -> list[LoraWeights]:
+        return [read_lora(path, self.source.config, scale) for path, scale in self._loras]
 
     @functools.cached_property
     def model(self) -> WanDiT:
         """The transformer."""
-        # The LoRA is read again, so that its tensors are not kept beside the weights that they are merged into.
+        # They are read again, so that their tensors are not kept beside the weights that they are merged into.
         return self.source.load(
             dtype=self.placement.dtype,
             device=self._model_offload_device,
             parallelism=self.parallelism,
-            lora=self._read_lora(),
+            loras=self._read_loras(),
         )
 
     @property

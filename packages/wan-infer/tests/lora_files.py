@@ -1,0 +1,127 @@
+"""LoRA files of the tiny model as trainers write them, and what diffusers makes of them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.transformer import expected_shapes
+
+Tensors = dict[str, Tensor]
+
+_WIDTH, _INNER = TINY_CONFIG.hidden_size, TINY_CONFIG.ffn_dim
+# [out, in] of the linears, by the official release's names.
+IN_BLOCK = {
+    **{f"{kind}_attn.{name}": (_WIDTH, _WIDTH) for kind in ("self", "cross") for name in "qkvo"},
+    "ffn.0": (_INNER, _WIDTH),
+    "ffn.2": (_WIDTH, _INNER),
+}
+BLOCK_LINEARS = {f"blocks.{i}.{name}": shape for i in range(TINY_CONFIG.num_layers) for name, shape in IN_BLOCK.items()}
+OTHER_LINEARS = {
+    "text_embedding.0": (_WIDTH, TINY_CONFIG.text_dim),
+    "text_embedding.2": (_WIDTH, _WIDTH),
+    "time_embedding.0": (_WIDTH, TINY_CONFIG.freq_dim),
+    "time_embedding.2": (_WIDTH, _WIDTH),
+    "time_projection.1": (6 * _WIDTH, _WIDTH),
+}
+HEAD = (TINY_CONFIG.token_out, _WIDTH)
+
+
+class Drawn:
+    """Random tensors of a seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator) * 0.1
+
+
+def comfy(*, ab: bool, alpha: float | None, ranks: Sequence[int] = (4,)) -> Tensors:
+    """``diffusion_model.`` with ``lora_A`` and ``lora_B``, or ``lora_down`` and ``lora_up``."""
+    draw, found = Drawn(1), {}
+    down, up = ("lora_A", "lora_B") if ab else ("lora_down", "lora_up")
+    for i, (name, (out, width)) in enumerate({**BLOCK_LINEARS, **OTHER_LINEARS}.items()):
+        rank = ranks[i % len(ranks)]
+        found[f"diffusion_model.{name}.{down}.weight"] = draw(rank, width)
+        found[f"diffusion_model.{name}.{up}.weight"] = draw(out, rank)
+        if alpha is not None and name in BLOCK_LINEARS:  # diffusers reads no alpha of the others
+            found[f"diffusion_model.{name}.alpha"] = torch.tensor(alpha)
+    return found
+
+
+def kohya(alpha: float = 2.0, rank: int = 4) -> Tensors:
+    """``lora_unet_`` with underscores, as musubi-tuner writes it; diffusers wants all linears of the blocks."""
+    draw, found = Drawn(2), {}
+    for name, (out, width) in BLOCK_LINEARS.items():
+        own = f"lora_unet_{name.replace('.', '_')}"
+        found[f"{own}.lora_down.weight"] = draw(rank, width)
+        found[f"{own}.lora_up.weight"] = draw(out, rank)
+        found[f"{own}.alpha"] = torch.tensor(alpha)
+    return found
+
+
+def lightx2v() -> Tensors:
+    """A distillation: products, changes of biases and of the head, and changes of norms, which are zero."""
+    draw, found = Drawn(3), comfy(ab=False, alpha=None)
+    for name, (out, _) in {**BLOCK_LINEARS, **OTHER_LINEARS}.items():
+        found[f"diffusion_model.{name}.diff_b"] = draw(out)
+    found["diffusion_model.head.head.diff"] = draw(*HEAD)
+    found["diffusion_model.head.head.diff_b"] = draw(HEAD[0])
+    for name in ("self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q", "cross_attn.norm_k", "norm3"):
+        found[f"diffusion_model.blocks.0.{name}.diff"] = torch.zeros(_WIDTH)
+    found["diffusion_model.blocks.0.norm3.diff_b"] = torch.zeros(_WIDTH)
+    return found
+
+
+def base_weights() -> Tensors:
+    """Random weights of the tiny transformer."""
+    draw = Drawn(4)
+    return {key: draw(*shape) for key, shape in expected_shapes(TINY_CONFIG).items()}
+
+
+def diffusers_transformer(weights: Tensors) -> Any:
+    """diffusers' transformer with these weights."""
+    from diffusers import WanTransformer3DModel
+
+    config = {name: value for name, value in TINY_CONFIG.to_diffusers().items() if not name.startswith("_")}
+    with torch.random.fork_rng(devices=[]):
+        model = WanTransformer3DModel(**config)
+    model.load_state_dict(weights)
+    return model
+
+
+def fused_by_diffusers(weights: Tensors, paths: Sequence[Path], scales: Sequence[float] = (1.0,)) -> Tensors:
+    """What diffusers' ``load_lora_weights`` and ``fuse_lora`` make of the weights; needs peft."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=diffusers_transformer(weights),
+    )
+    names = [f"own{i}" for i in range(len(paths))]
+    with torch.random.fork_rng(devices=[]):
+        for name, path in zip(names, paths, strict=True):
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    pipeline.set_adapters(names, list(scales))
+    pipeline.fuse_lora(adapter_names=names)
+    pipeline.unload_lora_weights()
+    return pipeline.transformer.state_dict()
+
+
+def train_with_peft(weights: Tensors, wrap: Callable[[Any], Any]) -> Any:
+    """diffusers' transformer with an adapter of peft whose matrices are random."""
+    model = diffusers_transformer(weights)
+    with torch.random.fork_rng(devices=[]):
+        model = wrap(model)
+    draw = Drawn(5)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.copy_(draw(*parameter.shape))
+    return model
