@@ -56,8 +56,13 @@ DENSITIES = {
         lambda u: 0.3 * u + 0.7 * logit_normal_cdf(1.0, 0.4)(u),
     ),
     "pretrain": (FlowMatching.pretrain(), lambda u: 0.2 * u + 0.8 * logit_normal_cdf(0.0, 1.5)(u)),
-    "lognorm": (FlowMatching(density="lognorm", uniform_mix=0.5), logit_normal_cdf(0.0, 1.0)),
-    "mode": (FlowMatching(density="mode", uniform_mix=0.5), mode_cdf),
+    "lognorm": (FlowMatching(density="lognorm", uniform_mix=0.0), logit_normal_cdf(0.0, 1.0)),
+    "lognorm, mixed": (
+        FlowMatching(density="lognorm", uniform_mix=0.5),
+        lambda u: 0.5 * u + 0.5 * logit_normal_cdf(0.0, 1.0)(u),
+    ),
+    "mode": (FlowMatching(density="mode", uniform_mix=0.0), mode_cdf),
+    "mode, mixed": (FlowMatching(density="mode", uniform_mix=0.5), lambda u: 0.5 * u + 0.5 * mode_cdf(u)),
 }
 
 

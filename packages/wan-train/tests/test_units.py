@@ -11,7 +11,8 @@ import torch
 import warm_ranks
 
 from wan_model.tiny import TINY_CONFIG
-from wan_train.checkpoint.folder import ResumePoint, read_loader_state
+from wan_train.checkpoint.folder import ResumePoint
+from wan_train.checkpoint.members import read_loader_state
 from wan_train.config.overrides import apply_overrides, apply_sections, read_file
 from wan_train.data.mock_data import MockConfig, MockLoader
 from wan_train.data.seeds import generator_for

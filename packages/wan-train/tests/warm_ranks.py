@@ -162,7 +162,7 @@ def _start_server(link: Path) -> socket.socket:
 def _read_line(connection: socket.socket) -> bytes:
     content = b""
     while not content.endswith(b"\n"):
-        part = connection.recv(1 << 16)
+        part = connection.recv(1)  # a second line may have come already, from ranks that ended at once
         assert part, "the server that ranks are forked from has ended"
         content += part
     return content

@@ -204,6 +204,25 @@ def test_states_of_another_place_are_refused_by_name(dataset):
         started.load_state_dict(state)
 
 
+def test_another_parallel_layout_continues_with_the_same_samples(mixed_sizes):
+    """Packs are padded to another multiple, which changes no pack as long as samples have the same capacity."""
+    whole = mixed(mixed_sizes, pad_multiple=1)
+    wanted = drawn(whole, 40)
+    for multiple in (4, 6):
+        first = mixed(mixed_sizes, pad_multiple=1)
+        assert drawn(first, 15) == wanted[:15]
+        second = mixed(mixed_sizes, pad_multiple=multiple)
+        second.load_state_dict(first.state_dict())
+        rest = list(itertools.islice(second, 25))
+        assert [(pack.keys, pack.layout.grids) for pack in rest] == [
+            (keys, kept.grids) for keys, _, kept in wanted[15:]
+        ]
+        assert all(pack.layout.total % multiple == 0 for pack in rest)
+        assert any(pack.layout.total > pack.layout.valid for pack in rest)
+    with pytest.raises(ValueError, match="of another run: pad_multiple 1 instead of 5"):
+        mixed(mixed_sizes, pad_multiple=5).load_state_dict(first.state_dict())
+
+
 def test_validation_is_one_pass_in_order(dataset):
     val = loader(dataset, split="val")
     first = [key for pack in val for key in pack.keys]

@@ -3,9 +3,14 @@
 Importing this package imports no torch; the module of each name below is imported on first use.
 """
 
+import warnings
 from typing import TYPE_CHECKING
 
 from wan_model.system.lazy import lazy_names
+
+# torch warns on its import about a package that others install (nvidia-resiliency-ext) and nobody here uses. All four
+# packages and their child processes import this one first, so the warning heads the output of no command.
+warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
 
 if TYPE_CHECKING:
     from wan_model.config import WAN_1_3B, WAN_14B, WanConfig

@@ -49,7 +49,7 @@ class FlowMatching:
         density: distribution of u before the shift. ``mode`` is u <- 1 - u - 1.29 (cos²(pi u / 2) - 1 + u);
             ``lognorm`` is sigmoid(N(0, 1)); ``logit_normal`` has the mean and deviation below.
         logit_mean, logit_std: of ``logit_normal``.
-        uniform_mix: probability that a sample's u is uniform instead.
+        uniform_mix: probability that a sample's u is uniform instead, with every density.
         shift: s in sigma = s / (s + 1/u - 1).
         sigma_min, sigma_max: bounds that sigma is clamped to.
         weighting: ``shift_sigma`` is 1 + s * sigma, unnormalised, as in NVIDIA's recipe; ``none`` is 1.
@@ -104,11 +104,11 @@ class FlowMatching:
                 u = uniform
             case "logit_normal":
                 u = torch.sigmoid(self.logit_mean + self.logit_std * normal)
-                u = torch.where(mix < self.uniform_mix, uniform, u)
             case "lognorm":
                 u = torch.sigmoid(normal)
             case "mode":
                 u = 1 - uniform - _MODE_SCALE * (torch.cos(torch.pi * uniform / 2) ** 2 - 1 + uniform)
+        u = torch.where(mix < self.uniform_mix, uniform, u)
         return u.clamp(1e-5, 1.0)
 
     def shift_sigma(self, u_B: Float[Tensor, " B"]) -> Float[Tensor, " B"]:

@@ -1,6 +1,7 @@
 """The ``wan-train`` command. Imports of torch and Megatron wait until a command needs them."""
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -17,7 +18,25 @@ if TYPE_CHECKING:
 RECIPES = ("wan_1_3b", "wan_1_3b_t2i", "wan_14b", "wan_14b_t2i", "tiny")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """A group whose commands report errors of the system, such as a full disk, in one sentence."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As of any group."""
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click ends without a word, because nobody reads it
+                raise
+            if error.filename is None:
+                # Python would try again, at its end, to write what is left.
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            what = "standard output" if error.filename is None else os.fsdecode(error.filename)
+            raise click.ClickException(f"cannot read or write {what}: {error.strerror}") from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="wan-train")
 def main() -> None:
     """Train Wan 2.1 text-to-video models in parallel with Megatron."""

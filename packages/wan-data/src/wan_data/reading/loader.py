@@ -53,6 +53,14 @@ class LoaderConfig:
     seed: int = 1234
 
 
+def _capacity_of(identity: Mapping[str, Any]) -> int | None:
+    """Tokens of a pack that samples may fill, by the identity in a state; None if that makes no sense."""
+    capacity, multiple = identity["capacity"], identity["pad_multiple"]
+    if not (type(capacity) is int and type(multiple) is int and 0 < multiple <= capacity):
+        return None
+    return usable_capacity(capacity, multiple)
+
+
 class PackLoader:
     """Iterates over the packs of one data-parallel rank.
 
@@ -212,8 +220,13 @@ class PackLoader:
                 f"the loader's state was saved with Megatron-Energon {state['energon']}, and {self._energon} is "
                 "installed, which draws samples in another order; resume with the version that saved it"
             )
+        # Packs are padded when their samples are chosen, so another multiple that leaves samples the same capacity, as
+        # of another parallel layout, changes none.
+        padding = {"capacity", "pad_multiple"} if _capacity_of(state) == _capacity_of(own) is not None else set()
         if differing := [
-            f"{name} {state[name]!r} instead of {own[name]!r}" for name in own if state[name] != own[name]
+            f"{name} {state[name]!r} instead of {own[name]!r}"
+            for name in own
+            if state[name] != own[name] and name not in padding
         ]:
             raise ValueError(
                 f"the loader's state is of another run: {', '.join(differing)}; "

@@ -8,9 +8,6 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from wan_model.system.files import sync_folder
 from wan_train.checkpoint.record import (
@@ -127,23 +124,3 @@ def delete_checkpoint(folder: Path, step: int) -> None:
     (path / RECORD_NAME).unlink(missing_ok=True)
     sync_folder(path)
     shutil.rmtree(path)
-
-
-def read_loader_state(point: ResumePoint, rank: int) -> dict[str, Any]:
-    """The data loader's state of one data-parallel rank.
-
-    Raises:
-        ValueError: the checkpoint has no such file, or it holds anything but plain values.
-    """
-    path = point.step_folder / f"train_dataloader_dprank{rank:03d}.pt"
-    try:
-        saved = torch.load(path, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing: the checkpoint has no loader state for data-parallel rank {rank}; "
-            "resume with the data-parallel size that it was saved with"
-        ) from None
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    state: dict[str, Any] = saved["dataloader_state_dict"]
-    return state

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from wan_model.system.files import sync_folder, write_bytes
 from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, step_folder
+from wan_train.checkpoint.members import TRAIN_STATE, check_members, wrong_form_refused
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
 from wan_train.checkpoint.writer_watch import watch_writer
 from wan_train.engine.installed import installed_versions
@@ -40,8 +41,10 @@ from wan_train.engine.upstream.checkpoints import (
     SAFE_SAVES,
     CheckpointingException,
     is_fully_sharded,
+    keep_settings,
     place_hooks,
     register_safe_globals,
+    restore_train_state,
     unwrap_model,
     use_read_weights,
 )
@@ -51,7 +54,7 @@ from wan_train.model.provider import MegatronWanDiT
 
 # The rank that wrote a file of the distributed format.
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp")
-_STATE, _TRACKERS = "train_state.pt", ("latest_train_state.pt", "latest_checkpointed_iteration.txt")
+_TRACKERS = ("latest_train_state.pt", "latest_checkpointed_iteration.txt")
 
 
 class NotSavedError(ValueError):
@@ -72,6 +75,7 @@ class CheckpointHooks:
         self._seconds = 0.0
         self._watching = False
         self._inside_save = self._scheduled = self._loaded = False
+        self._writing = 0  # the step of the newest asynchronous save
 
     def take_seconds(self) -> float:
         """Seconds that saves have blocked the loop since the last call."""
@@ -94,6 +98,20 @@ class CheckpointHooks:
         )
         refuse_other_writers(lambda: self._inside_save)
         read_without_code()
+
+    @contextlib.contextmanager
+    def failed_saves_explained(self, folder: Path | None) -> Iterator[None]:
+        """In this context, that of the loop, an asynchronous save that fails raises ``NotSavedError``.
+
+        Args:
+            folder: the checkpoint folder.
+        """
+        try:
+            yield
+        except CheckpointException as error:  # no Exception, but a BaseException
+            if folder is None or not self._writing:
+                raise RuntimeError(_first_cause(error)) from error
+            raise _not_saved(error, self._writing, step_folder(folder, self._writing)) from error
 
     def require_loaded(self) -> None:
         """Raise ``EngineChangedError`` if the run resumes and nothing was loaded; called before the first step."""
@@ -142,10 +160,7 @@ class CheckpointHooks:
                 elif not self._scheduled:
                     raise changed("save_checkpoint does not call schedule_async_save", SAFE_SAVES)
             except (CheckpointException, OSError, RuntimeError) as error:
-                raise NotSavedError(
-                    f"the checkpoint of step {step} could not be written to {folder}: {_reason(error, folder)}; "
-                    "earlier checkpoints are unchanged, and the same command resumes from them"
-                ) from error
+                raise _not_saved(error, step, folder) from error
             finally:
                 self._inside_save = False
             self._seconds += time.monotonic() - begun
@@ -165,15 +180,16 @@ class CheckpointHooks:
                 caller = queue._get_async_caller()
                 watch_writer(lambda: caller.process)
             schedule(state, request)
-            self._scheduled = True
+            self._scheduled, self._writing = True, state.train_state.step
 
         return schedule_and_finalize
 
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load)
-        def verify_and_load(state: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        def verify_and_load(state: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             assert self._point is not None, "only the resolved checkpoint is loaded"
             _verify(self._point)
+            check_members(self._point, restore_train_state)
             if torch.distributed.get_rank() == 0:
                 _write_trackers(self._point)
             torch.distributed.barrier()
@@ -186,10 +202,19 @@ class CheckpointHooks:
                 part.ema_in_checkpoint = has_ema
             self._loaded = True
             try:
-                with _only_weights():
-                    result = load(state, model, *args, **kwargs)
+                with (
+                    wrong_form_refused(self._point, self._point.step_folder),
+                    _only_weights(),
+                    keep_settings(optimizer),
+                ):
+                    result = load(state, model, optimizer, *args, **kwargs)
                 use_read_weights(model)
                 return result
+            except CheckpointException as error:  # no Exception, but a BaseException
+                raise ValueError(
+                    f"the tensors in {self._point.step_folder} cannot be read: {_first_cause(error)}; restore it, or "
+                    "delete it to resume from the checkpoint before it"
+                ) from error
             except CheckpointingException as error:
                 raise ValueError(
                     f"{self._point.step_folder} cannot be loaded by {installed_versions()} ({error}); "
@@ -206,6 +231,19 @@ class CheckpointHooks:
     def _index(self) -> Metadata:
         assert self._point is not None
         return read_index(self._point.step_folder)
+
+
+def _not_saved(error: BaseException, step: int, folder: Path) -> NotSavedError:
+    return NotSavedError(
+        f"the checkpoint of step {step} could not be written to {folder}: {_reason(error, folder)}; "
+        "earlier checkpoints are unchanged, and the same command resumes from them"
+    )
+
+
+def _first_cause(error: CheckpointException) -> str:
+    """The first rank's cause, in one line."""
+    cause = next(iter(error.failures.values()))[0]
+    return " ".join(str(cause).split())[:300] or type(cause).__name__
 
 
 def _reason(error: BaseException, folder: Path) -> str:
@@ -264,7 +302,7 @@ def _verify(point: ResumePoint) -> None:
 def _write_trackers(point: ResumePoint) -> None:
     # Parts of Bridge read its tracker files instead of ckpt_step; they must agree.
     for name, content in zip(
-        _TRACKERS, ((point.step_folder / _STATE).read_bytes(), str(point.step).encode()), strict=True
+        _TRACKERS, ((point.step_folder / TRAIN_STATE).read_bytes(), str(point.step).encode()), strict=True
     ):
         path = point.folder / name
         if path.is_file() and path.read_bytes() == content:

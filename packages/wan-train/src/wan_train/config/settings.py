@@ -27,6 +27,12 @@ _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("checkpoint.pretrained_checkpoint", (None,), "use checkpoint.load with checkpoint.finetune=true, or --init-from"),
     ("checkpoint.ckpt_convert_format", (None,), "use wan-train export"),
     ("checkpoint.non_persistent_save_interval", (None,), "use checkpoint.save_interval with checkpoint.most_recent_k"),
+    ("scheduler.use_checkpoint_opt_param_scheduler", (False,), "a resumed run uses its own configuration"),
+    ("scheduler.lr_warmup_samples", (0,), "a schedule is counted in steps: scheduler.lr_warmup_iters"),
+    ("scheduler.lr_decay_samples", (None,), "a schedule is counted in steps: scheduler.lr_decay_iters"),
+    ("scheduler.lr_wsd_decay_samples", (None,), "a schedule is counted in steps: scheduler.lr_wsd_decay_iters"),
+    ("scheduler.lr_warmup_fraction", (None,), "a warm-up is counted in steps: scheduler.lr_warmup_iters"),
+    ("optimizer.optimizer", ("adam",), "only Adam's state is saved and resumed"),
     ("mixed_precision", (None, "bf16_mixed", "bf16-mixed"), "expected null (fp32) or bf16_mixed"),
     ("model.fp16", (False,), "set mixed_precision to null (fp32) or bf16_mixed"),
     ("model.bf16", (False,), "set mixed_precision to null (fp32) or bf16_mixed"),
@@ -110,10 +116,54 @@ def check_settings(config: Any) -> None:
         raise ValueError(
             f"model.gradient_accumulation_fusion needs APEX's {_FUSION_KERNEL}, which is not installed; set it to false"
         )
+    _check_schedule(config.optimizer, config.scheduler)
     if config.model.deterministic_mode:
         _check_deterministic(config)
     config.validation.check()
     config.ema.check()
+
+
+def _check_schedule(optimizer: Any, scheduler: Any) -> None:
+    """What Megatron only asserts, or changes without a word."""
+    expected = {
+        "lr": (lambda value: value > 0, "a number above 0"),
+        "min_lr": (lambda value: value >= 0, "0 or more"),
+        "weight_decay": (lambda value: value >= 0, "0 or more"),
+        "clip_grad": (lambda value: value >= 0, "0 for no clipping, or more"),
+        "adam_beta1": (lambda value: 0 <= value < 1, "0 or more and below 1"),
+        "adam_beta2": (lambda value: 0 <= value < 1, "0 or more and below 1"),
+        "adam_eps": (lambda value: value > 0, "a number above 0"),
+    }
+    for name, (possible, what) in expected.items():
+        value = getattr(optimizer, name)
+        if value is None or not possible(value):
+            raise ValueError(f"optimizer.{name} is {value!r}; expected {what}")
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(
+            f"optimizer.min_lr is {optimizer.min_lr}, above optimizer.lr, which is {optimizer.lr}; set both"
+        )
+    warmup, decay = scheduler.lr_warmup_iters, scheduler.lr_decay_iters
+    if warmup < 0:
+        raise ValueError(f"scheduler.lr_warmup_iters is {warmup}; expected 0 or more steps")
+    if not 0 <= scheduler.lr_warmup_init <= optimizer.lr:
+        raise ValueError(
+            f"scheduler.lr_warmup_init is {scheduler.lr_warmup_init}; expected 0 to optimizer.lr, {optimizer.lr}"
+        )
+    if decay is not None and decay <= warmup:
+        raise ValueError(
+            f"scheduler.lr_decay_iters is {decay} and scheduler.lr_warmup_iters {warmup}; the decay must end after the "
+            "warm-up"
+        )
+    if scheduler.lr_decay_style == "WSD" and scheduler.lr_wsd_decay_iters is None:
+        raise ValueError("scheduler.lr_decay_style is WSD, which needs scheduler.lr_wsd_decay_iters")
+    start, end = scheduler.start_weight_decay, scheduler.end_weight_decay
+    start, end = (optimizer.weight_decay if value is None else value for value in (start, end))
+    if not 0 <= start <= end or (start != end and scheduler.weight_decay_incr_style == "constant"):
+        raise ValueError(
+            f"the weight decay goes from {start} (scheduler.start_weight_decay, else optimizer.weight_decay) to {end} "
+            f"(scheduler.end_weight_decay) with scheduler.weight_decay_incr_style={scheduler.weight_decay_incr_style}; "
+            "it can only grow, and not if constant"
+        )
 
 
 def _check_deterministic(config: Any) -> None:

@@ -89,5 +89,11 @@ class MockLoader:
         return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at that position."""
-        self.drawn = int(state["drawn"])
+        """Continue at that position.
+
+        Raises:
+            TypeError: it is not what ``state_dict`` returns.
+        """
+        if type(state["drawn"]) is not int or state["drawn"] < 0:
+            raise TypeError(f"the number of packs drawn is {state['drawn']!r}")
+        self.drawn = state["drawn"]

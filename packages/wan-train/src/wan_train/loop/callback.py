@@ -11,8 +11,9 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
-from wan_train.checkpoint.folder import ResumePoint, read_loader_state
+from wan_train.checkpoint.folder import ResumePoint
 from wan_train.checkpoint.hooks import CheckpointHooks
+from wan_train.checkpoint.members import loader_state_path, read_loader_state, wrong_form_refused
 from wan_train.engine.upstream.loop import (
     Callback,
     CallbackContext,
@@ -62,7 +63,9 @@ class WanCallback(Callback):
         if done > 0:
             assert self.resume is not None, "the loop loads only the checkpoint that the run has resolved"
             iterator = state.cfg.dataset.train_iterator
-            iterator.resume(read_loader_state(self.resume, iterator.rank), drawn=done * get_num_microbatches())
+            saved = read_loader_state(self.resume, iterator.rank)
+            with wrong_form_refused(self.resume, loader_state_path(self.resume, iterator.rank)):
+                iterator.resume(saved, drawn=done * get_num_microbatches())
             self.metrics.event(f"resumed from step {done} in {self.resume.folder}", event="resumed", step=done)
         elif self.resume is not None:
             origin = f"step {self.resume.step} in {self.resume.folder}"

@@ -11,10 +11,13 @@ from typing import Any, TextIO
 import torch
 from megatron.core import parallel_state
 
+from wan_model.system.files import naming
 from wan_model.system.gpus import peak_tflops
 from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
 from wan_train.loop.validation import ValidationResult
+
+LOG_NAME = "log.jsonl"
 
 
 def peak_of_device(device: torch.device) -> float | None:
@@ -123,8 +126,7 @@ class Terminal:
 
     def print_line(self, line: str) -> None:
         """Print a line."""
-        self._stream.write(f"{self._clear()}{line}\n")
-        self._stream.flush()
+        self._write(f"{self._clear()}{line}\n")
         self._in_place = False
 
     def update_line(self, line: str) -> None:
@@ -132,16 +134,19 @@ class Terminal:
         if not self._stream.isatty():
             self.print_line(line)
             return
-        self._stream.write(f"{self._clear()}{line}")
-        self._stream.flush()
+        self._write(f"{self._clear()}{line}")
         self._in_place = True
 
     def close(self) -> None:
         """End the line of the last step."""
         if self._in_place:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
             self._in_place = False
+
+    def _write(self, text: str) -> None:
+        with naming(Path("standard output")):
+            self._stream.write(text)
+            self._stream.flush()
 
     def _clear(self) -> str:
         return "\r\x1b[2K" if self._in_place else ""
@@ -216,6 +221,5 @@ class MetricsWriter:
     def _write(self, entry: dict[str, Any]) -> None:
         if self.log is None:
             return
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
+        with naming(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

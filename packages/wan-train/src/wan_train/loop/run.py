@@ -4,17 +4,19 @@
 """
 
 import contextlib
-import dataclasses
 import functools
+import io
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from wan_model.system import torchrun
+from wan_model.system.files import naming
 from wan_train import engine
 from wan_train.checkpoint.folder import ResumePoint, find_resume_point, saved_steps
 from wan_train.config.options import DEFAULT_RECIPE, RunOptions
@@ -135,33 +137,6 @@ def _resolve_checkpoints(config: Any) -> ResumePoint | None:
     return point
 
 
-def _check_resumed_weights(config: Any, resume: ResumePoint) -> None:
-    """Refuse a checkpoint of another format, of other model sizes, or of another latent space than the data's."""
-    from wan_model.weights.training_checkpoint import read_run_config, read_run_settings
-
-    transformer, spec = read_run_config(resume.step_folder)
-    dist = read_run_settings(resume.step_folder).get("dist")
-    theirs = bool(isinstance(dist, dict) and dist.get("use_megatron_fsdp"))
-    if theirs != bool(config.dist.use_megatron_fsdp):
-        raise ValueError(
-            f"{resume.step_folder} was saved with dist.use_megatron_fsdp={str(theirs).lower()}, whose format the other "
-            f"cannot read; set it so, or start anew from an export: wan-train export {resume.folder} MODEL, then "
-            "--init-from MODEL"
-        )
-    ours = config.model.wan_config
-    if differing := [
-        f"{field.name} {getattr(ours, field.name)} where it has {getattr(transformer, field.name)}"
-        for field in dataclasses.fields(ours)
-        if getattr(ours, field.name) != getattr(transformer, field.name)
-    ]:
-        raise ValueError(
-            f"{resume.step_folder} has another transformer than this run: {', '.join(differing)}; use the recipe it "
-            "was trained with, or set checkpoint.save to another folder"
-        )
-    if spec is not None and config.model.spec is not None:
-        spec.require_same(config.model.spec, f"the checkpoint {resume.step_folder}", f"the data {config.dataset.path}")
-
-
 def _make_validator(config: Any, device: Any) -> Any:
     from wan_train.loop.validation import Validator
 
@@ -174,6 +149,46 @@ def _make_validator(config: Any, device: Any) -> Any:
         device=device,
         dtype=config.model.params_dtype,
     )
+
+
+class _NamedOutput(io.TextIOWrapper):
+    """A text file that is appended to; an error of the system names it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        super().__init__(open(path, "ab"), encoding="utf-8")  # noqa: SIM115  closed with this object
+
+    def write(self, text: str) -> int:
+        """As of any file."""
+        with naming(self._path):
+            return super().write(text)
+
+    def flush(self) -> None:
+        """As of any file; called by ``close`` too."""
+        with naming(self._path):
+            super().flush()
+
+
+def _require_writable(folder: Path) -> None:
+    """Create the checkpoint folder.
+
+    Raises:
+        ValueError: nothing can be written there; the message names the folder or the file.
+    """
+    from wan_train.loop.metrics import LOG_NAME
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if (log := folder / LOG_NAME).exists():
+            log.open("a").close()
+    except OSError as error:
+        where = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
+        raise ValueError(
+            f"checkpoint.save is {folder}, which cannot be written: {error.strerror}{where}; choose another folder, or "
+            "change its permissions"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -192,9 +207,8 @@ def _megatron_output_in_file(config: Any, verbose: bool) -> Iterator[TextIO]:
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             where = os.devnull
             if config.checkpoint.save is not None:
-                Path(config.checkpoint.save).mkdir(parents=True, exist_ok=True)
                 where = f"{config.checkpoint.save}/megatron-rank{torchrun.rank()}.log"
-            file = stack.enter_context(open(where, "a", encoding="utf-8"))
+            file = stack.enter_context(_NamedOutput(where))
             stack.enter_context(contextlib.redirect_stdout(file))
         yield terminal
 
@@ -216,14 +230,26 @@ def pretrain(options: RunOptions) -> None:
         ValueError: invalid options, configuration or data; before the first step.
     """
     running = engine.start()
+    from wan_train.checkpoint.changes import check_resume
     from wan_train.config.settings import derive_settings
+    from wan_train.loop.metrics import LOG_NAME, MetricsWriter, Terminal
 
     config = build_config(options)
     config.dist.distributed_backend = running.backend
-    configure_data(config, check_layout(config, torchrun.world_size()))
+    layout = check_layout(config, torchrun.world_size())
+    configure_data(config, layout)
     if resume := _resolve_checkpoints(config):
-        _check_resumed_weights(config, resume)
+        check_resume(config, layout, resume)
         config.model.resumes = True
+        if not config.checkpoint.finetune and resume.step >= config.train.train_iters:
+            if torchrun.rank() == 0:
+                Terminal(sys.stdout).print_line(
+                    f"{resume.step_folder} is complete and train.train_iters is {config.train.train_iters}, so no step "
+                    "is left to train; raise train.train_iters to go on"
+                )
+            return
+    if config.checkpoint.save is not None:
+        _require_writable(Path(config.checkpoint.save))
     derive_settings(config, on_cpu=running.device.type == "cpu")
     if config.logger.logging_level in (None, logging.INFO):
         config.logger.logging_level = logging.WARNING  # Megatron's own messages; set 10 or 30 to choose
@@ -232,11 +258,10 @@ def pretrain(options: RunOptions) -> None:
     from wan_train.data.dataset import empty_caption_of
     from wan_train.engine.upstream.loop import run_loop
     from wan_train.loop.callback import WanCallback
-    from wan_train.loop.metrics import MetricsWriter, Terminal
     from wan_train.loop.step import WanForwardStep
 
     step = WanForwardStep(running.device, config.model.params_dtype, empty_caption_of(config))
-    log = Path(config.checkpoint.save) / "log.jsonl" if config.checkpoint.save else None
+    log = Path(config.checkpoint.save) / LOG_NAME if config.checkpoint.save else None
     validates = functools.partial(_make_validator, config, running.device) if config.validation.interval else None
     hooks = CheckpointHooks(resume)
     hooks.install()
@@ -245,7 +270,8 @@ def pretrain(options: RunOptions) -> None:
         with _megatron_output_in_file(config, options.verbose) as terminal:
             metrics = MetricsWriter(log, Terminal(terminal), config.train.train_iters)
             callback = WanCallback(step, resume, metrics, validates, hooks)
-            run_loop(config, step, [callback])
+            with hooks.failed_saves_explained(None if log is None else log.parent):
+                run_loop(config, step, [callback])
             if callback.state is not None:
                 hooks.require_complete(config.checkpoint, callback.state.train_state.step)
     finally:

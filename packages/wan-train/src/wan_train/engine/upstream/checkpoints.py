@@ -6,10 +6,12 @@ Bridge 0.3 calls ``save_checkpoint`` and ``load_checkpoint`` where they were imp
 ``DefaultCheckpointManager`` calls them where they are defined.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.bridge.training.state import TrainState
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
 from megatron.core.safe_globals import register_safe_globals
@@ -21,8 +23,10 @@ __all__ = [
     "SAFE_SAVES",
     "CheckpointingException",
     "is_fully_sharded",
+    "keep_settings",
     "place_hooks",
     "register_safe_globals",
+    "restore_train_state",
     "unwrap_model",
     "use_read_weights",
 ]
@@ -102,6 +106,13 @@ def is_fully_sharded(module: torch.nn.Module) -> bool:
     return isinstance(module, MegatronFSDP)
 
 
+def restore_train_state(saved: Mapping[str, Any]) -> TrainState:
+    """The loop's counters from the content of ``train_state.pt``."""
+    state = TrainState()
+    state.load_state_dict(dict(saved))
+    return state
+
+
 def use_read_weights(model: list[torch.nn.Module]) -> None:
     """Make Megatron-FSDP compute with the weights that were read.
 
@@ -115,3 +126,65 @@ def use_read_weights(model: list[torch.nn.Module]) -> None:
         if use is None:
             raise changed("Megatron-FSDP has no install_optimized_model_weights", _EXACT)
         use()
+
+
+# What a group of parameters has that is not a setting: its parameters, the steps of fused optimizers, and what the
+# scheduler computes.
+_NO_SETTINGS = frozenset({"params", "step", "lr", "weight_decay"})
+
+
+def _settings(optimizer: Any) -> dict[str, Any]:
+    """The settings that all groups of parameters have in common: learning rates, betas, eps and so on."""
+    groups = [{key: value for key, value in group.items() if key not in _NO_SETTINGS} for group in _groups(optimizer)]
+    first = groups[0] if groups else {}
+    return {key: value for key, value in first.items() if all(key in group and group[key] == value for group in groups)}
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    return [group for group in optimizer.param_groups if group]  # Megatron has empty ones for other ranks' parameters
+
+
+def _set_in_state(state: Any, settings: dict[str, Any]) -> None:
+    """Set them in each group of a state, which has its groups as a list, or with FSDP by name of the parameter."""
+    if not isinstance(state, dict):
+        return
+    for key, value in state.items():
+        if key == "param_groups" and isinstance(value, list):
+            groups = value
+        elif key == "param_to_group_meta" and isinstance(value, dict):
+            groups = list(value.values())
+        else:
+            _set_in_state(value, settings)
+            continue
+        for group in groups:
+            if isinstance(group, dict):
+                group.update({name: content for name, content in settings.items() if name in group})
+
+
+@contextlib.contextmanager
+def keep_settings(optimizer: Any) -> Iterator[None]:
+    """In this context the optimizer keeps its settings when it loads a state; stock Megatron takes those of the state.
+
+    ``override_opt_param_scheduler`` does not help: the scheduler prefers the learning rates in the groups to its own.
+    They are set before the optimizer reads them, because Core 0.19 finds a group by them.
+
+    Raises:
+        EngineChangedError: after the load, if it has other settings.
+    """
+    wanted = {} if optimizer is None else _settings(optimizer)
+    if not wanted:
+        yield
+        return
+    load = optimizer.load_state_dict
+
+    def load_with_own_settings(state: Any) -> None:
+        _set_in_state(state, wanted)
+        load(state)
+
+    optimizer.load_state_dict = load_with_own_settings
+    try:
+        yield
+    finally:
+        del optimizer.load_state_dict
+    if any(group.get(key) != value for group in _groups(optimizer) for key, value in wanted.items()):
+        raise changed("its optimizer takes the settings of a checkpoint", "settings that change at a resume")
