@@ -60,6 +60,17 @@ def test_what_cannot_be_read_is_named(folder, content, message):
         find(folder)
 
 
+def test_an_object_without_a_caption_is_no_caption(folder):
+    (folder / "clip.json").write_text('{"fps": 24}', encoding="utf-8")
+    with pytest.raises(ValueError, match="clip.json has no key 'caption', only 'fps'"):
+        find(folder)
+    (folder / "clip.txt").write_text("A street.", encoding="utf-8")
+    assert find(folder) == "A street."
+    (folder / "clip.json").write_text('{"caption": 3}', encoding="utf-8")
+    with pytest.raises(ValueError, match="int under 'caption'; expected text"):
+        find(folder)
+
+
 def test_captions_that_differ_are_refused_and_equal_ones_agree(folder):
     (folder / "clip.json").write_text('{"caption": "a"}', encoding="utf-8")
     (folder / "clip.jsonl").write_text('{"caption": "a"}', encoding="utf-8")

@@ -72,7 +72,7 @@ def contact_sheet(samples: Sequence[StoredSample], codec: LatentCodec, path: Pat
         size = "x".join(str(side) for side in video.shape[1:])
         caption = textwrap.shorten(str(sample.info.get("caption", "")), 300)
         name = f"{sample.key}, {sample.info.get('video_path', '')}, {size}"
-        text = "\n".join([name, *textwrap.wrap(caption, 150)])
+        text = "\n".join([*textwrap.wrap(name, 150), *textwrap.wrap(caption, 150)])
         row[0].text(0, -0.04, text, transform=row[0].transAxes, fontsize=8, va="top", parse_math=False)
     _save(figure, path)
 

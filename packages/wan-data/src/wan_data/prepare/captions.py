@@ -47,17 +47,22 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
+class NoCaptionError(ValueError):
+    """An object without the key of the caption."""
+
+
 def caption_in(value: Any, key: str, where: str) -> str:
     """The caption under a key of an object.
 
     Raises:
-        ValueError: the key is missing or its value is no text; the message begins with ``where``.
+        NoCaptionError: the key is missing; the message begins with ``where``.
+        ValueError: the value is no object, or what is under the key is no text.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a JSON {type(value).__name__}; expected an object with the key {key!r}")
     if key not in value:
         keys = ", ".join(sorted(map(repr, value))) or "none"
-        raise ValueError(f"{where} has no key {key!r}, only {keys}; choose another with --caption-key")
+        raise NoCaptionError(f"{where} has no key {key!r}, only {keys}; choose another with --caption-key")
     caption = value[key]
     if not isinstance(caption, str):
         raise ValueError(f"{where} has a {type(caption).__name__} under {key!r}; expected text")
@@ -96,10 +101,14 @@ class CaptionFinder:
             ValueError: no caption, several that differ, or one that cannot be read; the message names the file.
         """
         found: list[tuple[str, str]] = []
+        without: list[str] = []
         beside = clip.with_suffix(".json")
         if beside.is_file():
             value = safe_reading.parse_json(read_text(beside), beside.name)
-            found.append((beside.name, caption_in(value, self.caption_key, beside.name)))
+            try:
+                found.append((beside.name, caption_in(value, self.caption_key, beside.name)))
+            except NoCaptionError as error:  # it may hold something else, and the caption stands in another file
+                without.append(str(error))
         beside = clip.with_suffix(".jsonl")
         if beside.is_file() and (caption := self._single_line(beside)) is not None:
             found.append((beside.name, caption))
@@ -110,6 +119,8 @@ class CaptionFinder:
         for name in (clip.name, clip.stem):
             for where, value in listed.get(name, []):
                 found.append((where, caption_in(value, self.caption_key, where)))
+        if not found and without:
+            raise NoCaptionError(without[0])
         if not found:
             hint = f"; unreadable beside it: {'; '.join(broken)}" if broken else ""
             raise ValueError(f"it has no caption: expected {clip.stem}.json, .jsonl or .txt beside it{hint}")

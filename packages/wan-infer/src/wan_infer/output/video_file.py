@@ -162,7 +162,8 @@ def read_video(path: str | Path) -> tuple[Frames, float, dict[str, Any]]:
         ValueError: the file is missing or is no video.
     """
     try:
-        with av.open(str(path)) as container:
+        # The file itself: ffmpeg would take a name such as http:/host/x.mp4 for an address.
+        with open(path, "rb") as file, av.open(file) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 0)
             frames = [frame.to_ndarray(format="rgb24", interpolation=_EXACT) for frame in container.decode(stream)]
