@@ -62,7 +62,7 @@ def test_what_cannot_be_read_is_named(folder, content, message):
 
 def test_an_object_without_a_caption_is_no_caption(folder):
     (folder / "clip.json").write_text('{"fps": 24}', encoding="utf-8")
-    with pytest.raises(ValueError, match="clip.json has no key 'caption', only 'fps'"):
+    with pytest.raises(ValueError, match=r"clip\.json has no key 'caption', only 'fps'"):
         find(folder)
     (folder / "clip.txt").write_text("A street.", encoding="utf-8")
     assert find(folder) == "A street."

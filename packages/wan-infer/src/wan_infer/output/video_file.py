@@ -163,7 +163,7 @@ def read_video(path: str | Path) -> tuple[Frames, float, dict[str, Any]]:
     """
     try:
         # The file itself: ffmpeg would take a name such as http:/host/x.mp4 for an address.
-        with open(path, "rb") as file, av.open(file) as container:
+        with open(path, "rb") as file, av.open(file, "r") as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 0)
             frames = [frame.to_ndarray(format="rgb24", interpolation=_EXACT) for frame in container.decode(stream)]
