@@ -74,6 +74,7 @@ def prepare(
             num_processes = default_processes(device)
         if num_processes > 1:
             preload_encoders()  # while this process imports its own modules
+        from wan_data.prepare.changes import changed_sources
         from wan_data.prepare.ranks import ranks_from_environment
         from wan_data.prepare.results import summary_lines
         from wan_data.prepare.run import prepare as run
@@ -92,10 +93,12 @@ def prepare(
                 decoders=num_decoders,
                 ranks=ranks,
             )
+        changed = changed_sources(sources, manifest) if ranks.rank == 0 else []
     if ranks.rank == 0:
-        for line in (*summary_lines(manifest, output_folder), *left_out_of(video_folder, listing, settings)):
+        for line in (*summary_lines(manifest, output_folder, changed), *left_out_of(video_folder, listing, settings)):
             click.echo(line)
-    if not allow_rejects and any(source.verdict == "rejected" or source.dropped for source in manifest.sources):
+    incomplete = any(source.verdict == "rejected" or source.dropped for source in manifest.sources)
+    if not allow_rejects and (incomplete or changed):
         sys.exit(1)
 
 
@@ -177,13 +180,20 @@ def inspect(
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@flag("sources", type=click.Path(path_type=Path), help="Folder of the clips: compare their digests too.")
-def verify(path: Path, sources: Path | None) -> None:
+@flag("sources", type=click.Path(path_type=Path), help="Folder of the clips: compare their digests and captions too.")
+@flag("listing", type=click.Path(path_type=Path), help="With --sources: the listing that has the captions.")
+def verify(path: Path, sources: Path | None, listing: Path | None) -> None:
     """Check digests, every sample and value, counts and metadata of a dataset. Exit code 1 if there are problems."""
     from wan_data.inspect.verify import verify as check
+    from wan_data.prepare.changes import captions_of
 
     with errors_as_messages(path):
-        checked, problems = check(path, sources=sources, step=lambda name: click.echo(f"read {name}", err=True))
+        checked, problems = check(
+            path,
+            sources=sources,
+            caption_of=None if sources is None else captions_of(path, sources, listing),
+            step=lambda name: click.echo(f"read {name}", err=True),
+        )
     for problem in problems:
         click.echo(problem)
     counts = ", ".join(f"{count} {kind}" for kind, count in checked.items()) or "nothing"

@@ -7,7 +7,8 @@ import zipfile
 import pytest
 
 from wan_data.inspect.verify import verify
-from wan_data.shards.manifest import MANIFEST_NAME
+from wan_data.prepare.changes import captions_of
+from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 
 
 @pytest.fixture
@@ -83,3 +84,23 @@ def test_sources_that_have_changed(dataset, clips, tmp_path):
     assert len(problems) == 2
     assert any(problem == "wide.mkv has changed since it was encoded" for problem in problems)
     assert any(problem.startswith("deep/tall.mkv cannot be read: ") for problem in problems)
+
+
+def test_captions_that_have_changed(dataset, clips, tmp_path):
+    changed = shutil.copytree(clips, tmp_path / "clips")
+    assert verify(dataset, sources=changed, caption_of=captions_of(dataset, changed, None))[1] == []
+    (changed / "wide.json").unlink(missing_ok=True)
+    (changed / "wide.txt").write_text("Another text.")
+    for path in (changed / "deep").glob("tall.[jt]*"):
+        path.unlink()
+    _, problems = verify(dataset, sources=changed, caption_of=captions_of(dataset, changed, None))
+    assert len(problems) == 2
+    assert "wide.mkv has another caption than its samples were encoded with" in problems
+    assert any(problem.startswith("deep/tall.mkv has lost its caption: ") for problem in problems)
+    # Of a listing, which overrides what is beside the clips.
+    names = [record.path for record in read_manifest(dataset).sources if record.verdict == "accepted"]
+    old = {name: captions_of(dataset, clips, None)(name) for name in names}
+    listing = tmp_path / "list.jsonl"
+    listing.write_text("\n".join(json.dumps({"video": name, "caption": old[name]}) for name in names[1:]))
+    _, problems = verify(dataset, sources=changed, caption_of=captions_of(dataset, changed, listing))
+    assert problems == [f"{names[0]} has lost its caption: {listing} does not name it"]

@@ -1,6 +1,7 @@
 """``wan-data verify``: compare a dataset with its manifest, byte by byte and value by value."""
 
 import collections
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from wan_model.system.files import sha256_of
 
 
 def verify(
-    folder: Path, *, sources: Path | None = None, step: Callable[[str], None] = lambda name: None
+    folder: Path,
+    *,
+    sources: Path | None = None,
+    caption_of: Callable[[str], str] | None = None,
+    step: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, int], list[str]]:
     """Read every file of a dataset and check it.
 
@@ -24,6 +29,7 @@ def verify(
     Args:
         folder: the dataset.
         sources: the folder that it was made from, to compare the sources' digests too.
+        caption_of: returns the caption that a source has now, by its name, or raises ``ValueError``.
         step: called with the name of each file that has been read.
 
     Returns:
@@ -49,10 +55,9 @@ def verify(
         problems += found.problems()
         problems += _empty_caption_problems(folder, manifest)
         if sources is not None:
-            for problem in _source_problems(manifest, sources, step):
+            for found_problems in _source_problems(manifest, sources, found.captions, caption_of, step):
                 checked["sources"] += 1
-                if problem:
-                    problems.append(problem)
+                problems += found_problems
     return dict(checked), problems
 
 
@@ -79,6 +84,8 @@ class _Comparison:
         self.records = {record.path: record for record in manifest.sources} if manifest else {}
         self.shards = {shard.name: shard for shard in manifest.shards} if manifest else {}
         self.keys: set[str] = set()
+        # Digests of the captions that the samples were encoded with.
+        self.captions: dict[str, set[bytes]] = collections.defaultdict(set)
         self.by_source: collections.Counter[str] = collections.Counter()
         self.by_shape: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
 
@@ -115,6 +122,7 @@ class _Comparison:
             says = info.get("text_tokens")
             yield f"{where}: its text has {sample.text.shape[0]} tokens; its side information says {says}"
         self.by_source[source] += 1
+        self.captions[source].add(_digest(str(info.get("caption"))))
         if shard in self.shards:
             self.by_shape[self.shards[shard].split, tuple(sample.latent.shape)] += 1
 
@@ -170,16 +178,33 @@ def _empty_caption_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{EMPTY_CAPTION_NAME} is {text.shape[1]} wide; the dataset's texts are {manifest.latent_spec.text_dim}"
 
 
-def _source_problems(manifest: Manifest, folder: Path, step: Callable[[str], None]) -> Iterator[str]:
-    """Yield one text per accepted source, empty if its file has not changed."""
+def _digest(caption: str) -> bytes:
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
+
+
+def _source_problems(
+    manifest: Manifest,
+    folder: Path,
+    captions: dict[str, set[bytes]],
+    caption_of: Callable[[str], str] | None,
+    step: Callable[[str], None],
+) -> Iterator[list[str]]:
+    """Yield the changes of each accepted source since it was encoded."""
     for record in manifest.sources:
         if record.verdict != "accepted":
             continue
-        path = folder / record.path
+        problems = []
         try:
-            digest = sha256_of(path)
+            if sha256_of(folder / record.path) != record.sha256:
+                problems.append(f"{record.path} has changed since it was encoded")
         except OSError as error:
-            yield f"{record.path} cannot be read: {error.strerror or error}"
-        else:
-            yield "" if digest == record.sha256 else f"{record.path} has changed since it was encoded"
+            problems.append(f"{record.path} cannot be read: {error.strerror or error}")
+        if caption_of is not None:
+            try:
+                now = _digest(caption_of(record.path))
+                if captions[record.path] - {now}:
+                    problems.append(f"{record.path} has another caption than its samples were encoded with")
+            except ValueError as error:
+                problems.append(f"{record.path} has lost its caption: {error}")
+        yield problems
         step(record.path)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wan_data.prepare.changes import caption_digest
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.shard_batches import ShardBatch, ShardPlan
 from wan_data.reading.packing import latent_tokens
@@ -109,14 +110,18 @@ def _accepted(
         source_fps=source.info.source_fps,
         height=source.info.height,
         width=source.info.width,
+        caption_sha256=caption_digest(source.caption),
     )
     if record.samples:
         return record
-    return dataclasses.replace(record, verdict="rejected", reason=dropped[0][1], split=None)
+    return dataclasses.replace(record, verdict="rejected", reason=dropped[0][1], split=None, caption_sha256=None)
 
 
-def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
-    """The summary that ``wan-data prepare`` prints: samples, shapes, and what was left out with the reasons."""
+def summary_lines(manifest: Manifest, folder: Path, changed: Sequence[str] = ()) -> list[str]:
+    """The summary that ``wan-data prepare`` prints: samples, shapes, what was left out with the reasons, what changed.
+
+    ``changed`` is of ``wan_data.prepare.changes``.
+    """
     rejected = [source for source in manifest.sources if source.verdict == "rejected"]
     splits = ", ".join(f"{count} {split}" for split, count in manifest.samples.items())
     sizes = {shape.latent for shape in manifest.shapes}
@@ -140,4 +145,10 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     ]
     if dropped:
         lines += [f"{len(dropped)} windows of accepted files could not be encoded:", *dropped]
+    if changed:
+        lines.append(
+            f"{len(changed)} changes since files were encoded, whose samples stay as they are (give a changed clip "
+            "another name, or pass --overwrite):"
+        )
+        lines += [f"  {change}" for change in changed]
     return lines

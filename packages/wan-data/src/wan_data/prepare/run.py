@@ -100,7 +100,8 @@ def prepare(
     """Write a dataset, resume an interrupted preparation, or add new sources to a finished dataset.
 
     Args:
-        sources: of ``wan_data.prepare.sources``.
+        sources: of ``wan_data.prepare.folder`` or ``wan_data.prepare.sources``. The samples of those that the dataset
+            has already stay as they are: ``wan_data.prepare.changes`` names what has changed.
         output: folder of the dataset.
         model: folder in diffusers' layout, or a hub id.
         settings: determine the bytes of the shards.
@@ -230,18 +231,9 @@ class _Preparation:
         return manifest
 
     def _plan_new_batch(self, sources: Sequence[SourceFile], manifest: Manifest) -> ShardBatch | None:
-        known = {record.path: record for record in manifest.sources if record.verdict == "accepted"}
-        new = []
-        for source in sources:
-            if source.name not in known:
-                new.append(source)
-            elif source.path is not None and source.path.is_file():
-                size, encoded_size = source.path.stat().st_size, known[source.name].bytes
-                if size != encoded_size:
-                    raise ValueError(
-                        f"{source.name} is in {self.output} already and has changed since: {size} bytes instead of "
-                        f"{encoded_size}; give it another name, or pass --overwrite"
-                    )
+        # What has changed of the others is named by ``changed_sources``; their samples stay.
+        known = {record.path for record in manifest.sources if record.verdict == "accepted"}
+        new = [source for source in sources if source.name not in known]
         if not new:
             return None
         if self.ranks.rank == 0:
