@@ -166,20 +166,20 @@ class TextEmbeddings:
     def __init__(self, codec: LatentCodec, captions: Iterable[str]) -> None:
         self._codec = codec
         self._remaining = collections.Counter(captions)
-        self._cache: dict[str, Tensor] = {}
+        self._cache: dict[str, tuple[Tensor, int]] = {}
 
-    def get(self, caption: str) -> Float[Tensor, "L D"]:
-        """The embedding of a caption, fp32 on the CPU."""
-        embedding = self._cache.get(caption)
-        if embedding is None:
+    def get(self, caption: str) -> tuple[Float[Tensor, "L D"], int]:
+        """The embedding of a caption, fp32 on the CPU, and the tokens of the whole caption, which may be more."""
+        found = self._cache.get(caption)
+        if found is None:
             # One at a time: the other captions of a batch change the last digits of an embedding.
-            embedding = self._codec.encode_text([caption])[0].cpu()
+            found = self._codec.encode_text([caption])[0].cpu(), self._codec.count_tokens(caption)
         self._remaining[caption] -= 1
         if self._remaining[caption] > 0:
-            self._cache[caption] = embedding
+            self._cache[caption] = found
         else:
             self._cache.pop(caption, None)
-        return embedding
+        return found
 
 
 def make_sample(

@@ -25,12 +25,14 @@ class FinishedShard:
         samples: number of samples of each source, by name.
         shapes: frames, height, width, latent shape and number of samples.
         dropped: source, window number and reason of each window that could not be encoded.
+        cut: tokens of each caption that is longer than the text encoder takes, by the name of its source.
     """
 
     record: ShardRecord | None
     samples: dict[str, int]
     shapes: tuple[tuple[int, int, int, tuple[int, ...], int], ...]
     dropped: tuple[tuple[str, int, str], ...]
+    cut: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write the record into the folder of an unfinished preparation."""
@@ -45,6 +47,7 @@ class FinishedShard:
             value["samples"],
             tuple((*shape[:3], tuple(shape[3]), shape[4]) for shape in value["shapes"]),
             tuple((name, window, reason) for name, window, reason in value["dropped"]),
+            value.get("cut", {}),
         )
 
 
@@ -67,6 +70,7 @@ def with_shard_batch(
     """The manifest with a finished batch of shards added."""
     shards_of: dict[str, dict[str, int]] = collections.defaultdict(dict)
     dropped: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
+    cut: dict[str, int] = {}
     shapes: collections.Counter[tuple[Any, ...]] = collections.Counter()
     for shape in manifest.shapes:
         shapes[shape.split, shape.frames, shape.height, shape.width, shape.latent] += shape.samples
@@ -78,9 +82,12 @@ def with_shard_batch(
             shards_of[name][shard.record.name] = count
         for name, window, reason in shard.dropped:
             dropped[name].append((window, reason))
+        cut |= shard.cut
     sources = {record.path: record for record in with_rejected(manifest, batch.rejected).sources}
     for source, split in batch.accepted:
-        sources[source.name] = _accepted(source, split, shards_of[source.name], dropped[source.name])
+        sources[source.name] = _accepted(
+            source, split, shards_of[source.name], dropped[source.name], cut.get(source.name)
+        )
     return dataclasses.replace(
         manifest,
         complete=True,
@@ -95,7 +102,11 @@ def with_shard_batch(
 
 
 def _accepted(
-    source: PlannedSource, split: str, samples: Mapping[str, int], dropped: Sequence[tuple[int, str]]
+    source: PlannedSource,
+    split: str,
+    samples: Mapping[str, int],
+    dropped: Sequence[tuple[int, str]],
+    cut: int | None,
 ) -> SourceRecord:
     record = SourceRecord(
         path=source.name,
@@ -111,6 +122,7 @@ def _accepted(
         height=source.info.height,
         width=source.info.width,
         caption_sha256=caption_digest(source.caption),
+        caption_tokens=cut,
     )
     if record.samples:
         return record
@@ -145,6 +157,9 @@ def summary_lines(manifest: Manifest, folder: Path, changed: Sequence[str] = ())
     ]
     if dropped:
         lines += [f"{len(dropped)} windows of accepted files could not be encoded:", *dropped]
+    cut = [f"  {one.path}: {one.caption_tokens} tokens" for one in manifest.sources if one.caption_tokens is not None]
+    if cut:
+        lines += [f"{len(cut)} captions were cut to {manifest.settings['text_length']} tokens:", *cut]
     if changed:
         lines.append(
             f"{len(changed)} changes since files were encoded, whose samples stay as they are (give a changed clip "

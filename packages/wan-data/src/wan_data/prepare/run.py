@@ -351,6 +351,7 @@ class _Preparation:
         samples: collections.Counter[str] = collections.Counter()
         shapes: collections.Counter[tuple[int, int, int, tuple[int, ...]]] = collections.Counter()
         dropped: list[tuple[str, int, str]] = []
+        cut: dict[str, int] = {}
         with ShardWriter(self.output, plan.number, plan.split) as shard:
             for source, number in plan.windows():
                 while (source.name, number) not in done:
@@ -362,14 +363,16 @@ class _Preparation:
                     dropped.append((source.name, number, str(one.problem)))
                     self.report.step(f"REJECTED {source.name} window {number + 1}: {one.problem}")
                     continue
-                embedding = text.get(source.caption)
+                embedding, tokens = text.get(source.caption)
+                if tokens > self.settings.text_length:
+                    cut[source.name] = tokens
                 shard.write(make_sample(source, number, one.latent, embedding, self.settings, fingerprint))
                 samples[source.name] += 1
                 shapes[window.length, size.height, size.width, tuple(one.latent.shape)] += 1
                 self.report.step(f"{source.name} window {number + 1} of {len(source.windows)}: {window.length}x{size}")
         assert next(windows, None) is None, "every window of the shard was written or dropped"
         counts = tuple((*shape, count) for shape, count in sorted(shapes.items()))
-        FinishedShard(shard.record, dict(samples), counts, tuple(dropped)).write(self._finished(plan.number))
+        FinishedShard(shard.record, dict(samples), counts, tuple(dropped), cut).write(self._finished(plan.number))
 
 
 def describe_windows(windows: Sequence[Window]) -> str:

@@ -35,6 +35,7 @@ class SourceRecord:
         frames: number of frames at the target rate; 0 if it was rejected.
         source_fps: frame rate of the file.
         height, width: pixels as displayed.
+        caption_tokens: tokens of a caption that was cut, because the text encoder takes fewer; else None.
         caption_sha256: digest of the caption; None if it was rejected, or encoded by a version that did not record it.
     """
 
@@ -52,6 +53,7 @@ class SourceRecord:
     height: float = 0.0
     width: float = 0.0
     caption_sha256: str | None = None
+    caption_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,6 +214,11 @@ class LatentCodec:
         """Decode one tile of each latent frame from ``decoder_features``: RGB in [-1, 1], fp32."""
         return computed_with_tf32(TiledDecoder(self._require("decoder")).pixels(features, tile), self.tf32)
 
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt with the end token; ``encode_text`` cuts what is beyond ``spec.text_length``."""
+        count: int = self._require("tokenizer").count(clean_prompt(prompt))
+        return count
+
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
         """Clean and embed prompts: fp32, each at its true length; ``pad_text`` adds the zero padding.

@@ -70,6 +70,11 @@ class PromptTokenizer:
             )
         return ids
 
+    def count(self, text: str) -> int:
+        """Number of tokens of a text with the end token, without a cut."""
+        self._tokenizer.no_truncation()
+        return len(self._tokenizer.encode(text).ids)
+
 
 def _of_library(error: BaseException) -> bool:
     # The library raises plain exceptions; a panic of its Rust code is no Exception.
