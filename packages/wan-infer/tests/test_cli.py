@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from infer_command import QUICK, refused, run
 from PIL import Image
+from safetensors.torch import save_file
+from tiny_sources import tiny_lora
 
 from wan_infer.output.video_file import read_video
 from wan_infer.request.settings import NEGATIVE_PROMPT
@@ -142,6 +144,30 @@ def test_an_average_of_weights_is_sampled_on_request(
     assert "--ema needs --checkpoint-dir" in refused("--ema", *shared)
 
 
+def test_several_loras_in_one_call(model_folder: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in ("style", "motion")]
+    for seed, file in enumerate(files):
+        save_file(tiny_lora(seed=seed), file)
+    shared = ("--model", model_folder, "--prompts", "a", "--json", *QUICK)
+
+    def sampled(*arguments: object) -> tuple[np.ndarray, str]:
+        done = run(*shared, "--output-folder", tmp_path / "videos", *arguments)
+        assert done.exit_code == 0, done.stderr
+        (video,) = json.loads(done.stdout)["videos"]
+        assert f"loaded tiny with {video['lora']} on cpu" in done.stderr
+        return read_video(video["file"])[0], video["lora"]
+
+    together, record = sampled("--lora", *files, "--lora-scale", 0.1, -0.05)
+    assert record == "style.safetensors x 0.1, motion.safetensors x -0.05"
+    one_by_one = sampled("--lora", files[0], "--lora_scale", 0.1, "--lora", files[1], "--lora_scale", -0.05)
+    assert np.array_equal(one_by_one[0], together)
+    first = sampled("--lora", files[0], "--lora-scale", 0.1)
+    assert first[1] == "style.safetensors x 0.1"
+    assert not np.array_equal(first[0], together)
+    assert sampled("--lora", *files, "--lora-scale", 0)[1] == "style.safetensors x 0, motion.safetensors x 0"
+    assert sampled("--lora", *files)[1] == "style.safetensors x 1, motion.safetensors x 1"
+
+
 def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tmp_path: Path) -> None:
     common = ("--model", model_folder, *QUICK, "--json", "--output-folder")
     both = json.loads(run(*common, tmp_path / "both", "--prompts", "a", "b").stdout)
@@ -175,6 +201,9 @@ def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tm
         (["--cfg-parallel", "--nproc-per-node", "2", "--sample_guide_scale", "1"], r"so there is no second branch"),
         (["--shard-weights"], r"--shard-weights needs several processes and there is one; add --nproc-per-node N"),
         (["--lora", "{tmp}/none"], r"no LoRA at .*none"),
+        (["--lora", "{tmp}/none", "--lora-scale", "nan"], r"the scale of the LoRA .*none is nan"),
+        (["--lora", "a", "b", "--lora-scale", "1", "2", "3"], r"got 2 --lora and 3 --lora-scale; give one scale"),
+        (["--lora-scale", "0.5"], r"got 0 --lora and 1 --lora-scale"),
         (["--vae-tiles", "97"], r"cannot be cut into 1\*97 tiles"),
     ],
 )

@@ -91,7 +91,8 @@ def run(
         device = sampler.model.patch_embedding.weight.device
         sampler.codec  # noqa: B018  a damaged file is refused before the videos are sampled
     step = f", step {source.step}" if source.step is not None else ""
-    progress.line(f"loaded {source.origin}{step} on {device} in {stages.seconds['load']:.1f} s")
+    lora = f" with {sampler.lora_record}" if sampler.lora_record else ""
+    progress.line(f"loaded {source.origin}{step}{lora} on {device} in {stages.seconds['load']:.1f} s")
 
     made = [_make(sampler, job, index, options.vae_dtype, stages, progress) for index in range(len(job.requests))]
     if job.contact_sheet is not None and parallelism.rank == 0:

@@ -45,6 +45,29 @@ def test_the_video_changes_with_the_scale_and_the_record_says_so(model_folder: P
     assert samplers[1].lora_record == "style.safetensors x 0.05"
 
 
+def test_one_file_or_several_with_scales_or_without(model_folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    for seed, path in enumerate((one, two)):
+        save_file(tiny_lora(seed=seed), path)
+    records = []
+    for lora in (one, str(one), (one, 0.5), [one, two], [(one, 0.5), (two, -1.0)], [(one, 0.5)], ((one, 0.5), two), []):
+        sampler = WanSampler.from_pretrained(model_folder, device="cpu", lora=lora)
+        records.append(sampler.lora_record)
+    assert records == [
+        *("one.safetensors x 1", "one.safetensors x 1", "one.safetensors x 0.5"),
+        *("one.safetensors x 1, two.safetensors x 1", "one.safetensors x 0.5, two.safetensors x -1"),
+        *("one.safetensors x 0.5", "one.safetensors x 0.5, two.safetensors x 1", None),
+    ]
+    key = f"{CHANGED[0]}.weight"
+    plain, *changed = (
+        WanSampler.from_pretrained(model_folder, device="cpu", lora=lora).model.get_parameter(key)
+        for lora in ([], (one, 0.5), (two, -1.0), [(one, 0.5), (two, -1.0)])
+    )
+    torch.testing.assert_close(changed[2] - plain, (changed[0] - plain) + (changed[1] - plain), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"the scale of the LoRA .*one.safetensors is inf"):
+        WanSampler.from_pretrained(model_folder, device="cpu", lora=[one, (two, 1.0), (one, float("inf"))])
+
+
 def test_bfloat16_weights_are_changed_once_rounded(model_folder: Path, tmp_path: Path) -> None:
     save_file(tiny_lora(), tmp_path / WEIGHTS_NAME)
     exact = WanSampler.from_pretrained(model_folder, device="cpu", lora=(tmp_path, 1.0)).model

@@ -52,7 +52,8 @@ class ModelSources:
             return []
         is_pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
         several = [given] if is_pair or isinstance(given, str | os.PathLike) else given
-        return [(one, 1.0) if isinstance(one, str | os.PathLike) else one for one in cast("Sequence[Lora]", several)]
+        pairs = [(one, 1.0) if isinstance(one, str | os.PathLike) else one for one in cast("Sequence[Lora]", several)]
+        return [(path, float(scale)) for path, scale in pairs]
 
 
 @dataclasses.dataclass(frozen=True)
