@@ -166,11 +166,19 @@ def jpeg(size: tuple[int, int] = (96, 128), **more: Any) -> bytes:
     return out.getvalue()
 
 
-def profile_of(gamma: float, primaries: dict[str, tuple[float, float]]) -> bytes:
-    """A minimal colour profile (ICC 2.4, display, RGB to XYZ) of a gamma and of primaries, white D50."""
-    white = np.array([0.9642, 1.0, 0.8249])
+def to_xyz(primaries: dict[str, tuple[float, float]]) -> np.ndarray:
+    """The matrix from linear red, green and blue to XYZ, white D65."""
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries.values()]).T
-    columns = columns * np.linalg.solve(columns, white)
+    return columns * np.linalg.solve(columns, [0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
+
+
+def profile_of(gamma: float, primaries: dict[str, tuple[float, float]]) -> bytes:
+    """A minimal colour profile (ICC 2.4, display, RGB to XYZ) of a gamma and of primaries, white D65."""
+    columns, white = to_xyz(primaries), np.array([0.9642, 1.0, 0.8249])
+    # Profiles are relative to D50: Bradford's adaptation.
+    cones = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    gains = (cones @ white) / (cones @ columns.sum(1))
+    columns = np.linalg.inv(cones) @ np.diag(gains) @ cones @ columns
 
     def xyz(values: Sequence[float]) -> bytes:
         return b"XYZ " + bytes(4) + b"".join(struct.pack(">i", round(65536 * value)) for value in values)
@@ -199,8 +207,8 @@ def profile_of(gamma: float, primaries: dict[str, tuple[float, float]]) -> bytes
 FFMPEG = shutil.which("ffmpeg")
 
 
-def shown_by_ffmpeg(path: Path) -> tuple[np.ndarray, list[Fraction]]:
-    """The frames and their times, in seconds from the first, that FFmpeg's command shows."""
+def shown_by_ffmpeg(path: Path) -> tuple[np.ndarray, list[Fraction]] | None:
+    """The frames and their times, in seconds from the first, that FFmpeg's command shows; None if it crashes."""
     work = path.with_suffix(".judge")
     work.mkdir()
     assert FFMPEG is not None
@@ -209,6 +217,8 @@ def shown_by_ffmpeg(path: Path) -> tuple[np.ndarray, list[Fraction]]:
     command += [*convert, "-sws_flags", EXACT, "-f", "rawvideo", str(work / "pixels")]
     command += [*convert, "-sws_flags", EXACT, "-f", "framecrc", str(work / "times")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:  # some static builds do, on every transport stream
+        return None
     assert (work / "times").is_file(), done.stderr
     lines = (work / "times").read_text().splitlines()
     head = dict(line[1:].split(" 0: ") for line in lines if line.startswith("#") and " 0: " in line)

@@ -39,7 +39,7 @@ def read_image(file: BinaryIO, limits: Limits, background: tuple[int, int, int])
         with Image.open(content, formats=IMAGE_FORMATS) as image:
             _check(image, limits)
             image.load()
-            if image.format in ("JPEG", "MPO"):
+            if image.format in ("JPEG", "MPO"):  # MPO is a JPEG file of several photos
                 _check_jpeg(content.getvalue())
             orientation = orientation_of_exif(image.getexif().get(_ORIENTATION))
             pixels = _rgb(image, background)

@@ -9,8 +9,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # FFmpeg's names of the containers of these suffixes. Its other demuxers read lists of files, playlists, session
 # descriptions and patterns of names, which is how a file would bring in the content of others.
 DEMUXERS = ("mov", "matroska", "avi", "mpeg", "mpegvideo", "mpegts", "flv", "asf", "ogg", "gif")
-# Pillow's.
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF")
+# Pillow's names.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 WHITE = "#ffffff"
 
