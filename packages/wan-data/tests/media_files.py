@@ -154,6 +154,22 @@ def write_image(path: Path, form: str, *, orientation: int | None = None, image:
     return path
 
 
+def write_exif_video(path: Path, orientation: int, frames: int = 3) -> Path:
+    """A Motion JPEG whose pictures state an orientation, as some cameras write it."""
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(picture(0)).save(out, "JPEG", quality=95, exif=exif.tobytes())
+    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:
+        stream = container.add_stream("mjpeg", rate=RATE)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuvj420p"
+        for index in range(frames):
+            packet = av.Packet(out.getvalue())
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, RATE), True
+            packet.pts = packet.dts = index
+            container.mux(packet)
+    return path
+
+
 def jpeg(size: tuple[int, int] = (96, 128), **more: Any) -> bytes:
     """A photograph's bytes, more or less."""
     rows, columns = np.mgrid[: size[0], : size[1]]

@@ -5,6 +5,7 @@ pixel by pixel.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +28,7 @@ from media_files import (
     with_edit,
     with_matrix,
     without_packets,
+    write_exif_video,
     write_video,
 )
 
@@ -211,6 +213,17 @@ ORIENTATIONS = [
 ]
 ORIENTATIONS += [
     Cell(
+        f"{suffix} mjpeg exif {number}",
+        functools.partial(write_exif_video, orientation=number),
+        shades=[0, 0, 0],
+        shown=SHOWN[number],
+        size=(HEIGHT, WIDTH) if number < 5 else (WIDTH, HEIGHT),
+    )
+    for suffix in ("mov", "avi")
+    for number in MATRICES
+]
+ORIENTATIONS += [
+    Cell(
         "mp4 h264 turned by 45 degrees", h264(lambda p: with_matrix(p, (0.7, 0.7, -0.7, 0.7))), refused="not of a rot"
     ),
     Cell("mp4 h264 scaled matrix", h264(lambda p: with_matrix(p, (-0.5, 0, 0, 0.5))), shown=SHOWN[2]),
@@ -239,6 +252,8 @@ COLOUR_TAGS += [
     Cell("mp4 h264 bt709 limited", h264(tags={"colorspace": 1, "color_range": LIMITED})),
     Cell("mp4 h264 bt709 full", h264(stored="yuvj420p", tags={"colorspace": 1, "color_range": FULL})),
     Cell("webm vp9 bt709", video("libvpx-vp9", options={"cpu-used": "8"}, tags={"colorspace": 1, "color_range": 1})),
+    Cell("mkv ffv1 YCgCo", video("ffv1", tags={"colorspace": 8}), refused="matrix coefficients are number 8"),
+    Cell("mkv ffv1 linear light", video("ffv1", tags={"color_trc": 8}), refused="linear light"),
     Cell("mkv ffv1 no tags", video("ffv1"), tolerance=1.0),
     Cell("mkv ffv1 PQ", video("ffv1", stored="yuv420p10le", tags=HDR10), refused=r"HDR \(PQ"),
     Cell("mkv ffv1 HLG", video("ffv1", stored="yuv420p10le", tags=HLG), refused=r"HDR \(HLG"),

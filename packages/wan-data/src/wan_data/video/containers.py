@@ -10,7 +10,7 @@ from av.stream import Disposition
 from wan_data.video.display import (
     Orientation,
     Picture,
-    check_dynamic_range,
+    check_colours,
     orientation_of_frame,
     picture_of,
     rgb_of_frame,
@@ -109,7 +109,7 @@ class VideoReader:
             raise Rejected(
                 f"it has more than the {self._limits.frames} frames that are read at most (--max-source-frames)"
             )
-        check_dynamic_range(getattr(frame, "color_trc", stream.codec_context.color_trc))
+        check_colours(frame, getattr(frame, "color_trc", stream.codec_context.color_trc))
         orientation = orientation_of_frame(frame)
         if self._size is None:
             self._size, self.orientation = (frame.width, frame.height), orientation

@@ -4,11 +4,15 @@ Shapes: H rows, W columns, 3 colours.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import av
+import av.filter
 import numpy as np
+from av.sidedata.sidedata import Type
 from jaxtyping import UInt8
 
 from wan_data.video.source_file import Rejected
@@ -20,11 +24,16 @@ Rgb = UInt8[np.ndarray, "H W 3"]
 _EXACT = 4 | 0x40000 | 0x2000 | 0x4000
 
 _FULL = 2  # FFmpeg's number of a range
+_SIDE_DATA_KINDS = 64  # more than FFmpeg has
 
 # Transfer characteristics (ITU-T H.273) that are not those of standard dynamic range.
 _PQ, _HLG = 16, 18
 _NOT_DISPLAYABLE = {_PQ: "HDR (PQ, SMPTE 2084)", _HLG: "HDR (HLG, ARIB STD-B67)", 8: "linear light", 9: "a logarithm"}
 _NOT_DISPLAYABLE |= {10: "a logarithm", 17: "a cinema's (SMPTE 428)"}
+
+
+# Matrix coefficients (ITU-T H.273) that libswscale knows, and those that are not stated; it takes all others for BT.601.
+_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +107,29 @@ def orientation_of_frame(frame: Any) -> Orientation:
         Rejected: see ``orientation_of_matrix``.
     """
     try:
-        matrix = bytes(frame.side_data["DISPLAYMATRIX"])
+        side_data = frame.side_data
+    except ValueError:
+        # PyAV lists no side data where one is of a kind that it does not know, such as EXIF.
+        side_data = _with_known_side_data(frame).side_data
+    try:
+        return orientation_of_matrix(bytes(side_data["DISPLAYMATRIX"]))
     except KeyError:
         return Orientation()
-    except ValueError:
-        # PyAV cannot list the side data of a frame that has some of a kind that it does not know.
-        if frame.rotation == 0:
-            return Orientation()
-        raise Rejected(
-            "its orientation cannot be read by this version of PyAV; rotate it with ffmpeg, or install a later PyAV"
-        ) from None
-    return orientation_of_matrix(matrix)
+
+
+def _with_known_side_data(frame: Any) -> Any:
+    known: set[Any] = {kind.value for kind in Type}
+    graph = av.filter.Graph()
+    steps = [graph.add_buffer(None, frame.width, frame.height, frame.format, "frame", Fraction(1, 1000))]
+    for kind in range(_SIDE_DATA_KINDS):
+        if kind not in known:
+            steps.append(graph.add("sidedata", f"mode=delete:type={kind}"))
+    steps.append(graph.add("buffersink"))
+    for one, following in itertools.pairwise(steps):
+        one.link_to(following)
+    graph.configure()
+    graph.push(frame)
+    return graph.pull()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +170,25 @@ def over_background(rgba: UInt8[np.ndarray, "H W 4"], background: tuple[int, int
     return ((blended + 127) // 255).astype(np.uint8)
 
 
-def check_dynamic_range(transfer: int) -> None:
-    """Refuse pictures that standard displays do not show as they are.
+def check_colours(frame: Any, transfer: int) -> None:
+    """Refuse a decoded frame (an ``av.VideoFrame``) whose colours cannot be converted to those of standard displays.
 
     Args:
-        transfer: transfer characteristics as in ITU-T H.273.
+        frame: the frame.
+        transfer: its transfer characteristics as in ITU-T H.273.
 
     Raises:
-        Rejected: it is that of HDR, of linear light or of a logarithm.
+        Rejected: they are those of HDR, of linear light or of a logarithm, or its matrix is not one of those read.
     """
     if transfer in _NOT_DISPLAYABLE:
         raise Rejected(
             f"its transfer characteristics are {_NOT_DISPLAYABLE[transfer]}; only standard dynamic range is read: "
             "convert it with a tone mapping of your choice"
+        )
+    if not frame.format.is_rgb and frame.colorspace not in _MATRICES:
+        raise Rejected(
+            f"its matrix coefficients are number {int(frame.colorspace)} of ITU-T H.273; BT.601, BT.709, BT.2020 and "
+            "SMPTE 240M are read: convert it to one of these"
         )
 
 
