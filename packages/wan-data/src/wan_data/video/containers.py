@@ -156,7 +156,10 @@ def _shown_stream(container: Any) -> Any:
 
     if not container.streams.video:
         raise Rejected("it has no video stream")
-    return max(container.streams.video, key=preference)
+    known = [stream for stream in container.streams.video if stream.codec_context is not None]
+    if not known:
+        raise Rejected("it cannot be decoded: FFmpeg has no decoder for its video")
+    return max(known, key=preference)
 
 
 def _decoder(stream: Any) -> Callable[[Any], list[Any]]:

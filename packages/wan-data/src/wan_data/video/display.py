@@ -32,7 +32,7 @@ _NOT_DISPLAYABLE = {_PQ: "HDR (PQ, SMPTE 2084)", _HLG: "HDR (HLG, ARIB STD-B67)"
 _NOT_DISPLAYABLE |= {10: "a logarithm", 17: "a cinema's (SMPTE 428)"}
 
 
-# Matrix coefficients (ITU-T H.273) that libswscale knows, and those that are not stated; it takes all others for BT.601.
+# Matrix coefficients (ITU-T H.273) that libswscale knows or that are not stated; it takes all others for BT.601.
 _MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
 
 
