@@ -28,7 +28,8 @@ from wan_data.prepare.folder import files_of_folder
 from wan_data.prepare.run import prepare
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.shards.lock import writer_lock
-from wan_data.video.decode import Rejected, probe, read_windows
+from wan_data.video.decode import probe, read_windows
+from wan_data.video.source_file import Rejected
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.files import sha256_of
 

@@ -138,11 +138,18 @@ settings_options = _all(
     flag(
         "caption-key", default=_DEFAULT.caption_key, help="Key of the caption in .json and .jsonl files and listings."
     ),
+    flag("background", default=_DEFAULT.background, help="Colour behind transparent pixels, as #rrggbb."),
     flag("max-source-frames", default=_DEFAULT.max_source_frames, type=int, help="A clip with more is rejected."),
     flag(
         "max-source-pixels", default=_DEFAULT.max_source_pixels, type=int, help="A clip with larger frames is rejected."
     ),
     flag("max-source-bytes", default=_DEFAULT.max_source_bytes, type=int, help="A larger file is rejected."),
+    flag(
+        "max-source-still",
+        default=_DEFAULT.max_source_still,
+        type=int,
+        help="A clip with a frame that is displayed for more seconds is rejected.",
+    ),
     flag("batch-size", default=_DEFAULT.batch_size, type=int, help="Windows of one shape that are encoded together."),
     flag("samples-per-shard", default=_DEFAULT.samples_per_shard, type=int, help="Samples of a full shard."),
     flag("validation-fraction", default=_DEFAULT.validation_fraction, type=float, help="Share of clips kept for val."),

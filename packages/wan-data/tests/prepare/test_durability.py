@@ -80,7 +80,7 @@ def test_a_probe_cache_is_flushed_with_its_folder(tmp_path):
     with recorded_writes() as events:
         cache.sync()
         assert events == [], "there is no file yet"
-        cache.add("a.mp4", 1, 2, "0" * 64, ClipInfo(5, 5, 16.0, 32.0, 48.0, 0))
+        cache.add("a.mp4", 1, 2, "0" * 64, ClipInfo(5, 5, 16.0, 32.0, 48.0, 1))
         cache.sync()
     assert [event.path for event in events] == [str(tmp_path / "cache.jsonl"), str(tmp_path)]
     assert ProbeCache(tmp_path / "cache.jsonl", PrepareSettings()).find("a.mp4", 1, 2) is not None

@@ -18,7 +18,7 @@ SETTINGS = PrepareSettings(validation_fraction=0.3, samples_per_shard=4, fps=Fra
 
 def source(name, content=None, windows=2, size=SIZE):
     cut = tuple(Window(5 * i, 5 * i + 5) for i in range(windows))
-    info = ClipInfo(5 * windows, 5 * windows, 16.0, 32.0, 48.0, 0)
+    info = ClipInfo(5 * windows, 5 * windows, 16.0, 32.0, 48.0, 1)
     return PlannedSource(name, Path(name), 100, content or name, "A clip.", info, size, cut)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from wan_data.video.buckets import Size
-from wan_data.video.decode import Rejected, probe, read_windows
+from wan_data.video.decode import probe, read_windows
+from wan_data.video.source_file import Rejected
 from wan_data.video.windows import Window
 
 FPS = Fraction(16)

@@ -6,9 +6,10 @@ import pytest
 from reused_decoder import ReusedDecoder
 
 from wan_data.video.buckets import Size
-from wan_data.video.decode import Rejected, probe, read_windows
+from wan_data.video.decode import probe, read_windows
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.limits import Limits
+from wan_data.video.source_file import Rejected
 from wan_data.video.windows import Window
 
 FPS = Fraction(16)

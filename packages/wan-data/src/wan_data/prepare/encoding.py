@@ -18,8 +18,8 @@ from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask, SourceWindows
 from wan_data.shards.serialization import LARGEST_LATENT
 from wan_data.shards.writer import Sample, sample_key
-from wan_data.video.decode import Rejected
 from wan_data.video.decoder_process import Decoder, Job
+from wan_data.video.source_file import Rejected
 from wan_model.codec.convolutions import PRECISIONS
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.torchrun import local_world_size
@@ -112,6 +112,7 @@ class WindowEncoder:
             source.size,
             settings.resize_mode,
             settings.center_crop,
+            settings.background,
         )
 
     def _encode(self, task: EncodeTask) -> Iterator[EncodedWindow]:

@@ -17,8 +17,10 @@ from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile, caption_of
 from wan_data.video.buckets import Size, choose_bucket, enlargement
-from wan_data.video.decode import ClipInfo, Rejected
+from wan_data.video.decode import ClipInfo
 from wan_data.video.decoder_process import Decoder, Job
+from wan_data.video.limits import READING_VERSION
+from wan_data.video.source_file import Rejected
 from wan_data.video.windows import Window, plan_windows
 from wan_model.system.files import naming, sha256_of, sync_file, sync_folder
 
@@ -86,12 +88,12 @@ class ProbeCache:
 
     Args:
         path: the file; None disables the cache.
-        settings: entries that were made with another rate or other limits are ignored.
+        settings: entries that were made with another rate, other limits or another version are ignored.
     """
 
     def __init__(self, path: Path | None, settings: PrepareSettings) -> None:
         self.path = path
-        self._conditions = [str(settings.fps), *dataclasses.astuple(settings.limits)]
+        self._conditions = [READING_VERSION, str(settings.fps), *dataclasses.astuple(settings.limits)]
         self._entries: dict[str, dict[str, Any]] = {}
         for line in path.read_bytes().split(b"\n") if path is not None and path.is_file() else ():
             try:

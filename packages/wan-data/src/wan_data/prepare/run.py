@@ -218,6 +218,11 @@ class _Preparation:
         self.ranks.barrier("begin")
         manifest = read_manifest(self.output, allow_incomplete=True)
         wanted = self.settings.to_dict()
+        if manifest.settings.get("reading_version") != wanted["reading_version"]:
+            raise ValueError(
+                f"{self.output} holds a dataset whose videos were read by another version of wan-data, from which the "
+                "same file gets other pixels; choose another folder, or pass --overwrite to replace it"
+            )
         if differing := [
             f"{name} {wanted.get(name)!r} instead of {manifest.settings.get(name)!r}"
             for name in sorted({*wanted, *manifest.settings})

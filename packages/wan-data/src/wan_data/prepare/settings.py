@@ -5,7 +5,8 @@ from fractions import Fraction
 from typing import Any
 
 from wan_data.video.buckets import Size, buckets_of_area, check_side
-from wan_data.video.limits import Limits
+from wan_data.video.limits import READING_VERSION, Limits
+from wan_data.video.media_types import WHITE, background_of
 from wan_data.video.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
 
 DEFAULT_AREA = 480 * 832
@@ -33,7 +34,8 @@ class PrepareSettings:
         center_crop: keep the aspect ratio and crop the margins; otherwise stretch.
         allow_upscaling: accept sources that are smaller than their bucket.
         caption_key: key of the caption in JSON files and listings.
-        max_source_frames, max_source_pixels, max_source_bytes: limits of an accepted source (see
+        background: colour behind the transparent pixels of a source, as ``#rrggbb``.
+        max_source_frames, max_source_pixels, max_source_bytes, max_source_still: limits of an accepted source (see
             ``wan_data.video.limits.Limits``).
         batch_size: number of windows of one shape that are encoded together; it changes the last digits of latents.
         samples_per_shard: samples of a full shard.
@@ -57,9 +59,11 @@ class PrepareSettings:
     center_crop: bool = True
     allow_upscaling: bool = False
     caption_key: str = "caption"
+    background: str = WHITE
     max_source_frames: int = Limits.frames
     max_source_pixels: int = Limits.pixels
     max_source_bytes: int = Limits.bytes
+    max_source_still: int = Limits.still
     batch_size: int = 1
     samples_per_shard: int = 100
     validation_fraction: float = 0.05
@@ -108,12 +112,12 @@ class PrepareSettings:
         if not self.areas:
             raise ValueError("areas holds none; name at least one")
         self.resolutions()
-        _ = self.limits
+        _ = self.limits, background_of(self.background)
 
     @property
     def limits(self) -> Limits:
         """The limits of an accepted source."""
-        return Limits(self.max_source_frames, self.max_source_pixels, self.max_source_bytes)
+        return Limits(self.max_source_frames, self.max_source_pixels, self.max_source_bytes, self.max_source_still)
 
     @property
     def window_lengths(self) -> Lengths:
@@ -132,8 +136,6 @@ class PrepareSettings:
         return tuple(buckets_of_area(area) for area in sorted(set(self.areas)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values, as the manifest holds them."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in ({**dataclasses.asdict(self), "fps": str(self.fps)}).items()
-        }
+        """The settings as plain JSON values, as the manifest holds them, with the version of how sources are read."""
+        values = {**dataclasses.asdict(self), "fps": str(self.fps), "reading_version": READING_VERSION}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -26,6 +26,7 @@ from typing import Any
 
 from wan_data.video.buckets import Size
 from wan_data.video.limits import Limits
+from wan_data.video.media_types import WHITE
 from wan_data.video.windows import Window
 from wan_model.system.child_process import follow_parent
 
@@ -49,6 +50,7 @@ class Job:
         windows: the windows to decode; None to decode the source to its end and return its properties.
         size: of the returned frames; None if ``windows`` is None.
         resize_mode, center_crop: see ``wan_data.video.decode.to_size``.
+        background: colour behind transparent pixels, as ``#rrggbb``.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Job:
     size: Size | None = None
     resize_mode: str = "bicubic"
     center_crop: bool = True
+    background: str = WHITE
 
     def to_json(self) -> bytes:
         """The job as JSON."""
@@ -70,6 +73,7 @@ class Job:
                 "size": None if self.size is None else [self.size.height, self.size.width],
                 "resize_mode": self.resize_mode,
                 "center_crop": self.center_crop,
+                "background": self.background,
             }
         ).encode()
 
@@ -85,6 +89,7 @@ class Job:
             size=None if value["size"] is None else Size(*value["size"]),
             resize_mode=value["resize_mode"],
             center_crop=value["center_crop"],
+            background=value["background"],
         )
 
 
@@ -133,7 +138,7 @@ class Decoder:
 
         Yields:
             One ``decode.ClipInfo`` for a job without windows, else the frames [T, H, W, 3] of each window, uint8. After
-            an error one ``decode.Rejected`` and nothing more of that job.
+            an error one ``source_file.Rejected`` and nothing more of that job.
         """
         assert self._jobs, "submit a job first"
         complete = False
@@ -162,7 +167,8 @@ class Decoder:
 
     def _responses(self) -> Iterator[Any]:
         # Of the first job. If the process dies, a new one gets the other jobs again.
-        from wan_data.video.decode import ClipInfo, Rejected
+        from wan_data.video.decode import ClipInfo
+        from wan_data.video.source_file import Rejected
 
         job = self._jobs[0]
         missing = -1 if job.windows is None else len(job.windows)
@@ -274,11 +280,12 @@ class _Responder:
 
 
 def _run(job: Job, responder: _Responder) -> None:
-    from wan_data.video.decode import Rejected, probe, read_windows
+    from wan_data.video.decode import probe, read_windows
+    from wan_data.video.source_file import Rejected
 
     try:
         if job.windows is None:
-            info = probe(job.path, job.fps, limits=job.limits, on_frame=responder.heartbeat)
+            info = probe(job.path, job.fps, limits=job.limits, background=job.background, on_frame=responder.heartbeat)
             responder.send(info=dataclasses.asdict(info))
             return
         assert job.size is not None, "windows have a size"
@@ -290,6 +297,7 @@ def _run(job: Job, responder: _Responder) -> None:
             resize_mode=job.resize_mode,
             center_crop=job.center_crop,
             limits=job.limits,
+            background=job.background,
             on_frame=responder.heartbeat,
         ):
             responder.send_frames(frames)

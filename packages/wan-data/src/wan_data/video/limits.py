@@ -1,6 +1,10 @@
-"""Limits of a source file."""
+"""Limits of a source file, and the version of how sources are read."""
 
 import dataclasses
+
+# Raised when the frames of an unchanged file come out with other pixels or times than before. The manifest records it
+# with the settings, so that new samples are not added to a dataset whose samples were read otherwise.
+READING_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,11 +15,13 @@ class Limits:
         frames: number of decoded frames of a source (two hours at 60 per second).
         pixels: of a frame.
         bytes: of a file.
+        still: seconds that a frame may be displayed; more indicates damaged presentation times.
     """
 
     frames: int = 432_000
     pixels: int = 8192 * 4608
     bytes: int = 64 * 2**30
+    still: int = 60
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

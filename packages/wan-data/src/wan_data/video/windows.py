@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Generic, TypeVar
 
+from wan_data.video.limits import Limits
+
 WINDOW_KINDS = ("consecutive", "first", "whole")
 TEMPORAL_STRIDE = 4
-# A frame that is displayed longer than this indicates damaged presentation times.
-LONGEST_FRAME_SECONDS = 60
 # Matroska and Flash round times to milliseconds: a frame may appear this much after its tick.
 TOLERANCE = Fraction(1, 1000)
 
@@ -43,7 +43,7 @@ class Window:
         return self.stop - self.start
 
 
-def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
+def resample(frames: Iterable[TimedFrame[T]], fps: Fraction, *, longest: int = Limits.still) -> Iterator[T]:
     """Yield the frame displayed at each tick k/fps after the first frame, by presentation time.
 
     A frame is displayed from its own time until that of the next frame; the last one for its own duration, or as long
@@ -53,9 +53,10 @@ def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
     Args:
         frames: in order of presentation.
         fps: ticks per second.
+        longest: seconds that a frame may be displayed.
 
     Raises:
-        ValueError: a presentation time is less than the one before, or more than a minute after it.
+        ValueError: a presentation time is less than the one before, or more than ``longest`` after it.
     """
     previous: TimedFrame[T] | None = None
     first, gap, tick = Fraction(0), Fraction(0), 0
@@ -66,10 +67,10 @@ def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
             gap = frame.time - previous.time
             if gap < 0:
                 raise ValueError(f"its presentation times run backwards at {float(frame.time):.3f} s")
-            if gap > LONGEST_FRAME_SECONDS:
+            if gap > longest:
                 raise ValueError(
                     f"its frame at {float(previous.time):.3f} s stays for {float(gap):.0f} s; "
-                    f"more than {LONGEST_FRAME_SECONDS} s indicates damaged presentation times"
+                    f"more than {longest} s indicates damaged presentation times (--max-source-still)"
                 )
             while first + tick / fps + TOLERANCE < frame.time:
                 yield previous.image
@@ -77,7 +78,7 @@ def resample(frames: Iterable[TimedFrame[T]], fps: Fraction) -> Iterator[T]:
         previous = frame
     if previous is not None:
         # At least one tick: a clip of a single frame is an image.
-        end = previous.time + (min(previous.duration, Fraction(LONGEST_FRAME_SECONDS)) or gap)
+        end = previous.time + (min(previous.duration, Fraction(longest)) or gap)
         while tick == 0 or first + tick / fps + TOLERANCE < end:
             yield previous.image
             tick += 1

@@ -1,0 +1,115 @@
+"""Reading images with Pillow: oriented by EXIF, converted to sRGB by their colour profile, over a background."""
+
+import io
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from wan_data.video.display import Picture, Rgb, orientation_of_exif, over_background, picture_of
+from wan_data.video.limits import Limits
+from wan_data.video.media_types import IMAGE_FORMATS
+from wan_data.video.source_file import Rejected
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit is compared with the size in the header instead
+_LARGEST_FILE = 2**30
+_ORIENTATION = 0x0112  # EXIF's tag
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+def read_image(file: BinaryIO, limits: Limits, background: tuple[int, int, int]) -> Picture:
+    """The picture of an image file; the first one if a photo or TIFF holds several.
+
+    Args:
+        file: of ``wan_data.video.source_file.open_source``.
+        limits: of the source.
+        background: red, green and blue behind transparent pixels.
+
+    Raises:
+        Rejected: it cannot be decoded, exceeds a limit, is damaged or an animation.
+    """
+    size = file.seek(0, io.SEEK_END)
+    if size > _LARGEST_FILE:
+        raise Rejected(f"it has {size} bytes; images of at most {_LARGEST_FILE} are read")
+    file.seek(0)
+    content = io.BytesIO(file.read())
+    try:
+        with Image.open(content, formats=IMAGE_FORMATS) as image:
+            _check(image, limits)
+            image.load()
+            if image.format in ("JPEG", "MPO"):  # MPO is a JPEG file of several photos
+                _check_jpeg(content.getvalue())
+            orientation = orientation_of_exif(image.getexif().get(_ORIENTATION))
+            pixels = _rgb(image, background)
+    except UnidentifiedImageError:
+        names = ", ".join(IMAGE_FORMATS)
+        raise Rejected(f"it cannot be decoded: its content is no image that is read ({names})") from None
+    except (OSError, SyntaxError) as error:  # SyntaxError is Pillow's for a damaged PNG
+        raise Rejected(f"it cannot be decoded: {error}") from None
+    height, width, _ = pixels.shape
+    return picture_of(lambda: pixels, height, width, orientation)
+
+
+def _check(image: Image.Image, limits: Limits) -> None:
+    if image.width * image.height > limits.pixels:
+        raise Rejected(
+            f"its frames have {image.width} x {image.height} pixels; at most {limits.pixels} are read "
+            "(--max-source-pixels)"
+        )
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format in ("PNG", "WEBP"):
+        raise Rejected(f"it is an animation of {frames} pictures; convert it to a video")
+
+
+def _check_jpeg(content: bytes) -> None:
+    """Find damage inside a JPEG, which Pillow decodes to grey blocks: FFmpeg's decoder can be strict.
+
+    Raises:
+        Rejected: the strict decoder refuses what the lenient one accepts; others are of a kind that it does not know.
+    """
+    try:
+        _decode_jpeg(content, {"err_detect": "crccheck+explode"})
+    except av.error.FFmpegError as error:
+        try:
+            _decode_jpeg(content, {})
+        except av.error.FFmpegError:
+            return
+        raise Rejected(f"its data are damaged: {error.strerror}") from None
+
+
+def _decode_jpeg(content: bytes, options: dict[str, str]) -> None:
+    codec = av.CodecContext.create("mjpeg", "r")
+    codec.options = options
+    codec.decode(av.Packet(content))
+
+
+def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Rgb:
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise Rejected(f"its pixels are of Pillow's mode {image.mode}; only images of 8 or 16 bits are read")
+    if image.mode in (*_SIXTEEN_BITS, "I"):
+        grey = ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        colours = np.asarray(_to_srgb(rgba.convert("RGB"), image.info.get("icc_profile")))
+        alpha = np.asarray(rgba)[..., 3:]
+        return over_background(np.concatenate([colours, alpha], axis=2), background)
+    return np.array(_to_srgb(image, image.info.get("icc_profile")))
+
+
+def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
+    if image.mode in ("1", "P"):
+        image = image.convert("RGB")
+    if not profile:
+        return image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(source):
+            return image  # the conversion would only round
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image.convert("RGB")  # viewers ignore a damaged profile, or one of another kind of colours
+    assert converted is not None, "only a conversion in place returns nothing"
+    return converted

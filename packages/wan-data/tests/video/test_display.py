@@ -1,0 +1,105 @@
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from wan_data.video.display import (
+    Orientation,
+    orientation_of_exif,
+    orientation_of_matrix,
+    over_background,
+    picture_of,
+    rgb_of_frame,
+)
+from wan_data.video.source_file import Rejected
+
+# Luma weights of red and blue, by FFmpeg's number of the matrix.
+WEIGHTS = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 2: (0.299, 0.114), 7: (0.212, 0.087)}
+
+
+def formula(y, u, v, matrix, full, bits):
+    """ITU-R BT.601, BT.709 and BT.2020, SMPTE 240M: levels of 255."""
+    red, blue = WEIGHTS[matrix]
+    scale, peak = 2 ** (bits - 8), 2**bits - 1
+    luma = y / peak if full else (y - 16 * scale) / (219 * scale)
+    u, v = ((one - 128 * scale) / (peak if full else 224 * scale) for one in (u, v))
+    r, b = luma + 2 * (1 - red) * v, luma + 2 * (1 - blue) * u
+    return 255 * np.array([r, (luma - red * r - blue * b) / (1 - red - blue), b])
+
+
+def flat(stored, values, matrix, full):
+    frame = av.VideoFrame(32, 16, stored)
+    kind = np.uint16 if "p1" in stored else np.uint8
+    for plane, value in zip(frame.planes, values, strict=True):
+        plane.update(np.full(plane.buffer_size // np.dtype(kind).itemsize, value, kind).tobytes())
+    frame.colorspace, frame.color_range = matrix, 2 if full else 1
+    return frame
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("matrix", WEIGHTS)
+@pytest.mark.parametrize(
+    ("stored", "bits"), [("yuv420p", 8), ("yuv422p", 8), ("yuv444p", 8), ("yuv420p10le", 10), ("yuv444p12le", 12)]
+)
+def test_colours_are_those_of_the_formula(stored, bits, matrix, full):
+    rng, scale, errors = np.random.default_rng(0), 2 ** (bits - 8), []
+    while len(errors) < 60:
+        values = [int(rng.integers(low * scale, high * scale)) for low, high in ((50, 200), (100, 156), (100, 156))]
+        wanted = formula(*values, matrix, full, bits)
+        if wanted.min() > 1 and wanted.max() < 254:
+            errors.append(rgb_of_frame(flat(stored, values, matrix, full), (0, 0, 0)).reshape(-1, 3).mean(0) - wanted)
+    # Of single colours half a level is the rounding to integers; libswscale adds a little with more than 8 bits.
+    assert np.abs(errors).max() < 0.8
+    assert np.abs(np.mean(errors, axis=0)).max() < 0.2
+
+
+def test_black_and_white_stay():
+    for full, black, white in ((False, 16, 235), (True, 0, 255)):
+        assert (rgb_of_frame(flat("yuv420p", (black, 128, 128), 1, full), (9, 9, 9)) == 0).all()
+        assert (rgb_of_frame(flat("yuv420p", (white, 128, 128), 1, full), (9, 9, 9)) == 255).all()
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 127, 128, 254, 255])
+def test_blending_rounds_to_the_nearest(alpha):
+    colour, behind = np.array([10, 200, 255]), np.array([255, 0, 90])
+    rgba = np.array([[[*colour, alpha]]], np.uint8)
+    wanted = (colour * alpha + behind * (255 - alpha)) / 255
+    np.testing.assert_allclose(over_background(rgba, (255, 0, 90))[0, 0], wanted, atol=0.5)
+
+
+def test_matrix_and_exif_mean_the_same():
+    corner = np.arange(6, dtype=np.uint8).reshape(2, 3, 1).repeat(3, 2)
+    of_exif = {
+        1: [[0, 1, 2], [3, 4, 5]],
+        2: [[2, 1, 0], [5, 4, 3]],
+        3: [[5, 4, 3], [2, 1, 0]],
+        4: [[3, 4, 5], [0, 1, 2]],
+        5: [[0, 3], [1, 4], [2, 5]],
+        6: [[3, 0], [4, 1], [5, 2]],
+        7: [[5, 2], [4, 1], [3, 0]],
+        8: [[2, 5], [1, 4], [0, 3]],
+    }
+    for number, wanted in of_exif.items():
+        orientation = orientation_of_exif(number)
+        assert orientation.apply(corner)[..., 0].tolist() == wanted
+        assert orientation.exif == number
+    # Each point goes where the matrix says.
+    for a, b, c, d in ((1, 0, 0, 1), (-1, 0, 0, 1), (0, 1, -1, 0), (0, -1, 1, 0), (0, 1, 1, 0), (0, -1, -1, 0)):
+        matrix = np.array([65536 * a, 65536 * b, 0, 65536 * c, 65536 * d, 0, 0, 0, 2**30], np.int32).tobytes()
+        shown = orientation_of_matrix(matrix).apply(corner)[..., 0]
+        places = {(a * x + c * y, b * x + d * y): 3 * y + x for y in range(2) for x in range(3)}
+        left, top = min(x for x, _ in places), min(y for _, y in places)
+        assert all(shown[y - top, x - left] == value for (x, y), value in places.items())
+
+
+@pytest.mark.parametrize("matrix", [(0.7, 0.7, -0.7, 0.7), (1, 0.1, -0.1, 1), (1, 0, 0.5, 1)])
+def test_other_matrices_are_refused(matrix):
+    a, b, c, d = (round(65536 * value) for value in matrix)
+    with pytest.raises(Rejected, match="only these are supported"):
+        orientation_of_matrix(np.array([a, b, 0, c, d, 0, 0, 0, 2**30], np.int32).tobytes())
+
+
+def test_aspect_belongs_to_the_stored_picture():
+    shown = picture_of(lambda: np.zeros((10, 20, 3), np.uint8), 10, 20, Orientation(exchanged=True), Fraction(3, 2))
+    assert (shown.height, shown.width) == (30.0, 10.0)

@@ -1,0 +1,180 @@
+import io
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from media_files import COLOURS, SHOWN, jpeg, picture, profile_of, quarters, shade, to_xyz, write_image
+from PIL import Image, ImageOps
+
+from wan_data.video.buckets import Size
+from wan_data.video.decode import probe, read_windows
+from wan_data.video.images import read_image
+from wan_data.video.limits import Limits
+from wan_data.video.media_types import background_of
+from wan_data.video.source_file import Rejected, open_source
+from wan_data.video.windows import Window
+
+FORMS = {
+    "jpg": ("JPEG", {"quality": 95}),
+    "png": ("PNG", {}),
+    "webp": ("WEBP", {"lossless": True}),
+    "tif": ("TIFF", {}),
+}
+SRGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+P3 = {"red": (0.680, 0.320), "green": (0.265, 0.690), "blue": (0.150, 0.060)}
+
+
+def read(path, background="#ffffff", limits=Limits()):  # noqa: B008 - immutable
+    with open_source(path, limits) as file:
+        return read_image(file, limits, background_of(background))
+
+
+@pytest.mark.parametrize("orientation", SHOWN)
+@pytest.mark.parametrize("suffix", FORMS)
+def test_exif_says_how_a_photo_is_displayed(tmp_path, suffix, orientation):
+    form, more = FORMS[suffix]
+    path = write_image(tmp_path / f"a.{suffix}", form, orientation=orientation, **more)
+    picture = read(path)
+    rgb = picture.rgb()
+    assert (picture.height, picture.width) == rgb.shape[:2] == ((48, 64) if orientation < 5 else (64, 48))
+    colours = [COLOURS.get(letter, 3 * (shade(0),)) for letter in SHOWN[orientation]]
+    np.testing.assert_allclose(quarters(rgb), colours, atol=2)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(rgb, np.asarray(ImageOps.exif_transpose(image)))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 2**16 - 1])
+def test_an_orientation_that_does_not_exist_is_upright(tmp_path, orientation):
+    path = write_image(tmp_path / "a.png", "PNG", orientation=orientation)
+    np.testing.assert_array_equal(read(path).rgb(), picture(0))
+
+
+@pytest.mark.parametrize("suffix", FORMS)
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_a_cut_image_is_refused(tmp_path, suffix, share):
+    form, more = FORMS[suffix]
+    with Image.open(io.BytesIO(jpeg())) as photo:
+        path = write_image(tmp_path / f"a.{suffix}", form, image=photo.convert("RGB"), **more)
+    data = path.read_bytes()
+    read(path)
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(Rejected, match=r"decoded|damaged"):
+        probe(path, Fraction(16))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damage_inside_a_jpeg_is_found(tmp_path, progressive):
+    path, data = tmp_path / "a.jpg", jpeg(progressive=progressive)
+    path.write_bytes(data)
+    read(path)
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + b"\xff\xd5" + 60 * b"\xfe" + data[middle + 62 :])
+    with pytest.raises(Rejected, match=r"damaged|cannot be decoded"):
+        read(path)
+
+
+def transparent(mode):
+    """Opaque above, half transparent below on the left, transparent over another colour on the right."""
+    image = np.zeros((48, 64, 4), np.uint8)
+    image[:24] = (100, 100, 100, 255)
+    image[24:, :32] = (100, 100, 100, 128)
+    image[24:, 32:] = (30, 30, 30, 0)
+    return Image.fromarray(image, "RGBA").convert(mode) if mode != "RGBA" else Image.fromarray(image, "RGBA")
+
+
+@pytest.mark.parametrize(("background", "behind"), [("#ffffff", (255, 255, 255)), ("#102030", (16, 32, 48))])
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGBA"), ("png", "LA"), ("webp", "RGBA"), ("tif", "RGBA")])
+def test_transparent_pixels_show_the_background(tmp_path, suffix, mode, background, behind):
+    form, _ = FORMS[suffix]
+    path = write_image(
+        tmp_path / f"a.{suffix}", form, image=transparent(mode), **({"lossless": True} if form == "WEBP" else {})
+    )
+    half = [(100 * 128 + 127 * part) / 255 for part in behind]
+    np.testing.assert_allclose(
+        quarters(read(path, background).rgb()), [(100,) * 3, (100,) * 3, half, behind], atol=0.51
+    )
+
+
+def test_a_transparent_entry_of_a_palette_shows_the_background(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([1, 2, 3, 200, 100, 50])
+    path = write_image(tmp_path / "a.png", "PNG", image=image, transparency=1)
+    assert read(path).rgb()[0, 0].tolist() == [255, 255, 255]
+    path = write_image(tmp_path / "b.png", "PNG", image=Image.new("RGB", (8, 8), (9, 8, 7)), transparency=(9, 8, 7))
+    assert read(path, "#010203").rgb()[0, 0].tolist() == [1, 2, 3]
+
+
+def test_the_background_is_a_setting(tmp_path):
+    path = write_image(tmp_path / "a.png", "PNG", image=Image.new("RGBA", (64, 48), (1, 2, 3, 0)))
+    (frames,) = read_windows(
+        path,
+        [Window(0, 1)],
+        Size(48, 64),
+        fps=Fraction(16),
+        resize_mode="bicubic",
+        center_crop=True,
+        background="#0a0b0c",
+    )
+    assert frames[0, 0, 0].tolist() == [10, 11, 12]
+
+
+@pytest.mark.parametrize("wrong", ["white", "#fff", "#ffffff00", ""])
+def test_a_background_that_is_no_colour_is_refused(wrong):
+    with pytest.raises(ValueError, match="expected a colour as #rrggbb"):
+        background_of(wrong)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_of_grey_are_rounded_to_eight(tmp_path, suffix):
+    levels = np.arange(256, dtype=np.uint16).repeat(4).reshape(8, 128) * 257
+    image = Image.fromarray(levels)
+    rgb = read(write_image(tmp_path / f"a.{suffix}", FORMS[suffix][0], image=image)).rgb()
+    assert (rgb == (levels // 257)[..., None]).all()
+
+
+def test_a_colour_profile_is_converted_to_srgb(tmp_path):
+    """Display P3 with the gamma 2.2, by the formula; its profile is made here."""
+    colours = [(200, 100, 60), (90, 160, 100), (60, 90, 180), (120, 120, 120)]
+    image = Image.fromarray(np.array(colours, np.uint8).repeat(8, 0).reshape(4, 8, 3).copy())
+    path = write_image(tmp_path / "a.png", "PNG", image=image, icc_profile=profile_of(2.2, P3))
+    linear = (np.linalg.inv(SRGB_TO_XYZ) @ to_xyz(P3) @ (np.array(colours).T / 255) ** 2.2).clip(0, 1).T
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
+    np.testing.assert_allclose(read(path).rgb()[:, 0], srgb, atol=2)
+
+
+def test_a_damaged_profile_is_ignored(tmp_path):
+    path = write_image(tmp_path / "a.png", "PNG", icc_profile=b"no profile")
+    np.testing.assert_array_equal(read(path).rgb(), picture(0))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_inks_become_colours(tmp_path, form):
+    image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    path = write_image(tmp_path / f"a.{form[:3].lower().replace('jpe', 'jpg')}", form, image=image)
+    red, green, blue = read(path).rgb()[8, 8].tolist()
+    assert red < 20
+    assert green > 235
+    assert blue > 235
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_an_animation_is_no_image(tmp_path, form):
+    frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (10, 200)]
+    path = write_image(tmp_path / f"a.{form.lower()}", form, image=frames[0], save_all=True, append_images=frames[1:])
+    with pytest.raises(Rejected, match="an animation of 2 pictures"):
+        read(path)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image" * 100)
+    with pytest.raises(Rejected, match="cannot be decoded: its content is no image that is read"):
+        read(tmp_path / "a.png")
+    write_image(tmp_path / "b.tif", "TIFF", image=Image.new("F", (4, 4), 0.5))
+    with pytest.raises(Rejected, match="only images of 8 or 16 bits are read"):
+        read(tmp_path / "b.tif")
+
+
+def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(tmp_path):
+    path = write_image(tmp_path / "a.png", "PNG", image=Image.new("1", (20_000, 20_000)))
+    with pytest.raises(Rejected, match=r"20000 x 20000 pixels; at most .*--max-source-pixels"):
+        read(path)
