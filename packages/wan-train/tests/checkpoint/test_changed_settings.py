@@ -288,11 +288,11 @@ def test_a_run_without_a_step_left_says_so(one_process_run: Path, tmp_path: Path
 def test_an_optimizer_that_keeps_the_settings_of_a_checkpoint_ends_the_run(
     one_process_run: Path, tmp_path: Path
 ) -> None:
-    """As every version of Megatron does."""
+    """As every version of Megatron would; Core 0.19 does not even find its groups."""
     folder = stopped_after(STOPPED, one_process_run, tmp_path / "run")
     calls = [Call("engine_changes:sets_no_settings")]
     said = sentence_of(run((*RUN_OPTIONS, "optimizer.lr=0.005"), folder, calls=calls))
-    assert "its optimizer takes the settings of a checkpoint" in said
+    assert "its optimizer takes the settings of a checkpoint" in said or "does not hold what a checkpoint" in said
     assert len(read_log(folder)) == STOPPED
 
 

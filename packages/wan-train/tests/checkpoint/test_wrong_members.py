@@ -16,6 +16,7 @@ from warm_ranks import Call
 
 from wan_train.checkpoint.folder import ResumePoint, find_resume_point, step_folder
 from wan_train.checkpoint.members import check_members, read_loader_state
+from wan_train.checkpoint.record import RECORD_NAME, DamagedCheckpointError
 from wan_train.launch.worker import sentence_of_system_error
 
 STATE, LOADER, STRATEGY = "train_state.pt", "train_dataloader_dprank000.pt", "metadata.json"
@@ -93,10 +94,20 @@ def test_a_loader_state_of_the_wrong_form_is_named(case: str, point: ResumePoint
 
 
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(point: ResumePoint) -> None:
-    (point.step_folder / LOADER).unlink()
-    os.mkfifo(point.step_folder / LOADER)
-    with pytest.raises(ValueError, match="it is no plain file"):
-        read_loader_state(point, 0)
+    for name in (LOADER, RECORD_NAME):
+        content = (point.step_folder / name).read_bytes()
+        (point.step_folder / name).unlink()
+        os.mkfifo(point.step_folder / name)
+        with pytest.raises(DamagedCheckpointError, match=f"{name} is no plain file"):
+            find_resume_point(point.folder)
+        if name == LOADER:
+            with pytest.raises(ValueError, match="it is no plain file"):
+                read_loader_state(point, 0)
+        (point.step_folder / name).unlink()
+        (point.step_folder / name).write_bytes(content)
+    (point.step_folder / RECORD_NAME).write_text("[" * 100_000)
+    with pytest.raises(DamagedCheckpointError, match="cannot be read: maximum recursion depth"):
+        find_resume_point(point.folder)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +169,10 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run" / "megatron-rank0.log").mkdir(parents=True)
     said = refused(tmp_path / "run")
-    assert said == f"cannot read or write {tmp_path / 'run' / 'megatron-rank0.log'}: Is a directory"
+    assert f"which cannot be written: Is a directory ({tmp_path / 'run' / 'megatron-rank0.log'})" in said
+    (tmp_path / "run" / "megatron-rank0.log").rmdir()
+    os.mkfifo(tmp_path / "run" / "log.jsonl")
+    assert f"which cannot be written: No plain file ({tmp_path / 'run' / 'log.jsonl'})" in refused(tmp_path / "run")
 
 
 def test_errors_of_the_system_are_sentences_and_others_keep_their_traceback() -> None:
