@@ -1,6 +1,8 @@
 """Functions that a process with the engine imported is asked to call, see ``warm_ranks.Call``."""
 
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,3 +30,64 @@ def note_commands(path: str) -> None:
                 file.write(repr(arguments))
 
     sys.addaudithook(hook)
+
+
+def note_settings(path: str) -> None:
+    """Write down, as a line of JSON each, what every step is computed with."""
+    from wan_model.flow import FlowMatching
+    from wan_train.loop.callback import WanCallback
+    from wan_train.model.provider import MegatronWanDiT
+
+    corrupt, forward, end = FlowMatching.corrupt, MegatronWanDiT.forward, WanCallback.on_train_step_end
+
+    def note(**entry: Any) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def noting_corrupt(self: FlowMatching, pack: Any, generator: Any, *rest: Any) -> Any:
+        samples = pack.layout.num_samples
+        note(**dataclasses.asdict(self), noise_seed=generator.initial_seed(), samples_of_pack=samples)
+        return corrupt(self, pack, generator, *rest)
+
+    def noting_forward(self: Any, **arguments: Any) -> Any:
+        note(recompute=self.dit.recompute, attention=self.dit.ops.kind)
+        return forward(self, **arguments)
+
+    def noting_end(self: Any, context: Any) -> None:
+        for group in context.optimizer.param_groups:
+            if group:
+                note(**{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "wd_mult")})
+        end(self, context)
+
+    FlowMatching.corrupt = noting_corrupt  # type: ignore[method-assign]
+    MegatronWanDiT.forward = noting_forward  # type: ignore[method-assign]
+    WanCallback.on_train_step_end = noting_end  # type: ignore[method-assign]
+
+
+def resume_errors(results: str, folder: str, wanted: dict[str, list[str]]) -> None:
+    """By key the error of resuming the newest checkpoint of a run with these options, or None."""
+    from wan_train.checkpoint.changes import check_resume
+    from wan_train.checkpoint.folder import find_resume_point
+    from wan_train.cli import pretrain
+    from wan_train.config.options import RunOptions
+    from wan_train.loop.run import build_config, check_layout
+
+    found: dict[str, str | None] = {}
+    for key, arguments in wanted.items():
+        given = pretrain.make_context("pretrain", arguments).params
+        ranks = given.pop("nproc_per_node")
+        options = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__})
+        point = find_resume_point(Path(folder))
+        assert point is not None
+        try:
+            config = build_config(options)
+            check_resume(config, check_layout(config, ranks), point)
+            found[key] = None
+        except ValueError as error:
+            found[key] = str(error)
+    Path(results).write_text(json.dumps(found))
+
+
+def fill_output() -> None:
+    """Make standard output a device that is full."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)

@@ -91,16 +91,22 @@ def test_a_checkpoint_of_before_modules_moved_is_resumed_and_exported(
 def test_resumes_in_other_layouts_of_the_model(
     seed: int, reference_of: Callable[[int], Reference], tmp_path: Path
 ) -> None:
-    """Two steps alone, one over two tensor-parallel ranks, one over two stages; the last is read without Megatron."""
+    """Two steps alone, one over two tensor-parallel ranks, one over two stages, or that with context parallelism.
+
+    The last is read without Megatron.
+    """
     reference = reference_of(seed)
     folder = stopped_after(2, reference.run, tmp_path / "run")
     two = ("--nproc-per-node", "2")
     tensor = (*two, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
     pipeline = (*two, "model.pipeline_model_parallel_size=2")
-    for settings in ((*tensor, "train.exit_interval=3"), pipeline):
-        log = train(folder, *equality_options(reference.start, seed, *settings))
-    assert [entry["step"] for entry in log if entry.get("event") == "resumed"] == [2, 3]
-    assert_all_within(engine_results(folder), engine_results(reference.run), reference.scale)
+    train(folder, *equality_options(reference.start, seed, *tensor, "train.exit_interval=3"))
+    shutil.copytree(folder, tmp_path / "other")
+    context = (*two, "model.context_parallel_size=2")
+    for end, settings in ((folder, pipeline), (tmp_path / "other", context)):
+        log = train(end, *equality_options(reference.start, seed, *settings))
+        assert [entry["step"] for entry in log if entry.get("event") == "resumed"] == [2, 3]
+        assert_all_within(engine_results(end), engine_results(reference.run), reference.scale)
 
 
 def test_losing_the_place_in_the_data_would_show(stopped_run: Path, one_process_run: Path) -> None:
@@ -136,6 +142,15 @@ def test_fully_sharded_resumes_to_the_bit(precision: str, tmp_path: Path) -> Non
     assert [entry for entry in log if "event" in entry] == [{"event": "resumed", "step": 2}]
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
     assert same_weights(tmp_path / "cut", tmp_path / "whole", 4)
+    notes, settings = tmp_path / "notes", ("optimizer.lr=0.004", "optimizer.min_lr=0.004", "optimizer.adam_beta2=0.9")
+    stopped_after(2, tmp_path / "whole", tmp_path / "changed")
+    calls = [Call("rank_calls:note_settings", [str(notes)])]
+    ended = run((*RUN_OPTIONS, *options, *settings, "optimizer.adam_eps=1e-7"), tmp_path / "changed", calls=calls)
+    assert set(ended.codes) == {0}, ended.errors
+    groups = [entry for entry in map(json.loads, notes.read_text().splitlines()) if "betas" in entry]
+    assert groups
+    assert all((entry["lr"], entry["betas"], entry["eps"]) == (0.004, [0.9, 0.9], 1e-7) for entry in groups)
+    assert float.fromhex(trajectory(tmp_path / "changed")[3][2]) == 0.004
     said = refused(tmp_path / "cut", "--nproc-per-node", "2", f"mixed_precision={precision}")
     assert "iter_0000004 was saved with dist.use_megatron_fsdp=true, whose format the other cannot read" in said
 

@@ -42,7 +42,6 @@ FIXED = (
     FixedSetting("dataset.num_workers", _ORDER, with_data=True),
     FixedSetting("dataset.seed", _ORDER, with_data=True),
     FixedSetting("mixed_precision", _STATE),
-    FixedSetting("optimizer.optimizer", _STATE),
     FixedSetting("optimizer.use_distributed_optimizer", _STATE),
     FixedSetting("optimizer.use_precision_aware_optimizer", _STATE),
     FixedSetting("model.init_from", "the run has begun, and the weights continue from the checkpoint"),

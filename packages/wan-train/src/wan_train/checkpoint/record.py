@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from wan_model.system.files import write_json
 RECORD_NAME = "complete.json"
 _FORMAT = 1
 _BLOCK = 1 << 22
+# Some hundred bytes for each file, and some files for each of thousands of ranks.
+_LARGEST = 1 << 26
 
 
 class PartialCheckpointError(ValueError):
@@ -68,10 +71,13 @@ def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
     """
     path = folder / RECORD_NAME
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+            raise DamagedCheckpointError(f"{path} is no plain file of at most {_LARGEST} bytes")
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise PartialCheckpointError(f"{path} is missing: the checkpoint was never completed") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
     try:
         if content["format"] != _FORMAT or content["step"] != step:
@@ -85,11 +91,15 @@ def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
         if Path(name).name != name:
             raise DamagedCheckpointError(f"{path} names {name!r}, which is not a file beside it")
         try:
-            size = (folder / name).stat().st_size
+            found = (folder / name).stat()
         except OSError:
             raise DamagedCheckpointError(f"{folder / name} is missing, which {RECORD_NAME} names") from None
-        if size != record.bytes:
-            raise DamagedCheckpointError(f"{folder / name} has {size} bytes where {RECORD_NAME} says {record.bytes}")
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedCheckpointError(f"{folder / name} is no plain file")
+        if found.st_size != record.bytes:
+            raise DamagedCheckpointError(
+                f"{folder / name} has {found.st_size} bytes where {RECORD_NAME} says {record.bytes}"
+            )
     return files
 
 

@@ -9,7 +9,7 @@ import sys
 from wan_model.system.child_process import Supervisor, end_process
 
 
-def _in_a_sentence(error: OSError) -> Exception:
+def sentence_of_system_error(error: OSError) -> Exception:
     """The error for a file that the system does not let this process use; others keep their traceback."""
     if error.filename is None or error.strerror is None:
         return error
@@ -26,7 +26,7 @@ def main() -> int:
 
         pretrain(RunOptions.from_json(sys.argv[1]))
     except OSError as error:
-        return supervisor.record(_in_a_sentence(error))
+        return supervisor.record(sentence_of_system_error(error))
     except Exception as error:
         return supervisor.record(error)
     return 0

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 import functools
 import io
 import logging
@@ -169,6 +170,10 @@ class _NamedOutput(io.TextIOWrapper):
             super().flush()
 
 
+def _megatron_log() -> str:
+    return f"megatron-rank{torchrun.rank()}.log"
+
+
 def _require_writable(folder: Path) -> None:
     """Create the checkpoint folder.
 
@@ -181,8 +186,11 @@ def _require_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if (log := folder / LOG_NAME).exists():
-            log.open("a").close()
+        for path in (folder / LOG_NAME, folder / _megatron_log()):
+            if path.exists():
+                if path.is_fifo() or path.is_socket():  # opening would wait for a reader
+                    raise OSError(errno.EINVAL, "No plain file", str(path))
+                path.open("a").close()
     except OSError as error:
         where = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
         raise ValueError(
@@ -207,7 +215,7 @@ def _megatron_output_in_file(config: Any, verbose: bool) -> Iterator[TextIO]:
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             where = os.devnull
             if config.checkpoint.save is not None:
-                where = f"{config.checkpoint.save}/megatron-rank{torchrun.rank()}.log"
+                where = f"{config.checkpoint.save}/{_megatron_log()}"
             file = stack.enter_context(_NamedOutput(where))
             stack.enter_context(contextlib.redirect_stdout(file))
         yield terminal
