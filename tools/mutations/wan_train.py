@@ -92,7 +92,7 @@ MUTATIONS = (
     ),
     _of(
         "cut-file-accepted", "checkpoint/record.py",
-        "if size != record.bytes:", "if size > record.bytes:",
+        "if found.st_size != record.bytes:", "if found.st_size > record.bytes:",
         "a checkpoint with a file cut short counts as complete",
         "checkpoint/test_folder.py",
     ),
@@ -103,7 +103,7 @@ MUTATIONS = (
         "checkpoint/test_folder.py",
     ),
     _of(
-        "loader-state-runs-code", "checkpoint/folder.py",
+        "loader-state-runs-code", "checkpoint/members.py",
         "weights_only=True", "weights_only=False",
         "resuming from a downloaded checkpoint runs code from its loader state",
         "test_units.py",
