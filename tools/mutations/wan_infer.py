@@ -39,6 +39,18 @@ MUTATIONS = (
         "loading/test_lora.py",
     ),
     _of(
+        "rank-stabilisation-ignored", "loading/lora_config.py",
+        "math.sqrt(rank) if self.rank_stabilised else rank", "rank",
+        "the change of an adapter with rsLoRA is too small by a factor of the root of its rank",
+        "loading/test_lora_dialects.py",
+    ),
+    _of(
+        "alpha-pattern-ignored", "loading/lora_config.py",
+        "own_alpha.get(name, self.alpha)", "self.alpha",
+        "linears with an alpha of their own get that of the others",
+        "loading/test_lora_dialects.py",
+    ),
+    _of(
         "frame-count-off-by-one", "request/settings.py",
         "if frames >= 1 and (frames - 1) % TEMPORAL_STRIDE == 0:", "if frames >= 1 and frames % TEMPORAL_STRIDE == 0:",
         "the 81 frames of the released models are refused and 80 accepted",

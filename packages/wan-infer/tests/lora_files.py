@@ -64,9 +64,9 @@ def kohya(alpha: float = 2.0, rank: int = 4) -> Tensors:
     return found
 
 
-def lightx2v() -> Tensors:
+def lightx2v(alpha: float | None = None) -> Tensors:
     """A distillation: products, changes of biases and of the head, and changes of norms, which are zero."""
-    draw, found = Drawn(3), comfy(ab=False, alpha=None)
+    draw, found = Drawn(3), comfy(ab=False, alpha=alpha)
     for name, (out, _) in {**BLOCK_LINEARS, **OTHER_LINEARS}.items():
         found[f"diffusion_model.{name}.diff_b"] = draw(out)
     found["diffusion_model.head.head.diff"] = draw(*HEAD)

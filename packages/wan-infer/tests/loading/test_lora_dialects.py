@@ -1,5 +1,6 @@
 """LoRA files of every dialect: diffusers' converters and peft say what the merged weights are."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lora_files import (
 from safetensors.torch import load_file, save_file
 
 from wan_infer.loading.lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, merge_loras, read_lora
+from wan_infer.loading.lora_config import METADATA_KEY
 from wan_model.dit.model import WanDiT
 from wan_model.tiny import TINY_CONFIG
 
@@ -36,6 +38,7 @@ DIALECTS: dict[str, Callable[[], Tensors]] = {
     "kohya": kohya,
     "kohya with a large alpha": lambda: kohya(alpha=16.0),
     "lightx2v": lightx2v,
+    "lightx2v with an alpha": lambda: lightx2v(alpha=6.0),
 }
 WEIGHTS = base_weights()
 
@@ -93,7 +96,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "r": 4,
         "lora_alpha": 6,
         "alpha_pattern": {r"blocks\.0\..*to_(q|k)": 1, "^blocks.1.attn[12].to_v": 2, "blocks.*": 9, "to_q": 100},
-        "rank_pattern": {r".*attn2.*": 2},
+        "rank_pattern": {r".*attn2.*": 2, "net.(0.proj|7)": 3},
     },
     "rsLoRA with patterns": {
         "r": 4,
@@ -152,6 +155,15 @@ def test_an_adapter_that_the_transformer_saved_itself(tmp_path: Path) -> None:
     theirs.fuse_lora()
     theirs.unload_lora()
     assert_equal(merged(tmp_path), theirs.state_dict())
+
+
+def test_a_configuration_for_names_of_diffusers_in_a_file_with_official_names(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config: dict[str, Any] = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"attn1.to_q": 2, "ffn.net.(0.proj|7)": 3}}
+    config["target_modules"] = [*ATTENTION, "net.0.proj", "net.2", "linear_1", "linear_2", "time_proj"]
+    metadata = {METADATA_KEY: json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    save_file(comfy(ab=True, alpha=None), tmp_path / WEIGHTS_NAME, metadata)
+    assert_equal(merged(tmp_path), fused_by_diffusers(WEIGHTS, [tmp_path / WEIGHTS_NAME]))
 
 
 def test_several_files_with_their_scales(tmp_path: Path) -> None:
