@@ -25,10 +25,10 @@ def test_a_missing_engine_is_one_sentence(monkeypatch: pytest.MonkeyPatch, absen
 
 
 def test_the_tutorials_spellings_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, int]] = []
+    seen: list[tuple[RunOptions, int]] = []
 
-    def record(argument: str, ranks: int) -> int:
-        seen.append((argument, ranks))
+    def record(options: RunOptions, ranks: int) -> int:
+        seen.append((options, ranks))
         return 0
 
     monkeypatch.setattr(wan_train.launch.launcher, "launch", record)
@@ -37,8 +37,7 @@ def test_the_tutorials_spellings_are_accepted(monkeypatch: pytest.MonkeyPatch) -
     )
     result = CliRunner().invoke(main, ["pretrain", *arguments.split()])
     assert result.exit_code == 0, result.output
-    options = RunOptions.from_json(seen[0][0])
-    assert options == RunOptions(None, "finetune", "a.yaml", ("train.train_iters=3",), mock=True, init_from="w")
+    assert seen[0][0] == RunOptions(None, "finetune", "a.yaml", ("train.train_iters=3",), mock=True, init_from="w")
     assert seen[0][1] == 4
 
 
