@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import Image, ImageCms
 
 HEIGHT, WIDTH = 48, 64
@@ -167,6 +168,27 @@ def write_exif_video(path: Path, orientation: int, frames: int = 3) -> Path:
             packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, RATE), True
             packet.pts = packet.dts = index
             container.mux(packet)
+    return path
+
+
+def write_with_cover(path: Path, cover_first: bool) -> Path:
+    """A video beside a larger still picture that is marked as a cover."""
+    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:
+        roles = ["cover", "video"] if cover_first else ["video", "cover"]
+        streams = {role: container.add_stream("mjpeg" if role == "cover" else "libx264", rate=RATE) for role in roles}
+        video, cover = streams["video"], streams["cover"]
+        video.height, video.width, video.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        video.options = {"crf": "4"}
+        cover.height, cover.width, cover.pix_fmt = 4 * HEIGHT, 4 * WIDTH, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        still = av.VideoFrame.from_ndarray(np.full((4 * HEIGHT, 4 * WIDTH, 3), 99, np.uint8), format="rgb24")
+        container.mux(cover.encode(still.reformat(format="yuvj420p")))
+        container.mux(cover.encode())
+        for index in range(12):
+            frame = as_frame(picture(index), "yuv420p", None)
+            frame.pts, frame.time_base = index, Fraction(1, RATE)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
     return path
 
 

@@ -30,6 +30,7 @@ from media_files import (
     without_packets,
     write_exif_video,
     write_video,
+    write_with_cover,
 )
 
 from wan_data.video.containers import VideoReader
@@ -279,7 +280,11 @@ DAMAGE = [
     for suffix in ("avi", "mov", "mkv")
     for data in (b"\x00\x00", b"\xff\xd5")
 ]
-CELLS = [*PLAIN, *TIMES, *EDITS, *JOINS, *ORIENTATIONS, *ASPECTS, *COLOUR_TAGS, *TRANSPARENCY, *DAMAGE]
+COVERS = [
+    Cell(f"mp4 h264 cover {'first' if first else 'last'}", functools.partial(write_with_cover, cover_first=first))
+    for first in (True, False)
+]
+CELLS = [*COVERS, *PLAIN, *TIMES, *EDITS, *JOINS, *ORIENTATIONS, *ASPECTS, *COLOUR_TAGS, *TRANSPARENCY, *DAMAGE]
 
 
 def read(path: Path, still: int = 60) -> tuple[list[Fraction], list[np.ndarray], list[tuple[float, float]]]:
