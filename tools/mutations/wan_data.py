@@ -82,7 +82,7 @@ MUTATIONS = (
     ),
     _of(
         "rotation-ignored", "video/display.py",
-        "return Orientation(exchanged=True, mirrored=c < 0, flipped=b < 0)", "return Orientation()",
+        "image = image.swapaxes(0, 1)", "image = image[:]",
         "rotated videos, such as those of phones, are encoded without rotation",
         "video/test_decode.py",
     ),

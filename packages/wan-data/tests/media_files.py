@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import Image, ImageCms
 
 HEIGHT, WIDTH = 48, 64
@@ -168,6 +169,35 @@ def write_exif_video(path: Path, orientation: int, frames: int = 3) -> Path:
             packet.pts = packet.dts = index
             container.mux(packet)
     return path
+
+
+def write_two_videos(path: Path, *, cover: bool = False) -> Path:
+    """The video behind a smaller one of another colour; with ``cover`` behind a larger picture that is a cover."""
+    height, width = (4 * HEIGHT, 4 * WIDTH) if cover else (HEIGHT // 2, WIDTH // 2)
+    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:
+        other = container.add_stream("mjpeg", rate=RATE)
+        other.height, other.width, other.pix_fmt = height, width, "yuvj420p"
+        other.disposition = Disposition.attached_pic if cover else Disposition(0)
+        video = container.add_stream("libx264", rate=RATE, options={"crf": "4", "preset": "fast"})
+        video.height, video.width, video.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        video.disposition = Disposition.default
+        for index in range(12):
+            if index == 0 or not cover:
+                container.mux(other.encode(_at(index, np.full((height, width, 3), 99, np.uint8), "yuvj420p")))
+            container.mux(video.encode(_at(index, picture(index), "yuv420p")))
+        container.mux(other.encode())
+        container.mux(video.encode())
+    return path
+
+
+def write_with_cover(path: Path) -> Path:
+    return write_two_videos(path, cover=True)
+
+
+def _at(index: int, image: np.ndarray, stored: str) -> Any:
+    frame = as_frame(image, stored, None)
+    frame.pts, frame.time_base = index, Fraction(1, RATE)
+    return frame
 
 
 def jpeg(size: tuple[int, int] = (96, 128), **more: Any) -> bytes:

@@ -212,6 +212,15 @@ def test_a_run_killed_in_its_first_manifest_is_taken_up(prepared, clips, dataset
     assert without_index(tmp_path) == without_index(dataset)
 
 
+def test_samples_that_were_read_otherwise_are_not_added_to(prepared, dataset, clips, tiny_model, small, tmp_path):
+    out = shutil.copytree(dataset, tmp_path / "out")
+    manifest = json.loads((out / "wan-data.json").read_bytes())
+    del manifest["settings"]["reading_version"], manifest["settings"]["background"]  # as versions before wrote it
+    (out / "wan-data.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"read by another version of wan-data, .*pass --overwrite to replace it"):
+        prepared(clips, out, tiny_model, PrepareSettings(**small))
+
+
 def test_a_dataset_of_other_settings_is_replaced_only_when_asked(
     prepared, dataset, clips, clip, tiny_model, small, tmp_path
 ):

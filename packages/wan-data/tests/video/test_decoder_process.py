@@ -3,6 +3,8 @@ import signal
 from fractions import Fraction
 
 import pytest
+from media_files import write_image
+from PIL import Image
 from reused_decoder import ReusedDecoder
 
 from wan_data.video.buckets import Size
@@ -38,6 +40,14 @@ def test_answers_are_those_of_this_process(decoder, clip, tmp_path):
     assert answers[3][1] == probe(second, FPS)
     wanted = list(read_windows(first, jobs[1].windows, SIZE, fps=FPS, resize_mode="bilinear", center_crop=True))
     assert all(got.equal(want) for (_, got), want in zip(answers[1:3], wanted, strict=True))
+
+
+def test_a_job_arrives_whole(decoder, tmp_path):
+    path = write_image(tmp_path / "a.png", "PNG", image=Image.new("RGBA", (48, 32)))
+    job = Job(path, FPS, Limits(1, 2000, 3000, 4), (Window(0, 1),), SIZE, "nearest", False, "#0a0b0c")
+    assert Job.from_json(job.to_json()) == job
+    ((_, frames),) = decoder.decode([job])
+    assert frames[0, 0, 0].tolist() == [10, 11, 12]
 
 
 def test_a_rejection_is_an_answer_and_the_next_job_goes_on(decoder, clip, tmp_path):

@@ -29,7 +29,9 @@ from media_files import (
     with_matrix,
     without_packets,
     write_exif_video,
+    write_two_videos,
     write_video,
+    write_with_cover,
 )
 
 from wan_data.video.containers import VideoReader
@@ -198,6 +200,9 @@ JOINS = [
     Cell("ts mpeg2video joined", video("mpeg2video", twice), shades=[*range(12), *range(12)]),
     Cell("m2ts h264 joined", h264(twice, form="mpegts", options=B_FRAMES), shades=[*range(12), *range(12)]),
     Cell("vob mpeg2video joined", video("mpeg2video", twice, form="vob"), shades=[*range(12), *range(12)]),
+    # Packets 3 to 8 are the first frame; the last of them is followed by the begin of the next.
+    Cell("ts h264 damaged inside a frame", h264(lambda path: without_packets(path, 5, 1)), refused="damaged"),
+    Cell("ts h264 damaged at the end of a frame", h264(lambda path: without_packets(path, 8, 1)), refused="damaged"),
     Cell("ts h264 a packet lost", h264(lambda path: without_packets(path, 12, 1)), refused="damaged|cannot be decoded"),
     Cell("ts h264 packets lost", h264(lambda path: without_packets(path, 9, 9)), refused="damaged|cannot be decoded"),
 ]
@@ -279,7 +284,9 @@ DAMAGE = [
     for suffix in ("avi", "mov", "mkv")
     for data in (b"\x00\x00", b"\xff\xd5")
 ]
-CELLS = [*PLAIN, *TIMES, *EDITS, *JOINS, *ORIENTATIONS, *ASPECTS, *COLOUR_TAGS, *TRANSPARENCY, *DAMAGE]
+STREAMS = [Cell("mp4 h264 with a cover", write_with_cover)]
+STREAMS += [Cell(f"{suffix} h264 behind a smaller video", write_two_videos) for suffix in ("mp4", "mkv", "mov")]
+CELLS = [*STREAMS, *PLAIN, *TIMES, *EDITS, *JOINS, *ORIENTATIONS, *ASPECTS, *COLOUR_TAGS, *TRANSPARENCY, *DAMAGE]
 
 
 def read(path: Path, still: int = 60) -> tuple[list[Fraction], list[np.ndarray], list[tuple[float, float]]]:
@@ -298,6 +305,7 @@ def test_a_file_is_read_as_it_is_displayed(cell, tmp_path):
         with pytest.raises(Rejected, match=cell.refused):
             probe(path, Fraction(RATE))
         return
+    assert probe(path, Fraction(RATE), limits=Limits(still=cell.still)).source_frames == len(cell.shades)
     times, images, sizes = read(path)
     wanted = range(len(cell.shades)) if cell.times is None else cell.times
     # Matroska and Flash round to milliseconds, GIF to hundredths.

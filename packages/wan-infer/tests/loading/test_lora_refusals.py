@@ -151,8 +151,8 @@ def test_incomplete_and_misshapen_files(tmp_path: Path, name: str) -> None:
 
 # [field of peft's configuration or the whole text, what is said]
 CONFIGURATIONS: list[tuple[Any, str]] = [
-    ("[" * 100_000, "is nested too deeply"),
-    ('{"a":' * 100_000, "is nested too deeply"),
+    ("[" * 100_000, "is nested more than 100 levels deep"),
+    ('{"a":' * 100_000, "is nested more than 100 levels deep"),
     (" " * (2**22 + 1), "characters"),
     ("{", "is not JSON"),
     ('{"lora_alpha": ' + "9" * 5000 + "}", "is not JSON"),

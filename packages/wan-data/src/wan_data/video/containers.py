@@ -46,7 +46,7 @@ class VideoReader:
         self.orientation = Orientation()
         self._pixel_aspect = Fraction(1)
         self._size: tuple[int, int] | None = None
-        self._breaks: list[CounterBreak] | None = None
+        self._breaks: list[CounterBreak] = []  # of a transport stream
         self._position = 0  # of the packet before
 
     def frames(self) -> Iterator[TimedFrame[Picture]]:
@@ -72,30 +72,31 @@ class VideoReader:
         decode = _decoder(stream)
         clock = Clock(demuxer, stream.time_base)
         discarded = 0
+        if demuxer == "mpegts":
+            self._find_breaks(stream.id)
         for packet in container.demux(stream):
             discarded += packet.is_discard
-            if packet.is_corrupt and not (demuxer == "mpegts" and self._is_joined(stream.id)):
+            if packet.is_corrupt and not self._breaks:
                 raise Rejected(f"its data are damaged after frame {self.decoded}")
-            if not clock.adjust(packet) and demuxer == "mpegts" and self._follows_break(packet.pos, stream.id):
+            if not clock.adjust(packet) and self._follows_break(packet.pos):
                 raise Rejected(f"its data are damaged after frame {self.decoded}: frames are missing")
             self._position = packet.pos or self._position
             for frame in decode(packet):
                 yield self._timed(frame, stream, clock)
         self._check_complete(stream, demuxer, discarded)
 
-    def _is_joined(self, pid: int) -> bool:
-        """The packets of a transport stream are all there, although their counter breaks."""
-        breaks = self._counter_breaks(pid)
-        return bool(breaks) and all(one.clean for one in breaks)
+    def _find_breaks(self, pid: int) -> None:
+        # FFmpeg notes a break beside the access unit before, and loses the note at the first one.
+        self._breaks = counter_breaks(self._file.fileno(), pid)
+        for one in self._breaks:
+            if not one.clean:
+                raise Rejected(
+                    f"its data are damaged: packets of its transport stream are missing at byte {one.position}"
+                )
 
-    def _follows_break(self, position: int | None, pid: int) -> bool:
+    def _follows_break(self, position: int | None) -> bool:
         """The counter breaks between the access unit before and this one."""
-        return any(self._position < one.position <= (position or 0) for one in self._counter_breaks(pid))
-
-    def _counter_breaks(self, pid: int) -> list[CounterBreak]:
-        if self._breaks is None:
-            self._breaks = counter_breaks(self._file.fileno(), pid)
-        return self._breaks
+        return any(self._position < one.position <= (position or 0) for one in self._breaks)
 
     def _timed(self, frame: Any, stream: Any, clock: Clock) -> TimedFrame[Picture]:
         if frame.is_corrupt:

@@ -13,7 +13,7 @@ import av
 import av.filter
 import numpy as np
 from av.sidedata.sidedata import Type
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 
 from wan_data.video.source_file import Rejected
 
@@ -209,6 +209,6 @@ def rgb_of_frame(frame: Any, background: tuple[int, int, int]) -> Rgb:
     return over_background(pixels, background) if alpha else pixels
 
 
-def _eight_bits(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _eight_bits(pixels: UInt16[np.ndarray, "H W colours"]) -> UInt8[np.ndarray, "H W colours"]:
     """Round 16 bits to 8."""
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)

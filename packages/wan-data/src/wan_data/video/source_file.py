@@ -68,7 +68,10 @@ def open_container(file: BinaryIO, options: Mapping[str, str] | None = None) -> 
             _Nameless(file),
             mode="r",
             metadata_errors="ignore",
-            options={**_CLOSED, **(options or {})},
+            container_options={
+                **_CLOSED,
+                **(options or {}),
+            },  # as "options" PyAV 17 would give them to the decoders too
             buffer_size=_READ_BYTES,
         )
     except av.error.ArgumentError:

@@ -8,7 +8,6 @@ Source: peft's ``LoraConfig`` and ``LoraLayer.update_layer``.
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 from wan_infer.loading.lora_names import refuse_stated_models, shown
 from wan_infer.loading.lora_patterns import match_patterns
+from wan_model.system.safe_reading import parse_json
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
@@ -164,12 +164,7 @@ def _matched(
 def _json_object(text: str, where: str) -> dict[str, Any]:
     if len(text) > _MOST_CHARACTERS:
         raise ValueError(f"{where} has over {_MOST_CHARACTERS} characters; expected a configuration of peft")
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{where} is nested too deeply; expected a configuration of peft as JSON") from None
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}); expected a configuration of peft") from None
+    value = parse_json(text, where)
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a JSON {type(value).__name__}; expected an object, a configuration of peft")
     return value
