@@ -180,7 +180,7 @@ def write_two_videos(path: Path, *, cover: bool = False) -> Path:
         other.disposition = Disposition.attached_pic if cover else Disposition(0)
         video = container.add_stream("libx264", rate=RATE, options={"crf": "4", "preset": "fast"})
         video.height, video.width, video.pix_fmt = HEIGHT, WIDTH, "yuv420p"
-        video.disposition = Disposition.default
+        video.disposition = Disposition(0) if cover else Disposition.default
         for index in range(12):
             if index == 0 or not cover:
                 container.mux(other.encode(_at(index, np.full((height, width, 3), 99, np.uint8), "yuvj420p")))

@@ -6,6 +6,7 @@ pixel by pixel.
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from av.stream import Disposition
 from media_files import (
     COLOURS,
     FFMPEG,
@@ -34,7 +36,7 @@ from media_files import (
     write_with_cover,
 )
 
-from wan_data.video.containers import VideoReader
+from wan_data.video.containers import VideoReader, _shown_stream
 from wan_data.video.decode import probe
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source
@@ -324,3 +326,18 @@ def test_a_file_is_read_as_it_is_displayed(cell, tmp_path):
         difference = difference[:, rows][:, :, columns]
         assert np.abs(difference).max() <= 3
         assert abs(difference.mean()) < cell.judged
+
+
+def test_a_cover_is_not_the_video():
+    def stream(side, disposition):
+        return types.SimpleNamespace(
+            disposition=disposition, codec_context=types.SimpleNamespace(width=side, height=side)
+        )
+
+    cover, video = stream(4000, Disposition.attached_pic | Disposition.default), stream(64, Disposition(0))
+    unknown = types.SimpleNamespace(disposition=Disposition.default, codec_context=None)
+    container = types.SimpleNamespace(streams=types.SimpleNamespace(video=[cover, unknown, video]))
+    assert _shown_stream(container) is video
+    container.streams.video = [unknown]
+    with pytest.raises(Rejected, match="no decoder for its video"):
+        _shown_stream(container)
