@@ -20,7 +20,7 @@ from typing import IO, Any
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -35,10 +35,9 @@ FPS = 16
 _X264 = {"preset": "medium", "crf": "17", "x264-params": "cpu-independent=1"}
 _X264_THREADS = 4
 _PNG_KEY = "wan-infer"
-# The fast conversion makes every pixel darker by one level of 255.
-_EXACT = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-)
+# Flags of libswscale (bicubic, ACCURATE_RND, FULL_CHR_H_INT, FULL_CHR_H_INP). As numbers, because PyAV names them from
+# version 18 on only. The fast conversion, its default, makes every pixel darker by one level of 255.
+_EXACT = 4 | 0x40000 | 0x2000 | 0x4000
 
 Frames = UInt8[np.ndarray, "T H W 3"]
 
