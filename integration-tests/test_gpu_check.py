@@ -62,6 +62,31 @@ sys.exit(Check(Path(sys.argv[1]), float(sys.argv[2]), "cpu", stages).run())
 """
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_shell():
+    """What a shell starts in the background ignores some signals, and so would every check that is started here."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(autouse=True)
+def no_check_is_left():
+    """No check outlives its test."""
+    yield
+    for check in _STARTED:
+        check.kill()
+        check.communicate()
+    _STARTED.clear()
+
+
+_STARTED: list["subprocess.Popen[str]"] = []
+
+
 def _start(folder: Path, minutes: float, *stages: str) -> "subprocess.Popen[str]":
     (folder / "planted.py").write_text(PLANTED)
     environment = {
@@ -70,7 +95,9 @@ def _start(folder: Path, minutes: float, *stages: str) -> "subprocess.Popen[str]
         "PLANTED_PID": str(folder / "pid"),
     }
     command = [sys.executable, "-c", DRIVER, str(folder / "out"), str(minutes), *stages]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    check = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _STARTED.append(check)
+    return check
 
 
 def _report(folder: Path) -> dict:

@@ -177,6 +177,7 @@ def test_with_cuda_nothing_is_redirected() -> None:
 import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.set_device = lambda rank: None
+torch.cuda.device_count = lambda: 2
 zeros, backward = torch.zeros, torch.autograd._engine_run_backward
 import wan_train.engine as engine, wan_train.engine.cpu as cpu
 def refuse(): raise SystemExit("redirected")
@@ -188,6 +189,19 @@ assert torch.zeros(1).type() == "torch.FloatTensor"
 """
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
+
+
+def test_more_processes_than_gpus_are_one_sentence() -> None:
+    script = """
+import os, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 2
+os.environ["LOCAL_RANK"] = "2"
+import wan_train.engine as engine
+engine.start()
+"""
+    said = python("-c", script).stderr
+    assert "this is process 3 of its machine, which has 2 GPUs; start one for each: --nproc-per-node 2" in said
 
 
 def test_importing_the_package_and_its_worker_starts_nothing() -> None:
