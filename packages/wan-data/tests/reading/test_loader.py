@@ -12,6 +12,7 @@ import torch
 from latent_shards import write_latent_shards
 from safetensors.torch import load_file, save_file
 
+from wan_data.energon.worker_processes import WorkerContext
 from wan_data.reading.datasets import read_latent_spec, splits
 from wan_data.reading.loader import LoaderConfig, PackLoader
 from wan_data.shards.energon_metadata import write_metadata
@@ -295,6 +296,7 @@ def test_workers_end_when_told(mixed_sizes, how):
     next(packs)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
+    assert {type(worker) for worker in workers} == {WorkerContext.Process}
     if how == "deleted":
         del one, packs
     elif how == "closed":

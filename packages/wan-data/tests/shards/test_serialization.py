@@ -122,10 +122,12 @@ def test_pth_members_run_nothing(tmp_path, zipped):
         (tensor_to_pickle(LATENT), "its shape is"),
         (tensor_to_pickle(TEXT.long()), "values are torch.int64"),
         (tensor_to_pickle(TEXT / 0), "not finite"),
+        (tensor_to_pickle(torch.where(TEXT.max() == TEXT, torch.nan, TEXT)), "not finite"),
+        (tensor_to_pickle(-1e30 * TEXT.bfloat16().abs() - 1e38), "1e\\+38|e\\+"),
         (tensor_to_pickle(TEXT + 1e6), r"a value of 1e\+06; expected a text embedding .* at most 100000"),
         (tensor_to_pickle(torch.zeros(5000, 1)), "at most"),
     ],
-    ids=["empty", "noise", "list", "cut", "latent", "integers", "infinite", "large", "long"],
+    ids=["empty", "noise", "list", "cut", "latent", "integers", "infinite", "one", "negative", "large", "long"],
 )
 def test_wrong_text_members_are_refused(payload, message):
     with pytest.raises(RefusedMember, match=message):

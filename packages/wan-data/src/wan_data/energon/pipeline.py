@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from wan_data.energon.version import unusable
+from wan_data.energon.worker_processes import WorkerContext
 
 try:
     from megatron.energon import WorkerConfig, get_savable_loader
@@ -318,7 +319,8 @@ class ExactLoader:
         self._loader.pin_memory = False
         self._loader.generator = torch.Generator().manual_seed(seed)
         if self._workers:
-            self._loader.multiprocessing_context = "fork"  # datasets cannot be pickled; not the default of Python 3.14
+            # Forked, because datasets cannot be pickled; Python 3.14 does not by default.
+            self._loader.multiprocessing_context = WorkerContext()
         self._restored: Any = None
         self._running = False
 
