@@ -129,7 +129,8 @@ class Check:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # Once the process is on its way out, a further signal would only change its status.
+                signal.signal(number, signal.SIG_IGN if self._signal else handler)
 
     def run(self) -> int:
         """Run everything; returns the exit status: 0 if no row failed, else 1.

