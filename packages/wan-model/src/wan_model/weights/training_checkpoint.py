@@ -158,16 +158,20 @@ def read_run_settings(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_run_config(path: Path) -> tuple[WanConfig, LatentSpec | None]:
+def read_run_config(path: Path, settings: dict[str, Any] | None = None) -> tuple[WanConfig, LatentSpec | None]:
     """Read a checkpoint's configuration: the transformer's sizes, and the latent space of its training data.
 
     The latent space is None for mock data.
+
+    Args:
+        path: the checkpoint.
+        settings: of ``read_run_settings``, if they have been read already.
 
     Raises:
         ValueError: the file is missing, is no plain YAML, or describes another model.
     """
     file = path / RUN_CONFIG
-    model = read_run_settings(path).get("model")
+    model = (read_run_settings(path) if settings is None else settings).get("model")
     transformer = model.get("transformer") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(transformer, dict) or "latent_spec" not in model:
         raise ValueError(f"{file} lacks model.transformer or model.latent_spec: it was cut, or is of another program")

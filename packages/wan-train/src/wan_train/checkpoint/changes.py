@@ -132,9 +132,9 @@ def check_resume(config: Any, layout: Layout, point: ResumePoint) -> None:
         )
 
 
-def _check_weights(config: Any, point: ResumePoint, record: Mapping[str, Any]) -> None:
+def _check_weights(config: Any, point: ResumePoint, record: dict[str, Any]) -> None:
     """Refuse a checkpoint of another format, of other model sizes, or of another latent space than the data's."""
-    transformer, spec = read_run_config(point.step_folder)
+    transformer, spec = read_run_config(point.step_folder, record)
     theirs = _at(record, "dist.use_megatron_fsdp") is True
     if theirs != bool(config.dist.use_megatron_fsdp):
         raise ValueError(
