@@ -180,7 +180,7 @@ def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSett
     from wan_data.prepare.run import prepare
 
     more = {"report": Silent(), "device": "cpu", "decoders": 1, **more}
-    return prepare(files_of_folder(clips, settings), output, str(model), settings, **more)
+    return prepare(files_of_folder(clips, settings), output, str(model), settings, **more).manifest
 
 
 @pytest.fixture(scope="session")

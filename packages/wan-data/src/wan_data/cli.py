@@ -42,6 +42,8 @@ def main() -> None:
 @flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only format.")
 @flag("allow-rejects", is_flag=True, help="Exit with code 0 although files were rejected.")
 @flag("overwrite", is_flag=True, help="Replace a dataset in the output folder.")
+@flag("update", is_flag=True, help="Encode changed files again, and remove the samples that they had.")
+@flag("remove-missing", is_flag=True, help="Remove the samples of files that are not there any more.")
 def prepare(
     video_folder: Path | None,
     listing: Path | None,
@@ -53,6 +55,8 @@ def prepare(
     output_format: str,
     allow_rejects: bool,
     overwrite: bool,
+    update: bool,
+    remove_missing: bool,
     **values: Any,
 ) -> None:
     """Encode a folder of clips with captions beside them into shards and Energon metadata.
@@ -60,7 +64,8 @@ def prepare(
     A clip a/clip.mp4 has its caption in a/clip.json ({"caption": "..."}), a/clip.jsonl or a/clip.txt, or in any
     a/*.jsonl with a line that names clip.mp4; or one --listing names all clips and captions. Files that cannot be used
     are reported with the reason, the others are encoded, and the exit code is 1 at the end. Run the same command again
-    to resume after an interruption, or to add new files. Under torchrun all processes work on one dataset.
+    to resume after an interruption, or to add new files; with --update also to encode files again that have changed.
+    Under torchrun all processes work on one dataset.
     """
     del output_format
     with errors_as_messages(output_folder):
@@ -74,31 +79,31 @@ def prepare(
             num_processes = default_processes(device)
         if num_processes > 1:
             preload_encoders()  # while this process imports its own modules
-        from wan_data.prepare.changes import changed_sources
         from wan_data.prepare.ranks import ranks_from_environment
         from wan_data.prepare.results import summary_lines
         from wan_data.prepare.run import prepare as run
 
         ranks = ranks_from_environment()
         with make_report() if ranks.rank == 0 else SilentReport() as report:
-            manifest = run(
+            result = run(
                 sources,
                 output_folder,
                 model,
                 settings,
                 report=report,
                 overwrite=overwrite,
+                update=update,
+                remove_missing=remove_missing,
                 device=device,
                 processes=num_processes,
                 decoders=num_decoders,
                 ranks=ranks,
             )
-        changed = changed_sources(sources, manifest) if ranks.rank == 0 else []
     if ranks.rank == 0:
-        for line in (*summary_lines(manifest, output_folder, changed), *left_out_of(video_folder, listing, settings)):
+        for line in (*summary_lines(result, output_folder), *left_out_of(video_folder, listing, settings)):
             click.echo(line)
-    incomplete = any(source.verdict == "rejected" or source.dropped for source in manifest.sources)
-    if not allow_rejects and (incomplete or changed):
+    incomplete = any(source.verdict == "rejected" or source.dropped for source in result.manifest.sources)
+    if not allow_rejects and (incomplete or result.changed):
         sys.exit(1)
 
 
@@ -130,7 +135,7 @@ def plan(
     as_json = values.pop("json")
     with errors_as_messages(output_folder or Path()):
         from wan_data.prepare.plan import make_plan, measured_rate, print_plan
-        from wan_data.prepare.run import probe_only
+        from wan_data.prepare.probe_stage import probe_only
         from wan_data.progress import make_report
 
         settings = settings_of(values)

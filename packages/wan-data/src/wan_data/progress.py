@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wan_data.prepare.run import Report
+from wan_data.prepare.report import Report
 
 
 class LogReport:

@@ -1,13 +1,17 @@
-"""What has changed of sources that are in a dataset already: their sizes and captions."""
+"""What has changed of sources that are in a dataset already: their contents and captions."""
 
+import concurrent.futures
+import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile, caption_of, files_of_listing
-from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
+from wan_model.system.files import sha256_of, write_json
 
 
 def caption_digest(caption: str) -> str:
@@ -15,32 +19,113 @@ def caption_digest(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()
 
 
-def changed_sources(sources: Sequence[SourceFile], manifest: Manifest) -> list[str]:
-    """Name the accepted sources of a dataset that have changed since they were encoded, one sentence each.
+@dataclasses.dataclass(frozen=True)
+class SourceChanges:
+    """How the sources differ from those that a dataset was made of.
 
-    Sizes and captions are compared, which reads no clip; ``wan-data verify --sources`` compares the contents too.
+    Attributes:
+        changed: what has changed, in a sentence, by the name of each accepted source that is still there.
+        missing: names of the accepted sources that are no longer there.
+        times: modification time in ns of each source whose content is known to be unchanged.
+    """
+
+    changed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    times: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the changes for other ranks, without the times."""
+        write_json(path, {"changed": self.changed, "missing": self.missing})
+
+    @classmethod
+    def read(cls, path: Path) -> "SourceChanges":
+        """Inverse of ``write``."""
+        value = json.loads(path.read_bytes())
+        return cls(value["changed"], tuple(value["missing"]))
+
+
+def find_changes(
+    sources: Sequence[SourceFile],
+    manifest: Manifest,
+    times: Mapping[str, int],
+    *,
+    readers: int = 1,
+    begin: Callable[[int], None] = lambda total: None,
+    step: Callable[[str], None] = lambda name: None,
+) -> SourceChanges:
+    """Compare the accepted sources of a dataset with the files of today: captions, sizes and contents.
+
+    The content of a file is read only if its modification time is another one than is known of it.
 
     Args:
         sources: as ``prepare`` gets them.
         manifest: of the dataset.
+        times: of ``wan_data.prepare.source_times``.
+        readers: number of files that are read at a time.
+        begin: called with the number of files to read, if there are any.
+        step: called with the name of each file that has been read.
     """
     records = {record.path: record for record in manifest.sources if record.verdict == "accepted"}
     captions = CaptionFinder(str(manifest.settings.get("caption_key", "caption")))
-    changed = []
+    changed: dict[str, list[str]] = {}
+    present: set[str] = set()
+    same: dict[str, int] = {}
+    unknown: list[tuple[SourceFile, int]] = []
     for source in sources:
         record = records.get(source.name)
-        if record is None or source.path is None or not source.path.is_file():
+        if record is None or source.path is None or not source.path.exists():
             continue
-        if (size := source.path.stat().st_size) != record.bytes:
-            changed.append(f"{source.name} has {size} bytes instead of {record.bytes}")
-        if record.caption_sha256 is None:  # of a version that did not record it
-            continue
+        present.add(source.name)
+        found = changed.setdefault(source.name, [])
+        found += _changed_caption(source, record, captions)
         try:
-            if caption_digest(caption_of(source, captions)) != record.caption_sha256:
-                changed.append(f"{source.name} has another caption")
-        except ValueError as error:
-            changed.append(f"{source.name} has lost its caption: {error}")
-    return changed
+            status = source.path.stat()
+        except OSError as error:
+            found.append(f"cannot be read: {error.strerror or error}")
+            continue
+        if status.st_size != record.bytes:
+            found.append(f"has {status.st_size} bytes instead of {record.bytes}")
+        elif times.get(source.name) == status.st_mtime_ns:
+            same[source.name] = status.st_mtime_ns
+        else:
+            unknown.append((source, status.st_mtime_ns))
+    if unknown:
+        begin(len(unknown))
+    with concurrent.futures.ThreadPoolExecutor(readers) as pool:
+        digests = pool.map(_digest_or_problem, [source.path for source, _ in unknown])
+        for (source, time), digest in zip(unknown, digests, strict=True):
+            if digest == records[source.name].sha256:
+                same[source.name] = time
+            elif digest.startswith("cannot"):
+                changed[source.name].append(digest)
+            else:
+                changed[source.name].append("has another content of the same size")
+            step(source.name)
+    return SourceChanges(
+        {name: f"{name} {' and '.join(found)}" for name, found in changed.items() if found},
+        tuple(sorted(records.keys() - present)),
+        same,
+    )
+
+
+def _changed_caption(source: SourceFile, record: SourceRecord, captions: CaptionFinder) -> Iterator[str]:
+    if source.problem is not None:
+        yield f"cannot be used any more: {source.problem}"
+        return
+    if record.caption_sha256 is None:  # of a version that did not record it
+        return
+    try:
+        if caption_digest(caption_of(source, captions)) != record.caption_sha256:
+            yield "has another caption"
+    except ValueError as error:
+        yield f"has lost its caption: {error}"
+
+
+def _digest_or_problem(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
 
 
 def captions_of(dataset: Path, folder: Path, listing: Path | None) -> Callable[[str], str]:

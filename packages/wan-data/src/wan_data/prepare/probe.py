@@ -37,6 +37,7 @@ class PlannedSource:
         info: properties found by decoding it completely.
         size: the bucket that its frames are resized to.
         windows: frame ranges at the target rate, one sample each.
+        mtime_ns: modification time of the file before it was read; 0 if unknown.
     """
 
     name: str
@@ -47,6 +48,7 @@ class PlannedSource:
     info: ClipInfo
     size: Size
     windows: tuple[Window, ...]
+    mtime_ns: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The source as plain JSON values."""
@@ -223,7 +225,8 @@ def _probe_source(
             new = status.st_mtime_ns, digest, info
         else:
             digest, info = known
-        return _plan_source(source, size, digest, caption, info, settings, resolutions), new
+        planned = _plan_source(source, size, digest, caption, info, settings, resolutions)
+        return dataclasses.replace(planned, mtime_ns=status.st_mtime_ns), new
     except OSError as error:
         return RejectedSource(source.name, f"it cannot be read: {error.strerror or error}", size, digest), new
     except ValueError as error:

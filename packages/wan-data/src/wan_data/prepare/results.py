@@ -51,6 +51,25 @@ class FinishedShard:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class PrepareResult:
+    """What a preparation has done.
+
+    Attributes:
+        manifest: as written beside the shards.
+        changed: a sentence for each source that has changed and whose samples are not changed.
+        missing: names of sources that are no longer there and whose samples stay.
+        updated: names of changed sources that were encoded again.
+        removed: names of sources that are no longer there and whose samples were removed.
+    """
+
+    manifest: Manifest
+    changed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    updated: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
 def with_rejected(manifest: Manifest, results: Sequence[ProbeResult]) -> Manifest:
     """The manifest with the rejected sources of this run added."""
     records = {record.path: record for record in manifest.sources}
@@ -62,6 +81,22 @@ def with_rejected(manifest: Manifest, results: Sequence[ProbeResult]) -> Manifes
 
 def _rejected(source: RejectedSource) -> SourceRecord:
     return SourceRecord(source.name, "rejected", source.reason, sha256=source.sha256, bytes=source.bytes)
+
+
+def without_failed(
+    batch: ShardBatch, finished: Sequence[FinishedShard]
+) -> tuple[ShardBatch, tuple[str, ...], dict[str, str]]:
+    """A batch without the changed sources of which no window could be encoded: they keep the samples that they have.
+
+    Returns:
+        The batch; the sources whose samples are to be removed; the reason for each source that keeps its samples.
+    """
+    encoded = {name for shard in finished for name, count in shard.samples.items() if count}
+    dropped = {name: reason for shard in finished for name, _, reason in shard.dropped}
+    kept = {name: dropped[name] for name in batch.replaced if name not in encoded}
+    accepted = tuple((source, split) for source, split in batch.accepted if source.name not in kept)
+    removed = (*(name for name in batch.replaced if name not in kept), *batch.removed)
+    return dataclasses.replace(batch, accepted=accepted), removed, kept
 
 
 def with_shard_batch(
@@ -92,12 +127,17 @@ def with_shard_batch(
         manifest,
         complete=True,
         sources=tuple(sorted(sources.values(), key=lambda record: record.path)),
-        shards=(*manifest.shards, *(shard.record for shard in finished if shard.record is not None)),
+        shards=tuple(
+            sorted(
+                [*manifest.shards, *(shard.record for shard in finished if shard.record is not None)],
+                key=lambda shard: shard.name,
+            )
+        ),
         shapes=tuple(
             ShapeCount(split, frames, height, width, latent, latent_tokens(latent), count)
             for (split, frames, height, width, latent), count in sorted(shapes.items())
         ),
-        next_shard=batch.first_shard + len(plans),
+        next_shard=manifest.next_shard + len(plans),
     )
 
 
@@ -129,11 +169,9 @@ def _accepted(
     return dataclasses.replace(record, verdict="rejected", reason=dropped[0][1], split=None, caption_sha256=None)
 
 
-def summary_lines(manifest: Manifest, folder: Path, changed: Sequence[str] = ()) -> list[str]:
-    """The summary that ``wan-data prepare`` prints: samples, shapes, what was left out with the reasons, what changed.
-
-    ``changed`` is of ``wan_data.prepare.changes``.
-    """
+def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
+    """The summary that ``wan-data prepare`` prints: samples, shapes, what was left out and why, what changed."""
+    manifest = result.manifest
     rejected = [source for source in manifest.sources if source.verdict == "rejected"]
     splits = ", ".join(f"{count} {split}" for split, count in manifest.samples.items())
     sizes = {shape.latent for shape in manifest.shapes}
@@ -160,10 +198,22 @@ def summary_lines(manifest: Manifest, folder: Path, changed: Sequence[str] = ())
     cut = [f"  {one.path}: {one.caption_tokens} tokens" for one in manifest.sources if one.caption_tokens is not None]
     if cut:
         lines += [f"{len(cut)} captions were cut to {manifest.settings['text_length']} tokens:", *cut]
-    if changed:
+    if result.updated:
+        lines.append(f"{len(result.updated)} changed files were encoded again, and the samples they had are removed:")
+        lines += [f"  {name}" for name in result.updated]
+    if result.removed:
+        lines.append(f"{len(result.removed)} files are no longer there, and the samples they had are removed:")
+        lines += [f"  {name}" for name in result.removed]
+    if result.changed:
         lines.append(
-            f"{len(changed)} changes since files were encoded, whose samples stay as they are (give a changed clip "
-            "another name, or pass --overwrite):"
+            f"{len(result.changed)} files have changed since they were encoded, and their samples stay as they are "
+            "(--update encodes such files again):"
         )
-        lines += [f"  {change}" for change in changed]
+        lines += [f"  {change}" for change in result.changed]
+    if result.missing:
+        lines.append(
+            f"{len(result.missing)} files of the dataset are not among these any more, and their samples stay "
+            "(--remove-missing removes them):"
+        )
+        lines += [f"  {name}" for name in result.missing]
     return lines

@@ -1,87 +1,44 @@
 """``wan-data prepare``: from a folder of clips, or a listing, to a dataset; start, resume and addition of files."""
 
 import collections
-import contextlib
 import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from wan_data import __version__
 from wan_data.energon.version import energon_version
+from wan_data.prepare.changes import SourceChanges, find_changes
 from wan_data.prepare.encoder_pool import EncoderPool
 from wan_data.prepare.encoding import EncodedWindow, TextEmbeddings, choose_device, load_codec, make_sample
+from wan_data.prepare.output_folder import WORK_FOLDER, clear, output_folder
 from wan_data.prepare.preload import preload_encoders
-from wan_data.prepare.probe import PlannedSource, ProbeCache, ProbeResult, RejectedSource, probe_sources
+from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
+from wan_data.prepare.probe_stage import cache_path, probe
 from wan_data.prepare.ranks import Ranks
-from wan_data.prepare.results import FinishedShard, with_rejected, with_shard_batch
+from wan_data.prepare.report import Report
+from wan_data.prepare.results import FinishedShard, PrepareResult, with_rejected, with_shard_batch, without_failed
+from wan_data.prepare.retirement import (
+    RewrittenShard,
+    delete_superseded,
+    note_superseded,
+    rewrite_shard,
+    shards_of,
+    without_sources,
+)
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import BATCH_NAME, EncodeTask, ShardBatch, ShardPlan, encode_tasks, plan_shard_batch
+from wan_data.prepare.source_times import read_times, write_times
 from wan_data.prepare.sources import SourceFile
-from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, write_empty_caption
-from wan_data.shards.energon_metadata import META_FOLDER, write_metadata
-from wan_data.shards.lock import LOCK_NAME, writer_lock
+from wan_data.reading.empty_caption import write_empty_caption
+from wan_data.shards.energon_metadata import write_metadata
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
-from wan_data.shards.writer import ShardWriter
-from wan_data.video.windows import Window
+from wan_data.shards.writer import ShardRecord, ShardWriter
 from wan_model.codec.latent_codec import LatentCodec
-from wan_model.system.files import PARTIAL_SUFFIX, sync_folder, write_json
+from wan_model.system.files import write_json
 from wan_model.system.torchrun import processors
-
-# The state of an unfinished preparation: the next run resumes from it, the end of a run removes it.
-WORK_FOLDER = ".wan-data"
-CACHE_NAME = "examined.jsonl"
-
-
-class Report(Protocol):
-    """Receives the progress of a preparation."""
-
-    def stage(self, name: str, total: int) -> None:
-        """Begin a stage of ``total`` steps."""
-
-    def step(self, line: str) -> None:
-        """Complete one step."""
-
-    def log(self, line: str) -> None:
-        """Show a message to the user."""
-
-
-@contextlib.contextmanager
-def output_folder(folder: Path, ranks: Ranks, *, overwrite: bool) -> Iterator[None]:
-    """Lock the output folder for this preparation; with ``overwrite`` the files of earlier runs are removed.
-
-    Raises:
-        ValueError: the folder holds files of another program, or another process is writing it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; expected a folder to write to")
-    ours = (folder / MANIFEST_NAME).is_file()
-    # The partial manifest is left by a run that was killed while it wrote its first one.
-    allowed = (LOCK_NAME, WORK_FOLDER, MANIFEST_NAME + PARTIAL_SUFFIX)
-    foreign = folder.is_dir() and any(path.name not in allowed for path in folder.iterdir())
-    if foreign and not ours:
-        raise ValueError(f"{folder} holds files that wan-data did not write; choose an empty or a new folder")
-    if ranks.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
-    with writer_lock(folder) if ranks.rank == 0 else contextlib.nullcontext():
-        if ranks.rank == 0 and overwrite:
-            _clear(folder)
-        ranks.barrier("folder")
-        yield
-
-
-def _clear(folder: Path) -> None:
-    # Only files that prepare writes. The manifest goes last: it marks the folder as ours if this is interrupted.
-    for name in (META_FOLDER, WORK_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("shard-rank*.tar", "shard-rank*.tar.idx", f"*{PARTIAL_SUFFIX}", EMPTY_CAPTION_NAME):
-        for path in folder.glob(pattern):
-            path.unlink()
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
 
 def prepare(
@@ -92,85 +49,51 @@ def prepare(
     *,
     report: Report,
     overwrite: bool = False,
+    update: bool = False,
+    remove_missing: bool = False,
     device: str = "auto",
     processes: int = 1,
     decoders: int | None = None,
     ranks: Ranks | None = None,
-) -> Manifest:
-    """Write a dataset, resume an interrupted preparation, or add new sources to a finished dataset.
+) -> PrepareResult:
+    """Write a dataset, resume an interrupted preparation, or bring a finished dataset up to its sources.
+
+    New sources are added. The samples of those that the dataset has already stay as they are, unless the options below
+    say otherwise; what has changed is in the result.
 
     Args:
-        sources: of ``wan_data.prepare.folder`` or ``wan_data.prepare.sources``. The samples of those that the dataset
-            has already stay as they are: ``wan_data.prepare.changes`` names what has changed.
+        sources: of ``wan_data.prepare.folder`` or ``wan_data.prepare.sources``.
         output: folder of the dataset.
         model: folder in diffusers' layout, or a hub id.
         settings: determine the bytes of the shards.
         report: receives the progress.
         overwrite: replace a dataset in the output folder.
+        update: encode sources again whose content or caption has changed, and remove the samples that they had. A
+            source that cannot be used any more keeps its samples.
+        remove_missing: remove the samples of sources that are not among these any more.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         processes: number of encoding processes; the shards do not depend on it.
         decoders: number of decoder processes that probe the sources; one per core if None.
         ranks: the processes that torchrun has started; this process alone if None.
 
     Returns:
-        The manifest, as written beside the shards. Its sources list the rejected files with their reasons.
+        The manifest, as written beside the shards, whose sources list the rejected files with their reasons; and what
+        has changed of the sources.
 
     Raises:
         ValueError: no usable source, an output folder that is in use or was made with other settings, a model that
-            cannot be loaded, or a version of Energon that wan-data does not work with.
+            cannot be loaded, a version of Energon that wan-data does not work with, or no sample for training would
+            be left.
     """
     energon_version()  # an Energon that cannot read the dataset is refused before anything is encoded
     if processes < 1:
         raise ValueError(f"{processes} processes cannot encode; it must be at least 1")
+    if overwrite and (update or remove_missing):
+        raise ValueError(
+            "--overwrite replaces the whole dataset; pass it without --update and --remove-missing, which keep a part"
+        )
     return _Preparation(Path(output), model, settings, report, device, processes, decoders, ranks or Ranks()).run(
-        sources, overwrite=overwrite
-    )
-
-
-def probe_only(
-    sources: Sequence[SourceFile],
-    settings: PrepareSettings,
-    *,
-    report: Report,
-    decoders: int | None = None,
-    output: Path | None = None,
-) -> list[ProbeResult]:
-    """Probe the sources as ``prepare`` does, without encoding anything.
-
-    Args:
-        sources, settings, report, decoders: as for ``prepare``.
-        output: the folder that ``prepare`` will write to; the results are cached there, so that ``prepare`` does not
-            probe again. None caches nothing.
-
-    Raises:
-        ValueError: the output folder is in use, or holds files of another program.
-    """
-    if output is None:
-        return _probe(sources, settings, report, decoders, None)
-    ranks = Ranks()
-    with output_folder(output, ranks, overwrite=False):
-        (output / WORK_FOLDER).mkdir(exist_ok=True)
-        return _probe(sources, settings, report, decoders, _cache_path(output / WORK_FOLDER, ranks))
-
-
-def _cache_path(work: Path, ranks: Ranks) -> Path:
-    return work / f"{ranks.rank:05d}-{CACHE_NAME}"
-
-
-def _probe(
-    sources: Sequence[SourceFile],
-    settings: PrepareSettings,
-    report: Report,
-    decoders: int | None,
-    cache: Path | None,
-) -> list[ProbeResult]:
-    report.stage("probing", len(sources))
-    return probe_sources(
-        sources,
-        settings,
-        lambda result: report.step(_describe(result)),
-        decoders=decoders or processors(),
-        cache=ProbeCache(cache, settings),
+        sources, overwrite=overwrite, update=update, remove_missing=remove_missing
     )
 
 
@@ -190,24 +113,68 @@ class _Preparation:
         self.device, self.processes, self.ranks = device, processes, ranks
         self.decoders = decoders
         self.work = output / WORK_FOLDER
+        # Modification times of the sources, and why the new version of a changed source cannot be used; on rank 0.
+        self._times: dict[str, int] = {}
+        self._kept: dict[str, str] = {}
         self._codec: LatentCodec | None = None
         self.spec = LatentCodec.from_pretrained(
             model, load_vae=False, load_text=False, text_length=settings.text_length
         ).spec
 
-    def run(self, sources: Sequence[SourceFile], *, overwrite: bool) -> Manifest:
+    def run(
+        self, sources: Sequence[SourceFile], *, overwrite: bool, update: bool, remove_missing: bool
+    ) -> PrepareResult:
         with output_folder(self.output, self.ranks, overwrite=overwrite):
             manifest = self._begin()
             if (unfinished := ShardBatch.read(self.work)) is not None:
                 self.report.log("resuming the shards that an earlier run has planned")
                 manifest = self._encode(unfinished, manifest, "unfinished")
-            if (new := self._plan_new_batch(sources, manifest)) is not None:
+            changes = self._changes(sources, manifest)
+            again = changes.changed if update else {}
+            gone = changes.missing if remove_missing else ()
+            if (new := self._plan_new_batch(sources, manifest, again, gone)) is not None:
                 manifest = self._encode(new, manifest, "new")
             if self.ranks.rank == 0:
                 manifest = self._with_empty_caption(manifest)
+                delete_superseded(self.output, self.work, manifest)
+                self._write_times(manifest)
                 shutil.rmtree(self.work, ignore_errors=True)
             self.ranks.barrier("end")
-        return manifest
+        return PrepareResult(
+            manifest,
+            changed=tuple(
+                f"{sentence}; its samples stay, because it cannot be used as it is now: {self._kept[name]}"
+                if name in self._kept
+                else sentence
+                for name, sentence in changes.changed.items()
+                if not update or name in self._kept
+            ),
+            missing=() if remove_missing else changes.missing,
+            updated=tuple(name for name in again if name not in self._kept),
+            removed=gone,
+        )
+
+    def _changes(self, sources: Sequence[SourceFile], manifest: Manifest) -> SourceChanges:
+        """What has changed of the sources of a finished dataset; the same on every rank."""
+        path = self.work / "changes.json"
+        if self.ranks.rank == 0:
+            found = find_changes(
+                sources,
+                manifest,
+                self._times,
+                readers=self.decoders or processors(),
+                begin=lambda total: self.report.stage("comparing", total),
+                step=self.report.step,
+            )
+            self._times |= found.times
+            if self.ranks.world_size > 1:
+                found.write(path)
+        self.ranks.barrier("compared")
+        return found if self.ranks.rank == 0 else SourceChanges.read(path)
+
+    def _write_times(self, manifest: Manifest) -> None:
+        accepted = {record.path for record in manifest.sources if record.verdict == "accepted"}
+        write_times(self.output, {name: time for name, time in self._times.items() if name in accepted and time})
 
     def _begin(self) -> Manifest:
         """The existing manifest, or a new one; the same on every rank."""
@@ -215,6 +182,7 @@ class _Preparation:
             self.work.mkdir(exist_ok=True)
             if not (self.output / MANIFEST_NAME).is_file():
                 Manifest(False, __version__, self.spec, self.settings.to_dict()).write(self.output)
+            self._times = read_times(self.output)
         self.ranks.barrier("begin")
         manifest = read_manifest(self.output, allow_incomplete=True)
         wanted = self.settings.to_dict()
@@ -235,11 +203,13 @@ class _Preparation:
         manifest.latent_spec.require_same(self.spec, f"the dataset in {self.output}", f"the model {self.model}")
         return manifest
 
-    def _plan_new_batch(self, sources: Sequence[SourceFile], manifest: Manifest) -> ShardBatch | None:
-        # What has changed of the others is named by ``changed_sources``; their samples stay.
-        known = {record.path for record in manifest.sources if record.verdict == "accepted"}
+    def _plan_new_batch(
+        self, sources: Sequence[SourceFile], manifest: Manifest, changed: Mapping[str, str], missing: Sequence[str]
+    ) -> ShardBatch | None:
+        """Plan shards for new and changed sources, and the removal of missing ones; None if nothing is to be done."""
+        known = {record.path for record in manifest.sources if record.verdict == "accepted"} - changed.keys()
         new = [source for source in sources if source.name not in known]
-        if not new:
+        if not new and not missing:
             return None
         if self.ranks.rank == 0:
             # A run that ended after it had planned a batch leaves the results of its own probing.
@@ -249,11 +219,11 @@ class _Preparation:
         if self.processes > 1:
             preload_encoders()  # while the sources are probed
         mine = self.ranks.partition(new)
-        results = _probe(mine, self.settings, self.report, self.decoders, _cache_path(self.work, self.ranks))
+        results = probe(mine, self.settings, self.report, self.decoders, cache_path(self.work, self.ranks))
         if self.ranks.world_size > 1:
             results = self._gathered(results)
         if self.ranks.rank == 0:
-            self._write_batch(results, manifest)
+            self._write_batch(results, manifest, changed, missing)
         self.ranks.barrier("planned")
         return ShardBatch.read(self.work)
 
@@ -272,12 +242,21 @@ class _Preparation:
                 gathered.append(RejectedSource(**value) if "reason" in value else PlannedSource.from_dict(value))
         return sorted(gathered, key=lambda result: result.name)
 
-    def _write_batch(self, results: list[ProbeResult], manifest: Manifest) -> None:
-        if not any(isinstance(result, PlannedSource) for result in results):
+    def _write_batch(
+        self, results: list[ProbeResult], manifest: Manifest, changed: Mapping[str, str], missing: Sequence[str]
+    ) -> None:
+        # A changed source that cannot be used now keeps what it has: the reason may be temporary.
+        self._kept |= {
+            result.name: result.reason
+            for result in results
+            if isinstance(result, RejectedSource) and result.name in changed
+        }
+        results = [result for result in results if result.name not in self._kept]
+        if not missing and not any(isinstance(result, PlannedSource) for result in results):
             if manifest.complete:
                 with_rejected(manifest, results).write(self.output)
                 return
-            _clear(self.output)
+            clear(self.output)
             rejected = [result for result in results if isinstance(result, RejectedSource)]
             reasons = "; ".join(f"{source.name}: {source.reason}" for source in rejected[:3])
             raise ValueError(f"none of the {len(results)} files can be used: {reasons}")
@@ -285,6 +264,14 @@ class _Preparation:
             record.sha256: record.split for record in manifest.sources if record.sha256 and record.split is not None
         }
         batch = plan_shard_batch(results, self.settings, first_shard=manifest.next_shard, known=splits)
+        replaced = tuple(source.name for source, _ in batch.accepted if source.name in changed)
+        batch = dataclasses.replace(batch, replaced=replaced, removed=tuple(missing))
+        stay = [record for record in manifest.sources if record.path not in {*replaced, *missing}]
+        if not any(split == "train" for split in [*(record.split for record in stay), *dict(batch.accepted).values()]):
+            raise ValueError(
+                f"no sample for training would be left in {self.output} without the {len(replaced)} changed and the "
+                f"{len(missing)} missing files; check the folder of the clips, or pass --overwrite"
+            )
         no_validation = {split for _, split in batch.accepted} == {"train"} and not manifest.complete
         if no_validation and self.settings.validation_fraction > 0:
             self.report.log("one source is too few for a validation split: all of its samples are for training")
@@ -307,15 +294,25 @@ class _Preparation:
         if missing:
             self._write_shards(missing, name)
         self.ranks.barrier(f"{name}-written")
+        finished = [FinishedShard.read(self._finished(plan.number)) for plan in plans]
+        batch, removed, kept = without_failed(batch, finished)
+        old = shards_of(manifest, removed)
+        numbers = range(batch.first_shard + len(plans), batch.first_shard + len(plans) + len(old))
+        self._rewrite_shards(old, numbers, removed, name)
+        self.ranks.barrier(f"{name}-rewritten")
         if self.ranks.rank == 0:
-            finished = [FinishedShard.read(self._finished(plan.number)) for plan in plans]
-            complete = with_shard_batch(manifest, batch, plans, finished)
+            self._kept |= kept
+            rewritten = [RewrittenShard.read(self._rewritten(number)) for number in numbers]
+            complete = with_shard_batch(without_sources(manifest, removed, rewritten), batch, plans, finished)
             if "train" not in complete.samples:
                 reasons = "; ".join(f"{name}: {reason}" for shard in finished for name, _, reason in shard.dropped[:1])
                 raise ValueError(f"no window for training could be encoded: {reasons}")
+            note_superseded(self.work, [shard.name for shard in old])
             write_metadata(self.output, complete.shards)
             complete.write(self.output)
+            self._times |= {source.name: source.mtime_ns for source, _ in batch.accepted}
             (self.work / BATCH_NAME).unlink()
+            delete_superseded(self.output, self.work, complete)
         self.ranks.barrier(f"{name}-done")
         return read_manifest(self.output)
 
@@ -329,6 +326,21 @@ class _Preparation:
 
     def _finished(self, number: int) -> Path:
         return self.work / f"shard-{number:06d}.json"
+
+    def _rewritten(self, number: int) -> Path:
+        return self.work / f"rewritten-{number:06d}.json"
+
+    def _rewrite_shards(
+        self, old: Sequence[ShardRecord], numbers: Sequence[int], removed: Collection[str], name: str
+    ) -> None:
+        missing = [pair for pair in zip(old, numbers, strict=True) if not self._rewritten(pair[1]).is_file()]
+        self.ranks.barrier(f"{name}-to-rewrite")
+        if missing:
+            self.report.stage("rewriting", len(missing))
+        for shard, number in self.ranks.claim(missing, f"{name}-rewriting"):
+            rewritten = rewrite_shard(self.output, shard, number, removed)
+            rewritten.write(self._rewritten(number))
+            self.report.step(f"{shard.name}: {sum(count for *_, count in rewritten.removed)} samples removed")
 
     def _write_shards(self, missing: Sequence[ShardPlan], name: str) -> None:
         pending: collections.deque[tuple[ShardPlan, int]] = collections.deque()
@@ -378,18 +390,3 @@ class _Preparation:
         assert next(windows, None) is None, "every window of the shard was written or dropped"
         counts = tuple((*shape, count) for shape, count in sorted(shapes.items()))
         FinishedShard(shard.record, dict(samples), counts, tuple(dropped), cut).write(self._finished(plan.number))
-
-
-def describe_windows(windows: Sequence[Window]) -> str:
-    """The lengths of windows in words, such as ``3 of 81, 1 of 17 frames``."""
-    lengths = collections.Counter(window.length for window in windows)
-    return ", ".join(f"{count} of {length}" for length, count in sorted(lengths.items(), reverse=True)) + " frames"
-
-
-def _describe(result: ProbeResult) -> str:
-    if isinstance(result, RejectedSource):
-        return f"REJECTED {result.name}: {result.reason}"
-    return (
-        f"{result.name}: {result.info.frames} frames at the target rate, {describe_windows(result.windows)} "
-        f"in {result.size}"
-    )

@@ -60,11 +60,15 @@ class ShardBatch:
         first_shard: number of its first shard.
         accepted: the sources to encode, each with its split.
         rejected: the sources that cannot be used.
+        replaced: names of accepted sources that have samples in the dataset, which the new ones replace.
+        removed: names of sources whose samples are removed.
     """
 
     first_shard: int
     accepted: tuple[tuple[PlannedSource, str], ...]
     rejected: tuple[RejectedSource, ...]
+    replaced: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
     def shards(self, samples_per_shard: int) -> list[ShardPlan]:
         """The content of each shard, split by split; the last shard of a split may hold fewer samples."""
@@ -83,7 +87,8 @@ class ShardBatch:
         """Write the plan into the folder of an unfinished preparation."""
         accepted = [{**source.to_dict(), "split": split} for source, split in self.accepted]
         rejected = [dataclasses.asdict(source) for source in self.rejected]
-        write_json(folder / BATCH_NAME, {"first_shard": self.first_shard, "accepted": accepted, "rejected": rejected})
+        value = {"first_shard": self.first_shard, "accepted": accepted, "rejected": rejected}
+        write_json(folder / BATCH_NAME, {**value, "replaced": self.replaced, "removed": self.removed})
 
     @classmethod
     def read(cls, folder: Path) -> "ShardBatch | None":
@@ -104,6 +109,8 @@ class ShardBatch:
                     for source in value["accepted"]
                 ),
                 tuple(RejectedSource(**source) for source in value["rejected"]),
+                tuple(value.get("replaced", ())),
+                tuple(value.get("removed", ())),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); pass --overwrite to start again") from None

@@ -41,7 +41,7 @@ def samples_of(shard: Path) -> Iterator[StoredSample]:
     Raises:
         ValueError: the file is no complete tar file, or a sample is invalid; the message names shard and key.
     """
-    for key, members in _members(shard):
+    for key, members in members_of(shard):
         try:
             if missing := [name for name in MEMBERS if name not in members]:
                 raise RefusedMember(f"it has no {' and no '.join(missing)} member")
@@ -55,8 +55,12 @@ def samples_of(shard: Path) -> Iterator[StoredSample]:
             raise RefusedMember(f"shard {shard.name}, sample {key}: {error}") from None
 
 
-def _members(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    # Members of one key are adjacent.
+def members_of(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key of each sample and the content of its members, in order; the members of a sample are adjacent.
+
+    Raises:
+        ValueError: the file is no complete tar file, or has a member that is too large.
+    """
     key, members = "", dict[str, bytes]()
     seen: set[str] = set()
     try:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,12 @@ def sample_key(source: str, start: int) -> str:
     File names may contain dots, blanks and other characters that readers of shards cannot handle; a digest contains
     none of them, and a window has the same key in every run.
     """
-    return f"{hashlib.sha256(source.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}_{start:06d}"
+    return f"{source_key(source)}_{start:06d}"
+
+
+def source_key(source: str) -> str:
+    """What the keys of a source's samples begin with, before ``_``; see ``sample_key``."""
+    return hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -87,15 +93,23 @@ class ShardWriter:
 
     def write(self, sample: Sample) -> None:
         """Add a sample."""
+        members = {
+            "json": info_to_json(sample.info),
+            "pickle": tensor_to_pickle(sample.text),
+            "pth": tensor_to_pth(sample.latent),
+        }
+        self.write_members(sample.key, members)
+
+    def write_members(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Add a sample that is serialised already: the content of its members, by what follows the key."""
         if self._tar is None:
             self._file = self._stack.enter_context(atomic_write(self.path))
             self._tar = self._stack.enter_context(
                 tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
             )
         with naming(self.path):
-            _add(self._tar, f"{sample.key}.json", info_to_json(sample.info))
-            _add(self._tar, f"{sample.key}.pickle", tensor_to_pickle(sample.text))
-            _add(self._tar, f"{sample.key}.pth", tensor_to_pth(sample.latent))
+            for kind, content in members.items():
+                _add(self._tar, f"{key}.{kind}", content)
         self._count += 1
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

@@ -1,0 +1,53 @@
+"""The output folder of a preparation: locked, not of another program, cleared only when asked."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from wan_data.prepare.ranks import Ranks
+from wan_data.prepare.source_times import TIMES_NAME
+from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME
+from wan_data.shards.energon_metadata import META_FOLDER
+from wan_data.shards.lock import LOCK_NAME, writer_lock
+from wan_data.shards.manifest import MANIFEST_NAME
+from wan_model.system.files import PARTIAL_SUFFIX, sync_folder
+
+# The state of an unfinished preparation: the next run resumes from it, the end of a run removes it.
+WORK_FOLDER = ".wan-data"
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path, ranks: Ranks, *, overwrite: bool) -> Iterator[None]:
+    """Lock the output folder for this preparation; with ``overwrite`` the files of earlier runs are removed.
+
+    Raises:
+        ValueError: the folder holds files of another program, or another process is writing it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; expected a folder to write to")
+    ours = (folder / MANIFEST_NAME).is_file()
+    # The partial manifest is left by a run that was killed while it wrote its first one.
+    allowed = (LOCK_NAME, WORK_FOLDER, MANIFEST_NAME + PARTIAL_SUFFIX)
+    foreign = folder.is_dir() and any(path.name not in allowed for path in folder.iterdir())
+    if foreign and not ours:
+        raise ValueError(f"{folder} holds files that wan-data did not write; choose an empty or a new folder")
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+    with writer_lock(folder) if ranks.rank == 0 else contextlib.nullcontext():
+        if ranks.rank == 0 and overwrite:
+            clear(folder)
+        ranks.barrier("folder")
+        yield
+
+
+def clear(folder: Path) -> None:
+    """Remove the files that a preparation writes, and no others."""
+    # The manifest goes last: it marks the folder as ours if this is interrupted.
+    for name in (META_FOLDER, WORK_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for pattern in ("shard-rank*.tar", "shard-rank*.tar.idx", f"*{PARTIAL_SUFFIX}", EMPTY_CAPTION_NAME, TIMES_NAME):
+        for path in folder.glob(pattern):
+            path.unlink()
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""Probing as the first stage of ``wan-data prepare``, and all of ``wan-data plan``: with progress and a cache."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from wan_data.prepare.output_folder import WORK_FOLDER, output_folder
+from wan_data.prepare.probe import ProbeCache, ProbeResult, probe_sources
+from wan_data.prepare.ranks import Ranks
+from wan_data.prepare.report import Report, describe
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.sources import SourceFile
+from wan_model.system.torchrun import processors
+
+_CACHE_NAME = "examined.jsonl"
+
+
+def probe_only(
+    sources: Sequence[SourceFile],
+    settings: PrepareSettings,
+    *,
+    report: Report,
+    decoders: int | None = None,
+    output: Path | None = None,
+) -> list[ProbeResult]:
+    """Probe the sources as ``prepare`` does, without encoding anything.
+
+    Args:
+        sources, settings, report, decoders: as for ``prepare``.
+        output: the folder that ``prepare`` will write to; the results are cached there, so that ``prepare`` does not
+            probe again. None caches nothing.
+
+    Raises:
+        ValueError: the output folder is in use, or holds files of another program.
+    """
+    if output is None:
+        return probe(sources, settings, report, decoders, None)
+    ranks = Ranks()
+    with output_folder(output, ranks, overwrite=False):
+        (output / WORK_FOLDER).mkdir(exist_ok=True)
+        return probe(sources, settings, report, decoders, cache_path(output / WORK_FOLDER, ranks))
+
+
+def cache_path(work: Path, ranks: Ranks) -> Path:
+    """The file with the probe results of this rank, in the folder of an unfinished preparation."""
+    return work / f"{ranks.rank:05d}-{_CACHE_NAME}"
+
+
+def probe(
+    sources: Sequence[SourceFile],
+    settings: PrepareSettings,
+    report: Report,
+    decoders: int | None,
+    cache: Path | None,
+) -> list[ProbeResult]:
+    """Probe sources and report each result; see ``wan_data.prepare.probe.probe_sources``.
+
+    Args:
+        sources, settings: as there.
+        report: receives the progress.
+        decoders: number of decoder processes; one per core if None.
+        cache: file of the results of earlier runs; None if there is none.
+    """
+    report.stage("probing", len(sources))
+    return probe_sources(
+        sources,
+        settings,
+        lambda result: report.step(describe(result)),
+        decoders=decoders or processors(),
+        cache=ProbeCache(cache, settings),
+    )

@@ -1,0 +1,140 @@
+"""Removing the samples of sources from a dataset.
+
+A finished shard is never written again under its name: what remains of it goes into a new shard, and the old one is
+deleted when the manifest no longer lists it.
+"""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from wan_data.shards.energon_index import OFFSETS_SUFFIX
+from wan_data.shards.manifest import Manifest
+from wan_data.shards.reader import members_of
+from wan_data.shards.serialization import info_from_json
+from wan_data.shards.writer import ShardRecord, ShardWriter, source_key
+from wan_model.system.files import sha256_of, write_json
+
+SUPERSEDED_NAME = "superseded.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class RewrittenShard:
+    """What became of a shard that held samples of removed sources.
+
+    Attributes:
+        old: its name.
+        record: the shard with the other samples; None if there are none.
+        removed: frames, height, width and number of the removed samples.
+    """
+
+    old: str
+    record: ShardRecord | None
+    removed: tuple[tuple[int, int, int, int], ...]
+
+    def write(self, path: Path) -> None:
+        """Write the record into the folder of an unfinished preparation."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "RewrittenShard":
+        """Inverse of ``write``."""
+        value = json.loads(path.read_bytes())
+        record = ShardRecord(**value["record"]) if value["record"] else None
+        return cls(value["old"], record, tuple((f, h, w, count) for f, h, w, count in value["removed"]))
+
+
+def shards_of(manifest: Manifest, sources: Collection[str]) -> list[ShardRecord]:
+    """The shards that hold samples of these sources, in the manifest's order."""
+    names = {name for record in manifest.sources if record.path in sources for name in record.shards}
+    return [shard for shard in manifest.shards if shard.name in names]
+
+
+def rewrite_shard(folder: Path, shard: ShardRecord, number: int, sources: Collection[str]) -> RewrittenShard:
+    """Write a shard again under another number, without the samples of some sources; the others keep their bytes.
+
+    Args:
+        folder: of the dataset.
+        shard: the shard, which stays as it is.
+        number: of the new shard.
+        sources: the names of the sources.
+
+    Raises:
+        ValueError: the shard is damaged.
+    """
+    path = folder / shard.name
+    if not path.is_file() or sha256_of(path) != shard.sha256:
+        raise ValueError(
+            f"{path} is missing or damaged, so that its samples cannot be kept: restore the file and run the same "
+            "command again, or pass --overwrite to encode everything again"
+        )
+    keys = {source_key(name) for name in sources}
+    removed: collections.Counter[tuple[int, int, int]] = collections.Counter()
+    with ShardWriter(folder, number, shard.split) as new:
+        for key, members in members_of(path):
+            if key.partition("_")[0] not in keys:
+                new.write_members(key, members)
+                continue
+            info = info_from_json(members["json"])
+            removed[info["processed_frames"], info["processed_height"], info["processed_width"]] += 1
+    return RewrittenShard(shard.name, new.record, tuple((*shape, count) for shape, count in sorted(removed.items())))
+
+
+def without_sources(manifest: Manifest, sources: Collection[str], rewritten: Sequence[RewrittenShard]) -> Manifest:
+    """The manifest without some sources and their samples.
+
+    Args:
+        manifest: of the dataset.
+        sources: the names of the sources.
+        rewritten: the results of ``rewrite_shard`` for each of ``shards_of``.
+    """
+    by_old = {shard.old: shard for shard in rewritten}
+    removed: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
+    shards = []
+    for shard in manifest.shards:
+        if shard.name not in by_old:
+            shards.append(shard)
+            continue
+        new = by_old[shard.name]
+        if new.record is not None:
+            shards.append(new.record)
+        for frames, height, width, count in new.removed:
+            removed[shard.split, frames, height, width] += count
+    shapes = [
+        dataclasses.replace(
+            shape, samples=shape.samples - removed[shape.split, shape.frames, shape.height, shape.width]
+        )
+        for shape in manifest.shapes
+    ]
+    names = {shard.old: shard.record.name for shard in rewritten if shard.record is not None}
+    return dataclasses.replace(
+        manifest,
+        sources=tuple(
+            dataclasses.replace(record, shards=tuple(names.get(name, name) for name in record.shards))
+            for record in manifest.sources
+            if record.path not in sources
+        ),
+        shards=tuple(shards),
+        shapes=tuple(shape for shape in shapes if shape.samples),
+        # A number is never used twice, also if nothing remains of a shard.
+        next_shard=manifest.next_shard + len(rewritten),
+    )
+
+
+def note_superseded(work: Path, names: Sequence[str]) -> None:
+    """Note shards that are to be deleted when the manifest no longer lists them."""
+    write_json(work / SUPERSEDED_NAME, {"shards": list(names)})
+
+
+def delete_superseded(folder: Path, work: Path, manifest: Manifest) -> None:
+    """Delete the noted shards that the manifest does not list, also those of a run that was interrupted."""
+    path = work / SUPERSEDED_NAME
+    if not path.is_file():
+        return
+    value: Mapping[str, list[str]] = json.loads(path.read_bytes())
+    for name in set(value["shards"]) - {shard.name for shard in manifest.shards}:
+        for file in (folder / name, folder / (name + OFFSETS_SUFFIX)):
+            file.unlink(missing_ok=True)
+    path.unlink()
