@@ -51,6 +51,30 @@ MUTATIONS = (
         "prepare/test_shard_batches.py",
     ),
     _of(
+        "old-shards-are-left", "prepare/retirement.py",
+        "file.unlink(missing_ok=True)", "pass",
+        "removed samples stay on the disk after an update",
+        "prepare/test_update.py",
+    ),
+    _of(
+        "damaged-shard-copied", "prepare/retirement.py",
+        "sha256_of(path) != shard.sha256", "not shard.sha256",
+        "an update copies a damaged shard and records the digest of the damage",
+        "prepare/test_update.py::test_a_damaged_shard_is_not_copied",
+    ),
+    _of(
+        "changed-content-of-equal-size", "prepare/changes.py",
+        "elif times.get(source.name) == status.st_mtime_ns:", "elif status.st_size == record.bytes:",
+        "a clip that was replaced by one of equal size keeps the samples of the other without a word",
+        "prepare/test_update.py::test_changes_are_named_and_left",
+    ),
+    _of(
+        "cut-file-accepted", "video/file_ends.py",
+        "if missing > 0 else None", "if missing > 100_000 else None",
+        "a WebM file whose download broke off goes into the dataset as a shorter clip",
+        "video/test_file_ends.py",
+    ),
+    _of(
         "dropped-windows-exit-0", "cli.py",
         'source.verdict == "rejected" or source.dropped for', 'source.verdict == "rejected" for',
         "the exit code is 0 although windows of accepted clips are missing",

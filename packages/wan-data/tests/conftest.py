@@ -31,7 +31,9 @@ from disk_writes import recorded_writes, save_events  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from reused_decoder import ReusedDecoder, end_idle_decoders  # noqa: E402
 
+from wan_data.prepare.results import PrepareResult  # noqa: E402
 from wan_data.prepare.settings import PrepareSettings  # noqa: E402
+from wan_data.shards.manifest import Manifest  # noqa: E402
 
 torch.set_num_threads(1)
 # Machines differ in speed and tests run side by side: a slow example is no failure, and the examples are the same.
@@ -175,17 +177,27 @@ def clips(once: Once) -> Path:
     return once("clips", fill_folder)
 
 
-def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> Any:
+def prepare_result(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> PrepareResult:
     from wan_data.prepare.folder import files_of_folder
     from wan_data.prepare.run import prepare
 
     more = {"report": Silent(), "device": "cpu", "decoders": 1, **more}
-    return prepare(files_of_folder(clips, settings), output, str(model), settings, **more).manifest
+    return prepare(files_of_folder(clips, settings), output, str(model), settings, **more)
+
+
+def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> Manifest:
+    return prepare_result(clips, output, model, settings, **more).manifest
 
 
 @pytest.fixture(scope="session")
 def prepared() -> Callable[..., Any]:
     return prepare_folder
+
+
+@pytest.fixture(scope="session")
+def prepare_again() -> Callable[..., PrepareResult]:
+    """As ``prepared``, with all that the preparation returns."""
+    return prepare_result
 
 
 @pytest.fixture(scope="session")

@@ -207,3 +207,27 @@ def test_inspect(run, dataset):
     assert "% of their capacity filled, " in printed
     assert "% of computed tokens valid (packing efficiency)" in printed
     assert "Error: " in run("inspect", dataset / "absent").output
+
+
+def test_changed_files_decide_the_exit_code_until_they_are_updated(run, clip, tiny_model, tmp_path):
+    for name in ("a", "b", "c"):
+        clip(tmp_path / "in" / f"{name}.mkv", range(9))
+        (tmp_path / "in" / f"{name}.txt").write_text(f"Clip {name}.")
+    arguments = ("prepare", "--video-folder", tmp_path / "in", "--output-folder", tmp_path / "out", *SMALL)
+    arguments += ("--model", tiny_model)
+    assert run(*arguments).exit_code == 0
+    (tmp_path / "in" / "a.txt").write_text("Another caption.")
+    (tmp_path / "in" / "b.mkv").unlink()
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert "(--update encodes such files again):\n  a.mkv has another caption\n" in done.stdout
+    assert "(--remove-missing removes them):\n  b.mkv\n" in done.stdout
+    done = run(*arguments, "--update", "--remove-missing")
+    assert done.exit_code == 0, done.output
+    assert "1 changed files were encoded again, and the samples they had are removed:\n  a.mkv\n" in done.stdout
+    assert "1 files are no longer there, and the samples they had are removed:\n  b.mkv" in done.stdout
+    assert "REJECTED" not in done.output
+    assert run("verify", tmp_path / "out", "--sources", tmp_path / "in").exit_code == 0
+    done = run(*arguments, "--update", "--overwrite")
+    assert done.exit_code == 1
+    assert "--overwrite replaces the whole dataset" in done.output

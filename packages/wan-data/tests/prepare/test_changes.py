@@ -1,4 +1,3 @@
-import dataclasses
 import importlib
 import json
 import shutil
@@ -6,9 +5,6 @@ import shutil
 import pytest
 from folder_digests import digests
 
-from wan_data.prepare.changes import changed_sources
-from wan_data.prepare.folder import files_of_folder
-from wan_data.prepare.results import summary_lines
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.shards.manifest import read_manifest
 from wan_model.system.files import sha256_of
@@ -79,34 +75,6 @@ def test_new_files_are_added_and_finished_shards_stay(
     assert {record.path: record.verdict for record in again.sources}["mute.mkv"] == "accepted"
     assert {record.path: record.split for record in again.sources}["another val copy.mkv"] == "val"
     assert again.shards[: len(manifest.shards)] == manifest.shards
-
-
-def test_a_changed_clip_and_a_changed_caption_are_named_and_left(
-    prepared, dataset, clips, clip, tiny_model, small, tmp_path
-):
-    out, more = shutil.copytree(dataset, tmp_path / "out"), shutil.copytree(clips, tmp_path / "more")
-    settings = PrepareSettings(**small)
-    before = read_manifest(out)
-    assert changed_sources(files_of_folder(more, settings), before) == []
-    clip(more / "wide.mkv", range(200, 220), size=(48, 64))
-    (more / "deep" / "tall.jsonl").unlink()
-    (more / "deep" / "tall.txt").write_text("Something else.")
-    manifest = prepared(more, out, tiny_model, settings)
-    assert manifest.shards == before.shards, "finished shards stay"
-    size, known = (more / "wide.mkv").stat().st_size, {record.path: record.bytes for record in before.sources}
-    changes = changed_sources(files_of_folder(more, settings), manifest)
-    assert changes == ["deep/tall.mkv has another caption", f"wide.mkv has {size} bytes instead of {known['wide.mkv']}"]
-    lines = summary_lines(manifest, out, changes)
-    assert "2 changes since files were encoded, whose samples stay as they are" in lines[-3]
-    assert lines[-2:] == [f"  {change}" for change in changes]
-    (more / "deep" / "tall.txt").unlink()
-    (lost, _) = changed_sources(files_of_folder(more, settings), manifest)
-    assert lost.startswith("deep/tall.mkv has lost its caption: it has no caption: expected tall.json")
-    # A dataset of a version that did not record captions names none.
-    old = dataclasses.replace(
-        manifest, sources=tuple(dataclasses.replace(one, caption_sha256=None) for one in manifest.sources)
-    )
-    assert len(changed_sources(files_of_folder(more, settings), old)) == 1
 
 
 def test_cached_probe_results_are_used_again(prepared, clips, tiny_model, small, tmp_path, monkeypatch):

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 from folder_digests import without_index
+from thread_ranks import ThreadRanks
 from torch.distributed import HashStore
-
-from wan_data.prepare.ranks import TorchrunRanks
 
 RANK = """
 import json, os, sys
@@ -63,14 +62,6 @@ def test_every_file_and_shard_belongs_to_one_rank(dataset, clips, tiny_model, tm
     assert probed == sorted(path.relative_to(clips).as_posix() for path in clips.rglob("*.mkv"))
     assert sorted(line["wrote"] for line in lines if "wrote" in line) == [0, 1, 2, 3, 4]
     assert without_index(tmp_path / "out") == without_index(dataset)
-
-
-class ThreadRanks(TorchrunRanks):
-    """One of several ranks that are threads and share a store in memory."""
-
-    def __init__(self, store, rank, world_size):
-        self._store, self.rank, self.world_size, self.local_rank = store, rank, world_size, rank
-        self._prefix = "wan-data/0"
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])

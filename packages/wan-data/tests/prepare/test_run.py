@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 
 from wan_data.inspect.verify import verify
 from wan_data.prepare import encoder_pool
-from wan_data.prepare.results import summary_lines
-from wan_data.prepare.run import WORK_FOLDER
+from wan_data.prepare.output_folder import WORK_FOLDER
+from wan_data.prepare.results import PrepareResult, summary_lines
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.shards.energon_metadata import DATASET_YAML
@@ -225,7 +225,7 @@ def test_captions_beyond_the_text_encoder_are_counted_and_named(prepared, clip, 
         "long.mkv": whole, "fits.mkv": None, "full.mkv": None,
     }  # fmt: skip
     assert read_manifest(tmp_path / "out") == manifest
-    assert summary_lines(manifest, tmp_path / "out")[-2:] == [
+    assert summary_lines(PrepareResult(manifest), tmp_path / "out")[-2:] == [
         "1 captions were cut to 512 tokens:", f"  long.mkv: {whole} tokens",
     ]  # fmt: skip
 

@@ -60,6 +60,8 @@ def probe(
         decoders: number of decoder processes; one per core if None.
         cache: file of the results of earlier runs; None if there is none.
     """
+    if not sources:
+        return []
     report.stage("probing", len(sources))
     return probe_sources(
         sources,

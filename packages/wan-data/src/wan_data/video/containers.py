@@ -15,6 +15,7 @@ from wan_data.video.display import (
     picture_of,
     rgb_of_frame,
 )
+from wan_data.video.file_ends import missing_end
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_container
 from wan_data.video.timing import Clock
@@ -74,6 +75,8 @@ class VideoReader:
         discarded = 0
         if demuxer == "mpegts":
             self._find_breaks(stream.id)
+        if (reason := missing_end(demuxer, self._file.fileno())) is not None:
+            raise Rejected(reason)
         for packet in container.demux(stream):
             discarded += packet.is_discard
             if packet.is_corrupt and not self._breaks:

@@ -1,0 +1,140 @@
+"""Whether the end of a file is missing, in the containers where FFmpeg takes a cut for the end: Matroska, Ogg and GIF.
+
+Sources: RFC 8794 and RFC 9559 (EBML and Matroska, WebM), RFC 3533 (Ogg), the GIF89a specification.
+"""
+
+import os
+from collections.abc import Callable
+
+
+def missing_end(demuxer: str, descriptor: int) -> str | None:
+    """How one sees that a file is cut off, as the end of a sentence; None if it is complete or does not tell.
+
+    Args:
+        demuxer: FFmpeg's name of the container.
+        descriptor: of the open file, whose position is not changed.
+    """
+    check: Callable[[int], str | None] | None = {"matroska": _matroska, "ogg": _ogg, "gif": _gif}.get(demuxer)
+    return None if check is None else check(descriptor)
+
+
+def _lacking(end: int, descriptor: int) -> str | None:
+    missing = end - os.fstat(descriptor).st_size
+    return f"its last {missing} bytes are missing" if missing > 0 else None
+
+
+# -- Matroska: elements of an identifier, a size and a content ---------------------------------------------------------
+
+_EBML_HEADER, _SEGMENT = 0x1A45DFA3, 0x18538067
+_LONGEST_HEAD = 12
+
+
+def _matroska(descriptor: int) -> str | None:
+    size, position, inside = os.fstat(descriptor).st_size, 0, False
+    while position < size:
+        element = _element(os.pread(descriptor, _LONGEST_HEAD, position))
+        if element is None or (position == 0 and element[0] != _EBML_HEADER):
+            return None
+        kind, head, content = element
+        if content is None:
+            if kind != _SEGMENT or inside:
+                return None
+            # A live recording does not state the size of the whole; its parts may state theirs.
+            inside, position = True, position + head
+            continue
+        position += head + content
+        if kind == _SEGMENT:
+            break
+    return _lacking(position, descriptor)
+
+
+def _element(data: bytes) -> tuple[int, int, int | None] | None:
+    """Identifier, bytes of identifier and size, and the size, None if unknown; None if this is no element."""
+    kind_bytes = _bytes_of_number(data[:1])
+    size_bytes = _bytes_of_number(data[kind_bytes : kind_bytes + 1])
+    head = kind_bytes + size_bytes
+    if not 0 < kind_bytes <= 4 or not size_bytes or len(data) < head:
+        return None
+    largest = (1 << 7 * size_bytes) - 1
+    content = int.from_bytes(data[kind_bytes:head]) & largest
+    return int.from_bytes(data[:kind_bytes]), head, None if content == largest else content
+
+
+def _bytes_of_number(first: bytes) -> int:
+    # As many zero bits are in front of the first one as bytes follow.
+    return 9 - first[0].bit_length() if first and first[0] else 0
+
+
+# -- Ogg: pages, of which the last one of each stream is marked --------------------------------------------------------
+
+_PAGE_HEAD, _LAST_PAGE = 27, 0x04
+
+
+def _ogg(descriptor: int) -> str | None:
+    size, position = os.fstat(descriptor).st_size, 0
+    ended: dict[bytes, bool] = {}
+    while position < size:
+        head = os.pread(descriptor, _PAGE_HEAD + 255, position)
+        if not b"OggS".startswith(head[:4]):
+            return None
+        segments = head[_PAGE_HEAD : _PAGE_HEAD + head[26]] if len(head) >= _PAGE_HEAD else b""
+        if len(head) < _PAGE_HEAD or len(segments) < head[26]:
+            return "its last page is incomplete"
+        ended[head[14:18]] = bool(head[5] & _LAST_PAGE)
+        position += _PAGE_HEAD + len(segments) + sum(segments)
+    if (lacking := _lacking(position, descriptor)) is not None:
+        return lacking
+    return None if all(ended.values()) else "its end is missing: a stream in it has no last page"
+
+
+# -- GIF: blocks up to the trailer -------------------------------------------------------------------------------------
+
+_EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
+_AT_ONCE = 1 << 20
+
+
+def _gif(descriptor: int) -> str | None:
+    reader = _Bytes(descriptor)
+    reader.skip(10)
+    reader.skip(_color_table(reader.next()) + 2)
+    while True:
+        kind = reader.next()
+        if kind is None:
+            return "its end is missing: it has no trailer"
+        if kind == _TRAILER:
+            return None
+        if kind == _IMAGE:
+            reader.skip(8)
+            reader.skip(_color_table(reader.next()) + 1)
+        elif kind == _EXTENSION:
+            reader.skip(1)
+        elif kind != 0:
+            return None  # no block: the decoder judges
+        else:
+            continue
+        while length := reader.next():
+            reader.skip(length)
+
+
+def _color_table(flags: int | None) -> int:
+    return 3 << (flags & 7) + 1 if flags is not None and flags & 0x80 else 0
+
+
+class _Bytes:
+    """Single bytes of a file from its beginning, read in larger parts."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._start, self._data, self._position = descriptor, 0, b"", 0
+
+    def next(self) -> int | None:
+        """The next byte; None behind the end."""
+        offset = self._position - self._start
+        if not 0 <= offset < len(self._data):
+            self._start, offset = self._position, 0
+            self._data = os.pread(self._descriptor, _AT_ONCE, self._start)
+        self._position += 1
+        return self._data[offset] if self._data else None
+
+    def skip(self, count: int) -> None:
+        """Leave out bytes."""
+        self._position += count
