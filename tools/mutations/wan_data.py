@@ -69,7 +69,7 @@ MUTATIONS = (
         "prepare/test_update.py::test_changes_are_named_and_left",
     ),
     _of(
-        "cut-file-accepted", "video/file_ends.py",
+        "cut-video-accepted", "video/file_ends.py",
         "if missing > 0 else None", "if missing > 100_000 else None",
         "a WebM file whose download broke off goes into the dataset as a shorter clip",
         "video/test_file_ends.py",

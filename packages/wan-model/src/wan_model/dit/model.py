@@ -9,7 +9,6 @@ Source: the official Wan 2.1 ``model.py`` and diffusers' ``transformer_wan.py``.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -56,13 +55,17 @@ def _frequencies(width: int, device: torch.device) -> Float[Tensor, " half"]:
     # The result is cached, and a tensor created in inference mode could not be used in training later.
     with torch.inference_mode(False):
         half = width // 2
-        return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=device) / half)
+        return 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
 
 
 def timestep_features(timesteps_B: Float[Tensor, " B"], width: int) -> Float[Tensor, "B width"]:
-    """[cos, sin] of t * 10000^(-2i/width), fp32: bf16 would round a timestep by up to 2."""
-    angles = timesteps_B.float()[:, None] * _frequencies(width, timesteps_B.device)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    """[cos, sin] of t * 10000^(-2i/width), rounded to fp32.
+
+    The angles are in fp64, as in Wan 2.1's ``sinusoidal_embedding_1d``: bf16 would round a timestep by up to 2, and
+    fp32, which diffusers uses, an angle by up to 3e-5.
+    """
+    angles = timesteps_B.double()[:, None] * _frequencies(width, timesteps_B.device)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def modulation(table_1ND: Tensor, time_BND: Tensor) -> tuple[Tensor, ...]:
