@@ -60,7 +60,7 @@ MUTATIONS = (
         "replaced-clip-of-equal-size", "prepare/probe.py",
         '[value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]', 'value.get("bytes") != size',
         "a clip that was replaced by one of equal size keeps the old digest and frame count",
-        "prepare/test_run.py::test_cached_probe_results_are_used_again",
+        "prepare/test_changes.py::test_cached_probe_results_are_used_again",
     ),
     _of(
         "finished-shards-encoded-again", "prepare/run.py",
