@@ -66,7 +66,7 @@ def measure(layout: Layout, settings: list[str], folder: Path) -> list[dict[str,
 def test_memory_is_what_a_run_really_holds(case: str, tmp_path: Path) -> None:
     layout, settings, recompute = MEASURED[case]
     pack = PackLayout(GRIDS).padded_to(layout.pad_multiple)
-    activations = ActivationBytes.of(TINY_CONFIG, layout, pack, bf16=False)
+    activations = ActivationBytes.of(TINY_CONFIG, layout, pack, bf16=False, kernels=False)
     parameters = parameters_of_stages(TINY_CONFIG, layout.tensor, layout.pipeline)
     for rank, held in enumerate(measure(layout, settings, tmp_path)):
         stage = rank if layout.pipeline > 1 else 0
