@@ -244,9 +244,9 @@ def kernel_traffic(quick: bool) -> Table:
                  str(ours.launches), str(torchs.launches), *kept]
             )  # fmt: skip
     table.note = (
-        "Counted without a GPU (wan_model.testing.traffic), outside matrix products and attention; bytes are in units "
-        "of the block's rows in bf16. A quarter of the kernels' launches in the backward pass are the gradients of "
-        "biases, and on a CPU each image is a segment of attention of its own. Target: <= 0.5 of the bytes."
+        "Counted without a GPU (wan_model.testing.traffic), outside matrix products and attention, so equal on every "
+        "machine; bytes are in units of the block's rows in bf16. A quarter of the kernels' launches in the backward "
+        "pass are the gradients of biases. Target: <= 0.5 of the bytes."
     )
     return table
 

@@ -174,6 +174,7 @@ class Chain:
 def _summary(log: TrainingLog, packs_a_step: int) -> dict[str, Any]:
     return {
         "steps": len(log.steps),
+        "packs_per_step": packs_a_step,
         "first_loss": log.losses[0],
         "last_loss": log.losses[-1],
         "resumed_from_step": log.resumed_from(),

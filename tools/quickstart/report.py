@@ -13,10 +13,11 @@ def write_report(report: dict[str, Any], path: Path) -> None:
 def _run_rows(name: str, run: dict[str, Any]) -> list[tuple[str, str]]:
     resumed = run["resumed_from_step"]
     how = f", resumed from step {resumed}" if resumed is not None else ""
+    packs = f"{run['packs_per_step']} pack{'s' * (run['packs_per_step'] > 1)}"
     packing = run["packing"]
     samples, fill, needed = packing["samples_a_pack"], 100 * packing["fill"], 100 * packing["efficiency"]
     return [
-        (name, f"{run['steps']} steps{how}; loss {run['first_loss']:.4f} -> {run['last_loss']:.4f}"),
+        (name, f"{run['steps']} steps of {packs}{how}; loss {run['first_loss']:.4f} -> {run['last_loss']:.4f}"),
         ("  packing", f"{samples} samples per pack; packs {fill:.0f} % full; {needed:.1f} % of computed tokens needed"),
     ]
 

@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def test_one_video_with_all_that_made_it(model_folder: Path, tmp_path: Path) -> 
     assert np.array_equal(bare[0], frames), "the same seed gave another video"
     assert bare[2] == {}
     assert b"a rabbit" not in path.read_bytes()
+
+
+def test_the_command_of_the_readme_for_the_tiny_model(model_folder: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^\$ wan-infer (--model tiny-wan .*)$", readme, re.M)
+    assert "$ python -m wan_model.tiny tiny-wan\n" in readme
+    paths = {"tiny-wan": str(model_folder), "noise.mp4": str(tmp_path / "noise.mp4")}
+    arguments = [paths.get(word, word) for word in shlex.split(line)]
+    result = run(*arguments, "--sample_steps", "2", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert read_video(tmp_path / "noise.mp4")[0].shape == (17, 80, 128, 3)
 
 
 def test_training_checkpoint_in_both_spellings(

@@ -12,7 +12,7 @@ import click
 from wan_infer import __version__
 from wan_infer.request.flags import ARGUMENTS, SeveralValues, flag
 from wan_infer.request.job import Job, check_outputs
-from wan_infer.request.options import VAE_DTYPES, ComputeOptions, ModelSources, ParallelOptions
+from wan_infer.request.options import ComputeOptions, ModelSources, ParallelOptions
 from wan_infer.request.prompt_file import read_prompt_file
 from wan_infer.request.settings import (
     NEGATIVE_PROMPT,
@@ -24,6 +24,7 @@ from wan_infer.request.settings import (
     pair_requests,
 )
 from wan_infer.runtime.launch import launch
+from wan_model.precision import DTYPES, VAE_PRECISIONS
 from wan_model.system.child_process import Supervisor, end_process
 from wan_model.system.torchrun import rank, world_size
 from wan_model.system.versions import check_dependencies
@@ -61,9 +62,9 @@ from wan_model.system.versions import check_dependencies
 @flag("sample-guide-scale", type=float, default=5.0, help="Guidance scale; 1 is none and takes half the time.")
 @flag("fps", type=click.IntRange(1, 240), default=16, help="Frames per second; the models were trained for 16.")
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@flag("dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
+@flag("dtype", type=click.Choice(["auto", *DTYPES]), default="auto",
       help="Precision of transformer and text encoder; auto is bfloat16 on CUDA.")  # fmt: skip
-@flag("vae-dtype", type=click.Choice(VAE_DTYPES), default="tf32",
+@flag("vae-dtype", type=click.Choice(list(VAE_PRECISIONS)), default="tf32",
       help="Precision of the autoencoder; tf32 is float32 with convolutions that a GPU may round to TF32.")  # fmt: skip
 @flag("t5-cpu", is_flag=True, help="Embed prompts on the CPU.")
 @flag("offload-model", type=bool, default=False,

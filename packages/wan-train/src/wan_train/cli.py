@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from wan_model.precision import DTYPES
+
 if TYPE_CHECKING:
     from wan_train.config.options import RunOptions
 
@@ -205,7 +207,7 @@ def plan_command(**options: Any) -> None:
 @click.option("--step", type=click.IntRange(0), help="Step to export. Default: the newest complete one.")
 @click.option("--ema", is_flag=True, help="Export the EMA instead of the weights.")
 @click.option(
-    "--dtype", type=click.Choice(["stored", "float32", "bfloat16"]), default="stored", show_default=True,
+    "--dtype", type=click.Choice(["stored", *DTYPES]), default="stored", show_default=True,
     help="Precision of the tensors; stored: unchanged; float32: of the optimizer's fp32 weights.",
 )  # fmt: skip
 def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dtype: str) -> None:

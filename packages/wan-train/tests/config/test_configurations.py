@@ -33,6 +33,7 @@ REFUSED = [
         "'half'; expected one of elementwise, selective, full or null",
     ),
     (["--recipe", "tiny", "model.recompute_method=block"], "recomputation applies to every layer"),
+    (["--recipe", "tiny", "model.recompute_modules=[core_attn]"], "selective recomputes all but self-attention"),
     (["--recipe", "tiny", "train.train_iter=3"], "the nearest known one is train.train_iters"),
     (["--recipe", "tiny", "dist.use_megatron_fsdp=true", "ema.decay=0.9"], "ema.decay is not supported with"),
     (["--recipe", "tiny", "dist.use_megatron_fsdp=true", "checkpoint.async_save=true"], "checkpoint.async_save is not"),

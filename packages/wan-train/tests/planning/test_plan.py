@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from training_runs import RUN_OPTIONS, call, run
 from warm_ranks import Call
 
-from wan_model import WAN_14B
+from wan_model import WAN_1_3B, WAN_14B
 from wan_model.dit.flops import pack_flops
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
@@ -66,7 +67,7 @@ def measure(layout: Layout, settings: list[str], folder: Path) -> list[dict[str,
 def test_memory_is_what_a_run_really_holds(case: str, tmp_path: Path) -> None:
     layout, settings, recompute = MEASURED[case]
     pack = PackLayout(GRIDS).padded_to(layout.pad_multiple)
-    activations = ActivationBytes.of(TINY_CONFIG, layout, pack, bf16=False)
+    activations = ActivationBytes.of(TINY_CONFIG, layout, pack, bf16=False, kernels=False)
     parameters = parameters_of_stages(TINY_CONFIG, layout.tensor, layout.pipeline)
     for rank, held in enumerate(measure(layout, settings, tmp_path)):
         stage = rank if layout.pipeline > 1 else 0
@@ -272,6 +273,17 @@ def test_a_gpu_file_that_describes_none_is_one_sentence(content: str, tmp_path: 
     assert result.exit_code == 2
     assert str(file) in result.output
     assert result.output.count("\n") == 1
+
+
+def test_the_training_document_counts_tokens_as_the_packs_do() -> None:
+    document = (Path(__file__).parents[2] / "TRAINING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| (\d+) frames? of (\d+) x (\d+).* \| (\d+) x (\d+) x (\d+) = ([\d,]+) \|", document)
+    assert len(rows) == 4
+    for row in rows:
+        *numbers, tokens = (int(number.replace(",", "")) for number in row)
+        pack = pack_of(WAN_1_3B, (numbers[0], numbers[1], numbers[2]), tokens)
+        assert pack.grids == (tuple(numbers[3:]),)
+        assert pack.total == tokens
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypedDict, cast
 
-VAE_DTYPES = ("float32", "tf32", "bfloat16")
+from wan_model.precision import VAE_PRECISIONS
+
 ModelName = str | os.PathLike[str]
 Lora = ModelName | tuple[ModelName, float]
 
@@ -84,8 +85,8 @@ class ComputeOptions:
     def __post_init__(self) -> None:
         if self.tiles < 1:
             raise ValueError(f"{self.tiles} tiles; expected at least 1")
-        if self.vae_dtype not in VAE_DTYPES:
-            expected = ", ".join(VAE_DTYPES)
+        if self.vae_dtype not in VAE_PRECISIONS:
+            expected = ", ".join(VAE_PRECISIONS)
             raise ValueError(f"there is no precision {self.vae_dtype!r} of the autoencoder; expected {expected}")
 
 

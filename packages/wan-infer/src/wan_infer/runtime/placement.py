@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from wan_infer.request.options import ComputeOptions
 from wan_model.codec.convolutions import PRECISIONS
+from wan_model.precision import DTYPES
 from wan_model.system import torchrun
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Placement:
         if dtype not in DTYPES:
             raise ValueError(f"there is no precision {dtype!r}; expected auto, {' or '.join(DTYPES)}")
         text_device = torch.device("cpu") if options.t5_cpu else chosen
-        return cls(chosen, DTYPES[dtype], text_device, options.offload, *PRECISIONS[options.vae_dtype])
+        return cls(chosen, getattr(torch, dtype), text_device, options.offload, *PRECISIONS[options.vae_dtype])
 
     @property
     def offload_device(self) -> torch.device:

@@ -11,8 +11,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-# The precisions of the autoencoder by name: of its weights, and whether a GPU may round fp32 convolutions to TF32.
-PRECISIONS = {"float32": (torch.float32, False), "tf32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
+from wan_model.precision import VAE_PRECISIONS
+
+# The same with torch's types.
+PRECISIONS: dict[str, tuple[torch.dtype, bool]] = {
+    name: (getattr(torch, dtype), tf32) for name, (dtype, tf32) in VAE_PRECISIONS.items()
+}
 _Item = TypeVar("_Item")
 
 

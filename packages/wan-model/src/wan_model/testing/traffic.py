@@ -32,7 +32,7 @@ class Traffic:
     Attributes:
         bytes: read and written outside matrix products and attention.
         launches: of operations and kernels outside matrix products and attention.
-        kept: bytes that autograd keeps for the backward pass, by type; each piece of memory once.
+        kept: bytes that autograd keeps for the backward pass besides parameters, by type; each piece of memory once.
     """
 
     bytes: int = 0
@@ -84,10 +84,14 @@ def counted(*, kernels: bool) -> Iterator[Traffic]:
         traffic.launches += 1
 
     def keep(x: Tensor) -> Tensor:
-        memory = x.untyped_storage().data_ptr()
-        if memory not in seen and not isinstance(x, torch.nn.Parameter):
+        storage = x.untyped_storage()
+        memory = storage.data_ptr()
+        # A matrix product keeps the transposed view of its weight.
+        parameter = isinstance(x if x._base is None else x._base, torch.nn.Parameter)
+        if memory not in seen and not parameter:
             seen[memory] = x  # so that the memory is not used again
-            traffic.kept[x.dtype] = traffic.kept.get(x.dtype, 0) + _size(x)
+            # All of it: a view keeps what it is a view of.
+            traffic.kept[x.dtype] = traffic.kept.get(x.dtype, 0) + storage.nbytes()
         return x
 
     with (

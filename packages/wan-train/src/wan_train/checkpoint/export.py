@@ -8,8 +8,6 @@ from wan_model.weights.training_checkpoint import find_checkpoint, read_training
 from wan_model.weights.transformer import save_transformer
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, read_record
 
-DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def export(checkpoints: Path, out: Path, *, step: int | None = None, ema: bool = False, dtype: str = "stored") -> Path:
     """Write ``OUT/transformer``, which diffusers' ``WanTransformer3DModel`` loads.
@@ -39,6 +37,8 @@ def export(checkpoints: Path, out: Path, *, step: int | None = None, ema: bool =
         if changed := changed_files(checkpoint, files, files):
             raise ValueError(f"{checkpoint / changed[0]} is damaged: its SHA-256 differs from {RECORD_NAME}'s")
     masters = dtype == "float32" and not ema
-    config, _, state = read_training_checkpoint(checkpoint, dtype=DTYPES[dtype], ema=ema, masters=masters)
+    config, _, state = read_training_checkpoint(
+        checkpoint, dtype=None if dtype == "stored" else getattr(torch, dtype), ema=ema, masters=masters
+    )
     save_transformer(state, config, out / "transformer")
     return checkpoint

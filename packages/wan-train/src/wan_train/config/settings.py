@@ -68,6 +68,8 @@ _OURS = {
     "layernorm_epsilon": "model.transformer.eps",
     "attention_backend": "model.attention",
     "fp8": "mixed_precision",
+    "recompute_modules": "model.recompute_granularity, whose selective recomputes all but self-attention (Megatron's "
+    "recomputes only that)",
 }
 
 

@@ -30,8 +30,9 @@ from wan_train.model.megatron_ops import MegatronOps
 
 # Every pipeline stage has its own copy of the timestep and text embedders; the copies must stay equal.
 REPLICATED_ON_STAGES = "condition_embedder."
-# By Megatron's names, and one of ours: "selective" keeps the output of self-attention, the most expensive part to
-# recompute, and "elementwise" those of all matrix products as well.
+# By Megatron's names, and one of ours. "full" means what it means there. "selective" does not: Megatron recomputes the
+# core of attention and saves the rest; here the output of self-attention, the most expensive part to recompute, is
+# saved and the rest recomputed. "elementwise" saves the outputs of all matrix products as well.
 RECOMPUTE: dict[str | None, Recompute] = {
     None: "none",
     "elementwise": "elementwise",

@@ -95,8 +95,17 @@ class ActivationBytes:
     transient: float
 
     @classmethod
-    def of(cls, model: WanConfig, layout: Layout, pack: PackLayout, *, bf16: bool) -> Self:
-        """Of a pack, padding included."""
+    def of(cls, model: WanConfig, layout: Layout, pack: PackLayout, *, bf16: bool, kernels: bool = True) -> Self:
+        """Of a pack, padding included.
+
+        Args:
+            model: sizes.
+            layout: of the run.
+            pack: padded for the layout.
+            bf16: activations in bf16; fp32 otherwise.
+            kernels: with the kernels of ``wan_model.kernels``, as on CUDA; if not, in fp32 only.
+        """
+        assert kernels or not bf16, "torch's operations keep copies in fp32, which are not counted"
         size = 2 if bf16 else FP32
         samples, h = pack.num_samples, model.hidden_size
         entered = pack.total / layout.context  # rows inside a tensor-parallel region
@@ -104,28 +113,29 @@ class ActivationBytes:
         texts = samples * model.text_length
         part, ffn, heads = h / layout.tensor, model.ffn_dim / layout.tensor, model.num_heads / layout.tensor
 
-        # Copies: the outputs of several launches are concatenated, and context ranks receive rows.
-        several = len(equal_segments(pack.offsets, pack.offsets)) > 1
-        copies = several + (layout.context > 1)
+        # Copies: the outputs of several launches and the zeros of padding are concatenated; context ranks receive rows.
+        concatenated = len(equal_segments(pack.offsets, pack.offsets)) > 1 or pack.padding > 0
+        copies = concatenated + (layout.context > 1)
         attention = entered * (part * size + heads * FP32)
         block = (
-            4 * held * h * size  # inputs of both modulated norms, and both gated updates
-            + held * h * FP32  # input of the norm with weights, in fp32
+            5 * held * h * size  # inputs of the three norms of rows, and both gated updates
             + 3 * entered * h * size  # inputs of the projections
-            + (3 * entered + texts) * part * FP32  # inputs of the norms of queries and keys
+            + (3 * entered + texts) * part * size  # inputs of the norms of queries and keys
             + (3 + copies)
             * entered
             * part
             * size  # self-attention's queries, keys and values, and copies of its output
-            + (1 + several) * entered * part * size  # cross-attention's queries, and the copy of its output
+            + (1 + concatenated) * entered * part * size  # cross-attention's queries, and the copy of its output
             + 2 * texts * part * size  # its keys and values
             + 2 * attention  # outputs of both attentions
             + 2 * entered * ffn * size  # input and output of the activation
-            + (6 * held + 3 * entered + texts) * FP32  # statistics of the norms
-            + samples * 8 * h * FP32  # modulation
+            + samples * 6 * h * FP32  # modulation
         )
-        if layout.tensor > 1:  # a split norm saves the normalised values
-            block += (3 * entered + texts) * part * FP32
+        # The kernels compute the statistics of norms again, except those of which each rank has a part.
+        if not kernels:
+            block += (6 * held + 3 * entered + texts) * FP32 + samples * 2 * h * FP32  # statistics; 1 + scale
+        if layout.tensor > 1:
+            block += (3 * entered + texts) * (1 if kernels else part) * FP32  # sums of squares; normalised values
         products = (
             (4 * entered + 2 * texts) * part * size  # queries, keys and values of both attentions
             + 3 * entered * h * size  # the two projections of attended values, and the feed-forward output
