@@ -160,6 +160,14 @@ def test_a_full_standard_output_is_a_sentence(point: ResumePoint) -> None:
     assert found.step == 2
 
 
+def test_training_goes_on_where_nobody_reads_its_output(point: ResumePoint, one_process_run: Path) -> None:
+    ended = run((*RUN_OPTIONS, "--verbose"), point.folder, calls=[Call("rank_calls:close_output")])
+    assert ended.codes == [0], ended.errors
+    assert "BrokenPipeError" not in ended.errors
+    assert [entry["step"] for entry in read_log(point.folder) if "loss" in entry][-4:] == [3, 4, 5, 6]
+    assert same_weights(point.folder, one_process_run, 6)
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = refused(tmp_path / "file")
