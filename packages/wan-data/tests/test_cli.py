@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -231,3 +232,25 @@ def test_changed_files_decide_the_exit_code_until_they_are_updated(run, clip, ti
     done = run(*arguments, "--update", "--overwrite")
     assert done.exit_code == 1
     assert "--overwrite replaces the whole dataset" in done.output
+
+
+def test_a_result_that_cannot_be_written_is_a_sentence(dataset, monkeypatch, capsys):
+    for command in (["verify", str(dataset)], ["inspect", str(dataset)], ["plan", "--help"]):
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", full)
+            with pytest.raises(SystemExit) as ended:
+                main(command)
+        assert ended.value.code == 1
+        said = "Error: cannot read or write standard output: No space left on device"
+        assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def test_progress_that_nobody_reads_does_not_end_a_command(dataset, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", pipe)
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", str(dataset)])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "5 shards, 14 samples checked: no problems\n"

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_sources import tiny_lora
 
+from wan_infer.cli import main
 from wan_infer.output.video_file import read_video
 from wan_infer.request.settings import NEGATIVE_PROMPT
 
@@ -64,6 +66,25 @@ def test_the_command_of_the_readme_for_the_tiny_model(model_folder: Path, tmp_pa
     result = run(*arguments, "--sample_steps", "2", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     assert read_video(tmp_path / "noise.mp4")[0].shape == (17, 80, 128, 3)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full disk", "nobody reads"])
+def test_a_video_is_whole_although_nothing_can_be_printed(
+    full: bool, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["--model", str(model_folder), "--prompts", "a", *QUICK, "--save-file", str(tmp_path / "a.mp4")]
+    with os.fdopen(writer, "w") as pipe, open("/dev/full", "w") as device, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", device if full else pipe)
+        if not full:
+            patch.setattr("sys.stderr", pipe)
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+    assert ended.value.code == 1
+    said = ["Error: cannot read or write standard output: No space left on device"]
+    assert capfd.readouterr().err.splitlines()[-1:] == (said if full else [])
+    assert read_video(tmp_path / "a.mp4")[0].shape == (5, 48, 32, 3)
 
 
 def test_training_checkpoint_in_both_spellings(

@@ -91,3 +91,10 @@ def resume_errors(results: str, folder: str, wanted: dict[str, list[str]]) -> No
 def fill_output() -> None:
     """Make standard output a device that is full."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def close_output() -> None:
+    """Make standard output a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)

@@ -88,8 +88,8 @@ def sentence_of(ended: Ended) -> str:
     """The sentence of ranks that were refused, or the lines of different ones."""
     assert 2 in ended.codes, ended.errors
     assert set(ended.codes) <= {2, -signal.SIGKILL}, ended.errors
-    assert "Traceback" not in ended.errors
-    errors = [line for line in ended.errors.splitlines() if line.startswith("Error")]
+    errors = ended.errors.splitlines()
+    assert all(line.startswith("Error") for line in errors), ended.errors
     return "\n".join(sorted({line.split(": ", 1)[1] for line in errors}))
 
 

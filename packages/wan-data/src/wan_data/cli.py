@@ -19,9 +19,19 @@ from wan_data.cli_options import (
     sources_of,
 )
 from wan_data.prepare.preload import preload_encoders
+from wan_model.system.standard_streams import checked_streams
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """A group whose commands end with a sentence at errors of the system, such as a full disk."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any group."""
+        with checked_streams():
+            return super().main(*args, **kwargs)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="wan-data")
 def main() -> None:
     """From videos with captions to shards of Wan 2.1 latents."""

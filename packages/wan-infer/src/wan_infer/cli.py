@@ -103,14 +103,14 @@ def main(context: click.Context, /, nproc_per_node: int, as_json: bool, **given:
         if nproc_per_node > 1 and not supervisor.is_launcher:
             sys.exit(launch(context.meta[ARGUMENTS], nproc_per_node))
         report = _run(given, requests)
+        if report is not None:
+            _show(report, as_json=as_json)
     except Exception as error:
         if supervisor.is_launcher:
             end_process(supervisor.record(error))
         if isinstance(error, ValueError):
             raise click.ClickException(str(error)) from error
         raise
-    if report is not None:
-        _show(report, as_json=as_json)
 
 
 def _parse_requests(given: dict[str, Any]) -> list[VideoRequest]:

@@ -25,14 +25,24 @@ def raised(error: Exception, cause: Exception | None = None) -> Failure:
 
 
 def test_a_failure_is_recorded_whole(tmp_path: Path) -> None:
-    failure = raised(RuntimeError("two\nlines"), ValueError("ü"))
-    assert Failure.read(tmp_path, 1) is None
-    failure.write(tmp_path, 1)
-    assert Failure.read(tmp_path, 1) == failure
-    assert Failure.read(tmp_path, 0) is None
+    failure, path = raised(RuntimeError("two\nlines"), ValueError("ü")), tmp_path / "failure"
+    with path.open("wb+") as file:
+        assert Failure.read(file.fileno()) is None
+        failure.write(path)
+        assert Failure.read(file.fileno()) == failure
+        file.truncate(path.stat().st_size - 1)
+        assert Failure.read(file.fileno()) is None, "a part of it"
     assert "ValueError: ü" in failure.text
     assert failure.text.endswith("RuntimeError: two\nlines")
     assert (failure.code, failure.lost_peer) == (1, False)
+
+
+def test_errors_of_the_system_are_sentences_and_others_keep_their_traceback() -> None:
+    denied = raised(PermissionError(13, "Permission denied", "/data/iter_0000002"))
+    assert (denied.code, denied.text) == (2, "cannot read or write /data/iter_0000002: Permission denied")
+    lost = raised(ConnectionResetError(104, "Connection reset by peer"))
+    assert lost.code == 1
+    assert lost.text.endswith("\nConnectionResetError: [Errno 104] Connection reset by peer")
 
 
 def test_what_follows_from_a_lost_peer_is_told_from_its_cause() -> None:
@@ -51,7 +61,7 @@ def test_an_error_is_shown_in_one_line_if_it_is_one() -> None:
 
 
 def supervisor(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Supervisor:
-    for name in ("WAN_LAUNCHER_PID", "WAN_LAUNCHER_FAILURES", "TORCHELASTIC_RUN_ID", "RANK"):
+    for name in ("WAN_LAUNCHER_PID", "WAN_LAUNCHER_FAILURE_FILE", "TORCHELASTIC_RUN_ID", "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -61,16 +71,19 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Supervisor:
 def test_the_launcher_reads_the_error_and_children_are_not_taken_for_ranks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours = supervisor(monkeypatch, WAN_LAUNCHER_PID="1", WAN_LAUNCHER_FAILURES=str(tmp_path), RANK="2")
+    ours = supervisor(monkeypatch, WAN_LAUNCHER_PID="1", WAN_LAUNCHER_FAILURE_FILE=str(tmp_path / "failure"), RANK="2")
     assert ours.is_launcher
     assert not Supervisor.find().is_launcher
     assert ours.record(ValueError("no such recipe")) == 2
-    recorded = Failure.read(tmp_path, 2)
+    with (tmp_path / "failure").open("rb") as file:
+        recorded = Failure.read(file.fileno())
     assert recorded is not None
     assert (recorded.text, recorded.code) == ("no such recipe", 2)
     assert capsys.readouterr().err == ""
     # Where it cannot be recorded, it is shown all the same.
-    lost = supervisor(monkeypatch, WAN_LAUNCHER_PID="1", WAN_LAUNCHER_FAILURES=str(tmp_path / "absent"), RANK="2")
+    lost = supervisor(
+        monkeypatch, WAN_LAUNCHER_PID="1", WAN_LAUNCHER_FAILURE_FILE=str(tmp_path / "absent" / "failure"), RANK="2"
+    )
     assert lost.record(ValueError("no such recipe")) == 2
     assert capsys.readouterr().err == "Error (rank 2): no such recipe\n"
 

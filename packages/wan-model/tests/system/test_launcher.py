@@ -55,19 +55,31 @@ reduce = join()
 ready()
 while True: reduce()
 """
-# With what a data loader and a checkpoint writer start: a fork that holds every descriptor, and another program.
+# With what a data loader and a checkpoint writer start: a fork that holds every descriptor, and another program; and a
+# service, in a session of its own.
 LEAVE_CHILDREN = """
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 prints one at a fork of a process with threads
 if os.fork() == 0: time.sleep(600)
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+for own in (False, True): subprocess.Popen(sleeping, start_new_session=own)
 ready()
 """
 SLEEP_WITH_CHILDREN = f"{LEAVE_CHILDREN}time.sleep(600)"
 # Where no other rank fails.
 QUICK = {"_SETTLE_SECONDS": 0.1}
 PROMPT = "a $$5 note, ${local_rank} and $local_rank, 100 % {rank} 'quoted'"
+# The state of another rank's process, in a rank.
+STATE_OF = "Path('/proc', Path(PLACE, '{}').read_text(), 'stat').read_text().split()[2]"
 # As gloo says it.
 LOST_PEER = "raise RuntimeError('[x/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer')"
+
+
+# What a test and its ranks write, where nothing else may be left.
+OUR_FILES = {"0", "1", "__pycache__", "ranks.py", "stderr", "stdout"}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def write_ranks(body: str, place: Path) -> Path:
@@ -113,7 +125,7 @@ def test_ranks_that_end_well_leave_nothing(start_ranks: Callable[..., Job], tmp_
     assert job.code() == 0
     assert job.alive() == []
     assert job.error_lines() == []
-    assert not list(tmp_path.glob("wan-ranks-*"))
+    assert names_in(tmp_path) <= OUR_FILES
 
 
 def test_a_killed_rank_is_named_and_what_follows_in_gloo_is_not(start_ranks: Callable[..., Job]) -> None:
@@ -126,8 +138,7 @@ def test_a_killed_rank_is_named_and_what_follows_in_gloo_is_not(start_ranks: Cal
 
 
 def test_a_rank_killed_for_memory_is_named_and_what_follows_is_not(start_ranks: Callable[..., Job]) -> None:
-    state = "Path(f'/proc/{Path(PLACE, \"1\").read_text()}/stat').read_text().split()[2]"
-    job = start_ranks(f"meet()\nif rank == 1: time.sleep(600)\nuntil(lambda: {state} == 'Z')\n{LOST_PEER}")
+    job = start_ranks(f"meet()\nif rank == 1: time.sleep(600)\nuntil(lambda: {STATE_OF.format(1)} == 'Z')\n{LOST_PEER}")
     job.pid(0)
     os.kill(job.pid(1), signal.SIGKILL)
     assert job.code() == 128 + signal.SIGKILL
@@ -144,10 +155,11 @@ def test_a_ranks_sentence_is_the_only_error(start_ranks: Callable[..., Job]) -> 
 
 
 def test_the_cause_is_shown_although_what_follows_from_it_came_first(start_ranks: Callable[..., Job]) -> None:
-    seen = "list(Path(os.environ['TMPDIR']).glob('wan-ranks-*/0.json'))"
-    job = start_ranks(f"if rank == 0: {LOST_PEER}\nuntil(lambda: {seen})\nraise ValueError('step 3 is not to be had')")
+    job = start_ranks(
+        f"meet()\nif rank == 0: {LOST_PEER}\nuntil(lambda: {STATE_OF.format(0)} == 'Z')\nraise ValueError('no step 3')"
+    )
     assert job.code() == 2
-    assert job.error_lines() == ["Error (rank 1): step 3 is not to be had"]
+    assert job.error_lines() == ["Error (rank 1): no step 3"]
 
 
 def test_what_users_cannot_mend_is_shown_with_its_traceback(start_ranks: Callable[..., Job]) -> None:
@@ -163,6 +175,21 @@ def test_what_every_rank_says_is_said_once(start_ranks: Callable[..., Job]) -> N
     job = start_ranks("meet()\nraise ValueError('no such recipe')")
     assert job.code() == 2
     assert job.error_lines() == ["Error: no such recipe"]
+
+
+def test_output_that_nobody_reads_is_no_error_that_is_shown(start_ranks: Callable[..., Job]) -> None:
+    job = start_ranks("raise BrokenPipeError(32, 'Broken pipe', 'standard output')")
+    assert job.code() == 1
+    assert job.error_lines() == []
+
+
+def test_the_error_of_a_silent_rank_needs_no_space_on_a_disk(server: LaunchServer, tmp_path: Path) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    write_ranks("if rank == 0: time.sleep(600)\nraise ValueError(os.listdir(os.environ['TMPDIR']))", tmp_path)
+    job = server.start("ranks", tmp_path, settings=QUICK, first_rank_output=True, TMPDIR=str(temporary))
+    assert job.code() == 2
+    assert job.error_lines() == ["Error (rank 1): []"]
+    assert names_in(temporary) == set()
 
 
 def test_a_rank_that_only_exits_is_named(start_ranks: Callable[..., Job]) -> None:
@@ -190,8 +217,9 @@ def test_a_stopped_rank_ends_the_run(start_ranks: Callable[..., Job]) -> None:
 
 def test_a_short_stop_is_forgiven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = 100.0
+    failure = os.open(tmp_path / "failure", os.O_RDWR | os.O_CREAT)
     with launcher.Interrupts() as interrupts, interrupts.overriding_torch_handlers():
-        rank = launcher.Rank(1, ["sleep", "600"], {}, tmp_path, silent=False)
+        rank = launcher.Rank(1, ["sleep", "600"], {}, failure, silent=False)
     monkeypatch.setattr(launcher.time, "monotonic", lambda: clock)
     (pid,) = rank._context.pids().values()
 
@@ -216,6 +244,7 @@ def test_a_short_stop_is_forgiven(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     monkeypatch.undo()
     rank.kill()
+    os.close(failure)
 
 
 def test_a_rank_that_hangs_is_found_by_its_peers(start_ranks: Callable[..., Job]) -> None:
@@ -235,18 +264,21 @@ def test_a_rank_that_hangs_is_found_by_its_peers(start_ranks: Callable[..., Job]
 
 
 @pytest.mark.parametrize("also_stopped", [False, True])
-def test_nothing_outlives_a_killed_launcher(start_ranks: Callable[..., Job], also_stopped: bool) -> None:
+def test_nothing_outlives_a_killed_launcher(
+    start_ranks: Callable[..., Job], also_stopped: bool, tmp_path: Path
+) -> None:
     job = start_ranks(SLEEP_WITH_CHILDREN)
     pids = [job.pid(0), job.pid(1)]
-    assert len(job.alive()) == 7  # the launcher, and three of each rank
+    assert len(job.alive()) == 9  # the launcher, and four of each rank
     if also_stopped:
         os.kill(pids[1], signal.SIGSTOP)
     job.process.send_signal(signal.SIGKILL)
     job.code()
     wait_until(lambda: not job.alive(), "all have ended", SOON)
+    assert names_in(tmp_path) <= OUR_FILES
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
 def test_an_interrupt_ends_everything(start_ranks: Callable[..., Job], number: signal.Signals) -> None:
     job = start_ranks(SLEEP_WITH_CHILDREN)
     job.pid(0), job.pid(1)
@@ -272,7 +304,9 @@ def test_ranks_that_will_not_end_are_killed(start_ranks: Callable[..., Job], twi
     assert job.alive() == []
 
 
-def test_a_rank_that_cannot_start_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_cannot_start_leaves_none(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -283,9 +317,19 @@ def test_a_rank_that_cannot_start_leaves_none(monkeypatch: pytest.MonkeyPatch) -
         return started[0]
 
     monkeypatch.setattr(subprocess_handler, "Popen", once)
-    with pytest.raises(BlockingIOError):
-        launcher.launch("absent", [], 2)
+    assert launcher.launch("absent", [], 2) == launcher.Outcome(1)
     assert started[0].returncode == -signal.SIGTERM
+    said = (
+        "Error: the process of rank 1 could not be started: Resource temporarily unavailable; start fewer processes, "
+    )
+    assert capfd.readouterr().err.startswith(said)
+
+
+def test_arguments_that_the_system_does_not_take_are_a_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launcher.launch("absent", ["x" * 140_000], 1) == launcher.Outcome(1)
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("Error: the process of rank 0 could not be started: Argument list too long (140,0")
+    assert line.endswith(" bytes); put prompts or settings into a file, and name the file")
 
 
 def test_handlers_of_signals_are_restored_and_what_was_ignored_stays_ignored() -> None:

@@ -1,7 +1,6 @@
 """The ``wan-train`` command. Imports of torch and Megatron wait until a command needs them."""
 
 import contextlib
-import errno
 import io
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wan_model.precision import DTYPES
+from wan_model.system.standard_streams import checked_streams
 
 if TYPE_CHECKING:
     from wan_train.config.options import RunOptions
@@ -21,21 +21,12 @@ RECIPES = ("wan_1_3b", "wan_1_3b_t2i", "wan_14b", "wan_14b_t2i", "tiny")
 
 
 class _Commands(click.Group):
-    """A group whose commands report errors of the system, such as a full disk, in one sentence."""
+    """A group whose commands end with a sentence at errors of the system, such as a full disk."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         """As of any group."""
-        try:
-            return super().invoke(ctx)
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # click ends without a word, because nobody reads it
-                raise
-            if error.filename is None:
-                # Python would try again, at its end, to write what is left.
-                with contextlib.suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            what = "standard output" if error.filename is None else os.fsdecode(error.filename)
-            raise click.ClickException(f"cannot read or write {what}: {error.strerror}") from error
+        with checked_streams():
+            return super().main(*args, **kwargs)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -17,7 +17,6 @@ from warm_ranks import Call
 from wan_train.checkpoint.folder import ResumePoint, find_resume_point, step_folder
 from wan_train.checkpoint.members import check_members, read_loader_state
 from wan_train.checkpoint.record import RECORD_NAME, DamagedCheckpointError
-from wan_train.launch.worker import sentence_of_system_error
 
 STATE, LOADER, STRATEGY = "train_state.pt", "train_dataloader_dprank000.pt", "metadata.json"
 OF_LOADER = {"rank": 0, "ranks": 1, "drawn": 4}
@@ -161,6 +160,14 @@ def test_a_full_standard_output_is_a_sentence(point: ResumePoint) -> None:
     assert found.step == 2
 
 
+def test_training_goes_on_where_nobody_reads_its_output(point: ResumePoint, one_process_run: Path) -> None:
+    ended = run((*RUN_OPTIONS, "--verbose"), point.folder, calls=[Call("rank_calls:close_output")])
+    assert ended.codes == [0], ended.errors
+    assert "BrokenPipeError" not in ended.errors
+    assert [entry["step"] for entry in read_log(point.folder) if "loss" in entry][-4:] == [3, 4, 5, 6]
+    assert same_weights(point.folder, one_process_run, 6)
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = refused(tmp_path / "file")
@@ -175,14 +182,6 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "megatron-rank0.log").rmdir()
     os.mkfifo(tmp_path / "run" / "log.jsonl")
     assert f"which cannot be written: No plain file ({tmp_path / 'run' / 'log.jsonl'})" in refused(tmp_path / "run")
-
-
-def test_errors_of_the_system_are_sentences_and_others_keep_their_traceback() -> None:
-    denied = sentence_of_system_error(PermissionError(13, "Permission denied", "/data/iter_0000002"))
-    assert isinstance(denied, ValueError)
-    assert str(denied) == "cannot read or write /data/iter_0000002: Permission denied"
-    lost = ConnectionResetError(104, "Connection reset by peer")
-    assert sentence_of_system_error(lost) is lost
 
 
 def test_commands_end_with_a_sentence_and_without_the_warnings_of_others(tmp_path: Path) -> None:

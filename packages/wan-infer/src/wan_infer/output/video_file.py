@@ -151,7 +151,10 @@ def write_video(
             file.write(encode_png(frame, metadata))
         return
     with output_file(path) as file:
-        _encode_beside(file, pieces, fps, metadata)
+        try:
+            _encode_beside(file, pieces, fps, metadata)
+        except av.error.ExternalError as error:  # of x264, such as threads that the system does not start
+            raise ValueError(f"cannot write {path}: the encoder x264 fails ({error.strerror})") from error
 
 
 def read_video(path: str | Path) -> tuple[Frames, float, dict[str, Any]]:

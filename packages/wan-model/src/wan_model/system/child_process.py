@@ -22,10 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from wan_model.system.files import write_bytes
+from wan_model.system.process_tree import kill_descendants
+from wan_model.system.standard_streams import is_unread_output, system_error_message
 
-# Set by the launcher for each rank: its own process id, and the folder where ranks record failures.
-LAUNCHER_PID, FAILURES = "WAN_LAUNCHER_PID", "WAN_LAUNCHER_FAILURES"
+# Set by the launcher for each rank: its own process id, and the file where the rank records its failure.
+LAUNCHER_PID, FAILURE_FILE = "WAN_LAUNCHER_PID", "WAN_LAUNCHER_FAILURE_FILE"
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
 _POLL_SECONDS = 0.5
 _SECONDS_FOR_THE_CAUSE = 5.0
@@ -42,7 +43,7 @@ class Failure:
     Attributes:
         at: time of the failure by ``time.monotonic``, which is common to all processes of a machine, in seconds.
         code: the exit status.
-        text: a sentence for users, or a traceback.
+        text: a sentence for users, or a traceback; empty for nothing to be said.
         lost_peer: whether it is a consequence of the end or the hang of another rank.
     """
 
@@ -53,23 +54,29 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """The failure for an exception: a ValueError gives its message, any other exception its traceback."""
-        if isinstance(error, ValueError):
-            return cls(time.monotonic(), 2, str(error), lost_peer=False)
+        """The failure for an exception.
+
+        A ValueError gives its message, what the system refuses a sentence, any other error its traceback.
+        Nothing is said of standard output that nobody reads.
+        """
+        if is_unread_output(error):
+            return cls(time.monotonic(), 1, "", lost_peer=False)
+        sentence = str(error) if isinstance(error, ValueError) else system_error_message(error)
+        if sentence is not None:
+            return cls(time.monotonic(), 2, sentence, lost_peer=False)
         text = "".join(traceback.format_exception(error)).rstrip()
         return cls(time.monotonic(), 1, text, _lost_peer(error))
 
-    def write(self, folder: Path, rank: int) -> None:
-        """Write it to a file for the launcher."""
-        write_bytes(folder / f"{rank}.json", json.dumps(dataclasses.asdict(self)).encode())
+    def write(self, path: Path) -> None:
+        """Write it to a file for the launcher; a line, so that the launcher does not read a part of it."""
+        with path.open("wb", buffering=0) as file:
+            file.write(json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
     @classmethod
-    def read(cls, folder: Path, rank: int) -> "Failure | None":
-        """The failure that a rank has written, or None."""
-        try:
-            return cls(**json.loads((folder / f"{rank}.json").read_bytes()))
-        except FileNotFoundError:
-            return None
+    def read(cls, descriptor: int) -> "Failure | None":
+        """The failure that a rank has written to an open file, or None."""
+        content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        return cls(**json.loads(content)) if content.endswith(b"\n") else None
 
 
 def _lost_peer(error: BaseException) -> bool:
@@ -92,7 +99,7 @@ def error_message(text: str, rank: str | int | None) -> str:
 
 
 def end_after(wait: Callable[[], object]) -> None:
-    """Kill this process and its process group when ``wait`` returns.
+    """Kill this process, its descendants and its process group when ``wait`` returns.
 
     Args:
         wait: blocks until the parent has ended; called in a separate thread.
@@ -100,6 +107,7 @@ def end_after(wait: Callable[[], object]) -> None:
 
     def run() -> None:
         wait()
+        kill_descendants()
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)  # includes workers of data loaders and writers of checkpoints
         os._exit(1)
@@ -158,25 +166,25 @@ class Supervisor:
     """The launcher or torchrun, which started this process and ends it together with the other ranks.
 
     Args:
-        failures: the launcher's folder for failures, if our launcher started this process.
+        failure_file: the launcher's file for the failure of this process, if our launcher started it.
         parent: process id of our launcher or of torchrun, if one of them started this process.
     """
 
-    def __init__(self, failures: Path | None, parent: int | None) -> None:
-        self._failures, self._parent = failures, parent
+    def __init__(self, failure_file: Path | None, parent: int | None) -> None:
+        self._failure_file, self._parent = failure_file, parent
 
     @classmethod
     def find(cls) -> "Supervisor":
         """Find it in the environment, and remove the launcher's variables, so that child processes do not use them."""
-        folder, pid = os.environ.pop(FAILURES, None), os.environ.pop(LAUNCHER_PID, None)
-        if folder is not None and pid is not None:
-            return cls(Path(folder), int(pid))
+        file, pid = os.environ.pop(FAILURE_FILE, None), os.environ.pop(LAUNCHER_PID, None)
+        if file is not None and pid is not None:
+            return cls(Path(file), int(pid))
         return cls(None, os.getppid() if _TORCHRUN in os.environ else None)
 
     @property
     def is_launcher(self) -> bool:
         """Whether ``wan_model.system.launcher`` started this process."""
-        return self._failures is not None
+        return self._failure_file is not None
 
     def follow(self) -> None:
         """Kill this process and its process group when the supervisor ends."""
@@ -190,10 +198,9 @@ class Supervisor:
             The exit status.
         """
         failure, rank = Failure.of(error), os.environ.get("RANK")
-        if self._failures is not None:
-            assert rank is not None, "the launcher sets it"
-            with contextlib.suppress(OSError):  # a full disk, for example: printed below
-                failure.write(self._failures, int(rank))
+        if self._failure_file is not None:
+            with contextlib.suppress(OSError):  # printed below
+                failure.write(self._failure_file)
                 return failure.code
         elif self._parent is not None:
             if failure.lost_peer:
@@ -202,5 +209,6 @@ class Supervisor:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
             get_error_handler().record_exception(error)  # for torchrun's own summary
-        print(error_message(failure.text, rank), file=sys.stderr, flush=True)
+        if failure.text:
+            print(error_message(failure.text, rank), file=sys.stderr, flush=True)
         return failure.code

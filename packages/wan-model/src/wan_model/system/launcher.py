@@ -16,6 +16,7 @@ address. Its restarts and its rendezvous of several machines are not needed here
 
 - The agent ends all ranks at the first exit status that it sees. Often that is a rank which lost its peer.
 - It does not detect a stopped rank, and a stopped rank does not receive its SIGTERM.
+- It writes to a folder for temporary files, which may be full, and leaves the folder when it is killed.
 - It sends SIGTERM to the process group of a rank, so that a rank which saves at SIGTERM first loses its data loader's
   workers; and the child processes of a dead rank keep running.
 - It waits 30 seconds for ranks that ignore SIGTERM, even if further signals arrive.
@@ -27,8 +28,8 @@ when ranks are started.
 """
 
 import contextlib
-import ctypes
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -37,10 +38,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from wan_model.system.child_process import FAILURES, LAUNCHER_PID, Failure, error_message
+from wan_model.system.child_process import FAILURE_FILE, LAUNCHER_PID, Failure, error_message
+from wan_model.system.process_tree import descendants, end_descendants, subreaper
 from wan_model.system.torchrun import processors
 
 GRACE_SECONDS = 10.0
@@ -50,8 +52,7 @@ _SETTLE_SECONDS = 1.0
 # Wait for the cause while all failures seen are consequences of another rank's failure.
 _CAUSE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
-_PR_SET_CHILD_SUBREAPER = 36
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        # Includes SIGQUIT, for which torch also sets a handler when it starts a process.
-        self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (*_SIGNALS, signal.SIGQUIT)}
+        self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
 
     def __enter__(self) -> "Interrupts":
         self._install()
@@ -119,11 +119,26 @@ class Interrupts:
 
     def _install(self) -> None:
         for number, before in self._before.items():
-            taken = number in _SIGNALS and before is not signal.SIG_IGN
-            signal.signal(number, self._record if taken else before)
+            signal.signal(number, before if before is signal.SIG_IGN else self._record)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
+
+
+def _output(silent: bool) -> Any:
+    """Where torch sends the output of its local rank 0; its own class writes to a folder of log files."""
+    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+
+    class Output(LogsSpecs):
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            stream = {0: os.devnull if silent else ""}  # empty for that of this process
+            return LogsDest(stdouts=stream, stderrs=dict(stream), error_files={0: os.devnull})
+
+        @property
+        def root_log_dir(self) -> str:
+            return os.devnull
+
+    return Output()
 
 
 class Rank:
@@ -133,7 +148,7 @@ class Rank:
         number: its rank.
         command: the command to run.
         values: its environment.
-        folder: the folder for its failure.
+        failure_file: an open file that it writes its failure to.
         silent: whether its output is dropped.
 
     Attributes:
@@ -142,22 +157,22 @@ class Rank:
     """
 
     def __init__(
-        self, number: int, command: Sequence[str], values: Mapping[str, str], folder: Path, *, silent: bool
+        self, number: int, command: Sequence[str], values: Mapping[str, str], failure_file: int, *, silent: bool
     ) -> None:
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+        from torch.distributed.elastic.multiprocessing import start_processes
 
         self.number, self.ended = number, False
         self.failure: Failure | None = None
-        self._folder = folder
+        self._failure_file = failure_file
         self._stopped_at: float | None = None
         # One context per rank: if a later rank cannot be started, torch loses track of those that it started before.
-        # The only local rank of each context is 0; a filter without it drops the output.
+        # The only local rank of each context is 0.
         self._context = start_processes(
             name="rank",
             entrypoint=command[0],
             args={0: tuple(command[1:])},
             envs={0: dict(values)},
-            logs_specs=DefaultLogsSpecs(log_dir=str(folder), local_ranks_filter={1} if silent else None),
+            logs_specs=_output(silent),
         )
         self._pid: int = self._context.pids()[0]
 
@@ -169,7 +184,7 @@ class Rank:
             event = os.waitid(os.P_PID, self._pid, which)
             code, status = (event.si_code, event.si_status) if event else (None, 0)
             self.ended = code in (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
-            self.failure = self.failure or Failure.read(self._folder, self.number)
+            self.failure = self.failure or Failure.read(self._failure_file)
             if self.ended and self.failure is None and status:
                 self.failure = _failure_of_status(status, killed=code != os.CLD_EXITED)
             self._see_stop(stopped=code == os.CLD_STOPPED)
@@ -192,13 +207,6 @@ class Rank:
         os.killpg(self._pid, signal.SIGKILL)  # the group exists until the next line has collected the exit status
         self._context.close(signal.SIGKILL)
 
-    def collect_orphans(self, deadline: float) -> None:
-        """Wait for the end of its child processes, which are children of this process by now (``_subreaper``)."""
-        with contextlib.suppress(ChildProcessError):
-            while time.monotonic() < deadline:
-                if os.waitid(os.P_PGID, self._pid, os.WEXITED | os.WNOHANG) is None:
-                    time.sleep(0.005)
-
 
 def _failure_of_status(status: int, *, killed: bool) -> Failure:
     if not killed:
@@ -208,7 +216,8 @@ def _failure_of_status(status: int, *, killed: bool) -> Failure:
     return Failure(time.monotonic(), 128 + status, text, lost_peer=False)
 
 
-def _end(ranks: Sequence[Rank], received: Sequence[int]) -> None:
+def _end(ranks: Sequence[Rank], received: Sequence[int], kept: Sequence[int]) -> None:
+    """End the ranks and all of their descendants; ``kept`` are the other children of this process."""
     before, deadline = len(received), time.monotonic() + GRACE_SECONDS
     for rank in ranks:
         rank.terminate()
@@ -219,9 +228,7 @@ def _end(ranks: Sequence[Rank], received: Sequence[int]) -> None:
             rank.update()
     for rank in ranks:
         rank.kill()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for rank in ranks:
-        rank.collect_orphans(deadline)
+    end_descendants(kept, time.monotonic() + GRACE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -235,20 +242,6 @@ def _exit_statuses_kept() -> Iterator[None]:
     finally:
         if before is signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, before)
-
-
-@contextlib.contextmanager
-def _subreaper() -> Iterator[None]:
-    """Make orphaned descendants of this process its children, so that it can wait for their end (Linux)."""
-    if sys.platform != "linux":
-        yield
-        return
-    prctl = ctypes.CDLL(None).prctl
-    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def _settle_seconds(failures: Sequence[Failure], running: float) -> float:
@@ -282,7 +275,7 @@ def _cause(failures: Mapping[int, Failure], ranks: int) -> tuple[int, str]:
     """The exit status and the message of the first failure that is not a consequence of another one."""
     number, cause = min(failures.items(), key=lambda item: (item[1].lost_peer, item[1].at))
     shared = ranks == 1 or (len(failures) == ranks and len({failure.text for failure in failures.values()}) == 1)
-    message = error_message(cause.text, None if shared else number)
+    message = error_message(cause.text, None if shared else number) if cause.text else ""
     silent = [str(rank) for rank in range(ranks) if rank not in failures]
     if cause.lost_peer and silent:
         ranks_named = ", ".join(silent)
@@ -303,22 +296,46 @@ def _without_torchs_messages() -> Iterator[None]:
         logging.disable(before)
 
 
-def _rank_variables(folder: Path) -> dict[str, str]:
+def _rank_variables() -> dict[str, str]:
     """Environment variables of all ranks: the store exists already, and the launcher that started them."""
     return {
         **os.environ,
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         LAUNCHER_PID: str(os.getpid()),
-        FAILURES: str(folder),
     }
+
+
+@contextlib.contextmanager
+def _failure_file() -> Iterator[tuple[int, str]]:
+    """A file for the failure of a rank, as a descriptor and a path; in memory, so that it needs no space on a disk."""
+    if sys.platform != "linux":
+        with tempfile.NamedTemporaryFile(prefix="wan-rank-") as file:
+            yield file.fileno(), file.name
+        return
+    descriptor = os.memfd_create("wan-rank-failure")
+    try:
+        yield descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def _not_started(error: OSError, rank: int, command: Sequence[str]) -> str:
+    """Why the process of a rank could not be started."""
+    text = f"the process of rank {rank} could not be started: {error.strerror or error}"
+    if error.errno == errno.E2BIG:
+        size = sum(len(os.fsencode(argument)) for argument in command)
+        return f"{text} ({size:,} bytes); put prompts or settings into a file, and name the file"
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return f"{text}; start fewer processes, or raise the limits of processes and memory (ulimit -u, ulimit -v)"
+    return text
 
 
 def launch(module: str, arguments: Sequence[str], ranks: int, *, first_rank_output: bool = False) -> Outcome:
     """Run ``python -P -m MODULE ARGUMENTS`` in ``ranks`` processes.
 
-    When one fails, or this process receives a signal, all are ended. When this function returns, no process of their
-    process groups is left, and the cause has been printed on standard error. ``-P`` removes the working folder from the
+    When one fails, or this process receives a signal, all are ended. When this function returns, none of their
+    descendants is left, and the cause has been printed on standard error. ``-P`` removes the working folder from the
     import path of the ranks and of processes that they start with ``multiprocessing``.
 
     Args:
@@ -331,20 +348,25 @@ def launch(module: str, arguments: Sequence[str], ranks: int, *, first_rank_outp
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         stack.enter_context(_without_torchs_messages())
-        stack.enter_context(_subreaper())
+        kept = descendants()
+        stack.enter_context(subreaper())
         stack.enter_context(_exit_statuses_kept())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-ranks-")))
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         # In this process, so that its port is bound before the ranks start, and it exists until the last one has ended.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        stack.callback(lambda: _end(started, interrupts.received))
-        base = _rank_variables(folder)
-        for number in range(ranks):
-            with interrupts.overriding_torch_handlers():
-                values = environment(number, ranks, store.port, base)
-                command = [sys.executable, "-P", "-m", module, *arguments]
-                started.append(Rank(number, command, values, folder, silent=first_rank_output and number > 0))
+        base, command = _rank_variables(), [sys.executable, "-P", "-m", module, *arguments]
+        files = [stack.enter_context(_failure_file()) for _ in range(ranks)]
+        stack.callback(lambda: _end(started, interrupts.received, kept))
+        for number, (descriptor, path) in enumerate(files):
+            values = {**environment(number, ranks, store.port, base), FAILURE_FILE: path}
+            silent = first_rank_output and number > 0
+            try:
+                with interrupts.overriding_torch_handlers():
+                    started.append(Rank(number, command, values, descriptor, silent=silent))
+            except OSError as error:
+                print(error_message(_not_started(error, number, command), None), file=sys.stderr, flush=True)
+                return Outcome(1)
         if _monitor(started, interrupts.received):
             return Outcome(0)
         if interrupts.received:
@@ -352,5 +374,6 @@ def launch(module: str, arguments: Sequence[str], ranks: int, *, first_rank_outp
             print(f"Ended by {signal.Signals(number).name}.", file=sys.stderr, flush=True)
             return Outcome(128 + number, interrupted=True)
         code, message = _cause({rank.number: rank.failure for rank in started if rank.failure}, ranks)
-        print(message, file=sys.stderr, flush=True)
+        if message:
+            print(message, file=sys.stderr, flush=True)
         return Outcome(code)

@@ -144,9 +144,8 @@ class Terminal:
             self._in_place = False
 
     def _write(self, text: str) -> None:
-        with naming(Path("standard output")):
-            self._stream.write(text)
-            self._stream.flush()
+        self._stream.write(text)
+        self._stream.flush()
 
     def _clear(self) -> str:
         return "\r\x1b[2K" if self._in_place else ""

@@ -170,6 +170,34 @@ class _NamedOutput(io.TextIOWrapper):
             super().flush()
 
 
+class _LogFile(logging.Handler):
+    """Appends records to a file; one that cannot be written, such as on a full disk, is dropped.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(logging.WARNING)
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As of any handler."""
+        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
+            file.write(f"{self.format(record)}\n")
+
+
+@contextlib.contextmanager
+def _log_records_in_file(path: str) -> Iterator[None]:
+    """Write log records that no handler takes to a file instead of standard error."""
+    before = logging.lastResort
+    logging.lastResort = _LogFile(path)
+    try:
+        yield
+    finally:
+        logging.lastResort = before
+
+
 def _megatron_log() -> str:
     return f"megatron-rank{torchrun.rank()}.log"
 
@@ -218,6 +246,7 @@ def _megatron_output_in_file(config: Any, verbose: bool) -> Iterator[TextIO]:
                 where = f"{config.checkpoint.save}/{_megatron_log()}"
             file = stack.enter_context(_NamedOutput(where))
             stack.enter_context(contextlib.redirect_stdout(file))
+            stack.enter_context(_log_records_in_file(where))  # it logs errors of files that are reported here
         yield terminal
 
 

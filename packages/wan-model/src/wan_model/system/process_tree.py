@@ -1,0 +1,70 @@
+"""The descendants of this process, whatever their session and process group (Linux; elsewhere none is found)."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@contextlib.contextmanager
+def subreaper() -> Iterator[None]:
+    """Make orphaned descendants of this process its children, so that it can find them and wait for their end."""
+    if sys.platform != "linux":
+        yield
+        return
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def descendants(kept: Collection[int] = ()) -> list[int]:
+    """The process ids of the descendants of this process, parents first.
+
+    Args:
+        kept: children that are left out, and what is below them.
+    """
+    children = defaultdict(list)
+    with contextlib.suppress(FileNotFoundError):
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit() and int(folder.name) not in kept:
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    # A name in parentheses, which may contain anything; then the state and the parent.
+                    parent = (folder / "stat").read_bytes().rpartition(b")")[2].split()[1]
+                    children[int(parent)].append(int(folder.name))
+    found = [os.getpid()]
+    for process in found:
+        found += children[process]
+    return found[1:]
+
+
+def kill_descendants(kept: Collection[int] = ()) -> list[int]:
+    """Send SIGKILL to all descendants of this process but those of ``kept``; returns their process ids."""
+    found = descendants(kept)
+    for process in found:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
+    return found
+
+
+def end_descendants(kept: Collection[int], deadline: float) -> None:
+    """Kill all descendants, and collect the exit status of those that are or become children of this process.
+
+    Args:
+        kept: see ``descendants``.
+        deadline: by ``time.monotonic``; what has not ended then is left.
+    """
+    while (left := kill_descendants(kept)) and time.monotonic() < deadline:
+        for process in left:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process, os.WNOHANG)
+        time.sleep(0.01)

@@ -1,0 +1,110 @@
+"""Standard output and standard error of a command, where nobody reads them any more or the disk is full.
+
+| stream | nobody reads it (``command | head -1``) | it cannot be written (a full disk) |
+|---|---|---|
+| standard error: progress, warnings | dropped; the command goes on | the same |
+| standard output of a command: its result | the command ends with exit status 1, without a word | one sentence, 1 |
+| standard output of a training run | dropped; the run goes on | an ``OSError`` that names it |
+
+Imports no torch.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from wan_model.system.files import naming
+
+_OUTPUT = "standard output"
+_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
+
+
+def system_error_message(error: BaseException) -> str | None:
+    """The sentence for what the system refuses: a file or a stream, or another process or thread; None for the rest."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}"
+    # Of os.fork; of Python's threads; of those of torch, in C++.
+    if isinstance(error, BlockingIOError) or (isinstance(error, RuntimeError) and str(error).endswith(_NO_THREAD)):
+        return "the system starts no further process or thread; start fewer processes, or raise the limit (ulimit -u)"
+    return None
+
+
+def is_unread_output(error: BaseException) -> bool:
+    """Whether it says that nobody reads standard output any more."""
+    return isinstance(error, BrokenPipeError) and error.filename == _OUTPUT
+
+
+class _Stream:
+    """A text stream whose errors name it.
+
+    Args:
+        stream: the stream; all that is not below is its own.
+        name: of the stream, in errors.
+        drops: the errors that are ignored, with the text.
+    """
+
+    def __init__(self, stream: TextIO, name: str, *drops: type[OSError]) -> None:
+        self._stream, self._name, self._drops = stream, Path(name), drops
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(*self._drops), naming(self._name):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*self._drops), naming(self._name):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _settle(stream: TextIO) -> None:
+    """Write what is left; where that fails drop it: Python would try again at its end, and complain."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+            stream.flush()
+
+
+@contextlib.contextmanager
+def checked_streams(*, run: bool = False) -> Iterator[None]:
+    """In this context, that of a whole command, standard output and standard error behave as in the table above.
+
+    An error that leaves the context and has a ``system_error_message`` ends the process with it and exit status 1.
+
+    Args:
+        run: whether the work of the command matters more than its output.
+    """
+    out, err = sys.stdout, sys.stderr
+    # A stream that was closed when the process started is None, and print ignores it.
+    if out is not None:
+        sys.stdout = _Stream(out, _OUTPUT, *([BrokenPipeError] if run else []))
+    if err is not None:
+        sys.stderr = _Stream(err, "standard error", OSError)
+    try:
+        try:
+            yield
+        finally:
+            if out is not None and not run:  # a run flushes each line, and reports its own errors
+                sys.stdout.flush()
+    except (OSError, RuntimeError) as error:
+        message = None if run else system_error_message(error)
+        if message is None:
+            raise
+        if not is_unread_output(error):
+            print(f"Error: {message}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        sys.stdout, sys.stderr = out, err
+        for stream in (out, err):
+            if stream is not None:
+                _settle(stream)
