@@ -35,19 +35,6 @@ def test_an_energon_that_would_leave_out_samples_is_refused(monkeypatch, dataset
         PackLoader(LoaderConfig(str(dataset), capacity=200), rank=0, world_size=1)
 
 
-def test_an_energon_that_opens_no_files_is_refused(monkeypatch):
-    # Energon 6.0.1 with multi-storage-client 1.
-    def no_profile(path):
-        raise ValueError('Profile "default" not found in configuration files.')
-
-    monkeypatch.setattr(pipeline, "EPath", no_profile)
-    monkeypatch.setattr(pipeline, "version", lambda name: "1.3.1")
-    with pytest.raises(
-        ValueError, match=r"cannot be used: it opens local files with multi-storage-client<1, and 1\.3\.1"
-    ):
-        workers()
-
-
 def right(self):
     """``rank_worker_id`` of Energon 6.0.1."""
     process = pipeline.torch.utils.data.get_worker_info()
@@ -65,10 +52,3 @@ def test_the_first_process_is_the_worker_whose_turn_it_is(monkeypatch, energon):
         monkeypatch.setattr("torch.utils.data.get_worker_info", lambda info=info: info)
         found.append(workers(num_workers=3).rank_worker_id())
     assert found == [1, 2, 0]
-
-
-@pytest.mark.parametrize("key", ["000007", "shard.tar/000007"])
-def test_keys_are_without_the_shard_on_every_version(tmp_path, key):
-    sample = {"__key__": key, "__shard__": "shard.tar", "__restore_key__": ("Webdataset", 7), "json": b"{}"}
-    raw = pipeline._members(tmp_path, types.SimpleNamespace(data=(sample,)))
-    assert raw == pipeline.RawSample("000007", ("Webdataset", 7), tmp_path / "shard.tar", {"json": b"{}"})

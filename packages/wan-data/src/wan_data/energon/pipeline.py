@@ -1,16 +1,14 @@
 """Energon's datasets and its loader with the same behaviour on every version from 6.0.1 on.
 
-Only those parts of Energon are used that its versions have in common: it reads the bytes of samples from the shards,
-draws, blends and buffers them, and saves its position. Its readers of metadata, its decoders, task encoders and cookers
-differ between versions and take no part. What differs in the others is found by looking for it.
+Only those parts of Energon are used that its versions have in common: it numbers, draws, blends and buffers samples,
+and saves its position. Its readers of metadata and of shards, its decoders, task encoders and cookers differ between
+versions, or trust what they read, and take no part. What differs in the others is found by looking for it.
 """
 
 import dataclasses
-import functools
 import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +19,6 @@ from wan_data.energon.worker_processes import WorkerContext
 
 try:
     from megatron.energon import WorkerConfig, get_savable_loader
-    from megatron.energon.epathlib import EPath
-    from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
     from megatron.energon.flavors.webdataset.sample_loader import SliceState, WebdatasetSampleLoaderDataset
     from megatron.energon.flavors.webdataset.sharder import Sharder
     from megatron.energon.flavors.webdataset.structs import ShardInfo
@@ -44,7 +40,7 @@ except ImportError as error:
 MAPPING = FlexState
 STATES = (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState)
 # Shards that are open at once, and drawn from in turn, while training; Energon's own default.
-_OPEN_SHARDS = 16
+OPEN_SHARDS = 16
 _PREFETCH = 2
 # A worker imports torch first, which takes a minute on a busy machine.
 _WORKER_TIMEOUT = 600.0
@@ -72,15 +68,15 @@ class Source:
     """The shards of one dataset, and how they are read.
 
     Attributes:
-        folder: of the dataset.
         shards: names and numbers of samples, in order.
+        read: the key, the shard and the members of a sample, by its number among those of all shards.
         cook: turns a sample into one to pack; the result has ``__key__`` and ``__restore_key__`` of its argument.
         weight: relative frequency in a blend.
         run_length: number of neighbouring samples that are read one after another; None for a whole shard.
     """
 
-    folder: Path
     shards: Sequence[tuple[str, int]]
+    read: Callable[[int], tuple[str, Path, dict[str, bytes]]]
     cook: Callable[[RawSample], Any]
     weight: float = 1.0
     run_length: int | None = None
@@ -143,13 +139,8 @@ def make_workers(*, rank: int, world_size: int, num_workers: int, seed: int) -> 
     """The readers of a data-parallel rank; 0 workers read in this process.
 
     Raises:
-        ValueError: the installed Energon would leave out invalid samples, or cannot open files.
+        ValueError: the installed Energon would leave out invalid samples.
     """
-    try:
-        EPath("/")
-    except ValueError as error:
-        found = version("multi-storage-client")
-        raise unusable(f"it opens local files with multi-storage-client<1, and {found} is installed") from error
     return Workers(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=seed, **_raising()[0])
 
 
@@ -183,31 +174,36 @@ def _cooked(sources: Sequence[Source], workers: Workers, *, training: bool) -> l
     return cooked
 
 
+class _Reader:
+    """What Energon's readers of shards are to its datasets."""
+
+    def __init__(self, read: Callable[[int], tuple[str, Path, dict[str, bytes]]]) -> None:
+        self._read = read
+
+    def __getitem__(self, number: int) -> RawSample:
+        key, shard, members = self._read(number)
+        return RawSample(key, ("Webdataset", number), shard, members)
+
+
 def _raw(source: Source, workers: Workers, *, rotation: int, training: bool) -> Any:
-    shards = [ShardInfo(name=name, path=EPath(source.folder / name), count=count) for name, count in source.shards]
-    parallel = _OPEN_SHARDS if training else 1
+    # Of these, only the counts are used.
+    shards = [ShardInfo(name=name, path=name, count=count) for name, count in source.shards]
     samples = WebdatasetSampleLoaderDataset(
-        join_readers=[ShardInfosITarReader(EPath(source.folder), shards, itar_cache_size=parallel)],
+        join_readers=[_Reader(source.read)],
         workers_sample_slice_offsets=Sharder.shard_workers(
             shards, workers, max_samples_per_sequence=source.run_length, rotation_offset=rotation
         ),
         worker_config=workers,
         shuffle_over_epochs=1 if training else None,
-        parallel_slice_iters=parallel,
+        parallel_slice_iters=OPEN_SHARDS if training else 1,
     )
-    return _map(samples, functools.partial(_members, source.folder), workers)
+    return _map(samples, _only, workers)
 
 
-def _members(folder: Path, found: Any) -> RawSample:
+def _only(found: Any) -> RawSample:
     (sample,) = found.data
-    shard = sample["__shard__"]
-    return RawSample(
-        # Before 7.3 the key begins with the name of the shard.
-        sample["__key__"].removeprefix(f"{shard}/"),
-        sample["__restore_key__"],
-        folder / shard,
-        {name: value for name, value in sample.items() if not name.startswith("__")},
-    )
+    assert isinstance(sample, RawSample)
+    return sample
 
 
 # -- packing -----------------------------------------------------------------------------------------------------------

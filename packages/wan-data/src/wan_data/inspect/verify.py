@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
+from wan_data.shards.energon_index import index_problems
 from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
 from wan_data.shards.reader import StoredSample, samples_of
@@ -23,8 +24,9 @@ def verify(
     """Read every file of a dataset and check it.
 
     Shards: size, digest, every member decodable without running code, finite values, shapes that agree with the side
-    information, keys that belong to their sources and are unique. Metadata: Energon's counts and splits. Manifest:
-    samples of every source, shape and shard. A dataset without a manifest (of NVIDIA's own script) is read and counted.
+    information, keys that belong to their sources and are unique. Metadata: Energon's counts, splits and indices.
+    Manifest: samples of every source, shape and shard. A dataset without a manifest (of NVIDIA's own script) is read
+    and counted.
 
     Args:
         folder: the dataset.
@@ -46,6 +48,7 @@ def verify(
     if manifest is not None:
         problems += _metadata_problems(manifest, splits, counts)
     found = _Comparison(manifest)
+    problems += index_problems(folder, folder / META_FOLDER, list(counts.items()))
     for name in sorted(counts):
         checked["shards"] += 1
         problems += _shard_problems(folder / name, counts[name], found)

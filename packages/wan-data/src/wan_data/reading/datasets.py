@@ -10,6 +10,7 @@ from typing import Any
 
 from wan_data.reading.blends import Part, parts_of
 from wan_data.reading.packing import latent_tokens
+from wan_data.shards.energon_index import check_offsets
 from wan_data.shards.energon_metadata import check_metadata, shard_counts
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_model.config import PatchSize
@@ -93,6 +94,8 @@ def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
         if not (samples := sum(count for _, count in shards)):
             raise ValueError(f"{path}, split {split}: {part.folder} has no sample in its split {part.split!r}")
         manifest = _manifest_of(part.folder)
+        for name, count in shards:
+            check_offsets(part.folder / name, count)
         opened.append(OpenPart(part, shards, samples, manifest, _fingerprint(part, manifest)))
     return opened
 

@@ -9,12 +9,21 @@ import inspect
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-from wan_data.energon.pipeline import ExactLoader, Source, make_workers, packed, samples_in_order, training_samples
+from wan_data.energon.pipeline import (
+    OPEN_SHARDS,
+    ExactLoader,
+    Source,
+    make_workers,
+    packed,
+    samples_in_order,
+    training_samples,
+)
 from wan_data.energon.version import energon_version
 from wan_data.reading.datasets import OpenPart, check_sizes, common_latent_spec, open_split
 from wan_data.reading.loader_state import from_plain, to_plain
 from wan_data.reading.pack_encoder import PackEncoder, settings_of
 from wan_data.reading.packing import usable_capacity
+from wan_data.shards.indexed_reader import IndexedShards
 from wan_model.pack import LatentPack
 
 STATE_VERSION = 1
@@ -132,8 +141,8 @@ class PackLoader:
 
     def _source(self, one: OpenPart) -> Source:
         return Source(
-            folder=one.part.folder,
             shards=one.shards,
+            read=IndexedShards(one.part.folder, one.shards, OPEN_SHARDS).read,
             cook=functools.partial(self._encoder.cook, one.part.name),
             weight=one.part.weight,
             run_length=-(-(one.samples // self._readers) // _MOST_SEQUENCES) if self._endless else None,

@@ -5,7 +5,7 @@ L text tokens, D text width; a latent is [C, F, H, W].
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,10 @@ from torch import Tensor
 
 from wan_data.energon.pipeline import RawSample
 from wan_data.reading.packing import full_packs, usable_capacity
-from wan_data.shards.serialization import MEMBERS, RefusedMember, info_from_json, latent_from_pth, text_from_pickle
+from wan_data.shards.reader import StoredSample
 from wan_model.config import PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.pack import LatentPack, latent_grid, pack_latents
-
-_READERS = {"json": info_from_json, "pickle": text_from_pickle, "pth": latent_from_pth}
 
 
 @dataclasses.dataclass(slots=True)
@@ -48,30 +46,6 @@ class PackedSample:
 
     pack: LatentPack
     __restore_key__: tuple[Any, ...] = ()
-
-
-def decode(key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
-    """Decode the members of a sample without running code.
-
-    Args:
-        key: of the sample.
-        members: the bytes of each member by extension.
-
-    Raises:
-        RefusedMember: a member is missing, of another format, or refused; it is named.
-    """
-    decoded = {}
-    for kind, raw in members.items():
-        name = f"{key.rpartition('/')[2]}.{kind}"
-        if kind not in _READERS:
-            raise RefusedMember(f"{name} is no member of this format; expected {', '.join(MEMBERS)}")
-        try:
-            decoded[kind] = _READERS[kind](raw)
-        except RefusedMember as error:
-            raise RefusedMember(f"member {name} is refused: {error}") from None
-    if missing := [name for name in MEMBERS if name not in decoded]:
-        raise RefusedMember(f"it has no {' and no '.join(missing)}")
-    return decoded
 
 
 class PackEncoder:
@@ -114,8 +88,8 @@ class PackEncoder:
         """
         key = sample.__key__
         try:
-            members = decode(key, sample.members)
-            latent, text, info = members["pth"], members["pickle"], members["json"]
+            stored = StoredSample.decode(key, sample.members)
+            latent, text, info = stored.latent, stored.text, stored.info
             if self.spec is not None:
                 if latent.shape[0] != self.spec.channels:
                     raise ValueError(f"its latent has {latent.shape[0]} channels; expected {self.spec.channels}")

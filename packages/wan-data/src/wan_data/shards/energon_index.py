@@ -5,19 +5,28 @@ a process with threads may hang. It also renames files that are not yet flushed 
 cannot read. Nor is its writer of the database, so that the index is the same whatever version is installed.
 """
 
+import array
 import contextlib
 import errno
+import itertools
 import sqlite3
 import struct
-import tarfile
+import sys
+import time
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from wan_data.shards.reader import grouped
+from wan_data.shards.tar_headers import Member, tar_members
 from wan_data.shards.writer import ShardRecord
-from wan_model.system.files import atomic_path, naming, write_bytes
+from wan_model.system.files import atomic_path, write_bytes
+from wan_model.system.safe_reading import open_file, read_bytes, require_file
 
 INDEX_NAME = "index.sqlite"
+_SECONDS_A_GIGABYTE = 60.0
 OFFSETS_SUFFIX = ".idx"
+REMEDY = "run wan-data prepare again with the same arguments, or energon prepare --tar-index-only, to write it anew"
 # The tables of Energon 7.4; 6.0 reads the first of them.
 _TABLES = """
 CREATE TABLE samples (
@@ -76,7 +85,7 @@ def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None
                 database.executemany(
                     "INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)",
                     [
-                        (number, index, member.name.partition(".")[2], member.offset_data, member.size)
+                        (number, index, member.kind, member.content, member.size)
                         for index, (_, members) in enumerate(samples)
                         for member in members
                     ],
@@ -84,21 +93,106 @@ def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None
             database.commit()
 
 
-def _samples_of(shard: Path) -> tuple[list[tuple[str, list[tarfile.TarInfo]]], int]:
+def _samples_of(shard: Path) -> tuple[list[tuple[str, list[Member]]], int]:
     """The members of each sample, by key, and the offset of the end of the last member."""
-    samples: list[tuple[str, list[tarfile.TarInfo]]] = []
-    with naming(shard), _as_os_error(shard), tarfile.open(shard, "r:") as tar:
-        for member in tar:
-            key = member.name.partition(".")[0]
-            if not samples or samples[-1][0] != key:
-                samples.append((key, []))
-            samples[-1][1].append(member)
-        return samples, tar.offset
-
-
-@contextlib.contextmanager
-def _as_os_error(shard: Path) -> Iterator[None]:
     try:
-        yield
-    except tarfile.TarError as error:
-        raise OSError(errno.EIO, f"it is no complete tar file: {error}", str(shard)) from error
+        with open_file(shard) as file:
+            samples = list(grouped(tar_members(file)))
+    except ValueError as error:
+        raise OSError(errno.EIO, str(error), str(shard)) from error
+    return samples, samples[-1][1][-1].end if samples else 0
+
+
+def check_offsets(shard: Path, samples: int) -> None:
+    """Check that the ``.idx`` file of a shard is there and has the size for its samples.
+
+    Raises:
+        ValueError: it is missing, no file, or of another size.
+    """
+    path = shard.with_name(shard.name + OFFSETS_SUFFIX)
+    try:
+        size = require_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {REMEDY}") from None
+    if size != 8 * (samples + 1):
+        raise ValueError(f"{path} has {size} bytes; expected {8 * (samples + 1)} for {samples} samples; {REMEDY}")
+
+
+def read_offsets(shard: Path, samples: int) -> Sequence[int]:
+    """The offset of each sample in a shard, and that of the end of the last one, from its ``.idx`` file.
+
+    Raises:
+        ValueError: see ``check_offsets``; or they do not ascend, or are beyond the end of the shard.
+    """
+    check_offsets(shard, samples)
+    path = shard.with_name(shard.name + OFFSETS_SUFFIX)
+    offsets = array.array("Q", read_bytes(path, 8 * (samples + 1)))
+    if sys.byteorder == "big":
+        offsets.byteswap()
+    if len(offsets) != samples + 1 or any(first >= second for first, second in itertools.pairwise(offsets)):
+        raise ValueError(f"{path} is damaged: its offsets do not ascend; {REMEDY}")
+    if offsets[-1] > (size := shard.stat().st_size):
+        raise ValueError(f"{path} is damaged: it names byte {offsets[-1]} of a shard of {size} bytes; {REMEDY}")
+    return offsets
+
+
+def index_problems(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """What is wrong with the index: Energon's own tools use the database, and its and our loader the ``.idx`` files.
+
+    Args:
+        folder: folder of the dataset.
+        meta: its metadata folder.
+        shards: names and numbers of samples, in the order of the metadata.
+    """
+    for name, samples in shards:
+        try:
+            read_offsets(folder / name, samples)
+        except ValueError as error:
+            yield str(error)
+    path = meta / INDEX_NAME
+    try:
+        require_file(path)
+        found = _spans(path)
+    except FileNotFoundError:
+        yield f"{path} is missing; {REMEDY}"
+        return
+    except (ValueError, sqlite3.Error) as error:
+        yield f"{path} is damaged: {error}; {REMEDY}"
+        return
+    wanted = {number: samples for number, (_, samples) in enumerate(shards) if samples}
+    if {number: count for number, (count, _, _) in found.items()} != wanted:
+        yield f"{path} lists other samples than the shards have; {REMEDY}"
+        return
+    for number, (_, first, end) in found.items():
+        if first < 0 or end > (size := (folder / shards[number][0]).stat().st_size):
+            yield f"{path} names bytes {first} to {end} of {shards[number][0]}, which has {size} bytes; {REMEDY}"
+            return
+
+
+def _spans(path: Path) -> dict[int, tuple[int, int, int]]:
+    """Number of samples, least offset and greatest end of each shard in the database, by the shard's number.
+
+    Raises:
+        ValueError: it has no table of samples, or holds anything but integers.
+        sqlite3.Error: it is no database, or damaged, or takes too long.
+    """
+    uri = f"file:{urllib.parse.quote(str(path.resolve()))}?mode=ro&immutable=1"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
+        # What others wrote may name endless views or huge values.
+        database.execute("PRAGMA trusted_schema = OFF")
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1 << 20)
+        deadline = time.monotonic() + _SECONDS_A_GIGABYTE * (1 + path.stat().st_size / 1e9)
+        database.set_progress_handler(lambda: time.monotonic() > deadline, 1 << 16)
+        kinds = database.execute("SELECT type FROM sqlite_master WHERE name = 'samples'").fetchall()
+        if kinds != [("table",)]:
+            raise ValueError("it has no table of samples")
+        rows = database.execute(
+            "SELECT tar_file_id, count(*), min(byte_offset), max(byte_offset + byte_size) FROM samples "
+            "GROUP BY tar_file_id LIMIT 10000000"
+        )
+        found = {}
+        for row in rows:
+            if any(type(value) is not int for value in row):
+                raise ValueError("it holds other values than integers")
+            found[row[0]] = row[1:]
+        return found

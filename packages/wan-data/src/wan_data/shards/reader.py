@@ -1,21 +1,21 @@
-"""Reading the samples of a shard sequentially, without running code from it."""
+"""Reading the samples of a shard in order, without running code from it.
+
+L text tokens, D text width; a latent is [C, F, H, W].
+"""
 
 import dataclasses
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from wan_data.shards.serialization import (
-    LARGEST_MEMBER,
-    MEMBERS,
-    RefusedMember,
-    info_from_json,
-    latent_from_pth,
-    text_from_pickle,
-)
+from wan_data.shards.serialization import MEMBERS, RefusedMember, info_from_json, latent_from_pth, text_from_pickle
+from wan_data.shards.tar_headers import Member, read_member, tar_members
+from wan_model.system.safe_reading import open_file
+
+_READERS = {"json": info_from_json, "pickle": text_from_pickle, "pth": latent_from_pth}
+_MOST_MEMBERS = 100  # of a sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,55 @@ class StoredSample:
     text: Tensor
     info: dict[str, Any]
 
+    @classmethod
+    def decode(cls, key: str, members: Mapping[str, bytes]) -> "StoredSample":
+        """Decode the members of a sample without running code.
+
+        Args:
+            key: of the sample.
+            members: the bytes of each member by extension.
+
+        Raises:
+            RefusedMember: a member is missing, of another format, or refused; it is named.
+        """
+        decoded = {}
+        for kind, content in members.items():
+            name = f"{key.rpartition('/')[2]}.{kind}"
+            if kind not in _READERS:
+                raise RefusedMember(f"{name} is no member of this format; expected {', '.join(MEMBERS)}")
+            try:
+                decoded[kind] = _READERS[kind](content)
+            except RefusedMember as error:
+                raise RefusedMember(f"member {name} is refused: {error}") from None
+        if missing := [name for name in MEMBERS if name not in decoded]:
+            raise RefusedMember(f"it has no {' and no '.join(missing)} member")
+        return cls(key, decoded["pth"], decoded["pickle"], decoded["json"])
+
+
+def grouped(members: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """The members of each sample, which are adjacent, with its key.
+
+    Raises:
+        RefusedMember: two members of a sample have the same name, or it has more than ``_MOST_MEMBERS``.
+    """
+    key, of_key = "", dict[str, Member]()
+    for member in members:
+        if of_key and member.key != key:
+            yield key, list(of_key.values())
+            of_key = {}
+        if member.name in of_key:
+            raise RefusedMember(f"it holds {member.name!r:.200} twice")
+        if len(of_key) == _MOST_MEMBERS:
+            raise RefusedMember(f"its sample {member.key!r:.200} has more than {_MOST_MEMBERS} members")
+        key, of_key[member.name] = member.key, member
+    if of_key:
+        yield key, list(of_key.values())
+
+
+def read_members(file: BinaryIO, members: Iterable[Member]) -> dict[str, bytes]:
+    """The content of a sample's members by extension; empty for those that are not of this format."""
+    return {one.kind: read_member(file, one) if one.kind in _READERS else b"" for one in members}
+
 
 def samples_of(shard: Path) -> Iterator[StoredSample]:
     """The samples of a shard, in order.
@@ -43,45 +92,32 @@ def samples_of(shard: Path) -> Iterator[StoredSample]:
     """
     for key, members in members_of(shard):
         try:
-            if missing := [name for name in MEMBERS if name not in members]:
-                raise RefusedMember(f"it has no {' and no '.join(missing)} member")
-            yield StoredSample(
-                key,
-                latent_from_pth(members["pth"]),
-                text_from_pickle(members["pickle"]),
-                info_from_json(members["json"]),
-            )
+            yield StoredSample.decode(key, members)
         except RefusedMember as error:
             raise RefusedMember(f"shard {shard.name}, sample {key}: {error}") from None
 
 
 def members_of(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key of each sample and the content of its members, in order; the members of a sample are adjacent.
+    """Key of each sample and the content of its members by their kinds, in order.
 
     Raises:
-        ValueError: the file is no complete tar file, or has a member that is too large.
+        ValueError: the file is no complete tar file, or has a member that is refused.
     """
-    key, members = "", dict[str, bytes]()
     seen: set[str] = set()
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                name, _, kind = member.name.partition(".")
-                if not member.isfile():
-                    continue
-                if member.size > LARGEST_MEMBER:
-                    raise RefusedMember(f"{shard}: {member.name} has {member.size} bytes; at most {LARGEST_MEMBER}")
-                if name != key:
-                    if members:
-                        yield key, members
-                    if name in seen:
-                        raise RefusedMember(f"{shard}: the members of key {name} are not adjacent")
-                    seen.add(name)
-                    members = {}
-                file = tar.extractfile(member)
-                assert file is not None, "isfile() was true"
-                key, members[kind] = name, file.read()
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} is no complete tar file: {error}") from error
-    if members:
-        yield key, members
+    with open_file(shard) as file:
+        groups = grouped(tar_members(file))
+        while True:
+            try:
+                key, members = next(groups)
+            except StopIteration:
+                return
+            except ValueError as error:
+                raise RefusedMember(f"shard {shard}: {error}") from None
+            if key in seen:
+                raise RefusedMember(f"shard {shard}: the members of key {key} are not adjacent")
+            seen.add(key)
+            try:
+                content = read_members(file, members)
+            except RefusedMember as error:
+                raise RefusedMember(f"shard {shard.name}, sample {key}: {error}") from None
+            yield key, content

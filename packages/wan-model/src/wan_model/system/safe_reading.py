@@ -4,19 +4,25 @@ Whatever stands in the place of such a file (a named pipe, a device, a sparse fi
 brackets, YAML aliases of aliases) is one sentence, at once. Imports no torch.
 """
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 # Configurations, indices, metadata, prompts: the largest in use have some hundred kilobytes.
 SMALL_FILE = 16 << 20
+# Its parser takes some seconds for a megabyte, and more for many values.
+SMALL_YAML = 4 << 20
 DEEPEST = 100
-# Values of a YAML document after its aliases are followed; its parser takes a second for 100,000.
-_MOST_VALUES = 1_000_000
+# Values of a YAML document after its aliases are followed; its parser takes a second and 80 MB for some 30,000.
+_MOST_VALUES = 250_000
+# An empty list or object of JSON, two bytes and a comma, takes over 60 bytes of memory: one for so many bytes at most.
+_BYTES_A_CONTAINER = 32
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -27,6 +33,65 @@ _KINDS = {
 }
 
 
+@contextlib.contextmanager
+def _failures_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _require_regular(path: Path, found: os.stat_result, limit: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}; expected a file")
+    if limit is not None and found.st_size > limit:
+        raise ValueError(f"{path} has {found.st_size:,} bytes; expected at most {limit:,}")
+
+
+def require_file(path: Path, limit: int | None = None) -> int:
+    """Check that a path names a regular file, without opening it: for files that a library opens.
+
+    Args:
+        path: of the file; links are followed.
+        limit: the most bytes that it may have; None for any number.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is no regular file, or larger, or a folder on the way to it cannot be read.
+    """
+    with _failures_named(path):
+        found = os.stat(path)
+    _require_regular(path, found, limit)
+    return found.st_size
+
+
+def open_file(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Args:
+        path: of the file; links are followed.
+        limit: the most bytes that it may have; None for any number.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it cannot be read, is no regular file, or larger.
+    """
+    with _failures_named(path):
+        # Without O_NONBLOCK, opening a named pipe waits for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _require_regular(path, os.fstat(descriptor), limit)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def read_bytes(path: Path, limit: int = SMALL_FILE) -> bytes:
     """Read a regular file.
 
@@ -35,23 +100,13 @@ def read_bytes(path: Path, limit: int = SMALL_FILE) -> bytes:
         limit: the most bytes that it may have.
 
     Raises:
-        OSError: it does not exist, or cannot be read.
-        ValueError: it is no regular file, or larger.
+        FileNotFoundError: it does not exist.
+        ValueError: it cannot be read, is no regular file, or larger.
     """
-    # Without O_NONBLOCK, opening a named pipe waits for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-            raise ValueError(f"{path} is {kind}; expected a file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            # A file of the proc file system has no size.
-            content = file.read(limit + 1) if found.st_size <= limit else b""
-    finally:
-        os.close(descriptor)
-    if found.st_size > limit or len(content) > limit:
-        raise ValueError(f"{path} has {max(found.st_size, limit + 1):,} bytes; expected at most {limit:,}")
+    with open_file(path, limit) as file, _failures_named(path):
+        content = file.read(limit + 1)  # a file of the proc file system has no size
+    if len(content) > limit:
+        raise ValueError(f"{path} has over {limit:,} bytes; expected at most {limit:,}")
     return content
 
 
@@ -59,7 +114,7 @@ def read_text(path: Path, limit: int = SMALL_FILE) -> str:
     """Read a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        OSError, ValueError: see ``read_bytes``; also, it is not UTF-8.
+        FileNotFoundError, ValueError: see ``read_bytes``; also, it is not UTF-8.
     """
     try:
         return read_bytes(path, limit).decode("utf-8-sig")
@@ -67,12 +122,20 @@ def read_text(path: Path, limit: int = SMALL_FILE) -> str:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, limit: int = SMALL_FILE) -> Any:
     """Parse JSON.
 
+    Args:
+        text: to parse.
+        where: the beginning of messages.
+        limit: bytes that such a text may have; the number of lists and objects is bounded accordingly.
+
     Raises:
-        ValueError: it is not JSON, or nested too deeply; the message begins with ``where``.
+        ValueError: it is not JSON, nested too deeply, or of too many lists and objects; the message begins with
+            ``where``.
     """
+    if text.count("[") + text.count("{") > (most := limit // _BYTES_A_CONTAINER):
+        raise ValueError(f"{where} has over {most:,} lists and objects")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -89,9 +152,9 @@ def read_json(path: Path, limit: int = SMALL_FILE) -> Any:
     """Read a JSON file.
 
     Raises:
-        OSError, ValueError: see ``read_text`` and ``parse_json``.
+        FileNotFoundError, ValueError: see ``read_text`` and ``parse_json``.
     """
-    return parse_json(read_text(path, limit), str(path))
+    return parse_json(read_text(path, limit), str(path), limit)
 
 
 class BoundedLoader(yaml.SafeLoader):
@@ -141,11 +204,11 @@ def parse_yaml(text: str, where: str, loader: type[BoundedLoader] = BoundedLoade
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def read_yaml(path: Path, limit: int = SMALL_FILE, loader: type[BoundedLoader] = BoundedLoader) -> Any:
+def read_yaml(path: Path, limit: int = SMALL_YAML, loader: type[BoundedLoader] = BoundedLoader) -> Any:
     """Read a YAML file of plain values.
 
     Raises:
-        OSError, ValueError: see ``read_text`` and ``parse_yaml``.
+        FileNotFoundError, ValueError: see ``read_text`` and ``parse_yaml``.
     """
     return parse_yaml(read_text(path, limit), str(path), loader)
 
