@@ -156,7 +156,8 @@ def test_an_interrupted_run_says_from_where_it_goes_on(start_training: Callable[
     shutil.rmtree(run)
     options = RunOptions("tiny", overrides=(f"checkpoint.save={run}",))
     assert where_it_resumes(options) == f"{run} has no complete checkpoint, so the same command starts anew."
-    assert where_it_resumes(RunOptions("tiny")) == "Nothing is saved, because checkpoint.save is not set."
+    unsaved = "checkpoint.save is not set, so nothing was saved, and the same command starts anew."
+    assert where_it_resumes(RunOptions("tiny")) == unsaved
 
 
 def test_training_and_its_checkpoint_writers_end_with_a_killed_launcher(start_training: Callable[..., Job]) -> None:
