@@ -189,7 +189,7 @@ def test_only_the_error_of_a_silent_rank_is_shown_and_it_needs_no_space_on_a_dis
     (temporary := tmp_path / "temporary").mkdir()
     speaks = "print('progress', flush=True)\nprint('a warning', file=sys.stderr)"
     write_ranks(
-        f"{speaks}\nif rank == 0: time.sleep(600)\nraise ValueError(os.listdir(os.environ['TMPDIR']))", tmp_path
+        f"{speaks}\nmeet()\nif rank == 0: time.sleep(600)\nraise ValueError(os.listdir(os.environ['TMPDIR']))", tmp_path
     )
     job = server.start("ranks", tmp_path, settings=QUICK, first_rank_output=True, TMPDIR=str(temporary))
     assert job.code() == 2
