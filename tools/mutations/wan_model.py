@@ -126,8 +126,8 @@ MUTATIONS = (
     ),
     _of(
         "ranks-import-from-the-working-folder", "system/launcher.py",
-        'command = [sys.executable, "-P", "-m", module, *arguments]',
-        'command = [sys.executable, "-m", module, *arguments]',
+        '[sys.executable, "-P", "-m", module, *arguments]',
+        '[sys.executable, "-m", module, *arguments]',
         "a file torch.py in the folder of a command is run by its ranks",
         "system/test_launcher.py::test_modules_in_the_working_folder_are_not_imported",
     ),

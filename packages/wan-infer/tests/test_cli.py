@@ -18,6 +18,7 @@ from tiny_sources import tiny_lora
 from wan_infer.cli import main
 from wan_infer.output.video_file import read_video
 from wan_infer.request.settings import NEGATIVE_PROMPT
+from wan_model.testing.permissions import permissions_apply
 
 HOSTILE = ["../../evil\n; rm -rf /", "/etc/passwd", "$(touch marker)", "兔子 \U0001f430"]
 
@@ -305,6 +306,33 @@ def test_damaged_models_are_named_in_one_sentence(model_folder: Path, tmp_path: 
     said = refused("--model", damaged, "--prompts", "a", "--save_file", tmp_path / "out.mp4", *QUICK)
     assert str(damaged) in said
     assert not (tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "style.safetensors", "prompts.txt", "transformer", "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
+    ],
+)  # fmt: skip
+def test_what_may_not_be_read_is_named(name: str, model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    save_file(tiny_lora(), folder / "style.safetensors")
+    (folder / "prompts.txt").write_text("a")
+    file = folder / name
+    mode = file.stat().st_mode
+    file.chmod(0)
+    prompts = ("--prompts-file", file) if name == "prompts.txt" else ("--prompts", "a")
+    lora = ("--lora", file) if name == "style.safetensors" else ()
+    try:
+        with permissions_apply():
+            said = refused("--model", folder, *prompts, *lora, "--save_file", tmp_path / "out.mp4", *QUICK)
+    finally:
+        file.chmod(mode)
+    assert str(file) in said
+    assert "Permission denied" in said
+    assert "No such file" not in said
 
 
 def test_damaged_weights_leave_no_file(model_folder: Path, tmp_path: Path) -> None:

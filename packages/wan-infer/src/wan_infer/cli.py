@@ -35,7 +35,7 @@ from wan_model.system.versions import check_dependencies
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110},
 )
 @flag("prompts", multiple=True, help="Text of the video; several make several videos.")
-@flag("prompts-file", type=click.Path(path_type=Path),
+@flag("prompts-file", type=click.Path(path_type=Path, readable=False),
       help=".txt: one prompt a line; .jsonl: one object a line, which may have settings of its own.")  # fmt: skip
 @flag("model", help="Folder in diffusers' layout, or hub id: text encoder, autoencoder, and, without --checkpoint-dir, "
       "the transformer.")  # fmt: skip
@@ -43,7 +43,7 @@ from wan_model.system.versions import check_dependencies
 @flag("checkpoint-dir", help="Checkpoint folder of a training run to take the transformer from.")
 @flag("checkpoint-step", type=int, help="Its step.  [default: the newest complete checkpoint]")
 @flag("ema", is_flag=True, help="Use the EMA of the checkpoint's weights instead of the weights.")
-@flag("lora", multiple=True, type=click.Path(),
+@flag("lora", multiple=True, type=click.Path(readable=False),
       help="A LoRA to merge into the transformer: a safetensors file of any trainer; several are added.")  # fmt: skip
 @flag("lora-scale", multiple=True, type=float, show_default="1", help="Scale of the LoRA, for all or one each.")
 @flag("t5-checkpoint-dir", help="Another model to take text_encoder and tokenizer from.")

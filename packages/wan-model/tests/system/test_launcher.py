@@ -183,12 +183,18 @@ def test_output_that_nobody_reads_is_no_error_that_is_shown(start_ranks: Callabl
     assert job.error_lines() == []
 
 
-def test_the_error_of_a_silent_rank_needs_no_space_on_a_disk(server: LaunchServer, tmp_path: Path) -> None:
+def test_only_the_error_of_a_silent_rank_is_shown_and_it_needs_no_space_on_a_disk(
+    server: LaunchServer, tmp_path: Path
+) -> None:
     (temporary := tmp_path / "temporary").mkdir()
-    write_ranks("if rank == 0: time.sleep(600)\nraise ValueError(os.listdir(os.environ['TMPDIR']))", tmp_path)
+    speaks = "print('progress', flush=True)\nprint('a warning', file=sys.stderr)"
+    write_ranks(
+        f"{speaks}\nmeet()\nif rank == 0: time.sleep(600)\nraise ValueError(os.listdir(os.environ['TMPDIR']))", tmp_path
+    )
     job = server.start("ranks", tmp_path, settings=QUICK, first_rank_output=True, TMPDIR=str(temporary))
     assert job.code() == 2
-    assert job.error_lines() == ["Error (rank 1): []"]
+    assert job.error_lines() == ["a warning", "Error (rank 1): []"]
+    assert (tmp_path / "stdout").read_text() == "progress\n"
     assert names_in(temporary) == set()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from training_runs import RUN_OPTIONS
+from training_runs import RUN_OPTIONS, warm_ranks
 
 from wan_model.testing.processes import Job, LaunchServer, wait_until
 from wan_train.checkpoint.folder import complete_steps
@@ -156,7 +156,17 @@ def test_an_interrupted_run_says_from_where_it_goes_on(start_training: Callable[
     shutil.rmtree(run)
     options = RunOptions("tiny", overrides=(f"checkpoint.save={run}",))
     assert where_it_resumes(options) == f"{run} has no complete checkpoint, so the same command starts anew."
-    assert where_it_resumes(RunOptions("tiny")) == "Nothing is saved, because checkpoint.save is not set."
+    unsaved = "checkpoint.save is not set, so nothing was saved, and the same command starts anew."
+    assert where_it_resumes(RunOptions("tiny")) == unsaved
+
+
+def test_a_run_that_saves_nothing_says_so_at_its_start() -> None:
+    settings = ("train.train_iters=1", "train.global_batch_size=2", "scheduler.lr_warmup_iters=0")
+    ended = warm_ranks().start(RunOptions("tiny", overrides=settings, mock=True).to_json()).wait()
+    assert ended.codes == [0], ended.errors
+    first, second = ended.output[0].splitlines()
+    assert first == "checkpoint.save is not set: nothing is saved, and an interrupted run has nothing to resume from"
+    assert second.startswith("step 1/1")
 
 
 def test_training_and_its_checkpoint_writers_end_with_a_killed_launcher(start_training: Callable[..., Job]) -> None:

@@ -99,10 +99,13 @@ def open_weights(path: Path) -> Iterator[Any]:
     """Open a safetensors file for reading.
 
     Raises:
-        ValueError: it is cut short or is no safetensors file.
+        ValueError: it cannot be read, is cut short or is no safetensors file.
     """
     try:
+        path.open("rb").close()  # safetensors says of a file that may not be read that it does not exist
         opened = safe_open(path, framework="pt")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); download or copy it again") from error
     with opened as file:

@@ -35,7 +35,7 @@ def where_it_resumes(options: RunOptions) -> str:
 
     save = save_folder(options)
     if save is None:
-        return "Nothing is saved, because checkpoint.save is not set."
+        return "checkpoint.save is not set, so nothing was saved, and the same command starts anew."
     if (point := find_resume_point(save)) is None:
         return f"{save} has no complete checkpoint, so the same command starts anew."
     return f"The same command goes on after step {point.step}, from {point.step_folder}."

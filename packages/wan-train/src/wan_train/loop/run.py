@@ -287,6 +287,10 @@ def pretrain(options: RunOptions) -> None:
             return
     if config.checkpoint.save is not None:
         _require_writable(Path(config.checkpoint.save))
+    elif torchrun.rank() == 0:
+        Terminal(sys.stdout).print_line(
+            "checkpoint.save is not set: nothing is saved, and an interrupted run has nothing to resume from"
+        )
     derive_settings(config, on_cpu=running.device.type == "cpu")
     if config.logger.logging_level in (None, logging.INFO):
         config.logger.logging_level = logging.WARNING  # Megatron's own messages; set 10 or 30 to choose
