@@ -4,7 +4,7 @@ L text tokens, D text width; a latent is [C, F, H, W].
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +14,11 @@ from wan_data.shards.serialization import MEMBERS, RefusedMember, info_from_json
 from wan_data.shards.tar_headers import Member, read_member, tar_members
 from wan_model.system.safe_reading import open_file
 
-_READERS = {"json": info_from_json, "pickle": text_from_pickle, "pth": latent_from_pth}
+_READERS: dict[str, Callable[[bytes], Any]] = {
+    "json": info_from_json,
+    "pickle": text_from_pickle,
+    "pth": latent_from_pth,
+}
 _MOST_MEMBERS = 100  # of a sample
 
 
@@ -45,7 +49,7 @@ class StoredSample:
         Raises:
             RefusedMember: a member is missing, of another format, or refused; it is named.
         """
-        decoded = {}
+        decoded: dict[str, Any] = {}
         for kind, content in members.items():
             name = f"{key.rpartition('/')[2]}.{kind}"
             if kind not in _READERS:
