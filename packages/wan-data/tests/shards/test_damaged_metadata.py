@@ -12,6 +12,9 @@ import torch
 from latent_shards import write_latent_shards
 from ways_to_read import WAYS, little_memory
 
+from wan_data.shards.energon_metadata import restore_metadata
+from wan_data.shards.writer import ShardRecord
+
 SHARD = "shard-rank00-000000.tar"
 INDEX, INFO, SPLIT, DATABASE = f"{SHARD}.idx", ".nv-meta/.info.json", ".nv-meta/split.yaml", ".nv-meta/index.sqlite"
 REMEDY = "run wan-data prepare again"
@@ -198,3 +201,26 @@ def test_splits(copy, text):
     found = refusals(copy)
     assert set(found) == set(WAYS)
     assert all("split.yaml" in said and REMEDY in said for said in found.values()), found
+
+
+DAMAGE = {
+    **{f"offsets {name}": damage for name, damage in OFFSETS.items() if not name.startswith(("between", "of ", "d"))},
+    **{name: DATABASES[name] for name in ("missing", "empty", "noise", "without a row")},
+    "counts": lambda folder: (folder / INFO).write_text("{}"),
+    "no folder": lambda folder: shutil.rmtree(folder / ".nv-meta"),
+    "a file": lambda folder: (shutil.rmtree(folder / ".nv-meta"), (folder / ".nv-meta").touch()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_metadata_is_written_anew(copy, indexed, name):
+    shards = [ShardRecord(shard, "train", count, 0, "") for shard, count in COUNTS.items()]
+    assert not restore_metadata(copy, shards)
+    DAMAGE[name](copy)
+    if name in ("offsets zeros", "offsets beyond the end"):
+        assert not restore_metadata(copy, shards)  # of the right size: only verify looks into it
+        return
+    assert restore_metadata(copy, shards)
+    assert refusals(copy) == {}
+    for path in (*indexed.rglob("*.idx"), indexed / INFO, indexed / SPLIT):
+        assert (copy / path.relative_to(indexed)).read_bytes() == path.read_bytes()

@@ -76,7 +76,7 @@ INSERTED = {
         header("x", size=octal(8), kind=b"x") + b"0 a=b\n\n\n".ljust(512, b"\0"),
         "POSIX's form",
     ),
-    "renamed by pax": (pax(path="other.pth"), "has no pth member"),
+    "renamed by pax": (pax(path="other.pth"), "has no pth member|it has 3 samples where one is expected"),
     "another kind": (header("key0001.pkl"), r"key0001\.pkl is no member of this format"),
     "wrong sum": (bytes([*header("key0001.pth")[:-1], 1]), "there is no header at byte"),
 }

@@ -139,6 +139,22 @@ def read_offsets(shard: Path, samples: int) -> Sequence[int]:
     return offsets
 
 
+def check_index(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> None:
+    """Check that the index is there and has the right sizes, without reading a shard; for the arguments see below.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another number of samples.
+    """
+    for name, samples in shards:
+        check_offsets(folder / name, samples)
+    path = meta / INDEX_NAME
+    try:
+        with _open_index(path, sum(samples for _, samples in shards)):
+            pass
+    except (FileNotFoundError, sqlite3.Error) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}; {REMEDY}") from error
+
+
 def index_problems(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
     """What is wrong with the index: Energon's own tools use the database, and its and our loader the ``.idx`` files.
 

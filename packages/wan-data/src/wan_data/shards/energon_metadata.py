@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sqlite3
 import uuid
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import yaml
 
 from wan_data.energon.version import energon_version
-from wan_data.shards.energon_index import write_index
+from wan_data.shards.energon_index import OFFSETS_SUFFIX, check_index, write_index
 from wan_data.shards.writer import ShardRecord
 from wan_model.system.files import naming, write_bytes
 from wan_model.system.safe_reading import SMALL_YAML, parse_yaml, read_bytes, read_json, read_yaml
@@ -82,6 +83,30 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
         (CAPTIONING_NAME, CAPTIONING_YAML),
     ):
         write_bytes(meta / name, content)
+
+
+def restore_metadata(folder: Path, shards: Sequence[ShardRecord]) -> bool:
+    """Write ``.nv-meta`` and the ``.idx`` files anew if they are damaged; see ``write_metadata`` for the arguments.
+
+    Splits that were changed by hand in ``split.yaml`` are kept, unless something is damaged.
+
+    Returns:
+        Whether they were written.
+    """
+    counts = {shard.name: shard.samples for shard in shards}
+    with contextlib.suppress(ValueError):
+        check_metadata(folder)
+        if shard_counts(folder) == counts:
+            check_index(folder, folder / META_FOLDER, list(counts.items()))
+            return False
+    # What has their names, but is no file, could not be replaced.
+    for path in (folder / META_FOLDER, *(folder / (name + OFFSETS_SUFFIX) for name in counts)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_metadata(folder, shards)
+    return True
 
 
 @contextlib.contextmanager
