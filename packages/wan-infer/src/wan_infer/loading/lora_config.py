@@ -80,7 +80,7 @@ class LoraConfig:
             return cls._parse(text, f"{METADATA_KEY} of {where}")
         if beside is None or not beside.is_file():
             return None
-        return cls._parse(read_text(beside, _MOST_CHARACTERS), str(beside))
+        return cls._parse(read_text(beside), str(beside))
 
     @classmethod
     def _parse(cls, text: str, where: str) -> "LoraConfig | None":
