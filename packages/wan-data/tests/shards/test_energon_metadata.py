@@ -166,7 +166,7 @@ def test_a_dataset_of_either_generation_of_energon_is_read(copy):
     with pytest.raises(ValueError, match=r"\.info\.yaml is not YAML"):
         open_it(copy)
     (meta / ".info.yaml").unlink()
-    with pytest.raises(ValueError, match=r"has no \.nv-meta/\.info\.json: run wan-data prepare or energon prepare"):
+    with pytest.raises(ValueError, match=r"has no \.nv-meta/\.info\.json: run wan-data prepare again"):
         open_it(copy)
 
 

@@ -82,3 +82,16 @@ def test_a_prompt_of_megabytes_is_refused_and_a_long_one_is_not() -> None:
     assert clean_prompt("a " * 1000).split() == ["a"] * 1000
     with pytest.raises(ValueError, match="a prompt has 1,000,001 characters; expected at most 1,000,000"):
         clean_prompt("a" * (LONGEST_PROMPT + 1))
+
+
+def test_a_cut_keeps_the_end_token_and_the_count_is_of_the_whole_text(tiny_folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    ours = PromptTokenizer(tiny_folder / "tokenizer")
+    theirs = Tokenizer.from_file(f"{tiny_folder}/tokenizer/tokenizer.json")
+    for text in ("", "a rabbit", "a rabbit wakes in a meadow " * 5):
+        whole = theirs.encode(text).ids
+        for length in (1, 4, len(whole), 512):
+            theirs.enable_truncation(length)
+            assert ours.tokenize(text, length) == (theirs.encode(text).ids, len(whole))
+            theirs.no_truncation()

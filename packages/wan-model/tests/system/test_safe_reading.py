@@ -61,7 +61,7 @@ def test_what_is_no_file_is_named(read: Callable[[Path], Any], tmp_path: Path) -
         for name, kind in {"pipe": "a named pipe", "folder": "a folder", "/dev/zero": "a device"}.items():
             with pytest.raises(ValueError, match=f"is {kind}; expected a file"):
                 read(tmp_path / name)
-        with pytest.raises(OSError, match="No such device or address"):
+        with pytest.raises(ValueError, match="socket cannot be read: No such device or address"):
             read(tmp_path / "socket")
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "absent")
@@ -71,7 +71,7 @@ def test_what_is_no_file_is_named(read: Callable[[Path], Any], tmp_path: Path) -
 def test_a_sparse_file_of_gigabytes_is_not_read(read: Callable[[Path], Any], tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(30 << 30)
-    with pytest.raises(ValueError, match=r"large has 32,212,254,720 bytes; expected at most 16,777,216"):
+    with pytest.raises(ValueError, match=r"large has 32,212,254,720 bytes; expected at most (16,777,216|4,194,304)"):
         read(tmp_path / "large")
 
 
@@ -120,8 +120,8 @@ MERGES = "a0: &a0 {k: v}\n" + "".join(
         ("a: !!python/object:os.system x", "it is not YAML: could not determine a constructor"),
         ("[" * 100_000, f"it is n.*{DEEPEST} levels deep"),
         ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), f"it is not YAML: it is nested more than {DEEPEST} levels deep"),
-        (LAUGHS, "it is not YAML: it expands to more than 1,000,000 values"),
-        (MERGES, "it is not YAML: it expands to more than 1,000,000 values"),
+        (LAUGHS, "it is not YAML: it expands to more than 250,000 values"),
+        (MERGES, "it is not YAML: it expands to more than 250,000 values"),
         ("a: &a [*a]", "it is not YAML: it holds an alias of what the alias is in"),
         ("a: *b", "it is not YAML: found undefined alias 'b'"),
         ("a: 2024-13-45", "it is not YAML: month must be in 1..12"),

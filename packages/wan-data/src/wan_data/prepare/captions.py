@@ -24,8 +24,8 @@ def read_text(path: Path, limit: int = safe_reading.SMALL_FILE) -> str:
     """
     try:
         return safe_reading.read_text(path, limit)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -174,7 +174,8 @@ class TextEmbeddings:
         found = self._cache.get(caption)
         if found is None:
             # One at a time: the other captions of a batch change the last digits of an embedding.
-            found = self._codec.encode_text([caption])[0].cpu(), self._codec.count_tokens(caption)
+            embedding, tokens = self._codec.encode_prompt(caption)
+            found = embedding.cpu(), tokens
         self._remaining[caption] -= 1
         if self._remaining[caption] > 0:
             self._cache[caption] = found

@@ -2,6 +2,10 @@
 
 import multiprocessing.context
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import sys
+
+_LEFT_BEHIND = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
 def preload_encoders() -> multiprocessing.context.ForkServerContext:
@@ -14,7 +18,21 @@ def preload_encoders() -> multiprocessing.context.ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["wan_data.prepare.encoder_pool", "diffusers.models.autoencoders.autoencoder_kl_wan"]
+        [
+            "wan_data.prepare.fork_server",
+            "wan_data.prepare.encoder_pool",
+            "diffusers.models.autoencoders.autoencoder_kl_wan",
+        ]
     )
+    _start_resource_tracker()
     multiprocessing.forkserver.ensure_running()
     return context
+
+
+def _start_resource_tracker() -> None:
+    """Start the process that removes the semaphores of a command that a signal ends, without its warning about them."""
+    sys.warnoptions.append(_LEFT_BEHIND)  # it gets these
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(_LEFT_BEHIND)

@@ -54,10 +54,7 @@ def parts_of(path: str | os.PathLike[str]) -> dict[str, tuple[Part, ...]]:
 
 
 def _read(path: Path) -> dict[str, tuple[Part, ...]]:
-    try:
-        value = read_yaml(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    value = read_yaml(path)
     if not isinstance(value, dict) or {**_HEAD, **value} != {**value, **_HEAD} or set(value) - {*_HEAD, "splits"}:
         raise ValueError(f"{path} is no blend of datasets; {_EXPECTED}")
     splits = value.get("splits")

@@ -13,6 +13,7 @@ from torch import Tensor
 from wan_data.reading.blends import parts_of
 from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_model.system.files import write_bytes
+from wan_model.system.safe_reading import read_bytes
 
 EMPTY_CAPTION_NAME = "empty-caption.safetensors"
 _KEY = "text"
@@ -46,9 +47,9 @@ def read_empty_caption(path: str | os.PathLike[str]) -> Float[Tensor, "L D"]:
 
 def _read(file: Path, digest: str) -> Float[Tensor, "L D"]:
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+        data = read_bytes(file)
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing, which {MANIFEST_NAME} names: the dataset is damaged") from None
     if (found := hashlib.sha256(data).hexdigest()) != digest:
         raise ValueError(f"{file} has the digest {found[:16]}; {MANIFEST_NAME} says {digest[:16]}: it is damaged")
     try:

@@ -16,6 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from wan_data.shards.reader import grouped
 from wan_data.shards.tar_headers import Member, tar_members
@@ -114,6 +115,8 @@ def check_offsets(shard: Path, samples: int) -> None:
         size = require_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; {REMEDY}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
     if size != 8 * (samples + 1):
         raise ValueError(f"{path} has {size} bytes; expected {8 * (samples + 1)} for {samples} samples; {REMEDY}")
 
@@ -136,6 +139,22 @@ def read_offsets(shard: Path, samples: int) -> Sequence[int]:
     return offsets
 
 
+def check_index(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> None:
+    """Check that the index is there and has the right sizes, without reading a shard; for the arguments see below.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another number of samples.
+    """
+    for name, samples in shards:
+        check_offsets(folder / name, samples)
+    path = meta / INDEX_NAME
+    try:
+        with _open_index(path, sum(samples for _, samples in shards)):
+            pass
+    except (FileNotFoundError, sqlite3.Error) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}; {REMEDY}") from error
+
+
 def index_problems(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
     """What is wrong with the index: Energon's own tools use the database, and its and our loader the ``.idx`` files.
 
@@ -144,55 +163,69 @@ def index_problems(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) 
         meta: its metadata folder.
         shards: names and numbers of samples, in the order of the metadata.
     """
-    for name, samples in shards:
+    with contextlib.ExitStack() as stack:
+        database = None
+        path = meta / INDEX_NAME
         try:
-            read_offsets(folder / name, samples)
-        except ValueError as error:
-            yield str(error)
-    path = meta / INDEX_NAME
-    try:
-        require_file(path)
-        found = _spans(path)
-    except FileNotFoundError:
-        yield f"{path} is missing; {REMEDY}"
-        return
-    except (ValueError, sqlite3.Error) as error:
-        yield f"{path} is damaged: {error}; {REMEDY}"
-        return
-    wanted = {number: samples for number, (_, samples) in enumerate(shards) if samples}
-    if {number: count for number, (count, _, _) in found.items()} != wanted:
-        yield f"{path} lists other samples than the shards have; {REMEDY}"
-        return
-    for number, (_, first, end) in found.items():
-        if first < 0 or end > (size := (folder / shards[number][0]).stat().st_size):
-            yield f"{path} names bytes {first} to {end} of {shards[number][0]}, which has {size} bytes; {REMEDY}"
-            return
+            database = stack.enter_context(_open_index(path, sum(samples for _, samples in shards)))
+        except FileNotFoundError:
+            yield f"{path} is missing; {REMEDY}"
+        except (ValueError, sqlite3.Error) as error:
+            yield f"{path} is damaged: {error}; {REMEDY}"
+        for number, (name, count) in enumerate(shards):
+            try:
+                samples, end = _samples_of(folder / name)
+            except OSError:
+                continue  # the shard itself is damaged
+            offsets = [members[0].offset for _, members in samples] + [end]
+            try:
+                # Energon begins with 0 although a folder may precede the first sample.
+                if list(read_offsets(folder / name, count))[1:] != offsets[1:]:
+                    yield f"{name}{OFFSETS_SUFFIX} is of another shard; {REMEDY}"
+            except ValueError as error:
+                yield str(error)
+            wanted = [
+                (key, index, offsets[index], offsets[index + 1] - offsets[index])
+                for index, (key, _) in enumerate(samples)
+            ]
+            try:
+                if database is not None and _rows(database, number, len(wanted)) != wanted:
+                    yield f"{path} lists other samples than {name} has; {REMEDY}"
+                    database = None
+            except (sqlite3.Error, OverflowError) as error:
+                yield f"{path} is damaged: {error}; {REMEDY}"
+                database = None
 
 
-def _spans(path: Path) -> dict[int, tuple[int, int, int]]:
-    """Number of samples, least offset and greatest end of each shard in the database, by the shard's number.
+@contextlib.contextmanager
+def _open_index(path: Path, samples: int) -> Iterator[sqlite3.Connection]:
+    """Open the database of samples.
 
     Raises:
-        ValueError: it has no table of samples, or holds anything but integers.
+        FileNotFoundError: it does not exist.
+        ValueError: it is no file, or has no table of that many samples.
         sqlite3.Error: it is no database, or damaged, or takes too long.
     """
+    size = require_file(path)
     uri = f"file:{urllib.parse.quote(str(path.resolve()))}?mode=ro&immutable=1"
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
-        # What others wrote may name endless views or huge values.
+        # What others wrote may hold endless views and huge values.
         database.execute("PRAGMA trusted_schema = OFF")
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1 << 20)
-        deadline = time.monotonic() + _SECONDS_A_GIGABYTE * (1 + path.stat().st_size / 1e9)
+        deadline = time.monotonic() + _SECONDS_A_GIGABYTE * (1 + size / 1e9)
         database.set_progress_handler(lambda: time.monotonic() > deadline, 1 << 16)
-        kinds = database.execute("SELECT type FROM sqlite_master WHERE name = 'samples'").fetchall()
-        if kinds != [("table",)]:
+        if database.execute("SELECT type FROM sqlite_master WHERE name = 'samples'").fetchall() != [("table",)]:
             raise ValueError("it has no table of samples")
-        rows = database.execute(
-            "SELECT tar_file_id, count(*), min(byte_offset), max(byte_offset + byte_size) FROM samples "
-            "GROUP BY tar_file_id LIMIT 10000000"
-        )
-        found = {}
-        for row in rows:
-            if any(type(value) is not int for value in row):
-                raise ValueError("it holds other values than integers")
-            found[row[0]] = row[1:]
-        return found
+        if (found := database.execute("SELECT count(*) FROM samples").fetchone()[0]) != samples:
+            raise ValueError(f"it lists {found} samples of {samples}")
+        database.set_progress_handler(None, 0)
+        yield database
+
+
+def _rows(database: sqlite3.Connection, shard: int, count: int) -> list[Any]:
+    """Key, number, offset and size of the samples of a shard, at most one more than ``count``."""
+    return database.execute(
+        "SELECT sample_key, sample_index, byte_offset, byte_size FROM samples WHERE tar_file_id = ? "
+        "ORDER BY sample_index LIMIT ?",
+        (shard, count + 1),
+    ).fetchall()

@@ -10,7 +10,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import shutil
 import sqlite3
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,10 +22,10 @@ from typing import Any
 import yaml
 
 from wan_data.energon.version import energon_version
-from wan_data.shards.energon_index import write_index
+from wan_data.shards.energon_index import OFFSETS_SUFFIX, check_index, write_index
 from wan_data.shards.writer import ShardRecord
 from wan_model.system.files import naming, write_bytes
-from wan_model.system.safe_reading import parse_yaml, read_bytes, read_json, read_yaml
+from wan_model.system.safe_reading import SMALL_YAML, parse_yaml, read_bytes, read_json, read_yaml
 
 META_FOLDER = ".nv-meta"
 INFO_NAME = ".info.json"
@@ -44,6 +46,8 @@ field_map:
 """
 # Bytes: a million shards have some forty million.
 _LARGEST_INFO = 64 << 20
+_MOST_SAMPLES = 1 << 32  # of a shard
+_REMEDY = "run wan-data prepare again with the same arguments, or energon prepare, to write it anew"
 # The splits that Energon's tools expect, even if they are empty.
 _SPLITS = ("train", "val", "test")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.tar")
@@ -81,6 +85,30 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord]) -> None:
         write_bytes(meta / name, content)
 
 
+def restore_metadata(folder: Path, shards: Sequence[ShardRecord]) -> bool:
+    """Write ``.nv-meta`` and the ``.idx`` files anew if they are damaged; see ``write_metadata`` for the arguments.
+
+    Splits that were changed by hand in ``split.yaml`` are kept, unless something is damaged.
+
+    Returns:
+        Whether they were written.
+    """
+    counts = {shard.name: shard.samples for shard in shards}
+    with contextlib.suppress(ValueError):
+        check_metadata(folder)
+        if shard_counts(folder) == counts:
+            check_index(folder, folder / META_FOLDER, list(counts.items()))
+            return False
+    # What has their names, but is no file, could not be replaced.
+    for path in (folder / META_FOLDER, *(folder / (name + OFFSETS_SUFFIX) for name in counts)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_metadata(folder, shards)
+    return True
+
+
 @contextlib.contextmanager
 def _as_os_errors(path: Path) -> Iterator[None]:
     # The index is an SQLite database, which raises its own error if the disk is full.
@@ -98,19 +126,21 @@ def shard_counts(folder: Path) -> dict[str, int]:
         ValueError: the file is missing, or names anything but shards of this folder.
     """
     path = folder / META_FOLDER / INFO_NAME
-    if not path.is_file():
+    # What is there, but is no file, is not passed over.
+    if not os.path.lexists(path):
         path = folder / META_FOLDER / EARLIER_INFO_NAME
     try:
-        info = read_yaml(path, _LARGEST_INFO) if path.suffix == ".yaml" else read_json(path, _LARGEST_INFO)
+        info = read_yaml(path) if path.suffix == ".yaml" else read_json(path, _LARGEST_INFO)
     except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no {META_FOLDER}/{INFO_NAME}: run wan-data prepare or energon prepare"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ValueError(f"{folder} has no {META_FOLDER}/{INFO_NAME}: {_REMEDY}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {_REMEDY}") from None
     counts = info.get("shard_counts") if isinstance(info, dict) else None
-    if not isinstance(counts, dict) or any(not isinstance(count, int) or count < 0 for count in counts.values()):
-        raise ValueError(f"{path} does not count the samples of shards")
+    if not isinstance(counts, dict):
+        raise ValueError(f"{path} does not count the samples of shards; {_REMEDY}")
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count <= _MOST_SAMPLES:
+            raise ValueError(f"{path} says that {name!r:.100} has {count!r:.40} samples; {_REMEDY}")
     for name in counts:
         _check_shard(folder, name, path)
     return counts
@@ -120,7 +150,7 @@ def _check_shard(folder: Path, name: Any, where: Path) -> None:
     if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
         raise ValueError(f"{where} names {name!r}; expected the plain name of a .tar file beside {META_FOLDER}")
     if not (folder / name).is_file():
-        raise ValueError(f"{where} names {name}, which is missing from {folder}")
+        raise ValueError(f"{where} names {name}, which is missing from {folder}; restore it, or {_REMEDY}")
 
 
 def _names_of(pattern: str, most: int, where: Path) -> Iterator[str]:
@@ -146,6 +176,33 @@ def _names_of(pattern: str, most: int, where: Path) -> Iterator[str]:
     return map("".join, itertools.product(*choices))
 
 
+def _plain_split(text: str) -> dict[str, Any] | None:
+    """The content of a ``split.yaml`` in the form that Energon and we write, in a hundredth of a YAML parser's time.
+
+    None for any other form.
+    """
+    parts: dict[str, list[str]] = {}
+    empty: set[str] = set()
+    lines = text.split("\n")
+    for line in lines:
+        if match := re.fullmatch(r"  - ([A-Za-z][A-Za-z0-9_.{}-]*\.tar)", line):
+            if not parts:
+                return None
+            parts[next(reversed(parts))].append(match[1])
+        elif match := re.fullmatch(r"  ([A-Za-z]+):( \[\])?", line):
+            if match[1] in parts or match[1].lower() in ("y", "n", "yes", "no", "on", "off", "true", "false", "null"):
+                return None
+            parts[match[1]] = []
+            empty |= {match[1]} if match[2] else set()
+        elif line not in ("split_parts:", "exclude: []", ""):
+            return None
+    if sorted(line for line in lines if line and line[0] != " ") != ["exclude: []", "split_parts:"]:
+        return None
+    if not parts or {name for name, names in parts.items() if not names} != empty:
+        return None
+    return {"split_parts": parts, "exclude": []}
+
+
 def check_metadata(folder: Path) -> dict[str, list[str]]:
     """Check that Energon can read ``.nv-meta`` without running code from it.
 
@@ -160,31 +217,38 @@ def check_metadata(folder: Path) -> dict[str, list[str]]:
         raise ValueError(f"{folder} has no {META_FOLDER} folder: expected a dataset that wan-data prepare wrote")
     dataset_yaml = meta / "dataset.yaml"
     if not dataset_yaml.is_file():
-        raise ValueError(f"{dataset_yaml} is missing: run wan-data prepare or energon prepare")
+        raise ValueError(f"{dataset_yaml} is missing: {_REMEDY}")
     if read_bytes(dataset_yaml) != DATASET_YAML:
         raise ValueError(
             f"{dataset_yaml} is not what wan-data writes and could run code when it is loaded; "
-            f"expected exactly {DATASET_YAML.decode()!r}"
+            f"expected exactly {DATASET_YAML.decode()!r}; {_REMEDY}"
         )
     counts = shard_counts(folder)
     split_yaml = meta / "split.yaml"
     data = read_bytes(split_yaml, _LARGEST_INFO) if split_yaml.is_file() else b""
     # Two underscores would name a class or module to Energon's reader.
     if not data or not _SPLIT_BYTES.fullmatch(data) or b"__" in data:
-        raise ValueError(f"{split_yaml} is missing or holds more than names of shards")
-    value = parse_yaml(data.decode(), str(split_yaml))
+        raise ValueError(f"{split_yaml} is missing or holds more than names of shards; {_REMEDY}")
+    value = _plain_split(data.decode())
+    if value is None:
+        if len(data) > SMALL_YAML:
+            raise ValueError(f"{split_yaml} is not of the form that Energon writes; {_REMEDY}")
+        try:
+            value = parse_yaml(data.decode(), str(split_yaml))
+        except ValueError as error:
+            raise ValueError(f"{error}; {_REMEDY}") from None
     parts = value.get("split_parts") if isinstance(value, dict) else None
     if not isinstance(parts, dict) or set(value) - {"split_parts", "exclude"} or value.get("exclude"):
-        raise ValueError(f"{split_yaml} must hold split_parts and an empty exclude, nothing else")
+        raise ValueError(f"{split_yaml} must hold split_parts and an empty exclude, nothing else; {_REMEDY}")
     splits: dict[str, list[str]] = {}
     for split, patterns in parts.items():
         if not isinstance(split, str) or not isinstance(patterns, list):
-            raise ValueError(f"{split_yaml} must list the shards of each split")
+            raise ValueError(f"{split_yaml} must list the shards of each split; {_REMEDY}")
         names = []
         for pattern in patterns:
             for name in _names_of(str(pattern), len(counts), split_yaml):
                 if name not in counts:
-                    raise ValueError(f"{split_yaml} names {name!r}, which .info.json does not count")
+                    raise ValueError(f"{split_yaml} names {name!r:.100}, which .info.json does not count; {_REMEDY}")
                 names.append(name)
         splits[split] = names
     return splits

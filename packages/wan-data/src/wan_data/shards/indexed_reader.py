@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from wan_data.shards.energon_index import OFFSETS_SUFFIX, read_offsets
+from wan_data.shards.energon_index import OFFSETS_SUFFIX, REMEDY, read_offsets
 from wan_data.shards.reader import grouped, read_members
+from wan_data.shards.serialization import MEMBERS
 from wan_data.shards.tar_headers import tar_members
 from wan_model.system.safe_reading import open_file
 
@@ -52,13 +53,15 @@ class IndexedShards:
             if len(samples) != 1:
                 raise ValueError(f"it has {len(samples)} samples where one is expected")
             ((key, members),) = samples
+            if missing := sorted({*MEMBERS} - {one.kind for one in members}):
+                raise ValueError(f"sample {key} has no {' and no '.join(missing)} member there")
             return key, path, read_members(file, members)
         except OSError as error:
             raise ValueError(f"shard {path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
             raise ValueError(
                 f"shard {path}, bytes {offsets[own]} to {offsets[own + 1]}: {error}; if wan-data verify finds the "
-                f"shard whole, its {OFFSETS_SUFFIX} file is of another shard"
+                f"shard whole, its {OFFSETS_SUFFIX} file is of another one: {REMEDY}"
             ) from None
 
     def _file(self, place: int, path: Path) -> tuple[BinaryIO, Sequence[int]]:

@@ -49,7 +49,7 @@ class StoredSample:
         Raises:
             RefusedMember: a member is missing, of another format, or refused; it is named.
         """
-        decoded = {}
+        decoded: dict[str, Any] = {}
         for kind, content in members.items():
             name = f"{key.rpartition('/')[2]}.{kind}"
             if kind not in _READERS:

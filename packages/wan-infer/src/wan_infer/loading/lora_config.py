@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from wan_infer.loading.lora_names import refuse_stated_models, shown
 from wan_infer.loading.lora_patterns import match_patterns
-from wan_model.system.safe_reading import parse_json
+from wan_model.system.safe_reading import parse_json, read_text
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
@@ -80,12 +80,7 @@ class LoraConfig:
             return cls._parse(text, f"{METADATA_KEY} of {where}")
         if beside is None or not beside.is_file():
             return None
-        try:
-            with beside.open(encoding="utf-8", errors="replace") as file:
-                text = file.read(_MOST_CHARACTERS + 1)
-        except OSError as error:
-            raise ValueError(f"{beside} cannot be read: {error.strerror}") from error
-        return cls._parse(text, str(beside))
+        return cls._parse(read_text(beside), str(beside))
 
     @classmethod
     def _parse(cls, text: str, where: str) -> "LoraConfig | None":

@@ -30,8 +30,8 @@ def read_prompt_file(path: Path, default: VideoRequest) -> list[VideoRequest]:
         raise ValueError(f"the prompts file {path} must end in .txt (a prompt a line) or .jsonl (an object a line)")
     try:
         lines = read_text(path).split("\n")  # not splitlines: JSON text may hold U+2028
-    except OSError as error:
-        raise ValueError(f"the prompts file {path} cannot be read: {error.strerror or error}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"the prompts file {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"the prompts file {error}") from error
     requests = []

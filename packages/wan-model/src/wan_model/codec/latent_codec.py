@@ -214,11 +214,6 @@ class LatentCodec:
         """Decode one tile of each latent frame from ``decoder_features``: RGB in [-1, 1], fp32."""
         return computed_with_tf32(TiledDecoder(self._require("decoder")).pixels(features, tile), self.tf32)
 
-    def count_tokens(self, prompt: str) -> int:
-        """Tokens of a prompt with the end token; ``encode_text`` cuts what is beyond ``spec.text_length``."""
-        count: int = self._require("tokenizer").count(clean_prompt(prompt))
-        return count
-
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> list[Float[Tensor, "L D"]]:
         """Clean and embed prompts: fp32, each at its true length; ``pad_text`` adds the zero padding.
@@ -230,10 +225,16 @@ class LatentCodec:
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"got {prompts!r}; expected a list of at least one prompt")
+        return [self.encode_prompt(prompt)[0] for prompt in prompts]
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> tuple[Float[Tensor, "L D"], int]:
+        """Clean and embed one prompt as ``encode_text`` does.
+
+        Returns:
+            The embedding, and the tokens of the prompt with the end token, of which at most ``spec.text_length`` are
+            embedded.
+        """
         text_encoder, tokenizer = self._require("text_encoder"), self._require("tokenizer")
-        found = []
-        for prompt in prompts:
-            vocabulary = text_encoder.shared.num_embeddings
-            ids = tokenizer(clean_prompt(prompt), self.spec.text_length, vocabulary)
-            found.append(text_encoder(torch.tensor(ids, device=text_encoder.device)).float())
-        return found
+        ids, count = tokenizer.tokenize(clean_prompt(prompt), self.spec.text_length, text_encoder.shared.num_embeddings)
+        return text_encoder(torch.tensor(ids, device=text_encoder.device)).float(), count

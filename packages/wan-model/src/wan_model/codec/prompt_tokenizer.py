@@ -44,7 +44,11 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
 
     def __call__(self, text: str, length: int, vocabulary: int | None = None) -> list[int]:
-        """Token ids.
+        """Token ids; see ``tokenize``."""
+        return self.tokenize(text, length, vocabulary)[0]
+
+    def tokenize(self, text: str, length: int, vocabulary: int | None = None) -> tuple[list[int], int]:
+        """Token ids, and the number of tokens without a cut.
 
         Args:
             text: the prompt.
@@ -54,9 +58,12 @@ class PromptTokenizer:
         Raises:
             ValueError: a tokenizer that returns nothing, or ids beyond the vocabulary.
         """
-        self._tokenizer.enable_truncation(length)
         try:
-            ids: list[int] = self._tokenizer.encode(text).ids
+            self._tokenizer.no_truncation()
+            whole = self._tokenizer.encode(text, add_special_tokens=False)
+            count = len(whole.ids) + self._tokenizer.num_special_tokens_to_add(False)
+            self._tokenizer.enable_truncation(length)
+            ids: list[int] = self._tokenizer.post_process(whole).ids
         except BaseException as error:
             if not _of_library(error):
                 raise
@@ -68,12 +75,7 @@ class PromptTokenizer:
                 f"{self._file} gives the token {max(ids)}, of which the text encoder has {vocabulary}: "
                 "tokenizer and text encoder are not of one model"
             )
-        return ids
-
-    def count(self, text: str) -> int:
-        """Number of tokens of a text with the end token, without a cut."""
-        self._tokenizer.no_truncation()
-        return len(self._tokenizer.encode(text).ids)
+        return ids, count
 
 
 def _of_library(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ Shapes: L tokens of a prompt, D width, H heads, E head width.
 Source: the official ``t5.py`` and transformers' ``UMT5EncoderModel``, with equal results.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -201,19 +202,17 @@ class TextEncoder(nn.Module):
             raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more of UMT5's weights")
         # Before anything is allocated: a configuration may claim any size.
         names = {}
-        for path in sorted({files[key] for key in shapes}):
-            with open_weights(path) as file:
-                held = set(file.keys())
-                for key in (key for key in shapes if files[key] == path):
-                    names[key] = key if key in held else _TIED_KEY
-                    if names[key] not in held:
-                        raise ValueError(f"{path} lacks {key}, which the index says it has")
-                    if (found := file.get_slice(names[key]).get_shape()) != shapes[key]:
-                        raise ValueError(f"{path} holds {key} of shape {found}; expected {shapes[key]}")
-        made = made.to(dtype).to_empty(device="cpu").requires_grad_(False)
-        mine = dict(made.named_parameters())
-        for path in sorted({files[key] for key in mine}):
-            with open_weights(path) as file:
-                for key in (key for key in mine if files[key] == path):
-                    mine[key].copy_(file.get_tensor(names[key]))
+        with contextlib.ExitStack() as stack:
+            opened = {path: stack.enter_context(open_weights(path)) for path in {files[key] for key in shapes}}
+            held = {path: set(file.keys()) for path, file in opened.items()}
+            for key, shape in shapes.items():
+                path = files[key]
+                names[key] = key if key in held[path] else _TIED_KEY
+                if names[key] not in held[path]:
+                    raise ValueError(f"{path} lacks {key}, which the index says it has")
+                if (found := opened[path].get_slice(names[key]).get_shape()) != shape:
+                    raise ValueError(f"{path} holds {key} of shape {found}; expected {shape}")
+            made = made.to(dtype).to_empty(device="cpu").requires_grad_(False)
+            for key, value in made.named_parameters():
+                value.copy_(opened[files[key]].get_tensor(names[key]))
         return made.eval()

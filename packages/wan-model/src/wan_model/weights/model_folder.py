@@ -87,8 +87,6 @@ def read_json(path: Path, limit: int = _LARGEST_INDEX) -> dict[str, Any]:
         value = safe_reading.read_json(path, limit)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value

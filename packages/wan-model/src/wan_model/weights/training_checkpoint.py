@@ -107,8 +107,6 @@ def read_index(path: Path) -> Metadata:
         content = read_bytes(file, _LARGEST_METADATA)
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the checkpoint was never completed") from None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     try:
         found = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise any exception
@@ -151,8 +149,6 @@ def read_run_settings(path: Path) -> dict[str, Any]:
         content = read_yaml(file)
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the checkpoint is partial, or of another program") from None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} has no sections: it was cut, or is of another program")
     return content

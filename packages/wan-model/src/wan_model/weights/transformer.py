@@ -163,8 +163,11 @@ def load_weights(model: WanDiT, folder: Path) -> None:
     Raises:
         ValueError: a missing, unexpected or misshapen key.
     """
-    folder = Path(folder)
-    stored = _check_stored(folder, model.config)
+    _copy(model, _check_stored(Path(folder), model.config))
+
+
+def _copy(model: WanDiT, stored: Sequence[tuple[str, Path, tuple[int, ...]]]) -> None:
+    """Copy tensors of files, given as by ``_check_stored``."""
     files = {key: path for key, path, _ in stored}
     parameters = dict(model.named_parameters())
     for path in sorted({files[key] for key in parameters}):
@@ -189,6 +192,7 @@ def _batches(keys: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[
         yield batch
 
 
+@torch.no_grad()
 def load_transformer(
     folder: Path,
     *,
@@ -205,11 +209,11 @@ def load_transformer(
     """
     config = read_config(folder)
     # Before anything is allocated: a configuration may claim any size.
-    _check_stored(Path(folder), config)
+    stored = _check_stored(Path(folder), config)
     with torch.device("meta"):
         model = WanDiT(config, stage=stage)
     model = model.to_precision(dtype).to_empty(device=device)
-    load_weights(model, folder)
+    _copy(model, stored)
     return model.eval()
 
 

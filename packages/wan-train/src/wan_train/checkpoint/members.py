@@ -5,15 +5,14 @@ traceback of the first function that stumbles over it.
 """
 
 import contextlib
-import json
 import pickle
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wan_model.system.safe_reading import read_json, require_file
 from wan_train.checkpoint.folder import ResumePoint
 
 TRAIN_STATE = "train_state.pt"
@@ -53,17 +52,9 @@ def wrong_form_refused(point: ResumePoint, path: Path) -> Iterator[None]:
         raise ValueError(f"{path} does not hold what a checkpoint does ({reason}); {_instead(point)}") from error
 
 
-def _require_plain_file(path: Path, largest: int) -> None:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise TypeError("it is no plain file")
-    if found.st_size > largest:
-        raise TypeError(f"it has {found.st_size} bytes, expected at most {largest}")
-
-
 def _load(path: Path) -> Any:
-    _require_plain_file(path, _LARGEST_STATE)
     try:
+        require_file(path, _LARGEST_STATE)
         return torch.load(path, weights_only=True, map_location="cpu")
     except OSError:
         raise
@@ -102,11 +93,10 @@ def check_members(point: ResumePoint, restore: Callable[[Mapping[str, Any]], obj
     """
     if (path := point.step_folder / _STRATEGY).exists():  # not in those of FSDP
         with wrong_form_refused(point, path):
-            _require_plain_file(path, _LARGEST_STRATEGY)
             try:
-                found = json.loads(path.read_bytes())
+                found = read_json(path, _LARGEST_STRATEGY)
             except ValueError as error:
-                raise TypeError(f"no JSON: {error}") from error
+                raise TypeError(str(error)) from error
             if found["sharded_backend"] != "torch_dist":
                 raise TypeError(f"it names the format {found['sharded_backend']!r}, expected 'torch_dist'")
             if found.get("common_backend", "torch") != "torch":

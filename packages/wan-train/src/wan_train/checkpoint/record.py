@@ -5,13 +5,12 @@ Needs neither Megatron nor torch.
 
 import dataclasses
 import hashlib
-import json
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wan_model.system.files import write_json
+from wan_model.system.safe_reading import read_json, require_file
 
 RECORD_NAME = "complete.json"
 _FORMAT = 1
@@ -71,14 +70,11 @@ def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
     """
     path = folder / RECORD_NAME
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
-            raise DamagedCheckpointError(f"{path} is no plain file of at most {_LARGEST} bytes")
-        content = json.loads(path.read_bytes())
+        content = read_json(path, _LARGEST)
     except FileNotFoundError:
         raise PartialCheckpointError(f"{path} is missing: the checkpoint was never completed") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
     try:
         if content["format"] != _FORMAT or content["step"] != step:
             raise DamagedCheckpointError(
@@ -91,15 +87,13 @@ def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
         if Path(name).name != name:
             raise DamagedCheckpointError(f"{path} names {name!r}, which is not a file beside it")
         try:
-            found = (folder / name).stat()
-        except OSError:
+            size = require_file(folder / name)
+        except FileNotFoundError:
             raise DamagedCheckpointError(f"{folder / name} is missing, which {RECORD_NAME} names") from None
-        if not stat.S_ISREG(found.st_mode):
-            raise DamagedCheckpointError(f"{folder / name} is no plain file")
-        if found.st_size != record.bytes:
-            raise DamagedCheckpointError(
-                f"{folder / name} has {found.st_size} bytes where {RECORD_NAME} says {record.bytes}"
-            )
+        except ValueError as error:
+            raise DamagedCheckpointError(str(error)) from error
+        if size != record.bytes:
+            raise DamagedCheckpointError(f"{folder / name} has {size} bytes where {RECORD_NAME} says {record.bytes}")
     return files
 
 

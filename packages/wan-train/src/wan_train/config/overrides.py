@@ -127,7 +127,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     try:
         values = read_yaml(path, loader=_Loader)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ValueError(f"the configuration file {path} cannot be read: {error.strerror}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; expected sections such as train: and model:")
