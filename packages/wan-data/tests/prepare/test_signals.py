@@ -50,11 +50,9 @@ def command(many_windows, tiny_model, tmp_path):
     [
         ("prepare", "encoding", signal.SIGINT),
         ("prepare", "encoding", signal.SIGTERM),
-        ("prepare", "encoding", signal.SIGHUP),
-        ("prepare", "encoding", signal.SIGKILL),
-        ("prepare", "probing", signal.SIGTERM),
-        ("prepare", "probing", signal.SIGINT),
-        ("plan", "probing", signal.SIGHUP),
+        ("prepare", "probing", signal.SIGHUP),
+        ("prepare", "probing", signal.SIGKILL),
+        ("plan", "probing", signal.SIGTERM),
     ],
 )
 def test_a_signal_ends_the_command_and_all_that_it_started(command, name, moment, sent):

@@ -99,6 +99,8 @@ def test_offsets(copy, name):
     for said in found.values():
         assert ".idx" in said
         assert REMEDY in said
+    if name in ("zeros", "descending"):
+        assert "its offsets do not ascend" in found["verify"]
 
 
 def changed(statement):
