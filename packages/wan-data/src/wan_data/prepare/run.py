@@ -33,7 +33,7 @@ from wan_data.prepare.shard_batches import BATCH_NAME, EncodeTask, ShardBatch, S
 from wan_data.prepare.source_times import read_times, write_times
 from wan_data.prepare.sources import SourceFile
 from wan_data.reading.empty_caption import write_empty_caption
-from wan_data.shards.energon_metadata import write_metadata
+from wan_data.shards.energon_metadata import restore_metadata, write_metadata
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.shards.writer import ShardRecord, ShardWriter
 from wan_model.codec.latent_codec import LatentCodec
@@ -129,6 +129,8 @@ class _Preparation:
             if (unfinished := ShardBatch.read(self.work)) is not None:
                 self.report.log("resuming the shards that an earlier run has planned")
                 manifest = self._encode(unfinished, manifest, "unfinished")
+            elif self.ranks.rank == 0 and manifest.complete and restore_metadata(self.output, manifest.shards):
+                self.report.log("Energon's metadata was damaged and has been written anew")
             changes = self._changes(sources, manifest)
             again = changes.changed if update else {}
             gone = changes.missing if remove_missing else ()
