@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 import tarfile
+import threading
 
 import pytest
 from folder_digests import without_index
@@ -310,8 +311,16 @@ def test_a_damaged_shard_is_not_copied(prepare_again, copies, settings, tiny_mod
     is_intact(out, folder)
 
 
-def test_an_update_by_two_ranks_gives_the_same_bytes(updated, prepare_again, copies, settings, tiny_model):
+def test_an_update_by_two_ranks_gives_the_same_bytes(updated, prepare_again, copies, settings, tiny_model, monkeypatch):
     out, folder = copies
+    # The libraries that load a model change torch for all threads meanwhile.
+    load, one_at_a_time = run.load_codec, threading.Lock()
+
+    def load_alone(*arguments, **more):
+        with one_at_a_time:
+            return load(*arguments, **more)
+
+    monkeypatch.setattr(run, "load_codec", load_alone)
     change(folder)
     store = HashStore()
 
