@@ -155,10 +155,8 @@ def test_bad_files_are_rejected_by_name_and_the_others_go_on(prepared, clip, tin
 
 def test_equal_captions_are_encoded_once(prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch):
     asked = []
-    encode = LatentCodec.encode_text
-    monkeypatch.setattr(
-        LatentCodec, "encode_text", lambda self, prompts: asked.extend(prompts) or encode(self, prompts)
-    )
+    encode = LatentCodec.encode_prompt
+    monkeypatch.setattr(LatentCodec, "encode_prompt", lambda self, prompt: asked.append(prompt) or encode(self, prompt))
     prepared(clips, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent)
     assert sorted(asked) == sorted(set(asked))
     assert len(asked) == 4, "three captions, and the empty one"

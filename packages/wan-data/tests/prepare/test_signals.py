@@ -11,7 +11,7 @@ from wan_model.testing.processes import Job, wait_until
 PROGRAM = "from wan_data.cli import main; main()"
 SMALL = ("--area", "1536", "--frames", "5", "--min-frames", "5", "--windows", "consecutive", "--num-decoders", "1")
 # On an idle machine ten seconds are enough for all of it.
-SECONDS = 60
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,7 @@ def command(many_windows, tiny_model, tmp_path):
 def test_a_signal_ends_the_command_and_all_that_it_started(command, name, moment, sent):
     job = command(name)
     wait_until(
-        lambda: f"{moment} 1/" in job.errors.read_text() or job.process.poll() is not None, f"it is {moment}", 300
+        lambda: f"{moment} 1/" in job.errors.read_text() or job.process.poll() is not None, f"it is {moment}", 300.0
     )
     assert job.process.poll() is None, job.errors.read_text()
     assert len(job.alive()) > 1

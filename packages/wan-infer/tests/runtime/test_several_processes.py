@@ -31,12 +31,13 @@ WAYS = {
 
 
 def test_the_command_in_two_processes(model_folder: Path, tmp_path: Path) -> None:
-    videos = {}
+    # Single images are stored without loss; an encoder of videos makes much of a difference in the last digit.
+    pictures, options = {}, ("--prompts", "a rabbit", "--sizes", "32*48", "--frame_nums", "1", "--sample_steps", "2")
     for name, (starter, extra) in WAYS.items():
-        path = tmp_path / f"{name}.mp4"
+        path = tmp_path / f"{name}.png"
         done = subprocess.run(
             [sys.executable, *map(str, starter), *command(
-                "--model", model_folder, "--prompts", "a rabbit", "--save_file", path, *QUICK, *extra, "--json"
+                "--model", model_folder, *options, "--device", "cpu", "--save_file", path, *extra, "--json"
             )[1:]],
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
@@ -45,10 +46,10 @@ def test_the_command_in_two_processes(model_folder: Path, tmp_path: Path) -> Non
         assert report["processes"] == (1 if name == "alone" else 2)
         assert report["peak_memory_bytes"] > 10_000_000
         assert done.stderr.count("step 2/2") == 1, "the first process speaks for all"
-        videos[name] = read_video(path)[0].astype(int)
+        pictures[name] = read_video(path)[0].astype(int)
     for name in ("two", "torchrun"):
-        assert np.abs(videos[name] - videos["alone"]).max() <= 2
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.mp4" for name in WAYS}
+        assert np.abs(pictures[name] - pictures["alone"]).max() <= 1
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in WAYS}
 
 
 def test_what_stands_in_the_way_is_said_once(model_folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from wan_model.system.files import naming
 
@@ -47,7 +47,7 @@ class _Stream:
         drops: the errors that are ignored, with the text.
     """
 
-    def __init__(self, stream: TextIO, name: str, *drops: type[OSError]) -> None:
+    def __init__(self, stream: Any, name: str, *drops: type[OSError]) -> None:
         self._stream, self._name, self._drops = stream, Path(name), drops
 
     def write(self, text: str) -> int:
@@ -63,7 +63,7 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-def _settle(stream: TextIO) -> None:
+def _settle(stream: Any) -> None:
     """Write what is left; where that fails drop it: Python would try again at its end, and complain."""
     try:
         stream.flush()
