@@ -9,6 +9,8 @@ import pytest
 from wan_data.inspect.verify import verify
 from wan_data.prepare.changes import captions_of
 from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
+from wan_data.shards.reader import members_of
+from wan_data.shards.writer import ShardWriter
 
 
 @pytest.fixture
@@ -57,6 +59,21 @@ def test_a_shard_that_was_written_anew_but_is_not_the_one(copy):
     _, problems = verify(copy)
     assert any("is in another shard too" in problem for problem in problems)
     assert any(first.name in problem and "damaged" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("wrong", [{"frame_start": "a"}, {"processed_frames": [9]}, {"processed_width": None}])
+def test_side_information_that_is_no_number_is_named(wrong, copy):
+    shard = min(copy.glob("*.tar"))
+    samples = list(members_of(shard))
+    with ShardWriter(copy, 0, "train") as writer:
+        for key, members in samples:
+            writer.write_members(
+                key, {**members, "json": json.dumps({**json.loads(members["json"]), **wrong}).encode()}
+            )
+    _, problems = verify(copy)
+    (name,) = wrong
+    key = samples[0][0]
+    assert f"shard {shard.name}, sample {key}: its side information has no whole number for {name}" in problems
 
 
 def test_a_flipped_bit_of_a_value_is_found_by_the_digest_alone(copy):

@@ -112,6 +112,8 @@ def test_shards_elsewhere_are_refused(copy, name):
         "__module__: os\n__class__: system\n",
         "split_parts: {train: [shard-rank00-000000.tar]}\nexclude: [shard-rank00-000000.tar]\n",
         "split_parts: !!python/object/apply:os.system [id]\n",
+        "split_parts: {train: [shard-rank00-000000.tar, 'shard-rank00-{000000..000001}.tar']}\nexclude: []\n",
+        "split_parts: {train: [shard-rank00-000000.tar], val: [shard-rank00-000000.tar]}\nexclude: []\n",
         "",
     ],
 )

@@ -4,11 +4,13 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
 
 from wan_data.shards.serialization import (
+    LARGEST_INFO,
     LARGEST_LATENT,
     RefusedMember,
     info_from_json,
@@ -157,3 +159,23 @@ def test_json():
     for wrong in (b"[]", b"\xff", b"{"):
         with pytest.raises(RefusedMember):
             info_from_json(wrong)
+    with pytest.raises(RefusedMember, match=f"more than {LARGEST_INFO} bytes"):
+        info_from_json(b'{"a": "' + b"a" * LARGEST_INFO + b'"}')
+
+
+def compressed(content):
+    """The files of a zip archive, written again with compression."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    return out.getvalue()
+
+
+def test_an_archive_that_expands_is_refused():
+    zeros = torch.zeros(16, 64, 64, 64)
+    packed = compressed(tensor_to_pth(zeros))
+    assert len(packed) < zeros.nbytes / 500
+    assert torch.equal(torch.load(io.BytesIO(packed), weights_only=True), zeros), "torch expands it"
+    with pytest.raises(RefusedMember, match=r"it is a compressed archive; expected one as torch.save writes it"):
+        latent_from_pth(packed)

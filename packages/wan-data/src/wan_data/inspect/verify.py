@@ -13,6 +13,8 @@ from wan_data.shards.reader import StoredSample, samples_of
 from wan_data.shards.writer import sample_key
 from wan_model.system.files import sha256_of
 
+_NUMBERS = ("frame_start", "processed_frames", "processed_height", "processed_width")
+
 
 def verify(
     folder: Path,
@@ -107,13 +109,16 @@ class _Comparison:
         if record is None or record.verdict != "accepted":
             yield f"{where}: its source {source!r} is not among those of the manifest"
             return
-        if sample.key != sample_key(source, int(info.get("frame_start", -1))):
+        if wrong := [name for name in _NUMBERS if type(info.get(name)) is not int]:
+            yield f"{where}: its side information has no whole number for {', '.join(wrong)}"
+            return
+        if sample.key != sample_key(source, info["frame_start"]):
             yield f"{where}: its key is not that of its source and window"
         if info.get("source_sha256") != record.sha256:
             yield f"{where}: its source has another digest in the manifest"
         if info.get("latent_fingerprint") != self.manifest.latent_spec.fingerprint:
             yield f"{where}: it is of the latent space {info.get('latent_fingerprint')}"
-        size = tuple(int(info.get(f"processed_{name}", 0)) for name in ("frames", "height", "width"))
+        size = info["processed_frames"], info["processed_height"], info["processed_width"]
         try:
             wanted = self.manifest.latent_spec.latent_shape(*size)
         except ValueError as error:

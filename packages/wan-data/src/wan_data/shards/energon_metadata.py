@@ -241,6 +241,7 @@ def check_metadata(folder: Path) -> dict[str, list[str]]:
     if not isinstance(parts, dict) or set(value) - {"split_parts", "exclude"} or value.get("exclude"):
         raise ValueError(f"{split_yaml} must hold split_parts and an empty exclude, nothing else; {_REMEDY}")
     splits: dict[str, list[str]] = {}
+    seen: set[str] = set()
     for split, patterns in parts.items():
         if not isinstance(split, str) or not isinstance(patterns, list):
             raise ValueError(f"{split_yaml} must list the shards of each split; {_REMEDY}")
@@ -249,6 +250,9 @@ def check_metadata(folder: Path) -> dict[str, list[str]]:
             for name in _names_of(str(pattern), len(counts), split_yaml):
                 if name not in counts:
                     raise ValueError(f"{split_yaml} names {name!r:.100}, which .info.json does not count; {_REMEDY}")
+                if name in seen:
+                    raise ValueError(f"{split_yaml} names {name!r:.100} twice; {_REMEDY}")
+                seen.add(name)
                 names.append(name)
         splits[split] = names
     return splits

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pickle
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 MEMBERS = ("json", "pickle", "pth")  # in the order of a shard
 LARGEST_MEMBER = 1 << 30  # bytes; a 121-frame 720p latent has 29 MB
+LARGEST_INFO = 16 << 20  # bytes of a json member; a caption has at most 400 kB
 LARGEST_SIDE = 4096  # of a latent's frames, rows or columns
 LARGEST_TEXT = 4096  # tokens
 # Normalised latents have a deviation of 1; NVIDIA's preparation refuses the same values.
@@ -67,7 +69,17 @@ def info_to_json(info: dict[str, Any]) -> bytes:
 
 
 def _load_safely(data: bytes) -> Any:
+    if data.startswith(b"PK"):
+        _check_archive(data)
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def _check_archive(data: bytes) -> None:
+    # torch.save stores its files side by side as they are; what is packed, or stored in one place, can be any size.
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        files = archive.infolist()
+    if any(file.compress_type != zipfile.ZIP_STORED for file in files) or sum(f.file_size for f in files) > len(data):
+        raise RefusedMember("it is a compressed archive; expected one as torch.save writes it")
 
 
 def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
@@ -128,9 +140,9 @@ def _checked(value: Any, rank: int, bounds: tuple[int, ...], what: str, largest:
     return value.contiguous()
 
 
-def _sized(data: bytes) -> bytes:
-    if not isinstance(data, bytes) or len(data) > LARGEST_MEMBER:
-        raise RefusedMember(f"it has more than {LARGEST_MEMBER} bytes")
+def _sized(data: bytes, most: int = LARGEST_MEMBER) -> bytes:
+    if not isinstance(data, bytes) or len(data) > most:
+        raise RefusedMember(f"it has more than {most} bytes")
     return data
 
 
@@ -160,7 +172,7 @@ def info_from_json(data: bytes) -> dict[str, Any]:
     Raises:
         RefusedMember: the member is not a JSON object.
     """
-    value = _read(lambda: json.loads(_sized(data).decode("utf-8-sig")), "JSON")
+    value = _read(lambda: json.loads(_sized(data, LARGEST_INFO).decode("utf-8-sig")), "JSON")
     if not isinstance(value, dict):
         raise RefusedMember(f"it holds a JSON {type(value).__name__}; expected an object")
     return value
