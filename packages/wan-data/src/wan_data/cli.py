@@ -113,7 +113,7 @@ def prepare(
         for line in (*summary_lines(result, output_folder), *left_out_of(video_folder, listing, settings)):
             click.echo(line)
     incomplete = any(source.verdict == "rejected" or source.dropped for source in result.manifest.sources)
-    if not allow_rejects and (incomplete or result.changed):
+    if not allow_rejects and (incomplete or result.changed or result.kept):
         sys.exit(1)
 
 

@@ -8,7 +8,14 @@ import pytest
 
 from wan_model.testing.processes import Job, wait_until
 
-PROGRAM = "from wan_data.cli import main; main()"
+# What starts the tests may ignore signals, and its children with it.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from wan_data.cli import main
+main()
+"""
 SMALL = ("--area", "1536", "--frames", "5", "--min-frames", "5", "--windows", "consecutive", "--num-decoders", "1")
 # On an idle machine ten seconds are enough for all of it.
 SECONDS = 60.0

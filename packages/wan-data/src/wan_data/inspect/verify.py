@@ -10,7 +10,7 @@ from wan_data.shards.energon_index import index_problems
 from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
 from wan_data.shards.reader import StoredSample, samples_of
-from wan_data.shards.writer import sample_key
+from wan_data.shards.writer import SHARD_PATTERN, sample_key
 from wan_model.system.files import sha256_of
 
 _NUMBERS = ("frame_start", "processed_frames", "processed_height", "processed_width")
@@ -48,7 +48,7 @@ def verify(
     except ValueError as error:
         return {}, [str(error)]
     if manifest is not None:
-        problems += _metadata_problems(manifest, splits, counts)
+        problems += _metadata_problems(folder, manifest, splits, counts)
     found = _Comparison(manifest)
     problems += index_problems(folder, folder / META_FOLDER, list(counts.items()))
     for name in sorted(counts):
@@ -66,7 +66,9 @@ def verify(
     return dict(checked), problems
 
 
-def _metadata_problems(manifest: Manifest, splits: dict[str, list[str]], counts: dict[str, int]) -> Iterator[str]:
+def _metadata_problems(
+    folder: Path, manifest: Manifest, splits: dict[str, list[str]], counts: dict[str, int]
+) -> Iterator[str]:
     wanted = {shard.name: shard.samples for shard in manifest.shards}
     if counts != wanted:
         names = sorted(name for name in {*counts, *wanted} if counts.get(name) != wanted.get(name))
@@ -74,6 +76,9 @@ def _metadata_problems(manifest: Manifest, splits: dict[str, list[str]], counts:
             f"{META_FOLDER}/.info.json and {MANIFEST_NAME} do not agree on {', '.join(names[:3])}"
             f"{' and others' if len(names) > 3 else ''}: run wan-data prepare again, which rewrites both"
         )
+    for name in sorted(path.name for path in folder.glob(SHARD_PATTERN.format(rank=0, number=0).replace("0" * 6, "*"))):
+        if name not in wanted:
+            yield f"{name} is no shard of {MANIFEST_NAME}: delete it, an interrupted run has left it"
     for split in {*splits, *manifest.samples}:
         names_here = [shard.name for shard in manifest.shards if shard.split == split]
         if sorted(splits.get(split, [])) != sorted(names_here):

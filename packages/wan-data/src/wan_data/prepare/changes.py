@@ -73,16 +73,16 @@ def find_changes(
     unknown: list[tuple[SourceFile, int]] = []
     for source in sources:
         record = records.get(source.name)
-        if record is None or source.path is None or not source.path.exists():
+        if record is None or source.path is None:
             continue
         present.add(source.name)
         found = changed.setdefault(source.name, [])
-        found += _changed_caption(source, record, captions)
         try:
             status = source.path.stat()
         except OSError as error:
             found.append(f"cannot be read: {error.strerror or error}")
             continue
+        found += _changed_caption(source, record, captions)
         if status.st_size != record.bytes:
             found.append(f"has {status.st_size} bytes instead of {record.bytes}")
         elif times.get(source.name) == status.st_mtime_ns:

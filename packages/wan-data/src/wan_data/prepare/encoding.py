@@ -5,7 +5,9 @@ Shapes: T frames, H rows, W columns, 3 colours; a latent is [C, F, h, w]; L text
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.source_file import Rejected
 from wan_model.codec.convolutions import PRECISIONS
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.files import sha256_of
 from wan_model.system.torchrun import local_world_size
 
 
@@ -81,6 +84,22 @@ class EncodedWindow:
     problem: str | None = None
 
 
+def _has_changed(source: PlannedSource) -> bool:
+    """Whether a file has another content than when it was probed."""
+    try:
+        status = source.path.stat()
+    except OSError:
+        return False  # it was there to be decoded
+    if status.st_size != source.bytes:
+        return True
+    return status.st_mtime_ns != source.mtime_ns and _digest(source.path, status.st_mtime_ns) != source.sha256
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(path: Path, mtime_ns: int) -> str:
+    return sha256_of(path)
+
+
 class WindowEncoder:
     """Encodes windows in this process, while a decoder process decodes the next ones.
 
@@ -135,8 +154,12 @@ class WindowEncoder:
         for batch in waiting.values():
             done |= self._latents(batch)
         for part in task.parts:
+            changed = _has_changed(part.source)
             for number in part.windows:
-                yield done[part.source.name, number]
+                one = done[part.source.name, number]
+                if changed and one.latent is not None:
+                    one = EncodedWindow(one.source, number, None, "the file has changed since it was probed")
+                yield one
 
     def _latents(self, batch: list[tuple[tuple[str, int], Tensor]]) -> dict[tuple[str, int], EncodedWindow]:
         latents = encode_batch(self.codec, [frames for _, frames in batch])

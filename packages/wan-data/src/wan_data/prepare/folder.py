@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile
@@ -21,7 +22,7 @@ def files_of_folder(folder: Path, settings: PrepareSettings) -> list[SourceFile]
     out (``left_out`` names them).
 
     Raises:
-        ValueError: the folder does not exist or holds no such file.
+        ValueError: the folder does not exist or holds no such file, or a folder in it cannot be listed.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; expected one with videos and captions")
@@ -87,7 +88,7 @@ def _few(paths: Sequence[Path], folder: Path) -> str:
 def _walk(folder: Path) -> Iterator[tuple[Path, dict[str, str], list[str]]]:
     """Each folder below one, with the folders in it that are not entered, and why, and the names of its files."""
     seen = set()
-    for name, folders, names in os.walk(folder, followlinks=True):
+    for name, folders, names in os.walk(folder, onerror=_not_listed, followlinks=True):
         place, skipped = Path(name), {}
         if place == folder:
             seen.add(_identity(place))
@@ -101,6 +102,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, dict[str, str], list[str]]]:
         # os.walk enters what is left in its list.
         folders[:] = sorted({*folders} - {*skipped})
         yield place, skipped, names
+
+
+def _not_listed(error: OSError) -> NoReturn:
+    # Its files would seem to be gone.
+    raise ValueError(f"{error.filename} cannot be listed: {error.strerror or error}; make it readable, or hide it")
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -1,14 +1,17 @@
 """Probing as the first stage of ``wan-data prepare``, and all of ``wan-data plan``: with progress and a cache."""
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from wan_data.prepare.output_folder import WORK_FOLDER, output_folder
-from wan_data.prepare.probe import ProbeCache, ProbeResult, probe_sources
+from wan_data.prepare.probe import PlannedSource, ProbeCache, ProbeResult, RejectedSource, probe_sources
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report, describe
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile
+from wan_model.system.files import write_json
 from wan_model.system.torchrun import processors
 
 _CACHE_NAME = "examined.jsonl"
@@ -70,3 +73,25 @@ def probe(
         decoders=decoders or processors(),
         cache=ProbeCache(cache, settings),
     )
+
+
+def gathered(results: Sequence[ProbeResult], work: Path, ranks: Ranks) -> list[ProbeResult]:
+    """All ranks' results on rank 0, by name; nothing on the others.
+
+    Args:
+        results: of this rank.
+        work: the folder of the unfinished preparation.
+        ranks: of the preparation.
+    """
+    plain = [
+        result.to_dict() if isinstance(result, PlannedSource) else dataclasses.asdict(result) for result in results
+    ]
+    write_json(work / f"verdicts-{ranks.rank:05d}.json", plain)
+    ranks.barrier("results")
+    if ranks.rank:
+        return []
+    found: list[ProbeResult] = []
+    for rank in range(ranks.world_size):
+        for value in json.loads((work / f"verdicts-{rank:05d}.json").read_bytes()):
+            found.append(RejectedSource(**value) if "reason" in value else PlannedSource.from_dict(value))
+    return sorted(found, key=lambda result: result.name)

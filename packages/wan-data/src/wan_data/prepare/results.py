@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class PrepareResult:
 
     Attributes:
         manifest: as written beside the shards.
-        changed: a sentence for each source that has changed and whose samples are not changed.
+        changed: a sentence for each source that has changed and is not encoded again, without ``update``.
+        kept: why a changed source cannot be used as it is now, by name; its samples stay.
         missing: names of sources that are no longer there and whose samples stay.
         updated: names of changed sources that were encoded again.
         removed: names of sources that are no longer there and whose samples were removed.
@@ -65,6 +66,7 @@ class PrepareResult:
 
     manifest: Manifest
     changed: tuple[str, ...] = ()
+    kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
     missing: tuple[str, ...] = ()
     updated: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -77,6 +79,25 @@ def with_rejected(manifest: Manifest, results: Sequence[ProbeResult]) -> Manifes
         if isinstance(result, RejectedSource):
             records[result.name] = _rejected(result)
     return dataclasses.replace(manifest, sources=tuple(sorted(records.values(), key=lambda record: record.path)))
+
+
+def with_current_rejects(manifest: Manifest, names: Collection[str]) -> Manifest:
+    """The manifest without the files that an earlier run rejected and that are not among these any more."""
+    left = tuple(one for one in manifest.sources if one.verdict == "accepted" or one.path in names)
+    return dataclasses.replace(manifest, sources=left)
+
+
+def known_splits(manifest: Manifest, results: Sequence[ProbeResult]) -> dict[str, str]:
+    """The split of each content (by sha256) that a dataset has, or that replaces what it has.
+
+    What replaces a file stays in its split, because it may show the same.
+    """
+    by_name = {record.path: record.split for record in manifest.sources if record.split is not None}
+    splits = {record.sha256: record.split for record in manifest.sources if record.sha256 and record.split is not None}
+    for result in results:
+        if isinstance(result, PlannedSource) and result.name in by_name:
+            splits.setdefault(result.sha256, by_name[result.name])
+    return splits
 
 
 def _rejected(source: RejectedSource) -> SourceRecord:
@@ -210,6 +231,9 @@ def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
             "(--update encodes such files again):"
         )
         lines += [f"  {change}" for change in result.changed]
+    if result.kept:
+        lines.append(f"{len(result.kept)} changed files cannot be used as they are now, and keep their samples:")
+        lines += [f"  {name}: {reason}" for name, reason in result.kept.items()]
     if result.missing:
         lines.append(
             f"{len(result.missing)} files of the dataset are not among these any more, and their samples stay "

@@ -7,7 +7,7 @@ deleted when the manifest no longer lists it.
 import collections
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from wan_data.shards.energon_index import OFFSETS_SUFFIX
@@ -52,6 +52,20 @@ def shards_of(manifest: Manifest, sources: Collection[str]) -> list[ShardRecord]
     return [shard for shard in manifest.shards if shard.name in names]
 
 
+def check_shard(folder: Path, shard: ShardRecord) -> None:
+    """Check that a shard is as the manifest describes it.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    path = folder / shard.name
+    if not path.is_file() or sha256_of(path) != shard.sha256:
+        raise ValueError(
+            f"{path} is missing or damaged, so that its samples cannot be kept: restore the file and run the same "
+            "command again, or pass --overwrite to encode everything again"
+        )
+
+
 def rewrite_shard(folder: Path, shard: ShardRecord, number: int, sources: Collection[str]) -> RewrittenShard:
     """Write a shard again under another number, without the samples of some sources; the others keep their bytes.
 
@@ -64,12 +78,8 @@ def rewrite_shard(folder: Path, shard: ShardRecord, number: int, sources: Collec
     Raises:
         ValueError: the shard is damaged.
     """
+    check_shard(folder, shard)
     path = folder / shard.name
-    if not path.is_file() or sha256_of(path) != shard.sha256:
-        raise ValueError(
-            f"{path} is missing or damaged, so that its samples cannot be kept: restore the file and run the same "
-            "command again, or pass --overwrite to encode everything again"
-        )
     keys = {source_key(name) for name in sources}
     removed: collections.Counter[tuple[int, int, int]] = collections.Counter()
     with ShardWriter(folder, number, shard.split) as new:
@@ -125,16 +135,18 @@ def without_sources(manifest: Manifest, sources: Collection[str], rewritten: Seq
 
 def note_superseded(work: Path, names: Sequence[str]) -> None:
     """Note shards that are to be deleted when the manifest no longer lists them."""
-    write_json(work / SUPERSEDED_NAME, {"shards": list(names)})
+    write_json(work / SUPERSEDED_NAME, {"shards": [*_superseded(work), *names]})
+
+
+def _superseded(work: Path) -> list[str]:
+    path = work / SUPERSEDED_NAME
+    names: list[str] = json.loads(path.read_bytes())["shards"] if path.is_file() else []
+    return names
 
 
 def delete_superseded(folder: Path, work: Path, manifest: Manifest) -> None:
     """Delete the noted shards that the manifest does not list, also those of a run that was interrupted."""
-    path = work / SUPERSEDED_NAME
-    if not path.is_file():
-        return
-    value: Mapping[str, list[str]] = json.loads(path.read_bytes())
-    for name in set(value["shards"]) - {shard.name for shard in manifest.shards}:
+    for name in {*_superseded(work)} - {shard.name for shard in manifest.shards}:
         for file in (folder / name, folder / (name + OFFSETS_SUFFIX)):
             file.unlink(missing_ok=True)
-    path.unlink()
+    (work / SUPERSEDED_NAME).unlink(missing_ok=True)

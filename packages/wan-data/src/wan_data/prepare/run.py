@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,21 @@ from wan_data.prepare.encoding import EncodedWindow, TextEmbeddings, choose_devi
 from wan_data.prepare.output_folder import WORK_FOLDER, clear, output_folder
 from wan_data.prepare.preload import preload_encoders
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
-from wan_data.prepare.probe_stage import cache_path, probe
+from wan_data.prepare.probe_stage import cache_path, gathered, probe
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report
-from wan_data.prepare.results import FinishedShard, PrepareResult, with_rejected, with_shard_batch, without_failed
+from wan_data.prepare.results import (
+    FinishedShard,
+    PrepareResult,
+    known_splits,
+    with_current_rejects,
+    with_rejected,
+    with_shard_batch,
+    without_failed,
+)
 from wan_data.prepare.retirement import (
     RewrittenShard,
+    check_shard,
     delete_superseded,
     note_superseded,
     rewrite_shard,
@@ -37,7 +45,6 @@ from wan_data.shards.energon_metadata import restore_metadata, write_metadata
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.shards.writer import ShardRecord, ShardWriter
 from wan_model.codec.latent_codec import LatentCodec
-from wan_model.system.files import write_json
 from wan_model.system.torchrun import processors
 
 
@@ -132,25 +139,30 @@ class _Preparation:
             elif self.ranks.rank == 0 and manifest.complete and restore_metadata(self.output, manifest.shards):
                 self.report.log("Energon's metadata was damaged and has been written anew")
             changes = self._changes(sources, manifest)
+            if remove_missing and changes.missing and (rows := [one for one in sources if one.path is None]):
+                raise ValueError(
+                    f"--remove-missing cannot tell which files are missing while {len(rows)} rows name none "
+                    f"({rows[0].problem}); mend the listing first"
+                )
             again = changes.changed if update else {}
             gone = changes.missing if remove_missing else ()
             if (new := self._plan_new_batch(sources, manifest, again, gone)) is not None:
                 manifest = self._encode(new, manifest, "new")
+            elif manifest.complete:
+                manifest = read_manifest(self.output)  # planning may have added rejected files
             if self.ranks.rank == 0:
-                manifest = self._with_empty_caption(manifest)
+                current = with_current_rejects(manifest, {source.name for source in sources})
+                if current != manifest and current.complete:
+                    current.write(self.output)
+                manifest = self._with_empty_caption(current)
                 delete_superseded(self.output, self.work, manifest)
                 self._write_times(manifest)
                 shutil.rmtree(self.work, ignore_errors=True)
             self.ranks.barrier("end")
         return PrepareResult(
             manifest,
-            changed=tuple(
-                f"{sentence}; its samples stay, because it cannot be used as it is now: {self._kept[name]}"
-                if name in self._kept
-                else sentence
-                for name, sentence in changes.changed.items()
-                if not update or name in self._kept
-            ),
+            changed=() if update else tuple(changes.changed.values()),
+            kept=dict(sorted(self._kept.items())),
             missing=() if remove_missing else changes.missing,
             updated=tuple(name for name in again if name not in self._kept),
             removed=gone,
@@ -223,26 +235,11 @@ class _Preparation:
         mine = self.ranks.partition(new)
         results = probe(mine, self.settings, self.report, self.decoders, cache_path(self.work, self.ranks))
         if self.ranks.world_size > 1:
-            results = self._gathered(results)
+            results = gathered(results, self.work, self.ranks)
         if self.ranks.rank == 0:
             self._write_batch(results, manifest, changed, missing)
         self.ranks.barrier("planned")
         return ShardBatch.read(self.work)
-
-    def _gathered(self, results: list[ProbeResult]) -> list[ProbeResult]:
-        """All ranks' results on rank 0, by name; nothing on the others."""
-        plain = [
-            result.to_dict() if isinstance(result, PlannedSource) else dataclasses.asdict(result) for result in results
-        ]
-        write_json(self.work / f"verdicts-{self.ranks.rank:05d}.json", plain)
-        self.ranks.barrier("results")
-        if self.ranks.rank:
-            return []
-        gathered: list[ProbeResult] = []
-        for rank in range(self.ranks.world_size):
-            for value in json.loads((self.work / f"verdicts-{rank:05d}.json").read_bytes()):
-                gathered.append(RejectedSource(**value) if "reason" in value else PlannedSource.from_dict(value))
-        return sorted(gathered, key=lambda result: result.name)
 
     def _write_batch(
         self, results: list[ProbeResult], manifest: Manifest, changed: Mapping[str, str], missing: Sequence[str]
@@ -262,9 +259,7 @@ class _Preparation:
             rejected = [result for result in results if isinstance(result, RejectedSource)]
             reasons = "; ".join(f"{source.name}: {source.reason}" for source in rejected[:3])
             raise ValueError(f"none of the {len(results)} files can be used: {reasons}")
-        splits = {
-            record.sha256: record.split for record in manifest.sources if record.sha256 and record.split is not None
-        }
+        splits = known_splits(manifest, results)
         batch = plan_shard_batch(results, self.settings, first_shard=manifest.next_shard, known=splits)
         replaced = tuple(source.name for source, _ in batch.accepted if source.name in changed)
         batch = dataclasses.replace(batch, replaced=replaced, removed=tuple(missing))
@@ -274,6 +269,13 @@ class _Preparation:
                 f"no sample for training would be left in {self.output} without the {len(replaced)} changed and the "
                 f"{len(missing)} missing files; check the folder of the clips, or pass --overwrite"
             )
+        for shard in shards_of(manifest, {*replaced, *missing}):  # before anything is encoded
+            check_shard(self.output, shard)
+        if manifest.samples.get("val") and "val" not in {
+            *(record.split for record in stay),
+            *dict(batch.accepted).values(),
+        }:
+            self.report.log("no sample for validation will be left: its files are among those that are missing")
         no_validation = {split for _, split in batch.accepted} == {"train"} and not manifest.complete
         if no_validation and self.settings.validation_fraction > 0:
             self.report.log("one source is too few for a validation split: all of its samples are for training")
@@ -289,6 +291,8 @@ class _Preparation:
     def _encode(self, batch: ShardBatch, manifest: Manifest, name: str) -> Manifest:
         """Write the missing shards of a batch, and then the manifest that lists them."""
         if batch.first_shard < manifest.next_shard:
+            if self.ranks.rank == 0:
+                delete_superseded(self.output, self.work, manifest)
             return manifest  # it lists this batch; only the last steps of that run are missing
         plans = batch.shards(self.settings.samples_per_shard)
         missing = [plan for plan in plans if not self._finished(plan.number).is_file()]

@@ -5,6 +5,7 @@ where a time differs, the digest of a file is compared.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def read_times(folder: Path) -> dict[str, int]:
 
 
 def write_times(folder: Path, times: Mapping[str, int]) -> None:
-    """Write the times, if they are not in the folder already."""
-    if read_times(folder) != times:
-        write_bytes(folder / TIMES_NAME, json.dumps(times, sort_keys=True, indent=0, ensure_ascii=False).encode())
+    """Write the times, if they are not in the folder already, and nothing else has their name."""
+    path = folder / TIMES_NAME
+    if read_times(folder) != times and (path.is_file() or not os.path.lexists(path)):
+        write_bytes(path, json.dumps(times, sort_keys=True, indent=0, ensure_ascii=False).encode())

@@ -26,16 +26,34 @@ def _lacking(end: int, descriptor: int) -> str | None:
 # -- Matroska: elements of an identifier, a size and a content ---------------------------------------------------------
 
 _EBML_HEADER, _SEGMENT = 0x1A45DFA3, 0x18538067
+# SeekHead, Info, Tracks, Cluster, Cues, Chapters, Tags, Attachments, Void, CRC-32.
+_IN_SEGMENT = (
+    0x114D9B74,
+    0x1549A966,
+    0x1654AE6B,
+    0x1F43B675,
+    0x1C53BB6B,
+    0x1043A770,
+    0x1254C367,
+    0x1941A469,
+    0xEC,
+    0xBF,
+)
 _LONGEST_HEAD = 12
+_MOST_ELEMENTS = 1_000_000
 
 
 def _matroska(descriptor: int) -> str | None:
     size, position, inside = os.fstat(descriptor).st_size, 0, False
-    while position < size:
+    for _ in range(_MOST_ELEMENTS):
+        if position >= size:
+            break
         element = _element(os.pread(descriptor, _LONGEST_HEAD, position))
         if element is None or (position == 0 and element[0] != _EBML_HEADER):
             return None
         kind, head, content = element
+        if inside and kind not in _IN_SEGMENT:
+            return None  # something else behind the recording
         if content is None:
             if kind != _SEGMENT or inside:
                 return None
@@ -68,11 +86,13 @@ def _bytes_of_number(first: bytes) -> int:
 # -- Ogg: pages, of which the last one of each stream is marked --------------------------------------------------------
 
 _PAGE_HEAD, _LAST_PAGE = 27, 0x04
+_NO_POSITION = (bytes(8), b"\xff" * 8)
 
 
 def _ogg(descriptor: int) -> str | None:
     size, position = os.fstat(descriptor).st_size, 0
     ended: dict[bytes, bool] = {}
+    used: set[bytes] = set()
     while position < size:
         head = os.pread(descriptor, _PAGE_HEAD + 255, position)
         if not b"OggS".startswith(head[:4]):
@@ -80,24 +100,33 @@ def _ogg(descriptor: int) -> str | None:
         segments = head[_PAGE_HEAD : _PAGE_HEAD + head[26]] if len(head) >= _PAGE_HEAD else b""
         if len(head) < _PAGE_HEAD or len(segments) < head[26]:
             return "its last page is incomplete"
-        ended[head[14:18]] = bool(head[5] & _LAST_PAGE)
+        stream = head[14:18]
+        ended[stream] = bool(head[5] & _LAST_PAGE)
+        if head[6:14] not in _NO_POSITION:
+            used.add(stream)
         position += _PAGE_HEAD + len(segments) + sum(segments)
     if (lacking := _lacking(position, descriptor)) is not None:
         return lacking
-    return None if all(ended.values()) else "its end is missing: a stream in it has no last page"
+    # A stream that is declared and has no packets ends with its headers.
+    return (
+        None
+        if all(end for stream, end in ended.items() if stream in used)
+        else "its end is missing: a stream in it has no last page"
+    )
 
 
 # -- GIF: blocks up to the trailer -------------------------------------------------------------------------------------
 
 _EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
 _AT_ONCE = 1 << 20
+_MOST_BLOCKS = 1_000_000
 
 
 def _gif(descriptor: int) -> str | None:
     reader = _Bytes(descriptor)
     reader.skip(10)
     reader.skip(_color_table(reader.next()) + 2)
-    while True:
+    for _ in range(_MOST_BLOCKS):
         kind = reader.next()
         if kind is None:
             return "its end is missing: it has no trailer"
@@ -114,6 +143,7 @@ def _gif(descriptor: int) -> str | None:
             continue
         while length := reader.next():
             reader.skip(length)
+    return None
 
 
 def _color_table(flags: int | None) -> int:
