@@ -1,7 +1,6 @@
 """A dataset follows its sources: changes are named, ``update`` brings them in, ``remove_missing`` takes samples out."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import importlib
 import json
@@ -9,6 +8,7 @@ import os
 import shutil
 import tarfile
 import threading
+import time
 
 import pytest
 from folder_digests import without_index
@@ -17,7 +17,7 @@ from torch.distributed import HashStore
 
 from wan_data.inspect.verify import verify
 from wan_data.prepare import run
-from wan_data.prepare.changes import captions_of, find_changes
+from wan_data.prepare.changes import SourceChanges, captions_of, find_changes
 from wan_data.prepare.folder import files_of_folder
 from wan_data.prepare.output_folder import WORK_FOLDER
 from wan_data.prepare.results import summary_lines
@@ -311,6 +311,20 @@ def test_a_damaged_shard_is_not_copied(prepare_again, copies, settings, tiny_mod
     is_intact(out, folder)
 
 
+def by_both(of_rank):
+    """What each of two ranks returns; a rank that fails leaves the other waiting, so that waiting has an end."""
+    results = {}
+    threads = [
+        threading.Thread(target=lambda rank=rank: results.update({rank: of_rank(rank)}), daemon=True)
+        for rank in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return [results[rank] for rank in range(2)]
+
+
 def test_an_update_by_two_ranks_gives_the_same_bytes(updated, prepare_again, copies, settings, tiny_model, monkeypatch):
     out, folder = copies
     # The libraries that load a model change torch for all threads meanwhile.
@@ -328,10 +342,13 @@ def test_an_update_by_two_ranks_gives_the_same_bytes(updated, prepare_again, cop
         ranks = ThreadRanks(store, rank, 2)
         return prepare_again(folder, out, tiny_model, settings, update=True, ranks=ranks)
 
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        results = list(threads.map(of_rank, range(2)))
+    results = by_both(of_rank)
     _, by_one, result = updated
     assert results[0] == results[1] == result
+    # A rank that is late finds what the first one has written, also where nothing is to be done.
+    read, store = SourceChanges.read, HashStore()
+    monkeypatch.setattr(SourceChanges, "read", lambda path: time.sleep(0.5) or read(path))
+    assert [one.manifest for one in by_both(of_rank)] == [result.manifest] * 2
     (out / TIMES_NAME).write_bytes((by_one / TIMES_NAME).read_bytes())
     assert without_index(out) == without_index(by_one)
 

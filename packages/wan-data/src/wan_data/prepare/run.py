@@ -117,8 +117,7 @@ class _Preparation:
         ranks: Ranks,
     ) -> None:
         self.output, self.model, self.settings, self.report = output, model, settings, report
-        self.device, self.processes, self.ranks = device, processes, ranks
-        self.decoders = decoders
+        self.device, self.processes, self.decoders, self.ranks = device, processes, decoders, ranks
         self.work = output / WORK_FOLDER
         # Modification times of the sources, and why the new version of a changed source cannot be used; on rank 0.
         self._times: dict[str, int] = {}
@@ -171,7 +170,7 @@ class _Preparation:
     def _changes(self, sources: Sequence[SourceFile], manifest: Manifest) -> SourceChanges:
         """What has changed of the sources of a finished dataset; the same on every rank."""
         path = self.work / "changes.json"
-        if self.ranks.rank == 0:
+        if not self.ranks.rank:
             found = find_changes(
                 sources,
                 manifest,
@@ -184,7 +183,10 @@ class _Preparation:
             if self.ranks.world_size > 1:
                 found.write(path)
         self.ranks.barrier("compared")
-        return found if self.ranks.rank == 0 else SourceChanges.read(path)
+        if self.ranks.rank:
+            found = SourceChanges.read(path)
+        self.ranks.barrier("changes-read")  # the first rank may remove the file at once
+        return found
 
     def _write_times(self, manifest: Manifest) -> None:
         accepted = {record.path for record in manifest.sources if record.verdict == "accepted"}
