@@ -10,7 +10,7 @@ from wan_data.shards.energon_index import index_problems
 from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
 from wan_data.shards.reader import StoredSample, samples_of
-from wan_data.shards.writer import SHARD_PATTERN, sample_key
+from wan_data.shards.writer import SHARD_GLOB, sample_key
 from wan_model.system.files import sha256_of
 
 _NUMBERS = ("frame_start", "processed_frames", "processed_height", "processed_width")
@@ -76,7 +76,7 @@ def _metadata_problems(
             f"{META_FOLDER}/.info.json and {MANIFEST_NAME} do not agree on {', '.join(names[:3])}"
             f"{' and others' if len(names) > 3 else ''}: run wan-data prepare again, which rewrites both"
         )
-    for name in sorted(path.name for path in folder.glob(SHARD_PATTERN.format(rank=0, number=0).replace("0" * 6, "*"))):
+    for name in sorted(path.name for path in folder.glob(SHARD_GLOB)):
         if name not in wanted:
             yield f"{name} is no shard of {MANIFEST_NAME}: delete it, an interrupted run has left it"
     for split in {*splits, *manifest.samples}:

@@ -8,12 +8,13 @@ from wan_data.video.buckets import Size, buckets_of_area, check_side
 from wan_data.video.limits import READING_VERSION, Limits
 from wan_data.video.media_types import WHITE, background_of
 from wan_data.video.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
+from wan_model.precision import VAE_PRECISIONS
 
 DEFAULT_AREA = 480 * 832
 DEFAULT_FRAMES = 81
 MODES = ("video", "frames")
 RESIZE_MODES = ("bicubic", "bilinear", "nearest")
-DTYPES = ("float32", "tf32", "bfloat16")
+DTYPES = tuple(VAE_PRECISIONS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,8 @@ from wan_data.shards.serialization import info_to_json, tensor_to_pickle, tensor
 from wan_model.system.files import atomic_write, naming, sha256_of
 
 SHARD_PATTERN = "shard-rank{rank:02d}-{number:06d}.tar"
+# All names that a preparation gives: its shards do not depend on the ranks.
+SHARD_GLOB = "shard-rank00-*.tar"
 
 
 @dataclasses.dataclass(frozen=True)
