@@ -42,7 +42,7 @@ def test_rejects_are_named_and_decide_the_exit_code(run, two_clips, tiny_model, 
     # A run that finds the dataset finished says so again.
     again = run(*arguments)
     assert again.exit_code == 1
-    assert "1 files were rejected:\n  mute.mkv: it has no caption" in again.stdout
+    assert "Rejected files (1):\n  mute.mkv: it has no caption" in again.stdout
     assert run(*arguments, "--allow-rejects").exit_code == 0
 
 
@@ -61,8 +61,8 @@ def test_dropped_windows_of_an_accepted_clip_decide_the_exit_code(run, clip, tin
         done = run(*arguments)
         assert done.exit_code == 1, done.output
         assert "1 samples (1 train)" in done.stdout
-        assert "1 windows of accepted files could not be encoded:\n  a.mkv window 2: the autoenc" in done.stdout
-        assert "files were rejected" not in done.stdout
+        assert "Windows of accepted files that could not be encoded (1):\n  a.mkv window 2: the autoenc" in done.stdout
+        assert "Rejected files" not in done.stdout
     (record,) = read_manifest(tmp_path / "out").sources
     assert (record.verdict, record.samples, len(record.dropped)) == ("accepted", 1, 1)
     assert run(*arguments, "--allow-rejects").exit_code == 0
@@ -221,12 +221,12 @@ def test_changed_files_decide_the_exit_code_until_they_are_updated(run, clip, ti
     (tmp_path / "in" / "b.mkv").unlink()
     done = run(*arguments)
     assert done.exit_code == 1
-    assert "(--update encodes such files again):\n  a.mkv has another caption\n" in done.stdout
-    assert "(--remove-missing removes them):\n  b.mkv\n" in done.stdout
+    assert "1; --update encodes them again):\n  a.mkv has another caption\n" in done.stdout
+    assert "1; --remove-missing removes them):\n  b.mkv\n" in done.stdout
     done = run(*arguments, "--update", "--remove-missing")
     assert done.exit_code == 0, done.output
-    assert "1 changed files were encoded again, and the samples they had are removed:\n  a.mkv\n" in done.stdout
-    assert "1 files are no longer there, and the samples they had are removed:\n  b.mkv" in done.stdout
+    assert "Changed files, encoded again in place of the samples that they had (1):\n  a.mkv\n" in done.stdout
+    assert "Files that are no longer there, whose samples are removed (1):\n  b.mkv" in done.stdout
     assert "REJECTED" not in done.output
     assert run("verify", tmp_path / "out", "--sources", tmp_path / "in").exit_code == 0
     done = run(*arguments, "--update", "--overwrite")

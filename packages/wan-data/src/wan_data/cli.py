@@ -212,7 +212,7 @@ def verify(path: Path, sources: Path | None, listing: Path | None) -> None:
     for problem in problems:
         click.echo(problem)
     counts = ", ".join(f"{count} {kind}" for kind, count in checked.items()) or "nothing"
-    click.echo(f"{counts} checked: {f'{len(problems)} problems' if problems else 'no problems'}")
+    click.echo(f"{counts} checked: {f'problems: {len(problems)}' if problems else 'no problems'}")
     if problems:
         sys.exit(1)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from wan_data.prepare.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
+from wan_data.video.display_options import HDR_CHOICES
 from wan_data.video.windows import WINDOW_KINDS
 from wan_model.system.versions import check_dependencies
 
@@ -139,6 +140,12 @@ settings_options = _all(
         "caption-key", default=_DEFAULT.caption_key, help="Key of the caption in .json and .jsonl files and listings."
     ),
     flag("background", default=_DEFAULT.background, help="Colour behind transparent pixels, as #rrggbb."),
+    flag(
+        "hdr",
+        default=_DEFAULT.hdr,
+        type=click.Choice(HDR_CHOICES),
+        help="Reject videos in HDR (PQ, HLG), or map their tones to standard dynamic range.",
+    ),
     flag("max-source-frames", default=_DEFAULT.max_source_frames, type=int, help="A clip with more is rejected."),
     flag(
         "max-source-pixels", default=_DEFAULT.max_source_pixels, type=int, help="A clip with larger frames is rejected."

@@ -224,7 +224,7 @@ def test_captions_beyond_the_text_encoder_are_counted_and_named(prepared, clip, 
     }  # fmt: skip
     assert read_manifest(tmp_path / "out") == manifest
     assert summary_lines(PrepareResult(manifest), tmp_path / "out")[-2:] == [
-        "1 captions were cut to 512 tokens:", f"  long.mkv: {whole} tokens",
+        "Captions cut to 512 tokens (1):", f"  long.mkv: {whole} tokens",
     ]  # fmt: skip
 
 

@@ -91,9 +91,11 @@ def test_changes_are_named_and_left(prepare_again, copies, settings, tiny_model)
     )
     assert result.missing == ("many/clip 2.v1.mkv",)
     lines = summary_lines(result, out)
-    assert "3 files have changed since they were encoded, and their samples stay as they are (--update" in lines[-6]
+    assert "Files that have changed since they were encoded, whose samples stay as they are (3; --update" in lines[-6]
     assert lines[-5:-2] == [f"  {sentence}" for sentence in result.changed]
-    assert "1 files of the dataset are not among these any more, and their samples stay (--remove-missing" in lines[-2]
+    assert (
+        "Files of the dataset that are not among these any more, whose samples stay (1; --remove-missing" in lines[-2]
+    )
     _, problems = verify(out, sources=folder, caption_of=captions_of(out, folder, None))
     assert len(problems) == 4, "verify finds the same"
     (folder / "deep" / "tall.jsonl").unlink()
@@ -215,7 +217,7 @@ def test_a_new_version_that_cannot_be_used_replaces_nothing(prepare_again, copie
     assert result.kept["deep/tall.mkv"].startswith("it has no caption: expected tall.json")
     assert result.kept["wide.mkv"].startswith("its last ")
     lines = summary_lines(result, out)
-    assert "2 changed files cannot be used as they are now, and keep their samples:" in lines
+    assert "Changed files that cannot be used as they are now, and keep their samples (2):" in lines
     assert not any("--update" in line for line in lines)
     old = {record.path: record for record in read_manifest(dataset).sources}
     new = {record.path: record for record in result.manifest.sources}

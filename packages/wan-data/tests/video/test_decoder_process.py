@@ -10,6 +10,7 @@ from reused_decoder import ReusedDecoder
 from wan_data.video.buckets import Size
 from wan_data.video.decode import probe, read_windows
 from wan_data.video.decoder_process import Decoder, Job
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected
 from wan_data.video.windows import Window
@@ -44,7 +45,16 @@ def test_answers_are_those_of_this_process(decoder, clip, tmp_path):
 
 def test_a_job_arrives_whole(decoder, tmp_path):
     path = write_image(tmp_path / "a.png", "PNG", image=Image.new("RGBA", (48, 32)))
-    job = Job(path, FPS, Limits(1, 2000, 3000, 4), (Window(0, 1),), SIZE, "nearest", False, "#0a0b0c")
+    job = Job(
+        path,
+        FPS,
+        Limits(1, 2000, 3000, 4),
+        (Window(0, 1),),
+        SIZE,
+        "nearest",
+        False,
+        DisplayOptions("#0a0b0c", "tone-map"),
+    )
     assert Job.from_json(job.to_json()) == job
     ((_, frames),) = decoder.decode([job])
     assert frames[0, 0, 0].tolist() == [10, 11, 12]

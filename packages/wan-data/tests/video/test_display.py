@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from wan_data.video.display import (
+    Colours,
     Orientation,
     orientation_of_exif,
     orientation_of_matrix,
@@ -12,8 +13,10 @@ from wan_data.video.display import (
     picture_of,
     rgb_of_frame,
 )
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.source_file import Rejected
 
+SDR = Colours(transfer=1, primaries=1)
 # Luma weights of red and blue, by FFmpeg's number of the matrix.
 WEIGHTS = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 2: (0.299, 0.114), 7: (0.212, 0.087)}
 
@@ -48,7 +51,9 @@ def test_colours_are_those_of_the_formula(stored, bits, matrix, full):
         values = [int(rng.integers(low * scale, high * scale)) for low, high in ((50, 200), (100, 156), (100, 156))]
         wanted = formula(*values, matrix, full, bits)
         if wanted.min() > 1 and wanted.max() < 254:
-            errors.append(rgb_of_frame(flat(stored, values, matrix, full), (0, 0, 0)).reshape(-1, 3).mean(0) - wanted)
+            errors.append(
+                rgb_of_frame(flat(stored, values, matrix, full), SDR, DisplayOptions()).reshape(-1, 3).mean(0) - wanted
+            )
     # Of single colours half a level is the rounding to integers; libswscale adds a little with more than 8 bits.
     assert np.abs(errors).max() < 0.8
     assert np.abs(np.mean(errors, axis=0)).max() < 0.2
@@ -56,8 +61,8 @@ def test_colours_are_those_of_the_formula(stored, bits, matrix, full):
 
 def test_black_and_white_stay():
     for full, black, white in ((False, 16, 235), (True, 0, 255)):
-        assert (rgb_of_frame(flat("yuv420p", (black, 128, 128), 1, full), (9, 9, 9)) == 0).all()
-        assert (rgb_of_frame(flat("yuv420p", (white, 128, 128), 1, full), (9, 9, 9)) == 255).all()
+        assert (rgb_of_frame(flat("yuv420p", (black, 128, 128), 1, full), SDR, DisplayOptions()) == 0).all()
+        assert (rgb_of_frame(flat("yuv420p", (white, 128, 128), 1, full), SDR, DisplayOptions()) == 255).all()
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 127, 128, 254, 255])

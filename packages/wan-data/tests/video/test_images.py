@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -8,9 +10,9 @@ from PIL import Image, ImageOps
 
 from wan_data.video.buckets import Size
 from wan_data.video.decode import probe, read_windows
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.images import read_image
 from wan_data.video.limits import Limits
-from wan_data.video.media_types import background_of
 from wan_data.video.source_file import Rejected, open_source
 from wan_data.video.windows import Window
 
@@ -26,7 +28,7 @@ P3 = {"red": (0.680, 0.320), "green": (0.265, 0.690), "blue": (0.150, 0.060)}
 
 def read(path, background="#ffffff", limits=Limits()):  # noqa: B008 - immutable
     with open_source(path, limits) as file:
-        return read_image(file, limits, background_of(background))
+        return read_image(file, limits, DisplayOptions(background))
 
 
 @pytest.mark.parametrize("orientation", SHOWN)
@@ -113,7 +115,7 @@ def test_the_background_is_a_setting(tmp_path):
         fps=Fraction(16),
         resize_mode="bicubic",
         center_crop=True,
-        background="#0a0b0c",
+        display=DisplayOptions("#0a0b0c"),
     )
     assert frames[0, 0, 0].tolist() == [10, 11, 12]
 
@@ -121,7 +123,21 @@ def test_the_background_is_a_setting(tmp_path):
 @pytest.mark.parametrize("wrong", ["white", "#fff", "#ffffff00", ""])
 def test_a_background_that_is_no_colour_is_refused(wrong):
     with pytest.raises(ValueError, match="expected a colour as #rrggbb"):
-        background_of(wrong)
+        DisplayOptions(wrong)
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG"), (13, None)])
+def test_a_png_in_hdr_is_refused(tmp_path, transfer, name):
+    path = write_image(tmp_path / "a.png", "PNG")
+    data = path.read_bytes()
+    chunk = b"cICP" + bytes([9, transfer, 0, 1])
+    place = data.index(b"IDAT") - 4
+    path.write_bytes(data[:place] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[place:])
+    if name is None:
+        assert (read(path).rgb() == picture(0)).all()
+        return
+    with pytest.raises(Rejected, match=rf"its colours are in HDR \({name}.*convert it to standard dynamic range"):
+        read(path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

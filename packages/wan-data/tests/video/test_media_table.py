@@ -38,6 +38,7 @@ from media_files import (
 
 from wan_data.video.containers import VideoReader, _shown_stream
 from wan_data.video.decode import probe
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source
 
@@ -293,7 +294,7 @@ CELLS = [*STREAMS, *PLAIN, *TIMES, *EDITS, *JOINS, *ORIENTATIONS, *ASPECTS, *COL
 
 def read(path: Path, still: int = 60) -> tuple[list[Fraction], list[np.ndarray], list[tuple[float, float]]]:
     with open_source(path, Limits()) as file:
-        frames = list(VideoReader(file, Limits(still=still), (255, 255, 255), lambda decoded: None).frames())
+        frames = list(VideoReader(file, Limits(still=still), DisplayOptions(), lambda decoded: None).frames())
     first = frames[0].time
     sizes = [(frame.image.height, frame.image.width) for frame in frames]
     return [frame.time - first for frame in frames], [frame.image.rgb() for frame in frames], sizes

@@ -11,6 +11,7 @@ from media_files import picture, write_image, write_video
 from PIL import Image
 
 from wan_data.video.decode import probe
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.images import read_image
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source
@@ -96,7 +97,7 @@ def test_a_pattern_of_pictures_is_one_picture(here, name):
     write_image(here / "00.png", "PNG", image=Image.new("RGB", (16, 16), (1, 2, 3)))
     write_image(here / "a.png", "PNG").rename(here / name)
     with open_source(Path(name), Limits()) as file:
-        assert (read_image(file, Limits(), (0, 0, 0)).rgb() == picture(0)).all()
+        assert (read_image(file, Limits(), DisplayOptions()).rgb() == picture(0)).all()
 
 
 @pytest.mark.parametrize(

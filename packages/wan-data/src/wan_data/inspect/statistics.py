@@ -161,4 +161,4 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
             f"{packing['valid_of_total']:.1%} of computed tokens valid (packing efficiency)"
         )
     if found["rejected"]:
-        console.print(f"{len(found['rejected'])} files were rejected when it was prepared")
+        console.print(f"files rejected when it was prepared: {len(found['rejected'])}")

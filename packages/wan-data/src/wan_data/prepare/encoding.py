@@ -131,7 +131,7 @@ class WindowEncoder:
             source.size,
             settings.resize_mode,
             settings.center_crop,
-            settings.background,
+            settings.display,
         )
 
     def _encode(self, task: EncodeTask) -> Iterator[EncodedWindow]:

@@ -95,7 +95,7 @@ class ProbeCache:
 
     def __init__(self, path: Path | None, settings: PrepareSettings) -> None:
         self.path = path
-        self._conditions = [READING_VERSION, str(settings.fps), *dataclasses.astuple(settings.limits)]
+        self._conditions = [READING_VERSION, str(settings.fps), settings.hdr, *dataclasses.astuple(settings.limits)]
         self._entries: dict[str, dict[str, Any]] = {}
         for line in path.read_bytes().split(b"\n") if path is not None and path.is_file() else ():
             try:
@@ -234,7 +234,7 @@ def _probe_source(
 
 
 def _decode_completely(path: Path, settings: PrepareSettings, decoder: Decoder) -> ClipInfo:
-    ((_, found),) = decoder.decode([Job(path, settings.fps, settings.limits)])
+    ((_, found),) = decoder.decode([Job(path, settings.fps, settings.limits, display=settings.display)])
     if isinstance(found, Rejected):
         raise found
     assert isinstance(found, ClipInfo)

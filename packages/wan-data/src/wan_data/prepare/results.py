@@ -206,7 +206,7 @@ def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
             f"{shape.samples} samples of {shape.tokens} tokens"
         )
     if rejected:
-        lines.append(f"{len(rejected)} files were rejected:")
+        lines.append(f"Rejected files ({len(rejected)}):")
         lines += [f"  {source.path}: {source.reason}" for source in rejected]
     dropped = [
         f"  {source.path} window {number + 1}: {reason}"
@@ -215,29 +215,29 @@ def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
         for number, reason in source.dropped
     ]
     if dropped:
-        lines += [f"{len(dropped)} windows of accepted files could not be encoded:", *dropped]
+        lines += [f"Windows of accepted files that could not be encoded ({len(dropped)}):", *dropped]
     cut = [f"  {one.path}: {one.caption_tokens} tokens" for one in manifest.sources if one.caption_tokens is not None]
     if cut:
-        lines += [f"{len(cut)} captions were cut to {manifest.settings['text_length']} tokens:", *cut]
+        lines += [f"Captions cut to {manifest.settings['text_length']} tokens ({len(cut)}):", *cut]
     if result.updated:
-        lines.append(f"{len(result.updated)} changed files were encoded again, and the samples they had are removed:")
+        lines.append(f"Changed files, encoded again in place of the samples that they had ({len(result.updated)}):")
         lines += [f"  {name}" for name in result.updated]
     if result.removed:
-        lines.append(f"{len(result.removed)} files are no longer there, and the samples they had are removed:")
+        lines.append(f"Files that are no longer there, whose samples are removed ({len(result.removed)}):")
         lines += [f"  {name}" for name in result.removed]
     if result.changed:
         lines.append(
-            f"{len(result.changed)} files have changed since they were encoded, and their samples stay as they are "
-            "(--update encodes such files again):"
+            f"Files that have changed since they were encoded, whose samples stay as they are ({len(result.changed)}; "
+            "--update encodes them again):"
         )
         lines += [f"  {change}" for change in result.changed]
     if result.kept:
-        lines.append(f"{len(result.kept)} changed files cannot be used as they are now, and keep their samples:")
+        lines.append(f"Changed files that cannot be used as they are now, and keep their samples ({len(result.kept)}):")
         lines += [f"  {name}: {reason}" for name, reason in result.kept.items()]
     if result.missing:
         lines.append(
-            f"{len(result.missing)} files of the dataset are not among these any more, and their samples stay "
-            "(--remove-missing removes them):"
+            f"Files of the dataset that are not among these any more, whose samples stay ({len(result.missing)}; "
+            "--remove-missing removes them):"
         )
         lines += [f"  {name}" for name in result.missing]
     return lines

@@ -207,10 +207,12 @@ class _Preparation:
                 f"{self.output} holds a dataset whose videos were read by another version of wan-data, from which the "
                 "same file gets other pixels; choose another folder, or pass --overwrite to replace it"
             )
+        # A setting that is newer than the dataset had the value that is its default.
+        stored = {**PrepareSettings().to_dict(), **manifest.settings}
         if differing := [
-            f"{name} {wanted.get(name)!r} instead of {manifest.settings.get(name)!r}"
-            for name in sorted({*wanted, *manifest.settings})
-            if wanted.get(name) != manifest.settings.get(name)
+            f"{name} {wanted.get(name)!r} instead of {stored[name]!r}"
+            for name in sorted(stored)
+            if wanted.get(name) != stored[name]
         ]:
             raise ValueError(
                 f"{self.output} holds a dataset of other settings ({', '.join(differing)}); use the same settings, "

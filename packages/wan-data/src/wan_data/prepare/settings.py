@@ -5,8 +5,8 @@ from fractions import Fraction
 from typing import Any
 
 from wan_data.video.buckets import Size, buckets_of_area, check_side
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.limits import READING_VERSION, Limits
-from wan_data.video.media_types import WHITE, background_of
 from wan_data.video.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
 from wan_model.precision import VAE_PRECISIONS
 
@@ -35,7 +35,7 @@ class PrepareSettings:
         center_crop: keep the aspect ratio and crop the margins; otherwise stretch.
         allow_upscaling: accept sources that are smaller than their bucket.
         caption_key: key of the caption in JSON files and listings.
-        background: colour behind the transparent pixels of a source, as ``#rrggbb``.
+        background, hdr: how sources are displayed (see ``wan_data.video.display_options.DisplayOptions``).
         max_source_frames, max_source_pixels, max_source_bytes, max_source_still: limits of an accepted source (see
             ``wan_data.video.limits.Limits``).
         batch_size: number of windows of one shape that are encoded together; it changes the last digits of latents.
@@ -60,7 +60,8 @@ class PrepareSettings:
     center_crop: bool = True
     allow_upscaling: bool = False
     caption_key: str = "caption"
-    background: str = WHITE
+    background: str = DisplayOptions.background
+    hdr: str = DisplayOptions.hdr
     max_source_frames: int = Limits.frames
     max_source_pixels: int = Limits.pixels
     max_source_bytes: int = Limits.bytes
@@ -113,12 +114,17 @@ class PrepareSettings:
         if not self.areas:
             raise ValueError("areas holds none; name at least one")
         self.resolutions()
-        _ = self.limits, background_of(self.background)
+        _ = self.limits, self.display
 
     @property
     def limits(self) -> Limits:
         """The limits of an accepted source."""
         return Limits(self.max_source_frames, self.max_source_pixels, self.max_source_bytes, self.max_source_still)
+
+    @property
+    def display(self) -> DisplayOptions:
+        """How sources are displayed."""
+        return DisplayOptions(self.background, self.hdr)
 
     @property
     def window_lengths(self) -> Lengths:

@@ -11,10 +11,12 @@ from wan_data.video.display import (
     Orientation,
     Picture,
     check_colours,
+    colours_of_frame,
     orientation_of_frame,
     picture_of,
     rgb_of_frame,
 )
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.file_ends import missing_end
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_container
@@ -29,7 +31,7 @@ class VideoReader:
     Args:
         file: of ``wan_data.video.source_file.open_source``.
         limits: of the source.
-        background: red, green and blue behind transparent pixels.
+        display: the background of transparent pixels, and what becomes of HDR.
         on_frame: called after each decoded frame with the number of frames so far.
 
     Attributes:
@@ -39,9 +41,9 @@ class VideoReader:
     """
 
     def __init__(
-        self, file: BinaryIO, limits: Limits, background: tuple[int, int, int], on_frame: Callable[[int], None]
+        self, file: BinaryIO, limits: Limits, display: DisplayOptions, on_frame: Callable[[int], None]
     ) -> None:
-        self._file, self._limits, self._background, self._on_frame = file, limits, background, on_frame
+        self._file, self._limits, self._display, self._on_frame = file, limits, display, on_frame
         self.decoded = 0
         self.fps = 0.0
         self.orientation = Orientation()
@@ -113,7 +115,8 @@ class VideoReader:
             raise Rejected(
                 f"it has more than the {self._limits.frames} frames that are read at most (--max-source-frames)"
             )
-        check_colours(frame, getattr(frame, "color_trc", stream.codec_context.color_trc))
+        colours = colours_of_frame(frame, stream.codec_context)
+        check_colours(frame, colours, self._display)
         orientation = orientation_of_frame(frame)
         if self._size is None:
             self._size, self.orientation = (frame.width, frame.height), orientation
@@ -128,7 +131,11 @@ class VideoReader:
         self.decoded += 1
         self._on_frame(self.decoded)
         picture = picture_of(
-            lambda: rgb_of_frame(frame, self._background), frame.height, frame.width, orientation, self._pixel_aspect
+            lambda: rgb_of_frame(frame, colours, self._display),
+            frame.height,
+            frame.width,
+            orientation,
+            self._pixel_aspect,
         )
         return TimedFrame(time, duration, picture)
 

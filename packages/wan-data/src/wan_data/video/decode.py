@@ -17,13 +17,15 @@ from torch import Tensor
 from wan_data.video.buckets import Size
 from wan_data.video.containers import VideoReader
 from wan_data.video.display import Picture
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.images import read_image
 from wan_data.video.limits import Limits
-from wan_data.video.media_types import IMAGE_SUFFIXES, WHITE, background_of
+from wan_data.video.media_types import IMAGE_SUFFIXES
 from wan_data.video.source_file import Rejected, open_source
 from wan_data.video.windows import TimedFrame, Window, resample
 
 _DEFAULT_LIMITS = Limits()
+_DEFAULT_DISPLAY = DisplayOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +51,9 @@ class ClipInfo:
 class _Source:
     """One pass over a source, an image or a video."""
 
-    def __init__(self, path: Path, limits: Limits, background: str, on_frame: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, limits: Limits, display: DisplayOptions, on_frame: Callable[[int], None]) -> None:
         self.path, self.limits, self.on_frame = path, limits, on_frame
-        self.background = background_of(background)
+        self.display = display
         self.frames = 0
         self.fps = 0.0
         self.first: Picture | None = None
@@ -70,11 +72,11 @@ class _Source:
     def _timed(self) -> Generator[TimedFrame[Picture], None, None]:
         with open_source(self.path, self.limits) as file:
             if self.path.suffix.lower() in IMAGE_SUFFIXES:
-                picture = self.first = read_image(file, self.limits, self.background)
+                picture = self.first = read_image(file, self.limits, self.display)
                 self.frames = 1
                 yield TimedFrame(Fraction(0), Fraction(0), picture)
                 return
-            reader = VideoReader(file, self.limits, self.background, self.on_frame)
+            reader = VideoReader(file, self.limits, self.display, self.on_frame)
             for frame in reader.frames():
                 if self.first is None:
                     self.first, self.fps, self.orientation = frame.image, reader.fps, reader.orientation.exif
@@ -91,7 +93,7 @@ def probe(
     fps: Fraction,
     *,
     limits: Limits = _DEFAULT_LIMITS,
-    background: str = WHITE,
+    display: DisplayOptions = _DEFAULT_DISPLAY,
     on_frame: Callable[[int], None] = _ignore,
 ) -> ClipInfo:
     """Decode a source to its end and return its properties.
@@ -100,13 +102,13 @@ def probe(
         path: a video or an image.
         fps: the target rate.
         limits: limits of the source.
-        background: colour behind transparent pixels, as ``#rrggbb``.
+        display: how it is displayed.
         on_frame: called after each decoded frame with the number of frames so far.
 
     Raises:
         Rejected: the source exceeds a limit, cannot be decoded completely, or disagrees with its header.
     """
-    source = _Source(path, limits, background, on_frame)
+    source = _Source(path, limits, display, on_frame)
     frames = sum(1 for _ in source.resampled(fps))
     assert source.first is not None, "a file without frames is refused"
     return ClipInfo(frames, source.frames, source.fps, source.first.height, source.first.width, source.orientation)
@@ -146,7 +148,7 @@ def read_windows(
     resize_mode: str,
     center_crop: bool,
     limits: Limits = _DEFAULT_LIMITS,
-    background: str = WHITE,
+    display: DisplayOptions = _DEFAULT_DISPLAY,
     on_frame: Callable[[int], None] = _ignore,
 ) -> Iterator[UInt8[Tensor, "T H W 3"]]:
     """Yield the frames of each window; one window is in memory at a time.
@@ -157,12 +159,12 @@ def read_windows(
         size: of the returned frames.
         fps: the target rate.
         resize_mode, center_crop: as in ``to_size``.
-        limits, background, on_frame: as in ``probe``.
+        limits, display, on_frame: as in ``probe``.
 
     Raises:
         Rejected: the file has changed since it was probed.
     """
-    frames = enumerate(_Source(path, limits, background, on_frame).resampled(fps))
+    frames = enumerate(_Source(path, limits, display, on_frame).resampled(fps))
     for window in windows:
         out = torch.empty(window.length, size.height, size.width, 3, dtype=torch.uint8)
         filled, last, resized = 0, None, None

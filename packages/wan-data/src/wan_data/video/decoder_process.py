@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.video.buckets import Size
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.limits import Limits
-from wan_data.video.media_types import WHITE
 from wan_data.video.windows import Window
 from wan_model.system.child_process import follow_parent
 
@@ -50,7 +50,7 @@ class Job:
         windows: the windows to decode; None to decode the source to its end and return its properties.
         size: of the returned frames; None if ``windows`` is None.
         resize_mode, center_crop: see ``wan_data.video.decode.to_size``.
-        background: colour behind transparent pixels, as ``#rrggbb``.
+        display: how the source is displayed.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Job:
     size: Size | None = None
     resize_mode: str = "bicubic"
     center_crop: bool = True
-    background: str = WHITE
+    display: DisplayOptions = dataclasses.field(default_factory=DisplayOptions)
 
     def to_json(self) -> bytes:
         """The job as JSON."""
@@ -73,7 +73,7 @@ class Job:
                 "size": None if self.size is None else [self.size.height, self.size.width],
                 "resize_mode": self.resize_mode,
                 "center_crop": self.center_crop,
-                "background": self.background,
+                "display": dataclasses.astuple(self.display),
             }
         ).encode()
 
@@ -89,7 +89,7 @@ class Job:
             size=None if value["size"] is None else Size(*value["size"]),
             resize_mode=value["resize_mode"],
             center_crop=value["center_crop"],
-            background=value["background"],
+            display=DisplayOptions(*value["display"]),
         )
 
 
@@ -285,7 +285,7 @@ def _run(job: Job, responder: _Responder) -> None:
 
     try:
         if job.windows is None:
-            info = probe(job.path, job.fps, limits=job.limits, background=job.background, on_frame=responder.heartbeat)
+            info = probe(job.path, job.fps, limits=job.limits, display=job.display, on_frame=responder.heartbeat)
             responder.send(info=dataclasses.asdict(info))
             return
         assert job.size is not None, "windows have a size"
@@ -297,7 +297,7 @@ def _run(job: Job, responder: _Responder) -> None:
             resize_mode=job.resize_mode,
             center_crop=job.center_crop,
             limits=job.limits,
-            background=job.background,
+            display=job.display,
             on_frame=responder.heartbeat,
         ):
             responder.send_frames(frames)

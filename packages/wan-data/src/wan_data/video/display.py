@@ -15,7 +15,9 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from jaxtyping import UInt8, UInt16
 
+from wan_data.video.display_options import TONE_MAP, DisplayOptions
 from wan_data.video.source_file import Rejected
+from wan_data.video.tone_mapping import tone_mapped
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 
@@ -28,8 +30,8 @@ _SIDE_DATA_KINDS = 64  # more than FFmpeg has
 
 # Transfer characteristics (ITU-T H.273) that are not those of standard dynamic range.
 _PQ, _HLG = 16, 18
-_NOT_DISPLAYABLE = {_PQ: "HDR (PQ, SMPTE 2084)", _HLG: "HDR (HLG, ARIB STD-B67)", 8: "linear light", 9: "a logarithm"}
-_NOT_DISPLAYABLE |= {10: "a logarithm", 17: "a cinema's (SMPTE 428)"}
+HDR = {_PQ: "HDR (PQ, SMPTE 2084)", _HLG: "HDR (HLG, ARIB STD-B67)"}
+_NOT_DISPLAYABLE = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: "a cinema's (SMPTE 428)"}
 
 
 # Matrix coefficients (ITU-T H.273) that libswscale knows or that are not stated; it takes all others for BT.601.
@@ -170,16 +172,38 @@ def over_background(rgba: UInt8[np.ndarray, "H W 4"], background: tuple[int, int
     return ((blended + 127) // 255).astype(np.uint8)
 
 
-def check_colours(frame: Any, transfer: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    """What a frame states of its colours, as numbered in ITU-T H.273 (2: not stated)."""
+
+    transfer: int
+    primaries: int
+
+
+def colours_of_frame(frame: Any, codec: Any) -> Colours:
+    """The colours of a decoded frame (an ``av.VideoFrame``); of its decoder where PyAV does not give the frame's."""
+    return Colours(
+        *(int(getattr(frame, name, getattr(codec, name))) for name in ("color_trc", "color_primaries")),
+    )
+
+
+def check_colours(frame: Any, colours: Colours, display: DisplayOptions) -> None:
     """Refuse a decoded frame (an ``av.VideoFrame``) whose colours cannot be converted to those of standard displays.
 
     Args:
         frame: the frame.
-        transfer: its transfer characteristics as in ITU-T H.273.
+        colours: of the frame.
+        display: whether HDR is refused.
 
     Raises:
         Rejected: they are those of HDR, of linear light or of a logarithm, or its matrix is not one of those read.
     """
+    transfer = colours.transfer
+    if transfer in HDR and display.hdr != TONE_MAP:
+        raise Rejected(
+            f"its transfer characteristics are those of {HDR[transfer]}; pass --hdr tone-map, or convert it to "
+            "standard dynamic range with a tone mapping of your choice"
+        )
     if transfer in _NOT_DISPLAYABLE:
         raise Rejected(
             f"its transfer characteristics are {_NOT_DISPLAYABLE[transfer]}; only standard dynamic range is read: "
@@ -192,21 +216,24 @@ def check_colours(frame: Any, transfer: int) -> None:
         )
 
 
-def rgb_of_frame(frame: Any, background: tuple[int, int, int]) -> Rgb:
+def rgb_of_frame(frame: Any, colours: Colours, display: DisplayOptions) -> Rgb:
     """Convert a decoded frame (an ``av.VideoFrame``), by the matrix and range that it states, to RGB.
 
     A matrix that is not stated is BT.601, a range that is not stated is limited, except in formats that are full by
-    definition: FFmpeg's rules.
+    definition: FFmpeg's rules. HDR is tone-mapped; ``check_colours`` has refused it where that is not chosen.
     """
     stored, components = frame.format, frame.format.components
     alpha = stored.has_palette or any(component.is_alpha for component in components)
+    if colours.transfer in HDR:
+        pixels = tone_mapped(frame, colours.transfer, colours.primaries, alpha=alpha)
+        return over_background(pixels, display.rgb) if alpha else pixels
     # libswscale reduces more than 8 bits exactly from limited range; from full range it is 0.4 levels too bright.
     deep = max(component.bits for component in components) > 8 and (stored.is_rgb or frame.color_range == _FULL)
     name = {(0, 0): "rgb24", (0, 1): "rgba", (1, 0): "rgb48le", (1, 1): "rgba64le"}[deep, alpha]
     pixels = frame.to_ndarray(format=name, interpolation=_EXACT)
     if deep:
         pixels = _eight_bits(pixels)
-    return over_background(pixels, background) if alpha else pixels
+    return over_background(pixels, display.rgb) if alpha else pixels
 
 
 def _eight_bits(pixels: UInt16[np.ndarray, "H W colours"]) -> UInt8[np.ndarray, "H W colours"]:

@@ -1,13 +1,15 @@
 """Reading images with Pillow: oriented by EXIF, converted to sRGB by their colour profile, over a background."""
 
 import io
+import struct
 from typing import Any, BinaryIO
 
 import av
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from wan_data.video.display import Picture, Rgb, orientation_of_exif, over_background, picture_of
+from wan_data.video.display import HDR, Picture, Rgb, orientation_of_exif, over_background, picture_of
+from wan_data.video.display_options import DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.media_types import IMAGE_FORMATS
 from wan_data.video.source_file import Rejected
@@ -19,13 +21,13 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
-def read_image(file: BinaryIO, limits: Limits, background: tuple[int, int, int]) -> Picture:
+def read_image(file: BinaryIO, limits: Limits, display: DisplayOptions) -> Picture:
     """The picture of an image file; the first one if a photo or TIFF holds several.
 
     Args:
         file: of ``wan_data.video.source_file.open_source``.
         limits: of the source.
-        background: red, green and blue behind transparent pixels.
+        display: the background of transparent pixels.
 
     Raises:
         Rejected: it cannot be decoded, exceeds a limit, is damaged or an animation.
@@ -39,10 +41,12 @@ def read_image(file: BinaryIO, limits: Limits, background: tuple[int, int, int])
         with Image.open(content, formats=IMAGE_FORMATS) as image:
             _check(image, limits)
             image.load()
+            if image.format == "PNG":
+                _check_png(content.getvalue())
             if image.format in ("JPEG", "MPO"):  # MPO is a JPEG file of several photos
                 _check_jpeg(content.getvalue())
             orientation = orientation_of_exif(image.getexif().get(_ORIENTATION))
-            pixels = _rgb(image, background)
+            pixels = _rgb(image, display.rgb)
     except UnidentifiedImageError:
         names = ", ".join(IMAGE_FORMATS)
         raise Rejected(f"it cannot be decoded: its content is no image that is read ({names})") from None
@@ -61,6 +65,22 @@ def _check(image: Image.Image, limits: Limits) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format in ("PNG", "WEBP"):
         raise Rejected(f"it is an animation of {frames} pictures; convert it to a video")
+
+
+def _check_png(content: bytes) -> None:
+    """Refuse HDR, which a chunk that Pillow does not know states (cICP: primaries, transfer, matrix, range).
+
+    Raises:
+        Rejected: its transfer characteristics are those of PQ or HLG.
+    """
+    place = 8
+    while place + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[place : place + 8])
+        if kind == b"IDAT":
+            return
+        if kind == b"cICP" and length == 4 and (transfer := content[place + 9]) in HDR:
+            raise Rejected(f"its colours are in {HDR[transfer]}; convert it to standard dynamic range")
+        place += 12 + length
 
 
 def _check_jpeg(content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Kinds of videos and images: file name suffixes, the content that is read, and the colour behind it."""
+"""Kinds of videos and images: file name suffixes, and the content that is read."""
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),
@@ -11,8 +11,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEMUXERS = ("mov", "matroska", "avi", "mpeg", "mpegvideo", "mpegts", "flv", "asf", "ogg", "gif")
 # Pillow's names.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-
-WHITE = "#ffffff"
 
 # First bytes of texts that name other files.
 _LISTS = {
@@ -31,17 +29,3 @@ def list_of_files(start: bytes) -> str | None:
     """What a text is that names other files, by its first bytes; None for anything else."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     return next((kind for prefix, kind in _LISTS.items() if text[: len(prefix)].lower() == prefix.lower()), None)
-
-
-def background_of(colour: str) -> tuple[int, int, int]:
-    """Red, green and blue of a colour such as ``#ffffff``.
-
-    Raises:
-        ValueError: the text is no such colour.
-    """
-    digits = colour.removeprefix("#")
-    try:
-        red, green, blue = bytes.fromhex(digits)
-    except ValueError:
-        raise ValueError(f"background is {colour!r}; expected a colour as #rrggbb, such as #ffffff for white") from None
-    return red, green, blue
