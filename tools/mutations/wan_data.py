@@ -60,7 +60,7 @@ MUTATIONS = (
         "damaged-shard-copied", "prepare/retirement.py",
         "sha256_of(path) != shard.sha256", "not shard.sha256",
         "an update copies a damaged shard and records the digest of the damage",
-        "prepare/test_update.py::test_a_damaged_shard_is_not_copied",
+        "prepare/test_update_safety.py::test_a_damaged_shard_is_not_copied",
     ),
     _of(
         "changed-content-of-equal-size", "prepare/changes.py",

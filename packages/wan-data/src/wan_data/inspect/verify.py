@@ -1,14 +1,13 @@
 """``wan-data verify``: compare a dataset with its manifest, byte by byte and value by value."""
 
 import collections
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.shards.energon_index import index_problems
 from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
-from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
+from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, caption_digest, read_manifest
 from wan_data.shards.reader import StoredSample, samples_of
 from wan_data.shards.writer import SHARD_GLOB, sample_key
 from wan_model.system.files import sha256_of
@@ -95,7 +94,7 @@ class _Comparison:
         self.shards = {shard.name: shard for shard in manifest.shards} if manifest else {}
         self.keys: set[str] = set()
         # Digests of the captions that the samples were encoded with.
-        self.captions: dict[str, set[bytes]] = collections.defaultdict(set)
+        self.captions: dict[str, set[str]] = collections.defaultdict(set)
         self.by_source: collections.Counter[str] = collections.Counter()
         self.by_shape: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
 
@@ -135,7 +134,7 @@ class _Comparison:
             says = info.get("text_tokens")
             yield f"{where}: its text has {sample.text.shape[0]} tokens; its side information says {says}"
         self.by_source[source] += 1
-        self.captions[source].add(_digest(str(info.get("caption"))))
+        self.captions[source].add(caption_digest(str(info.get("caption"))))
         if shard in self.shards:
             self.by_shape[self.shards[shard].split, tuple(sample.latent.shape)] += 1
 
@@ -191,14 +190,10 @@ def _empty_caption_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{EMPTY_CAPTION_NAME} is {text.shape[1]} wide; the dataset's texts are {manifest.latent_spec.text_dim}"
 
 
-def _digest(caption: str) -> bytes:
-    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()
-
-
 def _source_problems(
     manifest: Manifest,
     folder: Path,
-    captions: dict[str, set[bytes]],
+    captions: dict[str, set[str]],
     caption_of: Callable[[str], str] | None,
     step: Callable[[str], None],
 ) -> Iterator[list[str]]:
@@ -214,7 +209,7 @@ def _source_problems(
             problems.append(f"{record.path} cannot be read: {error.strerror or error}")
         if caption_of is not None:
             try:
-                now = _digest(caption_of(record.path))
+                now = caption_digest(caption_of(record.path))
                 if captions[record.path] - {now}:
                     problems.append(f"{record.path} has another caption than its samples were encoded with")
             except ValueError as error:

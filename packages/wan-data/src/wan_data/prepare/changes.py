@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,13 +9,8 @@ from pathlib import Path
 from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile, caption_of, files_of_listing
-from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, read_manifest
+from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, caption_digest, read_manifest
 from wan_model.system.files import sha256_of, write_json
-
-
-def caption_digest(caption: str) -> str:
-    """SHA-256 of a caption, as the manifest holds it."""
-    return hashlib.sha256(caption.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

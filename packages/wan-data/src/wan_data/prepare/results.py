@@ -7,11 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.changes import caption_digest
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.shard_batches import ShardBatch, ShardPlan
 from wan_data.reading.packing import latent_tokens
-from wan_data.shards.manifest import Manifest, ShapeCount, SourceRecord
+from wan_data.shards.manifest import Manifest, ShapeCount, SourceRecord, caption_digest
 from wan_data.shards.writer import ShardRecord
 from wan_model.system.files import write_json
 

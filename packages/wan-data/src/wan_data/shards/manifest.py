@@ -127,6 +127,11 @@ def _source(value: Mapping[str, Any]) -> SourceRecord:
     return SourceRecord(**{**value, "shards": shards, "dropped": dropped})
 
 
+def caption_digest(caption: str) -> str:
+    """SHA-256 of a caption, as a ``SourceRecord`` holds it; of a damaged shard it may be no valid Unicode."""
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
     """Read the manifest of a dataset.
 
