@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def test_what_stands_in_the_way_is_said_once(model_folder: Path, tmp_path: Path)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("load")]
     assert len(errors) == 1
-    assert errors[0].startswith("Error: no model at")
+    # Where the other process starts much later, on busy processors, only the first one has found it.
+    assert re.match(r"Error( \(rank \d\))?: no model at", errors[0])
 
 
 @pytest.fixture(scope="module")
