@@ -83,8 +83,8 @@ def as_frame(image: np.ndarray, stored: str, tags: dict[str, int] | None) -> Any
     if image.shape[2] == 4:
         return av.VideoFrame.from_ndarray(image, format="rgba").reformat(format=stored)
     frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-    # The numbers of libswscale's matrices: BT.709 is 1, BT.601 5, BT.2020 9; of ranges: limited is 1, full 2.
-    matrix = {1: 1, 9: 9}.get((tags or {}).get("colorspace", 6), 5)
+    # The numbers of libswscale: of BT.709 1, BT.601 5, SMPTE 240M 7, BT.2020 9; of limited range 1, of full range 2.
+    matrix = {1: 1, 7: 7, 9: 9}.get((tags or {}).get("colorspace", 6), 5)
     full = (tags or {}).get("color_range", 2 if stored.startswith("yuvj") else 1)
     return frame.reformat(
         format=stored, dst_colorspace=matrix, dst_color_range=full, interpolation=4 | 0x40000 | 0x2000 | 0x4000
@@ -127,6 +127,41 @@ def with_edit(path: Path, first: int, frames: int) -> Path:
     movie = struct.unpack(">I", data[data.index(b"mvhd") + 16 : data.index(b"mvhd") + 20])[0]
     edited = struct.pack(">II", frames * movie // RATE, start + first * scale // RATE)
     path.write_bytes(data[: place + 12] + edited + data[place + 20 :])
+    return path
+
+
+def with_edits(path: Path, edits: Sequence[tuple[int | None, int]]) -> Path:
+    """An edit list of several entries: each shows so many frames from a number on, or nothing (None) for that time."""
+    data = path.read_bytes()
+    assert data.index(b"mdat") < data.index(b"moov"), "no offset of the samples changes"
+    place = data.index(b"elst") - 4
+    (size,) = struct.unpack(">I", data[place : place + 4])
+    (start,) = struct.unpack(">i", data[place + 20 : place + 24])
+    scale = struct.unpack(">I", data[data.index(b"mdhd") + 16 : data.index(b"mdhd") + 20])[0]
+    movie = struct.unpack(">I", data[data.index(b"mvhd") + 16 : data.index(b"mvhd") + 20])[0]
+    body = b"".join(
+        struct.pack(">IiI", frames * movie // RATE, -1 if first is None else start + first * scale // RATE, 65536)
+        for first, frames in edits
+    )
+    box = struct.pack(">I4sII", 16 + len(body), b"elst", 0, len(edits)) + body
+    out = bytearray(data[:place] + box + data[place + size :])
+    for name in (b"edts", b"trak", b"moov"):
+        parent = out.index(name) - 4
+        (old,) = struct.unpack(">I", out[parent : parent + 4])
+        out[parent : parent + 4] = struct.pack(">I", old + len(box) - size)
+    path.write_bytes(out)
+    return path
+
+
+def with_damage(path: Path, content: bytes, number: int = 3) -> Path:
+    """Other content in the middle of a packet."""
+    with av.open(str(path)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    position, size = places[number]
+    middle, length = position + size // 2, min(70, size // 3)
+    data = bytearray(path.read_bytes())
+    data[middle : middle + length] = (content * length)[:length]
+    path.write_bytes(data)
     return path
 
 

@@ -27,7 +27,9 @@ from media_files import (
     shade,
     shown_by_ffmpeg,
     twice,
+    with_damage,
     with_edit,
+    with_edits,
     with_matrix,
     without_packets,
     write_exif_video,
@@ -48,6 +50,9 @@ B_FRAMES = {**H264, "bf": "3", "b_strategy": "0", "g": "12"}
 MPEG_B = {"bf": "2", "g": "12", "qmin": "1", "qmax": "3"}
 HDR10 = {"colorspace": 9, "color_range": LIMITED, "color_trc": 16, "color_primaries": 9}
 HLG = {**HDR10, "color_trc": 18}
+BT709 = {"colorspace": 1, "color_range": LIMITED}
+# Video of standard dynamic range is shown by its values, whichever of these curves it states.
+SDR_TRANSFERS = {"BT.709": 1, "gamma 2.2": 4, "gamma 2.8": 5, "BT.601": 6, "240M": 7, "sRGB": 13, "BT.2020": 14}
 TRIMMED = 24  # frames of the clips that an edit list shortens
 
 
@@ -98,6 +103,10 @@ def trimmed(codec: str, options: dict[str, str], first: int, frames: int) -> Cal
     return video(codec, lambda path: with_edit(path, first, frames), options=options, frames=TRIMMED)
 
 
+def edited(*edits: tuple[int | None, int]) -> Callable[[Path], Path]:
+    return h264(lambda path: with_edits(path, edits), options={**B_FRAMES, "g": "6"}, frames=TRIMMED)
+
+
 def oriented(number: int, **more: Any) -> Callable[[Path], Path]:
     return h264(lambda path: with_matrix(path, MATRICES[number]), **more)
 
@@ -135,6 +144,7 @@ def damaged_picture(suffix_of_data: bytes) -> Callable[[Path], None]:
 
 GAP = [0, 1, 2, 3, 4, 12, 13, 14, 15, 16, 17, 18]
 UNEVEN = [0, 1, 4, 5, 9, 10, 11, 16, 20, 21, 22, 30]
+EQUAL = [0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9]
 MINUTES = [0, 1, 2, 3, *range(80 * RATE, 80 * RATE + 8)]
 MATRIX_AND_RANGE = {"bt601": 6, "bt709": 1, "bt2020": 9}
 
@@ -154,12 +164,14 @@ PLAIN = [
     Cell("mkv ffv1 16 bits", video("ffv1", stored="gbrp16le"), tolerance=1.0, judged=0.5),
     Cell("mkv mpeg2video", video("mpeg2video")),
     Cell("webm vp8", video("libvpx", options={"crf": "4"})),
+    Cell("ogv vp8", video("libvpx", form="ogg", options={"crf": "4"})),
     Cell("webm vp9", video("libvpx-vp9", options={"crf": "4", "cpu-used": "8"})),
     Cell("avi mpeg4", video("mpeg4")),
     Cell("avi h264", h264()),
     Cell("avi mjpeg", video("mjpeg", stored="yuvj420p")),
     Cell("avi huffyuv", video("huffyuv", stored="rgb24"), tolerance=0.1),
     Cell("mpg mpeg2video", video("mpeg2video")),
+    Cell("mpg mpeg2video without a container", video("mpeg2video", form="mpeg2video")),
     Cell("vob mpeg2video", video("mpeg2video", form="vob")),
     Cell("ts h264", h264()),
     Cell("ts mpeg2video", video("mpeg2video")),
@@ -181,6 +193,8 @@ TIMES = [
     Cell("mkv ffv1 uneven", video("ffv1", stored="yuv444p", times=UNEVEN), times=UNEVEN),
     Cell("mp4 h264 uneven", h264(times=UNEVEN, options=B_FRAMES), times=UNEVEN),
     Cell("webm vp9 uneven", video("libvpx-vp9", times=UNEVEN, options={"cpu-used": "8"}), times=UNEVEN),
+    Cell("mpg mpeg2video b-frames without times", video("mpeg2video", form="mpeg2video", options=MPEG_B)),
+    Cell("mkv ffv1 frames of one time", video("ffv1", stored="yuv444p", times=EQUAL), times=EQUAL, judged=0.0),
     Cell("avi mpeg4 dropped", dropped("mpeg4"), times=GAP),
     Cell("avi mjpeg dropped", dropped("mjpeg", stored="yuvj420p"), times=GAP),
     Cell("avi h264 dropped", dropped("libx264", options={**H264, "bf": "0"}), times=GAP),
@@ -193,6 +207,10 @@ EDITS = [
     Cell("mp4 h264 edit at the end", trimmed("libx264", {**B_FRAMES, "g": "6"}, 0, 9), shades=range(9)),
     Cell("mp4 h264 edit at the start", trimmed("libx264", {**B_FRAMES, "g": "6"}, 8, 16), shades=range(8, 24)),
     Cell("mp4 h264 edit at both", trimmed("libx264", {**B_FRAMES, "g": "6"}, 7, 8), shades=range(7, 15)),
+    Cell("mp4 h264 delayed by an empty edit", edited((None, 8), (0, 24)), shades=range(24)),
+    Cell("mp4 h264 two edits", edited((0, 6), (12, 6)), shades=[*range(6), *range(12, 18)]),
+    Cell("mov h264 edits in another order", edited((12, 6), (0, 6)), shades=[*range(12, 18), *range(6)]),
+    Cell("mp4 h264 an edit repeated", edited((0, 6), (0, 6)), shades=[*range(6), *range(6)]),
     Cell("mp4 mpeg4 edit at the end", trimmed("mpeg4", {"g": "6"}, 0, 9), shades=range(9)),
     Cell("mov h264 edit at both", trimmed("libx264", {**B_FRAMES, "g": "6"}, 7, 8), shades=range(7, 15)),
     Cell("mov mjpeg edit at both", trimmed("mjpeg", {"strict": "unofficial"}, 7, 8), shades=range(7, 15)),
@@ -260,6 +278,11 @@ COLOUR_TAGS += [
     Cell("mp4 h264 bt709 limited", h264(tags={"colorspace": 1, "color_range": LIMITED})),
     Cell("mp4 h264 bt709 full", h264(stored="yuvj420p", tags={"colorspace": 1, "color_range": FULL})),
     Cell("webm vp9 bt709", video("libvpx-vp9", options={"cpu-used": "8"}, tags={"colorspace": 1, "color_range": 1})),
+    Cell("mkv ffv1 SMPTE 240M", video("ffv1", stored="yuv444p", tags={"colorspace": 7}), tolerance=2.1),
+    *(
+        Cell(f"mkv ffv1 transfer {name}", video("ffv1", tags={**BT709, "color_trc": number}), tolerance=2.1)
+        for name, number in SDR_TRANSFERS.items()
+    ),
     Cell("mkv ffv1 YCgCo", video("ffv1", tags={"colorspace": 8}), refused="matrix coefficients are number 8"),
     Cell("mkv ffv1 linear light", video("ffv1", tags={"color_trc": 8}), refused="linear light"),
     Cell("mkv ffv1 no tags", video("ffv1"), tolerance=1.0),
@@ -278,6 +301,7 @@ TRANSPARENCY = [
     Cell("webm vp9 alpha", with_transparency("libvpx-vp9", "yuva420p", options={"auto-alt-ref": "0"}), **ALPHA),
     Cell("webm vp8 alpha", with_transparency("libvpx", "yuva420p", options={"auto-alt-ref": "0"}), **ALPHA),
 ]
+NOISE = np.random.default_rng(0).integers(64, 192, (6, HEIGHT, WIDTH, 3)).astype(np.uint8)
 DAMAGE = [
     Cell(
         f"{suffix} mjpeg damaged by {data.hex()}",
@@ -286,6 +310,35 @@ DAMAGE = [
     )
     for suffix in ("avi", "mov", "mkv")
     for data in (b"\x00\x00", b"\xff\xd5")
+]
+CHECKED = {"level": "3", "slicecrc": "1"}
+DAMAGE += [
+    Cell(
+        f"{suffix} {codec} damaged by {data.hex()}",
+        video(codec, functools.partial(with_damage, content=data), stored=stored, images=NOISE, options=options),
+        refused="damaged|cannot be decoded",
+    )
+    for suffix, codec, stored, options in (
+        ("mov", "png", "rgb24", {}),
+        ("mov", "prores", "yuv422p10le", {}),
+        ("mov", "cfhd", "yuv422p10le", {}),
+        ("mkv", "ffv1", "yuv444p", CHECKED),
+    )
+    for data in (b"\x00", b"\xff\xd5", b"\x37\xa1\x5c")
+]
+DAMAGE += [
+    Cell(
+        "mkv ffv1 damaged at the start",
+        video(
+            "ffv1",
+            functools.partial(with_damage, content=b"\x00", number=0),
+            stored="yuv444p",
+            images=NOISE,
+            options=CHECKED,
+        ),
+        refused="damaged after frame 0",
+    ),
+    Cell("mkv ffv1 checksums", video("ffv1", stored="yuv444p", options={**CHECKED, "slices": "4"}), tolerance=1.0),
 ]
 STREAMS = [Cell("mp4 h264 with a cover", write_with_cover)]
 STREAMS += [Cell(f"{suffix} h264 behind a smaller video", write_two_videos) for suffix in ("mp4", "mkv", "mov")]

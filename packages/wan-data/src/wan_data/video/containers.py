@@ -17,6 +17,7 @@ from wan_data.video.display import (
     rgb_of_frame,
 )
 from wan_data.video.display_options import DisplayOptions
+from wan_data.video.ffv1 import SliceChecksums
 from wan_data.video.file_ends import missing_end
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_container
@@ -79,9 +80,11 @@ class VideoReader:
             self._find_breaks(stream.id)
         if (reason := missing_end(demuxer, self._file.fileno())) is not None:
             raise Rejected(reason)
+        checksums = SliceChecksums() if stream.codec_context.name == "ffv1" else None
         for packet in container.demux(stream):
             discarded += packet.is_discard
-            if packet.is_corrupt and not self._breaks:
+            damaged = checksums is not None and packet.size > 0 and not checksums.are_right(bytes(packet))
+            if damaged or (packet.is_corrupt and not self._breaks):
                 raise Rejected(f"its data are damaged after frame {self.decoded}")
             if not clock.adjust(packet) and self._follows_break(packet.pos):
                 raise Rejected(f"its data are damaged after frame {self.decoded}: frames are missing")
