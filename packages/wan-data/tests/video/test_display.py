@@ -47,7 +47,7 @@ def flat(stored, values, matrix, full):
 )
 def test_colours_are_those_of_the_formula(stored, bits, matrix, full):
     rng, scale, errors = np.random.default_rng(0), 2 ** (bits - 8), []
-    while len(errors) < 60:
+    while len(errors) < 400:
         values = [int(rng.integers(low * scale, high * scale)) for low, high in ((50, 200), (100, 156), (100, 156))]
         wanted = formula(*values, matrix, full, bits)
         if wanted.min() > 1 and wanted.max() < 254:
@@ -56,7 +56,9 @@ def test_colours_are_those_of_the_formula(stored, bits, matrix, full):
             )
     # Of single colours half a level is the rounding to integers; libswscale adds a little with more than 8 bits.
     assert np.abs(errors).max() < 0.8
-    assert np.abs(np.mean(errors, axis=0)).max() < 0.2
+    # libswscale takes the largest value of 10 bits for 1024 / 1023 of itself: from full range it is 0.12 too dark. The
+    # mean of 400 roundings is off by 0.015 (one standard deviation).
+    assert np.abs(np.mean(errors, axis=0)).max() < (0.18 if full and bits == 10 else 0.1)
 
 
 def test_black_and_white_stay():

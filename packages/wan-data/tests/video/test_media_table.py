@@ -45,6 +45,7 @@ from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source
 
 FULL, LIMITED = 2, 1
+PLAIN_DISPLAY = DisplayOptions()
 H264 = {"crf": "4", "preset": "fast"}
 B_FRAMES = {**H264, "bf": "3", "b_strategy": "0", "g": "12"}
 MPEG_B = {"bf": "2", "g": "12", "qmin": "1", "qmax": "3"}
@@ -345,9 +346,11 @@ STREAMS += [Cell(f"{suffix} h264 behind a smaller video", write_two_videos) for 
 CELLS = [*STREAMS, *PLAIN, *TIMES, *EDITS, *JOINS, *ORIENTATIONS, *ASPECTS, *COLOUR_TAGS, *TRANSPARENCY, *DAMAGE]
 
 
-def read(path: Path, still: int = 60) -> tuple[list[Fraction], list[np.ndarray], list[tuple[float, float]]]:
+def read(
+    path: Path, still: int = 60, display: DisplayOptions = PLAIN_DISPLAY
+) -> tuple[list[Fraction], list[np.ndarray], list[tuple[float, float]]]:
     with open_source(path, Limits()) as file:
-        frames = list(VideoReader(file, Limits(still=still), DisplayOptions(), lambda decoded: None).frames())
+        frames = list(VideoReader(file, Limits(still=still), display, lambda decoded: None).frames())
     first = frames[0].time
     sizes = [(frame.image.height, frame.image.width) for frame in frames]
     return [frame.time - first for frame in frames], [frame.image.rgb() for frame in frames], sizes
@@ -380,6 +383,14 @@ def test_a_file_is_read_as_it_is_displayed(cell, tmp_path):
         difference = difference[:, rows][:, :, columns]
         assert np.abs(difference).max() <= 3
         assert abs(difference.mean()) < cell.judged
+
+
+def test_transparent_pixels_of_a_video_show_the_background(tmp_path):
+    path = with_transparency("qtrle", "argb")(tmp_path / "a.mov")
+    _, images, _ = read(path, display=DisplayOptions("#0a6414"))
+    for index, image in enumerate(images):
+        colours = [COLOURS["R"], COLOURS["G"], (10, 100, 20), 3 * (shade(index),)]
+        np.testing.assert_allclose(quarters(image), colours, atol=0.1)
 
 
 def test_a_cover_is_not_the_video():
