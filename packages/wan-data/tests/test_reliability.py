@@ -90,6 +90,10 @@ def test_two_writers_one_wins(reliability_runs):
 # -- broken videos ----------------------------------------------------------------------------------------------------
 
 
+# A Matroska name for the whole mp4, and changes that leave what FFmpeg 8 decodes as it was: of every 560 broken videos.
+HARMLESS = {"wrong.mkv", "fuzzed262.mp4", "fuzzed306.mp4", "fuzzed320.mp4"}
+
+
 def crafted(folder, whole):
     """Sixty files that are not what they seem."""
     size = len(whole)
@@ -184,7 +188,8 @@ def test_every_broken_video_is_named_and_the_good_ones_are_untouched(
         assert verdicts[name].verdict == "rejected", name
     rejected = sum(record.verdict == "rejected" for record in verdicts.values())
     print({"inputs": len(verdicts), "rejected": rejected, "processed": len(verdicts) - rejected})
-    assert rejected > count / 2
+    accepted = {name for name, record in verdicts.items() if record.verdict == "accepted"}
+    assert {name for name in accepted if not name.startswith(("good", "caption"))} <= HARMLESS
 
     def members(folder):
         found = {}
