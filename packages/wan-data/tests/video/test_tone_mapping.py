@@ -13,6 +13,7 @@ from wan_data.prepare.settings import PrepareSettings
 from wan_data.video import tone_mapping
 from wan_data.video.containers import VideoReader
 from wan_data.video.decode import probe
+from wan_data.video.display import Colours, check_colours
 from wan_data.video.display_options import TONE_MAP, DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source
@@ -39,7 +40,15 @@ def hlg_of(light: np.ndarray) -> np.ndarray:
     return np.where(scene <= 1 / 12, np.sqrt(3 * scene), a * np.log(np.maximum(12 * scene - b, 1e-9)) + c)
 
 
-def write_patches(path: Path, signals: np.ndarray, transfer: int, *, peak: float | None = None, **stated: int) -> Path:
+def write_patches(
+    path: Path,
+    signals: np.ndarray,
+    transfer: int,
+    *,
+    peak: float | None = None,
+    stored: str = "yuv444p10le",
+    **stated: int,
+) -> Path:
     """Patches of R'G'B' signals side by side in BT.2020; ``peak`` is what the mastering display had, in cd/m2."""
     names = {PQ: "smpte2084", HLG: "arib-std-b67"}
     options = {}
@@ -50,13 +59,15 @@ def write_patches(path: Path, signals: np.ndarray, transfer: int, *, peak: float
     height, width = 64, PATCH * len(signals)
     matrix = np.array([[0.2627, 0.6780, 0.0593], [-0.13963, -0.36037, 0.5], [0.5, -0.459786, -0.040214]])
     planes = (signals @ matrix.T) * [876, 896, 896] + [64, 512, 512]
+    if stored.startswith("gbr"):
+        planes = 1023 * signals[:, [1, 2, 0]]
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("ffv1" if peak is None else "libx265", rate=16, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p10le"
+        stream.height, stream.width, stream.pix_fmt = height, width, stored
         tags = {"color_trc": transfer, "colorspace": BT2020, "color_primaries": BT2020, "color_range": 1, **stated}
         for name, value in tags.items():
             setattr(stream.codec_context, name, value)
-        frame = av.VideoFrame(width, height, "yuv444p10le")
+        frame = av.VideoFrame(width, height, stored)
         for number, plane in enumerate(frame.planes):
             rows = np.zeros((height, plane.line_size // 2), np.uint16)
             rows[:, :width] = np.repeat(np.round(planes[:, number]).astype(np.uint16), PATCH)
@@ -87,10 +98,22 @@ def test_what_an_sdr_display_can_show_keeps_its_light(tmp_path):
     light = np.concatenate([grey(GREYS), CHROMATIC])
     shown = patches(write_patches(tmp_path / "a.mkv", pq_of(light @ TO_BT2020.T), PQ, peak=SDR_WHITE))
     wanted = 255 * (light / SDR_WHITE) ** (1 / 2.4)
-    np.testing.assert_allclose(shown[: len(GREYS)], wanted[: len(GREYS)], atol=2.5)
-    # Colours are drawn towards grey a little, so that those beyond BT.709 find room; their hue stays.
-    np.testing.assert_allclose(shown[len(GREYS) :], wanted[len(GREYS) :], atol=15)
-    assert (shown[len(GREYS) :].argmax(axis=1)[:3] == [0, 1, 2]).all()
+    np.testing.assert_allclose(shown, wanted, atol=3)
+
+
+def test_the_matrix_of_a_file_is_its_own(tmp_path):
+    """The same colours as RGB and as YUV."""
+    signals = hlg_of(np.array([(90.0, 10.0, 10.0), (10.0, 90.0, 10.0), (10.0, 10.0, 90.0)]) @ TO_BT2020.T)
+    as_rgb = patches(write_patches(tmp_path / "rgb.mkv", signals, HLG, stored="gbrp10le", colorspace=0, color_range=2))
+    as_yuv = patches(write_patches(tmp_path / "yuv.mkv", signals, HLG))
+    np.testing.assert_allclose(as_yuv, as_rgb, atol=2)
+    assert np.ptp(as_rgb, axis=1).min() > 60
+
+
+def test_primaries_that_are_none_are_refused():
+    frame = av.VideoFrame(16, 16, "yuv420p10le")
+    with pytest.raises(Rejected, match=r"colour primaries are number 3 of ITU-T H\.273, .*: convert it"):
+        check_colours(frame, Colours(transfer=PQ, primaries=3), DisplayOptions(hdr=TONE_MAP))
 
 
 @pytest.fixture(scope="module")

@@ -80,8 +80,17 @@ def test_bfloat16_weights_are_changed_once_rounded(model_folder: Path, tmp_path:
 
 def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
-    path.write_bytes(b"no")
-    with pytest.raises(ValueError, match="not a complete safetensors file"):
-        read_lora(path, TINY_CONFIG)
+    torch.save({"a": torch.zeros(3)}, tmp_path / "pickled.pt")
+    for content, said in {
+        b"": r"is empty \(0 bytes\); download or copy it again",
+        b"no": r"is a text and no safetensors file; name the file",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n": r"pointer of a file in Git LFS; .*git lfs pull",
+        (tmp_path / "pickled.pt").read_bytes(): r"is a pickled file of PyTorch .*convert it to safetensors",
+        b"\x80\x02}q\x00.": r"is a pickled file of PyTorch",
+        b"\x10" + bytes(7) + b"no header": r"is not a complete safetensors file \(.*; download or copy it again",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            read_lora(path, TINY_CONFIG)
     with pytest.raises(ValueError, match=r"no LoRA at .*absent"):
         read_lora(tmp_path / "absent", TINY_CONFIG)

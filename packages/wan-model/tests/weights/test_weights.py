@@ -159,7 +159,7 @@ def test_broken_folders_are_refused(small_model: WanDiT, small_config: WanConfig
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_file_that_was_cut_short_is_named(folder: Path, keep: int) -> None:
     (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:keep])
-    with pytest.raises(ValueError, match=rf"{SINGLE} is not a complete safetensors file"):
+    with pytest.raises(ValueError, match=rf"{SINGLE} is (not a complete safetensors file|empty).*download or"):
         load_transformer(folder)
 
 

@@ -1,6 +1,7 @@
 """``wan-data inspect``: statistics of a dataset and of its packs."""
 
 import collections
+import functools
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -140,6 +141,7 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
     """Print the result of ``inspect`` as tables."""
     console = console or Console()
+    say = functools.partial(console.print, soft_wrap=True)
     for split, values in found["splits"].items():
         table = Table(title=f"{split}: {values['samples']} samples in {values['shards']} shards", title_justify="left")
         blended = bool(values["weights"])
@@ -153,12 +155,12 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
         for name in ("text_tokens", "caption_characters"):
             spread = values[name]
             name = name.replace("_", " ")
-            console.print(f"{name}: {spread['least']} to {spread['most']}, median {spread['median']:g}")
+            say(f"{name}: {spread['least']} to {spread['most']}, median {spread['median']:g}")
         packing = values["packing"]
-        console.print(
+        say(
             f"packs of {packing['capacity']} tokens: {packing['packs']}, "
             f"{packing['valid_of_capacity']:.1%} of their capacity filled, "
             f"{packing['valid_of_total']:.1%} of computed tokens valid (packing efficiency)"
         )
     if found["rejected"]:
-        console.print(f"files rejected when it was prepared: {len(found['rejected'])}")
+        say(f"files rejected when it was prepared: {len(found['rejected'])}")

@@ -207,7 +207,7 @@ def _source_problems(
                 problems.append(f"{record.path} has changed since it was encoded")
         except OSError as error:
             problems.append(f"{record.path} cannot be read: {error.strerror or error}")
-        if caption_of is not None:
+        if caption_of is not None and (folder / record.path).exists():
             try:
                 now = caption_digest(caption_of(record.path))
                 if captions[record.path] - {now}:

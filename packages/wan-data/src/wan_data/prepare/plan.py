@@ -1,6 +1,7 @@
 """``wan-data plan``: the samples, sizes and time of a preparation, before anything is encoded."""
 
 import collections
+import functools
 import math
 import re
 import time
@@ -63,9 +64,9 @@ def make_plan(
                 "latent_bytes": samples * 4 * math.prod(latent),
             }
         )
-    reasons: dict[str, list[str]] = collections.defaultdict(list)
+    kinds: dict[str, list[RejectedSource]] = collections.defaultdict(list)
     for result in rejected:
-        reasons[_kind(result.reason)].append(f"{result.name}: {result.reason}")
+        kinds[_kind(result.reason)].append(result)
     return {
         "sources": len(results),
         "accepted": len(accepted),
@@ -75,7 +76,13 @@ def make_plan(
         "buckets": rows,
         "frames": sum(source.info.frames for source in accepted),
         "frames_unused": unused,
-        "rejected": [{"reason": kind, "sources": sources} for kind, sources in sorted(reasons.items())],
+        "rejected": [
+            {
+                "reason": equal.pop() if len(equal := {one.reason for one in sources}) == 1 else kind,
+                "sources": [f"{one.name}: {one.reason}" for one in sources],
+            }
+            for kind, sources in sorted(kinds.items())
+        ],
         "latent_bytes": sum(row["latent_bytes"] for row in rows),
         "text_bytes_about": text_bytes,
         "pixels": pixels,
@@ -85,7 +92,8 @@ def make_plan(
 
 def _kind(reason: str) -> str:
     """The reason without numbers and file names, by which equal reasons are grouped."""
-    return re.sub(r"\d+([.x]\d+)*", "N", re.sub(r"\S+\.(jsonl?|txt|csv|parquet)\b", "FILE", reason))
+    # Not the digits of a name, such as UTF-8.
+    return re.sub(r"(?<![\w-])\d+([.x]\d+)*", "N", re.sub(r"\S+\.(jsonl?|txt|csv|parquet)\b", "FILE", reason))
 
 
 def measured_rate(model: str, settings: PrepareSettings, device: str) -> float:
@@ -113,6 +121,7 @@ def measured_rate(model: str, settings: PrepareSettings, device: str) -> float:
 def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     """Print the result of ``make_plan`` as a table."""
     console = console or Console()
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     table = Table(
         title=f"{plan['samples']} samples of {plan['accepted']} of {plan['sources']} files", title_justify="left"
     )
@@ -124,16 +133,16 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     console.print(table)
     if plan["frames"]:
         share = plan["frames_unused"] / plan["frames"]
-        console.print(f"{plan['frames_unused']:,} of {plan['frames']:,} frames ({share:.1%}) are in no window")
-    console.print(
+        say(f"{plan['frames_unused']:,} of {plan['frames']:,} frames ({share:.1%}) are in no window")
+    say(
         f"{plan['shards']} shards, {plan['tokens']:,} tokens, {format_bytes(plan['latent_bytes'])} of latents and "
         f"about {format_bytes(plan['text_bytes_about'])} of text embeddings"
     )
     if plan["seconds_about"] is not None:
-        console.print(f"encoding the videos takes about {format_seconds(plan['seconds_about'])} on one such device")
+        say(f"encoding the videos takes about {format_seconds(plan['seconds_about'])} on one such device")
     for kind in plan["rejected"]:
-        console.print(f"\n{len(kind['sources'])} rejected: {kind['reason']}", markup=False, highlight=False)
+        say(f"\n{len(kind['sources'])} rejected: {kind['reason']}")
         for source in kind["sources"][:5]:
-            console.print(f"  {source}", markup=False, highlight=False)
+            say(f"  {source.removesuffix(': ' + kind['reason'])}")
         if len(kind["sources"]) > 5:
-            console.print(f"  and {len(kind['sources']) - 5} more (--json lists all)")
+            say(f"  and {len(kind['sources']) - 5} more (--json lists all)")

@@ -282,7 +282,7 @@ class _Preparation:
             self.report.log("no sample for validation will be left: its files are among those that are missing")
         no_validation = {split for _, split in batch.accepted} == {"train"} and not manifest.complete
         if no_validation and self.settings.validation_fraction > 0:
-            self.report.log("one source is too few for a validation split: all of its samples are for training")
+            self.report.log("one content is too few for a validation split: all samples are for training")
         batch.write(self.work)
 
     def _load_codec(self) -> LatentCodec:

@@ -38,6 +38,10 @@ _NOT_DISPLAYABLE = {8: "linear light", 9: "a logarithm", 10: "a logarithm", 17: 
 _MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
 
 
+# Colour primaries (ITU-T H.273) from which libswscale converts, or that are not stated.
+_PRIMARIES = (1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 22)
+
+
 @dataclasses.dataclass(frozen=True)
 class Orientation:
     """One of the eight orientations: rows and columns exchanged, then mirrored, then turned upside down."""
@@ -208,6 +212,11 @@ def check_colours(frame: Any, colours: Colours, display: DisplayOptions) -> None
         raise Rejected(
             f"its transfer characteristics are {_NOT_DISPLAYABLE[transfer]}; only standard dynamic range is read: "
             "convert it with a tone mapping of your choice"
+        )
+    if transfer in HDR and colours.primaries not in _PRIMARIES:
+        raise Rejected(
+            f"its colour primaries are number {colours.primaries} of ITU-T H.273, which are not known to be those of "
+            "HDR: convert it to standard dynamic range"
         )
     if not frame.format.is_rgb and frame.colorspace not in _MATRICES:
         raise Rejected(

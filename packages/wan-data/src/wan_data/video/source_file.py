@@ -39,6 +39,8 @@ def open_source(path: Path, limits: Limits) -> Iterator[BinaryIO]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Rejected("it is no regular file")
+        if not status.st_size:
+            raise Rejected("it is empty (0 bytes)")
         if status.st_size > limits.bytes:
             raise Rejected(f"it has {status.st_size} bytes; at most {limits.bytes} are read (--max-source-bytes)")
         yield file

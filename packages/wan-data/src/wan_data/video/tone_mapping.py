@@ -18,10 +18,8 @@ from wan_data.video.source_file import Rejected
 
 _UNSPECIFIED = 2  # of primaries and of a matrix, as in ITU-T H.273
 _FULL = 2  # FFmpeg's number of a range
-_SCALE = (
-    "out_primaries=bt709:out_transfer=bt709:out_range=pc:intent=perceptual:"
-    "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
-)
+_FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+_SCALE = f"out_primaries=bt709:out_transfer=bt709:out_range=pc:intent=perceptual:{_FLAGS}"
 # Metadata of single frames would change the mapping from frame to frame, and cost seconds each time.
 _DYNAMIC = (17, 25)  # HDR10+, HDR Vivid
 
@@ -70,6 +68,8 @@ def _graph(source: str, guessed: str, out: str, kind: tuple[int, int]) -> Any:
     if guessed:
         filters.append(("setparams", guessed))
     try:
+        # As RGB before the tones are mapped: behind its table libswscale takes the matrix of YUV for BT.601.
+        filters += [("scale", _FLAGS), ("format", "gbrap16le" if out == "rgba" else "gbrp16le")]
         steps = [graph.add(*one) for one in [*filters, ("scale", _SCALE), ("format", out), ("buffersink", "")]]
     except (ValueError, av.error.FFmpegError):
         raise Rejected("its HDR cannot be tone-mapped by this FFmpeg: PyAV 17 or later brings one that can") from None

@@ -105,9 +105,25 @@ def open_weights(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
+        if (kind := _other_kind(path)) is not None:
+            raise ValueError(f"{path} {kind}") from error
         raise ValueError(f"{path} is not a complete safetensors file ({error}); download or copy it again") from error
     with opened as file:
         yield file
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is by its first bytes, and what to do, if it is known not to be safetensors."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        return "is empty (0 bytes); download or copy it again"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "is a pickled file of PyTorch (.pt, .bin or .ckpt), which may run code; convert it to safetensors"
+    if start.startswith(b"version https://git-lfs"):
+        return "is the pointer of a file in Git LFS; fetch its content with git lfs pull"
+    # The length of the header, with which a safetensors file begins, ends with zeros.
+    return "is a text and no safetensors file; name the file with the weights" if b"\0" not in start else None
 
 
 def weight_files(folder: Path, stem: str) -> dict[str, Path]:
