@@ -153,6 +153,12 @@ def with_edits(path: Path, edits: Sequence[tuple[int | None, int]]) -> Path:
     return path
 
 
+def joined(path: Path, other: Path) -> Path:
+    """The bytes of another file behind those of a file, as recordings are joined."""
+    path.write_bytes(path.read_bytes() + other.read_bytes())
+    return path
+
+
 def with_damage(path: Path, content: bytes, number: int = 3) -> Path:
     """Other content in the middle of a packet."""
     with av.open(str(path)) as container:

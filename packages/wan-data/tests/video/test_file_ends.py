@@ -1,6 +1,7 @@
 """A file that is cut off is refused, also where FFmpeg takes the cut for its end."""
 
 import os
+import re
 import struct
 from fractions import Fraction
 
@@ -18,6 +19,7 @@ FILES = {
     "live.mkv": ("libx264", "matroska", {"live": "1"}),
     "a.ogv": ("libvpx", "ogg", {}),
     "a.gif": ("gif", "gif", {}),
+    "a.mp4": ("libx264", "mp4", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
 }
 FRAMES = 12
 
@@ -27,7 +29,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ends")
     for name, (codec, form, options) in FILES.items():
         with av.open(str(folder / name), "w", format=form, options=options) as container:
-            stream = container.add_stream(codec, rate=16)
+            stream = container.add_stream(codec, rate=16, options={"g": "4"} if form == "mp4" else {})
             stream.width, stream.height = 64, 48
             stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
             noise = np.random.default_rng(0)
@@ -60,7 +62,7 @@ def test_whole_files_are_read_and_cut_ones_refused(name, files, tmp_path):
             probe(cut, Fraction(16))
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "live.mkv"])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("live.mkv", "a.mp4")])
 def test_every_cut_behind_the_header_is_seen(name, files, tmp_path):
     demuxer = {"webm": "matroska", "mkv": "matroska", "ogv": "ogg", "gif": "gif"}[name.partition(".")[2]]
     content = (files / name).read_bytes()
@@ -70,6 +72,24 @@ def test_every_cut_behind_the_header_is_seen(name, files, tmp_path):
     step = 11 if demuxer == "gif" else 1  # whose blocks are read one after another
     unseen = [size for size in range(len(content) - 1, 200, -step) if ends(path, demuxer, size) is None]
     assert unseen == []
+
+
+def test_every_cut_inside_a_fragment_is_seen(files, tmp_path):
+    """A cut between two fragments is an end like another."""
+    content = (files / "a.mp4").read_bytes()
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    assert ends(path, "mov") is None
+    places = [match.start() - 4 for match in re.finditer(b"moof", content)]
+    assert len(places) >= 3
+    boundaries = {*places[1:], content.index(b"mfra") - 4}
+    unseen = {size for size in range(len(content) - 1, places[0] + 8, -1) if ends(path, "mov", size) is None}
+    assert boundaries <= unseen
+    assert unseen <= {place + zeros for place in boundaries for zeros in range(4)}, "the first bytes of a size"
+    path.write_bytes(content + bytes(5))
+    assert ends(path, "mov") is None
+    path.write_bytes(content + b"a signature of somebody else")
+    assert ends(path, "mov") is None
 
 
 def test_a_live_recording_tells_what_its_last_part_lacks(files, tmp_path):

@@ -23,6 +23,7 @@ from media_files import (
     RATE,
     SHOWN,
     WIDTH,
+    joined,
     quarters,
     shade,
     shown_by_ffmpeg,
@@ -106,6 +107,16 @@ def trimmed(codec: str, options: dict[str, str], first: int, frames: int) -> Cal
 
 def edited(*edits: tuple[int | None, int]) -> Callable[[Path], Path]:
     return h264(lambda path: with_edits(path, edits), options={**B_FRAMES, "g": "6"}, frames=TRIMMED)
+
+
+def aspects(codec: str, one: Fraction, other: Fraction, **more: Any) -> Callable[[Path], Path]:
+    """A recording in which the shape of pixels changes."""
+
+    def make(path: Path) -> Path:
+        write_video(path, codec, aspect=one, **more)
+        return joined(path, write_video(path.with_name(f"other{path.suffix}"), codec, aspect=other, **more))
+
+    return make
 
 
 def oriented(number: int, **more: Any) -> Callable[[Path], Path]:
@@ -261,6 +272,15 @@ ASPECTS = [
     Cell("mkv h264 pixels 1:2", h264(aspect=Fraction(1, 2)), size=(HEIGHT, WIDTH / 2)),
     Cell("ts h264 pixels 2:1", h264(aspect=Fraction(2)), size=(HEIGHT, 2 * WIDTH)),
     Cell("mov qtrle pixels 4:3", video("qtrle", stored="rgb24", aspect=Fraction(4, 3)), size=(HEIGHT, WIDTH * 4 / 3)),
+    *(
+        Cell(f"{suffix} {codec} pixels of {one} and {other}", aspects(codec, one, other, **more), refused="shape")
+        for suffix, codec, more in (("ts", "libx264", {}), ("vob", "mpeg2video", {"form": "vob"}))
+        for one, other in ((Fraction(1), Fraction(4, 3)), (Fraction(4, 3), Fraction(1)))
+    ),
+    *(
+        Cell(f"mov qtrle pixels {wide}", video("qtrle", stored="rgb24", aspect=wide), refused="times as wide as high")
+        for wide in (Fraction(17), Fraction(1, 17))
+    ),
     Cell("mp4 h264 pixels 2:1 turned", oriented(6, aspect=Fraction(2)), shown=SHOWN[6], size=(2 * WIDTH, HEIGHT)),
 ]
 COLOUR_TAGS = [

@@ -25,6 +25,9 @@ from wan_data.video.timing import Clock
 from wan_data.video.transport_stream import CounterBreak, counter_breaks
 from wan_data.video.windows import TimedFrame
 
+# Width over height of a pixel, or the inverse; the widest formats in use have 2.2.
+_LARGEST_ASPECT = 16
+
 
 class VideoReader:
     """One pass over a video file.
@@ -49,6 +52,7 @@ class VideoReader:
         self.fps = 0.0
         self.orientation = Orientation()
         self._pixel_aspect = Fraction(1)
+        self._frame_aspect: Fraction | None = None  # as the codec states it
         self._size: tuple[int, int] | None = None
         self._breaks: list[CounterBreak] = []  # of a transport stream
         self._position = 0  # of the packet before
@@ -71,6 +75,11 @@ class VideoReader:
         stream, demuxer = _shown_stream(container), container.format.name.partition(",")[0]
         if stream.sample_aspect_ratio:
             self._pixel_aspect = Fraction(stream.sample_aspect_ratio)
+        if not 1 / _LARGEST_ASPECT <= self._pixel_aspect <= _LARGEST_ASPECT:
+            raise Rejected(
+                f"its pixels are {self._pixel_aspect} times as wide as high; at most {_LARGEST_ASPECT} times, or a "
+                f"{_LARGEST_ASPECT}th, is read"
+            )
         if stream.average_rate:
             self.fps = float(stream.average_rate)
         decode = _decoder(stream)
@@ -121,6 +130,7 @@ class VideoReader:
         colours = colours_of_frame(frame, stream.codec_context)
         check_colours(frame, colours, self._display)
         orientation = orientation_of_frame(frame)
+        aspect = Fraction(stream.codec_context.sample_aspect_ratio or 1)  # PyAV does not give that of the frame
         if self._size is None:
             self._size, self.orientation = (frame.width, frame.height), orientation
         elif (frame.width, frame.height) != self._size:
@@ -130,6 +140,12 @@ class VideoReader:
             )
         elif orientation != self.orientation:
             raise Rejected(f"its orientation changes at frame {self.decoded}")
+        if self._frame_aspect is None:
+            self._frame_aspect = aspect
+        elif aspect != self._frame_aspect:
+            raise Rejected(
+                f"the shape of its pixels changes at frame {self.decoded} from {self._frame_aspect} to {aspect}"
+            )
         time, duration = clock.time(frame, frame.time_base or stream.time_base)
         self.decoded += 1
         self._on_frame(self.decoded)

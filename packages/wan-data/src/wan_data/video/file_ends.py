@@ -1,6 +1,7 @@
-"""Whether the end of a file is missing, in the containers where FFmpeg takes a cut for the end: Matroska, Ogg and GIF.
+"""Whether the end of a file is missing, in the containers where FFmpeg takes a cut for the end.
 
-Sources: RFC 8794 and RFC 9559 (EBML and Matroska, WebM), RFC 3533 (Ogg), the GIF89a specification.
+These are Matroska, Ogg, GIF and fragmented mp4. Sources: RFC 8794 and RFC 9559 (EBML and Matroska, WebM), RFC 3533
+(Ogg), the GIF89a specification, ISO/IEC 14496-12 (mp4).
 """
 
 import os
@@ -14,13 +15,43 @@ def missing_end(demuxer: str, descriptor: int) -> str | None:
         demuxer: FFmpeg's name of the container.
         descriptor: of the open file, whose position is not changed.
     """
-    check: Callable[[int], str | None] | None = {"matroska": _matroska, "ogg": _ogg, "gif": _gif}.get(demuxer)
-    return None if check is None else check(descriptor)
+    checks: dict[str, Callable[[int], str | None]]
+    checks = {"matroska": _matroska, "ogg": _ogg, "gif": _gif, "mov": _fragmented_mp4}
+    return checks[demuxer](descriptor) if demuxer in checks else None
 
 
 def _lacking(end: int, descriptor: int) -> str | None:
     missing = end - os.fstat(descriptor).st_size
     return f"its last {missing} bytes are missing" if missing > 0 else None
+
+
+# -- mp4: boxes of a size, a kind and a content ------------------------------------------------------------------------
+
+_MOVIE_FRAGMENT, _MEDIA_DATA = b"moof", b"mdat"
+_OTHER_BOXES = b"ftyp styp moov mfra sidx ssix emsg prft free skip wide uuid meta pdin".split()
+_BOXES = (_MOVIE_FRAGMENT, _MEDIA_DATA, *_OTHER_BOXES)
+
+
+def _fragmented_mp4(descriptor: int) -> str | None:
+    """A file without fragments states its frames at one place, so that missing ones are seen there."""
+    size, position, fragments, without_data = os.fstat(descriptor).st_size, 0, 0, False
+    for _ in range(_MOST_ELEMENTS):
+        head = os.pread(descriptor, 16, position)
+        if fragments and 0 < len(head) < 8 and any(head):
+            return "it ends inside the head of a box"
+        if len(head) < 8 or (kind := head[4:8]) not in _BOXES:
+            break  # something else behind the recording
+        length = int.from_bytes(head[:4])
+        if length == 1:
+            length = int.from_bytes(head[8:])
+        elif length == 0:  # up to the end of the file
+            length = size - position
+        fragments += kind == _MOVIE_FRAGMENT
+        without_data = kind == _MOVIE_FRAGMENT or (without_data and kind != _MEDIA_DATA)
+        position += max(8, length)
+    if not fragments:
+        return None
+    return _lacking(position, descriptor) or ("the data of its last fragment are missing" if without_data else None)
 
 
 # -- Matroska: elements of an identifier, a size and a content ---------------------------------------------------------
