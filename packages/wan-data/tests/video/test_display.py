@@ -56,9 +56,8 @@ def test_colours_are_those_of_the_formula(stored, bits, matrix, full):
             )
     # Of single colours half a level is the rounding to integers; libswscale adds a little with more than 8 bits.
     assert np.abs(errors).max() < 0.8
-    # libswscale takes the largest value of 10 bits for 1024 / 1023 of itself: from full range it is 0.12 too dark. The
-    # mean of 400 roundings is off by 0.015 (one standard deviation).
-    assert np.abs(np.mean(errors, axis=0)).max() < (0.18 if full and bits == 10 else 0.1)
+    # The mean of 400 roundings is off by 0.015 (one standard deviation).
+    assert np.abs(np.mean(errors, axis=0)).max() < 0.1
 
 
 def test_black_and_white_stay():

@@ -126,17 +126,85 @@ def test_a_background_that_is_no_colour_is_refused(wrong):
         DisplayOptions(wrong)
 
 
-@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG"), (13, None)])
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
 def test_a_png_in_hdr_is_refused(tmp_path, transfer, name):
     path = write_image(tmp_path / "a.png", "PNG")
     data = path.read_bytes()
     chunk = b"cICP" + bytes([9, transfer, 0, 1])
     place = data.index(b"IDAT") - 4
     path.write_bytes(data[:place] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[place:])
-    if name is None:
-        assert (read(path).rgb() == picture(0)).all()
-        return
     with pytest.raises(Rejected, match=rf"its colours are in HDR \({name}.*convert it to standard dynamic range"):
+        read(path)
+
+
+def png(depth, colours, row, *chunks):
+    """A PNG of one row; ``colours`` is its type (0 grey, 2 RGB, 4 grey and alpha, 6 RGBA)."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    width = 8 * len(row) // (depth * {0: 1, 2: 3, 4: 2, 6: 4}[colours])
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colours, 0, 0, 0))
+    rest = [chunk(*one) for one in chunks] + [chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(rest)
+
+
+def words(*values):
+    return struct.pack(f">{len(values)}H", *values)
+
+
+BEHIND = [255, 255, 255]
+TRANSPARENT_COLOURS = {
+    "grey of 2 bits": (png(2, 0, bytes([0b01101100]), (b"tRNS", words(1))), [BEHIND, [170] * 3, [255] * 3, [0] * 3]),
+    "grey of 4 bits": (png(4, 0, bytes([0x7A]), (b"tRNS", words(7))), [BEHIND, [170] * 3]),
+    "grey of 8 bits": (png(8, 0, bytes([7, 200]), (b"tRNS", words(7))), [BEHIND, [200] * 3]),
+    "grey of 16 bits": (png(16, 0, words(30000, 30001), (b"tRNS", words(30000))), [BEHIND, [117] * 3]),
+    "RGB of 16 bits": (
+        png(16, 2, words(0x1234, 0x5678, 0x9ABC, 0x12FF, 0x56FF, 0x9AFF), (b"tRNS", words(0x1234, 0x5678, 0x9ABC))),
+        [BEHIND, [19, 87, 154]],
+    ),
+    "no transparency": (png(16, 2, words(0x12FF, 0x56FF, 0x9AFF)), [[19, 87, 154]]),
+    "alpha of 16 bits": (png(16, 6, words(0x30FF, 0x40FF, 0x20FF, 0xFFFF)), [[49, 65, 33]]),
+    "grey and alpha": (png(16, 4, words(0x30FF, 0xFFFF, 0x30FF, 0)), [[49] * 3, BEHIND]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT_COLOURS)
+def test_all_bits_of_a_png_count(tmp_path, name):
+    content, wanted = TRANSPARENT_COLOURS[name]
+    (tmp_path / "a.png").write_bytes(content)
+    np.testing.assert_array_equal(read(tmp_path / "a.png").rgb()[0], wanted)
+
+
+COLOUR_CHUNKS = {
+    "sRGB": ((b"sRGB", b"\0"), None),
+    "cICP of sRGB": ((b"cICP", bytes([1, 13, 0, 1])), None),
+    "cICP of P3": ((b"cICP", bytes([12, 13, 0, 1])), r"primaries 12, .*convert it"),
+    "cICP of limited range": ((b"cICP", bytes([1, 13, 0, 0])), "range 0"),
+    "cICP of linear light": ((b"cICP", bytes([1, 8, 0, 1])), "transfer 8"),
+    "gamma of sRGB": ((b"gAMA", struct.pack(">I", 45455)), None),
+    "gamma of linear light": ((b"gAMA", struct.pack(">I", 100_000)), r"gamma \(gAMA\) is 1; .*convert it"),
+    "gamma of 1.8": ((b"gAMA", struct.pack(">I", 55556)), "gAMA"),
+    "no gamma": ((b"gAMA", struct.pack(">I", 0)), None),
+}
+
+
+@pytest.mark.parametrize("name", COLOUR_CHUNKS)
+def test_colours_that_a_png_states_are_those_of_srgb_or_refused(tmp_path, name):
+    chunk, refused = COLOUR_CHUNKS[name]
+    (tmp_path / "a.png").write_bytes(png(8, 2, bytes([10, 128, 250]), chunk))
+    if refused is None:
+        assert read(tmp_path / "a.png").rgb()[0, 0].tolist() == [10, 128, 250]
+        return
+    with pytest.raises(Rejected, match=refused):
+        read(tmp_path / "a.png")
+
+
+def test_a_bmp_is_read_and_a_cut_one_refused(tmp_path):
+    path = write_image(tmp_path / "a.bmp", "BMP")
+    assert (read(path).rgb() == picture(0)).all()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Rejected, match="cannot be decoded"):
         read(path)
 
 

@@ -237,14 +237,16 @@ def rgb_of_frame(frame: Any, colours: Colours, display: DisplayOptions) -> Rgb:
         pixels = tone_mapped(frame, colours.transfer, colours.primaries, alpha=alpha)
         return over_background(pixels, display.rgb) if alpha else pixels
     # libswscale reduces more than 8 bits exactly from limited range; from full range it is 0.4 levels too bright.
-    deep = max(component.bits for component in components) > 8 and (stored.is_rgb or frame.color_range == _FULL)
+    bits = max(component.bits for component in components)
+    deep = bits > 8 and (stored.is_rgb or frame.color_range == _FULL)
     name = {(0, 0): "rgb24", (0, 1): "rgba", (1, 0): "rgb48le", (1, 1): "rgba64le"}[deep, alpha]
     pixels = frame.to_ndarray(format=name, interpolation=_EXACT)
     if deep:
-        pixels = _eight_bits(pixels)
+        # Where YUV has fewer than 16 bits, libswscale shifts them: its white is a little less than 65535.
+        pixels = _eight_bits(pixels, 0xFFFF if stored.is_rgb else (1 << bits) - 1 << 16 - bits)
     return over_background(pixels, display.rgb) if alpha else pixels
 
 
-def _eight_bits(pixels: UInt16[np.ndarray, "H W colours"]) -> UInt8[np.ndarray, "H W colours"]:
-    """Round 16 bits to 8."""
-    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _eight_bits(pixels: UInt16[np.ndarray, "H W colours"], white: int) -> UInt8[np.ndarray, "H W colours"]:
+    """Round 16 bits to 8, of which ``white`` is the largest value."""
+    return np.minimum((pixels.astype(np.uint32) * 255 + white // 2) // white, 255).astype(np.uint8)

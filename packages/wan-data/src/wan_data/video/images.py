@@ -18,6 +18,10 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit is compared with the size in the 
 _LARGEST_FILE = 2**30
 _ORIENTATION = 0x0112  # EXIF's tag
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+# ITU-T H.273: primaries of BT.709, transfers that standard displays show by their values, as of videos.
+_SRGB_PRIMARIES, _SDR_TRANSFERS = (1, 2), (1, 2, 4, 5, 6, 7, 13, 14, 15)
+# In 1/100,000, as a chunk has it: 1/2.2, and what differs from it by less than a tenth.
+_LEAST_GAMMA, _LARGEST_GAMMA = 41_000, 50_000
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -46,7 +50,7 @@ def read_image(file: BinaryIO, limits: Limits, display: DisplayOptions) -> Pictu
             if image.format in ("JPEG", "MPO"):  # MPO is a JPEG file of several photos
                 _check_jpeg(content.getvalue())
             orientation = orientation_of_exif(image.getexif().get(_ORIENTATION))
-            pixels = _rgb(image, display.rgb)
+            pixels = _rgb(_exact_png(image, content.getvalue()), display.rgb)
     except UnidentifiedImageError:
         names = ", ".join(IMAGE_FORMATS)
         raise Rejected(f"it cannot be decoded: its content is no image that is read ({names})") from None
@@ -68,19 +72,61 @@ def _check(image: Image.Image, limits: Limits) -> None:
 
 
 def _check_png(content: bytes) -> None:
-    """Refuse HDR, which a chunk that Pillow does not know states (cICP: primaries, transfer, matrix, range).
+    """Refuse colours that Pillow does not convert: those of the chunks cICP and gAMA, of other than sRGB's curve.
 
     Raises:
-        Rejected: its transfer characteristics are those of PQ or HLG.
+        Rejected: its transfer characteristics or primaries are not those of standard displays.
     """
-    place = 8
+    place, profile, gamma = 8, False, 0
     while place + 8 <= len(content):
         length, kind = struct.unpack(">I4s", content[place : place + 8])
         if kind == b"IDAT":
-            return
-        if kind == b"cICP" and length == 4 and (transfer := content[place + 9]) in HDR:
-            raise Rejected(f"its colours are in {HDR[transfer]}; convert it to standard dynamic range")
+            break
+        if kind == b"cICP" and length == 4:
+            primaries, transfer, matrix, full = content[place + 8 : place + 12]
+            if transfer in HDR:
+                raise Rejected(f"its colours are in {HDR[transfer]}; convert it to standard dynamic range")
+            if primaries not in _SRGB_PRIMARIES or transfer not in _SDR_TRANSFERS or matrix or not full:
+                raise Rejected(
+                    f"its colours (cICP) are of primaries {primaries}, transfer {transfer}, matrix {matrix} and range "
+                    f"{full} of ITU-T H.273; only those of sRGB (1, 13, 0, 1) are read: convert it"
+                )
+            return  # it goes before the other chunks
+        if kind == b"gAMA" and length == 4:
+            (gamma,) = struct.unpack(">I", content[place + 8 : place + 12])
+        profile = profile or kind in (b"iCCP", b"sRGB")
         place += 12 + length
+    if gamma and not profile and not _LEAST_GAMMA <= gamma <= _LARGEST_GAMMA:
+        raise Rejected(
+            f"its gamma (gAMA) is {gamma / 100_000:g}; only that of sRGB (0.45455) is read: convert it, or remove the "
+            "chunk if it is wrong"
+        )
+
+
+def _exact_png(image: Image.Image, content: bytes) -> Image.Image:
+    """A PNG of which Pillow drops bits or transparency, decoded again; any other image as it is.
+
+    Pillow cuts 16 bits of colours to 8 without rounding, and compares a transparent colour with pixels of 8 bits.
+    """
+    if image.format != "PNG":
+        return image
+    depth, key = content[24], image.info.get("transparency")
+    if depth < 8 and image.mode == "L" and isinstance(key, int):
+        image.info["transparency"] = key * 255 // (2**depth - 1)
+    if depth != 16 or (image.mode in _SIXTEEN_BITS and key is None):
+        return image
+    codec = av.CodecContext.create("png", "r")
+    try:
+        frame, *_ = [*codec.decode(av.Packet(content)), *codec.decode(None)]
+    except (av.error.FFmpegError, ValueError) as error:
+        raise Rejected(f"it cannot be decoded: {error}") from None
+    channels = len(frame.format.components)
+    (plane,) = frame.planes
+    rows = np.frombuffer(memoryview(plane), ">u2").reshape(frame.height, -1)[:, : channels * frame.width]
+    pixels = ((rows.astype(np.uint32) + 128) // 257).astype(np.uint8).reshape(frame.height, frame.width, channels)
+    exact = Image.fromarray(pixels, {2: "LA", 3: "RGB", 4: "RGBA"}[channels])
+    exact.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return exact
 
 
 def _check_jpeg(content: bytes) -> None:

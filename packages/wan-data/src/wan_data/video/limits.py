@@ -4,7 +4,7 @@ import dataclasses
 
 # Raised when the frames of an unchanged file come out with other pixels or times than before. The manifest records it
 # with the settings, so that new samples are not added to a dataset whose samples were read otherwise.
-READING_VERSION = 2
+READING_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
