@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -58,6 +60,23 @@ def test_a_job_arrives_whole(decoder, tmp_path):
     assert Job.from_json(job.to_json()) == job
     ((_, frames),) = decoder.decode([job])
     assert frames[0, 0, 0].tolist() == [10, 11, 12]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is one of Linux")
+def test_a_limit_that_the_system_has_set_is_not_raised(clip, tmp_path):
+    """A scheduler's limit of the address space (``ulimit -v``) is below that of a decoder."""
+    path = clip(tmp_path / "a.mkv", range(5))
+    program = (
+        "import resource, sys; from pathlib import Path; from fractions import Fraction\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)\n"
+        "from wan_data.video.decoder_process import Decoder, Job; from wan_data.video.limits import Limits\n"
+        "with Decoder(memory=1 << 50) as decoder:\n"
+        "    ((_, found),) = decoder.decode([Job(Path(sys.argv[1]), Fraction(16), Limits())])\n"
+        "print(found.frames)"
+    )
+    command = [sys.executable, "-c", program, str(path), str(32 << 30)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("5\n", "")
 
 
 def test_a_rejection_is_an_answer_and_the_next_job_goes_on(decoder, clip, tmp_path):

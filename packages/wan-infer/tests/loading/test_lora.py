@@ -1,6 +1,8 @@
 """LoRA merged when the weights are loaded: the plain formula, scales, precision, and what the sampler records."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,25 @@ def test_bfloat16_weights_are_changed_once_rounded(model_folder: Path, tmp_path:
     got, wanted = coarse.get_parameter(key), exact.get_parameter(key)
     assert got.dtype == torch.bfloat16
     assert float((got.float() - wanted).norm() / wanted.norm()) < 2**-8
+
+
+def test_a_change_that_overflows_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    """Each value of the file is finite; their product is not."""
+    save_file({key: torch.full_like(tensor, 1e30) for key, tensor in tiny_lora().items()}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=r"the LoRA changes \S+ to values beyond those of float32; check its scale"):
+        _ = WanSampler.from_pretrained(model_folder, device="cpu", lora=(tmp_path, 1.0)).model
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is one of Linux")
+def test_patterns_are_matched_under_a_limit_of_the_system() -> None:
+    """A scheduler's limit of the address space (``ulimit -v``) may be below that of the matching process."""
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (900 << 20,) * 2)\n"
+        "from wan_infer.loading.lora_patterns import match_patterns\n"
+        "print(match_patterns(['(to_q)+', 'b'], ['blocks.0.to_q', 'c'], 'a file'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[0, None]\n", "")
 
 
 def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:

@@ -319,6 +319,14 @@ def _address_space_in_use() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
+def _limit_address_space(limit: int) -> None:
+    """Lower the limit of this process; one that the system or a scheduler has set may be lower already."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def main() -> None:
     """Entry point of the child: ``python -m wan_data.video.decoder_process FD MEMORY``."""
     connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
@@ -332,8 +340,7 @@ def main() -> None:
 
     del decode
     if Path("/proc/self/statm").exists():
-        limit = _address_space_in_use() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _limit_address_space(_address_space_in_use() + memory)
     # A thread reads the jobs; otherwise parent and child could block on sending to each other.
     jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(connection, jobs), daemon=True).start()

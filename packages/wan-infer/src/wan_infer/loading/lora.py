@@ -64,11 +64,17 @@ class LoraWeights:
 
 @torch.no_grad()
 def merge_loras(loras: Sequence[LoraWeights], model: WanDiT) -> None:
-    """Add the changes of all files to a model's weights; sums are fp32, rounded once to the weight's precision."""
+    """Add the changes of all files to a model's weights; sums are fp32, rounded once to the weight's precision.
+
+    Raises:
+        ValueError: a change is not finite.
+    """
     for key in dict.fromkeys(key for lora in loras for key in (*lora.products, *lora.differences)):
         parameter = model.get_parameter(key)
         shape = full_shape(model, parameter)
         change = sum((lora.change(key, shape) for lora in loras), torch.zeros(shape))
+        if not torch.isfinite(change).all():
+            raise ValueError(f"the LoRA changes {key} to values beyond those of float32; check its scale and its alpha")
         held = local_tensor(parameter)
         held.copy_(held.float() + change[local_slices(model, parameter)].to(held.device))
 

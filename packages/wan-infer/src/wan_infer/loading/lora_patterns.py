@@ -18,8 +18,9 @@ _PROGRAM = r"""
 import json, re, sys
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]),) * 2)
-    resource.setrlimit(resource.RLIMIT_AS, (2**30,) * 2)
+    for kind, limit in ((resource.RLIMIT_CPU, int(sys.argv[1])), (resource.RLIMIT_AS, 2**30)):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard),) * 2)
 except ImportError:
     pass
 patterns, names = json.load(sys.stdin)
