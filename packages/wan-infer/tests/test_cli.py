@@ -159,6 +159,30 @@ def test_a_file_of_prompts_with_settings_of_their_own(model_folder: Path, tmp_pa
     )
 
 
+def test_texts_that_are_cut_are_named_once(model_folder: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    long, negative = "a rabbit and a butterfly in a meadow " * 60, "grey, " * 300
+    counts = {text: len(tokenizer.encode(text.strip()).ids) for text in (long, negative, "short")}
+    assert min(counts[long], counts[negative]) > 512
+    result = run(
+        *("--model", model_folder, "--prompts", long, "short", long, "--negative-prompt", negative, "--device", "cpu"),
+        *("--sizes", "32*32", "--frame_nums", 1, "--sample_steps", 1, "--output-folder", tmp_path / "out", "--json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if "tokens" in line] == [
+        f"Warning: the prompt of videos 1, 3 has {counts[long]} tokens; the model takes 512, the rest is cut",
+        f"Warning: the negative prompt of videos 1, 2, 3 has {counts[negative]} tokens; the model takes 512, "
+        "the rest is cut",
+    ]
+    report = json.loads(result.stdout)
+    assert report["text_length"] == 512
+    assert [video["prompt_tokens"] for video in report["videos"]] == [counts[long], counts["short"], counts[long]]
+    assert [video["negative_prompt_tokens"] for video in report["videos"]] == [counts[negative]] * 3
+
+
 def test_an_average_of_weights_is_sampled_on_request(
     model_folder: Path, write_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
