@@ -21,6 +21,7 @@ from wan_infer.output import video_file
 from wan_infer.output.contact_sheet import draw_contact_sheet, save_contact_sheet
 from wan_infer.output.output_names import check_writable, output_file, output_name
 from wan_infer.output.video_file import read_video, save_video, to_frames, write_video
+from wan_model.testing.permissions import permissions_apply
 
 
 def waves(frames: int = 9, height: int = 48, width: int = 64, end: float = 3.0) -> torch.Tensor:
@@ -238,6 +239,12 @@ def test_places_that_cannot_be_written_are_named_beforehand(tmp_path: Path) -> N
         check_writable(tmp_path / "folder.mp4")
     check_writable(tmp_path / "new" / "newer" / "a.mp4")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "folder.mp4").chmod(0o555)
+    with (
+        permissions_apply(),
+        pytest.raises(ValueError, match=r"cannot write .*a\.mp4: .*folder\.mp4 may not be written"),
+    ):
+        check_writable(tmp_path / "folder.mp4" / "new" / "a.mp4")
 
 
 @pytest.mark.parametrize("prompt", ["../../etc/passwd", "a/b", "\0", "兔子", "x" * 5000, "$(reboot)", "\ud800"])
