@@ -187,6 +187,32 @@ def test_preview_shows_the_latents(run, dataset, tiny_model, tmp_path):
     assert "must be at least 1" in run(*options, "--samples", 0).output
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        ("vae/config.json", "latents_std", ["1"] * 16, "latents_std has '1' in it; expected 16 positive numbers"),
+        ("vae/config.json", "z_dim", None, "z_dim is None; expected a whole number"),
+        ("text_encoder/config.json", "d_model", "32", "d_model is '32'; expected a whole number"),
+        (
+            "vae/diffusion_pytorch_model.safetensors.index.json",
+            "weight_map",
+            [],
+            "weight_map is []; expected an object",
+        ),
+    ],
+)
+def test_a_damaged_model_is_a_sentence(run, dataset, clips, tiny_model, tmp_path, file, key, value, said):
+    damaged = shutil.copytree(tiny_model, tmp_path / "model")
+    content = json.loads((damaged / file).read_text()) if (damaged / file).exists() else {}
+    (damaged / file).write_text(json.dumps({**content, key: value}))
+    prepare = ("prepare", "--video-folder", clips, "--output-folder", tmp_path / "out", *SMALL)
+    for command in (prepare, ("preview", dataset, "--output", tmp_path / "sheet.png", "--device", "cpu")):
+        done = run(*command, "--model", damaged)
+        assert done.exit_code == 1
+        assert done.output.splitlines()[-1].startswith(f"Error: {damaged / file}: {said}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_draws(run, dataset, tmp_path):
     done = run("inspect", dataset, "--png", tmp_path / "sizes.png")
     assert done.exit_code == 0, done.output

@@ -50,6 +50,12 @@ def test_one_video_with_all_that_made_it(model_folder: Path, tmp_path: Path) -> 
     assert set(metadata["versions"]) == {"wan-infer", "wan-model", "torch", "tokenizers", "python"}
     assert str(tmp_path) not in json.dumps(metadata)
 
+    # By a process of its own, whose sets and dictionaries have another order.
+    path.rename(first := tmp_path / "first.mp4")
+    command = [sys.executable, "-P", "-m", "wan_infer", *map(str, arguments), *QUICK]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    assert path.read_bytes() == first.read_bytes()
+
     again = run(*arguments, *QUICK, "--no-metadata")
     assert again.exit_code == 0
     bare = read_video(path)
@@ -157,6 +163,30 @@ def test_a_file_of_prompts_with_settings_of_their_own(model_folder: Path, tmp_pa
     assert "give one size, frame count and seed" in refused(
         "--model", model_folder, "--prompts-file", file, "--base_seed", 1, 2
     )
+
+
+def test_texts_that_are_cut_are_named_once(model_folder: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    long, negative = "a rabbit and a butterfly in a meadow " * 60, "grey, " * 300
+    counts = {text: len(tokenizer.encode(text.strip()).ids) for text in (long, negative, "short")}
+    assert min(counts[long], counts[negative]) > 512
+    result = run(
+        *("--model", model_folder, "--prompts", long, "short", long, "--negative-prompt", negative, "--device", "cpu"),
+        *("--sizes", "32*32", "--frame_nums", 1, "--sample_steps", 1, "--output-folder", tmp_path / "out", "--json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if "tokens" in line] == [
+        f"Warning: the prompt of videos 1, 3 has {counts[long]} tokens; the model takes 512, the rest is cut",
+        f"Warning: the negative prompt of videos 1, 2, 3 has {counts[negative]} tokens; the model takes 512, "
+        "the rest is cut",
+    ]
+    report = json.loads(result.stdout)
+    assert report["text_length"] == 512
+    assert [video["prompt_tokens"] for video in report["videos"]] == [counts[long], counts["short"], counts[long]]
+    assert [video["negative_prompt_tokens"] for video in report["videos"]] == [counts[negative]] * 3
 
 
 def test_an_average_of_weights_is_sampled_on_request(
@@ -308,31 +338,79 @@ def test_damaged_models_are_named_in_one_sentence(model_folder: Path, tmp_path: 
     assert not (tmp_path / "out.mp4").exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "style.safetensors", "prompts.txt", "transformer", "transformer/config.json",
-        "transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
-    ],
-)  # fmt: skip
-def test_what_may_not_be_read_is_named(name: str, model_folder: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(model_folder, tmp_path / "model")
-    save_file(tiny_lora(), folder / "style.safetensors")
-    (folder / "prompts.txt").write_text("a")
-    file = folder / name
+@pytest.fixture
+def given(model_folder: Path, tmp_path: Path, write_checkpoint: Callable[..., Path]) -> Callable[[Path], list[object]]:
+    """In ``tmp_path`` a copy of all that the command reads; gives the flags with which it reads one of the files."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "peft").mkdir()
+    for name in ("style.safetensors", "peft/adapter_model.safetensors"):
+        save_file(tiny_lora(), tmp_path / name)
+    write_checkpoint(tmp_path / "run", 10)
+
+    def flags(file: Path) -> list[object]:
+        of_part = {
+            "prompts.jsonl": ["--prompts-file", file],
+            "style.safetensors": ["--lora", file],
+            "peft": ["--lora", tmp_path / "peft"],
+            "run": ["--checkpoint-dir", tmp_path / "run"],
+        }.get(file.relative_to(tmp_path).parts[0], [])
+        prompts = [] if "--prompts-file" in of_part else ["--prompts", "a"]
+        return ["--model", tmp_path / "model", *prompts, *of_part, "--save_file", tmp_path / "out.mp4", *QUICK]
+
+    return flags
+
+
+WEIGHTS = [
+    "style.safetensors", "model/transformer/diffusion_pytorch_model.safetensors",
+    "model/vae/diffusion_pytorch_model.safetensors", "model/text_encoder/model.safetensors",
+]  # fmt: skip
+TEXTS = [
+    "prompts.jsonl", "peft/adapter_config.json", "run/iter_0000010/run_config.yaml",
+    "model/transformer/config.json", "model/vae/config.json", "model/text_encoder/config.json",
+    "model/tokenizer/tokenizer.json", "model/model_index.json",
+    "model/transformer/diffusion_pytorch_model.safetensors.index.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model/transformer", *WEIGHTS, *TEXTS])
+def test_what_may_not_be_read_is_named(name: str, given: Callable[[Path], list[object]], tmp_path: Path) -> None:
+    file = tmp_path / name
+    if not file.exists():
+        file.write_text("{}")
     mode = file.stat().st_mode
     file.chmod(0)
-    prompts = ("--prompts-file", file) if name == "prompts.txt" else ("--prompts", "a")
-    lora = ("--lora", file) if name == "style.safetensors" else ()
     try:
         with permissions_apply():
-            said = refused("--model", folder, *prompts, *lora, "--save_file", tmp_path / "out.mp4", *QUICK)
+            said = refused(*given(file))
     finally:
         file.chmod(mode)
     assert str(file) in said
     assert "Permission denied" in said
     assert "No such file" not in said
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, *TEXTS, "run/iter_0000010/.metadata"])
+def test_what_stands_in_the_place_of_a_file_is_named_at_once(
+    name: str, given: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    said = refused(*given(file))
+    assert f"{file} is a named pipe; expected a file" in said
+    file.unlink()
+    file.touch()
+    os.truncate(file, 30 << 30)
+    said = refused(*given(file))
+    assert (
+        f"{file} is not a complete safetensors file" if name in WEIGHTS else f"{file} has 32,212,254,720 bytes"
+    ) in said
+    if name in TEXTS:
+        file.write_text("[" * 100_000)
+        said = refused(*given(file))
+        place = f"{file}, line 1: it" if file.suffix == ".jsonl" else str(file)
+        assert re.search(rf"{re.escape(place)} is n.* 100 levels deep$", said)
 
 
 def test_damaged_weights_leave_no_file(model_folder: Path, tmp_path: Path) -> None:

@@ -48,13 +48,28 @@ def test_dictionaries_of_other_versions_are_refused() -> None:
         LatentSpec.from_dict({**SPEC.to_dict(), "dtype": "float32"})
     with pytest.raises(ValueError, match=r"another version"):
         LatentSpec.from_dict({"channels": 2})
+    with pytest.raises(ValueError, match=r"another version"):
+        LatentSpec.from_dict([5])
 
 
-def test_impossible_statistics_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 means and 2 deviations were given for 3 latent channels"):
-        dataclasses.replace(SPEC, channels=3)
-    with pytest.raises(ValueError, match=r"smallest latent deviation is 0\.0"):
-        dataclasses.replace(SPEC, std=(1.0, 0.0))
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"channels": 3}, "mean of the latent space has 2 values; expected 3 finite numbers"),
+        ({"channels": "2"}, "channels of the latent space is '2'; expected a whole number"),
+        ({"spatial_stride": 2**40}, "spatial_stride of the latent space is 1099511627776; expected a whole number"),
+        ({"text_dim": 10**9}, "text_dim of the latent space is 1000000000; expected a whole number"),
+        ({"std": [1.0, 0.0]}, r"std of the latent space has 0\.0 in it; expected 2 positive numbers"),
+        ({"std": [1.0, "2.8"]}, "std of the latent space has '2.8' in it; expected 2 positive numbers"),
+        ({"mean": [1.0, float("nan")]}, "mean of the latent space has nan in it; expected 2 finite numbers"),
+        ({"mean": 5}, "mean of the latent space is 5; expected 2 finite numbers"),
+        ({"model_id": None}, "model_id of the latent space is None; expected a text"),
+    ],
+    ids=str,
+)
+def test_impossible_values_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        LatentSpec.from_dict({**SPEC.to_dict(), **changes})
 
 
 def test_latent_shape() -> None:
@@ -114,12 +129,31 @@ def test_other_autoencoders_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"autoencoder of Wan 2\.2"):
         latent_spec_of(folder)
     rewrite(folder / "vae/config.json", _class_name="AutoencoderKL")
-    with pytest.raises(ValueError, match="holds a AutoencoderKL; expected an AutoencoderKLWan"):
+    with pytest.raises(ValueError, match="is of a AutoencoderKL; expected an AutoencoderKLWan"):
         latent_spec_of(folder)
     save_file({"other": torch.zeros(1)}, folder / "text_encoder/model.safetensors")
     rewrite(folder / "vae/config.json", _class_name="AutoencoderKLWan", is_residual=False, patch_size=None, z_dim=16)
     with pytest.raises(ValueError, match="holds none of encoder"):
         latent_spec_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "width"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "quant_conv.bias", 32),
+        ("text_encoder/model.safetensors", "encoder.final_layer_norm.weight", 32),
+    ],
+)
+def test_tensors_of_another_form_are_named(folder: Path, file: str, key: str, width: int) -> None:
+    tensors = load_file(folder / file)
+    for tensor, said in (
+        (torch.tensor(1.0), rf"of shape \[\]; expected \[{width}\]"),
+        (torch.ones(1, width), rf"of shape \[1, {width}\]; expected \[{width}\]"),
+        (torch.ones(width, dtype=torch.int8), "of type I8; expected floating-point numbers"),
+    ):
+        save_file({**tensors, key: tensor}, folder / file)
+        with pytest.raises(ValueError, match=f"^{folder / file} holds {key} {said}"):
+            latent_spec_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +168,9 @@ def test_pipelines_of_wan_22_are_refused(tiny_folder: Path, tmp_path: Path, inde
     assert resolve_folder(tmp_path, ["transformer"]) == tmp_path
     (tmp_path / "model_index.json").write_text(json.dumps(known | index))
     with pytest.raises(ValueError, match=r"holds a Wan 2\.2 model"):
+        resolve_folder(tmp_path, ["transformer"])
+    (tmp_path / "model_index.json").write_text(json.dumps(known | {"transformer_2": 5}))
+    with pytest.raises(ValueError, match=r"model_index\.json: transformer_2 is 5; expected a list"):
         resolve_folder(tmp_path, ["transformer"])
 
 

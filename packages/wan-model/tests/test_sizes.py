@@ -15,9 +15,10 @@ from wan_model.codec.text_encoder import TextEncoder
 from wan_model.codec.vae_decoder import VaeDecoder
 from wan_model.sizes import check_whole
 from wan_model.tiny import write_tiny_wan
+from wan_model.weights.model_folder import latent_spec_of
 from wan_model.weights.transformer import load_transformer
 
-HUGE, LONG = 10**9, 10**5000
+HUGE, LONG, ABSENT = 10**9, 10**5000, "ABSENT"
 Case = tuple[str, str, Any, str]
 # Which part, which key, its value, and what is said.
 CASES: list[Case] = [
@@ -28,8 +29,8 @@ CASES: list[Case] = [
     ("transformer", "num_layers", None, "num_layers is None; expected a whole number"),
     ("transformer", "num_layers", LONG, "num_layers is beyond 10"),
     ("transformer", "num_layers", 1000, "are not this model's"),
-    ("transformer", "num_attention_heads", HUGE, "num_heads is 1000000000"),
-    ("transformer", "attention_head_dim", HUGE, "head_dim is 1000000000"),
+    ("transformer", "num_attention_heads", HUGE, "num_attention_heads is 1000000000"),
+    ("transformer", "attention_head_dim", HUGE, "attention_head_dim is 1000000000"),
     ("transformer", "ffn_dim", HUGE, "ffn_dim is 1000000000"),
     ("transformer", "ffn_dim", 1 << 20, "are not this model's"),
     ("transformer", "in_channels", [16], "in_channels is .* and out_channels is"),
@@ -46,6 +47,9 @@ CASES: list[Case] = [
     ("text_encoder", "d_model", 3.5, "d_model is 3.5"),
     ("text_encoder", "num_layers", HUGE, "num_layers is 1000000000"),
     ("text_encoder", "num_heads", "8", "num_heads is '8'"),
+    ("text_encoder", "relative_attention_max_distance", 8, "relative_attention_max_distance is 8; .* from 9 to"),
+    ("text_encoder", "layer_norm_epsilon", "small", "layer_norm_epsilon is 'small'; expected a number between 0 and 1"),
+    ("text_encoder", "model_type", ["umt5"], r"the text encoder is \['umt5'\] with gated-gelu"),
     ("text_encoder", "relative_attention_num_buckets", HUGE, "relative_attention_num_buckets is 1000000000"),
     ("vae", "base_dim", HUGE, "base_dim is 1000000000"),
     ("vae", "z_dim", 0, "z_dim is 0"),
@@ -55,6 +59,21 @@ CASES: list[Case] = [
     ("vae", "dim_mult", 4, "dim_mult is 4; expected a list"),
     ("vae", "temperal_downsample", [True], "temperal_downsample is .*; expected 3 of true or false"),
     ("vae", "decoder_base_dim", HUGE, "decoder_base_dim is 1000000000"),
+    ("vae", "attn_scales", 0.5, "attn_scales is 0.5; expected none"),
+]
+# Of what `latent_spec_of` reads.
+SPACES: list[Case] = [
+    ("vae", "z_dim", ABSENT, " lacks z_dim"),
+    ("vae", "latents_std", ABSENT, ": latents_std is None; expected 16 positive numbers"),
+    ("vae", "latents_std", ["1"] * 16, ": latents_std has '1' in it; expected 16 positive numbers"),
+    ("vae", "latents_std", [1] * 15, ": latents_std has 15 values; expected 16 positive numbers"),
+    ("vae", "latents_std", [1] * 15 + [0], ": latents_std has 0 in it; expected 16 positive numbers"),
+    ("vae", "latents_mean", ["0"] * 16, ": latents_mean has '0' in it; expected 16 finite numbers"),
+    ("vae", "latents_mean", [float("nan")] * 16, ": latents_mean has nan in it; expected 16 finite numbers"),
+    ("vae", "temperal_downsample", [True] * 1000, ": temperal_downsample is .*; expected 3 of true or false"),
+    ("vae", "_class_name", ["AutoencoderKLWan"], r" is of a \['AutoencoderKLWan'\]; expected an AutoencoderKLWan"),
+    ("text_encoder", "d_model", ABSENT, " lacks d_model"),
+    ("text_encoder", "d_model", "32", ": d_model is '32'; expected a whole number"),
 ]
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "transformer": lambda folder: load_transformer(folder / "transformer"),
@@ -79,6 +98,9 @@ def changed(folder: Path) -> Iterator[Callable[[str, str, Any], None]]:
         path = folder / part / "config.json"
         before[path] = path.read_text()
         content = json.loads(before[path]) | {key: "PLACE"}
+        if value == ABSENT:
+            del content[key]
+            value = None
         # json.dumps cannot write thousands of digits.
         text = "1" + "0" * 5000 if value == LONG else json.dumps(value)
         path.write_text(json.dumps(content).replace('"PLACE"', text))
@@ -96,9 +118,19 @@ def test_a_number_that_lies_is_named_at_once(
 ) -> None:
     changed(part, key, value)
     start = time.process_time()
-    with pytest.raises(ValueError, match=said if value != LONG else "can be read|beyond"):
+    with pytest.raises(ValueError, match=said if value != LONG else "can be read|beyond") as error:
         LOADERS[part](folder)
     assert time.process_time() - start < 20
+    assert str(folder / part) in str(error.value)
+
+
+@pytest.mark.parametrize(("part", "key", "value", "said"), SPACES, ids=lambda value: f"{value!r:.20}")
+def test_what_no_latent_space_has_is_named(
+    part: str, key: str, value: Any, said: str, folder: Path, changed: Callable[[str, str, Any], None]
+) -> None:
+    changed(part, key, value)
+    with pytest.raises(ValueError, match=f"^{folder}/{part}/config.json{said}"):
+        latent_spec_of(folder)
 
 
 def test_diffusers_is_not_asked_to_build_what_lies(folder: Path, changed: Callable[[str, str, Any], None]) -> None:

@@ -1,11 +1,14 @@
 """Functions that a process with the engine imported is asked to call, see ``warm_ranks.Call``."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+_UNTIL_THE_END = contextlib.ExitStack()
 
 
 def command_lines(results: str, wanted: dict[str, list[str]]) -> None:
@@ -19,6 +22,14 @@ def command_lines(results: str, wanted: dict[str, list[str]]) -> None:
         result = CliRunner().invoke(main, arguments)
         found[key] = [result.exit_code, result.stdout, result.stderr]
     Path(results).write_text(json.dumps(found))
+
+
+def apply_permissions() -> None:
+    """Let permissions of files hold for this process, although it may be root's."""
+    from wan_model.testing.permissions import permissions_apply
+
+    # Until the process ends, at which the stack is dropped with the module.
+    _UNTIL_THE_END.enter_context(permissions_apply())
 
 
 def note_commands(path: str) -> None:

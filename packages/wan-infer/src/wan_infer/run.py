@@ -86,6 +86,8 @@ def run(
             sampler.spec.latent_shape(request.frames, request.height, request.width)
     with stages.timed("text"):
         sampler.embed(job.texts)
+        for sentence in job.cut_texts(sampler.token_counts, sampler.spec.text_length):
+            progress.line(f"Warning: {sentence}")
         sampler.release_text()  # before the transformer is loaded
     with stages.timed("load"):
         device = sampler.model.patch_embedding.weight.device
@@ -103,7 +105,11 @@ def run(
     peak = parallelism.max(peak_memory(sampler.placement.device))
     parallelism.close()
     return {
-        "videos": [{"file": str(video.path), **video.record} for video in made],
+        "videos": [
+            {"file": str(video.path), **video.record, **job.token_record(index, sampler.token_counts)}
+            for index, video in enumerate(made)
+        ],
+        "text_length": sampler.spec.text_length,
         "contact_sheet": str(job.contact_sheet) if job.contact_sheet else None,
         "device": str(sampler.placement.device),
         "processes": parallelism.world_size,

@@ -21,6 +21,7 @@ from wan_infer.output import video_file
 from wan_infer.output.contact_sheet import draw_contact_sheet, save_contact_sheet
 from wan_infer.output.output_names import check_writable, output_file, output_name
 from wan_infer.output.video_file import read_video, save_video, to_frames, write_video
+from wan_model.testing.permissions import permissions_apply
 
 
 def waves(frames: int = 9, height: int = 48, width: int = 64, end: float = 3.0) -> torch.Tensor:
@@ -82,6 +83,9 @@ def test_png_reads_back(tmp_path: Path) -> None:
     with Image.open(tmp_path / "wave.png") as picture:
         assert np.array_equal(np.asarray(picture), to_frames(waves(1))[0])
         assert json.loads(picture.info["wan-infer"]) == {"prompt": "兔子"}
+    frames, fps, metadata = read_video(tmp_path / "wave.png")
+    assert np.array_equal(frames, to_frames(waves(1)))
+    assert (fps, metadata) == (0, {"prompt": "兔子"})
 
 
 def test_extremes_become_black_and_white() -> None:
@@ -235,6 +239,12 @@ def test_places_that_cannot_be_written_are_named_beforehand(tmp_path: Path) -> N
         check_writable(tmp_path / "folder.mp4")
     check_writable(tmp_path / "new" / "newer" / "a.mp4")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "folder.mp4").chmod(0o555)
+    with (
+        permissions_apply(),
+        pytest.raises(ValueError, match=r"cannot write .*a\.mp4: .*folder\.mp4 may not be written"),
+    ):
+        check_writable(tmp_path / "folder.mp4" / "new" / "a.mp4")
 
 
 @pytest.mark.parametrize("prompt", ["../../etc/passwd", "a/b", "\0", "兔子", "x" * 5000, "$(reboot)", "\ud800"])
@@ -249,9 +259,35 @@ def test_names_tell_videos_apart() -> None:
 
 def test_reading_what_is_no_video_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"nothing")
-    for name in ("a.mp4", "absent.mp4"):
+    save_video(waves(1), tmp_path / "cut.png")
+    os.truncate(tmp_path / "cut.png", 100)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"pipe\.mp4 as a video: .*is a named pipe; expected a file"):
+        read_video(tmp_path / "pipe.mp4")
+    for name in ("a.mp4", "absent.mp4", "cut.png"):
         with pytest.raises(ValueError, match=f"cannot read .*{name} as a video"):
             read_video(tmp_path / name)
+
+
+LISTS = {
+    "a.mp4": "ffconcat version 1.0\nfile other.ts\n",
+    "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_other_files_that_a_file_names_are_not_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with av.open("other.ts", "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg2video", rate=25, width=64, height=48)
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode(None))
+    Path(name).write_text(LISTS[name])
+    with av.open(name, "r") as container:
+        assert next(container.decode(video=0)).width == 64, "FFmpeg does not follow it, so the test shows nothing"
+    with pytest.raises(ValueError, match=f"cannot read {name} as a video: Invalid data"):
+        read_video(name)
 
 
 def test_contact_sheet_shows_first_and_last_frames(tmp_path: Path) -> None:

@@ -75,13 +75,13 @@ def test_negative_prompt_matters_only_with_guidance(sampler: WanSampler) -> None
 
 def test_each_text_is_embedded_once(sampler: WanSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     embedded: list[str] = []
-    encode = sampler.text_codec.encode_text
+    encode = sampler.text_codec.encode_prompt
 
-    def recording(prompts: list[str]) -> list[torch.Tensor]:
-        embedded.extend(prompts)
-        return encode(prompts)
+    def recording(prompt: str) -> tuple[torch.Tensor, int]:
+        embedded.append(prompt)
+        return encode(prompt)
 
-    monkeypatch.setattr(sampler.text_codec, "encode_text", recording)
+    monkeypatch.setattr(sampler.text_codec, "encode_prompt", recording)
     settings = Settings(steps=1, negative_prompt="unseen, negative")
     sampler.sample_latents(["unseen one", "unseen one"], settings=settings, **SMALL)
     sampler.sample_latents(["unseen one"], settings=settings, **SMALL)
@@ -115,7 +115,9 @@ def test_prompts_are_cut_where_training_cut_them(
 ) -> None:
     write_checkpoint(tmp_path, 10, spec={**sampler.spec.to_dict(), "text_length": 8})
     own = WanSampler.from_training_checkpoint(tmp_path, model_folder, device="cpu")
-    assert own.embed(["one two three four five six seven eight nine ten"])[0].shape == (8, 32)
+    prompt = "one two three four five six seven eight nine ten"
+    assert own.embed([prompt])[0].shape == (8, 32)
+    assert own.token_counts[prompt] > 8
 
 
 def test_weights_that_give_nan_are_named(sampler: WanSampler) -> None:

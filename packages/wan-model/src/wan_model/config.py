@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from wan_model.sizes import TRANSFORMER, check_whole
+from wan_model.sizes import TRANSFORMER, check_fraction, check_whole
 
 PatchSize = tuple[int, int, int]
 
@@ -43,13 +43,12 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if values["freq_dim"] % 2:
         raise ValueError(f"freq_dim is {values['freq_dim']}; sines and cosines need an even number")
-    patch, eps = values["patch_size"], values["eps"]
+    patch = values["patch_size"]
     if not isinstance(patch, list | tuple) or len(patch) != 3:
         raise ValueError(f"patch_size is {patch!r:.60}; expected three whole numbers (frames, rows, columns)")
     for side in patch:
         check_whole(f"a side of patch_size {patch!r:.60}", side, 1, 64)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-        raise ValueError(f"eps is {eps!r:.60}; expected a number between 0 and 1")
+    check_fraction("eps", values["eps"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,21 +107,21 @@ class WanConfig:
         name = config.get("_class_name", "WanTransformer3DModel")
         if name != "WanTransformer3DModel":
             raise ValueError(
-                f"the configuration is of a {name}; expected a WanTransformer3DModel (Wan 2.1 text-to-video)"
+                f"the configuration is of a {name!s:.60}; expected a WanTransformer3DModel (Wan 2.1 text-to-video)"
             )
         for key, wanted in _FIXED.items():
             got = config.get(key, wanted)
             if got != wanted:
                 raise ValueError(
-                    f"{key} is {got!r} where Wan 2.1 text-to-video has {wanted!r}: "
+                    f"{key} is {got!r:.60} where Wan 2.1 text-to-video has {wanted!r}: "
                     "image-to-video and Wan 2.2 models are not supported"
                 )
         if config.get("in_channels") == 48:
             raise ValueError("in_channels is 48 where Wan 2.1 text-to-video has 16: Wan 2.2 models are not supported")
         if config.get("out_channels") and config.get("in_channels") != config["out_channels"]:
             raise ValueError(
-                f"in_channels is {config.get('in_channels')} and out_channels is {config['out_channels']} where "
-                "Wan 2.1 text-to-video has them equal: image-to-video models are not supported"
+                f"in_channels is {config.get('in_channels')!r:.60} and out_channels is {config['out_channels']!r:.60} "
+                "where Wan 2.1 text-to-video has them equal: image-to-video models are not supported"
             )
         for key, otherwise in _ROPE_POSITIONS.items():
             check_whole(key, config.get(key, otherwise), 1, 1 << 30)
@@ -130,6 +129,9 @@ class WanConfig:
         if missing := [theirs for theirs, ours in _DIFFUSERS_NAMES.items() if ours not in values]:
             raise ValueError(f"the transformer's configuration lacks {', '.join(missing)}")
         values["out_channels"] = values["out_channels"] or values["in_channels"]
+        for theirs, ours in _DIFFUSERS_NAMES.items():
+            if ours in TRANSFORMER:
+                check_whole(theirs, values[ours], *TRANSFORMER[ours])
         _check(values)
         values["patch_size"] = tuple(values["patch_size"])
         return cls(**values)

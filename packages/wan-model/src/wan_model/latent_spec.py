@@ -6,6 +6,26 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from wan_model.sizes import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, check_numbers, check_whole
+
+_BOUNDS = {
+    "channels": AUTOENCODER["z_dim"],
+    "temporal_stride": (1, 256),
+    "spatial_stride": (1, 256),
+    "text_dim": TEXT_ENCODER["d_model"],
+    "text_length": TRANSFORMER["text_length"],
+}
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Refuse what no latent space has, of whatever type; see ``LatentSpec``."""
+    for name, bounds in _BOUNDS.items():
+        check_whole(f"{name} of the latent space", values[name], *bounds)
+    check_numbers("mean of the latent space", values["mean"], values["channels"])
+    check_numbers("std of the latent space", values["std"], values["channels"], positive=True)
+    if not isinstance(values["model_id"], str):
+        raise ValueError(f"model_id of the latent space is {values['model_id']!r:.60}; expected a text")
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpec:
@@ -20,6 +40,9 @@ class LatentSpec:
         text_length: tokens that the prompt is cut and zero-padded to (512).
         model_id: digest of the autoencoder's and the text encoder's weights (see ``wan_model.weights.model_folder``),
             which distinguishes models of equal configuration but different weights.
+
+    Raises:
+        ValueError: a value that no latent space has.
     """
 
     channels: int
@@ -32,12 +55,7 @@ class LatentSpec:
     model_id: str
 
     def __post_init__(self) -> None:
-        if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(
-                f"{len(self.mean)} means and {len(self.std)} deviations were given for {self.channels} latent channels"
-            )
-        if min(self.std) <= 0:
-            raise ValueError(f"the smallest latent deviation is {min(self.std)}; every one must be positive")
+        _check(dataclasses.asdict(self))
 
     @property
     def fingerprint(self) -> str:
@@ -51,18 +69,20 @@ class LatentSpec:
         return {**values, "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LatentSpec":
+    def from_dict(cls, values: object) -> "LatentSpec":
         """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: a field is missing or unknown.
+            ValueError: a field is missing or unknown, or a value is impossible.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != fields:
+        fields = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping) or set(values) != set(fields):
+            got = sorted(map(str, values)) if isinstance(values, Mapping) else values
             raise ValueError(
-                f"a latent specification has the fields {sorted(fields)}; got {sorted(values)}: "
+                f"a latent specification has the fields {', '.join(fields)}; got {got!s:.200}: "
                 "was it written by another version?"
             )
+        _check(values)
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     def require_same(self, other: "LatentSpec", ours: str, theirs: str) -> None:

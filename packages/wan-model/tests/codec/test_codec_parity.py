@@ -1,6 +1,7 @@
 """The codec against the arithmetic of diffusers' own pipelines, and its text path against ``WanPipeline``'s."""
 
 import copy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.codec.prompt_cleaning import clean_prompt
@@ -145,6 +147,30 @@ def test_precisions(tiny_folder: Path, codec: LatentCodec, video: torch.Tensor) 
     scale = rounding_scale(lambda: {"latents": double.encode_video(video).double()}, torch.bfloat16, samples=2)
     assert_within(latents, codec.encode_video(video), scale["latents"])
     assert {latents.dtype, half.decode_video(latents).dtype, half.encode_text(["a"])[0].dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "said"),
+    [
+        ("encoder.mid_block.resnets.0.conv1.bias", None, r"lack .*conv1\.bias \(expected \[16\]\)"),
+        ("encoder.mid_block.resnets.0.conv1.bias", torch.tensor(1.0), r"of shape \[\]; expected \[16\]"),
+        ("decoder.conv_out.bias", torch.ones(3, dtype=torch.int8), "of type I8; expected floating-point numbers"),
+        ("encoder.scale", torch.ones(3), r"have encoder\.scale, which Wan 2\.1's have not"),
+    ],
+    ids=["missing", "a number", "integers", "unknown"],
+)
+def test_an_autoencoder_of_other_weights_is_refused(
+    key: str, tensor: torch.Tensor | None, said: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(tiny_folder / part, tmp_path / part)
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(key, None)
+    save_file(tensors if tensor is None else {**tensors, key: tensor}, file)
+    with pytest.raises(ValueError, match=said) as error:
+        LatentCodec.from_pretrained(tmp_path, load_text=False)
+    assert str(tmp_path / "vae") in str(error.value)
 
 
 def test_sampling_needs_neither_diffusers_nor_transformers(tiny_folder: Path) -> None:

@@ -37,11 +37,13 @@ SEQUENCE = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, BACKTRACKING]}
         ({"normalizer": replace({"String": "a"}, "b" * 10**6)}, "inserts 'bbb"),
         ({"normalizer": {"type": "Prepend", "prepend": "b" * 10**6}}, "inserts 'bbb"),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}}}, "has a 'Split' in its pre_tokenizer"),
+        ({"normalizer": {"type": ["NFKC"]}}, r"has a \['NFKC'\] in its normalizer"),
+        ({"normalizer": replace({"Regex": []}, "b")}, r"the pattern \[\] in its normalizer"),  # type: ignore[dict-item]
         ({"model": {"type": "Unknown"}}, "is no tokenizer"),
         ({"model": []}, "is no tokenizer"),
         ({"normalizer": "NFKC"}, "is no tokenizer"),
     ],
-    ids=["pattern", "in a sequence", "replacement", "prefix", "split", "model", "list", "text"],
+    ids=["pattern", "in a sequence", "replacement", "prefix", "split", "kind", "no pattern", "model", "list", "text"],
 )
 def test_a_part_that_no_text_encoder_has_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, tmp_path: Path

@@ -192,7 +192,7 @@ def test_weights_of_another_decoder_are_refused(codec: LatentCodec) -> None:
     del state["decoder.conv_out.bias"]
     with pytest.raises(ValueError, match=r"decoder\.conv_out\.bias is missing, expected \[3\]"):
         VaeDecoder.of_state(codec.vae.config, state, "here")
-    with pytest.raises(ValueError, match=r"parts that Wan 2\.1's does not have"):
+    with pytest.raises(ValueError, match=r"of the autoencoder of Wan 2\.2"):
         VaeDecoder({**codec.vae.config, "is_residual": True})
 
 

@@ -99,11 +99,18 @@ def cut_shard(path: Path) -> None:
     os.truncate(shard, shard.stat().st_size - 1)
 
 
+def pipe_for_shard(path: Path) -> None:
+    shard = next(path.glob("*.distcp"))
+    shard.unlink()
+    os.mkfifo(shard)
+
+
 DAMAGES = {
     "metadata": (lambda path: (path / ".metadata").unlink(), r"\.metadata is missing"),
     "metadata-cut": (lambda path: os.truncate(path / ".metadata", 300), r"\.metadata is refused"),
     "shard": (lambda path: next(path.glob("*.distcp")).unlink(), r"__0_0\.distcp is missing"),
     "shard-cut": (cut_shard, r"__0_0\.distcp has \d+ bytes where \.metadata names \d+"),
+    "shard-pipe": (pipe_for_shard, r"__0_0\.distcp is a named pipe; expected a file"),
     "config": (lambda path: (path / "run_config.yaml").unlink(), r"run_config\.yaml is missing"),
     "config-cut": (lambda path: os.truncate(path / "run_config.yaml", 30), r"run_config\.yaml (lacks|is not)"),
 }
@@ -230,6 +237,40 @@ def test_code_in_the_index_is_not_run(run: Path, tmp_path: Path, way: str) -> No
     assert not marker.exists()
     pickle.loads(file.read_bytes())
     assert marker.exists(), "the payload is harmless, so the test shows nothing"
+
+
+# A key of the transformer or of the latent space, its value in the file, and what is said.
+LIES = [
+    ("num_layers", 10**9, r"num_layers is 1000000000; expected a whole number from 1 to 1,024"),
+    ("num_layers", 2.5, r"num_layers is 2\.5; expected a whole number"),
+    ("num_layers", "x", r"num_layers is 'x'; expected a whole number"),
+    ("num_layers", [2], r"num_layers is \[2\]; expected a whole number"),
+    ("num_layers", None, r"num_layers is None; expected a whole number"),
+    ("ffn_dim", 1 << 40, r"ffn_dim is 1099511627776; expected a whole number"),
+    ("patch_size", 2, r"patch_size is 2; expected three whole numbers"),
+    ("eps", float("inf"), r"eps is inf; expected a number between 0 and 1"),
+    ("channels", 10**9, r"channels of the latent space is 1000000000; expected a whole number"),
+    ("text_length", "512", r"text_length of the latent space is '512'; expected a whole number"),
+    ("std", ["1"] * 16, r"std of the latent space has '1' in it; expected 16 positive numbers"),
+    ("mean", {"a": 1}, r"mean of the latent space is \{'a': 1\}; expected 16 finite numbers"),
+    ("latent_spec", 5, r"a latent specification has the fields channels, .*; got 5"),
+]
+
+
+def test_a_configuration_that_lies_is_named(run: Path) -> None:
+    file = run / "iter_0000020" / "run_config.yaml"
+    content = yaml.safe_load(file.read_text())
+    for key, value, said in LIES:
+        model = dict(content["model"])
+        if key in model:
+            model[key] = value
+        else:
+            part = "transformer" if key in model["transformer"] else "latent_spec"
+            model[part] = {**model[part], key: value}
+        file.write_text(yaml.safe_dump({**content, "model": model}))
+        with pytest.raises(ValueError, match=rf"^{file} does not describe a Wan 2\.1 transformer: {said}"):
+            read_training_checkpoint(file.parent)
+        assert list(checkpoint_steps(run)) == [10], key
 
 
 def test_configuration_with_python_tags_is_refused(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Diffusers' ``transformer`` folders in and out, bit for bit, whole or as a rank's part; what is refused."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,9 +120,10 @@ def test_saving_over_an_earlier_save_leaves_nothing_of_it(
         ),
         (lambda t: t.update(extra=torch.zeros(2, 3)), r"extra is unexpected \(\[2, 3\]\)"),
         (lambda t: t.update({"proj_out.bias": torch.zeros(65)}), r"proj_out\.bias has shape \[65\], expected \[64\]"),
+        (lambda t: t.update({"proj_out.bias": torch.tensor(1.0)}), r"proj_out\.bias has shape \[\], expected \[64\]"),
         (lambda t: [t.pop(key) for key in list(t) if key.startswith("blocks.0")], "and 22 more"),
     ],
-    ids=["missing", "unexpected", "misshapen", "many"],
+    ids=["missing", "unexpected", "misshapen", "a number", "many"],
 )
 def test_other_tensors_are_named(folder: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
     tensors = load_file(folder / SINGLE)
@@ -144,15 +146,26 @@ def test_broken_folders_are_refused(small_model: WanDiT, small_config: WanConfig
     del table["weight_map"][key]
     (tmp_path / INDEX).write_text(json.dumps(table))
     assert equal(load_transformer(tmp_path).state_dict(), small_model.state_dict())
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {key: f"../{name}"}}))
-    with pytest.raises(ValueError, match="is not a file beside it"):
-        load_transformer(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {key: "absent.safetensors"}}))
-    with pytest.raises(ValueError, match=r"names absent\.safetensors, which is missing"):
-        load_transformer(tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for places, said in (
+        ({key: f"../{name}"}, "names .*, which is not a file beside it"),
+        ({key: "a\0b"}, "names .*, which is not a file beside it"),
+        ({key: "absent.safetensors"}, r"names absent\.safetensors, which is missing"),
+        ({key: "pipe.safetensors"}, r"pipe\.safetensors is a named pipe; expected a file"),
+        ({key: 5}, f": the file of {key} is 5; expected a name"),
+        ([], r": weight_map is \[\]; expected an object"),
+        (None, ": weight_map is None; expected an object"),
+    ):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(ValueError, match=said) as error:
+            load_transformer(tmp_path)
+        assert str(tmp_path) in str(error.value)
     for path in (*tmp_path.glob("*.safetensors"), tmp_path / INDEX):
         path.unlink()
     with pytest.raises(ValueError, match="only safetensors weights are read"):
+        load_transformer(tmp_path)
+    os.mkfifo(tmp_path / SINGLE)
+    with pytest.raises(ValueError, match=f"{SINGLE} is a named pipe; expected a file"):
         load_transformer(tmp_path)
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from training_runs import EQUALITY_STEPS, call, stopped_after
 
 from wan_model import WAN_1_3B, WAN_14B
+from wan_model.config import WanConfig
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
 from wan_model.weights.transformer import expected_shapes
 from wan_train.cli import main
@@ -27,6 +28,7 @@ REFUSED = [
     (["--recipe", "wan_1_3b", "--world-size", "8"], "train.global_batch_size is 1 packs, which 8"),
     (["--recipe", "wan_1_3b", "--world-size", "31", "model.pipeline_model_parallel_size=31"], "30 layers cannot"),
     (["--recipe", "tiny", "--config-file", "wan_1_3b"], "--recipe is tiny and wan_1_3b is for wan_1_3b"),
+    (["--config-file", "/dev/zero"], "/dev/zero is a device; expected a file"),
     (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist; give a path, or one of tiny"),
     (
         ["--recipe", "tiny", "model.recompute_granularity=half"],
@@ -72,6 +74,7 @@ REFUSED = [
         "less than the 2",
     ),
 ]
+LIES = {**WanConfig().to_diffusers(), "num_layers": "2"}
 README = Path(__file__).parents[2] / "README.md"
 GPUS = {
     "tiny": 1, "wan_1_3b": 8, "wan_1_3b_t2i": 8, "wan_14b_128gpu": 128, "wan_14b_64gpu_fsdp": 64, "wan_14b_t2i": 32
@@ -99,12 +102,15 @@ def dry_runs(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str,
     """All of them in one process: exit status, output and errors."""
 
     def build(folder: Path) -> None:
+        (folder / "model" / "transformer").mkdir(parents=True)
+        (folder / "model" / "transformer" / "config.json").write_text(json.dumps(LIES))
         wanted = {
             **{f"shipped {name}": ["--config-file", name, "--mock", "--world-size", str(gpus), "--json"]
                for name, gpus in GPUS.items()},
             **{f"full {name}": ["--config-file", name, "--mock", "--world-size", str(gpus), "--json", *FULL_PACK]
                for name, gpus in GPUS.items() if name != "tiny"},
             **{said: ["--mock", *arguments] for arguments, said in REFUSED},
+            "a model that lies": ["--recipe", "tiny", "--mock", "--init-from", str(folder / "model")],
             "Megatron's words": [
                 "--recipe", "wan_1_3b", "--mock", "model.num_layers=30", "model.num_attention_heads=12",
                 "model.hidden_size=1536", "model.ffn_hidden_size=8960", "model.kv_channels=128",
@@ -191,6 +197,13 @@ def test_listing_imports_neither_torch_nor_megatron() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_model_that_lies_is_named_with_its_file(dry_runs: dict[str, list[Any]]) -> None:
+    code, output, errors = dry_runs["a model that lies"]
+    assert code == 2, output
+    assert errors.endswith("transformer/config.json: num_layers is '2'; expected a whole number from 1 to 1,024\n")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("said", [said for _, said in REFUSED])

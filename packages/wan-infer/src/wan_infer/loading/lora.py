@@ -25,13 +25,12 @@ from wan_infer.loading.lora_config import CONFIG_NAME, LoraConfig
 from wan_infer.loading.lora_names import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.config import WanConfig
 from wan_model.dit.model import WanDiT
-from wan_model.weights.model_folder import open_weights
+from wan_model.weights.model_folder import FLOATS, open_weights
 from wan_model.weights.transformer import expected_shapes, full_shape, local_slices, local_tensor
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _INTEGERS = {"I8", "I16", "I32", "I64", "U8"}
 # Widths of the released transformers.
 _WIDTHS = {1536: "Wan 2.1's 1.3B model", 3072: "Wan 2.2's 5B model", 5120: "the 14B models of Wan 2.1 and 2.2"}
@@ -114,13 +113,13 @@ def _find(path: Path) -> Path:
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
         for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
-            if (path / name).is_file():
+            if (path / name).exists():
                 return path / name
         if len(found) > 1:
             names = ", ".join(shown(one.name) for one in found[:5])
             raise ValueError(f"{path} has {len(found)} safetensors files ({names}); give one of them")
         path = found[0] if found else path / WEIGHTS_NAME
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"no LoRA at {path}: expected a safetensors file")
     return path
 
@@ -230,7 +229,7 @@ def _guess(name: str, got: Shape, config: WanConfig) -> str:
 
 
 def _check_type(key: str, dtype: str, where: str) -> None:
-    if dtype not in _FLOATS and not (dtype in _INTEGERS and key.endswith(".alpha")):
+    if dtype not in FLOATS and not (dtype in _INTEGERS and key.endswith(".alpha")):
         raise ValueError(f"{shown(key)} in {where} is of type {dtype}; expected floating-point numbers")
 
 

@@ -78,7 +78,7 @@ class LoraConfig:
         refuse_stated_models({field: metadata[field] for field in _STATED_MODELS if field in metadata}, where)
         if text := metadata.get(METADATA_KEY):
             return cls._parse(text, f"{METADATA_KEY} of {where}")
-        if beside is None or not beside.is_file():
+        if beside is None or not beside.exists():
             return None
         return cls._parse(read_text(beside), str(beside))
 

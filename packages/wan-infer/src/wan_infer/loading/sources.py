@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from wan_infer.loading.lora import LoraWeights, merge_loras
 from wan_infer.request.options import ModelName, ModelSources
@@ -121,20 +120,19 @@ def _origin(model: ModelName) -> str:
 
 @contextlib.contextmanager
 def naming_models(*models: ModelName | None) -> Iterator[None]:
-    """Name the models in errors that libraries raise about damaged files, which often do not.
+    """Name the models in errors about damaged files that do not, such as those of a library.
 
     Raises:
         ValueError: in place of the library's error.
     """
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError, ImportError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         names = [os.fspath(model) for model in models if model is not None]
         reason = " ".join(str(error).split())
         if isinstance(error, ValueError) and any(name in reason for name in names):
             raise
-        reason = f"no {error} in its configuration" if isinstance(error, KeyError) else reason[:300]
-        raise ValueError(f"the model in {' and '.join(names)} cannot be read: {reason}") from error
+        raise ValueError(f"the model in {' and '.join(names)} cannot be read: {reason[:300]}") from error
 
 
 def check_latent_space(source: TransformerSource, codec: "CodecSource") -> LatentSpec:

@@ -15,7 +15,7 @@ import queue
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import av
 import numpy as np
@@ -28,13 +28,14 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from wan_infer.output.output_names import check_save_file, output_file
-from wan_model.system.safe_reading import parse_json
+from wan_model.system.safe_reading import open_file, parse_json
 
 FPS = 16
 # A constant rate factor of 17 is visually lossless or nearly so.
 _X264 = {"preset": "medium", "crf": "17", "x264-params": "cpu-independent=1"}
 _X264_THREADS = 4
 _PNG_KEY = "wan-infer"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 # Flags of libswscale (bicubic, ACCURATE_RND, FULL_CHR_H_INT, FULL_CHR_H_INP). As numbers, because PyAV names them from
 # version 18 on only. The fast conversion, its default, makes every pixel darker by one level of 255.
 _EXACT = 4 | 0x40000 | 0x2000 | 0x4000
@@ -158,22 +159,43 @@ def write_video(
 
 
 def read_video(path: str | Path) -> tuple[Frames, float, dict[str, Any]]:
-    """Frames, frames a second, and the metadata that ``save_video`` stored (empty if there are none).
+    """Frames, frames a second, and metadata of a file that ``save_video`` has written.
+
+    The content decides and not the name: only mp4 and PNG are read, and never another file that the content names.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        RGB frames [T, H, W, 3]; frames a second, 0 for a picture; the metadata, empty if there are none.
 
     Raises:
-        ValueError: the file is missing or is no video.
+        ValueError: the file is missing, is no regular file, or is neither mp4 nor PNG.
     """
     try:
-        # The file itself: ffmpeg would take a name such as http:/host/x.mp4 for an address.
-        with open(path, "rb") as file, av.open(file, "r") as container:
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or 0)
-            frames = [frame.to_ndarray(format="rgb24", interpolation=_EXACT) for frame in container.decode(stream)]
-            comment = container.metadata.get("comment", "{}")
-    except (OSError, IndexError, av.FFmpegError) as error:
+        with open_file(Path(path)) as file:
+            picture = file.read(len(_PNG_START)) == _PNG_START
+            file.seek(0)
+            frames, rate, text = _decode_png(file) if picture else _decode_mp4(file)
+    except av.FFmpegError as error:
+        raise ValueError(f"cannot read {path} as a video: {error.strerror}") from error
+    except (OSError, IndexError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {path} as a video: {error}") from error
     try:
-        metadata = parse_json(comment, f"the comment of {path}")
+        metadata = parse_json(text, f"the metadata of {path}")
     except ValueError:
         metadata = {}
-    return np.stack(frames), rate, metadata if isinstance(metadata, dict) else {}
+    return frames, rate, metadata if isinstance(metadata, dict) else {}
+
+
+def _decode_mp4(file: BinaryIO) -> tuple[Frames, float, str]:
+    # FFmpeg opens the files that a playlist or an mp4 names: no demuxer but mp4's, no further file.
+    with av.open(file, "r", format="mp4", container_options={"protocol_whitelist": "none"}) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24", interpolation=_EXACT) for frame in container.decode(stream)]
+        return np.stack(frames), float(stream.average_rate or 0), container.metadata.get("comment", "{}")
+
+
+def _decode_png(file: BinaryIO) -> tuple[Frames, float, str]:
+    with Image.open(file, formats=["PNG"]) as image:
+        return np.asarray(image.convert("RGB"))[None], 0.0, str(image.info.get(_PNG_KEY, "{}"))

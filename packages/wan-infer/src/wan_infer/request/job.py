@@ -1,7 +1,7 @@
 """The videos of one call of the command and the files that they are written to. Imports no torch."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wan_infer.output.output_names import check_save_file, check_writable, ending
@@ -31,8 +31,43 @@ class Job:
     @property
     def texts(self) -> list[str]:
         """All texts to embed, each once."""
-        negatives = [request.settings.negative_prompt for request in self.requests if request.settings.guidance != 1]
-        return list(dict.fromkeys([*(request.prompt for request in self.requests), *negatives]))
+        given = [*(request.prompt for request in self.requests), *map(_negative, self.requests)]
+        return list(dict.fromkeys(text for text in given if text is not None))
+
+    def token_record(self, index: int, counts: Mapping[str, int]) -> dict[str, int | None]:
+        """The tokens of one video's texts, for the report."""
+        request = self.requests[index]
+        negative = _negative(request)
+        return {
+            "prompt_tokens": counts[request.prompt],
+            "negative_prompt_tokens": None if negative is None else counts[negative],
+        }
+
+    def cut_texts(self, counts: Mapping[str, int], most: int) -> list[str]:
+        """A sentence about each text that has more tokens than the model takes.
+
+        Args:
+            counts: tokens of every text.
+            most: tokens that the model takes.
+        """
+        sentences = []
+        for text in self.texts:
+            if (count := counts[text]) <= most:
+                continue
+            prompts = [i for i, request in enumerate(self.requests, start=1) if request.prompt == text]
+            negatives = [i for i, request in enumerate(self.requests, start=1) if _negative(request) == text]
+            names = [
+                f"the {kind} of video{'s' if len(videos) > 1 else ''} {', '.join(map(str, videos))}"
+                for kind, videos in (("prompt", prompts), ("negative prompt", negatives))
+                if videos
+            ]
+            sentences.append(f"{' and '.join(names)} has {count} tokens; the model takes {most}, the rest is cut")
+        return sentences
+
+
+def _negative(request: VideoRequest) -> str | None:
+    """The negative prompt of a video, or None without guidance."""
+    return request.settings.negative_prompt if request.settings.guidance != 1 else None
 
 
 def check_outputs(job: Job) -> None:

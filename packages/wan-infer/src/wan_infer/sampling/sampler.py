@@ -46,6 +46,7 @@ class WanSampler:
     Attributes:
         spec: the latent space of the autoencoder and the text encoder.
         lora_record: names and scales of the LoRA files, or None.
+        token_counts: tokens of every embedded prompt, with the end token; those beyond ``spec.text_length`` were cut.
 
     Raises:
         ValueError: a part is missing, belongs to another model, or does not match the other parts.
@@ -65,6 +66,7 @@ class WanSampler:
         self.lora_record = ", ".join(f"{Path(path).name} x {scale:g}" for path, scale in self._loras) or None
         self._read_loras()  # to refuse an invalid file before large ones are read
         self._embeddings: dict[str, Tensor] = {}
+        self.token_counts: dict[str, int] = {}
 
     @classmethod
     def from_pretrained(
@@ -156,7 +158,8 @@ class WanSampler:
         """Embeddings of prompts, fp32 on the CPU; they are cached.
 
         Prompts are embedded one at a time, so that an embedding does not depend on the other prompts. Of several
-        processes rank 0 embeds, and the others receive.
+        processes rank 0 embeds, and the others receive. A prompt is cut to ``spec.text_length`` tokens, as in the
+        official code; ``token_counts`` tells which ones were.
         """
         placement = self.placement
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]:
@@ -165,8 +168,11 @@ class WanSampler:
                 encoder = self.text_codec.text_encoder
                 assert encoder is not None, "it was loaded"
                 with onload(encoder, placement.text_device, placement.text_offload_device):
-                    found = [self.text_codec.encode_text([prompt])[0].cpu() for prompt in new]
-            self._embeddings.update(zip(new, self.parallelism.broadcast(found), strict=True))
+                    encoded = [self.text_codec.encode_prompt(prompt) for prompt in new]
+                found = [*(embedding.cpu() for embedding, _ in encoded), torch.tensor([count for _, count in encoded])]
+            *embeddings, counts = self.parallelism.broadcast(found)
+            self._embeddings.update(zip(new, embeddings, strict=True))
+            self.token_counts.update(zip(new, counts.tolist(), strict=True))
         return [self._embeddings[prompt] for prompt in prompts]
 
     def sample_latents(

@@ -4,10 +4,10 @@ Shapes: B videos, C colour or latent channels, T frames, H rows, W columns (pixe
 D text width.
 """
 
-import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,27 +24,35 @@ from wan_model.codec.vae_decoder import VaeDecoder
 from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
 from wan_model.sizes import check_autoencoder
-from wan_model.weights.model_folder import latent_spec_of, read_json, resolve_folder
+from wan_model.weights.model_folder import DIFFUSERS_STEM, latent_spec_of, read_json, read_tensors, resolve_folder
+
+# Of the configuration; the rest is Wan 2.1's own.
+_AUTOENCODER_SIZES = (
+    *("base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample"),
+    *("latents_mean", "latents_std"),
+)
 
 
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    # diffusers prints progress bars and advice about weights and packages; a failed load still raises. It takes seconds
-    # to import, so it is imported where it is needed.
-    with requires_extra("codec"):
-        from diffusers.utils import logging
+def _load_autoencoder(folder: Path, dtype: torch.dtype) -> Any:
+    """diffusers' autoencoder on the CPU; its own ``from_pretrained`` fails in many ways where weights are missing.
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    Raises:
+        ValueError: files that are missing or damaged, or weights of another model.
+    """
+    # It takes seconds to import.
+    with requires_extra("codec"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' advice about packages
+        from diffusers import AutoencoderKLWan
+
+    file = folder / "config.json"
+    config = read_json(file)
+    check_autoencoder(config, str(file))
+    sizes = {name: config[name] for name in _AUTOENCODER_SIZES if config.get(name) is not None}
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**sizes)
+    shapes = {key: value.shape for key, value in vae.state_dict().items()}
+    vae.load_state_dict(read_tensors(folder, DIFFUSERS_STEM, shapes, dtype=dtype), assign=True)
+    return vae.eval().requires_grad_(False)
 
 
 class LatentCodec:
@@ -129,13 +137,8 @@ class LatentCodec:
             decoder = VaeDecoder.from_pretrained(vae_folder, vae_dtype).to(device)
             prepare_for(device, decoder)
         if load_vae:
-            with _quiet_loading():
-                from diffusers import AutoencoderKLWan
-
-                check_autoencoder(read_json(vae_folder / "config.json"), f"{vae_folder}/config.json")
-                vae = AutoencoderKLWan.from_pretrained(vae_folder, torch_dtype=vae_dtype, use_safetensors=True)
-                vae = vae.to(device).eval().requires_grad_(False)
-                prepare_for(device, vae)
+            vae = _load_autoencoder(vae_folder, vae_dtype).to(device)
+            prepare_for(device, vae)
         if load_text:
             text_encoder = TextEncoder.from_pretrained(text_folder / "text_encoder", text_dtype).to(device)
             tokenizer = PromptTokenizer(text_folder / "tokenizer")

@@ -32,7 +32,7 @@ class PromptTokenizer:
             from tokenizers import Tokenizer
 
         self._file = file = folder / "tokenizer.json"
-        if not file.is_file():
+        if not file.exists():
             raise ValueError(f"{file} is missing; save the tokenizer with transformers' AutoTokenizer, which writes it")
         _check_parts(file, read_json(file))
         try:
@@ -99,9 +99,9 @@ def _check_parts(file: Path, content: dict[str, Any]) -> None:
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         for part in _objects(content.get(name)):
             kind, pattern = part.get("type"), part.get("Regex")
-            if kind is not None and kind not in _PARTS:
-                raise ValueError(f"{file} has a {kind!r} in its {name}, which no tokenizer of Wan has")
-            if pattern is not None and pattern not in _PATTERNS:
+            if kind is not None and not (isinstance(kind, str) and kind in _PARTS):
+                raise ValueError(f"{file} has a {kind!r:.60} in its {name}, which no tokenizer of Wan has")
+            if pattern is not None and not (isinstance(pattern, str) and pattern in _PATTERNS):
                 raise ValueError(f"{file} has the pattern {pattern!r:.60} in its {name}, which no tokenizer of Wan has")
             for key in ("content", "prepend", "replacement"):
                 if isinstance(part.get(key), str) and len(part[key]) > _LONGEST_REPLACEMENT:

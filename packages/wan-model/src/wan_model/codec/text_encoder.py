@@ -21,16 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_model.sizes import TEXT_ENCODER, check_sizes
-from wan_model.weights.model_folder import open_weights, read_json, weight_files
+from wan_model.sizes import check_text_encoder
+from wan_model.weights.model_folder import TRANSFORMERS_STEM, open_weights, read_json, stored_shape, weight_files
 
-_STEM = "model"
 # Files store the embedding under one of these names, or under both.
 _TIED_KEY = "encoder.embed_tokens.weight"
-
-
-# Of transformers' UMT5Config, for what a configuration leaves out.
-_DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 
 
 class _Linear(nn.Linear):
@@ -127,7 +122,7 @@ class _Block(nn.Module):
 class _Stack(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        eps = config.get("layer_norm_epsilon", 1e-6)
+        eps = config["layer_norm_epsilon"]
         self.block = nn.ModuleList([_Block(config, eps) for _ in range(config["num_layers"])])
         self.final_layer_norm = _Norm(config["d_model"], eps)
 
@@ -156,18 +151,15 @@ class TextEncoder(nn.Module):
 
     Args:
         config: the content of transformers' ``text_encoder/config.json``.
+        where: the beginning of messages about it, such as the file.
 
     Raises:
-        ValueError: the configuration is not of UMT5 with gated tanh-GELU.
+        ValueError: see ``check_text_encoder``.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str = "the text encoder's configuration") -> None:
         super().__init__()
-        kind, activation = config.get("model_type"), config.get("feed_forward_proj")
-        if (kind, activation) != ("umt5", "gated-gelu"):
-            raise ValueError(f"the text encoder is {kind} with {activation}; expected umt5 with gated-gelu")
-        config = {**_DEFAULTS, **config}
-        check_sizes(config, TEXT_ENCODER, "the text encoder's configuration")
+        config = check_text_encoder(config, where)
         self.shared = _Embedding(config["vocab_size"], config["d_model"])
         self.encoder = _Stack(config)
 
@@ -193,8 +185,8 @@ class TextEncoder(nn.Module):
             ValueError: files that are missing or damaged, or weights of another model.
         """
         with torch.device("meta"):
-            made = cls(read_json(folder / "config.json"))
-        files = weight_files(folder, _STEM)
+            made = cls(read_json(folder / "config.json"), str(folder / "config.json"))
+        files = weight_files(folder, TRANSFORMERS_STEM)
         if "shared.weight" not in files and _TIED_KEY in files:
             files["shared.weight"] = files[_TIED_KEY]
         shapes = {key: list(value.shape) for key, value in made.named_parameters()}
@@ -208,9 +200,7 @@ class TextEncoder(nn.Module):
             for key, shape in shapes.items():
                 path = files[key]
                 names[key] = key if key in held[path] else _TIED_KEY
-                if names[key] not in held[path]:
-                    raise ValueError(f"{path} lacks {key}, which the index says it has")
-                if (found := opened[path].get_slice(names[key]).get_shape()) != shape:
+                if (found := list(stored_shape(opened[path], names[key], path))) != shape:
                     raise ValueError(f"{path} holds {key} of shape {found}; expected {shape}")
             made = made.to(dtype).to_empty(device="cpu").requires_grad_(False)
             for key, value in made.named_parameters():

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_model.sizes import check_autoencoder
-from wan_model.weights.model_folder import open_weights, read_json, weight_files
+from wan_model.weights.model_folder import DIFFUSERS_STEM, read_json, read_tensors
 
 _PREFIXES = ("decoder.", "post_quant_conv.")
-_STEM = "diffusion_pytorch_model"
 
 # For each causal convolution the last two frames of its input.
 FrameCache = dict[nn.Module, Tensor]
@@ -185,16 +184,15 @@ class VaeDecoder(nn.Module):
 
     Args:
         config: the content of diffusers' ``vae/config.json``.
+        where: the beginning of messages about it, such as the file.
 
     Raises:
-        ValueError: a decoder with parts that Wan 2.1's does not have.
+        ValueError: see ``check_autoencoder``.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str = "the autoencoder's configuration") -> None:
         super().__init__()
-        if config.get("attn_scales") or config.get("is_residual") or config.get("patch_size"):
-            raise ValueError("the autoencoder has parts that Wan 2.1's does not have; only that is supported")
-        check_autoencoder(config, "the autoencoder's configuration")
+        check_autoencoder(config, where)
         self.post_quant_conv = CausalConv(config["z_dim"], config["z_dim"])
         self.decoder = _Decoder(config)
 
@@ -237,10 +235,9 @@ class VaeDecoder(nn.Module):
         Raises:
             ValueError: files that are missing or damaged, or weights of another model.
         """
-        state = {}
-        files = {key: path for key, path in weight_files(folder, _STEM).items() if key.startswith(_PREFIXES)}
-        for path in sorted(set(files.values())):
-            with open_weights(path) as file:
-                for key in (key for key, place in files.items() if place == path):
-                    state[key] = file.get_tensor(key).to(dtype)
-        return cls.of_state(read_json(folder / "config.json"), state, str(folder))
+        file = folder / "config.json"
+        with torch.device("meta"):
+            made = cls(read_json(file), str(file))
+        shapes = {key: value.shape for key, value in made.state_dict().items()}
+        made.load_state_dict(read_tensors(folder, DIFFUSERS_STEM, shapes, dtype=dtype, prefixes=_PREFIXES), assign=True)
+        return made.eval().requires_grad_(False)

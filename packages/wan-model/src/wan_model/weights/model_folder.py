@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
+from wan_model.sizes import TEXT_ENCODER, check_autoencoder, check_numbers, check_sizes
 from wan_model.system import safe_reading
 
 # Bytes; the index of a 14B model has a hundred thousand, a tokenizer some millions.
 _LARGEST_INDEX = 64 << 20
-# Tensors that are small, so they are read quickly, and that differ between trained models. They are compared in
-# bfloat16, so that a folder stored in that precision counts as the same model.
-_VAE_DIGEST_KEYS = ("encoder.conv_in.bias", "encoder.conv_out.bias", "quant_conv.bias", "decoder.conv_in.bias")
-_TEXT_DIGEST_KEYS = ("encoder.final_layer_norm.weight", "encoder.block.0.layer.0.layer_norm.weight")
+# Names of the files of weights before ``.safetensors``: of diffusers' components, and of transformers'.
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+# safetensors' names of types; integers would be weights of a quantised model, whose scales are not read.
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 class MissingPartsError(ValueError):
@@ -69,11 +70,14 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
 
 def _refuse_wan_22(folder: Path) -> None:
     # The transformers of Wan 2.2's 14B model have Wan 2.1's configuration; only the pipeline's index differs.
-    if not (folder / "model_index.json").is_file():
+    file = folder / "model_index.json"
+    if not file.exists():
         return
-    index = read_json(folder / "model_index.json")
-    second = any(index.get("transformer_2") or [])
-    if second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+    index = read_json(file)
+    second = index.get("transformer_2") or []  # [null, null] of a model without one
+    if not isinstance(second, list):
+        raise ValueError(f"{file}: transformer_2 is {second!r:.60}; expected a list of a library and a class")
+    if any(second) or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
         raise ValueError(f"{folder} holds a Wan 2.2 model; only Wan 2.1 text-to-video is supported")
 
 
@@ -97,10 +101,11 @@ def open_weights(path: Path) -> Iterator[Any]:
     """Open a safetensors file for reading.
 
     Raises:
-        ValueError: it cannot be read, is cut short or is no safetensors file.
+        ValueError: it cannot be read, is no file, is cut short or is no safetensors file.
     """
     try:
-        path.open("rb").close()  # safetensors says of a file that may not be read that it does not exist
+        # safetensors waits for the writer of a named pipe, and says of a file that may not be read that it is absent.
+        safe_reading.open_file(path).close()
         opened = safe_open(path, framework="pt")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -126,38 +131,104 @@ def _other_kind(path: Path) -> str | None:
     return "is a text and no safetensors file; name the file with the weights" if b"\0" not in start else None
 
 
+def stored_shape(file: Any, key: str, path: Path) -> tuple[int, ...]:
+    """The shape of a tensor of an open safetensors file; none of its values are read.
+
+    Raises:
+        ValueError: the file does not hold it, or holds something else than floating-point numbers.
+    """
+    try:
+        stored = file.get_slice(key)
+    except SafetensorError:
+        raise ValueError(f"{path} lacks {key}, which the index says it has") from None
+    if (kind := stored.get_dtype()) not in FLOATS:
+        raise ValueError(f"{path} holds {key} of type {kind}; expected floating-point numbers")
+    return tuple(stored.get_shape())
+
+
 def weight_files(folder: Path, stem: str) -> dict[str, Path]:
     """The safetensors file of each key in a component's folder.
 
     Args:
         folder: the component's folder, e.g. ``transformer``.
-        stem: the file's name before ``.safetensors`` (``diffusion_pytorch_model`` or ``model``).
+        stem: ``DIFFUSERS_STEM`` or ``TRANSFORMERS_STEM``.
 
     Raises:
         ValueError: there are no weights, or the index names a file that is absent or in another folder.
     """
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if index.is_file():
-        places = read_json(index).get("weight_map", {})
-        for name in sorted(set(places.values())):
-            if Path(name).name != name:
-                raise ValueError(f"{index} names {name!r}, which is not a file beside it")
-            if not (folder / name).is_file():
-                raise ValueError(f"{index} names {name}, which is missing")
-        return {key: folder / name for key, name in places.items()}
-    if not single.is_file():
+    if index.exists():
+        return _indexed(folder, index)
+    if not single.exists():
         raise ValueError(f"{folder} has neither {single.name} nor {index.name}; only safetensors weights are read")
     with open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
 
 
-def _digest(folder: Path, stem: str, keys: Sequence[str]) -> str:
+def _indexed(folder: Path, index: Path) -> dict[str, Path]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index}: weight_map is {places!r:.60}; expected an object with the file of each tensor")
+    for key, name in places.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{index}: the file of {key[:200]} is {name!r:.60}; expected a name")
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or "\0" in name:
+            raise ValueError(f"{index} names {name!r:.200}, which is not a file beside it")
+        try:
+            safe_reading.require_file(folder / name)
+        except FileNotFoundError:
+            raise ValueError(f"{index} names {name}, which is missing") from None
+    return {key: folder / name for key, name in places.items()}
+
+
+def read_tensors(
+    folder: Path,
+    stem: str,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    prefixes: tuple[str, ...] = ("",),
+) -> dict[str, Tensor]:
+    """Read the tensors of a component, which are exactly the expected ones.
+
+    Args:
+        folder, stem: see ``weight_files``.
+        shapes: of the expected tensors, by key.
+        dtype: to convert to.
+        prefixes: tensors whose keys begin otherwise are ignored.
+
+    Raises:
+        ValueError: the first that is missing, unexpected or of another shape; or see ``weight_files``.
+    """
+    files = {key: path for key, path in weight_files(folder, stem).items() if key.startswith(prefixes)}
+    if missing := sorted(shapes.keys() - files.keys()):
+        raise ValueError(f"the weights in {folder} lack {missing[0]} (expected {list(shapes[missing[0]])})")
+    if unexpected := sorted(files.keys() - shapes.keys()):
+        raise ValueError(f"the weights in {folder} have {unexpected[0][:200]}, which Wan 2.1's have not")
+    tensors = {}
+    for path in sorted(set(files.values())):
+        with open_weights(path) as file:
+            for key in (key for key, place in files.items() if place == path):
+                if (found := stored_shape(file, key, path)) != tuple(shapes[key]):
+                    raise ValueError(f"{path} holds {key} of shape {list(found)}; expected {list(shapes[key])}")
+                tensors[key] = file.get_tensor(key).to(dtype)
+    return tensors
+
+
+def _digest(folder: Path, stem: str, widths: Mapping[str, int]) -> str:
+    """Digest of vectors that are small, so they are read quickly, and that differ between trained models.
+
+    They are compared in bfloat16, so that a folder stored in that precision counts as the same model.
+    """
     files, digest = weight_files(folder, stem), hashlib.sha256()
-    found = [key for key in keys if key in files]
+    found = [key for key in widths if key in files]
     if not found:
-        raise ValueError(f"{folder} holds none of {', '.join(keys)}: its weights are not those of Wan 2.1")
+        raise ValueError(f"{folder} holds none of {', '.join(widths)}: its weights are not those of Wan 2.1")
     for key in found:
         with open_weights(files[key]) as file:
+            if (shape := stored_shape(file, key, files[key])) != (widths[key],):
+                raise ValueError(f"{files[key]} holds {key} of shape {list(shape)}; expected [{widths[key]}]")
             tensor: Tensor = file.get_tensor(key)
         digest.update(key.encode())
         digest.update(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
@@ -178,22 +249,31 @@ def latent_spec_of(
         ValueError: files that are missing or describe another kind of autoencoder.
     """
     vae, text_encoder = vae or folder / "vae", text_encoder or folder / "text_encoder"
-    config = read_json(vae / "config.json")
-    if config.get("_class_name") != "AutoencoderKLWan":
-        raise ValueError(f"{vae} holds a {config.get('_class_name')}; expected an AutoencoderKLWan")
-    if config.get("is_residual") or config.get("patch_size"):
-        raise ValueError(f"{vae} holds the autoencoder of Wan 2.2 (16 x 16 pixels a latent); expected that of Wan 2.1")
-    downsample = config.get("temperal_downsample", [False, True, True])
+    file, text_file = vae / "config.json", text_encoder / "config.json"
+    config, text_config = read_json(file), read_json(text_file)
+    check_autoencoder(config, str(file))
+    check_sizes(text_config, {"d_model": TEXT_ENCODER["d_model"]}, str(text_file))
+    channels, downsample, text_dim = config["z_dim"], config["temperal_downsample"], text_config["d_model"]
+    base = config["base_dim"]
+    vae_widths = {
+        "encoder.conv_in.bias": base,
+        "encoder.conv_out.bias": 2 * channels,
+        "quant_conv.bias": 2 * channels,
+        "decoder.conv_in.bias": (config.get("decoder_base_dim") or base) * config["dim_mult"][-1],
+    }
+    text_widths = dict.fromkeys(
+        ("encoder.final_layer_norm.weight", "encoder.block.0.layer.0.layer_norm.weight"), text_dim
+    )
     return LatentSpec(
-        channels=config["z_dim"],
-        temporal_stride=2 ** sum(map(bool, downsample)),
+        channels=channels,
+        temporal_stride=2 ** sum(downsample),
         spatial_stride=2 ** len(downsample),
-        mean=tuple(config["latents_mean"]),
-        std=tuple(config["latents_std"]),
-        text_dim=read_json(text_encoder / "config.json")["d_model"],
+        mean=check_numbers(f"{file}: latents_mean", config.get("latents_mean"), channels),
+        std=check_numbers(f"{file}: latents_std", config.get("latents_std"), channels, positive=True),
+        text_dim=text_dim,
         text_length=text_length,
         model_id=(
-            f"vae-{_digest(vae, 'diffusion_pytorch_model', _VAE_DIGEST_KEYS)}"
-            f"-text-{_digest(text_encoder, 'model', _TEXT_DIGEST_KEYS)}"
+            f"vae-{_digest(vae, DIFFUSERS_STEM, vae_widths)}"
+            f"-text-{_digest(text_encoder, TRANSFORMERS_STEM, text_widths)}"
         ),
     )

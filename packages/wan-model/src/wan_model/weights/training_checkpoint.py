@@ -29,7 +29,7 @@ from torch.serialization import _get_layout
 from wan_model.config import WanConfig
 from wan_model.dit.model import precision_of
 from wan_model.latent_spec import LatentSpec
-from wan_model.system.safe_reading import read_bytes, read_yaml
+from wan_model.system.safe_reading import read_bytes, read_yaml, require_file
 from wan_model.weights.transformer import check_keys, expected_shapes
 
 METADATA = ".metadata"
@@ -132,9 +132,11 @@ def _check_files(path: Path, index: Metadata) -> None:
     for name, end in sorted(ends.items()):
         if Path(name).name != name or not name:
             raise ValueError(f"{path / METADATA} names {name!r}, which is not a file beside it")
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing, which {METADATA} names: the checkpoint is partial")
-        if (size := (path / name).stat().st_size) < end:
+        try:
+            size = require_file(path / name)
+        except FileNotFoundError:
+            raise ValueError(f"{path / name} is missing, which {METADATA} names: the checkpoint is partial") from None
+        if size < end:
             raise ValueError(f"{path / name} has {size} bytes where {METADATA} names {end}: it was cut short")
 
 
@@ -174,7 +176,7 @@ def read_run_config(path: Path, settings: dict[str, Any] | None = None) -> tuple
     try:
         spec = None if model["latent_spec"] is None else LatentSpec.from_dict(model["latent_spec"])
         return WanConfig.from_diffusers(transformer), spec
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} does not describe a Wan 2.1 transformer: {error}") from error
 
 
@@ -225,7 +227,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
     """
     folder = Path(folder)
     match = _STEP.fullmatch(folder.name)
-    if folder.is_dir() and (match or (folder / METADATA).is_file()):
+    if folder.is_dir() and (match or (folder / METADATA).exists()):
         own = int(match[1]) if match else None
         if step is not None and step != own:
             raise ValueError(f"{folder} is one checkpoint, of step {own or 'unknown'}; step {step} was requested")

@@ -20,9 +20,8 @@ from wan_model.config import WanConfig
 from wan_model.dit.model import Stage, WanDiT
 from wan_model.system.files import atomic_path, sync_folder, write_json
 from wan_model.system.torchrun import local_world_size, processors
-from wan_model.weights.model_folder import open_weights, read_json, weight_files
+from wan_model.weights.model_folder import DIFFUSERS_STEM, open_weights, read_json, stored_shape, weight_files
 
-WEIGHTS_STEM = "diffusion_pytorch_model"
 _READ_BATCH_BYTES = 64 * 2**20
 
 
@@ -119,7 +118,12 @@ def read_config(folder: Path) -> WanConfig:
     Raises:
         ValueError: the file is missing, or describes a model that is not Wan 2.1 text-to-video.
     """
-    return WanConfig.from_diffusers(read_json(Path(folder) / "config.json"))
+    file = Path(folder) / "config.json"
+    content = read_json(file)
+    try:
+        return WanConfig.from_diffusers(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: str) -> None:
@@ -146,12 +150,12 @@ def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tupl
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
             for key in file.keys():  # noqa: SIM118  the file is no mapping
-                yield key, path, tuple(file.get_slice(key).get_shape())
+                yield key, path, stored_shape(file, key, path)
 
 
 def _check_stored(folder: Path, config: WanConfig) -> list[tuple[str, Path, tuple[int, ...]]]:
     """Key, file and shape of all tensors of a folder, which are those of the model."""
-    stored = list(_stored_tensors(weight_files(folder, WEIGHTS_STEM)))
+    stored = list(_stored_tensors(weight_files(folder, DIFFUSERS_STEM)))
     check_keys({key: shape for key, _, shape in stored}, config, str(folder))
     return stored
 
@@ -247,10 +251,10 @@ def save_transformer(
             room = shard_bytes
         shards[-1][key] = tensor
         room -= size
-    names = [f"{WEIGHTS_STEM}.safetensors"]
+    names = [f"{DIFFUSERS_STEM}.safetensors"]
     if len(shards) > 1:
-        names = [f"{WEIGHTS_STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    index = folder / f"{WEIGHTS_STEM}.safetensors.index.json"
+        names = [f"{DIFFUSERS_STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    index = folder / f"{DIFFUSERS_STEM}.safetensors.index.json"
     with contextlib.ExitStack() as written:
         for name, shard in zip(names, shards, strict=True):
             partial = written.enter_context(atomic_path(folder / name))
@@ -264,7 +268,7 @@ def save_transformer(
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         table = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(index, table)
-    for path in folder.glob(f"{WEIGHTS_STEM}*.safetensors"):
+    for path in folder.glob(f"{DIFFUSERS_STEM}*.safetensors"):
         if path.name not in names:
             path.unlink()
     write_json(folder / "config.json", config.to_diffusers())

@@ -34,6 +34,8 @@ def find(path_or_name: str) -> Path:
         return path
     if path_or_name in names():
         return path_of(path_or_name)
+    if path.exists():  # a named pipe or the like, which its reader names
+        return path
     raise ValueError(
         f"the configuration file {path_or_name} does not exist; give a path, or one of {', '.join(names())}"
     )
