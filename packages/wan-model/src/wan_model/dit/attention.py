@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wan_model.pack import to_device
+
 AttentionKind = Literal["auto", "sdpa", "cudnn", "flash", "varlen"]
 Offsets = tuple[int, ...]
 
@@ -174,11 +176,12 @@ def _split(x_SHE: Tensor, start: int, lengths: list[int]) -> tuple[Tensor, ...]:
     return x_SHE.split([start, *lengths, rest])[1:-1]
 
 
-@functools.lru_cache(maxsize=32)
-def _on_device(offsets: Offsets, device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=256)
+def offsets_on_device(offsets: Offsets, device: torch.device) -> Tensor:
+    """The offsets as int32, as fused kernels take them."""
     # The result is cached, and a tensor created in inference mode could not be used in training later.
     with torch.inference_mode(False):
-        return torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
+        return to_device(torch.tensor(offsets, dtype=torch.int32), device)
 
 
 def _longest(offsets: Offsets) -> int:
@@ -192,8 +195,8 @@ def _variable_length(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Off
         q_SHE[: q_offsets[-1]],
         k_SHE[: k_offsets[-1]],
         v_SHE[: k_offsets[-1]],
-        _on_device(q_offsets, q_SHE.device),
-        _on_device(k_offsets, k_SHE.device),
+        offsets_on_device(q_offsets, q_SHE.device),
+        offsets_on_device(k_offsets, k_SHE.device),
         _longest(q_offsets),
         _longest(k_offsets),
     )
