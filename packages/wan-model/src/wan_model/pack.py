@@ -226,6 +226,10 @@ class LatentPack:
         )
         return dataclasses.replace(self, tokens_SC=move(self.tokens_SC), texts=texts)
 
+    def pin_memory(self) -> "LatentPack":
+        """The same pack in page-locked memory."""
+        return self._with_tensors(torch.Tensor.pin_memory, torch.Tensor.pin_memory)
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LatentPack":
         """The same pack on another device, without waiting for it; ``dtype`` applies only to the text."""
         return self._with_tensors(

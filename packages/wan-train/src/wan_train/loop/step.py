@@ -16,7 +16,7 @@ from torch import Tensor
 from wan_model import PackLayout
 from wan_model.dit.flops import pack_flops
 from wan_model.flow import FlowMatching, NoisyPack, loss_sum, sample_losses
-from wan_train.data.dataset import NumberedPack
+from wan_train.data.pack_iterator import NumberedPack
 from wan_train.data.seeds import generator_for
 from wan_train.engine.upstream.loop import GlobalState
 
