@@ -17,7 +17,7 @@ from wan_model.testing.once import session_folder as shared_folder
 
 sys.path.insert(0, str(Path(__file__).parent))  # for training_runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-jaxtyping.install_import_hook(["wan_model", "wan_train.data.mock_data", "wan_train.data.dataset"], "beartype.beartype")
+jaxtyping.install_import_hook(["wan_model", "wan_train.data"], "beartype.beartype")
 
 import training_runs  # noqa: E402  these after the hook
 from plain_training import Reference  # noqa: E402

@@ -333,8 +333,9 @@ def _dropout_answers() -> dict[str, object]:
 
     from wan_model.flow import FlowMatching
     from wan_model.tiny import TINY_CONFIG
-    from wan_train.data.dataset import NumberedPack, empty_caption_of
+    from wan_train.data.dataset import empty_caption_of
     from wan_train.data.mock_data import MockConfig, MockLoader
+    from wan_train.data.pack_iterator import NumberedPack
     from wan_train.loop.step import WanForwardStep
 
     settings = MockConfig(shapes=[[1, 4, 4]], context_length=16, number_packed_samples=3)

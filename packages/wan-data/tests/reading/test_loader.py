@@ -176,6 +176,35 @@ def test_resume_with_workers_is_exact_and_can_be_repeated(mixed_sizes, energon, 
     assert drawn(second, 13) == wanted[8:]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")
+@pytest.mark.parametrize(("workers", "energon"), [(0, "as installed"), (3, "as installed"), (3, "as 6.0.1")])
+def test_a_position_is_the_state_of_before_a_pack_is_drawn_ahead(mixed_sizes, workers, energon, monkeypatch):
+    if energon == "as 6.0.1":
+        as_energon_6_0_1(monkeypatch)
+    whole, plain = mixed(mixed_sizes, num_workers=workers), mixed(mixed_sizes, num_workers=workers)
+    packs, plain_packs = iter(whole), iter(plain)
+    for consumed in range(20):
+        position = whole.position()
+        state = plain.state_dict()
+        next(packs)  # ahead
+        assert position() == state, consumed
+        assert position() == state, "asked twice"
+        next(plain_packs)
+        if consumed == 10:  # and from a position after a resume
+            resumed = mixed(mixed_sizes, num_workers=workers)
+            resumed.load_state_dict(json.loads(json.dumps(state)))
+            following = drawn(iter(resumed), 6)
+            position = resumed.position()
+            following += drawn(iter(resumed), 1)
+            again = mixed(mixed_sizes, num_workers=workers)
+            again.load_state_dict(position())
+            following = following[:6] + drawn(again, 3)
+    assert following == drawn(mixed(mixed_sizes, num_workers=workers), 19)[10:]
+    whole.close()
+    with pytest.raises(ValueError, match="the loader is closed"):
+        whole.position()
+
+
 def test_the_names_in_a_saved_state_are_those_of_the_first_release(mixed_sizes):
     # Checkpoints hold states: another name of a class or a field would make them useless.
     text = json.dumps(mixed(mixed_sizes).state_dict())

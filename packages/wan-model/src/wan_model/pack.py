@@ -124,6 +124,16 @@ class TokenRows:
         return tuple(found)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy from the host does not wait for the device.
+
+    From pageable memory it would wait until all work queued on the GPU is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # itself if it is pinned
+    return tensor.to(device, non_blocking=True)
+
+
 @functools.lru_cache(maxsize=16)
 def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, " S"]:
     """The sample that each token belongs to; padding counts to the last one."""
@@ -132,7 +142,7 @@ def sample_index(layout: PackLayout, device: torch.device) -> Int[Tensor, " S"]:
     # The result is cached, and a tensor created in inference mode could not be used in training later.
     with torch.inference_mode(False):
         index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        return index.to(device, non_blocking=True)
+        return to_device(index, device)
 
 
 @dataclasses.dataclass
@@ -217,15 +227,15 @@ class LatentPack:
         return dataclasses.replace(self, tokens_SC=move(self.tokens_SC), texts=texts)
 
     def pin_memory(self) -> "LatentPack":
-        """The same pack in page-locked memory, from which ``to`` copies without waiting."""
+        """The same pack in page-locked memory."""
         return self._with_tensors(torch.Tensor.pin_memory, torch.Tensor.pin_memory)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LatentPack":
-        """The same pack on another device; ``dtype`` applies only to the text."""
+        """The same pack on another device, without waiting for it; ``dtype`` applies only to the text."""
         return self._with_tensors(
-            lambda tensor: tensor.to(device, non_blocking=True),
+            lambda tensor: to_device(tensor, device),
             # Converted after the copy, which must be one between equal types to be asynchronous.
-            lambda rows: rows.to(device, non_blocking=True).to(dtype or rows.dtype),
+            lambda rows: to_device(rows, device).to(dtype or rows.dtype),
         )
 
 

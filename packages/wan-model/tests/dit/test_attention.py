@@ -152,17 +152,20 @@ def test_one_kernel_alone_is_asked_of_torch(
     assert asked == [(kernel,) for kernel in kernels]
 
 
-@pytest.mark.parametrize("newer", [True, False], ids=["Hopper", "Ampere"])
-def test_cudnn_is_preferred_on_hopper_but_not_where_it_can_give_nan(
-    newer: bool, asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("capability", "prefers"), [((8, 0), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)]
+)
+def test_cudnn_is_preferred_where_it_was_measured_but_not_where_it_can_give_nan(
+    capability: tuple[int, int], prefers: bool, asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_is_hopper_or_newer", lambda device: newer)
+    device = torch.device("cuda", capability[0])  # one for each, because the answer is kept
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {device: capability}.get)
     for lengths in ((32760, 32760), (1560, 512), (704, 704), (1, 512), (2048, 192)):
-        with attention._kernels("sdpa", torch.device("cuda", 0), attention.Batch(1, *lengths)):
+        with attention._kernels("sdpa", device, attention.Batch(1, *lengths)):
             pass
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     first = ([SDPBackend.CUDNN_ATTENTION, *others], True)
-    assert asked == [*([first] * 2 if newer else []), *[(others,)] * 3]
+    assert asked == [*([first] * 2 if prefers else []), *[(others,)] * 3]
 
 
 def test_variable_lengths_are_told_to_the_kernel_not_read_back(

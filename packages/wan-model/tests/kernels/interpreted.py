@@ -43,6 +43,9 @@ def cases(rows: TokenRows) -> dict[str, tuple[Callable[..., Tensor], list[tuple[
         ),
         "layer norm": (lambda x, w, b: ew.layer_norm(x, w, b, 1e-6), [of_row, (WIDTH,), (WIDTH,)]),
         "gate add": (lambda x, y, m: ew.gate_add_(x, y, m[:, 2], rows), [of_row, of_row, of_sample]),
+        "gate add, fp32 update": (
+            lambda x, y, m: ew.gate_add_(x, y.float(), m[:, 2], rows), [of_row, of_row, of_sample]
+        ),
         "rms norm": (lambda x, w: ew.rms_norm_(x, w, 1e-6), [of_row, (WIDTH,)]),
         "rms norm rotate": (lambda x, w: ew.rms_norm_(x, w, 1e-6, table), [of_row, (WIDTH,)]),
     }  # fmt: skip

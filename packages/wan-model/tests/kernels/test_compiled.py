@@ -91,14 +91,26 @@ def resources(compiled: Any, folder: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+# A norm that is split over tensor-parallel ranks has the rows of a rank: of two for 1.3B, of two and four for 14B.
+SPLIT_KERNELS = [name for name in KERNELS if name.startswith("split")]
+WIDTHS = {
+    "1.3B": (WAN_1_3B.hidden_size, list(KERNELS)),
+    "14B": (WAN_14B.hidden_size, list(KERNELS)),
+    "1.3B, one of two ranks": (WAN_1_3B.hidden_size // 2, SPLIT_KERNELS),
+    "14B, one of two ranks": (WAN_14B.hidden_size // 2, SPLIT_KERNELS),
+    "14B, one of four ranks": (WAN_14B.hidden_size // 4, SPLIT_KERNELS),
+}
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
-@pytest.mark.parametrize("config", [WAN_1_3B, WAN_14B], ids=["1.3B", "14B"])
+@pytest.mark.parametrize("of", WIDTHS)
 def test_rows_move_in_128_bits_and_nothing_spills(
-    config: Any, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    width = config.hidden_size
-    for name, (kernel, types, constants, most) in KERNELS.items():
+    width, names = WIDTHS[of]
+    for name in names:
+        kernel, types, constants, most = KERNELS[name]
         sizes = {"WIDTH": width, "BLOCK": block_of(width)}
         compiled = compile_kernel(kernel, types, {**constants, **sizes}, capability, warps_of(width))
         moves = re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"])

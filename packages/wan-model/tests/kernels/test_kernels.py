@@ -51,7 +51,7 @@ def plain(name: str, rows: TokenRows, *inputs: Tensor) -> Tensor:
         if name == "layer norm":
             return normed * inputs[1] + inputs[2]
         return normed * (1 + inputs[1][index, 1]) + inputs[1][index, 0]
-    if name == "gate add":
+    if name.startswith("gate add"):
         return x + inputs[1] * inputs[2][index, 2]
     normed = x / (x.square().sum(-1, keepdim=True) / WIDTH + 1e-6).sqrt() * inputs[1]
     if name == "rms norm":
@@ -60,7 +60,7 @@ def plain(name: str, rows: TokenRows, *inputs: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(normed.view(len(x), -1, HEAD // 2, 2)) * table).flatten(1)
 
 
-KERNELS = ["norm modulate", "layer norm", "gate add", "rms norm", "rms norm rotate"]
+KERNELS = ["norm modulate", "layer norm", "gate add", "gate add, fp32 update", "rms norm", "rms norm rotate"]
 
 
 @pytest.mark.rounding

@@ -187,7 +187,41 @@ assert (str(started.device), started.backend) == ("cuda:0", "nccl"), started
 assert torch.autograd._engine_run_backward is backward
 assert torch.zeros(1).type() == "torch.FloatTensor"
 """
-    done = python("-c", script)
+    done = python("-c", script + _WITHOUT_LANGUAGE_MODELS)
+    assert done.returncode == 0, done.stderr
+
+
+_WITHOUT_LANGUAGE_MODELS = """
+import sys
+import megatron.bridge.training.initialize as initialize
+from wan_train.engine.upstream.replace import nothing
+assert initialize._warmup_jit_function is nothing
+families = ("megatron.bridge.models.qwen", "megatron.bridge.models.llama")
+assert not [name for name in sys.modules if name.startswith(families)]
+assert not {"modelopt", "transformers", "datasets"} & set(sys.modules)
+"""
+
+
+def test_with_cuda_and_transformer_engine_it_starts_without_language_models_too() -> None:
+    """With a stand-in whose classes cannot be made, on a machine without modelopt, as the README installs it."""
+    script = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda rank: None
+torch.cuda.device_count = lambda: 1
+from wan_train.engine import absent_modules
+class StandIn(absent_modules._Finder):
+    def exec_module(self, module):
+        super().exec_module(module)
+        module.__version__ = "2.12.0"
+sys.meta_path.insert(0, StandIn(["transformer_engine", "transformer_engine_torch"]))
+import wan_train.engine as engine
+assert engine.start().transformer_engine
+import megatron.core.extensions.transformer_engine as core_te
+assert core_te.HAVE_TE
+from wan_train.model.transformer_engine_ops import TransformerEngineOps
+"""
+    done = python("-c", script + _WITHOUT_LANGUAGE_MODELS)
     assert done.returncode == 0, done.stderr
 
 

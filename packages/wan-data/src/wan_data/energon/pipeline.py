@@ -307,7 +307,8 @@ class ExactLoader:
             # A state for every item, so that a resume starts right after the last one that was drawn.
             checkpoint_every_sec=0,
             checkpoint_every_min_n_samples=1,
-            n_checkpoints=_PREFETCH * max(1, self._workers) + 2,
+            # One of them for the item before the last, see ``position``.
+            n_checkpoints=_PREFETCH * max(1, self._workers) + 3,
             prefetch_factor=_PREFETCH,
             gc_collect_every_n_steps=0,
             **({"watchdog_timeout_seconds": None} if watchdog else {}),
@@ -358,6 +359,25 @@ class ExactLoader:
             if time.monotonic() > deadline:
                 raise RuntimeError("a worker of the loader has not started after 10 minutes; its state cannot be saved")
             time.sleep(0.01)
+
+    def position(self) -> Callable[[], Any]:
+        """A function that returns the state of now, until more than one further item is drawn."""
+        if not self._workers or not self._running:
+            saved = self.state()
+            return lambda: saved
+        # Workers are asked only when the state is needed: they have the states of their last items.
+        loader = self._loader
+        last, turn = list(loader._worker_sample_counters), loader._next_worker_id
+
+        def state() -> Any:
+            now = loader._worker_sample_counters, loader._next_worker_id
+            loader._worker_sample_counters, loader._next_worker_id = last, turn
+            try:
+                return self.state()
+            finally:
+                loader._worker_sample_counters, loader._next_worker_id = now
+
+        return state
 
     def restore(self, state: Any) -> None:
         """Continue after the item at which ``state`` was called, before the iteration starts.

@@ -6,7 +6,7 @@ It needs neither torch.distributed nor a GPU nor Megatron-Core: the caller passe
 import dataclasses
 import functools
 import inspect
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 from wan_data.energon.pipeline import (
@@ -207,10 +207,27 @@ class PackLoader:
         Raises:
             ValueError: the split is read once and in order, which has no state; or the loader is closed.
         """
+        return self.position()()
+
+    def position(self) -> Callable[[], dict[str, Any]]:
+        """A function that returns what ``state_dict`` would return now, until more than one further pack is drawn.
+
+        So a pack can be drawn before the state without it is needed. Asking worker processes for a state makes them
+        wait, and a state is large; this is neither.
+
+        Raises:
+            ValueError: as ``state_dict``.
+        """
         if not self._endless:
             raise ValueError(f"the split {self.config.split!r} has no state: each iteration is a whole pass")
         self._check_open()
-        return {**self._identity(), "state": to_plain(self._current().state())}
+        state = self._current().position()
+
+        def plain() -> dict[str, Any]:
+            self._check_open()
+            return {**self._identity(), "state": to_plain(state())}
+
+        return plain
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the pack at which ``state_dict`` was called; call it before the iteration starts.

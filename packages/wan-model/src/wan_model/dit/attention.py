@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wan_model.pack import to_device
+
 AttentionKind = Literal["auto", "sdpa", "cudnn", "flash", "varlen"]
 Offsets = tuple[int, ...]
 
@@ -129,8 +131,8 @@ def packed_attention(
 
 
 @functools.lru_cache(maxsize=8)
-def _is_hopper_or_newer(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _kernels(kind: AttentionKind, device: torch.device, it: Batch) -> contextlib.AbstractContextManager[None]:
@@ -143,8 +145,9 @@ def _kernels(kind: AttentionKind, device: torch.device, it: Batch) -> contextlib
         return contextlib.nullcontext()
     if cudnn_may_give_nan(it.queries, it.keys):
         return sdpa_kernel(_OTHER_KERNELS)
-    if _is_hopper_or_newer(device):
-        # By default torch prefers flash attention to cuDNN's, although it is slower on Hopper.
+    if _is_hopper(device):
+        # By default torch prefers flash attention to cuDNN's, although it is slower on Hopper. On newer cards nothing
+        # was measured, and on some of them cuDNN's is said to be the slower one: torch's order is kept.
         return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *_OTHER_KERNELS], set_priority=True)
     return contextlib.nullcontext()
 
@@ -174,11 +177,12 @@ def _split(x_SHE: Tensor, start: int, lengths: list[int]) -> tuple[Tensor, ...]:
     return x_SHE.split([start, *lengths, rest])[1:-1]
 
 
-@functools.lru_cache(maxsize=32)
-def _on_device(offsets: Offsets, device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=256)
+def offsets_on_device(offsets: Offsets, device: torch.device) -> Tensor:
+    """The offsets as int32, as fused kernels take them."""
     # The result is cached, and a tensor created in inference mode could not be used in training later.
     with torch.inference_mode(False):
-        return torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
+        return to_device(torch.tensor(offsets, dtype=torch.int32), device)
 
 
 def _longest(offsets: Offsets) -> int:
@@ -192,8 +196,8 @@ def _variable_length(q_SHE: Tensor, k_SHE: Tensor, v_SHE: Tensor, q_offsets: Off
         q_SHE[: q_offsets[-1]],
         k_SHE[: k_offsets[-1]],
         v_SHE[: k_offsets[-1]],
-        _on_device(q_offsets, q_SHE.device),
-        _on_device(k_offsets, k_SHE.device),
+        offsets_on_device(q_offsets, q_SHE.device),
+        offsets_on_device(k_offsets, k_SHE.device),
         _longest(q_offsets),
         _longest(k_offsets),
     )

@@ -87,11 +87,12 @@ def layer_norm(x_SD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Te
 
 def gate_add_(x_SD: Tensor, update_SD: Tensor, gate_BD: Tensor, rows: TokenRows) -> Tensor:
     """x + gate * update, with the gate (fp32) of each token's sample. Without gradients it overwrites ``update``."""
-    if available.for_tensor(x_SD) and update_SD.dtype == x_SD.dtype:
+    if available.for_tensor(x_SD) and available.for_tensor(update_SD):
         from wan_model.kernels import gate
 
         chunks = chunks_by_sample(rows, x_SD.device)
-        if not torch.is_grad_enabled() and x_SD.is_contiguous() and update_SD.is_contiguous():
+        overwrites = not torch.is_grad_enabled() and update_SD.dtype == x_SD.dtype
+        if overwrites and x_SD.is_contiguous() and update_SD.is_contiguous():
             return gate.gate_add_(x_SD, update_SD, gate_BD, chunks)
         return gate.gate_add(x_SD, update_SD, gate_BD, chunks)
     if update_SD.is_cpu and update_SD.dtype == x_SD.dtype == torch.float32 and not torch.is_grad_enabled():

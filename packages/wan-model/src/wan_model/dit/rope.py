@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from jaxtyping import Complex
 from torch import Tensor
 
-from wan_model.pack import TokenRows
+from wan_model.pack import TokenRows, to_device
 
 THETA = 10000.0
 
@@ -28,7 +28,7 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 def _axis_rotations(positions: int, width: int, device: torch.device) -> Complex[Tensor, "positions pairs"]:
     frequency = THETA ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device, non_blocking=True)
+    return to_device(torch.polar(torch.ones_like(angles), angles).to(torch.complex64), device)
 
 
 # A table of 43,008 tokens takes 22 MB on the device, and layouts seldom recur.

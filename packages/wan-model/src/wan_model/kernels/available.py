@@ -22,9 +22,9 @@ def usable(device: torch.device) -> bool:
 
         try_out(device)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
+        last = (str(error).strip().splitlines() or [""])[-1].strip()
         warnings.warn(
-            f"Triton kernels cannot be used on {device} ({type(error).__name__}: {lines[-1]}); the operations between "
+            f"Triton kernels cannot be used on {device} ({type(error).__name__}: {last}); the operations between "
             "matrix products run one by one, which is slower. They need the package triton and a C compiler on the "
             "PATH, for example gcc",
             RuntimeWarning,

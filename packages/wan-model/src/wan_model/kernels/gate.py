@@ -93,6 +93,6 @@ class _GateAdd(torch.autograd.Function):
 
 
 def gate_add(x_SD: Tensor, update_SD: Tensor, gate_BD: Tensor, chunks: RowChunks) -> Tensor:
-    """See the module. The gate and its gradient are fp32."""
+    """See the module. The gate and its gradient are fp32; the result has the type of x, the update may have another."""
     out: Tensor = _GateAdd.apply(x_SD, update_SD, gate_BD, chunks)
     return out

@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
-from wan_model.pack import TokenRows
+from wan_model.pack import TokenRows, to_device
 
 # Enough programs for all multiprocessors of a large GPU, several on each.
 _PROGRAMS = 1024
@@ -49,10 +49,7 @@ def _of_segments(segments: Segments, samples: int, device: torch.device) -> RowC
         of_sample[sample] = (first, len(chunks))
     # The results are cached, and tensors created in inference mode could not be used in training later.
     with torch.inference_mode(False):
-        table, ranges = (torch.tensor(values, dtype=torch.int32) for values in (chunks, of_sample))
-        if device.type == "cuda":
-            # From pinned memory, the copy does not wait for the device.
-            table, ranges = (one.pin_memory().to(device, non_blocking=True) for one in (table, ranges))
+        table, ranges = (to_device(torch.tensor(values, dtype=torch.int32), device) for values in (chunks, of_sample))
     return RowChunks(table, ranges, len(chunks))
 
 

@@ -1,10 +1,6 @@
-"""The ``dataset`` section of the configuration, and the iterators of packs for Megatron's loop.
+"""The ``dataset`` section of the configuration: the loaders of packs for Megatron's loop.
 
 Import only after ``wan_train.engine.start``.
-
-Every pack has a number in the run: pack n of data-parallel rank r of R is number n*R + r. Noise is seeded by that
-number, so it differs between data-parallel ranks, is equal on the ranks that share a pack, and continues after a
-resume without any state. Each rank of a tensor- or pipeline-parallel group reads the same data.
 """
 
 import dataclasses
@@ -17,71 +13,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from wan_model import LatentPack, WanConfig
+from wan_train import engine
 from wan_train.data.mock_data import MockConfig, MockLoader
+from wan_train.data.pack_iterator import PackIterator
 from wan_train.engine.upstream.loop import DatasetBuildContext, DatasetProvider
 
 if TYPE_CHECKING:  # Energon takes seconds to import, and mock data needs none of it
     from wan_data.reading.loader import PackLoader
-
-
-@dataclasses.dataclass
-class NumberedPack:
-    """A pack and its number in the run."""
-
-    number: int
-    pack: LatentPack
-
-
-class PackIterator:
-    """The data iterator of the loop; the loader starts at the first ``next``, after a possible resume.
-
-    Args:
-        loader: an iterable of packs with ``state_dict`` and ``load_state_dict``.
-        rank, ranks: data-parallel rank and size.
-    """
-
-    def __init__(self, loader: Union["PackLoader", MockLoader], rank: int, ranks: int) -> None:
-        self.loader = loader
-        self.rank, self.ranks = rank, ranks
-        self.drawn = 0
-        self._packs: Iterator[LatentPack] | None = None
-
-    def resume(self, state: dict[str, Any], drawn: int) -> None:
-        """Resume at a saved position.
-
-        Args:
-            state: what ``save_state`` returned on this data-parallel rank.
-            drawn: number of packs that this rank had consumed, by the loop's count.
-
-        Raises:
-            ValueError: the state is of another rank, dataset or configuration.
-        """
-        position = {"rank": self.rank, "ranks": self.ranks, "drawn": drawn}
-        if found := {key: state.get(key) for key in position if state.get(key) != position[key]}:
-            wanted = {key: position[key] for key in found}
-            raise ValueError(
-                f"the checkpoint's loader state is of {found}, this run needs {wanted}: "
-                "resume with the data-parallel size that the checkpoint was saved with"
-            )
-        self.loader.load_state_dict(state["loader"])
-        self.drawn = drawn
-
-    def __iter__(self) -> "PackIterator":
-        """Itself."""
-        return self
-
-    def __next__(self) -> NumberedPack:
-        """The next pack with its number."""
-        if self._packs is None:
-            self._packs = iter(self.loader)
-        pack = next(self._packs)
-        number = self.drawn * self.ranks + self.rank
-        self.drawn += 1
-        return NumberedPack(number, pack)
-
-    def save_state(self) -> dict[str, Any]:
-        """Plain values from which ``resume`` continues with the next pack."""
-        return {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": self.loader.state_dict()}
 
 
 @dataclasses.dataclass
@@ -158,11 +96,18 @@ class WanDatasetConfig(DatasetProvider):
                 yield next(iter(loader))
         yield from self._open("val", 1, 1, 0, 0, 1)
 
+    def close(self) -> None:
+        """End the drawing of packs, in whichever way the run ends."""
+        if (packs := getattr(self, "train_iterator", None)) is not None:
+            packs.close()
+
     def build_datasets(self, context: DatasetBuildContext) -> tuple[PackIterator, None, None]:
         """Called by Megatron-Bridge on every rank."""
         del context
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.train_iterator = PackIterator(self.loader(rank, ranks), rank, ranks)
+        device = engine.start().device
+        pin = device if device.type == "cuda" else None
+        self.train_iterator = PackIterator(self.loader(rank, ranks), rank, ranks, pin)
         return self.train_iterator, None, None
 
 

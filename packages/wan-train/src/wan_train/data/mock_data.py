@@ -5,7 +5,7 @@ training step.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,9 +84,14 @@ class MockLoader:
                 multiple=self.multiple,
             )  # fmt: skip
 
+    def position(self) -> Callable[[], dict[str, Any]]:
+        """A function that returns the state of now, also after further packs."""
+        drawn = self.drawn
+        return lambda: {"drawn": drawn}
+
     def state_dict(self) -> dict[str, Any]:
         """The number of packs drawn."""
-        return {"drawn": self.drawn}
+        return self.position()()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at that position.

@@ -4,13 +4,14 @@
 
 | machine | effect |
 |---|---|
-| CUDA, with TE | nothing but the imports |
-| CUDA, without TE | Megatron-Bridge is imported without Transformer Engine, modelopt and its model families |
-| no CUDA | the same, and Megatron's calls of CUDA and NCCL are redirected to the CPU and gloo |
+| any | Megatron-Bridge is imported without modelopt and its model families |
+| without TE, or without CUDA | and without Transformer Engine |
+| no CUDA | and Megatron's calls of CUDA and NCCL are redirected to the CPU and gloo |
 """
 
 import contextlib
 import dataclasses
+import importlib
 from typing import TYPE_CHECKING
 
 from wan_model.system.torchrun import local_rank
@@ -72,12 +73,13 @@ def start(*, take_device: bool = True) -> Engine:
     has_te = has_cuda and is_installed("transformer_engine")
     if has_cuda and take_device:  # before imports that may look at the current device
         _take_device()
+    left_out = [absent_modules.MODELOPT] if has_te else [absent_modules.MODELOPT, absent_modules.TRANSFORMER_ENGINE]
     with import_errors_explained():
-        if not has_te:
-            absent_modules.skip_model_families()
-            with contextlib.nullcontext() if has_cuda else cpu.compiler_disabled():
-                absent_modules.import_bridge_without((absent_modules.TRANSFORMER_ENGINE, absent_modules.MODELOPT))
-        import megatron.bridge.training.pretrain  # noqa: F401
+        absent_modules.skip_model_families()
+        if has_te:  # before transformers is left out
+            importlib.import_module("transformer_engine.pytorch")
+        with contextlib.nullcontext() if has_cuda else cpu.compiler_disabled():
+            absent_modules.import_bridge_without(left_out)
     if has_cuda:
         device, backend = torch.device("cuda", local_rank()), "nccl"
     else:

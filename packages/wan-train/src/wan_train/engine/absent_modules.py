@@ -1,10 +1,11 @@
 """Importing Megatron-Bridge without the distributions that a Wan model has no use for.
 
 Bridge imports two of them unconditionally, in files that serve language models, adapters and quantisation:
-``transformer_engine``, which only builds against CUDA, and NVIDIA's ``modelopt``, whose import alone takes longer than
-everything else together. During the import of Bridge a finder supplies stub modules, whose attributes are classes that
-cannot be instantiated; afterwards the stubs are removed. Megatron-Core has ``HAVE_...`` flags for them, which must be
-correct: it is imported first, and what Bridge imports of it later does not see the stubs.
+``transformer_engine``, which only builds against CUDA and is left out where it is absent, and NVIDIA's ``modelopt``,
+whose import alone takes longer than everything else together. During the import of Bridge a finder supplies stub
+modules, whose attributes are classes that cannot be instantiated; afterwards the stubs are removed. Megatron-Core has
+``HAVE_...`` flags for them, which must be correct: it is imported first, and what Bridge imports of it later does not
+see the stubs.
 
 ``transformers`` and ``datasets``, which tokenizers and instruction data need, are stubbed although they are installed,
 also for Core: importing them takes a third of the engine's start. Later imports get the real modules.

@@ -14,6 +14,7 @@ from megatron.core.utils import unwrap_model
 from wan_train.checkpoint.folder import ResumePoint
 from wan_train.checkpoint.hooks import CheckpointHooks
 from wan_train.checkpoint.members import loader_state_path, read_loader_state, wrong_form_refused
+from wan_train.data.pack_iterator import PackIterator
 from wan_train.engine.upstream.loop import (
     Callback,
     CallbackContext,
@@ -90,6 +91,7 @@ class WanCallback(Callback):
         """Update the EMA, log, validate."""
         state = context.state
         config, done = state.cfg, state.train_state.step + 1  # the loop increments it after this hook
+        self._settle_data(config.dataset.train_iterator)
         self.state, self._done = state, done
         interval = config.validation.interval
         validates = self.validator is not None and (done % interval == 0 or done == config.train.train_iters)
@@ -102,6 +104,12 @@ class WanCallback(Callback):
             self._log(context, done)
         if validates:
             self._validate(context, done)
+
+    def _settle_data(self, packs: PackIterator) -> None:
+        """No pack is drawn between steps, where processes are forked and the run may end."""
+        begun = time.perf_counter()
+        packs.settle()
+        self.step.counts.data_wait += time.perf_counter() - begun
 
     def _log(self, context: CallbackContext, done: int) -> None:
         seconds = time.monotonic() - self.started - self.hooks.take_seconds()

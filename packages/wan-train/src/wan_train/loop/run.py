@@ -318,5 +318,6 @@ def pretrain(options: RunOptions) -> None:
     finally:
         import torch
 
+        config.dataset.close()
         if owns_group and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from torch import Tensor
 from wan_model import PackLayout
 from wan_model.dit.flops import pack_flops
 from wan_model.flow import FlowMatching, NoisyPack, loss_sum, sample_losses
-from wan_train.data.dataset import NumberedPack
+from wan_train.data.pack_iterator import NumberedPack
 from wan_train.data.seeds import generator_for
 from wan_train.engine.upstream.loop import GlobalState
 
@@ -76,10 +76,7 @@ class WanForwardStep:
         started = time.perf_counter()
         numbered = next(data_iterator)
         self.counts.data_wait += time.perf_counter() - started
-        pack = numbered.pack
-        if self.device.type == "cuda":
-            pack = pack.pin_memory()  # while the device computes the last step
-        pack = pack.to(self.device, self.dtype)
+        pack = numbered.pack.to(self.device, self.dtype)
         self.counts.samples += pack.layout.num_samples
         self.counts.tokens += pack.layout.valid
         self.counts.tokens_padded += pack.layout.total
@@ -102,5 +99,6 @@ class WanForwardStep:
         # Megatron sums gradients and counts over the data- and context-parallel ranks. Each of the ranks that share a
         # pack has a part of the gradient and the whole loss, so the pack must be counted once.
         counted = tokens if parallel_state.get_context_parallel_rank() == 0 else 0
-        count = torch.tensor(counted, dtype=torch.int, device=total.device)
-        return total, count, {LOSS: torch.stack([total.detach(), total.new_tensor(tokens)])}
+        # Filled on the device: a copy from the host would wait there for all that is queued.
+        count = torch.full((), counted, dtype=torch.int, device=total.device)
+        return total, count, {LOSS: torch.stack([total.detach(), torch.full_like(total, tokens)])}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wan_model import LatentPack, PackLayout
 from wan_model.flow import TIMESTEPS, NoisyPack, sample_losses
-from wan_model.pack import PackedText
+from wan_model.pack import PackedText, to_device
 from wan_train.config.schema import ValidationConfig
 from wan_train.data.seeds import generator_for
 from wan_train.engine.upstream.loop import CallbackContext
@@ -73,7 +73,7 @@ def corrupt_at(pack: LatentPack, timestep: float, seed: int) -> NoisyPack:
         generator = generator_for(f"validation {key} {timestep:g}", seed)
         # On the CPU: random numbers of a GPU depend on its model.
         noise[start:stop] = torch.randn(stop - start, clean.shape[1], generator=generator)
-    noise = noise.to(clean.device)
+    noise = to_device(noise, clean.device)
     ones = torch.ones(pack.layout.num_samples, device=clean.device)
     return NoisyPack((1 - sigma) * clean + sigma * noise, noise - clean, timestep * ones, ones, pack.text_BTD)
 
@@ -130,7 +130,7 @@ class Validator:
             losses = sample_losses(predicted, noisy, pack.layout)
             if next(places) < counted:
                 sums[self.config.timesteps.index(timestep)] += losses.double().sum()
-            return losses.mean(), torch.tensor(1, dtype=torch.int, device=self.device), {}
+            return losses.mean(), torch.ones((), dtype=torch.int, device=self.device), {}
 
         def forward(iterator: Iterator[tuple[int, float]], model: Any) -> Any:
             number, timestep = next(iterator)

@@ -12,13 +12,8 @@ from einops import rearrange
 from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
-from wan_model.dit.attention import Offsets
+from wan_model.dit.attention import Offsets, offsets_on_device
 from wan_train.model.megatron_ops import MegatronOps
-
-
-@functools.lru_cache(maxsize=256)
-def _on_device(offsets: Offsets, device: torch.device) -> Tensor:
-    return torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,8 +43,8 @@ class TransformerEngineOps(MegatronOps):
             q_SHE[: q_offsets[-1]].contiguous(),
             k_SHE[: k_offsets[-1]].contiguous(),
             v_SHE[: k_offsets[-1]].contiguous(),
-            cu_seqlens_q=_on_device(q_offsets, device),
-            cu_seqlens_kv=_on_device(k_offsets, device),
+            cu_seqlens_q=offsets_on_device(q_offsets, device),
+            cu_seqlens_kv=offsets_on_device(k_offsets, device),
             max_seqlen_q=_longest(q_offsets),
             max_seqlen_kv=_longest(k_offsets),
         )

@@ -30,20 +30,21 @@ def patch_bridge(*, on_cpu: bool, without_te: bool) -> None:
     drop(f"{_BRIDGE}.initialize:compile_helpers")
     # Prints the memory of a language model of these sizes.
     drop(f"{_BRIDGE}.utils.train_utils:report_theoretical_memory")
+    # Compiles fused functions of language models, with tensors of the run's size, which no Wan model calls.
+    drop(f"{_BRIDGE}.initialize:_warmup_jit_function")
+    # modelopt is not imported (see absent_modules), so there is nothing of it to save or restore.
+    for name in ("save_sharded_modelopt_state", "save_modelopt_state", "restore_modelopt_state"):
+        drop(f"{_BRIDGE}.checkpointing:{name}")
+    drop(f"{_BRIDGE}.train:get_tensor_shapes_adjust_fn_for_distillation")
     _write_with_core()
     if on_cpu:
         _patch_writer()
         gloo_groups.skip_groups_of_one()
-        drop(f"{_BRIDGE}.initialize:_warmup_jit_function")
         # There are none, and it would search all objects for them.
         drop(f"{_BRIDGE}.train:_delete_cuda_graphs")
         _fork_a_writer_for_each_save()
     if without_te:
         torch_adam.patch_optimizer()
-        # modelopt is not imported (see absent_modules), so there is nothing of it to save or restore.
-        for name in ("save_sharded_modelopt_state", "save_modelopt_state", "restore_modelopt_state"):
-            drop(f"{_BRIDGE}.checkpointing:{name}")
-        drop(f"{_BRIDGE}.train:get_tensor_shapes_adjust_fn_for_distillation")
 
 
 def _write_with_core() -> None:
