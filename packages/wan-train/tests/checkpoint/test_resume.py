@@ -230,7 +230,8 @@ def test_weights_of_another_latent_space_or_other_sizes_are_refused(tmp_path: Pa
 
 def test_a_run_begins_with_the_weights_of_another_and_resumes_its_own(one_process_run: Path, tmp_path: Path) -> None:
     """``checkpoint.finetune`` is the export of a step, given to ``--init-from``: no other state comes along."""
-    begin = ("train.train_iters=3", f"checkpoint.load={one_process_run}", "checkpoint.finetune=true")
+    begin = (f"checkpoint.load={one_process_run}", "checkpoint.finetune=true", f"checkpoint.ckpt_step={STEPS}")
+    begin = (*begin, "train.train_iters=3")
     export(one_process_run, tmp_path / "exported")
     wanted = train(tmp_path / "wanted", "train.train_iters=3", "--init-from", str(tmp_path / "exported"))
     first = train(tmp_path / "begun", *begin, "ema.decay=0.5", "train.exit_interval=2")

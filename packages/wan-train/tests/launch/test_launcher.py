@@ -169,6 +169,15 @@ def test_a_run_that_saves_nothing_says_so_at_its_start() -> None:
     assert second.startswith("step 1/1")
 
 
+def test_weights_and_biases_need_a_folder() -> None:
+    settings = ("train.train_iters=1", "train.global_batch_size=2", "logger.wandb_project=wan")
+    ended = warm_ranks().start(RunOptions("tiny", overrides=settings, mock=True).to_json()).wait()
+    assert ended.codes == [2], ended.errors
+    assert (
+        "logger.wandb_project is 'wan', and there is no folder for its files; set logger.wandb_save_dir" in ended.errors
+    )
+
+
 def test_training_and_its_checkpoint_writers_end_with_a_killed_launcher(start_training: Callable[..., Job]) -> None:
     job = start_training(1, "checkpoint.save_interval=1", "checkpoint.async_save=true")
     # More than the launcher and its rank: somebody is writing.
