@@ -121,6 +121,13 @@ def started_before(minutes: float) -> None:
     GlobalState.__init__ = create_earlier
 
 
+def see_stopped_children_after(seconds: float) -> None:
+    """The time that a child process may be stopped."""
+    from wan_train.launch import stopped_children
+
+    stopped_children.STOPPED_SECONDS, stopped_children._POLL_SECONDS = seconds, seconds / 4
+
+
 def resume_errors(results: str, folder: str, wanted: dict[str, list[str]]) -> None:
     """By key the error of resuming the newest checkpoint of a run with these options, or None."""
     from wan_train.checkpoint.changes import check_resume
