@@ -71,6 +71,8 @@ def note_settings(path: str) -> None:
             if group:
                 note(**{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "wd_mult")})
         names = ("overlap_grad_reduce", "overlap_param_gather", "grad_reduce_in_fp32", "bucket_size")
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        note(timeout=backend.options._timeout.total_seconds())
         note(ddp={name: getattr(context.model[0].ddp_config, name) for name in names})
         end(self, context)
 

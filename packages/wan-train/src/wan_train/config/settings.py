@@ -120,6 +120,11 @@ def check_settings(config: Any) -> None:
         raise ValueError(
             f"model.gradient_accumulation_fusion needs APEX's {_FUSION_KERNEL}, which is not installed; set it to false"
         )
+    ours, theirs = config.optimizer.use_distributed_optimizer, config.ddp.use_distributed_optimizer
+    if ours != theirs:
+        raise ValueError(
+            f"optimizer.use_distributed_optimizer is {ours} and ddp.use_distributed_optimizer is {theirs}; set both"
+        )
     _check_schedule(config.optimizer, config.scheduler)
     if config.model.deterministic_mode:
         _check_deterministic(config)
