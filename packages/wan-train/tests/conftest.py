@@ -21,7 +21,15 @@ jaxtyping.install_import_hook(["wan_model", "wan_train.data"], "beartype.beartyp
 
 import training_runs  # noqa: E402  these after the hook
 from plain_training import Reference  # noqa: E402
-from training_runs import EQUALITY_SEED, call, equality_options, train, write_start  # noqa: E402
+from training_runs import (  # noqa: E402
+    EQUALITY_SEED,
+    call,
+    equality_options,
+    train,
+    train_on_data,
+    write_dataset,
+    write_start,
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,6 +84,18 @@ def equality_reference(once: Once, start_weights: Path) -> Path:
 def one_process_run(once: Once) -> Path:
     """Six steps, saved after each second one: what every interrupted run must equal."""
     return once("one-process-run", lambda folder: train(folder, "checkpoint.save_interval=2"))
+
+
+@pytest.fixture(scope="session")
+def dataset(once: Once) -> Path:
+    """A dataset of small mixed latents, and the model that it was encoded with."""
+    return once("dataset", write_dataset)
+
+
+@pytest.fixture(scope="session")
+def run_on_data(once: Once, dataset: Path) -> Callable[[int], Path]:
+    """The uninterrupted run on data, with that many workers of the loader."""
+    return lambda workers: once(f"on-data-{workers}", lambda folder: train_on_data(folder, dataset, workers))
 
 
 @pytest.fixture(scope="session")

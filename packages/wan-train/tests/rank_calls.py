@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_UNTIL_THE_END = contextlib.ExitStack()
+_LASTING = contextlib.ExitStack()  # until the process ends
 
 
 def command_lines(results: str, wanted: dict[str, list[str]]) -> None:
@@ -29,7 +29,7 @@ def apply_permissions() -> None:
     from wan_model.testing.permissions import permissions_apply
 
     # Until the process ends, at which the stack is dropped with the module.
-    _UNTIL_THE_END.enter_context(permissions_apply())
+    _LASTING.enter_context(permissions_apply())
 
 
 def note_commands(path: str) -> None:
@@ -45,11 +45,15 @@ def note_commands(path: str) -> None:
 
 def note_settings(path: str) -> None:
     """Write down, as a line of JSON each, what every step is computed with."""
+    import torch
+
     from wan_model.flow import FlowMatching
+    from wan_train.loop import validation
     from wan_train.loop.callback import WanCallback
     from wan_train.model.provider import MegatronWanDiT
 
     corrupt, forward, end = FlowMatching.corrupt, MegatronWanDiT.forward, WanCallback.on_train_step_end
+    corrupt_at = validation.corrupt_at
 
     def note(**entry: Any) -> None:
         with open(path, "a", encoding="utf-8") as file:
@@ -57,22 +61,81 @@ def note_settings(path: str) -> None:
 
     def noting_corrupt(self: FlowMatching, pack: Any, generator: Any, *rest: Any) -> Any:
         samples = pack.layout.num_samples
-        note(**dataclasses.asdict(self), noise_seed=generator.initial_seed(), samples_of_pack=samples)
+        first = float(pack.tokens_SC[0, 0])
+        note(**dataclasses.asdict(self), noise_seed=generator.initial_seed(), samples_of_pack=samples, first=first)
         return corrupt(self, pack, generator, *rest)
 
+    def noting_corrupt_at(pack: Any, timestep: float, seed: int) -> Any:
+        note(validation_seed=seed)
+        return corrupt_at(pack, timestep, seed)
+
     def noting_forward(self: Any, **arguments: Any) -> Any:
-        note(recompute=self.dit.recompute, attention=self.dit.ops.kind)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        note(recompute=self.dit.recompute, attention=self.dit.ops.kind, deterministic=deterministic)
         return forward(self, **arguments)
 
     def noting_end(self: Any, context: Any) -> None:
         for group in context.optimizer.param_groups:
             if group:
                 note(**{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "wd_mult")})
+        names = ("overlap_grad_reduce", "overlap_param_gather", "grad_reduce_in_fp32", "bucket_size")
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        note(timeout=backend.options._timeout.total_seconds())
+        note(ddp={name: getattr(context.model[0].ddp_config, name) for name in names})
         end(self, context)
 
+    validation.corrupt_at = noting_corrupt_at
     FlowMatching.corrupt = noting_corrupt  # type: ignore[method-assign]
     MegatronWanDiT.forward = noting_forward  # type: ignore[method-assign]
     WanCallback.on_train_step_end = noting_end  # type: ignore[method-assign]
+
+
+def note_async_saves(path: str) -> None:
+    """Write down a line for each save that another process writes."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    schedule = AsyncCallsQueue.schedule_async_request
+
+    def noting(self: Any, request: Any) -> Any:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("scheduled\n")
+        return schedule(self, request)
+
+    AsyncCallsQueue.schedule_async_request = noting
+
+
+def note_wandb(path: str) -> None:
+    """A Weights & Biases that writes down what a run is begun with, and the names of each step's curves."""
+    from unittest import mock
+
+    def note(**entry: Any) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    wandb = mock.MagicMock()
+    wandb.init.side_effect = lambda **given: note(begun={key: given[key] for key in ("project", "name", "dir")})
+    wandb.log.side_effect = lambda values, step: note(step=step, curves=sorted(values))
+    sys.modules["wandb"] = wandb
+
+
+def started_before(minutes: float) -> None:
+    """Let a run have started that long ago."""
+    from megatron.bridge.training.state import GlobalState
+
+    create = GlobalState.__init__
+
+    def create_earlier(self: Any, *arguments: Any, **options: Any) -> None:
+        create(self, *arguments, **options)
+        self.start_time -= 60 * minutes
+
+    GlobalState.__init__ = create_earlier
+
+
+def see_stopped_children_after(seconds: float) -> None:
+    """The time that a child process may be stopped."""
+    from wan_train.launch import stopped_children
+
+    stopped_children.STOPPED_SECONDS, stopped_children._POLL_SECONDS = seconds, seconds / 4
 
 
 def resume_errors(results: str, folder: str, wanted: dict[str, list[str]]) -> None:
@@ -97,6 +160,13 @@ def resume_errors(results: str, folder: str, wanted: dict[str, list[str]]) -> No
         except ValueError as error:
             found[key] = str(error)
     Path(results).write_text(json.dumps(found))
+
+
+def apply_permissions() -> None:
+    """Let permissions of files hold for this process and what it starts, also if it is root's."""
+    from wan_model.testing.permissions import permissions_apply
+
+    _LASTING.enter_context(permissions_apply())
 
 
 def fill_output() -> None:

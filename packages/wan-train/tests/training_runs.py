@@ -25,7 +25,9 @@ from wan_train.checkpoint.record import read_record, record_file, write_record
 from wan_train.cli import pretrain
 from wan_train.config.options import RunOptions
 
+SOAK = bool(os.environ.get("WAN_SOAK"))
 STEPS = 6
+STEPS_ON_DATA = 12 if SOAK else 8  # the training split holds some five steps
 EQUALITY_SEED = 3
 EQUALITY_STEPS = 4  # enough for a warm-up, a decay, two validations and an average
 BASE_OPTIONS = (
@@ -170,12 +172,15 @@ def write_start(folder: Path, seed: int = EQUALITY_SEED) -> None:
 SHAPES = [(3, 8, 8), (1, 6, 10), (2, 4, 10), (1, 4, 4)]
 
 
-def write_dataset(folder: Path, train: int = 40, val: int = 6) -> None:
-    """A dataset of small mixed latents as NVIDIA's script lays it out, and the model it was encoded with beside it."""
+def write_dataset(folder: Path, train: int = 40, val: int = 6, *, seed: int = 5, manifest: bool = False) -> None:
+    """A dataset of small mixed latents, and the model it was encoded with beside it.
+
+    As NVIDIA's script lays it out; with a manifest as ``wan-data prepare`` does.
+    """
     from wan_data.shards.energon_metadata import write_metadata
     from wan_data.shards.writer import Sample, ShardWriter
 
-    generator, records = torch.Generator().manual_seed(5), []
+    generator, records = torch.Generator().manual_seed(seed), []
     data = folder / "data"
     data.mkdir(parents=True)
     write_tiny_wan(folder / "model")
@@ -191,6 +196,12 @@ def write_dataset(folder: Path, train: int = 40, val: int = 6) -> None:
         assert shard.record is not None
         records.append(shard.record)
     write_metadata(data, records)
+    if manifest:
+        from wan_data.reading.datasets import read_latent_spec
+        from wan_data.shards.manifest import Manifest
+
+        spec = read_latent_spec(data, encoded_by=str(folder / "model"))
+        Manifest(True, "0.1", spec, {}, shards=tuple(records), next_shard=len(records)).write(data)
 
 
 def data_options(folder: Path, workers: int = 0) -> list[str]:
@@ -199,6 +210,12 @@ def data_options(folder: Path, workers: int = 0) -> list[str]:
         f"dataset.path={folder / 'data'}", f"dataset.encoded_by={folder / 'model'}", "dataset.capacity=96",
         "dataset.packing_buffer=8", f"dataset.num_workers={workers}",
     ]  # fmt: skip
+
+
+def train_on_data(folder: Path, dataset: Path, workers: int = 0, *, last: int = STEPS_ON_DATA) -> list[dict[str, Any]]:
+    """A tiny run on what ``write_dataset`` wrote, saved after each second step; returns its log."""
+    options = (*BASE_OPTIONS, *data_options(dataset, workers), "ema.decay=0.9")
+    return train_on((*options, f"train.train_iters={last}", f"checkpoint.save_interval={1 if SOAK else 2}"), folder)
 
 
 def steps_of(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

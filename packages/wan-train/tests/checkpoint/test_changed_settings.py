@@ -21,7 +21,6 @@ from training_runs import (
     sentence_of,
     steps_of,
     stopped_after,
-    train,
     trajectory,
 )
 from warm_ranks import Call
@@ -29,6 +28,7 @@ from warm_ranks import Call
 from wan_model.weights.training_checkpoint import find_checkpoint, read_run_settings
 from wan_train.checkpoint.changes import FIXED
 from wan_train.checkpoint.folder import complete_steps, step_folder
+from wan_train.config import tutorial_names
 from wan_train.data.seeds import generator_for
 
 ROWS = dict(
@@ -71,16 +71,46 @@ LOOP = {
 STEP = {
     "model.flow.density": "mode",
     "model.flow.shift": 7.0,
+    "model.flow.logit_mean": 0.5,
+    "model.flow.logit_std": 2.0,
+    "model.flow.uniform_mix": 0.3,
+    "model.flow.sigma_min": 0.1,
+    "model.flow.sigma_max": 0.9,
     "model.flow.caption_dropout": 0.5,
     "model.recompute_granularity": "full",
     "model.attention": "sdpa",
+    "model.deterministic_mode": True,
+    "ddp.overlap_grad_reduce": True,
+    "ddp.overlap_param_gather": True,
+    "ddp.grad_reduce_in_fp32": True,
+    "ddp.bucket_size": 5000,
     "dataset.mock_settings.number_packed_samples": 2,
     "rng.seed": 99,
     "logger.log_interval": 2,
+    "logger.wandb_project": "project",
+    "logger.wandb_exp_name": "name",
+    "logger.wandb_save_dir": "folder",
+    "report.peak_tflops": 0.5,
+    "checkpoint.save_interval": 1,
     "train.exit_interval": 4,
 }
 # Keys that other tests try.
+_IN_ANOTHER_FOLDER = "test_changed_start.py::test_a_run_goes_on_in_another_folder_by_its_own_schedule"
+_ANOTHER_OBJECTIVE = "test_changed_start.py::test_averages_data_and_objective_change"
 ELSEWHERE = {
+    **dict.fromkeys(
+        (
+            *("scheduler.lr_warmup_init", "scheduler.lr_wsd_decay_style", "scheduler.lr_wsd_decay_iters"),
+            *("scheduler.start_weight_decay", "scheduler.end_weight_decay", "scheduler.weight_decay_incr_style"),
+            *("train.exit_duration_in_mins", "checkpoint.load", "checkpoint.ckpt_step"),
+        ),
+        _IN_ANOTHER_FOLDER,
+    ),
+    **dict.fromkeys(("--training-mode", "validation.seed"), _ANOTHER_OBJECTIVE),
+    "checkpoint.finetune": "test_resume.py::test_a_run_begins_with_the_weights_of_another_and_resumes_its_own",
+    "train.exit_signal_handler": "test_resume.py::test_a_signal_ends_a_run_in_order",
+    "dataset.path": "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit",
+    "dataset.encoded_by": "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit",
     **dict.fromkeys(
         (
             *("model.tensor_model_parallel_size", "model.sequence_parallel"),
@@ -88,6 +118,7 @@ ELSEWHERE = {
         ),
         "test_resume.py::test_resumes_in_other_layouts_of_the_model",
     ),
+    "dist.distributed_timeout_minutes": "test_resume.py::test_fully_sharded_resumes_to_the_bit",
     "dist.use_megatron_fsdp": "test_resume.py::test_a_plain_checkpoint_is_not_resumed_fully_sharded",
     "model.transformer": "test_resume.py::test_weights_of_another_latent_space_or_other_sizes_are_refused",
 }
@@ -108,7 +139,9 @@ def _recorded(checkpoint: Path, key: str) -> Any:
 def changed_run(one_process_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = stopped_after(STOPPED, one_process_run, tmp_path_factory.mktemp("changed") / "run")
     board = f"logger.tensorboard_dir={folder / 'board'}"
-    train(folder, *_options(OPTIMIZER), *_options(LOOP), board)
+    calls = [Call("rank_calls:note_async_saves", [str(folder / "async")])]
+    ended = run((*RUN_OPTIONS, *_options(OPTIMIZER), *_options(LOOP), board), folder, calls=calls)
+    assert ended.codes == [0], ended.errors
     return folder
 
 
@@ -151,6 +184,7 @@ def test_the_loop_does_what_its_settings_say(changed_run: Path, one_process_run:
     ]
     assert complete_steps(changed_run) == [3, 4, 5]
     assert list((changed_run / "board").iterdir()), "nothing for TensorBoard"
+    assert len((changed_run / "async").read_text().splitlines()) == LAST - STOPPED, "saves that the loop waited for"
     # The same weights and noise: every weight is above 1 in the run before, and 1 now.
     assert float.fromhex(trajectory(changed_run)[3][0]) < 0.9 * float.fromhex(trajectory(one_process_run)[3][0])
     start = read_tensors(step_folder(one_process_run, 2), ("blocks.",))
@@ -168,9 +202,9 @@ def test_the_record_is_what_ran(changed_run: Path) -> None:
 
 def test_a_step_is_computed_with_its_settings(one_process_run: Path, tmp_path: Path) -> None:
     """In another folder, with moments and schedule anew."""
-    notes, folder = tmp_path / "notes", tmp_path / "run"
+    notes, bias, folder = tmp_path / "notes", tmp_path / "bias", tmp_path / "run"
     elsewhere = (f"checkpoint.load={one_process_run}", f"checkpoint.ckpt_step={STOPPED}", "checkpoint.load_optim=false")
-    calls = [Call("rank_calls:note_settings", [str(notes)])]
+    calls = [Call("rank_calls:note_settings", [str(notes)]), Call("rank_calls:note_wandb", [str(bias)])]
     ended = run((*RUN_OPTIONS, *elsewhere, *_options(STEP)), folder, calls=calls)
     assert ended.codes == [0], ended.errors
     found = [json.loads(line) for line in notes.read_text().splitlines()]
@@ -179,14 +213,25 @@ def test_a_step_is_computed_with_its_settings(one_process_run: Path, tmp_path: P
         generator_for("noise", STEP["rng.seed"], pack).initial_seed() for pack in range(4, 8)
     ]
     for entry in drawn:
-        assert (entry["density"], entry["shift"], entry["caption_dropout"]) == ("mode", 7.0, 0.5)
+        flow = {key: value for key, value in STEP.items() if key.startswith("model.flow.")}
+        assert {key: entry[key.removeprefix("model.flow.")] for key in flow} == flow
         assert entry["samples_of_pack"] == 2
     computed = [entry for entry in found if "recompute" in entry]
     assert len(computed) == 4
-    assert all(entry == {"recompute": "block", "attention": "sdpa"} for entry in computed)
-    assert [entry["step"] for entry in steps_of(read_log(folder))] == [4]
+    assert all(entry == {"recompute": "block", "attention": "sdpa", "deterministic": True} for entry in computed)
+    reduced = {key.removeprefix("ddp."): value for key, value in STEP.items() if key.startswith("ddp.")}
+    assert [entry["ddp"] for entry in found if "ddp" in entry] == [reduced, reduced]
+    (logged,) = steps_of(read_log(folder))
+    assert logged["step"] == 4
+    assert logged["mfu"] == pytest.approx(logged["tflops_per_device"] / 0.5)
+    begun, drawn_by_wandb = map(json.loads, bias.read_text().splitlines())
+    assert begun == {"begun": {"project": "project", "name": "name", "dir": "folder"}}
+    assert (drawn_by_wandb["step"], "train/loss" in drawn_by_wandb["curves"]) == (4, True)
     assert trajectory(folder)[4][2] == trajectory(one_process_run)[2][2], "the schedule does not start anew"
-    assert complete_steps(folder) == [4]
+    assert complete_steps(folder) == [3, 4]
+    m, v = (_moments(step_folder(folder, 3), name) for name in ("exp_avg", "exp_avg_sq"))
+    for key in m:  # those of a first step
+        torch.testing.assert_close(v[key], (1 - 0.95) * (m[key] / (1 - 0.9)).square(), rtol=1e-4, atol=1e-12)
     for key, value in STEP.items():
         assert _recorded(find_checkpoint(folder), key) == value, key
 
@@ -248,6 +293,11 @@ def test_what_cannot_change_is_refused_with_both_values(
     [
         ("optimizer.optimizer=sgd", "optimizer.optimizer is 'sgd'; only Adam's"),
         ("scheduler.use_checkpoint_opt_param_scheduler=true", "is True; a resumed run uses its own configuration"),
+        ("scheduler.override_opt_param_scheduler=false", "is False; a resumed run uses its own configuration"),
+        ("train.iterations_to_skip=[3]", "train.iterations_to_skip is [3]; the saves and the exit of a step that is"),
+        ("model.recompute_method=block", "model.recompute_method is 'block' and recompute_num_layers None; recomp"),
+        ("model.recompute_num_layers=2", "model.recompute_method is None and recompute_num_layers 2; recomputation"),
+        ("ddp.data_parallel_sharding_strategy=optim", "is 'optim'; leave it out, dist.use_megatron_fsdp decides it"),
         ("train.micro_batch_size=2", "train.micro_batch_size is 2; a micro-batch is one pack"),
         ("train.global_batch_size=4", "train.global_batch_size is 4 where"),
     ],
@@ -308,15 +358,31 @@ def test_the_table_has_every_key_and_each_is_tried() -> None:
         },
         "refused": {*(setting.key for setting in FIXED), SIZE, "checkpoint.save_optim"},
         "fixed": {
-            *("optimizer.optimizer", "train.micro_batch_size"),
+            *("optimizer.optimizer", "train.micro_batch_size", "train.iterations_to_skip"),
+            *("model.recompute_method", "model.recompute_num_layers", "ddp.data_parallel_sharding_strategy"),
             *("scheduler.use_checkpoint_opt_param_scheduler", "scheduler.override_opt_param_scheduler"),
         },
     }
     tried["takes effect"] -= {"dataset.mock_settings.number_packed_samples"}
-    tried["takes effect"] |= {"dataset.mock_settings", "dataset.path"}
+    tried["takes effect"] |= {"dataset.mock_settings"}
     for key, test in ELSEWHERE.items():
         file, name = test.split("::")
         assert f"def {name}(" in (Path(__file__).parent / file).read_text()
         tried[ROWS[key]].add(key)
     for kind, keys in tried.items():
         assert {key for key, found in ROWS.items() if found == kind} == keys, kind
+
+
+def test_every_key_that_the_documents_or_the_shipped_files_name_has_a_row() -> None:
+    package = Path(__file__).parents[2]
+    sections = {key.split(".")[0] for key in ROWS if "." in key}
+    named = set()
+    for name in ("README.md", "TRAINING.md", "PLANNING.md", "BENCHMARKS.md"):
+        words = rf"(?<![\w./-])(?:{'|'.join(sections)})\.[a-z]\w*(?:\.\w+)*"
+        named |= set(re.findall(words, (package / name).read_text()))
+    for file in (package / "src" / "wan_train" / "config" / "shipped").glob("*.yaml"):
+        content = yaml.safe_load(file.read_text())
+        named |= {f"{section}.{key}" for section in content if section != "recipe" for key in content[section]}
+    # Headings; an example of a key without an effect; names of NVIDIA's tutorial that stand for another key.
+    named -= {"model.flow", "model.hidden_dropout", "model.qkv_format", *tutorial_names.SAME}
+    assert {key for key in named if key not in ROWS and not any(key.startswith(f"{row}.") for row in ROWS)} == set()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from wan_model.testing.permissions import permissions_apply
 from wan_train.checkpoint.folder import (
     ResumePoint,
     complete_steps,
@@ -86,6 +87,17 @@ def test_a_damaged_newest_one_is_never_passed_over_in_silence(tmp_path: Path, da
     delete_checkpoint(tmp_path, 10)
     point = resume_point(tmp_path)
     assert point.step == 5
+
+
+def test_permissions_are_no_damage(tmp_path: Path) -> None:
+    record = save(tmp_path, 10) / RECORD_NAME
+    record.chmod(0)
+    with (
+        permissions_apply(),
+        pytest.raises(ValueError, match=f"{RECORD_NAME} cannot be read: Permission denied$") as said,
+    ):
+        find_resume_point(tmp_path)
+    assert not isinstance(said.value, DamagedCheckpointError)
 
 
 def test_a_record_cannot_name_files_elsewhere(tmp_path: Path) -> None:

@@ -143,11 +143,14 @@ def test_fully_sharded_resumes_to_the_bit(precision: str, tmp_path: Path) -> Non
     assert trajectory(tmp_path / "cut") == trajectory(tmp_path / "whole")
     assert same_weights(tmp_path / "cut", tmp_path / "whole", 4)
     notes, settings = tmp_path / "notes", ("optimizer.lr=0.004", "optimizer.min_lr=0.004", "optimizer.adam_beta2=0.9")
+    settings = (*settings, "optimizer.adam_eps=1e-7", "dist.distributed_timeout_minutes=7")
     stopped_after(2, tmp_path / "whole", tmp_path / "changed")
     calls = [Call("rank_calls:note_settings", [str(notes)])]
-    ended = run((*RUN_OPTIONS, *options, *settings, "optimizer.adam_eps=1e-7"), tmp_path / "changed", calls=calls)
+    ended = run((*RUN_OPTIONS, *options, *settings), tmp_path / "changed", calls=calls)
     assert set(ended.codes) == {0}, ended.errors
-    groups = [entry for entry in map(json.loads, notes.read_text().splitlines()) if "betas" in entry]
+    found = [json.loads(line) for line in notes.read_text().splitlines()]
+    assert {entry["timeout"] for entry in found if "timeout" in entry} == {7 * 60}
+    groups = [entry for entry in found if "betas" in entry]
     assert groups
     assert all((entry["lr"], entry["betas"], entry["eps"]) == (0.004, [0.9, 0.9], 1e-7) for entry in groups)
     assert float.fromhex(trajectory(tmp_path / "changed")[3][2]) == 0.004
@@ -230,7 +233,8 @@ def test_weights_of_another_latent_space_or_other_sizes_are_refused(tmp_path: Pa
 
 def test_a_run_begins_with_the_weights_of_another_and_resumes_its_own(one_process_run: Path, tmp_path: Path) -> None:
     """``checkpoint.finetune`` is the export of a step, given to ``--init-from``: no other state comes along."""
-    begin = ("train.train_iters=3", f"checkpoint.load={one_process_run}", "checkpoint.finetune=true")
+    begin = (f"checkpoint.load={one_process_run}", "checkpoint.finetune=true", f"checkpoint.ckpt_step={STEPS}")
+    begin = (*begin, "train.train_iters=3")
     export(one_process_run, tmp_path / "exported")
     wanted = train(tmp_path / "wanted", "train.train_iters=3", "--init-from", str(tmp_path / "exported"))
     first = train(tmp_path / "begun", *begin, "ema.decay=0.5", "train.exit_interval=2")

@@ -4,21 +4,19 @@ WAN_SOAK=1 runs them at full length: every crash point resumed, 20 kills, every 
 """
 
 import json
-import os
 import resource
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from training_runs import (
-    BASE_OPTIONS,
     RUN_OPTIONS,
+    SOAK,
     STEPS,
-    data_options,
+    STEPS_ON_DATA,
     refused,
     rewrite,
     run,
@@ -26,9 +24,8 @@ from training_runs import (
     sentence_of,
     stopped_after,
     train,
-    train_on,
+    train_on_data,
     trajectory,
-    write_dataset,
 )
 from warm_ranks import Call
 
@@ -36,7 +33,6 @@ from wan_train.checkpoint.folder import find_resume_point, saved_steps, step_fol
 from wan_train.checkpoint.record import RECORD_NAME, changed_files
 
 Once = Callable[[str, Callable[[Path], object]], Path]
-SOAK = bool(os.environ.get("WAN_SOAK"))
 
 
 @pytest.fixture(scope="session")
@@ -118,39 +114,20 @@ def test_killed_while_saving_resumes_to_the_bit(change: int, one_process_run: Pa
     assert same_weights(folder, one_process_run, STEPS)
 
 
-@pytest.fixture(scope="session")
-def dataset(once: Once) -> Path:
-    return once("dataset", write_dataset)
-
-
-LAST = 12 if SOAK else 8  # the training split holds some five steps
-
-
-def _train_on_data(folder: Path, dataset: Path, workers: int) -> list[dict[str, Any]]:
-    options = (*BASE_OPTIONS, *data_options(dataset, workers), "ema.decay=0.9")
-    return train_on((*options, f"train.train_iters={LAST}", f"checkpoint.save_interval={1 if SOAK else 2}"), folder)
-
-
-@pytest.fixture(scope="session")
-def run_on_data(once: Once, dataset: Path) -> Callable[[int], Path]:
-    """The uninterrupted run, with that many workers of the loader."""
-    return lambda workers: once(f"on-data-{workers}", lambda folder: _train_on_data(folder, dataset, workers))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_at_any_step_is_the_uninterrupted_run(
     dataset: Path, run_on_data: Callable[[int], Path], workers: int, tmp_path: Path
 ) -> None:
     whole = run_on_data(workers)
     wanted = trajectory(whole)
-    assert sorted(wanted) == list(range(1, LAST + 1))
-    for step in range(1, LAST) if SOAK else (4,):
+    assert sorted(wanted) == list(range(1, STEPS_ON_DATA + 1))
+    for step in range(1, STEPS_ON_DATA) if SOAK else (4,):
         folder = stopped_after(step, whole, tmp_path / f"from-{step}")
         (folder / "log.jsonl").unlink()
-        log = _train_on_data(folder, dataset, workers)
+        log = train_on_data(folder, dataset, workers)
         assert log[0] == {"event": "resumed", "step": step}
         assert trajectory(folder) == {done: value for done, value in wanted.items() if done > step}
-        assert same_weights(folder, whole, LAST)
+        assert same_weights(folder, whole, STEPS_ON_DATA)
         shutil.rmtree(folder)
 
 
@@ -166,7 +143,7 @@ def test_a_loader_sent_back_to_an_earlier_step_would_show(
     drawn = {"drawn": 8}  # two packs a step: as step 4 wants it
     state = {**earlier, "dataloader_state_dict": {**earlier["dataloader_state_dict"], **drawn}}
     rewrite(step_folder(folder, 4), name, state)
-    _train_on_data(folder, dataset, workers)
+    train_on_data(folder, dataset, workers)
     wanted = trajectory(whole)
     assert trajectory(folder) != {done: value for done, value in wanted.items() if done > 4}
 

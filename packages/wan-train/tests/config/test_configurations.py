@@ -68,6 +68,15 @@ REFUSED = [
     (["--recipe", "tiny", "rng.seed=0"], "rng.seed is 0; expected 1 to 4000000000"),
     (["--recipe", "tiny", "rng.seed=5000000000"], "rng.seed is 5000000000; expected 1 to 4000000000"),
     (["--recipe", "tiny", "train.micro_batch_size=2"], "train.micro_batch_size is 2; a micro-batch is one pack"),
+    (["--recipe", "tiny", "ddp.average_in_collective=true"], "ddp.average_in_collective is True; gradients are summed"),
+    (
+        ["--recipe", "tiny", "optimizer.use_distributed_optimizer=false"],
+        "ddp.use_distributed_optimizer is True; set both",
+    ),
+    (["--recipe", "tiny", "ddp.use_megatron_fsdp=true"], "ddp.use_megatron_fsdp is True; use dist.use_megatron_fsdp"),
+    (["--recipe", "tiny", "ddp.num_distributed_optimizer_instances=2"], "is 2; the optimizer's state has one part"),
+    (["--recipe", "tiny", "checkpoint.load_main_params_from_ckpt=true"], "is True; the optimizer's weights follow"),
+    (["--recipe", "tiny", "checkpoint.use_checkpoint_args=true"], "is True; a resumed run uses its own configuration"),
     (["--recipe", "tiny", "checkpoint.pretrained_checkpoint=x"], "use checkpoint.load with checkpoint.finetune=true"),
     (
         ["--recipe", "tiny", "dataset.capacity=1", "model.context_parallel_size=2", "--world-size", "2"],

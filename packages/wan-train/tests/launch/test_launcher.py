@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,41 @@ def test_an_error_of_training_reaches_the_launcher(
     assert job.alive() == []
     lines: list[object] = [*job.error_lines()]
     assert [*lines[:2], ..., *lines[-1:]] == said if ... in said else lines == said
+
+
+# As the script that pip installs, with something else in the place of training.
+SCRIPT = """#!PYTHON
+import multiprocessing, sys, types
+def pretrain(options):
+    for method in ("spawn", "forkserver"):
+        child = multiprocessing.get_context(method).Process(target=print, args=(f"{method} started",))
+        child.start()
+        child.join()
+        if child.exitcode: raise ValueError(f"{method} ended with {child.exitcode}")
+run = types.ModuleType("wan_train.loop.run")
+run.pretrain = pretrain
+sys.modules["wan_train.loop.run"] = run
+from wan_train.cli import main
+if __name__ == "__main__": main()
+"""
+
+
+def test_what_a_rank_of_torchrun_starts_imports_nothing_from_the_working_folder(tmp_path: Path) -> None:
+    """torchrun starts the script without ``-P``; writers of checkpoints are spawned, with a tracker of resources."""
+    place, clips = tmp_path / "bin", tmp_path / "clips"
+    for folder in (place, clips):
+        folder.mkdir()
+    for name in ("base64", "ctypes", "signal", "socket", "struct", "random"):
+        (clips / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+    script = place / "wan-train"
+    script.write_text(SCRIPT.replace("PYTHON", sys.executable))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    ended = subprocess.run(
+        [sys.executable, str(script), "pretrain", "--recipe", "tiny", "--mock"],
+        cwd=clips, env={**environment, "RANK": "0", "WORLD_SIZE": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines() == ["spawn started", "forkserver started"]
 
 
 @pytest.fixture
@@ -167,6 +203,15 @@ def test_a_run_that_saves_nothing_says_so_at_its_start() -> None:
     first, second = ended.output[0].splitlines()
     assert first == "checkpoint.save is not set: nothing is saved, and an interrupted run has nothing to resume from"
     assert second.startswith("step 1/1")
+
+
+def test_weights_and_biases_need_a_folder() -> None:
+    settings = ("train.train_iters=1", "train.global_batch_size=2", "logger.wandb_project=wan")
+    ended = warm_ranks().start(RunOptions("tiny", overrides=settings, mock=True).to_json()).wait()
+    assert ended.codes == [2], ended.errors
+    assert (
+        "logger.wandb_project is 'wan', and there is no folder for its files; set logger.wandb_save_dir" in ended.errors
+    )
 
 
 def test_training_and_its_checkpoint_writers_end_with_a_killed_launcher(start_training: Callable[..., Job]) -> None:

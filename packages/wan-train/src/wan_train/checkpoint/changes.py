@@ -60,8 +60,6 @@ def _at(values: Any, key: str) -> Any:
 def _of_config(config: Any, key: str) -> Any:
     if key == "mixed_precision":
         return None if config.mixed_precision is None else "bf16_mixed"
-    if key == "optimizer.use_distributed_optimizer":  # each of the two sets the other
-        return bool(config.optimizer.use_distributed_optimizer or config.ddp.use_distributed_optimizer)
     return _at(config, key)
 
 

@@ -67,6 +67,7 @@ def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
     Raises:
         PartialCheckpointError: it was never completed.
         DamagedCheckpointError: a file is missing or has another size; the message names it.
+        ValueError: the system refuses to read it, which says nothing about its content.
     """
     path = folder / RECORD_NAME
     try:
@@ -74,7 +75,7 @@ def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
     except FileNotFoundError:
         raise PartialCheckpointError(f"{path} is missing: the checkpoint was never completed") from None
     except ValueError as error:
-        raise DamagedCheckpointError(str(error)) from error
+        raise _damage_or_refusal(error) from error
     try:
         if content["format"] != _FORMAT or content["step"] != step:
             raise DamagedCheckpointError(
@@ -91,10 +92,15 @@ def read_record(folder: Path, step: int) -> dict[str, FileRecord]:
         except FileNotFoundError:
             raise DamagedCheckpointError(f"{folder / name} is missing, which {RECORD_NAME} names") from None
         except ValueError as error:
-            raise DamagedCheckpointError(str(error)) from error
+            raise _damage_or_refusal(error) from error
         if size != record.bytes:
             raise DamagedCheckpointError(f"{folder / name} has {size} bytes where {RECORD_NAME} says {record.bytes}")
     return files
+
+
+def _damage_or_refusal(error: ValueError) -> ValueError:
+    """Advice to delete a checkpoint belongs to damage only, not to permissions or a disk that is not mounted."""
+    return ValueError(str(error)) if isinstance(error.__cause__, OSError) else DamagedCheckpointError(str(error))
 
 
 def changed_files(folder: Path, files: Mapping[str, FileRecord], names: Iterable[str]) -> list[str]:

@@ -54,6 +54,8 @@ def _config(
         ),
         scheduler=SchedulerConfig(
             lr_decay_style="cosine", lr_warmup_iters=warmup,
+            # A resumed run uses its settings; Megatron would raise an error where they differ from the checkpoint's.
+            override_opt_param_scheduler=True,
         ),
         # A non-finite gradient is found in the gradient's norm, on every rank at once, after the reduction.
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, check_for_nan_in_grad=False),

@@ -22,12 +22,14 @@ _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("train.train_samples", (None,), "a run's length is train.train_iters"),
     ("train.rampup_batch_size", (None,), "every step has train.global_batch_size packs"),
     ("train.decrease_batch_size_if_needed", (False,), "every step has train.global_batch_size packs"),
+    ("train.iterations_to_skip", ([],), "the saves and the exit of a step that is not trained would be left out"),
     ("dist.use_torch_fsdp2", (False,), "use dist.use_megatron_fsdp for FSDP"),
     ("checkpoint.ckpt_format", ("torch_dist", "fsdp_dtensor"), "leave it out, dist.use_megatron_fsdp decides it"),
     ("checkpoint.pretrained_checkpoint", (None,), "use checkpoint.load with checkpoint.finetune=true, or --init-from"),
     ("checkpoint.ckpt_convert_format", (None,), "use wan-train export"),
     ("checkpoint.non_persistent_save_interval", (None,), "use checkpoint.save_interval with checkpoint.most_recent_k"),
     ("scheduler.use_checkpoint_opt_param_scheduler", (False,), "a resumed run uses its own configuration"),
+    ("scheduler.override_opt_param_scheduler", (True,), "a resumed run uses its own configuration"),
     ("scheduler.lr_warmup_samples", (0,), "a schedule is counted in steps: scheduler.lr_warmup_iters"),
     ("scheduler.lr_decay_samples", (None,), "a schedule is counted in steps: scheduler.lr_decay_iters"),
     ("scheduler.lr_wsd_decay_samples", (None,), "a schedule is counted in steps: scheduler.lr_wsd_decay_iters"),
@@ -118,6 +120,11 @@ def check_settings(config: Any) -> None:
         raise ValueError(
             f"model.gradient_accumulation_fusion needs APEX's {_FUSION_KERNEL}, which is not installed; set it to false"
         )
+    ours, theirs = config.optimizer.use_distributed_optimizer, config.ddp.use_distributed_optimizer
+    if ours != theirs:
+        raise ValueError(
+            f"optimizer.use_distributed_optimizer is {ours} and ddp.use_distributed_optimizer is {theirs}; set both"
+        )
     _check_schedule(config.optimizer, config.scheduler)
     if config.model.deterministic_mode:
         _check_deterministic(config)
@@ -200,8 +207,6 @@ def derive_settings(config: Any, *, on_cpu: bool) -> None:
     for name in ("start_weight_decay", "end_weight_decay"):
         if getattr(scheduler, name) is None:
             setattr(scheduler, name, optimizer.weight_decay)
-    # A resumed run uses its configuration; Megatron would raise an error where it differs from the checkpoint.
-    scheduler.override_opt_param_scheduler = not scheduler.use_checkpoint_opt_param_scheduler
     if config.dist.use_megatron_fsdp:
         from wan_train.model import fsdp
 

@@ -3,16 +3,21 @@
 Import-light and guarded: Megatron's checkpoint writer starts processes that import it again.
 """
 
+import os
 import sys
 
 from wan_model.system.child_process import Supervisor, end_process
 from wan_model.system.standard_streams import checked_streams
+from wan_train.launch.stopped_children import watch_children
 
 
 def main() -> int:
     """Run with the options in the first argument; returns 0 when training ended, 2 for an error in the input."""
+    # torchrun starts ranks without -P, which would let processes that they spawn import from the working folder.
+    os.environ["PYTHONSAFEPATH"] = "1"
     supervisor = Supervisor.find()
     supervisor.follow()
+    watch_children(supervisor)
     with checked_streams(run=True):
         try:
             from wan_train.config.options import RunOptions

@@ -116,19 +116,20 @@ def _resolve_checkpoints(config: Any) -> ResumePoint | None:
     if saves is not None:
         checkpoint.save = str(saves)
         config.dataset.dataloader_save = checkpoint.save  # the loader's state is part of the checkpoint
-    if (wanted := checkpoint.ckpt_step) is not None:
-        folder = loads or saves
-        if folder is None:
+    wanted = checkpoint.ckpt_step
+    if wanted is not None and loads is None:
+        if saves is None:
             raise ValueError(f"checkpoint.ckpt_step is {wanted} without a folder; add checkpoint.load=FOLDER")
-        point = find_resume_point(folder, wanted)
-        if folder == saves and (later := [step for step in saved_steps(folder) if step > wanted]):
+        point = find_resume_point(saves, wanted)
+        if later := [step for step in saved_steps(saves) if step > wanted]:
             raise ValueError(
-                f"checkpoint.ckpt_step is {wanted}, but {folder} also has step {later[0]}, which this run would "
+                f"checkpoint.ckpt_step is {wanted}, but {saves} also has step {later[0]}, which this run would "
                 "overwrite; set checkpoint.save to another folder"
             )
     else:
+        # The same command begins a run from another one's step and resumes it, so its own checkpoints come first.
         point = None if saves is None else find_resume_point(saves)
-        if point is None and loads is not None and (point := find_resume_point(loads)) is None:
+        if point is None and loads is not None and (point := find_resume_point(loads, wanted)) is None:
             raise ValueError(f"checkpoint.load is {loads}, which has no complete checkpoint")
     if point is not None and point.folder == saves:
         checkpoint.finetune = False  # it has checkpoints of its own, and resumes from these
@@ -285,15 +286,21 @@ def pretrain(options: RunOptions) -> None:
                     "is left to train; raise train.train_iters to go on"
                 )
             return
+    logger = config.logger
     if config.checkpoint.save is not None:
         _require_writable(Path(config.checkpoint.save))
+    elif logger.wandb_project and logger.wandb_save_dir is None:
+        raise ValueError(
+            f"logger.wandb_project is {logger.wandb_project!r}, and there is no folder for its files; set "
+            "logger.wandb_save_dir or checkpoint.save"
+        )
     elif torchrun.rank() == 0:
         Terminal(sys.stdout).print_line(
             "checkpoint.save is not set: nothing is saved, and an interrupted run has nothing to resume from"
         )
     derive_settings(config, on_cpu=running.device.type == "cpu")
-    if config.logger.logging_level in (None, logging.INFO):
-        config.logger.logging_level = logging.WARNING  # Megatron's own messages; set 10 or 30 to choose
+    if logger.logging_level in (None, logging.INFO):
+        logger.logging_level = logging.WARNING  # Megatron's own messages; set 10 or 30 to choose
 
     from wan_train.checkpoint.hooks import CheckpointHooks
     from wan_train.data.dataset import empty_caption_of

@@ -73,7 +73,15 @@ _OF_SOME_VERSIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("checkpoint.custom_manager_class", (None,), "only this package's saves can be resumed after a crash"),
     ("checkpoint.async_strategy", ("mcore",), "only Megatron-Core's writer is supervised"),
     ("checkpoint.also_save_hf_checkpoint", (False,), "use wan-train export"),
+    ("checkpoint.load_main_params_from_ckpt", (False,), "the optimizer's weights follow from the others"),
+    ("checkpoint.use_checkpoint_args", (False,), "a resumed run uses its own configuration"),
     ("dist.eval_context_parallel_size", (None,), _INSTEAD),
+    ("ddp.average_in_collective", (False,), "gradients are summed over tokens and divided once"),
+    ("ddp.num_distributed_optimizer_instances", (1,), "the optimizer's state has one part for each data-parallel rank"),
+    ("ddp.use_megatron_fsdp", (False,), "use dist.use_megatron_fsdp for FSDP"),
+    ("ddp.use_custom_fsdp", (False,), "use dist.use_megatron_fsdp for FSDP"),
+    ("ddp.data_parallel_sharding_strategy", ("no_shard",), "leave it out, dist.use_megatron_fsdp decides it"),
+    ("ddp.fp8_param_gather", (False,), "weights are fp32 or bf16: mixed_precision"),
     ("dataset.dataloader_load", (None,), "the data continue at the checkpoint's position"),
 )
 # Keys of Megatron-LM's loop that Bridge has from 0.4 on and does not read in any version, and those that it reads only
@@ -103,6 +111,7 @@ def _only() -> tuple[tuple[str, tuple[Any, ...], str], ...]:
         "logger": LoggerConfig,
         "checkpoint": CheckpointConfig,
         "dist": DistributedInitConfig,
+        "ddp": DistributedDataParallelConfig,
         "dataset": bridge.DatasetProvider,
     }
     rows = [row for row in _OF_SOME_VERSIONS if has_key(sections[(path := row[0].split("."))[0]], path[1])]

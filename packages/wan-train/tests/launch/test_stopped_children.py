@@ -1,0 +1,76 @@
+"""A worker of the loader or a writer of checkpoints that stands still ends the run; nothing would answer it."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from training_runs import BASE_OPTIONS, RUN_OPTIONS, data_options, read_log, sentence_of, start
+from warm_ranks import Call, Ranks
+
+from wan_model.testing.processes import wait_until
+
+ENDLESS = "train.train_iters=100000"
+BOUND = 2.0
+SOON = Call("rank_calls:see_stopped_children_after", [BOUND])
+
+
+def _children(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return False
+    return state != b"Z"
+
+
+def _trains(ranks: Ranks, folder: Path, steps: int) -> bool:
+    assert ranks.running(), ranks.wait().errors
+    return (folder / "log.jsonl").exists() and len(read_log(folder)) >= steps
+
+
+@pytest.fixture
+def stopped() -> Iterator[list[int]]:
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        wait_until(lambda pid=pid: not _runs(pid), "nothing outlives the run")  # type: ignore[misc]
+
+
+def test_a_stopped_worker_of_the_loader_ends_the_run(dataset: Path, tmp_path: Path, stopped: list[int]) -> None:
+    ranks = start(
+        (*BASE_OPTIONS, ENDLESS, *data_options(dataset, workers=2)), tmp_path / "run", calls=[SOON], timeout=60
+    )
+    wait_until(lambda: _trains(ranks, tmp_path / "run", 2), "two steps are in the log")
+    worker = _children(ranks.pids[0])[0]
+    stopped.append(worker)
+    # A shorter stop is none of our business.
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(BOUND / 3)
+    os.kill(worker, signal.SIGCONT)
+    done = len(read_log(tmp_path / "run"))
+    wait_until(lambda: _trains(ranks, tmp_path / "run", done + 3), "training goes on")
+    os.kill(worker, signal.SIGSTOP)
+    said = sentence_of(ranks.wait())
+    assert said.startswith(f"process {worker}, a worker of the data loader or a writer of checkpoints, was stopped")
+    assert said.endswith("2 seconds ago and does not go on; the same command resumes from the last checkpoint")
+
+
+def test_a_stopped_writer_of_checkpoints_ends_the_run(tmp_path: Path, stopped: list[int]) -> None:
+    settings = ("checkpoint.async_save=true", "checkpoint.save_interval=1", "checkpoint.most_recent_k=1")
+    ranks = start((*RUN_OPTIONS, ENDLESS, *settings), tmp_path / "run", calls=[SOON], timeout=60)
+
+    def writes() -> bool:
+        assert ranks.running(), ranks.wait().errors
+        for child in _children(ranks.pids[0]):
+            os.kill(child, signal.SIGSTOP)
+            stopped.append(child)
+        return bool(stopped)
+
+    wait_until(writes, "a checkpoint is written")
+    assert f"process {stopped[0]}, a worker of the data loader or a writer of checkpoints" in sentence_of(ranks.wait())
