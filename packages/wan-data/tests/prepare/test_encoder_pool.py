@@ -154,8 +154,9 @@ def test_a_process_that_is_stopped_ends_the_encoding(light_pool):
     def encode_on_and_on():
         with light_pool:
             for _, (window,) in light_pool.encode(itertools.count(), None):
+                before = len(pids)
                 pids.add(int(window.problem))
-                if len(pids) == 2:
+                if before < len(pids) == 2:
                     os.kill(min(pids), signal.SIGSTOP)
 
     with pytest.raises(
