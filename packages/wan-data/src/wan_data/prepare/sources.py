@@ -20,6 +20,7 @@ from wan_data.prepare.captions import (
 )
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from wan_model.system.safe_reading import require_file
 
 LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
 _BATCH_ROWS = 4096
@@ -58,8 +59,10 @@ def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettin
     """
     if listing.suffix.lower() not in LISTING_SUFFIXES:
         raise ValueError(f"{listing} is no listing; expected a file ending in {', '.join(LISTING_SUFFIXES)}")
-    if not listing.is_file():
-        raise ValueError(f"{listing} does not exist; expected a listing of paths and captions")
+    try:
+        require_file(listing)
+    except FileNotFoundError:
+        raise ValueError(f"{listing} does not exist; expected a listing of paths and captions") from None
     read = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[listing.suffix.lower()]
     folder = listing.parent if folder is None else folder
     sources: dict[str, SourceFile] = {}
