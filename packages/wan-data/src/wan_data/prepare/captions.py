@@ -71,6 +71,11 @@ def check_rows(path: Path, rows: int) -> None:
         raise ValueError(f"{path} has over {MOST_ROWS:,} rows; divide it, and prepare a dataset of each part")
 
 
+def _stands(path: Path) -> bool:
+    """Whether there is something that reading takes for a caption, or refuses by name."""
+    return path.exists() and not path.is_dir()
+
+
 def names_in(value: Any) -> list[str]:
     """The names of files that a line of a list of captions names its clip by."""
     if not isinstance(value, dict):
@@ -134,17 +139,17 @@ class CaptionFinder:
         found: list[tuple[str, str]] = []
         without: list[str] = []
         beside = clip.with_suffix(".json")
-        if beside.is_file():
+        if _stands(beside):
             value = safe_reading.parse_json(read_text(beside), beside.name)
             try:
                 found.append((beside.name, caption_in(value, self.caption_key, beside.name)))
             except NoCaptionError as error:  # it may hold something else, and the caption stands in another file
                 without.append(str(error))
         beside = clip.with_suffix(".jsonl")
-        if beside.is_file() and (caption := self._single_line(beside)) is not None:
+        if _stands(beside) and (caption := self._single_line(beside)) is not None:
             found.append((beside.name, caption))
         beside = clip.with_suffix(".txt")
-        if beside.is_file():
+        if _stands(beside):
             found.append((beside.name, _checked(read_text(beside).strip(), beside.name)))
         listed, broken = self._listed(clip.parent)
         for name in (clip.name, clip.stem):
