@@ -80,6 +80,23 @@ def test_captions_that_differ_are_refused_and_equal_ones_agree(folder):
         find(folder)
 
 
+def test_a_list_of_captions_is_bounded_and_read_line_by_line(folder, monkeypatch):
+    monkeypatch.setattr("wan_data.prepare.captions.MOST_ROWS", 3)
+    line = '{"video": "clip.mp4", "caption": "x"}\n'
+    (folder / "list.jsonl").write_text("\n" * 9 + 3 * line)
+    assert find(folder) == "x"
+    (folder / "list.jsonl").write_text(4 * line)
+    with pytest.raises(ValueError, match=r"no caption: .*list\.jsonl has over 3 rows; divide it"):
+        find(folder)
+
+
+def test_a_missing_caption_names_few_of_many_broken_lines(folder):
+    (folder / "list.jsonl").write_bytes(b"{broken\n" * 1000)
+    with pytest.raises(ValueError, match=r"line 5 is not JSON.* and 995 more$") as error:
+        find(folder)
+    assert len(str(error.value)) < 1000
+
+
 def test_a_missing_caption_names_unreadable_lists(folder):
     (folder / "list.jsonl").write_bytes(b"{broken\n")
     with pytest.raises(

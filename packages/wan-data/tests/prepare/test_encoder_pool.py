@@ -1,12 +1,18 @@
 import itertools
+import multiprocessing
+import os
+import signal
 import threading
 
+import light_encoders
 import pytest
 
+from wan_data.prepare import encoder_pool
 from wan_data.prepare.encoder_pool import EncoderPool, _TaskQueue
 from wan_data.prepare.encoding import default_processes
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask
+from wan_model.testing.processes import wait_until
 
 
 def tasks(count):
@@ -125,3 +131,43 @@ def test_nothing_is_handed_out_after_the_end():
     assert one.get(wait=True) is not None
     assert one.get(wait=True) is None
     assert one.get(wait=True) is None
+
+
+@pytest.fixture
+def light_pool(monkeypatch):
+    """Two real processes of a real fork server, without what they would import."""
+    for name in ("initialize", "do_nothing", "encode"):
+        monkeypatch.setattr(encoder_pool, f"_{name}", getattr(light_encoders, name))
+    monkeypatch.setattr(encoder_pool, "preload_encoders", lambda: multiprocessing.get_context("forkserver"))
+    monkeypatch.setattr(encoder_pool, "STOPPED_SECONDS", 1.0)
+    return EncoderPool("model", PrepareSettings(), "cpu", 2)
+
+
+def have_ended(pids):
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "the processes have ended", 60.0)
+    return True
+
+
+def test_a_process_that_is_stopped_ends_the_encoding(light_pool):
+    pids = set()
+
+    def encode_on_and_on():
+        with light_pool:
+            for _, (window,) in light_pool.encode(itertools.count(), None):
+                before = len(pids)
+                pids.add(int(window.problem))
+                if before < len(pids) == 2:
+                    os.kill(min(pids), signal.SIGSTOP)
+
+    with pytest.raises(
+        ChildProcessError, match=r"was stopped \(SIGSTOP\) for 1 seconds and did not go on; run the same"
+    ):
+        encode_on_and_on()
+    assert have_ended(pids)
+
+
+def test_a_process_that_is_stopped_at_the_end_does_not_hold_it_up(light_pool):
+    with light_pool:
+        pids = {int(window.problem) for _, (window,) in light_pool.encode(range(20), None)}
+        os.kill(min(pids), signal.SIGSTOP)
+    assert have_ended(pids)

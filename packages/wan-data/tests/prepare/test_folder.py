@@ -1,11 +1,13 @@
 """The files of a folder: which are sources, in which order, and that everything else is named."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from wan_data.prepare.folder import files_of_folder, left_out
 from wan_data.prepare.settings import PrepareSettings
+from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 VIDEOS, IMAGES = PrepareSettings(), PrepareSettings(mode="frames")
 
@@ -65,6 +67,46 @@ def test_everything_that_is_not_read_is_named(tmp_path):
 def test_nothing_is_said_of_a_folder_that_is_read_whole(tmp_path):
     touch(tmp_path, "a.mp4", "a.txt", "more.jsonl")
     assert left_out(tmp_path, VIDEOS) == []
+
+
+def test_captions_in_lists_without_a_clip_are_named(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4", "still.png", "x/a.mp4", "empty.jsonl")
+    for name, lines in {
+        "a.jsonl": ['{"caption": "a"}'],
+        "gone.jsonl": ['{"caption": "an orphan"}'],
+        "other.jsonl": ['{"video": "gone.mp4", "caption": "x"}', '{"video": "also.mp4", "caption": "x"}'],
+        "list.jsonl": [
+            '{"video": "deep/b.mp4", "caption": "b"}', '{"video": "gone.mp4", "caption": "x"}', "",
+            '{"file_name": "still", "caption": "a picture"}', "{broken", '{"caption": "without a name"}',
+        ],
+        "x/a.jsonl": ['{"video": "a.mp4", "caption": "a"}', '{"video": "b.mp4", "caption": "in another folder"}'],
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text("\n".join(lines))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / ".hidden.jsonl").write_text('{"caption": "hidden"}')
+    for settings in (VIDEOS, IMAGES):
+        assert [line for line in left_out(tmp_path, settings) if "images" not in line] == [
+            "1 left out, hidden: .hidden.jsonl",
+            "2 left out, texts without a clip of their name: gone.jsonl, other.jsonl",
+            "3 left out, lines that name no clip beside them: list.jsonl line 2, list.jsonl line 6, x/a.jsonl line 2",
+            "2 left out, captions that cannot be read: list.jsonl line 5, pipe.jsonl",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffixes"),
+    [
+        ("video", ".mp4 .mov .m4v .3gp .mkv .webm .avi .mpg .mpeg .vob .ts .mts .m2ts .flv .wmv .ogv .gif"),
+        ("frames", ".png .jpg .jpeg .webp .bmp .tif .tiff"),
+    ],
+)
+def test_files_of_every_suffix_of_the_readme_are_taken(tmp_path, mode, suffixes):
+    touch(tmp_path, *(name for end in suffixes.split() for name in (f"a{end}", f"B{end.upper()}")))
+    assert len(names_of(tmp_path, PrepareSettings(mode=mode))) == 2 * len(suffixes.split())
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert suffixes.replace(" .gif", " or .gif").replace(" .tiff", " or .tiff") in readme
+    ours = VIDEO_SUFFIXES if mode == "video" else IMAGE_SUFFIXES
+    assert sorted(ours) == sorted(suffixes.split())
 
 
 def test_a_name_that_is_no_unicode_is_named_and_can_be_printed(tmp_path):

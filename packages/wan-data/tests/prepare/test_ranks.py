@@ -3,13 +3,19 @@
 import concurrent.futures
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from folder_digests import without_index
 from thread_ranks import ThreadRanks
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
+
+from wan_data.prepare import ranks as ranks_module
+from wan_data.prepare.ranks import ranks_from_environment
+from wan_model.testing.processes import Job
 
 RANK = """
 import json, os, sys
@@ -84,3 +90,49 @@ def test_items_are_distributed_exactly_once_among_any_number_of_ranks(count):
     assert sorted(item for mine, _ in results for item in mine) == items
     assert all(all_here for _, all_here in results), "nobody passes a barrier before all are there"
     assert sorted(claimed) == sorted((name, item) for name in ("unfinished", "new") for item in items)
+
+
+def test_a_rank_that_works_for_long_is_waited_for_and_one_without_a_sign_of_life_is_not(monkeypatch):
+    monkeypatch.setattr(ranks_module, "_SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(ranks_module, "_BEAT_SECONDS", 0.05)
+    store, end = HashStore(), threading.Event()
+    waits, works = ThreadRanks(store, 0, 2), ThreadRanks(store, 1, 2)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        beats = threads.submit(works._beat, end)
+        passed = threads.submit(waits.barrier, "late")
+        with pytest.raises(TimeoutError):
+            passed.result(2.5)
+        works.barrier("late")
+        passed.result(60.0)
+        end.set()
+        beats.result(60.0)
+    with pytest.raises(ChildProcessError, match=r"rank 1 has given no sign of life for 1 seconds: .*run the same"):
+        waits.barrier("never")
+
+
+SECOND = """
+import time
+from wan_data.prepare import ranks
+ranks._BEAT_SECONDS = 0.1
+second = ranks.ranks_from_environment()
+second.barrier("started")
+time.sleep(600)
+"""
+
+
+def test_a_stopped_rank_is_named(monkeypatch, tmp_path):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    job = Job.start([sys.executable, "-c", SECOND], tmp_path, **shared, RANK="1")
+    try:
+        for name, value in {**shared, "RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        first = ranks_from_environment()
+        first.barrier("started")
+        job.process.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(ranks_module, "_SILENT_SECONDS", 1.0)
+        with pytest.raises(ChildProcessError, match="rank 1 has given no sign of life"):
+            first.barrier("never")
+    finally:
+        job.end()

@@ -80,7 +80,7 @@ def test_a_plan_is_read_back_as_it_was_written(tmp_path):
     batch.write(tmp_path)
     assert ShardBatch.read(tmp_path) == batch
     (tmp_path / "round.json").write_text('{"first_shard": 3}')
-    with pytest.raises(ValueError, match=r"round\.json is damaged .*--overwrite"):
+    with pytest.raises(ValueError, match=r"round\.json has no accepted, rejected; .*remove the folder"):
         ShardBatch.read(tmp_path)
 
 

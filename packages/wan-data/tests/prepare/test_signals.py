@@ -57,6 +57,7 @@ def command(many_windows, tiny_model, tmp_path):
     [
         ("prepare", "encoding", signal.SIGINT),
         ("prepare", "encoding", signal.SIGTERM),
+        ("prepare", "encoding", signal.SIGHUP),
         ("prepare", "probing", signal.SIGHUP),
         ("prepare", "probing", signal.SIGKILL),
         ("plan", "probing", signal.SIGTERM),

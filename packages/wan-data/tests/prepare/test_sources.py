@@ -122,6 +122,41 @@ def test_a_parquet_file_without_the_caption_names_its_columns(tmp_path):
     assert source.caption == "x"
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_number_of_rows_is_bounded(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("wan_data.prepare.captions.MOST_ROWS", 5)
+    listing = tmp_path / f"clips.{kind}"
+    WRITERS[kind](listing, [{"video": f"{index}.mp4", "caption": "x"} for index in range(5)])
+    assert len(files_of_listing(listing, None, VIDEOS)) == 5
+    for names in (range(6), [0] * 6):
+        WRITERS[kind](listing, [{"video": f"{index}.mp4", "caption": "x"} for index in names])
+        with pytest.raises(
+            ValueError, match=rf"clips\.{kind} has over 5 rows; divide it, and prepare a dataset of each"
+        ):
+            files_of_listing(listing, None, VIDEOS)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_row_that_is_repeated_for_ever_is_named_once(tmp_path, kind):
+    listing = tmp_path / f"clips.{kind}"
+    WRITERS[kind](listing, [{"video": f"{index}.mp4", "caption": "x"} for index in [1, *[0] * 2000, 1, 2]])
+    found = {source.name: source.problem for source in files_of_listing(listing, None, VIDEOS)}
+    assert sorted(filter(None, found.values())) == [
+        "it is listed 2,000 times; keep one row",
+        "it is listed twice; keep one row",
+    ]
+    assert [name for name, problem in found.items() if problem is None] == ["0.mp4", "1.mp4", "2.mp4"]
+
+
+def test_rows_of_parquet_are_counted_before_they_are_read(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_parquet(tmp_path / "a.parquet", [{"video": "a.mp4", "caption": "x"}] * 9)
+    monkeypatch.setattr("wan_data.prepare.captions.MOST_ROWS", 5)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("rows are read"))
+    with pytest.raises(ValueError, match="has over 5 rows"):
+        files_of_listing(tmp_path / "a.parquet", None, VIDEOS)
+
+
 def test_a_text_file_is_a_caption(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeff One line,\nand another. \n", encoding="utf-8")
     assert CaptionFinder().find(tmp_path / "a.mp4") == "One line,\nand another."

@@ -50,6 +50,9 @@ def choose_samples(folder: Path, split: str, count: int, seed: int) -> list[Stor
     return [sample for _, sample in chosen]
 
 
+_LONGEST_NAME = 300
+
+
 def contact_sheet(samples: Sequence[StoredSample], codec: LatentCodec, path: Path) -> None:
     """Write a PNG with some frames of each sample, decoded from its latent, above its caption.
 
@@ -71,7 +74,8 @@ def contact_sheet(samples: Sequence[StoredSample], codec: LatentCodec, path: Pat
             axis.set_title(f"frame {number + 1} of {frames}", fontsize=7)
         size = "x".join(str(side) for side in video.shape[1:])
         caption = textwrap.shorten(str(sample.info.get("caption", "")), 300)
-        name = f"{sample.key}, {sample.info.get('video_path', '')}, {size}"
+        source = str(sample.info.get("video_path", ""))[-_LONGEST_NAME:]
+        name = f"{sample.key}, {source}, {size}"
         text = "\n".join([*textwrap.wrap(name, 150), *textwrap.wrap(caption, 150)])
         row[0].text(0, -0.04, text, transform=row[0].transAxes, fontsize=8, va="top", parse_math=False)
     _save(figure, path)

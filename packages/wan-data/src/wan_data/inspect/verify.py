@@ -11,6 +11,7 @@ from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, capt
 from wan_data.shards.reader import StoredSample, samples_of
 from wan_data.shards.writer import SHARD_GLOB, sample_key
 from wan_model.system.files import sha256_of
+from wan_model.system.safe_reading import require_file
 
 _NUMBERS = ("frame_start", "processed_frames", "processed_height", "processed_width")
 
@@ -203,8 +204,11 @@ def _source_problems(
             continue
         problems = []
         try:
+            require_file(folder / record.path)
             if sha256_of(folder / record.path) != record.sha256:
                 problems.append(f"{record.path} has changed since it was encoded")
+        except ValueError as error:
+            problems.append(str(error))
         except OSError as error:
             problems.append(f"{record.path} cannot be read: {error.strerror or error}")
         if caption_of is not None and (folder / record.path).exists():

@@ -1,5 +1,6 @@
 """Captions of clips: finding them in the files beside a clip, and validating them."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ NAME_KEYS = ("video_path", "file_name", "filename", "video", "path", "name", "fi
 
 # Bytes of a list of captions, which is read as a whole: some ten million lines.
 LARGEST_LISTING = 4 << 30
+# A compressed listing of a megabyte can have any number.
+MOST_ROWS = 20_000_000
 # Characters; a text encoder takes 512 tokens of it.
 LONGEST_CAPTION = 100_000
+_NAMED = 5
 
 
 def read_text(path: Path, limit: int = safe_reading.SMALL_FILE) -> str:
@@ -34,17 +38,49 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         ValueError: the file cannot be read, or is not UTF-8.
     """
-    for number, line in enumerate(
-        read_text(path, LARGEST_LISTING).split("\n"), start=1
-    ):  # not splitlines: JSON text may hold U+2028
+    rows = 0
+    for number, line in enumerate(_lines(read_text(path, LARGEST_LISTING)), start=1):
         if not line.strip():
             continue
+        rows += 1
+        check_rows(path, rows)
         where = f"{path.name} line {number}"
         try:
             value = safe_reading.parse_json(line, where)
         except ValueError as error:
             value = error
         yield where, value
+
+
+def _lines(text: str) -> Iterator[str]:
+    # One at a time: gigabytes of empty lines would be as many objects. Not splitlines: JSON text may hold U+2028.
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
+
+
+def check_rows(path: Path, rows: int) -> None:
+    """Refuse a list of more rows than are kept.
+
+    Raises:
+        ValueError: it has more; the message names the file.
+    """
+    if rows > MOST_ROWS:
+        raise ValueError(f"{path} has over {MOST_ROWS:,} rows; divide it, and prepare a dataset of each part")
+
+
+def _stands(path: Path) -> bool:
+    """Whether there is something that reading takes for a caption, or refuses by name."""
+    return path.exists() and not path.is_dir()
+
+
+def names_in(value: Any) -> list[str]:
+    """The names of files that a line of a list of captions names its clip by."""
+    if not isinstance(value, dict):
+        return []
+    return sorted({Path(value[key]).name for key in NAME_KEYS if isinstance(value.get(key), str)})
 
 
 class NoCaptionError(ValueError):
@@ -103,17 +139,17 @@ class CaptionFinder:
         found: list[tuple[str, str]] = []
         without: list[str] = []
         beside = clip.with_suffix(".json")
-        if beside.is_file():
+        if _stands(beside):
             value = safe_reading.parse_json(read_text(beside), beside.name)
             try:
                 found.append((beside.name, caption_in(value, self.caption_key, beside.name)))
             except NoCaptionError as error:  # it may hold something else, and the caption stands in another file
                 without.append(str(error))
         beside = clip.with_suffix(".jsonl")
-        if beside.is_file() and (caption := self._single_line(beside)) is not None:
+        if _stands(beside) and (caption := self._single_line(beside)) is not None:
             found.append((beside.name, caption))
         beside = clip.with_suffix(".txt")
-        if beside.is_file():
+        if _stands(beside):
             found.append((beside.name, _checked(read_text(beside).strip(), beside.name)))
         listed, broken = self._listed(clip.parent)
         for name in (clip.name, clip.stem):
@@ -122,14 +158,15 @@ class CaptionFinder:
         if not found and without:
             raise NoCaptionError(without[0])
         if not found:
-            hint = f"; unreadable beside it: {'; '.join(broken)}" if broken else ""
+            more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+            hint = f"; unreadable beside it: {'; '.join(broken[:_NAMED])}{more}" if broken else ""
             raise ValueError(f"it has no caption: expected {clip.stem}.json, .jsonl or .txt beside it{hint}")
         if len({caption for _, caption in found}) > 1:
             raise ValueError(f"its captions in {' and '.join(where for where, _ in found)} differ; keep one")
         return found[0][1]
 
     def _single_line(self, path: Path) -> str | None:
-        lines = list(json_lines(path))
+        lines = list(itertools.islice(json_lines(path), 2))
         if len(lines) != 1:
             return None  # a list of clips; _listed reads it
         ((_, value),) = lines
@@ -153,9 +190,8 @@ class CaptionFinder:
             for where, value in lines:
                 if isinstance(value, ValueError):
                     broken.append(str(value))
-                elif isinstance(value, dict):
-                    names = {value[key] for key in NAME_KEYS if isinstance(value.get(key), str)}
-                    for name in sorted({Path(name).name for name in names}):
+                else:
+                    for name in names_in(value):
                         listed.setdefault(name, []).append((where, value))
         self._lists[folder] = listed, broken
         return self._lists[folder]

@@ -2,13 +2,13 @@
 
 import concurrent.futures
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile, caption_of, files_of_listing
+from wan_data.prepare.work_files import read_work_file
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, caption_digest, read_manifest
 from wan_model.system.files import sha256_of, write_json
 
@@ -33,9 +33,12 @@ class SourceChanges:
 
     @classmethod
     def read(cls, path: Path) -> "SourceChanges":
-        """Inverse of ``write``."""
-        value = json.loads(path.read_bytes())
-        return cls(value["changed"], tuple(value["missing"]))
+        """Inverse of ``write``.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return read_work_file(path, cls)
 
 
 def find_changes(

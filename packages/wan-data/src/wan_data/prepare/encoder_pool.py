@@ -4,20 +4,25 @@ import collections
 import concurrent.futures
 import contextlib
 import multiprocessing
+import os
 import queue
+import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from wan_data.prepare.encoding import EncodedWindow, WindowEncoder, choose_device, load_codec
-from wan_data.prepare.preload import preload_encoders
+from wan_data.prepare.preload import encoding_processes, preload_encoders
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask
 from wan_data.video.decoder_process import Decoder
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.child_process import end_after
+from wan_model.system.process_tree import STOPPED_SECONDS, StoppedProcesses
+
+_POLL_SECONDS = 0.25
 
 Result = list[tuple[str, int, Any, str | None]]  # source, window, latent as an array, problem
 
@@ -121,7 +126,7 @@ class _TaskQueue:
             yield task, result
 
 
-def _feed(process: concurrent.futures.Executor, tasks: _TaskQueue) -> None:
+def _feed(process: concurrent.futures.Executor, tasks: _TaskQueue, why_ended: Callable[[], str]) -> None:
     """Send tasks to one process, each with the task that it decodes in the meantime."""
     following = None
     while (current := following or tasks.get(wait=True)) is not None:
@@ -133,12 +138,42 @@ def _feed(process: concurrent.futures.Executor, tasks: _TaskQueue) -> None:
             future.set_result(process.submit(_encode, task, following[0] if following else None).result())
         except BaseException as error:
             if isinstance(error, concurrent.futures.BrokenExecutor):
-                error = ChildProcessError(
-                    "an encoding process died, perhaps for lack of memory; run the same command again to resume"
-                )
+                error = ChildProcessError(f"{why_ended()}; run the same command again to resume")
             for _, unfinished in (current, *((following,) if following else ())):
                 unfinished.set_exception(error)
             return
+
+
+class _Watch:
+    """A thread that kills encoding processes which are stopped and do not go on: nobody would notice otherwise."""
+
+    def __init__(self) -> None:
+        self.found: str | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watches the encoding processes", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._end.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def reason(self) -> str:
+        """Why a process has ended."""
+        return self.found or "an encoding process died, perhaps for lack of memory"
+
+    def _run(self) -> None:
+        stopped = StoppedProcesses(STOPPED_SECONDS)
+        while not self._end.wait(_POLL_SECONDS):
+            for pid in stopped.look(encoding_processes()):
+                self.found = (
+                    f"an encoding process ({pid}) was stopped (SIGSTOP) for {STOPPED_SECONDS:.0f} seconds and did not "
+                    "go on"
+                )
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 class EncoderPool:
@@ -161,6 +196,7 @@ class EncoderPool:
         self._processes: list[concurrent.futures.Executor] = []
         self._decoder = Decoder()
         self._starter: threading.Thread | None = None
+        self._watch = _Watch()
 
     def __enter__(self) -> "EncoderPool":
         """Start the processes."""
@@ -177,18 +213,25 @@ class EncoderPool:
             for index in self._indices
         ]
         # The first call starts the process and waits for it, so the calls are made in a thread.
-        self._starter = threading.Thread(target=lambda: [process.submit(_do_nothing) for process in self._processes])
+        self._starter = threading.Thread(target=self._start_all)
         self._starter.start()
+        self._watch.start()
         return self
+
+    def _start_all(self) -> None:
+        for process in self._processes:
+            with contextlib.suppress(EOFError, OSError):  # the fork server has ended; the first task starts another
+                process.submit(_do_nothing)
 
     def __exit__(self, *error: object) -> None:
         """End the processes; tasks that they have not started are cancelled."""
         if self._starter is not None:
             self._starter.join()
-        for process in self._processes:
-            process.shutdown(wait=False, cancel_futures=True)
-        for process in self._processes:
-            process.shutdown()
+        if self._processes:
+            # All at a time. An executor that was told not to wait can no longer be waited for.
+            with concurrent.futures.ThreadPoolExecutor(len(self._processes)) as threads:
+                list(threads.map(lambda process: process.shutdown(cancel_futures=True), self._processes))
+        self._watch.end()  # last: a process that is stopped does not end
         self._decoder.__exit__(*error)
 
     def encode(
@@ -209,7 +252,7 @@ class EncoderPool:
             threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._processes)))
             stack.callback(task_queue.stop)
             for process in self._processes:
-                threads.submit(_feed, process, task_queue)
+                threads.submit(_feed, process, task_queue, self._watch.reason)
             for task, windows in task_queue.results():
                 yield (
                     task,

@@ -1,17 +1,17 @@
 """The sources of a preparation that a folder holds, and what else is in it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import NoReturn
 
+from wan_data.prepare.captions import json_lines, names_in
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 _CAPTION_SUFFIXES = (".txt", ".json")
-# Read for the captions of other files, or written by file managers.
-_SILENT = (".jsonl",)
+_LIST_SUFFIX = ".jsonl"
 _NAMED = 5
 
 
@@ -45,20 +45,30 @@ def left_out(folder: Path, settings: PrepareSettings) -> list[str]:
     other: list[Path] = []
     images: list[Path] = []
     texts: list[Path] = []
+    lines: list[Path] = []
+    broken: list[Path] = []
     suffixes = _suffixes(settings)
     for place, folders, names in _walk(folder):
         shown = [name for name in names if not name.startswith(".")]
         hidden += [place / name for name in {*names} - {*shown}]
         for name, reason in folders.items():
             (hidden if reason == "hidden" else again).append(place / name)
-        media = {Path(name).stem for name in shown if _suffix(name) in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
+        files = {name for name in shown if _suffix(name) in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
+        media = {Path(name).stem for name in files}
         for name in shown:
             kind = _suffix(name)
             if kind in _CAPTION_SUFFIXES:
                 texts += [] if Path(name).stem in media else [place / name]
+            elif kind == _LIST_SUFFIX:
+                unused, unread, used = _unused_lines(place / name, files | media)
+                broken += unread
+                if used or Path(name).stem in media:
+                    lines += unused
+                elif unused:
+                    texts.append(place / name)
             elif kind in IMAGE_SUFFIXES and kind not in suffixes:
                 images.append(place / name)
-            elif kind not in suffixes and kind not in _SILENT:
+            elif kind not in suffixes:
                 other.append(place / name)
     kinds = {
         "hidden": hidden,
@@ -66,8 +76,34 @@ def left_out(folder: Path, settings: PrepareSettings) -> list[str]:
         "of a kind that is not read": other,
         "images, which --mode frames reads": images,
         "texts without a clip of their name": texts,
+        "lines that name no clip beside them": lines,
+        "captions that cannot be read": broken,
     }
     return [f"{len(paths)} left out, {kind}: {_few(paths, folder)}" for kind, paths in kinds.items() if paths]
+
+
+def _unused_lines(path: Path, clips: Set[str]) -> tuple[list[Path], list[Path], bool]:
+    """The lines of a list of captions that belong to no clip, those that cannot be read, and whether any is used.
+
+    Args:
+        path: of the list.
+        clips: names of the clips beside it, with and without their suffixes.
+    """
+    unused, broken, used = [], [], False
+    try:
+        for where, value in json_lines(path):
+            names = names_in(value)
+            if isinstance(value, ValueError):
+                broken.append(path.with_name(where))
+            elif not clips & {*names}:
+                # A line without a name is the caption of the clip that has the name of the list.
+                if names or path.stem not in clips:
+                    unused.append(path.with_name(where))
+            else:
+                used = True
+    except ValueError:
+        broken.append(path)
+    return unused, broken, used
 
 
 def _suffixes(settings: PrepareSettings) -> tuple[str, ...]:

@@ -29,6 +29,17 @@ def preload_encoders() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def encoding_processes() -> list[int]:
+    """The process ids of the fork server and of the processes that it has forked for this one."""
+    forked = [
+        process.pid
+        for process in multiprocessing.active_children()
+        if isinstance(process, multiprocessing.context.ForkServerProcess) and process.pid is not None
+    ]
+    server: int | None = getattr(multiprocessing.forkserver._forkserver, "_forkserver_pid", None)
+    return forked if server is None else [server, *forked]
+
+
 def _start_resource_tracker() -> None:
     """Start the process that removes the semaphores of a command that a signal ends, without its warning about them."""
     sys.warnoptions.append(_LEFT_BEHIND)  # it gets these

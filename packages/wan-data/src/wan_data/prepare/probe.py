@@ -5,17 +5,20 @@ Every source is decoded to its end. The result is a plan of its windows, or the 
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import queue
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile, caption_of
+from wan_data.prepare.work_files import LARGEST, remedy_named
+from wan_data.shards.json_records import from_json
 from wan_data.video.buckets import Size, choose_bucket, enlargement
 from wan_data.video.decode import ClipInfo
 from wan_data.video.decoder_process import Decoder, Job
@@ -23,6 +26,7 @@ from wan_data.video.limits import READING_VERSION
 from wan_data.video.source_file import Rejected
 from wan_data.video.windows import Window, plan_windows
 from wan_model.system.files import naming, sha256_of, sync_file, sync_folder
+from wan_model.system.safe_reading import parse_json, read_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +55,10 @@ class PlannedSource:
     mtime_ns: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The source as plain JSON values."""
+        """The source as plain JSON values, of which ``from_json`` makes it again."""
         value = dataclasses.asdict(self)
         value["windows"] = [[window.start, window.stop] for window in self.windows]
         return {**value, "path": str(self.path)}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "PlannedSource":
-        """Inverse of ``to_dict``."""
-        return cls(
-            **{
-                **value,
-                "path": Path(value["path"]),
-                "info": ClipInfo(**value["info"]),
-                "size": Size(**value["size"]),
-                "windows": tuple(Window(*pair) for pair in value["windows"]),
-            }
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +77,7 @@ ProbeResult = PlannedSource | RejectedSource
 class ProbeCache:
     """A file of probe results, so that a resumed preparation does not decode unchanged sources again.
 
-    It holds one line of JSON per source. Incomplete lines, which a crash may leave, are skipped.
+    It holds one line of JSON per source. Incomplete and damaged lines, which a crash may leave, are skipped.
 
     Args:
         path: the file; None disables the cache.
@@ -97,22 +88,20 @@ class ProbeCache:
         self.path = path
         self._conditions = [READING_VERSION, str(settings.fps), settings.hdr, *dataclasses.astuple(settings.limits)]
         self._entries: dict[str, dict[str, Any]] = {}
-        for line in path.read_bytes().split(b"\n") if path is not None and path.is_file() else ():
-            try:
-                value = json.loads(line)
+        for line in _lines(path) if path is not None else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                value = parse_json(line.decode(), "a line")
                 self._entries[value["name"]] = value
-            except (ValueError, KeyError, TypeError):
-                continue
 
     def find(self, name: str, size: int, mtime_ns: int) -> tuple[str, ClipInfo] | None:
         """Digest and properties of a source, or None if it is unknown or has changed."""
         value = self._entries.get(name)
         if value is None or [value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]:
             return None
-        try:
-            return (str(value["sha256"]), ClipInfo(**value["info"])) if value["about"] == self._conditions else None
-        except (KeyError, TypeError):
-            return None
+        with contextlib.suppress(ValueError, KeyError):
+            if value["about"] == self._conditions:
+                return from_json(str, value["sha256"], "it"), from_json(ClipInfo, value["info"], "it")
+        return None
 
     def add(self, name: str, size: int, mtime_ns: int, sha256: str, info: ClipInfo) -> None:
         """Append the result of a source."""
@@ -128,6 +117,14 @@ class ProbeCache:
         if self.path is not None and self.path.is_file():
             sync_file(self.path)
             sync_folder(self.path.parent)
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        with remedy_named():
+            return read_bytes(path, LARGEST).split(b"\n")
+    except FileNotFoundError:
+        return []
 
 
 def probe_sources(

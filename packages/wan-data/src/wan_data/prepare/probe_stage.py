@@ -1,9 +1,9 @@
 """Probing as the first stage of ``wan-data prepare``, and all of ``wan-data plan``: with progress and a cache."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from wan_data.prepare.output_folder import WORK_FOLDER, output_folder
 from wan_data.prepare.probe import PlannedSource, ProbeCache, ProbeResult, RejectedSource, probe_sources
@@ -11,6 +11,8 @@ from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report, describe
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile
+from wan_data.prepare.work_files import check_work_folder, read_work_file, remedy_named
+from wan_data.shards.json_records import from_json
 from wan_model.system.files import write_json
 from wan_model.system.torchrun import processors
 
@@ -40,6 +42,7 @@ def probe_only(
     ranks = Ranks()
     with output_folder(output, ranks, overwrite=False):
         (output / WORK_FOLDER).mkdir(exist_ok=True)
+        check_work_folder(output / WORK_FOLDER)
         return probe(sources, settings, report, decoders, cache_path(output / WORK_FOLDER, ranks))
 
 
@@ -92,6 +95,11 @@ def gathered(results: Sequence[ProbeResult], work: Path, ranks: Ranks) -> list[P
         return []
     found: list[ProbeResult] = []
     for rank in range(ranks.world_size):
-        for value in json.loads((work / f"verdicts-{rank:05d}.json").read_bytes()):
-            found.append(RejectedSource(**value) if "reason" in value else PlannedSource.from_dict(value))
+        path = work / f"verdicts-{rank:05d}.json"
+        for value in read_work_file(path, tuple[dict[str, Any], ...]):
+            with remedy_named():
+                if "reason" in value:
+                    found.append(from_json(RejectedSource, value, str(path)))
+                else:
+                    found.append(from_json(PlannedSource, value, str(path)))
     return sorted(found, key=lambda result: result.name)

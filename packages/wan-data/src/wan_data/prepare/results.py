@@ -2,13 +2,13 @@
 
 import collections
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.shard_batches import ShardBatch, ShardPlan
+from wan_data.prepare.work_files import read_work_file
 from wan_data.reading.packing import latent_tokens
 from wan_data.shards.manifest import Manifest, ShapeCount, SourceRecord, caption_digest
 from wan_data.shards.writer import ShardRecord
@@ -39,15 +39,12 @@ class FinishedShard:
 
     @classmethod
     def read(cls, path: Path) -> "FinishedShard":
-        """Inverse of ``write``."""
-        value = json.loads(path.read_bytes())
-        return cls(
-            ShardRecord(**value["record"]) if value["record"] else None,
-            value["samples"],
-            tuple((*shape[:3], tuple(shape[3]), shape[4]) for shape in value["shapes"]),
-            tuple((name, window, reason) for name, window, reason in value["dropped"]),
-            value.get("cut", {}),
-        )
+        """Inverse of ``write``.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return read_work_file(path, cls)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,15 +6,15 @@ deleted when the manifest no longer lists it.
 
 import collections
 import dataclasses
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from wan_data.prepare.work_files import read_work_file
 from wan_data.shards.energon_index import OFFSETS_SUFFIX
 from wan_data.shards.manifest import Manifest
 from wan_data.shards.reader import members_of
 from wan_data.shards.serialization import info_from_json
-from wan_data.shards.writer import ShardRecord, ShardWriter, source_key
+from wan_data.shards.writer import ShardRecord, ShardWriter, is_shard_name, source_key
 from wan_model.system.files import sha256_of, write_json
 
 SUPERSEDED_NAME = "superseded.json"
@@ -40,10 +40,12 @@ class RewrittenShard:
 
     @classmethod
     def read(cls, path: Path) -> "RewrittenShard":
-        """Inverse of ``write``."""
-        value = json.loads(path.read_bytes())
-        record = ShardRecord(**value["record"]) if value["record"] else None
-        return cls(value["old"], record, tuple((f, h, w, count) for f, h, w, count in value["removed"]))
+        """Inverse of ``write``.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return read_work_file(path, cls)
 
 
 def shards_of(manifest: Manifest, sources: Collection[str]) -> list[ShardRecord]:
@@ -140,8 +142,21 @@ def note_superseded(work: Path, names: Sequence[str]) -> None:
 
 def _superseded(work: Path) -> list[str]:
     path = work / SUPERSEDED_NAME
-    names: list[str] = json.loads(path.read_bytes())["shards"] if path.is_file() else []
+    try:
+        names = list(read_work_file(path, _Superseded).shards)
+    except FileNotFoundError:
+        return []
+    for name in names:
+        if not is_shard_name(name):  # it will be deleted
+            raise ValueError(f"{path} has {name[:80]!r}, which is no name of a shard; remove it and run again")
     return names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Superseded:
+    """The content of the file."""
+
+    shards: tuple[str, ...]
 
 
 def delete_superseded(folder: Path, work: Path, manifest: Manifest) -> None:

@@ -40,6 +40,7 @@ from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import BATCH_NAME, EncodeTask, ShardBatch, ShardPlan, encode_tasks, plan_shard_batch
 from wan_data.prepare.source_times import read_times, write_times
 from wan_data.prepare.sources import SourceFile
+from wan_data.prepare.work_files import check_work_folder
 from wan_data.reading.empty_caption import write_empty_caption
 from wan_data.shards.energon_metadata import restore_metadata, write_metadata
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -196,6 +197,7 @@ class _Preparation:
         """The existing manifest, or a new one; the same on every rank."""
         if self.ranks.rank == 0:
             self.work.mkdir(exist_ok=True)
+            check_work_folder(self.work)
             if not (self.output / MANIFEST_NAME).is_file():
                 Manifest(False, __version__, self.spec, self.settings.to_dict()).write(self.output)
             self._times = read_times(self.output)
@@ -300,6 +302,9 @@ class _Preparation:
             return manifest  # it lists this batch; only the last steps of that run are missing
         plans = batch.shards(self.settings.samples_per_shard)
         missing = [plan for plan in plans if not self._finished(plan.number).is_file()]
+        for plan in plans:
+            if plan not in missing:  # a damaged record is found before anything is encoded
+                FinishedShard.read(self._finished(plan.number))
         self.ranks.barrier(f"{name}-listed")
         if missing:
             self._write_shards(missing, name)

@@ -4,17 +4,20 @@ The plan is written to a file first. The shards therefore depend neither on the 
 nor on an interruption. Files that are added later make another batch, with further shard numbers.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.work_files import LARGEST, remedy_named
+from wan_data.shards.json_records import from_json
 from wan_model.system.files import write_json
+from wan_model.system.safe_reading import read_json
 
 BATCH_NAME = "round.json"  # the spelling of the first release
 SPLITS = ("train", "val")
@@ -98,26 +101,29 @@ class ShardBatch:
             ValueError: the file is damaged.
         """
         path = folder / BATCH_NAME
-        if not path.is_file():
-            return None
-        try:
-            value = json.loads(path.read_bytes())
-            return cls(
-                int(value["first_shard"]),
-                tuple(
-                    (PlannedSource.from_dict(_without(source, "split")), source["split"])
-                    for source in value["accepted"]
-                ),
-                tuple(RejectedSource(**source) for source in value["rejected"]),
-                tuple(value.get("replaced", ())),
-                tuple(value.get("removed", ())),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); pass --overwrite to start again") from None
+        # Without the plan, what has been encoded by it is of no use either.
+        with remedy_named(f"remove the folder {folder}"), contextlib.suppress(FileNotFoundError):
+            plan = from_json(_Plan, read_json(path, LARGEST), str(path))
+            accepted = []
+            for number, source in enumerate(plan.accepted):
+                split = source.get("split")
+                if split not in SPLITS:
+                    raise ValueError(f"{path} has a source of no split; expected one of {', '.join(SPLITS)}")
+                rest = {name: value for name, value in source.items() if name != "split"}
+                accepted.append((from_json(PlannedSource, rest, f"{path}, source {number + 1},"), split))
+            return cls(plan.first_shard, tuple(accepted), plan.rejected, plan.replaced, plan.removed)
+        return None
 
 
-def _without(value: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: item for name, item in value.items() if name != key}
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The content of the file; each accepted source is a ``PlannedSource`` with its split."""
+
+    first_shard: int
+    accepted: tuple[dict[str, Any], ...]
+    rejected: tuple[RejectedSource, ...]
+    replaced: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

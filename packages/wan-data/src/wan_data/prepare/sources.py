@@ -14,17 +14,19 @@ from wan_data.prepare.captions import (
     NAME_KEYS,
     CaptionFinder,
     caption_in,
+    check_rows,
     json_lines,
     read_text,
 )
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from wan_model.system.safe_reading import require_file
 
 LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
 _BATCH_ROWS = 4096
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SourceFile:
     """A video or image file to prepare.
 
@@ -57,23 +59,28 @@ def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettin
     """
     if listing.suffix.lower() not in LISTING_SUFFIXES:
         raise ValueError(f"{listing} is no listing; expected a file ending in {', '.join(LISTING_SUFFIXES)}")
-    if not listing.is_file():
-        raise ValueError(f"{listing} does not exist; expected a listing of paths and captions")
+    try:
+        require_file(listing)
+    except FileNotFoundError:
+        raise ValueError(f"{listing} does not exist; expected a listing of paths and captions") from None
     read = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[listing.suffix.lower()]
     folder = listing.parent if folder is None else folder
     sources: dict[str, SourceFile] = {}
-    repeated: list[SourceFile] = []
-    for where, row in read(listing, settings.caption_key):
+    repeated: dict[str, tuple[str, int]] = {}  # where a file is listed for the second time, and how often in all
+    for number, (where, row) in enumerate(read(listing, settings.caption_key), start=1):
+        check_rows(listing, number)
         source = _row(where, row, folder, settings)
         if source.name in sources:
-            repeated.append(
-                SourceFile(f"{source.name} ({where})", source.path, problem="it is listed twice; keep one row")
-            )
+            first, times = repeated.get(source.name, (where, 1))
+            repeated[source.name] = first, times + 1
         else:
             sources[source.name] = source
     if not sources:
         raise ValueError(f"{listing} has no rows; expected one a video, with its path and its caption")
-    return sorted([*sources.values(), *repeated], key=lambda source: source.name)
+    for name, (where, times) in repeated.items():
+        problem = f"it is listed {'twice' if times == 2 else f'{times:,} times'}; keep one row"
+        sources[f"{name} ({where})"] = SourceFile(f"{name} ({where})", sources[name].path, problem=problem)
+    return sorted(sources.values(), key=lambda source: source.name)
 
 
 def _row(where: str, row: Any, folder: Path, settings: PrepareSettings) -> SourceFile:
@@ -131,6 +138,7 @@ def _rows_of_parquet(listing: Path, caption_key: str) -> Iterator[tuple[str, Any
         columns = [name for name in names if name in (*NAME_KEYS, caption_key)]
         # A few bytes can stand for gigabytes of equal values, which stay one value in a dictionary.
         with parquet.ParquetFile(listing, read_dictionary=columns) as file:
+            check_rows(listing, file.metadata.num_rows)
             for number in range(file.num_row_groups):
                 size = file.metadata.row_group(number).total_byte_size
                 if size > LARGEST_LISTING:

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from wan_model.system.files import locked
+from wan_model.system.safe_reading import read_text, require_file
 
 LOCK_NAME = ".wan-data.lock"
 
@@ -15,7 +17,7 @@ def writer_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder while the block runs; the system releases it if the process dies.
 
     Raises:
-        ValueError: another process holds the lock; the message names its process id.
+        ValueError: another process holds the lock; the message names its process id. Or no file stands in its place.
     """
     path = folder / LOCK_NAME
     with contextlib.ExitStack() as stack:
@@ -23,11 +25,13 @@ def writer_lock(folder: Path) -> Iterator[None]:
             descriptor = stack.enter_context(locked(path))
         except BlockingIOError:
             holder = ""
-            with contextlib.suppress(FileNotFoundError):  # released meanwhile
-                holder = path.read_text().strip()
+            with contextlib.suppress(FileNotFoundError, ValueError):  # released meanwhile, or damaged
+                holder = read_text(path, 100).strip()
+            holder = holder if re.fullmatch(r"process \d+", holder) else ""
             raise ValueError(
                 f"{folder} is being written by {holder or 'another process'}; wait for it or choose another folder"
             ) from None
+        require_file(path)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()}".encode())
         try:

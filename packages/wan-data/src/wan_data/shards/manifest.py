@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wan_data.shards.writer import ShardRecord
+from wan_data.shards.json_records import from_json
+from wan_data.shards.writer import ShardRecord, is_shard_name
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import write_json
 from wan_model.weights.model_folder import read_json
@@ -122,11 +123,6 @@ class Manifest:
         write_json(folder / MANIFEST_NAME, value)
 
 
-def _source(value: Mapping[str, Any]) -> SourceRecord:
-    shards, dropped = tuple(value["shards"]), tuple((number, reason) for number, reason in value["dropped"])
-    return SourceRecord(**{**value, "shards": shards, "dropped": dropped})
-
-
 def caption_digest(caption: str) -> str:
     """SHA-256 of a caption, as a ``SourceRecord`` holds it; of a damaged shard it may be no valid Unicode."""
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
@@ -145,22 +141,16 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
     if value.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} is of format {value.get('format_version')}; this version reads {FORMAT_VERSION}")
     try:
-        manifest = Manifest(
-            complete=bool(value["complete"]),
-            wan_data_version=str(value["wan_data_version"]),
-            latent_spec=LatentSpec.from_dict(value["latent_spec"]),
-            settings=value["settings"],
-            sources=tuple(_source(source) for source in value["sources"]),
-            shards=tuple(ShardRecord(**shard) for shard in value["shards"]),
-            shapes=tuple(
-                ShapeCount(**{**shape, "latent": tuple(shape["latent"])})  # JSON has no tuples
-                for shape in value["shapes"]
-            ),
-            next_shard=int(value["next_shard"]),
-            empty_caption=value["empty_caption"],
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        names = [field.name for field in dataclasses.fields(Manifest)]  # the rest follows from these
+        if missing := [name for name in names if name not in value]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        manifest = from_json(Manifest, {name: value[name] for name in names}, "it")
+        if strange := [shard.name for shard in manifest.shards if not is_shard_name(shard.name)]:
+            raise ValueError(f"it has {strange[0][:80]!r}, which is no name of a shard")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; restore the file, or prepare the dataset again with --overwrite"
+        ) from None
     if not (manifest.complete or allow_incomplete):
         raise ValueError(f"{folder} is incomplete: wan-data prepare did not finish; run it again")
     return manifest

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import hashlib
 import io
 import tarfile
@@ -18,6 +19,11 @@ from wan_model.system.files import atomic_write, naming, sha256_of
 SHARD_PATTERN = "shard-rank{rank:02d}-{number:06d}.tar"
 # All names that a preparation gives: its shards do not depend on the ranks.
 SHARD_GLOB = "shard-rank00-*.tar"
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a preparation may have given a shard this name; it leads to no other folder."""
+    return fnmatch.fnmatchcase(name, SHARD_GLOB) and "/" not in name and "\0" not in name
 
 
 @dataclasses.dataclass(frozen=True)

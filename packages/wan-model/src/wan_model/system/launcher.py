@@ -42,11 +42,10 @@ from types import FrameType
 from typing import Any
 
 from wan_model.system.child_process import FAILURE_FILE, LAUNCHER_PID, Failure, error_message
-from wan_model.system.process_tree import descendants, end_descendants, subreaper
+from wan_model.system.process_tree import STOPPED_SECONDS, descendants, end_descendants, subreaper
 from wan_model.system.torchrun import processors
 
 GRACE_SECONDS = 10.0
-STOPPED_SECONDS = 8.0
 # Wait after a failure for other ranks to fail for the same cause, and for the exit status of a killed rank.
 _SETTLE_SECONDS = 1.0
 # Wait for the cause while all failures seen are consequences of another rank's failure.

@@ -7,10 +7,43 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+STOPPED_SECONDS = 8.0
 _PR_SET_CHILD_SUBREAPER = 36
+# A longer time between two looks is that of a process which was itself stopped, such as by Ctrl+Z.
+_LONGEST_LOOK_SECONDS = 1.0
+
+
+def _state_and_parent(process: int) -> tuple[str, int]:
+    # A name in parentheses, which may contain anything; then the state and the parent.
+    state, parent = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[:2]
+    return state.decode(), int(parent)
+
+
+class StoppedProcesses:
+    """Finds processes that a signal such as SIGSTOP has stopped and that do not go on (Linux; elsewhere none).
+
+    Args:
+        seconds: how long they may stand still.
+    """
+
+    def __init__(self, seconds: float = STOPPED_SECONDS) -> None:
+        self._seconds = seconds
+        self._stopped: dict[int, float] = {}
+        self._last = time.monotonic()
+
+    def look(self, processes: Iterable[int]) -> list[int]:
+        """Those of the processes that have been stopped at every look for so long; call it several times a second."""
+        now = time.monotonic()
+        passed, self._last = min(now - self._last, _LONGEST_LOOK_SECONDS), now
+        before, self._stopped = self._stopped, {}
+        for process in processes:
+            with contextlib.suppress(OSError):
+                if _state_and_parent(process)[0] == "T":
+                    self._stopped[process] = before.get(process, -passed) + passed
+        return [process for process, seconds in self._stopped.items() if seconds >= self._seconds]
 
 
 @contextlib.contextmanager
@@ -38,9 +71,8 @@ def descendants(kept: Collection[int] = ()) -> list[int]:
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit() and int(folder.name) not in kept:
                 with contextlib.suppress(OSError):  # it has ended meanwhile
-                    # A name in parentheses, which may contain anything; then the state and the parent.
-                    parent = (folder / "stat").read_bytes().rpartition(b")")[2].split()[1]
-                    children[int(parent)].append(int(folder.name))
+                    _, parent = _state_and_parent(int(folder.name))
+                    children[parent].append(int(folder.name))
     found = [os.getpid()]
     for process in found:
         found += children[process]

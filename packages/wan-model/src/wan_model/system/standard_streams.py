@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_model.system.files import naming
+from wan_model.system.import_path import safe_import_path
 
 _OUTPUT = "standard output"
 _NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
@@ -80,6 +81,7 @@ def checked_streams(*, run: bool = False) -> Iterator[None]:
     """In this context, that of a whole command, standard output and standard error behave as in the table above.
 
     An error that leaves the context and has a ``system_error_message`` ends the process with it and exit status 1.
+    Processes that the command starts do not import from the working folder (``safe_import_path``).
 
     Args:
         run: whether the work of the command matters more than its output.
@@ -92,7 +94,8 @@ def checked_streams(*, run: bool = False) -> Iterator[None]:
         sys.stderr = _Stream(err, "standard error", OSError)
     try:
         try:
-            yield
+            with safe_import_path():
+                yield
         finally:
             if out is not None and not run:  # a run flushes each line, and reports its own errors
                 sys.stdout.flush()

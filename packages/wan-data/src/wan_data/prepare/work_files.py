@@ -1,0 +1,48 @@
+"""The files of an unfinished preparation, which the next run resumes from."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from wan_data.shards.json_records import from_json
+from wan_model.system.safe_reading import read_json, require_file
+
+# Bytes; those that list the sources have up to a thousand for each.
+LARGEST = 4 << 30
+T = TypeVar("T")
+
+
+def read_work_file(path: Path, kind: type[T]) -> T:
+    """The content of such a file.
+
+    Args:
+        path: of the file.
+        kind: what it holds; see ``from_json``.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is damaged; the message says what to do.
+    """
+    with remedy_named():
+        return from_json(kind, read_json(path, LARGEST), str(path))
+
+
+@contextlib.contextmanager
+def remedy_named(remedy: str = "remove it") -> Iterator[None]:
+    """Add to a ``ValueError`` about a damaged file what to do."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy} and run the same command again") from None
+
+
+def check_work_folder(folder: Path) -> None:
+    """Refuse what is no file: named pipes, devices and folders, from which nothing can be resumed.
+
+    Raises:
+        ValueError: there is such a thing; the message says what to do.
+    """
+    for path in sorted(folder.iterdir()):
+        with remedy_named(), contextlib.suppress(FileNotFoundError):
+            require_file(path)
