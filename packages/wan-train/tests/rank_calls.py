@@ -24,14 +24,6 @@ def command_lines(results: str, wanted: dict[str, list[str]]) -> None:
     Path(results).write_text(json.dumps(found))
 
 
-def apply_permissions() -> None:
-    """Let permissions of files hold for this process, although it may be root's."""
-    from wan_model.testing.permissions import permissions_apply
-
-    # Until the process ends, at which the stack is dropped with the module.
-    _LASTING.enter_context(permissions_apply())
-
-
 def note_commands(path: str) -> None:
     """Write down every command that this process runs by ``os.system``."""
 

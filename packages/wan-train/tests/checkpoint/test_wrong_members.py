@@ -168,22 +168,6 @@ def test_training_goes_on_where_nobody_reads_its_output(point: ResumePoint, one_
     assert same_weights(point.folder, one_process_run, 6)
 
 
-def test_what_may_not_be_read_is_a_sentence(point: ResumePoint, tmp_path: Path) -> None:
-    config = tmp_path / "mine.yaml"
-    config.write_text("recipe: tiny\n")
-    for path, argument, said in (
-        (point.folder, (f"checkpoint.load={point.folder}",), f"cannot read or write {point.folder}: Permission denied"),
-        (config, ("--config-file", str(config)), f"{config} cannot be read: Permission denied"),
-    ):
-        mode = path.stat().st_mode
-        path.chmod(0)
-        try:
-            ended = run((*RUN_OPTIONS, *argument), tmp_path / "new", calls=[Call("rank_calls:apply_permissions")])
-        finally:
-            path.chmod(mode)
-        assert sentence_of(ended) == said
-
-
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = refused(tmp_path / "file")
