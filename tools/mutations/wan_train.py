@@ -11,7 +11,7 @@ def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mut
 
 MUTATIONS = (
     _of(
-        "same-noise-on-every-rank", "data/dataset.py",
+        "same-noise-on-every-rank", "data/pack_iterator.py",
         "number = self.drawn * self.ranks + self.rank", "number = self.drawn",
         "data-parallel ranks draw the same noise and timesteps: a step sees far fewer of them than it should",
         f"{_EQUAL}[data, communication overlapped]",
@@ -23,7 +23,7 @@ MUTATIONS = (
         "loop/test_plain_training.py",
     ),
     _of(
-        "pack-numbers-restart-at-a-resume", "data/dataset.py",
+        "pack-numbers-restart-at-a-resume", "data/pack_iterator.py",
         "self.drawn = drawn", "pass",
         "a resumed run repeats the noise of its first steps and differs from the uninterrupted run",
         "checkpoint/test_resume.py::test_resumed_equals_uninterrupted_to_the_bit",

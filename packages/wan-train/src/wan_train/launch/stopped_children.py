@@ -10,8 +10,7 @@ import time
 from typing import NoReturn
 
 from wan_model.system.child_process import Supervisor, end_process
-from wan_model.system.launcher import STOPPED_SECONDS  # of a rank that is stopped
-from wan_model.system.process_tree import kill_descendants
+from wan_model.system.process_tree import STOPPED_SECONDS, kill_descendants
 
 _POLL_SECONDS = 1.0
 
