@@ -46,7 +46,9 @@ def test_another_dataset_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     before, after = (open_split(tmp_path / name / "data", "train")[0].fingerprint for name in ("first", "other"))
     said = refused_on((*options, *data_options(tmp_path / "other")), run)
     assert f"the loader's state is of another run: dataset ['{before}'] instead of ['{after}']" in said
+    assert said.startswith(f"dataset.path is {tmp_path / 'other' / 'data'}: ")
     assert "resume with the same dataset" in said
+    assert f"or start a new run from its weights: checkpoint.load={run} checkpoint.finetune=true" in said
     write_dataset(tmp_path / "smaller", train=30)
     assert "the loader's state is of another run: dataset" in refused_on(
         (*options, *data_options(tmp_path / "smaller")), run

@@ -65,6 +65,13 @@ REFUSED = [
     (["--recipe", "tiny", "scheduler.lr_decay_iters=2"], "scheduler.lr_decay_iters is 2 and scheduler.lr_warmup_iters"),
     (["--recipe", "tiny", "scheduler.lr_decay_style=WSD"], "which needs scheduler.lr_wsd_decay_iters"),
     (["--recipe", "tiny", "scheduler.end_weight_decay=1"], "goes from 0.01 (scheduler.start_weight_decay, else"),
+    (
+        ["--recipe", "tiny", "optimizer.decoupled_lr=1"],
+        "optimizer.decoupled_lr is 1; it has no effect on a Wan model",
+    ),
+    (["--recipe", "tiny", "optimizer.loss_scale=128"], "optimizer.loss_scale is 128; it has no effect on a Wan"),
+    (["--recipe", "tiny", "optimizer.log_num_zeros_in_grad=true"], "log_num_zeros_in_grad is True; it has no effect"),
+    (["--recipe", "tiny", "scheduler.no_weight_decay_cond_type=qwen3_next"], "'qwen3_next'; it has no effect on a Wan"),
     (["--recipe", "tiny", "rng.seed=0"], "rng.seed is 0; expected 1 to 4000000000"),
     (["--recipe", "tiny", "rng.seed=5000000000"], "rng.seed is 5000000000; expected 1 to 4000000000"),
     (["--recipe", "tiny", "train.micro_batch_size=2"], "train.micro_batch_size is 2; a micro-batch is one pack"),

@@ -82,6 +82,14 @@ def _changed(config: Any, record: Mapping[str, Any]) -> list[tuple[FixedSetting,
     return found
 
 
+def new_run_from(point: ResumePoint) -> str:
+    """Advice where a run cannot be continued."""
+    return (
+        f"start a new run from its weights: checkpoint.load={point.folder} checkpoint.finetune=true and another "
+        "checkpoint.save"
+    )
+
+
 def check_resume(config: Any, layout: Layout, point: ResumePoint) -> None:
     """Refuse a checkpoint that this configuration cannot continue; ``model.init_from`` is taken over from it.
 
@@ -103,14 +111,11 @@ def check_resume(config: Any, layout: Layout, point: ResumePoint) -> None:
                 f"{point.step_folder}; leave one of them out"
             )
         return
-    anew = (
-        f"or start a new run from its weights: checkpoint.load={point.folder} checkpoint.finetune=true and another "
-        "checkpoint.save"
-    )
+    anew = f"or {new_run_from(point)}"
     if _at(record, "checkpoint.save_optim") is False:
         raise ValueError(
             f"{point.step_folder} was saved with checkpoint.save_optim=false, so a run cannot continue from it; "
-            f"{anew.removeprefix('or ')}"
+            f"{new_run_from(point)}"
         )
     if config.model.init_from is None and isinstance(began := _at(record, "model.init_from"), str):
         config.model.init_from = began  # recorded in the checkpoints of this run too

@@ -192,10 +192,16 @@ def _check_deterministic(config: Any) -> None:
 
 
 def derive_settings(config: Any, *, on_cpu: bool) -> None:
-    """Set what follows from other settings."""
+    """Set what follows from other settings.
+
+    Raises:
+        ValueError: the device cannot do what a setting says.
+    """
     if config.model.deterministic_mode:
         for name, value in _DETERMINISTIC.items():
             os.environ.setdefault(name, value)
+    if on_cpu and config.optimizer.optimizer_cpu_offload:
+        raise ValueError("optimizer.optimizer_cpu_offload is True, and there is no GPU to offload from; leave it out")
     config.model.ema_decay = config.ema.decay
     optimizer, scheduler = config.optimizer, config.scheduler
     if optimizer.clip_grad == 0:

@@ -11,6 +11,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
+from wan_train.checkpoint.changes import new_run_from
 from wan_train.checkpoint.folder import ResumePoint
 from wan_train.checkpoint.hooks import CheckpointHooks
 from wan_train.checkpoint.members import loader_state_path, read_loader_state, wrong_form_refused
@@ -66,7 +67,11 @@ class WanCallback(Callback):
             iterator = state.cfg.dataset.train_iterator
             saved = read_loader_state(self.resume, iterator.rank)
             with wrong_form_refused(self.resume, loader_state_path(self.resume, iterator.rank)):
-                iterator.resume(saved, drawn=done * get_num_microbatches())
+                try:
+                    iterator.resume(saved, drawn=done * get_num_microbatches())
+                except ValueError as error:
+                    where = "" if state.cfg.dataset.mock else f"dataset.path is {state.cfg.dataset.path}: "
+                    raise ValueError(f"{where}{error}; or {new_run_from(self.resume)}") from error
             self.metrics.event(f"resumed from step {done} in {self.resume.folder}", event="resumed", step=done)
         elif self.resume is not None:
             origin = f"step {self.resume.step} in {self.resume.folder}"

@@ -105,6 +105,18 @@ _UNREAD = {
 }
 
 
+# Keys of language models, of other optimizers and of fp16, without effect on a Wan model that is trained with Adam.
+_WITHOUT_EFFECT = {
+    "optimizer": (
+        *("decoupled_lr", "decoupled_min_lr", "apply_wd_to_qk_layernorm", "log_num_zeros_in_grad", "sgd_momentum"),
+        *("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
+        *("muon_momentum", "muon_split_qkv", "muon_use_nesterov", "muon_scale_mode", "muon_fp32_matmul_prec"),
+        *("muon_num_ns_steps", "muon_tp_mode", "muon_extra_scale_factor", "reuse_grad_buf_for_mxfp8_param_ag"),
+    ),
+    "scheduler": ("no_weight_decay_cond_type",),
+}
+
+
 def _only() -> tuple[tuple[str, tuple[Any, ...], str], ...]:
     sections = {
         "train": TrainingConfig,
@@ -112,19 +124,25 @@ def _only() -> tuple[tuple[str, tuple[Any, ...], str], ...]:
         "checkpoint": CheckpointConfig,
         "dist": DistributedInitConfig,
         "ddp": DistributedDataParallelConfig,
+        "optimizer": OptimizerConfig,
+        "scheduler": SchedulerConfig,
         "dataset": bridge.DatasetProvider,
     }
     rows = [row for row in _OF_SOME_VERSIONS if has_key(sections[(path := row[0].split("."))[0]], path[1])]
     fields = dataclasses.fields(BridgeValidation)
     evaluates = ("train.eval_iters", (0, None) if fields else (0,), _INSTEAD)
     theirs = [(f"validation.{field.name}", (field.default,), _INSTEAD) for field in fields]
-    unread = [
-        (f"{section}.{field.name}", (field.default,), "Megatron-Bridge does not read it, so leave it out")
-        for section, names in _UNREAD.items()
+    unused = [
+        (f"{section}.{field.name}", (field.default,), advice)
+        for table, advice in (
+            (_UNREAD, "Megatron-Bridge does not read it, so leave it out"),
+            (_WITHOUT_EFFECT, "it has no effect on a Wan model, so leave it out"),
+        )
+        for section, names in table.items()
         for field in dataclasses.fields(sections[section])
         if field.name in names
     ]
-    return (evaluates, *rows, *theirs, *unread)
+    return (evaluates, *rows, *theirs, *unused)
 
 
 # Of the keys above those that this version has, and those of Bridge's own validation.
