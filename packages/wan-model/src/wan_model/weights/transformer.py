@@ -93,8 +93,8 @@ def initial_tensor(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
 def init_weights(model: WanDiT, *, seed: int) -> None:
     """Fill a model, or a rank's shard of it, with the official initial values.
 
-    Each full tensor depends only on the seed and its key, so in every layout the ranks get shards of the same tensors. For
-    that every rank draws the whole of each tensor that it has a shard of.
+    Each full tensor depends only on the seed and its key, so in every layout the ranks get shards of the same tensors.
+    For that every rank draws the whole of each tensor that it has a shard of.
     """
     parameters = dict(model.named_parameters())
     shapes = {key: full_shape(model, parameter) for key, parameter in parameters.items()}
