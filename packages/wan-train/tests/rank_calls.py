@@ -171,3 +171,51 @@ def close_output() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
+
+
+def note_drawing_threads(path: str) -> None:
+    """Write down, in steps, between them and at the end, how many threads draw a pack.
+
+    None is drawn ahead before it is waited for, which takes 0.1 seconds besides.
+    """
+    import threading
+    import time
+
+    import wan_train.data.pack_iterator as pack_iterator
+    from wan_train.data.dataset import WanDatasetConfig
+    from wan_train.loop.callback import WanCallback
+
+    draw, settle = pack_iterator._Ahead._draw, pack_iterator._Ahead.settle
+    end, close = WanCallback.on_train_step_end, WanDatasetConfig.close
+
+    def asked(ahead: Any) -> threading.Event:
+        event: threading.Event = vars(ahead).setdefault("asked", threading.Event())
+        return event
+
+    def note(when: str) -> None:
+        drawing = [thread for thread in threading.enumerate() if thread.name == "next pack"]
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([when, len(drawing)]) + "\n")
+
+    def late_draw(self: Any) -> None:
+        assert asked(self).wait(60)
+        draw(self)
+
+    def slow_settle(self: Any, seconds: float | None = None) -> None:
+        asked(self).set()
+        time.sleep(0.1)
+        settle(self, seconds)
+
+    def noting_end(self: Any, context: Any) -> None:
+        note("in a step")
+        end(self, context)
+        note("between steps")
+
+    def noting_close(self: Any) -> None:
+        close(self)
+        note("at the end")
+
+    pack_iterator._Ahead._draw = late_draw  # type: ignore[method-assign]
+    pack_iterator._Ahead.settle = slow_settle  # type: ignore[method-assign]
+    WanCallback.on_train_step_end = noting_end  # type: ignore[method-assign]
+    WanDatasetConfig.close = noting_close  # type: ignore[method-assign]

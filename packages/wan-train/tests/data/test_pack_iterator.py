@@ -1,11 +1,15 @@
 """One pack is drawn ahead, and nobody but the clock can tell."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from training_runs import RUN_OPTIONS, read_log, run, steps_of, trajectory
+from warm_ranks import Call
 
 from wan_model import LatentPack
 from wan_model.tiny import TINY_CONFIG
@@ -146,3 +150,22 @@ def test_packs_for_a_gpu_are_pinned_by_the_thread(monkeypatch: pytest.MonkeyPatc
     assert set(chosen) == {torch.device("cuda", 3)}
     packs.settle()
     assert len(pinned) == 2
+
+
+def test_a_run_draws_only_within_its_steps_and_waiting_for_a_pack_is_logged(
+    one_process_run: Path, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    calls = [Call("rank_calls:note_drawing_threads", (str(notes),))]
+    ended = run((*RUN_OPTIONS, "train.exit_interval=2"), tmp_path / "run", calls=calls)
+    assert ended.codes == [0], ended.errors
+    found = [json.loads(line) for line in notes.read_text().splitlines()]
+    # Two packs a step: the second one's successor is being drawn when the step has been computed.
+    assert found == [["in a step", 1], ["between steps", 0]] * 2 + [["at the end", 0]]
+    # For the second pack, and at the end of the step for the next one.
+    waited = [entry["data_wait"] for entry in steps_of(read_log(tmp_path / "run"))]
+    assert len(waited) == 2
+    assert waited[0] >= 0.2
+    assert waited[1] >= 0.3
+    wanted = trajectory(one_process_run)
+    assert trajectory(tmp_path / "run") == {step: wanted[step] for step in (1, 2)}
