@@ -8,6 +8,7 @@ resume without any state. Each rank of a tensor- or pipeline-parallel group read
 """
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Union
@@ -24,6 +25,10 @@ if TYPE_CHECKING:  # Energon takes seconds to import, and mock data needs none o
     from wan_data.reading.loader import PackLoader
 
 
+# Of data without digests: shards that are looked into, and bytes that are read in each of two places.
+_SHARDS, _BYTES = 64, 1 << 15
+
+
 @dataclasses.dataclass
 class NumberedPack:
     """A pack and its number in the run."""
@@ -38,10 +43,13 @@ class PackIterator:
     Args:
         loader: an iterable of packs with ``state_dict`` and ``load_state_dict``.
         rank, ranks: data-parallel rank and size.
+        content: see ``content_of``.
     """
 
-    def __init__(self, loader: Union["PackLoader", MockLoader], rank: int, ranks: int) -> None:
-        self.loader = loader
+    def __init__(
+        self, loader: Union["PackLoader", MockLoader], rank: int, ranks: int, content: str | None = None
+    ) -> None:
+        self.loader, self.content = loader, content
         self.rank, self.ranks = rank, ranks
         self.drawn = 0
         self._packs: Iterator[LatentPack] | None = None
@@ -64,6 +72,12 @@ class PackIterator:
                 "resume with the data-parallel size that the checkpoint was saved with"
             )
         self.loader.load_state_dict(state["loader"])
+        theirs = state.get("content")
+        if theirs is not None and self.content is not None and theirs != self.content:
+            raise ValueError(
+                f"the shards of dataset.path have the content {self.content} where the checkpoint was trained on "
+                f"{theirs}; resume with the same data, or begin a new run from its weights: checkpoint.finetune=true"
+            )
         self.drawn = drawn
 
     def __iter__(self) -> "PackIterator":
@@ -81,7 +95,8 @@ class PackIterator:
 
     def save_state(self) -> dict[str, Any]:
         """Plain values from which ``resume`` continues with the next pack."""
-        return {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": self.loader.state_dict()}
+        state = {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": self.loader.state_dict()}
+        return state if self.content is None else {**state, "content": self.content}
 
 
 @dataclasses.dataclass
@@ -162,7 +177,8 @@ class WanDatasetConfig(DatasetProvider):
         """Called by Megatron-Bridge on every rank."""
         del context
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.train_iterator = PackIterator(self.loader(rank, ranks), rank, ranks)
+        content = None if self.path is None else content_of(self.path)
+        self.train_iterator = PackIterator(self.loader(rank, ranks), rank, ranks, content)
         return self.train_iterator, None, None
 
 
@@ -171,6 +187,30 @@ def read_dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
     from wan_data.reading.datasets import read_latent_spec
 
     return read_latent_spec(path, encoded_by=encoded_by).to_dict()
+
+
+def content_of(path: str) -> str | None:
+    """A digest of parts of the shards that no manifest has digests of, such as those of NVIDIA's script.
+
+    The loader knows those by their number and sizes, which are equal in datasets of the same shapes.
+
+    Returns:
+        None if there are none.
+    """
+    from wan_data.reading.blends import parts_of
+    from wan_data.shards.energon_metadata import shard_counts
+    from wan_data.shards.manifest import MANIFEST_NAME
+
+    folders = dict.fromkeys(part.folder for part in parts_of(path).get("train", ()))
+    bare = [folder for folder in folders if not (folder / MANIFEST_NAME).exists()]
+    shards = [folder / name for folder in bare for name in sorted(shard_counts(folder))]
+    digest = hashlib.sha256()
+    for shard in shards[:: -(-len(shards) // _SHARDS) or 1]:
+        with shard.open("rb") as file:
+            digest.update(file.read(_BYTES))
+            file.seek(shard.stat().st_size // 2)
+            digest.update(file.read(_BYTES))
+    return digest.hexdigest()[:16] if shards else None
 
 
 def empty_caption_of(config: Any) -> Tensor | None:
