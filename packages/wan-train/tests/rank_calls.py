@@ -88,10 +88,10 @@ def note_async_saves(path: str) -> None:
 
     schedule = AsyncCallsQueue.schedule_async_request
 
-    def noting(self: Any, request: Any) -> Any:
+    def noting(self: Any, *arguments: Any, **options: Any) -> Any:
         with open(path, "a", encoding="utf-8") as file:
             file.write("scheduled\n")
-        return schedule(self, request)
+        return schedule(self, *arguments, **options)
 
     AsyncCallsQueue.schedule_async_request = noting
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from training_runs import (
     BASE_OPTIONS,
     STEPS_ON_DATA,
@@ -38,7 +39,7 @@ def test_a_dataset_that_has_moved_is_continued_to_the_bit(
 
 
 def test_another_dataset_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
-    """By the digests in the manifest; data without one, of NVIDIA's script, are known by their shards' sizes only."""
+    """By the digests in the manifest."""
     run, options = tmp_path / "run", (*BASE_OPTIONS, "train.train_iters=2", "train.exit_interval=1")
     for name, seed in (("first", 5), ("other", 6)):
         write_dataset(tmp_path / name, seed=seed, manifest=True)
@@ -54,3 +55,15 @@ def test_another_dataset_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
         (*options, *data_options(tmp_path / "smaller")), run
     )
     assert [entry["step"] for entry in read_log(run)] == [1], "a step was taken"
+
+
+def test_other_data_without_digests_are_refused(run_on_data: Callable[[int], Path], tmp_path: Path) -> None:
+    """As of NVIDIA's script: number and sizes of the shards are equal."""
+    folder = stopped_after(STOPPED, run_on_data(0), tmp_path / "run")
+    write_dataset(tmp_path / "other", seed=6)
+    options = (*BASE_OPTIONS, f"train.train_iters={STEPS_ON_DATA}", *data_options(tmp_path / "other"), "ema.decay=0.9")
+    said = refused_on(options, folder)
+    before = torch.load(find_checkpoint(folder) / "train_dataloader_dprank000.pt", weights_only=True)
+    assert "the data's content is " in said
+    assert f"where the checkpoint was trained on {before['dataloader_state_dict']['content']};" in said
+    assert [entry["step"] for entry in read_log(folder) if "event" not in entry] == list(range(1, STOPPED + 1))

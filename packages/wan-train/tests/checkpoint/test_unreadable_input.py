@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from training_runs import BASE_OPTIONS, RUN_OPTIONS, data_options, run, sentence_of
 from warm_ranks import Call
 
+from wan_model.testing.permissions import permissions_apply
 from wan_train.checkpoint.record import RECORD_NAME
+from wan_train.cli import main
 
 
 @pytest.mark.parametrize(
@@ -51,3 +54,20 @@ def test_it_is_named(unreadable: str, named: str, one_process_run: Path, dataset
     )
     assert "delete" not in said, "nothing is damaged"
     assert not (tmp_path / "run" / "log.jsonl").exists(), "a step was taken"
+
+
+@pytest.mark.parametrize(
+    "command", [["export", "run", "model"], ["plan", "--gpu", "run"], ["config", "copy", "tiny", "run"]]
+)
+def test_the_other_commands_say_it_too(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if command[0] == "plan":
+        Path("run").write_text("{}")
+    else:
+        Path("run").mkdir()
+    Path("run").chmod(0)
+    with permissions_apply():
+        result = CliRunner().invoke(main, command)
+    assert result.exit_code != 0
+    (line,) = result.output.splitlines()
+    assert re.match(r"Error: .*\brun\b.*: Permission denied", line)

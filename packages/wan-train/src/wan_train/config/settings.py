@@ -22,7 +22,7 @@ _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("train.train_samples", (None,), "a run's length is train.train_iters"),
     ("train.rampup_batch_size", (None,), "every step has train.global_batch_size packs"),
     ("train.decrease_batch_size_if_needed", (False,), "every step has train.global_batch_size packs"),
-    ("train.iterations_to_skip", ([],), "the saves and the exit of a step that is not trained would be left out"),
+    ("train.iterations_to_skip", ([], None), "the saves and the exit of a step that is not trained would be left out"),
     ("dist.use_torch_fsdp2", (False,), "use dist.use_megatron_fsdp for FSDP"),
     ("checkpoint.ckpt_format", ("torch_dist", "fsdp_dtensor"), "leave it out, dist.use_megatron_fsdp decides it"),
     ("checkpoint.pretrained_checkpoint", (None,), "use checkpoint.load with checkpoint.finetune=true, or --init-from"),

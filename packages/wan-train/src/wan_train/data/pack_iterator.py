@@ -98,10 +98,13 @@ class PackIterator:
         loader: of the packs.
         rank, ranks: data-parallel rank and size.
         pin: a CUDA device that the packs will be copied to; None for a CPU.
+        content: of the data, as ``wan_train.data.dataset.content_of`` has it.
     """
 
-    def __init__(self, loader: Loader, rank: int, ranks: int, pin: torch.device | None = None) -> None:
-        self.loader = loader
+    def __init__(
+        self, loader: Loader, rank: int, ranks: int, pin: torch.device | None = None, *, content: str | None = None
+    ) -> None:
+        self.loader, self.content = loader, content
         self.rank, self.ranks = rank, ranks
         self.drawn = 0
         self._pin = pin
@@ -126,6 +129,12 @@ class PackIterator:
                 "resume with the data-parallel size that the checkpoint was saved with"
             )
         self.loader.load_state_dict(state["loader"])
+        theirs = state.get("content")
+        if theirs is not None and self.content is not None and theirs != self.content:
+            raise ValueError(
+                f"the data's content is {self.content} where the checkpoint was trained on {theirs}; resume with the "
+                "same data"
+            )
         self.drawn = drawn
 
     def __iter__(self) -> "PackIterator":
@@ -164,4 +173,5 @@ class PackIterator:
     def save_state(self) -> dict[str, Any]:
         """Plain values from which ``resume`` continues with the pack that ``next`` would return."""
         state = self.loader.position()() if self._ahead is None else self._ahead.state_before()
-        return {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": state}
+        saved = {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": state}
+        return saved if self.content is None else {**saved, "content": self.content}

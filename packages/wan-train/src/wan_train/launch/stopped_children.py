@@ -39,11 +39,15 @@ def _watch(supervisor: Supervisor) -> NoReturn:
         polls = 0 if pid is None or pid != before else polls + 1
         if pid is not None and polls * _POLL_SECONDS >= STOPPED_SECONDS:
             break
-    error = StoppedChildError(
-        f"process {pid}, a worker of the data loader or a writer of checkpoints, was stopped (SIGSTOP) "
-        f"{polls * _POLL_SECONDS:.0f} seconds ago and does not go on; the same command resumes from the last checkpoint"
-    )
-    code = supervisor.record(error)
+    seconds = polls * _POLL_SECONDS
+    try:
+        # Raised, because torchrun's summary has its traceback.
+        raise StoppedChildError(
+            f"process {pid}, a worker of the data loader or a writer of checkpoints, was stopped (SIGSTOP) "
+            f"{seconds:.0f} seconds ago and does not go on; the same command resumes from the last checkpoint"
+        )
+    except StoppedChildError as error:
+        code = supervisor.record(error)
     kill_descendants()
     end_process(code)
 
