@@ -26,6 +26,10 @@ def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
 
 
 BACKTRACKING = replace({"Regex": "(a|aa)+$"}, "b")
+UNDEFINED = {
+    "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}}], "pair": [],
+    "special_tokens": {},
+}  # fmt: skip
 SEQUENCE = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, BACKTRACKING]}
 
 
@@ -39,11 +43,24 @@ SEQUENCE = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, BACKTRACKING]}
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}}}, "has a 'Split' in its pre_tokenizer"),
         ({"normalizer": {"type": ["NFKC"]}}, r"has a \['NFKC'\] in its normalizer"),
         ({"normalizer": replace({"Regex": []}, "b")}, r"the pattern \[\] in its normalizer"),  # type: ignore[dict-item]
+        ({"post_processor": UNDEFINED}, "has the token '</s>' in its template, which special_tokens lacks"),
         ({"model": {"type": "Unknown"}}, "is no tokenizer"),
         ({"model": []}, "is no tokenizer"),
         ({"normalizer": "NFKC"}, "is no tokenizer"),
     ],
-    ids=["pattern", "in a sequence", "replacement", "prefix", "split", "kind", "no pattern", "model", "list", "text"],
+    ids=[
+        "pattern",
+        "in a sequence",
+        "replacement",
+        "prefix",
+        "split",
+        "kind",
+        "no pattern",
+        "template",
+        "model",
+        "list",
+        "text",
+    ],
 )
 def test_a_part_that_no_text_encoder_has_is_refused(
     changes: dict[str, Any], said: str, tiny_folder: Path, tmp_path: Path

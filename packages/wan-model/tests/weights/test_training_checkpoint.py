@@ -176,6 +176,29 @@ def test_parts_that_were_never_stored_are_named(run: Path) -> None:
         read_training_checkpoint(run / "iter_0000010")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"offset": "x"}, {"length": None}, {"length": -1}, {"relative_path": 5}],
+    ids=lambda change: f"{next(iter(change))}",
+)
+def test_an_index_with_values_of_another_type_is_none(run: Path, change: dict[str, object]) -> None:
+    def lie(index: Metadata) -> None:
+        key, info = next(iter(index.storage_data.items()))
+        index.storage_data[key] = dataclasses.replace(info, **change)
+
+    change_index(run / "iter_0000020", lie)
+    with pytest.raises(ValueError, match=r"\.metadata is not the index of a distributed checkpoint"):
+        read_training_checkpoint(run / "iter_0000020")
+    assert list(checkpoint_steps(run)) == [10]
+
+
+@pytest.mark.parametrize(("name", "value"), [("size", 5), ("properties", None), ("chunks", [3])])
+def test_an_entry_with_values_of_another_type_is_none(run: Path, name: str, value: object) -> None:
+    change_index(run / "iter_0000020", lambda index: setattr(index.state_dict_metadata["proj_out.bias"], name, value))
+    with pytest.raises(ValueError, match=r"\.metadata is not the index of a distributed checkpoint"):
+        read_training_checkpoint(run / "iter_0000020")
+
+
 def test_files_elsewhere_are_refused(run: Path, tmp_path: Path) -> None:
     shutil.copy(next((run / "iter_0000010").glob("*.distcp")), tmp_path / "stray.distcp")
 

@@ -14,6 +14,8 @@ from wan_model.system.safe_reading import parse_json, read_text
 
 _REQUEST_KINDS = {"prompt": str, "size": str, "frames": int, "seed": int}
 _SETTINGS_KINDS = {"negative_prompt": str, "steps": int, "shift": float, "guidance": float, "solver": str}
+# Of integers of JSON, which have no bound; beyond, they cannot be converted to float, or be a seed.
+_LARGEST = 2**64
 
 
 def read_prompt_file(path: Path, default: VideoRequest) -> list[VideoRequest]:
@@ -59,9 +61,9 @@ def _parse_object(line: str, default: VideoRequest) -> VideoRequest:
         if name not in kinds:
             raise ValueError(f"there is no setting {name!r}; expected some of {', '.join(kinds)}")
         if not _is_kind(value, kinds[name]):
-            raise ValueError(f"{name} is {value!r}; expected {kinds[name].__name__}")
+            raise ValueError(f"{name} is {value!r:.60}; expected {kinds[name].__name__}")
     if given.get("solver", SOLVERS[0]) not in SOLVERS:
-        raise ValueError(f"there is no solver {given['solver']!r}; expected {', '.join(SOLVERS)}")
+        raise ValueError(f"there is no solver {given['solver']!r:.60}; expected {', '.join(SOLVERS)}")
     changes: dict[str, Any] = {name: given[name] for name in ("prompt", "frames", "seed") if name in given}
     if "size" in given:
         changes["width"], changes["height"] = parse_size(given["size"])
@@ -70,6 +72,6 @@ def _parse_object(line: str, default: VideoRequest) -> VideoRequest:
 
 
 def _is_kind(value: object, kind: type) -> bool:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > _LARGEST):
         return False
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)

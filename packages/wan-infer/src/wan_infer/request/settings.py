@@ -57,6 +57,15 @@ class Settings:
             raise ValueError(f"the guidance scale is {self.guidance}; it must be 1 (none) or more")
         if self.solver not in SOLVERS:
             raise ValueError(f"there is no solver {self.solver!r}; expected {', '.join(SOLVERS)}")
+        _check_text("negative prompt", self.negative_prompt)
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuse half a surrogate pair, as of a command line that is no UTF-8: the metadata of a video cannot hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} has {text[error.start]!r} at character {error.start}, which is no text") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +95,7 @@ class VideoRequest:
         check_size(self.width, self.height)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"the seed is {self.seed}; expected a number from 0 to 2^63 - 1")
+        _check_text("prompt", self.prompt)
 
 
 def check_frames(frames: int) -> None:

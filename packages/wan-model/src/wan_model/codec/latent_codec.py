@@ -4,6 +4,7 @@ Shapes: B videos, C colour or latent channels, T frames, H rows, W columns (pixe
 D text width.
 """
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,15 +34,29 @@ _AUTOENCODER_SIZES = (
 )
 
 
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    # diffusers gives advice about other packages. It takes seconds to import, so it is imported where it is needed.
+    with requires_extra("codec"):
+        from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def _load_autoencoder(folder: Path, dtype: torch.dtype) -> Any:
-    """diffusers' autoencoder on the CPU; its own ``from_pretrained`` fails in many ways where weights are missing.
+    """diffusers' autoencoder on the CPU, of exactly its weights: its ``from_pretrained`` ignores those that it lacks.
 
     Raises:
         ValueError: files that are missing or damaged, or weights of another model.
     """
-    # It takes seconds to import.
-    with requires_extra("codec"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers' advice about packages
+    with _quiet_import():
         from diffusers import AutoencoderKLWan
 
     file = folder / "config.json"

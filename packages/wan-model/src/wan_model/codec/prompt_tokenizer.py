@@ -103,9 +103,22 @@ def _check_parts(file: Path, content: dict[str, Any]) -> None:
                 raise ValueError(f"{file} has a {kind!r:.60} in its {name}, which no tokenizer of Wan has")
             if pattern is not None and not (isinstance(pattern, str) and pattern in _PATTERNS):
                 raise ValueError(f"{file} has the pattern {pattern!r:.60} in its {name}, which no tokenizer of Wan has")
+            _check_template(file, part)
             for key in ("content", "prepend", "replacement"):
                 if isinstance(part.get(key), str) and len(part[key]) > _LONGEST_REPLACEMENT:
                     raise ValueError(
                         f"{file} inserts {part[key]!r:.60} in its {name}; expected at most {_LONGEST_REPLACEMENT} "
                         "characters"
                     )
+
+
+def _check_template(file: Path, part: dict[str, Any]) -> None:
+    """Refuse a template with tokens that it does not define, at which the library ends with a panic and a stack."""
+    defined = part.get("special_tokens")
+    if not isinstance(defined, dict):
+        return
+    for piece in _objects([part.get("single"), part.get("pair")]):
+        token = piece.get("SpecialToken")
+        name = token.get("id") if isinstance(token, dict) else None
+        if isinstance(name, str) and name not in defined:
+            raise ValueError(f"{file} has the token {name!r:.60} in its template, which special_tokens lacks")

@@ -111,17 +111,42 @@ def read_index(path: Path) -> Metadata:
         found = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(f"{file} is refused: {error or type(error).__name__}") from error
-    if not (
-        isinstance(found, Metadata)
-        and isinstance(getattr(found, "state_dict_metadata", None), dict)
-        and isinstance(getattr(found, "storage_data", None), dict)
-        and all(
-            isinstance(index, MetadataIndex) and isinstance(info, filesystem._StorageInfo)
-            for index, info in found.storage_data.items()
-        )
-    ):
+    if not _is_index(found):
         raise ValueError(f"{file} is not the index of a distributed checkpoint")
     return found
+
+
+def _is_index(found: Any) -> bool:
+    """Whether all that is read of an index has its type: an object of a pickle can have any attributes."""
+    entries, places = (getattr(found, name, None) for name in ("state_dict_metadata", "storage_data"))
+    return (
+        isinstance(found, Metadata)
+        and isinstance(entries, dict)
+        and isinstance(places, dict)
+        and all(isinstance(key, str) for key in entries)
+        and all(_is_tensor_entry(entry) for entry in entries.values() if isinstance(entry, TensorStorageMetadata))
+        and all(
+            isinstance(index, MetadataIndex)
+            and isinstance(info, filesystem._StorageInfo)
+            and isinstance(getattr(info, "relative_path", None), str)
+            and all(_is_count(getattr(info, name, None)) for name in ("offset", "length"))
+            for index, info in places.items()
+        )
+    )
+
+
+def _is_tensor_entry(entry: TensorStorageMetadata) -> bool:
+    chunks = getattr(entry, "chunks", None)
+    return (
+        isinstance(getattr(entry, "size", None), tuple)
+        and isinstance(getattr(getattr(entry, "properties", None), "dtype", None), torch.dtype)
+        and isinstance(chunks, list)
+        and all(isinstance(getattr(one, name, None), tuple) for one in chunks for name in ("sizes", "offsets"))
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def _check_files(path: Path, index: Metadata) -> None:
