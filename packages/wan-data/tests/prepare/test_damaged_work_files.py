@@ -3,14 +3,17 @@
 import fcntl
 import json
 import os
+from pathlib import Path
 
 import pytest
 from thread_ranks import ThreadRanks
 
 from wan_data.prepare import run as preparation
 from wan_data.prepare.changes import SourceChanges
+from wan_data.prepare.output_folder import output_folder
 from wan_data.prepare.probe import ProbeCache
 from wan_data.prepare.probe_stage import gathered, probe_only
+from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.retirement import RewrittenShard, delete_superseded, note_superseded
 from wan_data.prepare.settings import PrepareSettings
@@ -200,4 +203,24 @@ def test_the_lock_file_of_another_process(tmp_path):
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match="is a named pipe; expected a file"), writer_lock(tmp_path):
+        pass
+
+
+def test_a_folder_in_which_another_process_begins_meanwhile_is_not_of_another_program(tmp_path, monkeypatch):
+    listed = Path.iterdir
+
+    def another_begins(folder):
+        (folder / "wan-data.json").touch()
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", another_begins)
+    with output_folder(tmp_path, Ranks(), overwrite=False):
+        pass
+    monkeypatch.undo()
+    (tmp_path / "wan-data.json").unlink()
+    (tmp_path / "other").touch()
+    with (
+        pytest.raises(ValueError, match="holds files that wan-data did not write"),
+        output_folder(tmp_path, Ranks(), overwrite=False),
+    ):
         pass

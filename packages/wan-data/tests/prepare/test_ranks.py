@@ -110,6 +110,7 @@ def test_a_rank_that_works_for_long_is_waited_for_and_one_without_a_sign_of_life
         waits.barrier("never")
 
 
+STORES = []  # a rank of this process uses one until its end
 SECOND = """
 import time
 from wan_data.prepare import ranks
@@ -122,6 +123,7 @@ time.sleep(600)
 
 def test_a_stopped_rank_is_named(monkeypatch, tmp_path):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    STORES.append(store)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     job = Job.start([sys.executable, "-c", SECOND], tmp_path, **shared, RANK="1")

@@ -26,11 +26,11 @@ def output_folder(folder: Path, ranks: Ranks, *, overwrite: bool) -> Iterator[No
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder to write to")
-    ours = (folder / MANIFEST_NAME).is_file()
     # The partial manifest is left by a run that was killed while it wrote its first one.
     allowed = (LOCK_NAME, WORK_FOLDER, MANIFEST_NAME + PARTIAL_SUFFIX)
     foreign = folder.is_dir() and any(path.name not in allowed for path in folder.iterdir())
-    if foreign and not ours:
+    # Looked for last: another process may just have written it, and after it other files, and holds the lock.
+    if foreign and not (folder / MANIFEST_NAME).is_file():
         raise ValueError(f"{folder} holds files that wan-data did not write; choose an empty or a new folder")
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from wan_data.prepare.retirement import (
     shards_of,
     without_sources,
 )
-from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.settings import PrepareSettings, require_same_settings
 from wan_data.prepare.shard_batches import BATCH_NAME, EncodeTask, ShardBatch, ShardPlan, encode_tasks, plan_shard_batch
 from wan_data.prepare.source_times import read_times, write_times
 from wan_data.prepare.sources import SourceFile
@@ -203,23 +203,7 @@ class _Preparation:
             self._times = read_times(self.output)
         self.ranks.barrier("begin")
         manifest = read_manifest(self.output, allow_incomplete=True)
-        wanted = self.settings.to_dict()
-        if manifest.settings.get("reading_version") != wanted["reading_version"]:
-            raise ValueError(
-                f"{self.output} holds a dataset whose videos were read by another version of wan-data, from which the "
-                "same file gets other pixels; choose another folder, or pass --overwrite to replace it"
-            )
-        # A setting that is newer than the dataset had the value that is its default.
-        stored = {**PrepareSettings().to_dict(), **manifest.settings}
-        if differing := [
-            f"{name} {wanted.get(name)!r} instead of {stored[name]!r}"
-            for name in sorted(stored)
-            if wanted.get(name) != stored[name]
-        ]:
-            raise ValueError(
-                f"{self.output} holds a dataset of other settings ({', '.join(differing)}); use the same settings, "
-                "choose another folder, or pass --overwrite to replace it"
-            )
+        require_same_settings(manifest.settings, self.settings, self.output)
         manifest.latent_spec.require_same(self.spec, f"the dataset in {self.output}", f"the model {self.model}")
         return manifest
 

@@ -1,7 +1,9 @@
 """The settings of ``wan-data prepare``, validated in one place."""
 
 import dataclasses
+from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from wan_data.video.buckets import Size, buckets_of_area, check_side
@@ -146,3 +148,33 @@ class PrepareSettings:
         """The settings as plain JSON values, as the manifest holds them, with the version of how sources are read."""
         values = {**dataclasses.asdict(self), "fps": str(self.fps), "reading_version": READING_VERSION}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def require_same_settings(stored: Mapping[str, Any], settings: PrepareSettings, folder: Path) -> None:
+    """Refuse to add samples of other settings to a dataset.
+
+    Args:
+        stored: the settings in its manifest, as ``to_dict`` gives them.
+        settings: those of this preparation.
+        folder: the dataset, for the message.
+
+    Raises:
+        ValueError: they differ; the message names the settings.
+    """
+    wanted = settings.to_dict()
+    if stored.get("reading_version") != wanted["reading_version"]:
+        raise ValueError(
+            f"{folder} holds a dataset whose videos were read by another version of wan-data, from which the same file "
+            "gets other pixels; choose another folder, or pass --overwrite to replace it"
+        )
+    # A setting that is newer than the dataset had the value that is its default.
+    stored = {**PrepareSettings().to_dict(), **stored}
+    if differing := [
+        f"{name} {wanted.get(name)!r} instead of {stored[name]!r}"
+        for name in sorted(stored)
+        if wanted.get(name) != stored[name]
+    ]:
+        raise ValueError(
+            f"{folder} holds a dataset of other settings ({', '.join(differing)}); use the same settings, choose "
+            "another folder, or pass --overwrite to replace it"
+        )
