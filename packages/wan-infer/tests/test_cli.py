@@ -33,6 +33,15 @@ def test_help_imports_no_torch() -> None:
         assert spelling in done.stdout
 
 
+def test_an_interruption_is_a_sentence(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan_infer.cli._run", interrupted)
+    result = run("--model", model_folder, "--prompts", "a", "--save_file", tmp_path / "a.mp4", *QUICK)
+    assert (result.exit_code, result.stderr, result.stdout) == (130, "Ended by SIGINT.\n", "")
+
+
 def test_one_video_with_all_that_made_it(model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     arguments = ("--model", model_folder, "--prompts", "a rabbit", "--base_seed", 42, "--fps", 8, "--save_file", path)

@@ -14,21 +14,17 @@ from wan_data.cli_options import (
     flag,
     input_options,
     left_out_of,
+    resumable,
     settings_of,
     settings_options,
     sources_of,
 )
 from wan_data.prepare.preload import preload_encoders
-from wan_model.system.standard_streams import checked_streams
+from wan_model.system.standard_streams import CheckedCommand
 
 
-class _Commands(click.Group):
+class _Commands(CheckedCommand, click.Group):
     """A group whose commands end with a sentence at errors of the system, such as a full disk."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any group."""
-        with checked_streams():
-            return super().main(*args, **kwargs)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -94,7 +90,7 @@ def prepare(
         from wan_data.prepare.run import prepare as run
 
         ranks = ranks_from_environment()
-        with make_report() if ranks.rank == 0 else SilentReport() as report:
+        with resumable(), make_report() if ranks.rank == 0 else SilentReport() as report:
             result = run(
                 sources,
                 output_folder,

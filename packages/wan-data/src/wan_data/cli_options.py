@@ -1,6 +1,7 @@
 """The options of the ``wan-data`` commands and their conversion to settings."""
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from wan_model.system.versions import check_dependencies
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _DEFAULT = PrepareSettings()
+_GOES_ON = "What is finished is kept, and the same command goes on."
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -90,6 +92,19 @@ def errors_as_messages(folder: Path) -> Iterator[None]:
         raise click.ClickException(f"{error.filename or folder}: {error.strerror or error}") from error
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Say of an interruption, and of a disk that is full, that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_GOES_ON) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{error.filename}: {error.strerror}. Make room on the disk. {_GOES_ON}") from error
 
 
 def _all(*flags: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:

@@ -86,6 +86,16 @@ def test_every_row_is_accounted_for(tmp_path):
         ("clips.csv", b"", "has no rows"),
         ("clips.csv", b'video,caption\n"a.mp4,x\n', "not CSV"),
         ("clips.csv", "video,caption\na.mp4,größer\n".encode("latin1"), "not UTF-8"),
+        (
+            "clips.csv",
+            b"video;caption\na.mp4;x\nb.mp4;y\n",
+            "columns 'video;caption'; expected paths under one of",
+        ),
+        (
+            "clips.csv",
+            b"clip,caption\na.mp4,x\n",
+            "columns 'clip', 'caption'; .* and commas between the columns",
+        ),
         ("clips.parquet", b"PAR1 nothing PAR1", "not Parquet"),
     ],
 )

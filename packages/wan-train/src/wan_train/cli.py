@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wan_model.precision import DTYPES
-from wan_model.system.standard_streams import checked_streams
+from wan_model.system.standard_streams import CheckedCommand
 
 if TYPE_CHECKING:
     from wan_train.config.options import RunOptions
@@ -20,13 +20,8 @@ if TYPE_CHECKING:
 RECIPES = ("wan_1_3b", "wan_1_3b_t2i", "wan_14b", "wan_14b_t2i", "tiny")
 
 
-class _Commands(click.Group):
+class _Commands(CheckedCommand, click.Group):
     """A group whose commands end with a sentence at errors of the system, such as a full disk."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any group."""
-        with checked_streams():
-            return super().main(*args, **kwargs)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

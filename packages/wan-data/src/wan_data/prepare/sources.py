@@ -69,6 +69,8 @@ def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettin
     repeated: dict[str, tuple[str, int]] = {}  # where a file is listed for the second time, and how often in all
     for number, (where, row) in enumerate(read(listing, settings.caption_key), start=1):
         check_rows(listing, number)
+        if number == 1 and listing.suffix.lower() != ".jsonl":
+            _check_columns(listing, row)
         source = _row(where, row, folder, settings)
         if source.name in sources:
             first, times = repeated.get(source.name, (where, 1))
@@ -81,6 +83,16 @@ def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettin
         problem = f"it is listed {'twice' if times == 2 else f'{times:,} times'}; keep one row"
         sources[f"{name} ({where})"] = SourceFile(f"{name} ({where})", sources[name].path, problem=problem)
     return sorted(sources.values(), key=lambda source: source.name)
+
+
+def _check_columns(listing: Path, row: Any) -> None:
+    """Refuse a table that has no column of paths, such as one of another separator, once and not row by row."""
+    if isinstance(row, dict) and not any(key in row for key in NAME_KEYS):
+        columns = ", ".join(repr(str(name)[:60]) for name in list(row)[:10])
+        commas = ", and commas between the columns" if listing.suffix.lower() == ".csv" else ""
+        raise ValueError(
+            f"{listing} has the columns {columns}; expected paths under one of {', '.join(NAME_KEYS)}{commas}"
+        )
 
 
 def _row(where: str, row: Any, folder: Path, settings: PrepareSettings) -> SourceFile:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from wan_model.system.standard_streams import checked_streams
+from wan_model.system.standard_streams import CheckedCommand
 
 ARGUMENTS = "wan_infer.arguments"
 # Flags that take several values behind one name, as argparse's nargs="+" does in the tutorial's command.
@@ -40,16 +40,11 @@ def repeat_flags(arguments: Sequence[str], several: Sequence[str] = SEVERAL) -> 
     return out
 
 
-class SeveralValues(click.Command):
+class SeveralValues(CheckedCommand, click.Command):
     """A command whose flags of ``SEVERAL`` take one or more values; ``meta[ARGUMENTS]`` has the arguments as given.
 
     It ends with a sentence at errors of the system, such as a full disk.
     """
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any command."""
-        with checked_streams():
-            return super().main(*args, **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See ``repeat_flags``."""

@@ -12,6 +12,7 @@ Imports no torch.
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,3 +112,24 @@ def checked_streams(*, run: bool = False) -> Iterator[None]:
         for stream in (out, err):
             if stream is not None:
                 _settle(stream)
+
+
+class CheckedCommand:
+    """Base of a click command or group, before click's own: its streams are checked, and Ctrl+C ends it in a sentence.
+
+    A ``KeyboardInterrupt`` that leaves the command is printed with what it says, and the exit status is 130, as of a
+    shell. Click would print "Aborted!" and exit with 1.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any command."""
+        with checked_streams():
+            return super().main(*args, **kwargs)  # type: ignore[misc]
+
+    def invoke(self, ctx: Any) -> Any:
+        """As of any command."""
+        try:
+            return super().invoke(ctx)  # type: ignore[misc]
+        except KeyboardInterrupt as interrupt:
+            print(f"Ended by SIGINT. {interrupt}".rstrip(), file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)

@@ -3,7 +3,6 @@
 Import-light and guarded: Megatron's checkpoint writer starts processes that import it again.
 """
 
-import os
 import sys
 
 from wan_model.system.child_process import Supervisor, end_process
@@ -13,8 +12,6 @@ from wan_train.launch.stopped_children import watch_children
 
 def main() -> int:
     """Run with the options in the first argument; returns 0 when training ended, 2 for an error in the input."""
-    # torchrun starts ranks without -P, which would let processes that they spawn import from the working folder.
-    os.environ["PYTHONSAFEPATH"] = "1"
     supervisor = Supervisor.find()
     supervisor.follow()
     watch_children(supervisor)
