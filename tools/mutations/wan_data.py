@@ -51,13 +51,13 @@ MUTATIONS = (
         "prepare/test_shard_batches.py",
     ),
     _of(
-        "old-shards-are-left", "prepare/retirement.py",
+        "old-shards-are-left", "prepare/removal.py",
         "file.unlink(missing_ok=True)", "pass",
         "removed samples stay on the disk after an update",
         "prepare/test_update.py",
     ),
     _of(
-        "damaged-shard-copied", "prepare/retirement.py",
+        "damaged-shard-copied", "prepare/removal.py",
         "sha256_of(path) != shard.sha256", "not shard.sha256",
         "an update copies a damaged shard and records the digest of the damage",
         "prepare/test_update_safety.py::test_a_damaged_shard_is_not_copied",
@@ -69,10 +69,10 @@ MUTATIONS = (
         "prepare/test_update.py::test_changes_are_named_and_left",
     ),
     _of(
-        "cut-video-accepted", "video/file_ends.py",
+        "cut-video-accepted", "video/truncation.py",
         "if missing > 0 else None", "if missing > 100_000 else None",
         "a WebM file whose download broke off goes into the dataset as a shorter clip",
-        "video/test_file_ends.py",
+        "video/test_truncation.py",
     ),
     _of(
         "dropped-windows-exit-0", "cli.py",

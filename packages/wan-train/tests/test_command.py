@@ -1,7 +1,6 @@
 """The command line, without training."""
 
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +8,7 @@ from click.testing import CliRunner
 import wan_train.engine.installed
 import wan_train.launch.launcher
 import wan_train.launch.worker
-from wan_train.cli import RECIPES, main
+from wan_train.cli import main
 from wan_train.config.options import RunOptions
 
 
@@ -58,10 +57,3 @@ def test_under_torchrun_the_process_itself_trains(monkeypatch: pytest.MonkeyPatc
     result = CliRunner().invoke(main, ["pretrain", "--nproc-per-node", "2"])
     assert result.exit_code == 1
     assert "--nproc-per-node is given under torchrun" in result.output
-
-
-def test_the_command_offers_every_recipe() -> None:
-    source = (Path(wan_train.__file__).parent / "config" / "recipes.py").read_text()
-    table = source[source.index("RECIPES: dict") :]
-    assert all(f'"{name}":' in table for name in RECIPES)
-    assert table.count('": ') == len(RECIPES)

@@ -14,8 +14,8 @@ from wan_data.prepare.output_folder import output_folder
 from wan_data.prepare.probe import ProbeCache
 from wan_data.prepare.probe_stage import gathered, probe_only
 from wan_data.prepare.ranks import Ranks
+from wan_data.prepare.removal import RewrittenShard, delete_superseded, note_superseded
 from wan_data.prepare.results import FinishedShard
-from wan_data.prepare.retirement import RewrittenShard, delete_superseded, note_superseded
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import ShardBatch
 from wan_data.prepare.work_files import check_work_folder

@@ -7,17 +7,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from wan_model.precision import DTYPES
 from wan_model.system.standard_streams import CheckedCommand
-
-if TYPE_CHECKING:
-    from wan_train.config.options import RunOptions
-
-RECIPES = ("wan_1_3b", "wan_1_3b_t2i", "wan_14b", "wan_14b_t2i", "tiny")
+from wan_train.config.options import RECIPES, RunOptions
 
 
 class _Commands(CheckedCommand, click.Group):
@@ -91,7 +87,6 @@ def pretrain(
     wan-train pretrain --config-file wan_1_3b --nproc-per-node 8 dataset.path=DATA checkpoint.save=CHECKPOINTS
     """
     from wan_model.system.versions import check_dependencies
-    from wan_train.config.options import RunOptions
     from wan_train.engine.installed import require_installed
     from wan_train.launch.launcher import launch
 
@@ -128,7 +123,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _dry_run(options: "RunOptions", world: int, as_json: bool) -> int:
+def _dry_run(options: RunOptions, world: int, as_json: bool) -> int:
     try:
         with _quiet():
             from wan_train.planning.dry_run import main as describe
@@ -244,7 +239,6 @@ def config_show(name: str, resolved: bool) -> None:
 def _resolved(name: str) -> str:
     import yaml
 
-    from wan_train.config.options import RunOptions
     from wan_train.engine.installed import require_installed
 
     require_installed()

@@ -138,7 +138,7 @@ def test_wires_carry_what_the_layout_sends() -> None:
     computing = piped.matmul + piped.attention + piped.elementwise
     assert piped.pipeline == pytest.approx(computing * 3 / 6 + 2 * 6 * s * h * 2 / 50e9)
     # Gradients in fp32 and weights in bf16 of all parameters, less what a pack's computing hides.
-    slow = dataclasses.replace(hardware, inside=1e9, outside=1e9)
+    slow = dataclasses.replace(hardware, intra_node=1e9, inter_node=1e9)
     data = StepTime.of(WAN_14B, Layout(2), pack, "none", slow, packs=1)
     (parameters,) = parameters_of_stages(WAN_14B, 1, 1)
     computing = data.matmul + data.attention + data.elementwise

@@ -17,6 +17,15 @@ from wan_data.prepare.preload import preload_encoders
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.probe_stage import cache_path, gathered, probe
 from wan_data.prepare.ranks import Ranks
+from wan_data.prepare.removal import (
+    RewrittenShard,
+    check_shard,
+    delete_superseded,
+    note_superseded,
+    rewrite_shard,
+    shards_of,
+    without_sources,
+)
 from wan_data.prepare.report import Report
 from wan_data.prepare.results import (
     FinishedShard,
@@ -26,15 +35,6 @@ from wan_data.prepare.results import (
     with_rejected,
     with_shard_batch,
     without_failed,
-)
-from wan_data.prepare.retirement import (
-    RewrittenShard,
-    check_shard,
-    delete_superseded,
-    note_superseded,
-    rewrite_shard,
-    shards_of,
-    without_sources,
 )
 from wan_data.prepare.settings import PrepareSettings, require_same_settings
 from wan_data.prepare.shard_batches import BATCH_NAME, EncodeTask, ShardBatch, ShardPlan, encode_tasks, plan_shard_batch

@@ -18,11 +18,11 @@ from wan_data.video.display import (
 )
 from wan_data.video.display_options import DisplayOptions
 from wan_data.video.ffv1 import SliceChecksums
-from wan_data.video.file_ends import missing_end
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_container
 from wan_data.video.timing import Clock
 from wan_data.video.transport_stream import CounterBreak, counter_breaks
+from wan_data.video.truncation import missing_end
 from wan_data.video.windows import TimedFrame
 
 # Width over height of a pixel, or the inverse; the widest formats in use have 2.2.

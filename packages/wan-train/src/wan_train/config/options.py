@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import Literal, Self
 
-DEFAULT_RECIPE = "wan_1_3b"
+RECIPES = ("wan_1_3b", "wan_1_3b_t2i", "wan_14b", "wan_14b_t2i", "tiny")
+DEFAULT_RECIPE = RECIPES[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +13,7 @@ class RunOptions:
     """Options of the command line.
 
     Attributes:
-        recipe: name in ``wan_train.config.recipes.RECIPES``; None for the one that the configuration file names, else
+        recipe: one of ``RECIPES``; None for the one that the configuration file names, else
             ``wan_1_3b``.
         training_mode: preset of the objective.
         config_file: YAML applied over the recipe: a file, or the name of one of the package's.

@@ -10,6 +10,7 @@ from typing import Literal
 from wan_model import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.flow import FlowMatching
 from wan_model.tiny import TINY_CONFIG
+from wan_train.config.options import RECIPES
 from wan_train.config.schema import WanRunConfig
 from wan_train.data.dataset import WanDatasetConfig
 from wan_train.data.mock_data import MockConfig
@@ -116,10 +117,6 @@ def wan_14b_t2i(mode: TrainingMode) -> WanRunConfig:
     return _images(wan_14b(mode))
 
 
-RECIPES: dict[str, Callable[[TrainingMode], WanRunConfig]] = {
-    "wan_1_3b": wan_1_3b,
-    "wan_1_3b_t2i": wan_1_3b_t2i,
-    "wan_14b": wan_14b,
-    "wan_14b_t2i": wan_14b_t2i,
-    "tiny": tiny,
-}
+RECIPE_FUNCTIONS: dict[str, Callable[[TrainingMode], WanRunConfig]] = dict(
+    zip(RECIPES, (wan_1_3b, wan_1_3b_t2i, wan_14b, wan_14b_t2i, tiny), strict=True)
+)

@@ -20,7 +20,7 @@ from wan_model.system import torchrun
 from wan_model.system.files import naming
 from wan_train import engine
 from wan_train.checkpoint.folder import ResumePoint, find_resume_point, saved_steps
-from wan_train.config.options import DEFAULT_RECIPE, RunOptions
+from wan_train.config.options import DEFAULT_RECIPE, RECIPES, RunOptions
 from wan_train.config.overrides import apply_overrides, apply_sections, read_file
 from wan_train.config.shipped_configs import find
 from wan_train.model.layout import Layout
@@ -33,7 +33,7 @@ def build_config(options: RunOptions) -> Any:
         ValueError: an unknown recipe, key or value.
     """
     from wan_model.weights.transformer import read_config
-    from wan_train.config.recipes import RECIPES
+    from wan_train.config.recipes import RECIPE_FUNCTIONS
     from wan_train.model.provider import transformer_folder
 
     sections = read_file(find(options.config_file)) if options.config_file else {}
@@ -43,7 +43,7 @@ def build_config(options: RunOptions) -> Any:
     recipe = options.recipe or named or DEFAULT_RECIPE
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; expected one of {', '.join(RECIPES)}")
-    config = RECIPES[recipe](options.training_mode)
+    config = RECIPE_FUNCTIONS[recipe](options.training_mode)
     apply_sections(config, sections)
     apply_overrides(config, options.overrides)
     if options.mock:

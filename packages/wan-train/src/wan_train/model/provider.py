@@ -27,18 +27,10 @@ from wan_train.model.ema import PREFIX as EMA_PREFIX
 from wan_train.model.ema import WeightEMA
 from wan_train.model.layout import layers_of_stages
 from wan_train.model.megatron_ops import MegatronOps
+from wan_train.model.recompute_granularity import RECOMPUTE
 
 # Every pipeline stage has its own copy of the timestep and text embedders; the copies must stay equal.
 REPLICATED_ON_STAGES = "condition_embedder."
-# By Megatron's names, and one of ours. "full" means what it means there. "selective" does not: Megatron recomputes the
-# core of attention and saves the rest; here the output of self-attention, the most expensive part to recompute, is
-# saved and the rest recomputed. "elementwise" saves the outputs of all matrix products as well.
-RECOMPUTE: dict[str | None, Recompute] = {
-    None: "none",
-    "elementwise": "elementwise",
-    "selective": "all_but_attention",
-    "full": "block",
-}
 
 
 def transformer_folder(model: str) -> Path:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Self
 
+from wan_model.system.gpus import peak_tflops
 from wan_model.system.safe_reading import read_yaml
 
 
@@ -20,9 +21,9 @@ class Hardware:
         memory: bytes.
         reserved: bytes for the driver, communication buffers and fragmentation.
         bandwidth: memory bandwidth, bytes per second.
-        inside: bytes per second and direction between the GPUs of a machine.
-        outside: the same between machines, per GPU.
-        machine: number of GPUs of a machine.
+        intra_node: bytes per second and direction between the GPUs of a node (NVLink).
+        inter_node: the same between nodes, per GPU (network cards).
+        gpus_per_node: number of them.
         efficiency: fraction of all these rates that a training step reaches.
     """
 
@@ -34,9 +35,9 @@ class Hardware:
     memory: float
     reserved: float
     bandwidth: float
-    inside: float
-    outside: float
-    machine: int = 8
+    intra_node: float
+    inter_node: float
+    gpus_per_node: int = 8
     efficiency: float = 0.85
 
     @classmethod
@@ -66,21 +67,23 @@ class Hardware:
                 given[key] = 0.0
             if not given[key] > 0:
                 raise ValueError(f"{path}: {key} is {content[key]!r}; expected a number above 0")
-        given["machine"] = int(given["machine"])
+        given["gpus_per_node"] = int(given["gpus_per_node"])
         return cls(**given)
 
 
+_PEAK = peak_tflops("H100 80GB HBM3")
+assert _PEAK is not None, "its data sheet is known"
 _HOPPER = Hardware(
     name="h100",
-    peak=989e12,
+    peak=_PEAK * 1e12,
     matmul=794e12,
     attention_forward=693e12,
     attention_backward=572e12 * 2 / 2.5,
     memory=80e9,
     reserved=6e9,
     bandwidth=3.35e12,
-    inside=450e9,
-    outside=50e9,
+    intra_node=450e9,
+    inter_node=50e9,
 )
 # Data sheets of the SXM variants, a network card of 400 Gbit/s for each GPU; rates of kernels as published for Hopper
 # (cuBLAS, cuDNN with heads of 128). Published rates of attention's backward pass count 2.5 times the forward pass,

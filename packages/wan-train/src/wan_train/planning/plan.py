@@ -16,6 +16,7 @@ from wan_model.config import WanConfig
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
 from wan_train.model.layout import Layout
+from wan_train.model.recompute_granularity import RECOMPUTE
 from wan_train.planning.hardware import Hardware
 from wan_train.planning.memory import RankBytes, rank_bytes
 from wan_train.planning.step_time import StepTime
@@ -23,13 +24,8 @@ from wan_train.planning.step_time import StepTime
 MODELS = {"1.3b": WAN_1_3B, "14b": WAN_14B}
 RECIPES = {"1.3b": "wan_1_3b", "14b": "wan_14b"}
 DEFAULT_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-# By the names of ``model.recompute_granularity``.
-SETTING: dict[Recompute, str] = {
-    "none": "null",
-    "elementwise": "elementwise",
-    "all_but_attention": "selective",
-    "block": "full",
-}
+# By the names of ``model.recompute_granularity``, as they are written in YAML.
+SETTING: dict[Recompute, str] = {mode: name or "null" for name, mode in RECOMPUTE.items()}
 _SIZES = (1, 2, 4, 8, 16)
 
 
@@ -119,7 +115,7 @@ def candidates(model: WanConfig, pack: PackLayout, gpus: int, hardware: Hardware
         packs: minimum number of packs per step; rounded up to a multiple of the data-parallel size.
     """
     found = []
-    for layout in layouts(model, gpus, hardware.machine):
+    for layout in layouts(model, gpus, hardware.gpus_per_node):
         of_rank = -(-packs // layout.data)
         padded = pack.padded_to(layout.pad_multiple)
         for recompute in SETTING:
@@ -233,6 +229,6 @@ def main(
     if len(plans) == 1:
         lines += [
             "",
-            " ".join([*_start(plans[0].layout.world, hardware.machine, RECIPES[model]), *plans[0].settings()]),
+            " ".join([*_start(plans[0].layout.world, hardware.gpus_per_node, RECIPES[model]), *plans[0].settings()]),
         ]
     return lines

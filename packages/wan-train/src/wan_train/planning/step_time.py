@@ -105,7 +105,7 @@ class StepTime:
 
         computing = matmul + attention + elementwise + tensor + context
         bubble = computing / packs * (layout.pipeline - 1)
-        sent = 2 * packs * rows.stage_sent / (hardware.outside * speed) if layout.pipeline > 1 else 0.0
+        sent = 2 * packs * rows.stage_sent / (hardware.inter_node * speed) if layout.pipeline > 1 else 0.0
         parameters = max(parameters_of_stages(model, layout.tensor, layout.pipeline))
         return cls(
             matmul=matmul,
@@ -149,13 +149,13 @@ class _Rows:
 
 def _inside(hardware: Hardware, ranks: int, stride: int) -> int:
     """Number of ranks of a group in one machine."""
-    return max(1, min(ranks, hardware.machine // stride))
+    return max(1, min(ranks, hardware.gpus_per_node // stride))
 
 
 def _ring(hardware: Hardware, ranks: int, stride: int) -> float:
     """Bandwidth of a ring of ranks; the ranks of a machine share their network cards."""
     inside = _inside(hardware, ranks, stride)
-    slowest = hardware.inside if inside == ranks else min(hardware.inside, hardware.outside * inside)
+    slowest = hardware.intra_node if inside == ranks else min(hardware.intra_node, hardware.inter_node * inside)
     return slowest * hardware.efficiency
 
 
@@ -163,8 +163,8 @@ def _exchange(hardware: Hardware, ranks: int, stride: int) -> float:
     """Bandwidth of an all-to-all; each rank uses its own network card for ranks of other machines."""
     inside = _inside(hardware, ranks, stride)
     if inside == ranks:
-        return hardware.inside * hardware.efficiency
-    return hardware.outside * hardware.efficiency * (ranks - 1) / (ranks - inside)
+        return hardware.intra_node * hardware.efficiency
+    return hardware.inter_node * hardware.efficiency * (ranks - 1) / (ranks - inside)
 
 
 def _data(hardware: Hardware, layout: Layout, parameters: int, packs: int, computing: float) -> float:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from wan_data.video.decode import probe
-from wan_data.video.file_ends import missing_end
 from wan_data.video.source_file import Rejected
+from wan_data.video.truncation import missing_end
 
 FILES = {
     "a.mkv": ("libx264", "matroska", {}),
