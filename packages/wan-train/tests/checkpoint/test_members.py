@@ -1,0 +1,28 @@
+"""What a member of a checkpoint holds is read as values, never run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from wan_train.checkpoint.folder import ResumePoint
+from wan_train.checkpoint.members import read_loader_state
+
+
+class _Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_loader_state_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    point, marker = ResumePoint(tmp_path, 1, {}), tmp_path / "marker"
+    point.step_folder.mkdir()
+    torch.save({"dataloader_state_dict": _Payload(marker)}, point.step_folder / "train_dataloader_dprank000.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_loader_state(point, 0)
+    assert not marker.exists()
+    torch.load(point.step_folder / "train_dataloader_dprank000.pt", weights_only=False)
+    assert marker.exists(), "control: a plain load would have run it"
