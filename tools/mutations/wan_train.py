@@ -106,7 +106,7 @@ MUTATIONS = (
         "loader-state-runs-code", "checkpoint/members.py",
         "weights_only=True", "weights_only=False",
         "resuming from a downloaded checkpoint runs code from its loader state",
-        "data/test_seeds.py",
+        "checkpoint/test_members.py",
     ),
     _of(
         "refused-dry-run-exits-0", "cli.py",
