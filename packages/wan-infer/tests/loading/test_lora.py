@@ -1,6 +1,7 @@
 """LoRA merged when the weights are loaded: the plain formula, scales, precision, and what the sampler records."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -113,5 +114,11 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=said):
             read_lora(path, TINY_CONFIG)
+    length = 17 << 20
+    path.write_bytes(length.to_bytes(8, "little") + b"{}" + b" " * length)
+    with pytest.raises(ValueError, match=r"has a header of 17,825,792 bytes; at most 16,777,216 are read"):
+        read_lora(path, TINY_CONFIG)
+    with pytest.raises(ValueError, match=r"the scale of the LoRA .* is nan; expected a finite number"):
+        read_lora(path, TINY_CONFIG, math.nan)
     with pytest.raises(ValueError, match=r"no LoRA at .*absent"):
         read_lora(tmp_path / "absent", TINY_CONFIG)

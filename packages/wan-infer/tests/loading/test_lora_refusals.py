@@ -55,6 +55,13 @@ OTHER_KINDS: dict[str, tuple[Tensors, str]] = {
         {"diffusion_model.patch_embedding.diff": torch.ones(96, 36, 1, 2, 2)},
         "it has 36 input channels, as an image-to-video model has",
     ),
+    "axes of the kernel in another order": (
+        {
+            "transformer.patch_embedding.lora_A.weight": torch.ones(3, 2, 2, 1, 16),
+            "transformer.patch_embedding.lora_B.weight": torch.ones(96, 3, 1, 1, 1),
+        },
+        "changes patch_embedding.weight of shape [96, 16, 1, 2, 2] by [96, 3, 1, 1, 1] times [3, 2, 2, 1, 16]",
+    ),
     "48 input channels": (pair("transformer.patch_embedding", 96, 192), "channels, as Wan 2.2's 5B model has"),
     "52 input channels": (pair("transformer.patch_embedding", 96, 208), "it has 52 input channels, as another model"),
     "Wan 2.2's 5B": (pair(Q, 3072, 3072), "its width of 3072 is that of Wan 2.2's 5B model"),

@@ -90,6 +90,8 @@ def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.
     Raises:
         ValueError: no such file, or tensors that are not a LoRA of this transformer, naming the first.
     """
+    if not math.isfinite(scale):
+        raise ValueError(f"the scale of the LoRA {path} is {scale}; expected a finite number")
     path = _find(Path(path))
     with open_weights(path) as file:
         keys = sorted(file.keys())
@@ -208,7 +210,9 @@ def _check_product(weight: str, down: Shape, up: Shape, wanted: Shape, config: W
     plain = len(down) in (2, len(wanted)) and len(up) in (2, len(wanted)) and set(up[2:]) <= {1}
     if plain and down[0] == 0:
         raise ValueError(f"{where} changes {weight} by matrices of rank 0; expected a rank of 1 or more")
-    if plain and down[0] == up[1] and up[0] == wanted[0] and math.prod(down[1:]) == math.prod(wanted[1:]):
+    # A convolution's columns are its channels and kernel, in this order, or one flat number.
+    columns = len(down) == 2 and down[1] == math.prod(wanted[1:])
+    if plain and down[0] == up[1] and up[0] == wanted[0] and (columns or down[1:] == wanted[1:]):
         return
     raise ValueError(
         f"{where} changes {weight} of shape {list(wanted)} by {list(up)} times {list(down)}, which does not fit; "

@@ -96,6 +96,10 @@ def read_json(path: Path, limit: int = _LARGEST_INDEX) -> dict[str, Any]:
     return value
 
 
+# Bytes; that of a file with a thousand tensors has a hundred thousand.
+_LARGEST_HEADER = 16 << 20
+
+
 @contextlib.contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
     """Open a safetensors file for reading.
@@ -105,7 +109,10 @@ def open_weights(path: Path) -> Iterator[Any]:
     """
     try:
         # safetensors waits for the writer of a named pipe, and says of a file that may not be read that it is absent.
-        safe_reading.open_file(path).close()
+        with safe_reading.open_file(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+        if _LARGEST_HEADER < length < path.stat().st_size:
+            raise ValueError(f"{path} has a header of {length:,} bytes; at most {_LARGEST_HEADER:,} are read")
         opened = safe_open(path, framework="pt")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
