@@ -53,7 +53,11 @@ def _watch(supervisor: Supervisor) -> NoReturn:
 
 
 def _stopped_child() -> int | None:
-    """A child that is stopped now; its state, and the exit statuses of all, are left to who waits for them."""
+    """A child that is stopped now; its state, and the exit statuses of all, are left to who waits for them.
+
+    One call of the system; ``process_tree.StoppedProcesses`` reads a file for each process of the machine, which would
+    take the interpreter from the training loop.
+    """
     try:
         found = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # there is none
