@@ -71,7 +71,7 @@ def test_a_signal_ends_the_command_and_all_that_it_started(command, name, moment
     assert job.process.poll() is None, job.errors.read_text()
     assert len(job.alive()) > 1
     job.process.send_signal(sent)
-    assert job.code(SECONDS) == (130 if sent == signal.SIGINT else -sent)
+    assert job.code(SECONDS) == (130 if sent == signal.SIGINT else -sent), job.errors.read_text()
     wait_until(lambda: not job.alive(), "all of its processes have ended", SECONDS)
     said = job.errors.read_text()
     ended = "Ended by SIGINT. What is finished is kept, and the same command goes on.\n"

@@ -80,6 +80,24 @@ def test_a_stream_that_is_closed_from_the_start_is_none() -> None:
     assert subprocess.run(command, check=False).returncode == 7
 
 
+def test_an_interruption_while_an_object_is_finalised_is_not_lost() -> None:
+    code = """
+import signal, time
+from wan_model.system.standard_streams import checked_streams
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finalised:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+try:
+    with checked_streams():
+        Finalised()
+        time.sleep(60)
+except KeyboardInterrupt:
+    raise SystemExit(9)
+"""
+    assert run(subprocess.DEVNULL, code=code) == (9, [])
+
+
 def test_what_the_system_refuses_is_a_sentence() -> None:
     denied = PermissionError(13, "Permission denied", b"/data/\xc3\xbc")
     assert system_error_message(denied) == "cannot read or write /data/ü: Permission denied"

@@ -14,6 +14,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from wan_model.system.files import naming
 from wan_model.system.import_path import safe_import_path
 
 _OUTPUT = "standard output"
+_REPEAT_SECONDS = 0.05
 _NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
 
 
@@ -78,11 +80,34 @@ def _settle(stream: Any) -> None:
 
 
 @contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Repeat a ``KeyboardInterrupt`` that Python drops, because it was raised while an object was finalised."""
+    before, main = sys.unraisablehook, threading.main_thread().ident
+    assert main is not None, "it runs"
+
+    def repeat(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            before(unraisable)
+            return
+        # Later, because here it would be dropped as well.
+        again = threading.Timer(_REPEAT_SECONDS, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextlib.contextmanager
 def checked_streams(*, run: bool = False) -> Iterator[None]:
     """In this context, that of a whole command, standard output and standard error behave as in the table above.
 
     An error that leaves the context and has a ``system_error_message`` ends the process with it and exit status 1.
-    Processes that the command starts do not import from the working folder (``safe_import_path``).
+    Processes that the command starts do not import from the working folder (``safe_import_path``), and no interruption
+    is lost.
 
     Args:
         run: whether the work of the command matters more than its output.
@@ -95,7 +120,7 @@ def checked_streams(*, run: bool = False) -> Iterator[None]:
         sys.stderr = _Stream(err, "standard error", OSError)
     try:
         try:
-            with safe_import_path():
+            with safe_import_path(), _interrupts_kept():
                 yield
         finally:
             if out is not None and not run:  # a run flushes each line, and reports its own errors
