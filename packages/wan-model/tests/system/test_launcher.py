@@ -1,4 +1,19 @@
-"""A run ends when it should: whatever happens to a rank or to the launcher, nothing is left and the cause is named."""
+"""A run ends when it should: whatever happens to a rank or to the launcher, nothing is left and the cause is named.
+
+The reasons why torch's own agent is not used, in the order in which ``wan_model.system.launcher`` gives them, by test:
+
+| reason | test |
+|---|---|
+| the cause, not its consequence | ``test_the_cause_is_shown_although_what_follows_from_it_came_first`` |
+| a stopped rank | ``test_a_stopped_rank_ends_the_run``; torch: ``test_torch_does_not_notice_a_stopped_rank`` |
+| no folder for temporary files | ``test_only_the_error_of_a_silent_rank_is_shown_and_it_needs_no_space_on_a_disk`` |
+| SIGTERM to the rank alone, then to its children | ``test_an_interrupt_ends_everything`` |
+| ranks that ignore SIGTERM | ``test_ranks_that_will_not_end_are_killed`` |
+| nothing outlives the launcher, or a rank that cannot start | ``test_nothing_outlives_a_killed_launcher``, |
+| | ``test_a_rank_that_cannot_start_leaves_none`` |
+| arguments as they are | ``test_arguments_reach_the_ranks_as_they_are``; torch: |
+| | ``test_torchs_agent_replaces_parts_of_arguments`` |
+"""
 
 import os
 import signal
