@@ -232,7 +232,7 @@ def test_a_wheel_that_does_not_import_is_no_release(repository, capfd):
     ids=["edit", "commit"],
 )
 def test_what_is_changed_during_the_build_is_kept(during, sentence, repository, monkeypatch):
-    def build(plan, workshop):
+    def build(plan, build):
         during(repository)
         return []
 

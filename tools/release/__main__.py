@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from release.artifacts import CommandError, Workshop, deliver, make
+from release.artifacts import BuildEnvironment, CommandError, deliver, make
 from release.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
         if options.dry_run:
             return
         with tempfile.TemporaryDirectory(prefix="release-") as scratch:
-            files = make(plan, Workshop(Path(scratch), options.offline))
+            files = make(plan, BuildEnvironment(Path(scratch), options.offline))
             # Edits and commits made meanwhile are in neither file, and would be overwritten.
             if make_plan(root, options.package, options.version, day) != plan:
                 raise ValueError("A commit was made during the build; run this command again.")

@@ -40,7 +40,7 @@ def copy_package(package: Package, edits: Mapping[Path, str], target: Path) -> P
 
 
 @dataclass(frozen=True)
-class Workshop:
+class BuildEnvironment:
     """Builds and tests distributions.
 
     Args:
@@ -84,20 +84,20 @@ class Workshop:
         return python
 
 
-def make(plan: Plan, workshop: Workshop) -> list[Path]:
+def make(plan: Plan, environment: BuildEnvironment) -> list[Path]:
     """Build, check and test the release; returns its two files, which are in the scratch folder.
 
     Raises:
         CommandError: a step failed.
     """
     package = plan.package
-    made = workshop.scratch / "release"
-    wheel = workshop.build(package, plan.edits, made)
+    made = environment.scratch / "release"
+    wheel = environment.build(package, plan.edits, made)
     files = sorted(made.iterdir())
-    if not workshop.offline:
+    if not environment.offline:
         _run(sys.executable, "-m", "twine", "check", "--strict", *files)
-    siblings = [workshop.build(one, {}, workshop.scratch / "siblings", wheel_only=True) for one in plan.siblings]
-    python = workshop.install([*siblings, wheel], package.root / "constraints.txt")
+    siblings = [environment.build(one, {}, environment.scratch / "siblings", wheel_only=True) for one in plan.siblings]
+    python = environment.install([*siblings, wheel], package.root / "constraints.txt")
     scripts = list(package.project.get("scripts", {}))
     _run(python, "-P", Path(__file__).with_name("smoke.py"), package.name, str(plan.version), *scripts)
     return files

@@ -21,7 +21,7 @@ def test_it_is_asked_for_what_every_other_attention_computes(probed: dict[str, A
 
 
 @needs_no_cuda
-def test_it_is_taken_for_16_bits_unless_another_is_named(probed: dict[str, Any]) -> None:
+def test_it_is_taken_only_where_it_is_named(probed: dict[str, Any]) -> None:
     assert probed["transformer engine"]["chosen"] == {
         "auto, fp32": "MegatronOps",
         "auto, bf16": "MegatronOps",
