@@ -18,7 +18,7 @@ from wan_train.model.provider import WanModelProvider
 
 # Key, allowed values, and advice for any other value.
 _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("train.micro_batch_size", (1,), "a micro-batch is one pack"),
+    ("train.micro_batch_size", (1,), "a micro-batch is one pack; set train.global_batch_size"),
     ("train.train_samples", (None,), "a run's length is train.train_iters"),
     ("train.rampup_batch_size", (None,), "every step has train.global_batch_size packs"),
     ("train.decrease_batch_size_if_needed", (False,), "every step has train.global_batch_size packs"),
