@@ -8,13 +8,13 @@ from pathlib import Path
 from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.sources import SourceFile, caption_of, files_of_listing
-from wan_data.prepare.work_files import read_work_file
+from wan_data.prepare.work_files import WorkRecord
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, caption_digest, read_manifest
 from wan_model.system.files import sha256_of, write_json
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceChanges:
+class SourceChanges(WorkRecord):
     """How the sources differ from those that a dataset was made of.
 
     Attributes:
@@ -30,15 +30,6 @@ class SourceChanges:
     def write(self, path: Path) -> None:
         """Write the changes for other ranks, without the times."""
         write_json(path, {"changed": self.changed, "missing": self.missing})
-
-    @classmethod
-    def read(cls, path: Path) -> "SourceChanges":
-        """Inverse of ``write``.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        return read_work_file(path, cls)
 
 
 def find_changes(

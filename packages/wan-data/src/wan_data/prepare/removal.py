@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from wan_data.prepare.work_files import read_work_file
+from wan_data.prepare.work_files import WorkRecord, read_work_file
 from wan_data.shards.energon_index import OFFSETS_SUFFIX
 from wan_data.shards.manifest import Manifest
 from wan_data.shards.reader import members_of
@@ -21,7 +21,7 @@ SUPERSEDED_NAME = "superseded.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class RewrittenShard:
+class RewrittenShard(WorkRecord):
     """What became of a shard that held samples of removed sources.
 
     Attributes:
@@ -33,19 +33,6 @@ class RewrittenShard:
     old: str
     record: ShardRecord | None
     removed: tuple[tuple[int, int, int, int], ...]
-
-    def write(self, path: Path) -> None:
-        """Write the record into the folder of an unfinished preparation."""
-        write_json(path, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> "RewrittenShard":
-        """Inverse of ``write``.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        return read_work_file(path, cls)
 
 
 def shards_of(manifest: Manifest, sources: Collection[str]) -> list[ShardRecord]:

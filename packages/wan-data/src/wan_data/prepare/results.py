@@ -8,15 +8,14 @@ from typing import Any
 
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.shard_batches import ShardBatch, ShardPlan
-from wan_data.prepare.work_files import read_work_file
+from wan_data.prepare.work_files import WorkRecord
 from wan_data.reading.packing import latent_tokens
 from wan_data.shards.manifest import Manifest, ShapeCount, SourceRecord, caption_digest
 from wan_data.shards.writer import ShardRecord
-from wan_model.system.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
-class FinishedShard:
+class FinishedShard(WorkRecord):
     """A finished shard.
 
     Attributes:
@@ -32,19 +31,6 @@ class FinishedShard:
     shapes: tuple[tuple[int, int, int, tuple[int, ...], int], ...]
     dropped: tuple[tuple[str, int, str], ...]
     cut: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def write(self, path: Path) -> None:
-        """Write the record into the folder of an unfinished preparation."""
-        write_json(path, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> "FinishedShard":
-        """Inverse of ``write``.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        return read_work_file(path, cls)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The files of an unfinished preparation, which the next run resumes from."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from wan_data.shards.json_records import from_json
+from wan_model.system.files import write_json
 from wan_model.system.safe_reading import read_json, require_file
 
 # Bytes; those that list the sources have up to a thousand for each.
@@ -26,6 +28,23 @@ def read_work_file(path: Path, kind: type[T]) -> T:
     """
     with remedy_named():
         return from_json(kind, read_json(path, LARGEST), str(path))
+
+
+class WorkRecord:
+    """Base of a dataclass that stands in a file of an unfinished preparation."""
+
+    def write(self, path: Path) -> None:
+        """Write the record into the folder of an unfinished preparation."""
+        write_json(path, dataclasses.asdict(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Inverse of ``write``.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return read_work_file(path, cls)
 
 
 @contextlib.contextmanager

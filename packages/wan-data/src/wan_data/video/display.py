@@ -243,10 +243,10 @@ def rgb_of_frame(frame: Any, colours: Colours, display: DisplayOptions) -> Rgb:
     pixels = frame.to_ndarray(format=name, interpolation=_EXACT)
     if deep:
         # Where YUV has fewer than 16 bits, libswscale shifts them: its white is a little less than 65535.
-        pixels = _eight_bits(pixels, 0xFFFF if stored.is_rgb else (1 << bits) - 1 << 16 - bits)
+        pixels = eight_bits(pixels, 0xFFFF if stored.is_rgb else (1 << bits) - 1 << 16 - bits)
     return over_background(pixels, display.rgb) if alpha else pixels
 
 
-def _eight_bits(pixels: UInt16[np.ndarray, "H W colours"], white: int) -> UInt8[np.ndarray, "H W colours"]:
+def eight_bits(pixels: UInt16[np.ndarray, "H W *colours"], white: int = 0xFFFF) -> UInt8[np.ndarray, "H W *colours"]:
     """Round 16 bits to 8, of which ``white`` is the largest value."""
     return np.minimum((pixels.astype(np.uint32) * 255 + white // 2) // white, 255).astype(np.uint8)

@@ -8,7 +8,7 @@ import av
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from wan_data.video.display import HDR, Picture, Rgb, orientation_of_exif, over_background, picture_of
+from wan_data.video.display import HDR, Picture, Rgb, eight_bits, orientation_of_exif, over_background, picture_of
 from wan_data.video.display_options import DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.media_types import IMAGE_FORMATS
@@ -123,7 +123,7 @@ def _exact_png(image: Image.Image, content: bytes) -> Image.Image:
     channels = len(frame.format.components)
     (plane,) = frame.planes
     rows = np.frombuffer(memoryview(plane), ">u2").reshape(frame.height, -1)[:, : channels * frame.width]
-    pixels = ((rows.astype(np.uint32) + 128) // 257).astype(np.uint8).reshape(frame.height, frame.width, channels)
+    pixels = eight_bits(rows).reshape(frame.height, frame.width, channels)
     exact = Image.fromarray(pixels, {2: "LA", 3: "RGB", 4: "RGBA"}[channels])
     exact.info = {name: value for name, value in image.info.items() if name != "transparency"}
     return exact
@@ -155,7 +155,7 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Rgb:
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise Rejected(f"its pixels are of Pillow's mode {image.mode}; only images of 8 or 16 bits are read")
     if image.mode in (*_SIXTEEN_BITS, "I"):
-        grey = ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        grey = eight_bits(np.asarray(image).astype(np.uint16))
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         rgba = image.convert("RGBA")
