@@ -1,7 +1,7 @@
 """Models with random weights made on their device, and inputs: 1.4 billion weights take seconds to draw on a CPU."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.models import Samples
 from wan_model import WanConfig, WanDiT
@@ -49,15 +49,34 @@ def random_decoder(width: int) -> VaeDecoder:
     multiples = [1, 2, 4, 4] if width >= 32 else [1, 2, 2, 2]
     sizes = {"base_dim": width, "z_dim": 16, "dim_mult": multiples, "num_res_blocks": 2 if width >= 32 else 1}
     decoder = VaeDecoder({**sizes, "temperal_downsample": [False, True, True]})
+    draw_convolutions(decoder)
+    with torch.no_grad():
+        # Pixels are cut off at -1 and 1, where no difference would be seen.
+        decoder.decoder.conv_out.weight.mul_(0.2)
+    return decoder.eval().requires_grad_(False)
+
+
+def random_encoder(width: int) -> nn.Module:
+    """diffusers' autoencoder, which encodes for ``wan-data``, with random weights; the released one is 96 wide."""
+    from diffusers import AutoencoderKLWan
+
+    multiples = [1, 2, 4, 4] if width >= 32 else [1, 2, 2, 2]
+    autoencoder: nn.Module = AutoencoderKLWan(
+        base_dim=width, z_dim=16, dim_mult=multiples, num_res_blocks=2 if width >= 32 else 1,
+        temperal_downsample=[False, True, True],
+    )  # fmt: skip
+    draw_convolutions(autoencoder)
+    return autoencoder.eval().requires_grad_(False)
+
+
+def draw_convolutions(autoencoder: nn.Module) -> None:
+    """Random weights with which activations stay of order one, in place."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
+        for name, parameter in autoencoder.named_parameters():
             if name.endswith("gamma"):
                 parameter.fill_(1.0)
             elif parameter.ndim > 1:
                 parameter.normal_(std=1.2 * parameter[0].numel() ** -0.5, generator=generator)
             else:
                 parameter.normal_(std=0.02, generator=generator)
-        # Pixels are cut off at -1 and 1, where no difference would be seen.
-        decoder.decoder.conv_out.weight.mul_(0.2)
-    return decoder.eval().requires_grad_(False)

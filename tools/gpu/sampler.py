@@ -20,7 +20,7 @@ from gpu.rows import Failed, Found, NotRun, Row, Value
 from wan_infer.request.settings import Settings
 from wan_infer.sampling.denoise import denoise, draw_noise
 from wan_model import WanDiT
-from wan_model.codec.convolutions import prepare_for, tf32_convolutions
+from wan_model.codec.convolutions import tf32_convolutions
 from wan_model.codec.tiled_decode import Tile, TiledDecoder
 from wan_model.codec.vae_decoder import VaeDecoder
 
@@ -100,9 +100,8 @@ class _Autoencoder:
         return _decode(self.decoder, self.raw), _decode(copy.deepcopy(self.decoder).double(), self.raw)
 
     def on_device(self, allow_tf32: bool) -> Tensor:
-        """Frames of the device, in the memory format of the sampler."""
+        """Frames of the device."""
         decoder = copy.deepcopy(self.decoder).to(self.device)
-        prepare_for(self.device, decoder)
         with tf32_convolutions(allow_tf32):
             return _decode(decoder, self.raw)
 

@@ -1,6 +1,5 @@
-"""A sampling step of the 1.3B model beside diffusers, decoding of 81 frames, and offloading."""
+"""A sampling step of the 1.3B model beside diffusers, and offloading."""
 
-import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator
@@ -13,15 +12,13 @@ from gpu.clock import Timed, race, seconds_of
 from gpu.context import AT_ONCE, Context
 from gpu.fused_operations import kernels_used
 from gpu.model import relative
-from gpu.models import random_decoder, random_model, use
+from gpu.models import random_model, use
 from gpu.rows import Failed, Found, Row, Value
 from gpu.step import config_of, peak_of, rates
 from wan_infer.request.settings import Settings
 from wan_infer.runtime.placement import onload
 from wan_infer.sampling.denoise import denoise, draw_noise
 from wan_model import PackLayout, WanDiT, pack_flops
-from wan_model.codec.convolutions import tf32_convolutions, to_channels_last
-from wan_model.codec.tiled_decode import TiledDecoder, most_square, split_frame
 from wan_model.dit.attention import AttentionKind
 
 _STEPS = 2
@@ -122,51 +119,6 @@ class _Sampling:
         return Found(f"runs of {_STEPS} steps, both branches of guidance", numbers)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decoding:
-    """How a video is decoded; the defaults are the sampler's with TF32."""
-
-    tiles: int = 1
-    dtype: torch.dtype = torch.float32
-    tf32: bool = True
-    channels_last: bool = False
-
-
-def decoded(context: Context, way: _Decoding) -> Found:
-    """Decoding of a whole video, its frames copied to main memory as they are made.
-
-    Raises:
-        Failed: frames are missing or not finite.
-    """
-    size = (21, 60, 104) if context.on_gpu else (2, 4, 6)
-    decoder = random_decoder(96 if context.on_gpu else 8).to(context.device, way.dtype)
-    if way.channels_last:
-        to_channels_last(decoder)
-    tiled = TiledDecoder(decoder)
-    raw = torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(0)).to(context.device, way.dtype)
-    height, width = 8 * size[1], 8 * size[2]
-    places = split_frame(height, width, *most_square(way.tiles, height, width), tiled.scale)
-    counted, finite = 0, True
-
-    def run() -> None:
-        nonlocal counted, finite
-        counted = 0
-        features = list(tiled.features(raw)) if way.tiles > 1 else tiled.features(raw)
-        for place in places:
-            for frames in tiled.pixels(features, place):
-                pixels = frames.cpu()
-                counted += pixels[0].numel()
-                finite = finite and bool(pixels.isfinite().all())
-
-    with tf32_convolutions(way.tf32):
-        it = race({"decode": run}, context, rounds=1)["decode"]
-    frames = counted / (height * width)
-    numbers = {**it.figures(), "frames": frames, "tiles": way.tiles, "TF32": way.tf32}
-    if frames != 4 * size[0] - 3 or not finite:
-        raise Failed("frames are missing or not finite", numbers)
-    return Found(f"{frames:.0f} frames of {width} x {height}", numbers)
-
-
 def offloaded(context: Context, sampling: _Sampling) -> Found:
     """The transformer to the device and back, as ``--offload-model true`` moves it for each video.
 
@@ -198,21 +150,7 @@ def offloaded(context: Context, sampling: _Sampling) -> Found:
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """Steps, then decoding, then offloading, which takes the model from the device."""
+    """Steps, then offloading, which takes the model from the device."""
     sampling = _Sampling(context)
     yield from sampling.rows()
     yield from context.row("offloading", functools.partial(offloaded, context, sampling), memory_may_lack=True)
-    if context.on_gpu:
-        torch.cuda.empty_cache()
-    ways = {
-        "decoding": _Decoding(),
-        "decoding, channels last": _Decoding(channels_last=True),
-        "decoding, bfloat16": _Decoding(dtype=torch.bfloat16, channels_last=True),
-        "decoding, bfloat16, channels first": _Decoding(dtype=torch.bfloat16),
-        "decoding, float32 without TF32": _Decoding(tf32=False),
-        "decoding, 4 tiles": _Decoding(tiles=4),
-    }
-    if not context.on_gpu:
-        ways = {name: ways[name] for name in ("decoding, bfloat16", "decoding, 4 tiles")}
-    for name, way in ways.items():
-        yield from context.row(name, functools.partial(decoded, context, way), seconds=8, memory_may_lack=True)

@@ -35,6 +35,7 @@ STAGES = (
     Stage("step", "A training step of the 1.3B model", "gpu.step:rows", 115, timed=True),
     Stage("bandwidth", "Bandwidth of the fused kernels", "gpu.bandwidth:rows", 35, timed=True),
     Stage("bridge", "wan-train on the 1.3B model", "gpu.training:real_rows", 60, timed=True),
-    Stage("sampling", "A sampling step of the 1.3B model, and decoding", "gpu.sampling:rows", 95, timed=True),
+    Stage("sampling", "A sampling step of the 1.3B model", "gpu.sampling:rows", 45, timed=True),
+    Stage("autoencoder", "The autoencoder: 81 frames decoded and encoded", "gpu.autoencoder:rows", 60, timed=True),
     Stage("profile", "The longest kernels of a training step", "gpu.longest_kernels:rows", 20, timed=True),
 )

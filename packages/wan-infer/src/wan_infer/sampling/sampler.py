@@ -21,7 +21,6 @@ from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.runtime.placement import Placement, onload
 from wan_infer.sampling.decode import decode_frames
 from wan_infer.sampling.denoise import OnStep, denoise, draw_noise
-from wan_model.codec.convolutions import prepare_for
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.dit.model import WanDiT
 
@@ -136,7 +135,6 @@ class WanSampler:
         placement = self.placement
         codec = self._codec_source.load_decoder(self.source.text_length, placement.vae_dtype, tf32=placement.vae_tf32)
         assert codec.decoder is not None, "it was loaded"
-        prepare_for(placement.device, codec.decoder)
         codec.decoder.to(placement.offload_device)
         return codec
 

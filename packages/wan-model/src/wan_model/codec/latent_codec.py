@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_model.codec.convolutions import computed_with_tf32, prepare_for, tf32_convolutions
+from wan_model.codec.convolutions import computed_with_tf32, tf32_convolutions
 from wan_model.codec.prompt_cleaning import clean_prompt
 from wan_model.codec.prompt_tokenizer import PromptTokenizer
 from wan_model.codec.text_encoder import TextEncoder
@@ -150,10 +150,8 @@ class LatentCodec:
         vae = text_encoder = tokenizer = decoder = None
         if load_decoder:
             decoder = VaeDecoder.from_pretrained(vae_folder, vae_dtype).to(device)
-            prepare_for(device, decoder)
         if load_vae:
             vae = _load_autoencoder(vae_folder, vae_dtype).to(device)
-            prepare_for(device, vae)
         if load_text:
             text_encoder = TextEncoder.from_pretrained(text_folder / "text_encoder", text_dtype).to(device)
             tokenizer = PromptTokenizer(text_folder / "tokenizer")
