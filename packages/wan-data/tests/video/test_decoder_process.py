@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 from fractions import Fraction
@@ -43,6 +44,21 @@ def test_answers_are_those_of_this_process(decoder, clip, tmp_path):
     assert answers[3][1] == probe(second, FPS)
     wanted = list(read_windows(first, jobs[1].windows, SIZE, fps=FPS, resize_mode="bilinear", center_crop=True))
     assert all(got.equal(want) for (_, got), want in zip(answers[1:3], wanted, strict=True))
+
+
+def test_frames_arrive_whole_whatever_timeout_a_library_has_set_for_sockets(clip, tmp_path):
+    path = clip(tmp_path / "a.mkv", range(20))
+    # More than the buffers of a socket hold.
+    job = Job(path, FPS, LIMITS, (Window(0, 9), Window(9, 18)), Size(480, 832), "bilinear", True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        with Decoder() as decoder:
+            answers = [frames for _, frames in decoder.decode([job])]
+    finally:
+        socket.setdefaulttimeout(before)
+    wanted = list(read_windows(path, job.windows, job.size, fps=FPS, resize_mode="bilinear", center_crop=True))
+    assert all(got.equal(want) for got, want in zip(answers, wanted, strict=True))
 
 
 def test_a_job_arrives_whole(decoder, tmp_path):

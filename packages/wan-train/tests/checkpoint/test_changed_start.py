@@ -44,15 +44,23 @@ def _rate(step: int) -> float:
     return LR - (LR - MIN_LR) * max(0, before - (STEPS - ANNEALED)) / ANNEALED
 
 
+def _files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Inode and time of change of every file and folder; a file that is replaced has another inode."""
+    found = {path: path.stat() for path in [folder, *folder.rglob("*")]}
+    return {path: (status.st_ino, status.st_mtime_ns) for path, status in found.items()}
+
+
 def test_a_run_goes_on_in_another_folder_by_its_own_schedule(one_process_run: Path, tmp_path: Path) -> None:
     """The same command goes on after that from the other folder, whatever ``checkpoint.ckpt_step`` is."""
     folder = tmp_path / "run"
     elsewhere = (f"checkpoint.load={one_process_run}", f"checkpoint.ckpt_step={STOPPED}")
     command = (*RUN_OPTIONS, *elsewhere, *SCHEDULE, "checkpoint.save_interval=2", "train.exit_duration_in_mins=10")
     note = Call("rank_calls:note_settings", [str(tmp_path / "notes")])
+    before = _files(one_process_run)
     ended = run(command, folder, calls=[note, Call("rank_calls:started_before", [11])])
     assert ended.codes == [0], ended.errors
     assert complete_steps(folder) == [3], "the time of the run is over after a step"
+    assert _files(one_process_run) == before, "nothing of the other run is changed, not even Megatron's tracker files"
     ended = run(command, folder, calls=[note])
     assert ended.codes == [0], ended.errors
     assert [entry["step"] for entry in read_log(folder) if "event" in entry] == [2, 3]

@@ -13,14 +13,13 @@ import os
 import queue
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +202,7 @@ class Decoder:
             self._connection.send_bytes(job.to_json())
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
+        ours, theirs = Pipe()  # blocks, whatever socket.setdefaulttimeout says, which some libraries call
         arguments = [str(theirs.fileno()), str(self._memory)]
         # -P: a module of the working folder, where the clips may be, is not to be imported.
         command = [sys.executable, "-P", "-m", "wan_data.video.decoder_process", *arguments]
@@ -211,7 +210,7 @@ class Decoder:
             self._child = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=None
             )
-        self._connection = Connection(ours.detach())
+        self._connection = ours
         self._ready = False
 
     def _receive(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from wan_model.system.files import sync_folder, write_bytes
+from wan_model.system.files import sync_folder
 from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, step_folder
 from wan_train.checkpoint.members import TRAIN_STATE, check_members, wrong_form_refused
@@ -54,7 +54,6 @@ from wan_train.model.provider import MegatronWanDiT
 
 # The rank that wrote a file of the distributed format.
 _WRITTEN_BY = re.compile(r"__(\d+)_\d+\.distcp")
-_TRACKERS = ("latest_train_state.pt", "latest_checkpointed_iteration.txt")
 
 
 class NotSavedError(ValueError):
@@ -74,7 +73,7 @@ class CheckpointHooks:
         self._saved = {point.step_folder} if point else set()
         self._seconds = 0.0
         self._watching = False
-        self._inside_save = self._scheduled = self._loaded = False
+        self._inside_save = self._scheduled = self._loaded = self._loading_now = False
         self._writing = 0  # the step of the newest asynchronous save
 
     def take_seconds(self) -> float:
@@ -95,6 +94,7 @@ class CheckpointHooks:
             # Bridge looks for its tracker files; the resume point has been resolved already.
             exists=lambda path: path is not None and self._point is not None,
             load_weights=_load_strictly,
+            tracker=self._tracker,
         )
         refuse_other_writers(lambda: self._inside_save)
         read_without_code()
@@ -190,9 +190,6 @@ class CheckpointHooks:
             assert self._point is not None, "only the resolved checkpoint is loaded"
             _verify(self._point)
             check_members(self._point, restore_train_state)
-            if torch.distributed.get_rank() == 0:
-                _write_trackers(self._point)
-            torch.distributed.barrier()
             # A new run from a checkpoint's weights starts a new EMA.
             has_ema = not state.cfg.checkpoint.finetune and any(
                 key.startswith(PREFIX) for key in self._index().state_dict_metadata
@@ -200,7 +197,7 @@ class CheckpointHooks:
             parts = [part for part in unwrap_model(model) if isinstance(part, MegatronWanDiT)]
             for part in parts:
                 part.ema_in_checkpoint = has_ema
-            self._loaded = True
+            self._loaded = self._loading_now = True
             try:
                 with (
                     wrong_form_refused(self._point, self._point.step_folder),
@@ -223,10 +220,27 @@ class CheckpointHooks:
             finally:
                 for part in parts:
                     part.ema_in_checkpoint = True
+                self._loading_now = False
                 # Checkpoints of this run record its configuration, not the step it resumed from.
                 state.cfg.checkpoint.ckpt_step = None
 
         return verify_and_load
+
+    def _tracker(self, name_of: Callable[..., str]) -> Callable[..., str]:
+        """Reading Megatron-FSDP's format, Bridge takes the step from its tracker file, not from ``ckpt_step``.
+
+        The tracker is wrong after a crash, and that of another run's folder is not ours to correct, so the step's own
+        train state stands in for it.
+        """
+
+        @functools.wraps(name_of)
+        def train_state_file(folder: str, prefix: str | None = None) -> str:
+            if prefix is not None and self._loading_now:
+                assert self._point is not None, "only the resolved checkpoint is loaded"
+                return str(self._point.step_folder / TRAIN_STATE)
+            return name_of(folder, prefix)
+
+        return train_state_file
 
     def _index(self) -> Metadata:
         assert self._point is not None
@@ -297,17 +311,6 @@ def _verify(point: ResumePoint) -> None:
             f"{point.step_folder / names[0]} is damaged (its SHA-256 differs from {RECORD_NAME}'s); "
             f"restore it, or delete {point.step_folder} to resume from the checkpoint before it"
         )
-
-
-def _write_trackers(point: ResumePoint) -> None:
-    # Parts of Bridge read its tracker files instead of ckpt_step; they must agree.
-    for name, content in zip(
-        _TRACKERS, ((point.step_folder / TRAIN_STATE).read_bytes(), str(point.step).encode()), strict=True
-    ):
-        path = point.folder / name
-        if path.is_file() and path.read_bytes() == content:
-            continue
-        write_bytes(path, content)
 
 
 def _load_strictly(module: torch.nn.Module, state: dict[str, Any], strict: bool) -> None:

@@ -42,7 +42,13 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def place_hooks(
-    *, save: Wrapper, schedule: Wrapper, load: Wrapper, exists: Callable[[Any], bool], load_weights: Callable[..., None]
+    *,
+    save: Wrapper,
+    schedule: Wrapper,
+    load: Wrapper,
+    exists: Callable[[Any], bool],
+    load_weights: Callable[..., None],
+    tracker: Wrapper,
 ) -> None:
     """Make the loop save and load through these functions; once per process.
 
@@ -52,6 +58,8 @@ def place_hooks(
         load: of ``load_checkpoint(state, model, ...)``.
         exists: replaces ``checkpoint_exists(path)``.
         load_weights: replaces ``_load_model_state_dict(module, state, strict)``.
+        tracker: makes the replacement of ``get_checkpoint_train_state_filename(folder, prefix)``; with a prefix, that
+            is the file from which the step to load is taken.
 
     Raises:
         EngineChangedError: one of them cannot be placed, or would not be called.
@@ -69,6 +77,7 @@ def place_hooks(
     _verify_how_it_reads()
     reads = (f"{_CHECKPOINTING}:_load_checkpoint_from_path",)
     replace(f"{_CHECKPOINTING}:_load_model_state_dict", by(load_weights), _EXACT, called_by=reads)
+    replace(f"{_CHECKPOINTING}:get_checkpoint_train_state_filename", tracker, _EXACT, called_by=reads)
     _place_exists(exists)
 
 
