@@ -98,7 +98,7 @@ class PackIterator:
         loader: of the packs.
         rank, ranks: data-parallel rank and size.
         pin: a CUDA device that the packs will be copied to; None for a CPU.
-        content: of the data, as ``wan_train.data.dataset.content_of`` has it.
+        content: of the data, as ``wan_data.reading.fingerprint.digest_without_manifest`` has it.
     """
 
     def __init__(
