@@ -22,7 +22,7 @@ from bench.report import Table, gigabytes, seconds
 from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import Grid
-from wan_model.testing.traffic import BLOCK, PACKS, block_step
+from wan_model.testing.memory_traffic import BLOCK, PACKS, block_step
 
 CPU = torch.device("cpu")
 # The 1.3B model's width, and a quarter of it for quick runs.
@@ -247,11 +247,11 @@ def kernel_traffic(quick: bool) -> Table:
                  str(ours.launches), str(torchs.launches), f"{ours.launches / torchs.launches:.2f}", *kept]
             )  # fmt: skip
     table.note = (
-        "Counted without a GPU (wan_model.testing.traffic), outside matrix products and attention, so equal on every "
-        "machine; bytes are in units of the block's rows in bf16. A quarter of the kernels' launches in the backward "
-        "pass are the gradients of biases. The ratios are to torch's operations one by one, with which the same model "
-        "computes where Triton cannot be used. Targets: bytes <= 0.5, fp32 bytes kept <= 0.6, launches for 27 images "
-        "<= 0.1."
+        "Counted without a GPU (wan_model.testing.memory_traffic), outside matrix products and attention, so equal"
+        " on every machine; bytes are in units of the block's rows in bf16. A quarter of the kernels' launches in "
+        "the backward pass are the gradients of biases. The ratios are to torch's operations one by one, with "
+        "which the same model computes where Triton cannot be used. Targets: bytes <= 0.5, fp32 bytes kept <= 0.6,"
+        " launches for 27 images <= 0.1."
     )
     return table
 

@@ -1,12 +1,12 @@
-"""What a member of a checkpoint holds is read as values, never run."""
+"""What a file of a checkpoint holds is read as values, never run."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from wan_train.checkpoint.file_checks import read_loader_state
 from wan_train.checkpoint.folder import ResumePoint
-from wan_train.checkpoint.members import read_loader_state
 
 
 class _Payload:
