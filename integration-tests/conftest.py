@@ -1,4 +1,4 @@
-"""The chain through the real command lines, run once: every test looks at what a stage left behind.
+"""The real command lines from clips to a video, run once: every test looks at what a stage left behind.
 
 Nothing of the packages but their support for tests is imported here: they are used as installed programs.
 """

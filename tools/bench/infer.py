@@ -115,7 +115,7 @@ with av.open(file, "w") as container:
 """
 
 
-def given(shape: Shape) -> dict[str, Any]:
+def pipeline_arguments(shape: Shape) -> dict[str, Any]:
     """The arguments of diffusers' pipeline."""
     return {
         "prompt": PROMPT,
@@ -133,7 +133,7 @@ def _pipeline(shape: Shape, model: Path, folder: Path, threads: int) -> float:
     file = folder / "theirs.mp4"
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-c", _THEIRS, str(model), str(file), json.dumps(given(shape)), shape.device],
+        [sys.executable, "-c", _THEIRS, str(model), str(file), json.dumps(pipeline_arguments(shape)), shape.device],
         env=_environment(threads), check=True, capture_output=True,
     )  # fmt: skip
     took = time.perf_counter() - start
@@ -149,7 +149,7 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
     pipe.set_progress_bar_config(disable=True)
     noise = draw_noise(shape.latent, 0)[None]
     embeds, negative = pipe.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=512)
-    asked = {**given(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
+    asked = {**pipeline_arguments(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
     settings = Settings(shape.steps, negative_prompt=NEGATIVE)
     sampler.embed([PROMPT, NEGATIVE])
     found: dict[str, torch.Tensor] = {}
@@ -184,7 +184,7 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
     )
 
 
-def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
+def start_to_end(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
     """Time from the start of the process to the finished file."""
     threads = torch.get_num_threads()
     spent: dict[str, list[float]] = {}
@@ -213,7 +213,7 @@ def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
     )
 
 
-def several(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
+def two_processes(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
     """Denoising in two processes of one thread against one."""
     ways = {
         "one process": (),
@@ -325,7 +325,7 @@ SIZES = {
 _RATE = 400e12
 
 
-def needs() -> Table:
+def requirements() -> Table:
     """Computed, not measured: weights, texts and operations exactly, activations and time approximately."""
     text, vae = gigabytes(2 * _text_encoder()), gigabytes(4 * _autoencoder())
     table = Table(
@@ -382,8 +382,8 @@ def tables(*, quick: bool) -> Iterator[Table]:
         folder = Path(name)
         model = write_tiny_wan(folder / "model", config=shape.config)
         yield steps(shape, model, quick)
-        yield whole(shape, model, folder, quick)
-        yield several(shape, model, folder, quick)
+        yield start_to_end(shape, model, folder, quick)
+        yield two_processes(shape, model, folder, quick)
         yield decoding(folder, quick)
         yield precision(folder, quick)
-        yield needs()
+        yield requirements()
