@@ -5,11 +5,8 @@ What a GPU is timed with too (``infer_cuda``) takes the device from its shape.
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from transformers import UMT5Config, UMT5EncoderModel
 
-from bench.measure import median, ratio, time_rounds
+from bench.measure import median, ratio, run_process, time_rounds
 from bench.report import Table, gigabytes, seconds
 from wan_infer.request.settings import Settings
 from wan_infer.sampling.denoise import draw_noise
@@ -76,21 +73,13 @@ QUICK = Shape(
 )
 
 
-def _environment(threads: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-
-
 def _wan_infer(shape: Shape, model: Path, folder: Path, threads: int, *extra: str) -> tuple[float, dict[str, Any]]:
     """Seconds from start to end of the process, and its report."""
     file = folder / "ours.mp4"
     command = [sys.executable, "-m", "wan_infer", *shape.arguments(model, file), *extra]
-    start = time.perf_counter()
-    done = subprocess.run(command, env=_environment(threads), capture_output=True, text=True, check=False)
-    took = time.perf_counter() - start
-    if done.returncode:
-        raise RuntimeError(f"wan-infer failed: {done.stderr[-2000:]}")
+    took, printed = run_process(command, threads, HF_HUB_OFFLINE="1")
     file.unlink()
-    return took, json.loads(done.stdout)
+    return took, json.loads(printed)
 
 
 # As in diffusers' documentation; the file is written with PyAV at the end.
@@ -131,12 +120,8 @@ def pipeline_arguments(shape: Shape) -> dict[str, Any]:
 def _pipeline(shape: Shape, model: Path, folder: Path, threads: int) -> float:
     """Seconds from start to end of the process."""
     file = folder / "theirs.mp4"
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", _THEIRS, str(model), str(file), json.dumps(pipeline_arguments(shape)), shape.device],
-        env=_environment(threads), check=True, capture_output=True,
-    )  # fmt: skip
-    took = time.perf_counter() - start
+    command = [sys.executable, "-c", _THEIRS, model, file, json.dumps(pipeline_arguments(shape)), shape.device]
+    took, _ = run_process(command, threads, HF_HUB_OFFLINE="1")
     file.unlink()
     return took
 
@@ -306,11 +291,9 @@ def decoding(folder: Path, quick: bool) -> Table:
         "give the same pixels up to rounding (wan-model's tests).",
     )
     for name, way in ways.items():
-        done = subprocess.run(
-            [sys.executable, "-c", _DECODE, str(model), json.dumps(shape), json.dumps(way)],
-            env=_environment(torch.get_num_threads()), check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        kilobytes, took, checksum = json.loads(done.stdout)
+        command = [sys.executable, "-c", _DECODE, model, json.dumps(shape), json.dumps(way)]
+        _, printed = run_process(command, torch.get_num_threads(), HF_HUB_OFFLINE="1")
+        kilobytes, took, checksum = json.loads(printed)
         table.rows.append([name, gigabytes(kilobytes * 1024), seconds(took), f"{checksum:.3f}"])
     return table
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.lower_bound import products_only
-from bench.measure import median, ratio, time_rounds
+from bench.measure import median, ratio, run_process, time_rounds
 from bench.models import Samples, ours_and_diffusers
 from bench.report import Table, gigabytes, seconds
 from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
@@ -284,8 +283,8 @@ def loading(quick: bool) -> Table:
         }
         save_transformer(state, config, Path(folder))
         del state
-        child = subprocess.run([sys.executable, "-c", _LOAD, folder], capture_output=True, text=True, check=True)
-    took, peak, size = json.loads(child.stdout)
+        _, printed = run_process([sys.executable, "-c", _LOAD, folder], torch.get_num_threads())
+    took, peak, size = json.loads(printed)
     return Table(
         f"Loading a folder of random weights, bf16, width {config.hidden_size}, {config.num_layers} layers",
         ["weights", "peak of the whole process", "peak / weights", "time"],
