@@ -15,7 +15,7 @@ from training_runs import RUN_OPTIONS, warm_ranks
 from wan_model.testing.processes import Job, LaunchServer, default_signals, wait_until, write_forbidden_modules
 from wan_train.checkpoint.folder import complete_steps
 from wan_train.config.options import RunOptions
-from wan_train.launch.launcher import save_folder, where_it_resumes
+from wan_train.launch.launcher import resume_message, save_folder
 
 # What the specification allows between an event and the end of the last process.
 SOON = 20.0
@@ -173,9 +173,9 @@ def test_an_interrupted_run_says_from_where_it_goes_on(start_training: Callable[
     ]
     shutil.rmtree(run)
     options = RunOptions("tiny", overrides=(f"checkpoint.save={run}",))
-    assert where_it_resumes(options) == f"{run} has no complete checkpoint, so the same command starts anew."
+    assert resume_message(options) == f"{run} has no complete checkpoint, so the same command starts anew."
     unsaved = "checkpoint.save is not set, so nothing was saved, and the same command starts anew."
-    assert where_it_resumes(RunOptions("tiny")) == unsaved
+    assert resume_message(RunOptions("tiny")) == unsaved
 
 
 def test_a_run_that_saves_nothing_says_so_at_its_start() -> None:
