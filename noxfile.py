@@ -245,7 +245,7 @@ def soak_reliability(session: nox.Session) -> None:
 def soak_rounding(session: nox.Session) -> None:
     """Run the tests with rounding bounds with 100 seeds, on the kernels of older processors and of this one."""
     prepare_environment(session)
-    # What rounding allows is computed once, in float64: see wan_model.testing.kept_scales.
+    # What rounding allows is computed once, in float64: see wan_model.testing.cached_scales.
     scales = Path(session.create_tmp()) / "scales"
     shutil.rmtree(scales, ignore_errors=True)
     for name, kernels in KERNELS.items():

@@ -1,4 +1,4 @@
-"""The chain through the real command lines, run once: every test looks at what a stage left behind.
+"""The real command lines from clips to a video, run once: every test looks at what a stage left behind.
 
 Nothing of the packages but their support for tests is imported here: they are used as installed programs.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from wan_model.testing.devices import hide_gpus
-from wan_model.testing.once import Once, first_users_first, once_in, session_folder
+from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, session_folder
 
 TRAIN_STEPS, SAVED_STEP = 6, 3
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first_users_first(items, Path(__file__).parent, "whole_run", "stopped_run", "videos")
+    order_by_shared_fixtures(items, Path(__file__).parent, "whole_run", "stopped_run", "videos")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 TOOLS = Path(__file__).parents[1] / "tools"
+# Before what is installed come the sources under test, where pytest was given others.
+PYTHONPATH = os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")]))
 
 # The tables of a GPU, on the CPU at a tiny size: what they say is not speed, but every row of them is filled.
 GPU_TABLES = """
@@ -24,7 +26,7 @@ print(json.dumps([vars(table) for table in tables]))
 
 
 def _python(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(TOOLS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -93,7 +95,7 @@ def test_gpu_tables_name_what_cannot_run():
 
 
 def test_no_gpu_is_one_sentence(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(TOOLS), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "bench", "--device", "cuda", "--folder", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (2, "")

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from wan_model.system.process_tree import is_running
+from wan_model.testing.processes import default_signals, wait_until
+
 TOOLS = Path(__file__).parents[1] / "tools"
 LAST_LINE = re.compile(r"(\d+) rows passed, (\d+) failed, (\d+) not run in \d+ s on cpu")
 
@@ -64,14 +67,9 @@ sys.exit(Check(Path(sys.argv[1]), float(sys.argv[2]), "cpu", stages).run())
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_shell():
-    """What a shell starts in the background ignores some signals, and so would every check that is started here."""
-    numbers = (signal.SIGINT, signal.SIGHUP)
-    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
+    """Also where the tests run in the background."""
+    with default_signals(signal.SIGINT, signal.SIGHUP):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -108,13 +106,6 @@ def _rows(stage: dict) -> dict[str, tuple[str, str]]:
     return {row["name"]: (row["outcome"], row["why"]) for row in stage["rows"]}
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
 def test_stages_that_fail_hang_or_crash_end_alone(tmp_path):
     check = _start(tmp_path, 2.5, "failing", "overrunning", "crashing", "fine")
     output, errors = check.communicate(timeout=170)
@@ -139,7 +130,7 @@ def test_stages_that_fail_hang_or_crash_end_alone(tmp_path):
     assert outcome == "failed"
     assert re.fullmatch(r"it overran its \d+ s in 'hanging' and was killed; what follows was not measured", why), why
     assert overrunning["seconds"] < overrunning["deadline"] + 5
-    assert not _is_alive(int((tmp_path / "pid").read_text())), "a child of the stage runs on"
+    assert not is_running(int((tmp_path / "pid").read_text())), "a child of the stage runs on"
 
     assert _rows(crashing) == {
         "before": ("passed", "it holds"),
@@ -169,10 +160,8 @@ def test_nothing_failed_is_exit_status_0(tmp_path):
 def _start_and_wait(folder: Path) -> "subprocess.Popen[str]":
     """A check whose second stage hangs."""
     check = _start(folder, 20, "fine", "overrunning", "failing")
-    deadline = time.monotonic() + 120
-    while not (folder / "pid").exists() or not (folder / "pid").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    pid = folder / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text() != "", "the second stage runs")
     return check
 
 
@@ -204,7 +193,7 @@ def test_a_check_that_is_asked_to_end_leaves_its_report_and_no_process(tmp_path,
     assert _rows(failing) == {"the stage itself": ("not run", "the check was ended before")}
     assert report["counts"] == {"passed": 3, "failed": 0, "not run": 2}
     assert output.endswith("on cpu; the check has not come to its end\n")
-    assert not _is_alive(int((tmp_path / "pid").read_text()))
+    assert not is_running(int((tmp_path / "pid").read_text()))
 
 
 def test_a_check_under_nohup_goes_on_at_a_hangup(tmp_path):
@@ -256,7 +245,7 @@ def test_every_stage_runs_on_a_cpu(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert [stage["name"] for stage in report["stages"]] == [
         "versions", "training", "sampler", "kernels", "attention", "model", "step", "bandwidth", "bridge", "sampling",
-        "profile",
+        "autoencoder", "profile",
     ]  # fmt: skip
     reasons = {
         row["why"] for stage in report["stages"] for row in stage["rows"] if row["outcome"] == "not run"

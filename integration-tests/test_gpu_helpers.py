@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from gpu import check, kernels, wheels
 from gpu.attention import IMPLEMENTATIONS, Case, compare, run
 from gpu.bandwidth import bytes_of
-from gpu.clock import race
 from gpu.context import AT_ONCE, Context
 from gpu.exact_attention import RESULTS, exact_attention, excess
 from gpu.fused_operations import OPERATIONS, draw
@@ -26,6 +25,7 @@ from gpu.processes import StageResult, _after
 from gpu.report import Report, to_markdown
 from gpu.rows import DeviceLostError, Failed, Found, NotRun, Row, measured
 from gpu.stages import STAGES, Stage
+from gpu.timing import time_alternately
 from gpu.training import _STEP_LINE
 from gpu.wheel_install import install_wheels
 from wan_model import PackLayout, TokenRows
@@ -243,7 +243,7 @@ def test_a_stage_with_less_time_than_planned_has_not_failed(planned, outcome, sa
     assert said in row.why
 
 
-def test_a_race_goes_on_without_those_that_fail(tmp_path):
+def test_timing_goes_on_without_calls_that_fail(tmp_path):
     calls: list[str] = []
 
     def wrong() -> None:
@@ -252,7 +252,7 @@ def test_a_race_goes_on_without_those_that_fail(tmp_path):
     def large() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    found = race(
+    found = time_alternately(
         {"a": lambda: calls.append("a"), "wrong": wrong, "large": large, "b": lambda: calls.append("b")},
         context(tmp_path),
     )
@@ -264,7 +264,7 @@ def test_a_race_goes_on_without_those_that_fail(tmp_path):
     assert error.value.traceback[-1] == "RuntimeError: a wrong shape"
     with pytest.raises(NotRun, match="more memory than the device has"):
         found["large"].figures()
-    late = race({"a": lambda: calls.append("late")}, context(tmp_path, seconds=1))
+    late = time_alternately({"a": lambda: calls.append("late")}, context(tmp_path, seconds=1))
     with pytest.raises(NotRun, match="the time of the stage was used up"):
         late["a"].figures()
     assert "late" not in calls

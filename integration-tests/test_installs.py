@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from installs.check import RouteError, check
 from installs.routes import TE_TORCH, TRANSFORMER_ENGINE, Route, routes
-from installs.standin import write_wheel
+from installs.stub_wheel import write_stub_wheel
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -17,13 +17,13 @@ ROUTES = routes(ROOT)
 
 @pytest.fixture
 def offline(tmp_path: Path) -> dict[str, str]:
-    """An index of two stand-ins, and one that needs them; no other is looked at."""
-    write_wheel(tmp_path, "torch", "2.13.0")
-    write_wheel(tmp_path, "mamba-ssm", "2.0")
-    write_wheel(tmp_path, "app", "1.0", ["torch>=2.10.0a0"])
-    write_wheel(tmp_path, "strict-app", "1.0", ["torch>=2.10"])
-    write_wheel(tmp_path, "greedy-app", "1.0", ["mamba-ssm"])
-    write_wheel(tmp_path, "impossible-app", "1.0", ["torch>=3"])
+    """An index of two stub wheels, and one that needs them; no other is looked at."""
+    write_stub_wheel(tmp_path, "torch", "2.13.0")
+    write_stub_wheel(tmp_path, "mamba-ssm", "2.0")
+    write_stub_wheel(tmp_path, "app", "1.0", ["torch>=2.10.0a0"])
+    write_stub_wheel(tmp_path, "strict-app", "1.0", ["torch>=2.10"])
+    write_stub_wheel(tmp_path, "greedy-app", "1.0", ["mamba-ssm"])
+    write_stub_wheel(tmp_path, "impossible-app", "1.0", ["torch>=3"])
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 import webdataset
 
+from common.training_log import read_log
+
 
 @pytest.fixture(scope="module")
 def shards(dataset, tmp_path_factory):
@@ -56,7 +58,7 @@ def test_they_are_looked_at_checked_and_trained_on(run, shards, tiny_model, tmp_
     refused = run(*arguments, fails=True).stderr
     assert "does not say which model it was encoded with; name that model with encoded_by=MODEL" in refused
     run(*arguments, f"dataset.encoded_by={tiny_model}")
-    log = [json.loads(line) for line in (tmp_path / "checkpoints" / "log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "checkpoints")
     assert len([line for line in log if "loss" in json.dumps(line)]) >= 3
 
     # What was trained can be sampled with that model.

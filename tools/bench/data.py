@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
 import sysconfig
 import tarfile
 import tempfile
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from bench.measure import median, ratio, time_rounds
+from bench.measure import median, ratio, run_process, time_rounds
 from bench.report import Table, seconds
 from wan_data.prepare.encoding import encode_batch
 from wan_data.reading.loader import LoaderConfig, PackLoader
@@ -88,22 +87,13 @@ class Prepared:
     def program(self, *, threads: int, processes: int) -> float:
         """Seconds of ``wan-data prepare`` from its start to its end."""
         out = self.work / f"out{next(self.runs)}"
-        start = time.perf_counter()
-        done = subprocess.run(
-            [
-                *(Path(sysconfig.get_path("scripts"), "wan-data"), "prepare", "--video-folder", self.folder),
-                *("--output-folder", out, "--model", self.model, "--device", "cpu"),
-                *("--height", str(self.size.height), "--width", str(self.size.width), "--frames", str(FRAMES)),
-                *("--num-processes", str(processes), "--samples-per-shard", "8"),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        took = time.perf_counter() - start
-        if done.returncode:
-            raise RuntimeError(f"wan-data prepare failed: {done.stderr[-2000:]}")
+        command = [
+            *(Path(sysconfig.get_path("scripts"), "wan-data"), "prepare", "--video-folder", self.folder),
+            *("--output-folder", out, "--model", self.model, "--device", "cpu"),
+            *("--height", self.size.height, "--width", self.size.width, "--frames", FRAMES),
+            *("--num-processes", processes, "--samples-per-shard", 8),
+        ]
+        took, _ = run_process(command, threads)
         samples = sum(json.loads((out / MANIFEST_NAME).read_bytes())["samples"].values())
         assert samples == self.clips * self.windows, f"{samples} samples instead of {self.clips * self.windows}"
         return took

@@ -5,11 +5,8 @@ What a GPU is timed with too (``infer_cuda``) takes the device from its shape.
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from transformers import UMT5Config, UMT5EncoderModel
 
-from bench.measure import median, ratio, time_rounds
+from bench.measure import median, ratio, run_process, time_rounds
 from bench.report import Table, gigabytes, seconds
 from wan_infer.request.settings import Settings
 from wan_infer.sampling.denoise import draw_noise
@@ -76,21 +73,13 @@ QUICK = Shape(
 )
 
 
-def _environment(threads: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-
-
 def _wan_infer(shape: Shape, model: Path, folder: Path, threads: int, *extra: str) -> tuple[float, dict[str, Any]]:
     """Seconds from start to end of the process, and its report."""
     file = folder / "ours.mp4"
     command = [sys.executable, "-m", "wan_infer", *shape.arguments(model, file), *extra]
-    start = time.perf_counter()
-    done = subprocess.run(command, env=_environment(threads), capture_output=True, text=True, check=False)
-    took = time.perf_counter() - start
-    if done.returncode:
-        raise RuntimeError(f"wan-infer failed: {done.stderr[-2000:]}")
+    took, printed = run_process(command, threads, HF_HUB_OFFLINE="1")
     file.unlink()
-    return took, json.loads(done.stdout)
+    return took, json.loads(printed)
 
 
 # As in diffusers' documentation; the file is written with PyAV at the end.
@@ -115,7 +104,7 @@ with av.open(file, "w") as container:
 """
 
 
-def given(shape: Shape) -> dict[str, Any]:
+def pipeline_arguments(shape: Shape) -> dict[str, Any]:
     """The arguments of diffusers' pipeline."""
     return {
         "prompt": PROMPT,
@@ -131,12 +120,8 @@ def given(shape: Shape) -> dict[str, Any]:
 def _pipeline(shape: Shape, model: Path, folder: Path, threads: int) -> float:
     """Seconds from start to end of the process."""
     file = folder / "theirs.mp4"
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", _THEIRS, str(model), str(file), json.dumps(given(shape)), shape.device],
-        env=_environment(threads), check=True, capture_output=True,
-    )  # fmt: skip
-    took = time.perf_counter() - start
+    command = [sys.executable, "-c", _THEIRS, model, file, json.dumps(pipeline_arguments(shape)), shape.device]
+    took, _ = run_process(command, threads, HF_HUB_OFFLINE="1")
     file.unlink()
     return took
 
@@ -149,7 +134,7 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
     pipe.set_progress_bar_config(disable=True)
     noise = draw_noise(shape.latent, 0)[None]
     embeds, negative = pipe.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=512)
-    asked = {**given(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
+    asked = {**pipeline_arguments(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
     settings = Settings(shape.steps, negative_prompt=NEGATIVE)
     sampler.embed([PROMPT, NEGATIVE])
     found: dict[str, torch.Tensor] = {}
@@ -184,7 +169,7 @@ def steps(shape: Shape, model: Path, quick: bool) -> Table:
     )
 
 
-def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
+def start_to_end(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
     """Time from the start of the process to the finished file."""
     threads = torch.get_num_threads()
     spent: dict[str, list[float]] = {}
@@ -213,7 +198,7 @@ def whole(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
     )
 
 
-def several(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
+def two_processes(shape: Shape, model: Path, folder: Path, quick: bool) -> Table:
     """Denoising in two processes of one thread against one."""
     ways = {
         "one process": (),
@@ -306,11 +291,9 @@ def decoding(folder: Path, quick: bool) -> Table:
         "give the same pixels up to rounding (wan-model's tests).",
     )
     for name, way in ways.items():
-        done = subprocess.run(
-            [sys.executable, "-c", _DECODE, str(model), json.dumps(shape), json.dumps(way)],
-            env=_environment(torch.get_num_threads()), check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        kilobytes, took, checksum = json.loads(done.stdout)
+        command = [sys.executable, "-c", _DECODE, model, json.dumps(shape), json.dumps(way)]
+        _, printed = run_process(command, torch.get_num_threads(), HF_HUB_OFFLINE="1")
+        kilobytes, took, checksum = json.loads(printed)
         table.rows.append([name, gigabytes(kilobytes * 1024), seconds(took), f"{checksum:.3f}"])
     return table
 
@@ -325,7 +308,7 @@ SIZES = {
 _RATE = 400e12
 
 
-def needs() -> Table:
+def requirements() -> Table:
     """Computed, not measured: weights, texts and operations exactly, activations and time approximately."""
     text, vae = gigabytes(2 * _text_encoder()), gigabytes(4 * _autoencoder())
     table = Table(
@@ -382,8 +365,8 @@ def tables(*, quick: bool) -> Iterator[Table]:
         folder = Path(name)
         model = write_tiny_wan(folder / "model", config=shape.config)
         yield steps(shape, model, quick)
-        yield whole(shape, model, folder, quick)
-        yield several(shape, model, folder, quick)
+        yield start_to_end(shape, model, folder, quick)
+        yield two_processes(shape, model, folder, quick)
         yield decoding(folder, quick)
         yield precision(folder, quick)
-        yield needs()
+        yield requirements()

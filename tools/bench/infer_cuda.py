@@ -12,9 +12,9 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from torch import Tensor
 
-from bench.infer import Shape, given, whole
+from bench.infer import Shape, pipeline_arguments, start_to_end
 from bench.model_cuda import Measured
-from bench.models import twins
+from bench.models import ours_and_diffusers
 from bench.report import Table, gigabytes, seconds
 from wan_infer.request.settings import Settings
 from wan_infer.sampling.denoise import denoise, draw_noise
@@ -31,7 +31,7 @@ COLUMNS = ["", "s/step", "TFLOP/s", "of peak", "peak memory", "time / diffusers"
 def steps(shape: Shape, rounds: int) -> Table:
     """A step with guidance, prompts embedded before, of both with the same weights in bf16."""
     device = torch.device(shape.device)
-    ours, theirs = twins(shape.config, device, torch.bfloat16)
+    ours, theirs = ours_and_diffusers(shape.config, device, torch.bfloat16)
     for model in (ours, theirs):
         model.eval().requires_grad_(False)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
@@ -41,7 +41,7 @@ def steps(shape: Shape, rounds: int) -> Table:
     generator = torch.Generator().manual_seed(1)
     length, width = shape.config.text_length, shape.config.text_dim
     embeds, negative = (torch.randn(1, length, width, generator=generator).to(device) for _ in range(2))
-    asked = {**given(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
+    asked = {**pipeline_arguments(shape), "prompt": None, "negative_prompt": None, "output_type": "latent"}
     found: dict[str, Tensor] = {}
 
     def their_run() -> None:
@@ -100,4 +100,4 @@ def tables(*, quick: bool, shape: Shape = VIDEO) -> Iterator[Table]:
         if shape.device != "cpu":  # the true autoencoder; the text encoder has the true width and few layers
             with torch.random.fork_rng(devices=[]):
                 AutoencoderKLWan().save_pretrained(model / "vae")
-        yield whole(shape, model, folder, quick)
+        yield start_to_end(shape, model, folder, quick)

@@ -3,9 +3,11 @@
 A machine's speed drifts, but little within one round, so the median of the rounds' ratios is reported.
 """
 
+import os
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
 def time_rounds(
@@ -36,6 +38,30 @@ def time_rounds(
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def run_process(command: Sequence[object], threads: int, **variables: str) -> tuple[float, str]:
+    """Run a program.
+
+    Args:
+        command: with its arguments.
+        threads: of its computations.
+        variables: of the environment, besides those of this process.
+
+    Returns:
+        Seconds from its start to its end, and its standard output.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of its errors.
+    """
+    arguments = list(map(str, command))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **variables}
+    start = time.perf_counter()
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    took = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments[:4])} failed: {done.stderr[-2000:]}")
+    return took, done.stdout
 
 
 def median(values: list[float]) -> float:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,14 +14,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from bench.bare import bare_products
-from bench.measure import median, ratio, time_rounds
-from bench.models import Samples, twins
+from bench.lower_bound import products_only
+from bench.measure import median, ratio, run_process, time_rounds
+from bench.models import Samples, ours_and_diffusers
 from bench.report import Table, gigabytes, seconds
 from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import Grid
-from wan_model.testing.traffic import BLOCK, PACKS, block_step
+from wan_model.testing.memory_traffic import BLOCK, PACKS, block_step
 
 CPU = torch.device("cpu")
 # The 1.3B model's width, and a quarter of it for quick runs.
@@ -73,7 +72,7 @@ def training(call: Callable[[], Tensor], *models: nn.Module) -> Callable[[], obj
     return run
 
 
-def versus_limit(quick: bool) -> Table:
+def one_layer(quick: bool) -> Table:
     """One layer of the 1.3B model's width, for which the bare products are the lower bound."""
     config, grid = (QUICK_WIDTH, (1, 10, 10)) if quick else (TRUE_WIDTH, (5, 20, 20))
     processes = 1 if quick else 4
@@ -89,7 +88,7 @@ def versus_limit(quick: bool) -> Table:
     # A new process for each run, one at a time.
     fresh = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     with fresh:
-        runs = list(fresh.map(_rounds_at_the_limit, [config] * processes, [grid] * processes, [quick] * processes))
+        runs = list(fresh.map(_rounds_of_one_layer, [config] * processes, [grid] * processes, [quick] * processes))
     tokens = math.prod(grid)
     for name in runs[0]:
         pooled = {who: [second for run in runs for second in run[name][who]] for who in runs[0][name]}
@@ -106,10 +105,10 @@ def versus_limit(quick: bool) -> Table:
     return table
 
 
-def _rounds_at_the_limit(config: WanConfig, grid: Grid, quick: bool) -> dict[str, dict[str, list[float]]]:
+def _rounds_of_one_layer(config: WanConfig, grid: Grid, quick: bool) -> dict[str, dict[str, list[float]]]:
     """Seconds of each implementation in each round, for both passes."""
-    ours, theirs = twins(config, CPU, torch.float32)
-    calls = three(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
+    ours, theirs = ours_and_diffusers(config, CPU, torch.float32)
+    calls = implementations(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
     passes = (("forward", 7, forward), ("training", 3, lambda call: training(call, ours, theirs)))
     return {
         name: time_rounds({who: wrap(call) for who, call in calls.items()}, 1 if quick else rounds, warm_up=not quick)
@@ -117,11 +116,11 @@ def _rounds_at_the_limit(config: WanConfig, grid: Grid, quick: bool) -> dict[str
     }
 
 
-def three(ours: WanDiT, theirs: Any, samples: Samples) -> dict[str, Callable[[], Tensor]]:
+def implementations(ours: WanDiT, theirs: Any, samples: Samples) -> dict[str, Callable[[], Tensor]]:
     """The three implementations on one sample."""
     tokens, latent = samples.tokens, samples.latents[0][None]
     return {
-        "bare": lambda: bare_products(ours, tokens, samples.texts, samples.layout),
+        "bare": lambda: products_only(ours, tokens, samples.texts, samples.layout),
         "ours": lambda: ours(tokens, samples.timesteps, samples.texts, samples.layout),
         "diffusers": lambda: theirs(latent, samples.timesteps, samples.texts, return_dict=False)[0],
     }
@@ -138,8 +137,8 @@ def small_models(quick: bool) -> Table:
     torch.set_num_threads(1)
     try:
         for name, (config, grid) in SMALL.items():
-            ours, theirs = twins(config, CPU, torch.float32)
-            calls = three(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
+            ours, theirs = ours_and_diffusers(config, CPU, torch.float32)
+            calls = implementations(ours, theirs, Samples.draw(config, [grid], CPU, torch.float32))
             for label, wrap in (("forward", forward), ("training", lambda call: training(call, ours, theirs))):  # noqa: B023  called in this turn
                 candidates = {who: wrap(calls[who]) for who in ("ours", "diffusers")}
                 times = time_rounds(candidates, 5 if quick else 150)
@@ -153,7 +152,7 @@ def small_models(quick: bool) -> Table:
 def mixed_pack(quick: bool) -> Table:
     """A pack of mixed shapes against a padded batch."""
     grids = MIX[2:5] if quick else MIX
-    ours, theirs = twins(MIDDLE, CPU, torch.float32)
+    ours, theirs = ours_and_diffusers(MIDDLE, CPU, torch.float32)
     samples = Samples.draw(MIDDLE, grids, CPU, torch.float32)
     tokens, batch = samples.tokens, samples.padded()
     padded_tokens = len(grids) * batch.shape[2] * batch.shape[3] * batch.shape[4] // 4
@@ -180,7 +179,7 @@ def recompute(quick: bool) -> Table:
         f"Recomputation at width {config.hidden_size}, two layers, fp32: activations saved by a forward pass",
         ["mode", "saved", "training step", "time / none"],
     )
-    ours, _ = twins(config, CPU, torch.float32)
+    ours, _ = ours_and_diffusers(config, CPU, torch.float32)
     samples = Samples.draw(config, [(1, 10, 10) if quick else (5, 14, 14)], CPU, torch.float32)
     tokens = samples.tokens
 
@@ -247,11 +246,11 @@ def kernel_traffic(quick: bool) -> Table:
                  str(ours.launches), str(torchs.launches), f"{ours.launches / torchs.launches:.2f}", *kept]
             )  # fmt: skip
     table.note = (
-        "Counted without a GPU (wan_model.testing.traffic), outside matrix products and attention, so equal on every "
-        "machine; bytes are in units of the block's rows in bf16. A quarter of the kernels' launches in the backward "
-        "pass are the gradients of biases. The ratios are to torch's operations one by one, with which the same model "
-        "computes where Triton cannot be used. Targets: bytes <= 0.5, fp32 bytes kept <= 0.6, launches for 27 images "
-        "<= 0.1."
+        "Counted without a GPU (wan_model.testing.memory_traffic), outside matrix products and attention, so equal"
+        " on every machine; bytes are in units of the block's rows in bf16. A quarter of the kernels' launches in "
+        "the backward pass are the gradients of biases. The ratios are to torch's operations one by one, with "
+        "which the same model computes where Triton cannot be used. Targets: bytes <= 0.5, fp32 bytes kept <= 0.6,"
+        " launches for 27 images <= 0.1."
     )
     return table
 
@@ -284,8 +283,8 @@ def loading(quick: bool) -> Table:
         }
         save_transformer(state, config, Path(folder))
         del state
-        child = subprocess.run([sys.executable, "-c", _LOAD, folder], capture_output=True, text=True, check=True)
-    took, peak, size = json.loads(child.stdout)
+        _, printed = run_process([sys.executable, "-c", _LOAD, folder], torch.get_num_threads())
+    took, peak, size = json.loads(printed)
     return Table(
         f"Loading a folder of random weights, bf16, width {config.hidden_size}, {config.num_layers} layers",
         ["weights", "peak of the whole process", "peak / weights", "time"],
@@ -296,5 +295,5 @@ def loading(quick: bool) -> Table:
 
 def tables(*, quick: bool) -> Iterator[Table]:
     """Yield each table when it is measured."""
-    for measure in (versus_limit, small_models, mixed_pack, recompute, kernel_traffic, loading):
+    for measure in (one_layer, small_models, mixed_pack, recompute, kernel_traffic, loading):
         yield measure(quick)

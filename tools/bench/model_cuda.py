@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.measure import median, time_rounds
 from bench.model_cpu import forward, training
-from bench.models import Samples, twins
+from bench.models import Samples, ours_and_diffusers
 from bench.report import Table, gigabytes
 from wan_model import WAN_1_3B, PackLayout, TorchOps, WanConfig, WanDiT, pack_flops
 from wan_model.dit.attention import AttentionKind
@@ -65,7 +65,7 @@ NOTE = "TFLOP/s count required operations (pack_flops), without recomputation. b
 def whole_model(device: torch.device, config: WanConfig, grids: list[Grid], rounds: int, title: str) -> Iterator[Table]:
     """Forward and training tables of one pack."""
     dtype = torch.bfloat16
-    ours, theirs = twins(config, device, dtype)
+    ours, theirs = ours_and_diffusers(config, device, dtype)
     samples = Samples.draw(config, grids, device, dtype)
     tokens, batch = samples.tokens, samples.padded()
     flops = pack_flops(config, PackLayout(tuple(grids)))

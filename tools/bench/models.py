@@ -48,7 +48,7 @@ class Samples:
         return batch
 
 
-def twins(config: WanConfig, device: torch.device, dtype: torch.dtype) -> tuple[WanDiT, Any]:
+def ours_and_diffusers(config: WanConfig, device: torch.device, dtype: torch.dtype) -> tuple[WanDiT, Any]:
     """Ours and diffusers', sharing the same weights."""
     ours = WanDiT(config)
     init_weights(ours, seed=0)
@@ -56,10 +56,10 @@ def twins(config: WanConfig, device: torch.device, dtype: torch.dtype) -> tuple[
         # With a zero head most gradients would be zero.
         ours.proj_out.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     ours.to_precision(dtype).to(device)
-    return ours.train(), twin_of(ours, device)
+    return ours.train(), diffusers_model_of(ours, device)
 
 
-def twin_of(ours: WanDiT, device: torch.device) -> Any:
+def diffusers_model_of(ours: WanDiT, device: torch.device) -> Any:
     """Diffusers' model with the weights of ours, which are not copied."""
     # Here, so that what needs no comparison runs without it.
     from diffusers import WanTransformer3DModel

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from common.markdown_table import markdown_table
+
 
 @dataclasses.dataclass
 class Table:
@@ -22,14 +24,7 @@ class Table:
 
 def to_markdown(table: Table) -> str:
     """The table in Markdown with its title and aligned columns."""
-    lines = [table.columns, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
-
-    def row(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    text = [f"### {table.title}", "", row(table.columns), rule, *map(row, table.rows), ""]
+    text = [f"### {table.title}", "", markdown_table(table.columns, table.rows, aligned=True), ""]
     return "\n".join([*text, table.note, ""] if table.note else text)
 
 

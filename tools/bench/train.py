@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.bare_training import Recipe, tiny_sizes
-from bench.measure import median, ratio, time_rounds
+from bench.measure import median, ratio, run_process, time_rounds
+from bench.plain_training import Recipe, tiny_sizes
 from bench.report import Table, gigabytes, seconds
+from common.training_log import read_steps
 from wan_data.reading.packing import best_fit
 from wan_model import PackLayout, WanConfig, WanDiT, init_weights
 from wan_model.dit.attention import Offsets
@@ -58,32 +57,17 @@ def run_loop(recipe: Recipe, steps: int, *options: str) -> LoopRun:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", "from wan_train.cli import main; main()", "pretrain", *recipe.options()]
         settings = [f"train.train_iters={steps}", f"checkpoint.save={folder}", "checkpoint.save_interval=1000000"]
-        with (Path(folder) / "stderr").open("w+b") as errors:
-            child = subprocess.Popen(
-                [*command, *settings, *options],
-                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-            )
-            if child.wait():
-                errors.seek(0)
-                raise RuntimeError(f"wan-train pretrain failed: {errors.read().decode()[-2000:]}")
-        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    entries = [entry for entry in log if "event" not in entry]
+        run_process([*command, *settings, *options], torch.get_num_threads())
+        entries = read_steps(Path(folder))
     assert len(entries) == steps, f"{len(entries)} steps in the log instead of {steps}"
     return LoopRun([e["seconds"] for e in entries], [e["loss"] for e in entries])
 
 
-def run_bare(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
+def run_plain(recipe: Recipe, steps: int) -> tuple[list[float], list[float]]:
     """Seconds and losses of the same training in plain torch, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.bare_training", json.dumps(dataclasses.asdict(recipe)), str(steps)],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout)
+    command = [sys.executable, "-m", "bench.plain_training", json.dumps(dataclasses.asdict(recipe)), steps]
+    _, printed = run_process(command, torch.get_num_threads())
+    found = json.loads(printed)
     return found["seconds"], found["losses"]
 
 
@@ -91,18 +75,18 @@ def loop(quick: bool) -> Table:
     """The overhead of Megatron's loop and of our callbacks per step."""
     recipe = QUICK if quick else Recipe({**SIZES, "num_layers": 4}, MIXED)
     rounds, steps = (1, FIRST_STEPS + 3) if quick else (3, FIRST_STEPS + 15)
-    bare, ours = [], []
+    plain, ours = [], []
     for number in range(rounds):
         for turn in (number, number + 1):
             if turn % 2 == 0:
-                times, expected = run_bare(recipe, steps)
-                bare.append(median(times[FIRST_STEPS:]))
+                times, expected = run_plain(recipe, steps)
+                plain.append(median(times[FIRST_STEPS:]))
             else:
                 run = run_loop(recipe, steps)
                 ours.append(median(run.seconds[FIRST_STEPS:]))
         # The first step has the same weights, pack and noise; later ones differ by gradient clipping.
         assert abs(run.losses[0] - expected[0]) < 1e-4 * expected[0], f"{run.losses[0]} and {expected[0]} differ"
-    each = [a / b for a, b in zip(ours, bare, strict=True)]
+    each = [a / b for a, b in zip(ours, plain, strict=True)]
     width = recipe.transformer.get("num_attention_heads", 4) * recipe.transformer.get("attention_head_dim", 24)
     return Table(
         f"A step of wan-train pretrain against plain torch: width {width}, {recipe.transformer['num_layers']} layers, "
@@ -110,9 +94,9 @@ def loop(quick: bool) -> Table:
         ["plain step", "loop's step", "loop / plain", "of each pair"],
         [
             [
-                seconds(median(bare)),
+                seconds(median(plain)),
                 seconds(median(ours)),
-                f"{ratio(ours, bare):.3f}",
+                f"{ratio(ours, plain):.3f}",
                 ", ".join(f"{r:.3f}" for r in each),
             ]
         ],

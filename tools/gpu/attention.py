@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu.context import Context
-from gpu.exact_attention import RESULTS, Exact, exact_attention, judge
+from gpu.exact_attention import RESULTS, Exact, compare_with_exact, exact_attention
 from gpu.rows import Failed, Found, NotRun, Row, Value
 from wan_model.dit.attention import cudnn_may_give_nan, packed_attention
 
@@ -179,7 +179,7 @@ def compare(name: str, attend: Attend, case: Case, inputs: list[Tensor], exact: 
     """
     with _without_kernel() if _allowed_to_lack(name) else contextlib.nullcontext():
         results = run(attend, inputs, case)
-    numbers = judge(results, exact, *_LIMITS[case.dtype.itemsize])
+    numbers = compare_with_exact(results, exact, *_LIMITS[case.dtype.itemsize])
     return Found("equal to fp64 within rounding", numbers)
 
 

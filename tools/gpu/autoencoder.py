@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from gpu.clock import race
 from gpu.context import Context
 from gpu.models import random_decoder, random_encoder
 from gpu.rows import Failed, Found, Row, Value
+from gpu.timing import time_alternately
 from wan_model.codec.convolutions import tf32_convolutions
 from wan_model.codec.tiled_decode import TiledDecoder, most_square, split_frame
 
@@ -91,7 +91,7 @@ def _placed(module: nn.Module, way: Way, context: Context) -> nn.Module:
 
 def _timed(run: Callable[[], object], way: Way, context: Context) -> dict[str, Value]:
     with _convolutions(way):
-        return race({"run": run}, context, rounds=1)["run"].figures()
+        return time_alternately({"run": run}, context, rounds=1)["run"].figures()
 
 
 def decoded(context: Context, way: Way) -> Found:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gpu.clock import profiled_kernels, seconds_of
 from gpu.context import Context
 from gpu.fused_operations import OPERATIONS, Function, Operation, draw, kernels_used
 from gpu.rows import Found, Row, Value
+from gpu.timing import profiled_kernels, seconds_of
 from wan_model import PackLayout, TokenRows
 
 # A tensor of the video is twice as large as an H100's second-level cache.

@@ -109,7 +109,9 @@ def excess(got: Tensor, value: Tensor, deviation: Tensor) -> tuple[float, float]
     return whole_excess, row_excess
 
 
-def judge(results: dict[str, Tensor], exact: Exact, whole_limit: float, row_limit: float) -> dict[str, Value]:
+def compare_with_exact(
+    results: dict[str, Tensor], exact: Exact, whole_limit: float, row_limit: float
+) -> dict[str, Value]:
     """The excess of each result over rounding.
 
     Args:

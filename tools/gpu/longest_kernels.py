@@ -7,11 +7,11 @@ import torch
 
 from bench.model_cpu import training
 from bench.models import Samples
-from gpu.clock import profiled_kernels, seconds_of
 from gpu.context import Context
 from gpu.models import TINY, call, random_model, use
 from gpu.rows import Found, Row, Value
 from gpu.step import IMAGES, VIDEO
+from gpu.timing import profiled_kernels, seconds_of
 from wan_model import WanConfig
 from wan_model.pack import Grid
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from gpu.rows import Row
 from gpu.stage_process import DEVICE_LOST
 from gpu.stages import Stage
+from wan_model.system.process_tree import processes_with
 
 # Inherited by every process of a stage, also by those in sessions of their own.
 _MARK = "WAN_GPU_CHECK_STAGE"
@@ -53,21 +54,10 @@ class StageResult:
         return sum(row.outcome == outcome for row in self.rows)
 
 
-def marked(mark: str) -> list[int]:
-    """The process ids of all living processes with a mark in their environment."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-                if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-    return found
-
-
 def kill_marked(mark: str, seconds: float = 10.0) -> None:
     """Kill all processes with a mark; they may start others meanwhile."""
     deadline = time.monotonic() + seconds
-    while (pids := marked(mark)) and time.monotonic() < deadline:
+    while (pids := processes_with(_MARK, mark)) and time.monotonic() < deadline:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

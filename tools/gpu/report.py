@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from common.markdown_table import escaped, markdown_table
 from gpu.processes import StageResult
 from gpu.rows import Row, Value
 from wan_model.system.files import write_bytes, write_json
@@ -78,12 +79,7 @@ def _cell(value: Value) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
-    """A table; every line has a cell for each column."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *lines])
+    return escaped(str(value))
 
 
 def _figures(table: list[dict[str, Value]]) -> str:

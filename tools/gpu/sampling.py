@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from bench.models import twin_of
-from gpu.clock import Timed, race, seconds_of
+from bench.models import diffusers_model_of
 from gpu.context import AT_ONCE, Context
 from gpu.fused_operations import kernels_used
 from gpu.model import relative
 from gpu.models import random_model, use
 from gpu.rows import Failed, Found, Row, Value
 from gpu.step import config_of, peak_of, rates
+from gpu.timing import Timed, seconds_of, time_alternately
 from wan_infer.request.settings import Settings
 from wan_infer.runtime.placement import onload
 from wan_infer.sampling.denoise import denoise, draw_noise
@@ -65,7 +65,7 @@ class _Sampling:
         self.context.leave_out_if_quick()
         from diffusers import UniPCMultistepScheduler, WanPipeline
 
-        theirs = twin_of(self.model, torch.device(self.context.device)).eval().requires_grad_(False)
+        theirs = diffusers_model_of(self.model, torch.device(self.context.device)).eval().requires_grad_(False)
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
         pipe: Any = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=theirs)
         pipe.set_progress_bar_config(disable=True)
@@ -91,7 +91,7 @@ class _Sampling:
         timed: dict[str, Timed] = {}
         with self.context.group("timing of a sampling step") as fresh:
             if fresh:
-                timed = race(calls, self.context, rounds=1)
+                timed = time_alternately(calls, self.context, rounds=1)
         for name in calls:
             yield from self.context.row(
                 f"a step with guidance: {name}", functools.partial(self._found, timed, name), seconds=AT_ONCE

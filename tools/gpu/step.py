@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bench.model_cpu import training
-from bench.models import Samples, twin_of
-from gpu.clock import Timed, race, seconds_of
+from bench.models import Samples, diffusers_model_of
 from gpu.context import AT_ONCE, Context
 from gpu.fused_operations import kernels_used
 from gpu.models import TINY, call, random_model, use
 from gpu.rows import Failed, Found, Row, Value
+from gpu.timing import Timed, seconds_of, time_alternately
 from wan_model import WAN_1_3B, PackLayout, WanConfig, WanDiT, pack_flops
 from wan_model.dit.attention import AttentionKind
 from wan_model.dit.recompute import Recompute
@@ -44,7 +44,7 @@ def rates(seconds: float, flops: int, tokens: int, peak: float | None) -> dict[s
     return {**found, "MFU %": round(100 * tflops / peak, 2)} if peak else found
 
 
-def ceilings(context: Context) -> Found:
+def peak_rates(context: Context) -> Found:
     """What the card reaches at best: a large matrix product and a large copy."""
     side, size = (8192, 1 << 29) if context.on_gpu else (256, 1 << 20)
     generator = torch.Generator(context.device).manual_seed(0)
@@ -72,7 +72,7 @@ class _Models:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self._twins: dict[bool, torch.nn.Module] = {}
+        self._diffusers: dict[bool, torch.nn.Module] = {}
 
     @functools.cached_property
     def ours(self) -> WanDiT:
@@ -80,12 +80,12 @@ class _Models:
 
     def theirs(self, *, checkpointing: bool) -> torch.nn.Module:
         self.context.leave_out_if_quick()
-        if checkpointing not in self._twins:
-            twin = twin_of(self.ours, torch.device(self.context.device))
+        if checkpointing not in self._diffusers:
+            model = diffusers_model_of(self.ours, torch.device(self.context.device))
             if checkpointing:
-                twin.enable_gradient_checkpointing()
-            self._twins[checkpointing] = twin
-        return self._twins[checkpointing]
+                model.enable_gradient_checkpointing()
+            self._diffusers[checkpointing] = model
+        return self._diffusers[checkpointing]
 
 
 class _Steps:
@@ -125,11 +125,11 @@ class _Steps:
         """A step of diffusers' model with the same weights, with or without its checkpointing."""
 
         def run() -> None:
-            twin = self.models.theirs(checkpointing=checkpointing)
+            model = self.models.theirs(checkpointing=checkpointing)
             self.models.ours.zero_grad()
             inputs = (self.batch, self.samples.timesteps, self.samples.texts)
-            training(lambda: twin(*inputs, return_dict=False)[0], twin)()
-            twin.zero_grad()
+            training(lambda: model(*inputs, return_dict=False)[0], model)()
+            model.zero_grad()
 
         return run
 
@@ -147,7 +147,7 @@ class _Steps:
         context, timed = self.context, dict[str, Timed]()
         with context.group(f"timing of {name}") as fresh:
             if fresh:
-                timed = race(
+                timed = time_alternately(
                     calls, dataclasses.replace(context, ends_at=context.ends_at - leave * context.seconds_left)
                 )
         peak = peak_of(context)
@@ -169,7 +169,7 @@ class _Steps:
 
 def rows(context: Context) -> Iterator[Row]:
     """Ceilings, one video, images in one pack, and without recomputation, which needs the most memory."""
-    yield from context.row("ceilings", functools.partial(ceilings, context))
+    yield from context.row("peak rates", functools.partial(peak_rates, context))
     models = _Models(context)
     best, base = "auto, all_but_attention", "diffusers with checkpointing"
     eager = f"{best}, without fused kernels"

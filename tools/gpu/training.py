@@ -11,11 +11,11 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.training_log import read_steps
 from gpu.commands import WAN_TRAIN, Started, start
 from gpu.context import Context
 from gpu.marked_tests import MarkedTests
@@ -54,14 +54,9 @@ def _need_engine() -> None:
         raise NotRun(str(error).split(":")[0]) from error
 
 
-def _log(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry for entry in map(json.loads, lines) if "event" not in entry]
-
-
 def _losses(folder: Path) -> dict[int, float]:
     """By step, as the log says last."""
-    return {entry["step"]: entry["loss"] for entry in _log(folder)}
+    return {entry["step"]: entry["loss"] for entry in read_steps(folder)}
 
 
 def _state(folder: Path, step: int) -> dict[str, Tensor]:
@@ -260,7 +255,7 @@ def fully_sharded(tiny: _Tiny) -> Found:
     folder, took = tiny.folder("fsdp"), tiny.wait("fsdp")
     tiny.wait("whole")
     mine, theirs = _losses(folder), _losses(tiny.folder("whole"))
-    norms = [{entry["step"]: entry["grad_norm"] for entry in _log(one)} for one in (folder, tiny.folder("whole"))]
+    norms = [{entry["step"]: entry["grad_norm"] for entry in read_steps(one)} for one in (folder, tiny.folder("whole"))]
     norm_off = max(abs(norms[0].get(step, math.inf) - norm) / norm for step, norm in norms[1].items())
     off = {step: abs(mine.get(step, math.inf) - loss) / loss for step, loss in theirs.items()}
     numbers = {

@@ -1,4 +1,4 @@
-"""Runs the commands of a route with pip's dry run, in an environment with stand-ins, and judges the result."""
+"""Runs the commands of a route with pip's dry run, in an environment with stub wheels, and checks the result."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from installs.routes import Route
-from installs.standin import write_wheel
+from installs.stub_wheel import write_stub_wheel
 
 CONTAINERS_PYTHON = "3.12"
 
@@ -42,9 +42,9 @@ class Machine:
         return self.folder / "environment" / "bin"
 
     def make(self, present: Mapping[str, str], *, with_pip: bool) -> None:
-        """Make the environment and install stand-ins; a pip of its own takes seconds."""
+        """Make the environment and install stub wheels; a pip of its own takes seconds."""
         self._run([self.python, "-m", "venv", *([] if with_pip else ["--without-pip"]), str(self._bin.parent)])
-        wheels = [write_wheel(self.folder, name, version) for name, version in present.items()]
+        wheels = [write_stub_wheel(self.folder, name, version) for name, version in present.items()]
         self._run(["pip", "install", "--no-deps", "--no-index", *map(str, wheels)])
 
     def _run(self, command: list[str], **variables: str) -> None:
@@ -98,7 +98,7 @@ def check(route: Route, root: Path, python: str, **variables: str) -> dict[str, 
             links.mkdir()
             for name, requires in route.built.items():
                 for version in ("2.10.0", "2.11.0", "2.12.0"):
-                    write_wheel(links, name, version, requires)
+                    write_stub_wheel(links, name, version, requires)
             # Of the same version pip prefers a wheel to sources.
             variables["PIP_FIND_LINKS"] = " ".join([str(links), *variables.get("PIP_FIND_LINKS", "").split()])
         if route.constraints:
@@ -108,11 +108,11 @@ def check(route: Route, root: Path, python: str, **variables: str) -> dict[str, 
         found: dict[str, str] = {}
         for command in route.commands:
             found |= machine.dry_run(command, **variables)
-    _judge(route, found)
+    _check_found(route, found)
     return found
 
 
-def _judge(route: Route, found: Mapping[str, str]) -> None:
+def _check_found(route: Route, found: Mapping[str, str]) -> None:
     replaced = [f"{n} {v} would be replaced by {found[n]}" for n, v in route.present.items() if n in found]
     missing = [f"{name} would not be installed" for name in route.installs if name not in found]
     unwanted = [f"{name} {found[name]} would be installed" for name in route.avoids if name in found]

@@ -25,7 +25,7 @@ class Route:
         present: what the machine has: versions by name. None of it may be replaced.
         installs: what the commands must install.
         avoids: what they must not install.
-        built: requirements of packages that can only be built on the real machine; stand-ins take their place.
+        built: requirements of packages that can only be built on the real machine; stub wheels take their place.
         constraints: versions that the rest of the machine asks for, though they are not known one by one.
     """
 

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.markdown_table import escaped, markdown_table
 from mutations.mutation import PACKAGES
 from mutations.trial import Outcome
 
@@ -29,14 +30,12 @@ def counts(outcomes: Sequence[Outcome]) -> str:
 
 def to_markdown(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table with the counts above it."""
-    lines = [counts(outcomes), "", "| mutation | package | consequence | verdict | seconds | test |"]
-    lines.append("|---|---|---|---|---:|---|")
-    for one in outcomes:
-        of = one.mutation
-        lines.append(
-            f"| {of.name} | {of.package} | {of.harm} | {one.verdict} | {one.seconds:.0f} | {_cell(one.test)} |"
-        )
-    return "\n".join(lines) + "\n"
+    rows = [
+        [one.mutation.name, one.mutation.package, one.mutation.harm, one.verdict, f"{one.seconds:.0f}", _cell(one.test)]
+        for one in outcomes
+    ]
+    table = markdown_table(["mutation", "package", "consequence", "verdict", "seconds", "test"], rows)
+    return f"{counts(outcomes)}\n\n{table}\n"
 
 
 def write(outcomes: Sequence[Outcome], folder: Path) -> None:
@@ -49,4 +48,4 @@ def write(outcomes: Sequence[Outcome], folder: Path) -> None:
 
 
 def _cell(text: str) -> str:
-    return f"`{text}`".replace("|", r"\|") if text else ""
+    return f"`{escaped(text)}`" if text else ""

@@ -103,10 +103,10 @@ MUTATIONS = (
         "checkpoint/test_folder.py",
     ),
     _of(
-        "loader-state-runs-code", "checkpoint/members.py",
+        "loader-state-runs-code", "checkpoint/file_checks.py",
         "weights_only=True", "weights_only=False",
         "resuming from a downloaded checkpoint runs code from its loader state",
-        "checkpoint/test_members.py",
+        "checkpoint/test_file_checks.py",
     ),
     _of(
         "refused-dry-run-exits-0", "cli.py",

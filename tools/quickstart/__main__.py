@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from quickstart.chain import Chain
 from quickstart.failure import QuickstartError
 from quickstart.report import table, write_report
+from quickstart.run import QuickstartRun
 
 
 def main() -> None:
@@ -14,12 +14,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="folder for all results")
     folder = parser.parse_args().folder
-    chain = Chain(Path.cwd(), folder)
+    run = QuickstartRun(Path.cwd(), folder)
     try:
-        report = chain.run()
+        report = run.run()
     except QuickstartError as error:
         sys.exit(f"\nquickstart: {error}")
-    write_report(report, chain.root / folder / "report.json")
+    write_report(report, run.root / folder / "report.json")
     print(f"\n{table(report)}", flush=True)
 
 

@@ -1,11 +1,12 @@
 """Reading a training run's log, and checks of it and of the run's checkpoints."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.training_log import LOG_NAME
+from common.training_log import read_log as read_entries
 from quickstart.failure import QuickstartError, require
 
 
@@ -76,10 +77,9 @@ def read_log(folder: Path) -> TrainingLog:
     Raises:
         QuickstartError: there is none.
     """
-    path = folder / "log.jsonl"
-    if not path.is_file():
+    if not (path := folder / LOG_NAME).is_file():
         raise QuickstartError(f"the training run left no log at {path}")
-    return TrainingLog([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    return TrainingLog(read_entries(folder))
 
 
 def check_steps(log: TrainingLog, last: int) -> None:

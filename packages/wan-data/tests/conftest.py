@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jaxtyping
 
 from wan_model.testing.devices import hide_gpus
-from wan_model.testing.once import Once, first_users_first, once_in, session_folder
+from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, session_folder
 
 # Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
 # Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
@@ -92,7 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first_users_first(items, Path(__file__).parent, "reliability_runs", "payload_runs")
+    order_by_shared_fixtures(items, Path(__file__).parent, "reliability_runs", "payload_runs")
 
 
 @pytest.fixture(scope="session")

@@ -289,14 +289,14 @@ def profile_of(gamma: float, primaries: dict[str, tuple[float, float]]) -> bytes
     return profile
 
 
-# -- the judge --------------------------------------------------------------------------------------------------------
+# -- the reference: FFmpeg --------------------------------------------------------------------------------------------
 
 FFMPEG = shutil.which("ffmpeg")
 
 
 def shown_by_ffmpeg(path: Path) -> tuple[np.ndarray, list[Fraction]] | None:
     """The frames and their times, in seconds from the first, that FFmpeg's command shows; None if it crashes."""
-    work = path.with_suffix(".judge")
+    work = path.with_suffix(".reference")
     work.mkdir()
     assert FFMPEG is not None
     convert = ["-fps_mode", "passthrough", "-enc_time_base", "demux", "-pix_fmt", "rgb24"]

@@ -4,19 +4,11 @@ import shutil
 
 import pytest
 import torch
-from click.testing import CliRunner
+from data_command import run
 
 from wan_data.cli import main
 from wan_data.shards.manifest import read_manifest
 from wan_model.codec.latent_codec import LatentCodec
-
-
-@pytest.fixture
-def run():
-    def invoke(*arguments):
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-    return invoke
 
 
 @pytest.fixture
@@ -31,7 +23,7 @@ def two_clips(clip, tmp_path):
 SMALL = ("--area", 1536, "--frames", 9, "--device", "cpu")
 
 
-def test_rejects_are_named_and_decide_the_exit_code(run, two_clips, tiny_model, tmp_path):
+def test_rejects_are_named_and_decide_the_exit_code(two_clips, tiny_model, tmp_path):
     arguments = ("prepare", "--video-folder", two_clips, "--output-folder", tmp_path / "a", *SMALL)
     arguments += ("--model", tiny_model)
     done = run(*arguments)
@@ -46,7 +38,7 @@ def test_rejects_are_named_and_decide_the_exit_code(run, two_clips, tiny_model, 
     assert run(*arguments, "--allow-rejects").exit_code == 0
 
 
-def test_dropped_windows_of_an_accepted_clip_decide_the_exit_code(run, clip, tiny_model, tmp_path, monkeypatch):
+def test_dropped_windows_of_an_accepted_clip_decide_the_exit_code(clip, tiny_model, tmp_path, monkeypatch):
     clip(tmp_path / "in" / "a.mkv", [20] * 9 + [200] * 9)
     (tmp_path / "in" / "a.txt").write_text("It becomes bright.")
     encode = LatentCodec.encode_video
@@ -68,7 +60,7 @@ def test_dropped_windows_of_an_accepted_clip_decide_the_exit_code(run, clip, tin
     assert run(*arguments, "--allow-rejects").exit_code == 0
 
 
-def test_the_tutorials_spellings(run, two_clips, tiny_model, tmp_path):
+def test_the_tutorials_spellings(two_clips, tiny_model, tmp_path):
     (two_clips / "mute.mkv").unlink()
     done = run(
         *("prepare", "--video_folder", two_clips, "--output_dir", tmp_path / "a", "--output_format", "energon"),
@@ -88,7 +80,7 @@ def test_the_tutorials_spellings(run, two_clips, tiny_model, tmp_path):
         (("--num-processes", 0), "0 processes cannot encode"),
     ],
 )
-def test_errors_are_sentences(run, two_clips, tiny_model, tmp_path, arguments, message):
+def test_errors_are_sentences(two_clips, tiny_model, tmp_path, arguments, message):
     done = run(
         "prepare", "--video-folder", two_clips, "--output-folder", tmp_path / "a", "--model", tiny_model, *arguments
     )
@@ -97,7 +89,7 @@ def test_errors_are_sentences(run, two_clips, tiny_model, tmp_path, arguments, m
     assert "Traceback" not in done.output
 
 
-def test_nothing_usable_is_an_error_and_leaves_nothing(run, tiny_model, clip, tmp_path):
+def test_nothing_usable_is_an_error_and_leaves_nothing(tiny_model, clip, tmp_path):
     clip(tmp_path / "in" / "mute.mkv", range(9))
     done = run(
         "prepare", "--video-folder", tmp_path / "in", "--output-folder", tmp_path / "a", "--model", tiny_model, *SMALL
@@ -109,7 +101,7 @@ def test_nothing_usable_is_an_error_and_leaves_nothing(run, tiny_model, clip, tm
     assert "holds no files ending in" in done.output
 
 
-def test_plan_says_what_prepare_then_does(run, clips, tiny_model, tmp_path):
+def test_plan_says_what_prepare_then_does(clips, tiny_model, tmp_path):
     shutil.copytree(clips, tmp_path / "in")
     (tmp_path / "in" / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "in" / "broken.txt").write_text("x")
@@ -142,7 +134,7 @@ def test_plan_says_what_prepare_then_does(run, clips, tiny_model, tmp_path):
     )
 
 
-def test_a_listing_instead_of_a_folder(run, clips, tiny_model, tmp_path):
+def test_a_listing_instead_of_a_folder(clips, tiny_model, tmp_path):
     (tmp_path / "list.csv").write_text("path,text\nwide.mkv,Wide.\nabsent.mkv,Nothing.\n")
     options = ("--listing", tmp_path / "list.csv", "--video-folder", clips, "--caption-key", "text")
     done = run("prepare", *options, "--output-folder", tmp_path / "out", "--model", tiny_model, *SMALL)
@@ -155,7 +147,7 @@ def test_a_listing_instead_of_a_folder(run, clips, tiny_model, tmp_path):
     assert "pass --video-folder, or --listing" in nothing.output
 
 
-def test_verify(run, dataset, clips, tmp_path):
+def test_verify(dataset, clips, tmp_path):
     done = run("verify", dataset, "--sources", clips)
     assert done.exit_code == 0, done.output
     assert done.stdout == "5 shards, 14 samples, 6 sources checked: no problems\n"
@@ -175,7 +167,7 @@ def png_size(path):
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
-def test_preview_shows_the_latents(run, dataset, tiny_model, tmp_path):
+def test_preview_shows_the_latents(dataset, tiny_model, tmp_path):
     options = ("preview", dataset, "--model", tiny_model, "--output", tmp_path / "sheet.png", "--device", "cpu")
     done = run(*options, "--samples", 3)
     assert done.exit_code == 0, done.output
@@ -201,7 +193,7 @@ def test_preview_shows_the_latents(run, dataset, tiny_model, tmp_path):
         ),
     ],
 )
-def test_a_damaged_model_is_a_sentence(run, dataset, clips, tiny_model, tmp_path, file, key, value, said):
+def test_a_damaged_model_is_a_sentence(dataset, clips, tiny_model, tmp_path, file, key, value, said):
     damaged = shutil.copytree(tiny_model, tmp_path / "model")
     content = json.loads((damaged / file).read_text()) if (damaged / file).exists() else {}
     (damaged / file).write_text(json.dumps({**content, key: value}))
@@ -213,13 +205,13 @@ def test_a_damaged_model_is_a_sentence(run, dataset, clips, tiny_model, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_inspect_draws(run, dataset, tmp_path):
+def test_inspect_draws(dataset, tmp_path):
     done = run("inspect", dataset, "--png", tmp_path / "sizes.png")
     assert done.exit_code == 0, done.output
     assert min(png_size(tmp_path / "sizes.png")) > 300
 
 
-def test_inspect(run, dataset):
+def test_inspect(dataset):
     done = run("inspect", dataset, "--capacity", 60, "--json")
     found = json.loads(done.stdout)
     assert sum(split["samples"] for split in found["splits"].values()) == 14
@@ -237,7 +229,7 @@ def test_inspect(run, dataset):
     assert "Error: " in run("inspect", dataset / "absent").output
 
 
-def test_changed_files_decide_the_exit_code_until_they_are_updated(run, clip, tiny_model, tmp_path):
+def test_changed_files_decide_the_exit_code_until_they_are_updated(clip, tiny_model, tmp_path):
     for name in ("a", "b", "c"):
         clip(tmp_path / "in" / f"{name}.mkv", range(9))
         (tmp_path / "in" / f"{name}.txt").write_text(f"Clip {name}.")

@@ -8,26 +8,14 @@ import av
 import numpy as np
 import pytest
 from changed_sources import change_a_byte
-from click.testing import CliRunner
+from data_command import run
 from PIL import Image
 
-from wan_data.cli import main
 from wan_data.shards.manifest import read_manifest
 from wan_data.shards.reader import samples_of
 
 # The options that the dataset of the tests was prepared with.
 SAME = ("--area", 1536, "--frames", 9, "--min-frames", 5, "--samples-per-shard", 3, "--validation-fraction", 1e-4)
-
-
-@pytest.fixture
-def run():
-    def invoke(*arguments):
-        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        assert "Traceback" not in done.output
-        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-        return done
-
-    return invoke
 
 
 @pytest.fixture
@@ -39,7 +27,7 @@ def prepare_options(out, folder, model):
     return ("prepare", "--video-folder", folder, "--output-folder", out, "--model", model, "--device", "cpu", *SAME)
 
 
-def test_what_is_left_out_is_named_and_decides_no_exit_code(run, copies, tiny_model):
+def test_what_is_left_out_is_named_and_decides_no_exit_code(copies, tiny_model):
     out, folder = copies
     for name in (".hidden.mp4", ".git/a.mp4", "paper.pdf", "still.png", "orphan.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -63,7 +51,7 @@ def test_what_is_left_out_is_named_and_decides_no_exit_code(run, copies, tiny_mo
     assert json.loads(done.stdout)["left_out"] == named
 
 
-def test_missing_files_alone_are_no_failure_and_kept_ones_are(run, copies, tiny_model):
+def test_missing_files_alone_are_no_failure_and_kept_ones_are(copies, tiny_model):
     out, folder = copies
     (folder / "wide.mkv").rename(folder / "away")
     done = run(*prepare_options(out, folder, tiny_model))
@@ -80,7 +68,7 @@ def test_missing_files_alone_are_no_failure_and_kept_ones_are(run, copies, tiny_
     assert {record.path: record.samples for record in read_manifest(out).sources}["deep/tall.mkv"] > 0
 
 
-def test_verify_compares_sources_and_listings(run, dataset, copies, tmp_path):
+def test_verify_compares_sources_and_listings(dataset, copies, tmp_path):
     _, folder = copies
     change_a_byte(folder / "wide.mkv")
     (folder / "deep" / "tall.jsonl").write_text('{"caption": "Another."}\n')
@@ -106,7 +94,7 @@ def test_verify_compares_sources_and_listings(run, dataset, copies, tmp_path):
     assert "wide.mkv is a named pipe; expected a file" in done.stdout
 
 
-def test_options_of_how_sources_are_read(run, clip, tiny_model, tmp_path):
+def test_options_of_how_sources_are_read(clip, tiny_model, tmp_path):
     folder, long = tmp_path / "in", "long " + "n" * 220
     clip(folder / "slow.mkv", range(5), times=[0, 62, 125, 3000, 3062])
     Image.new("RGBA", (48, 32), (200, 0, 0, 0)).save(folder / f"{long}.png")
@@ -141,7 +129,7 @@ def test_options_of_how_sources_are_read(run, clip, tiny_model, tmp_path):
         assert max(sheet.size) < 4000
 
 
-def test_hdr_is_rejected_or_mapped(run, tmp_path):
+def test_hdr_is_rejected_or_mapped(tmp_path):
     (tmp_path / "pq.txt").write_text("x")
     with av.open(str(tmp_path / "pq.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=16)

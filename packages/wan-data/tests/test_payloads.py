@@ -19,19 +19,10 @@ import torch
 from wan_data.shards.energon_metadata import write_metadata
 from wan_data.shards.serialization import info_to_json, tensor_to_pickle, tensor_to_pth
 from wan_data.shards.writer import ShardRecord
+from wan_model.testing.pickled_call import PickledCall
 
 SHARD = "shard-rank00-000000.tar"
 LATENT, TEXT = torch.zeros(16, 1, 4, 4), torch.zeros(3, 8)
-
-
-class Call:
-    """Unpickled, a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 def legacy(value):
@@ -50,35 +41,39 @@ def pickles(marker, module):
     """Pickles that make the folder ``marker``."""
     make, say = f"mkdir {marker}", f"__import__('os').mkdir({str(marker)!r})"
     return {
-        "mkdir": pickle.dumps(Call(os.mkdir, str(marker))),
-        "system": pickle.dumps(Call(os.system, make)),
+        "mkdir": pickle.dumps(PickledCall(os.mkdir, str(marker))),
+        "system": pickle.dumps(PickledCall(os.system, make)),
         "system-protocol-0": b"cos\nsystem\n(S'" + make.encode() + b"'\ntR.",
-        "popen": pickle.dumps(Call(subprocess.check_call, ["mkdir", str(marker)])),
-        "eval": pickle.dumps(Call(eval, say)),
-        "exec": pickle.dumps(Call(exec, say)),
-        "run-path": pickle.dumps(Call(runpy.run_path, str(module))),
+        "popen": pickle.dumps(PickledCall(subprocess.check_call, ["mkdir", str(marker)])),
+        "eval": pickle.dumps(PickledCall(eval, say)),
+        "exec": pickle.dumps(PickledCall(exec, say)),
+        "run-path": pickle.dumps(PickledCall(runpy.run_path, str(module))),
         "import": pickle.dumps(
-            Call(exec, f"import sys; sys.path.insert(0, {str(module.parent)!r}); import {module.stem}")
+            PickledCall(exec, f"import sys; sys.path.insert(0, {str(module.parent)!r}); import {module.stem}")
         ),
-        "getattr": pickle.dumps(Call(functools.partial(os.mkdir, str(marker)))),
-        "methodcaller": pickle.dumps(Call(operator.methodcaller("mkdir"), Path(marker))),
-        "nested-storage": pickle.dumps(Call(torch.storage._load_from_bytes, legacy([Call(os.mkdir, str(marker))]))),
+        "getattr": pickle.dumps(PickledCall(functools.partial(os.mkdir, str(marker)))),
+        "methodcaller": pickle.dumps(PickledCall(operator.methodcaller("mkdir"), Path(marker))),
+        "nested-storage": pickle.dumps(
+            PickledCall(torch.storage._load_from_bytes, legacy([PickledCall(os.mkdir, str(marker))]))
+        ),
         "rebuilt-tensor": pickle.dumps(
-            Call(torch._utils._rebuild_tensor_v2, Call(os.mkdir, str(marker)), 0, (1, 1), (1, 1), False, {})
+            PickledCall(
+                torch._utils._rebuild_tensor_v2, PickledCall(os.mkdir, str(marker)), 0, (1, 1), (1, 1), False, {}
+            )
         ),
-        "behind-a-tensor": pickle.dumps((TEXT, Call(os.mkdir, str(marker)))),
+        "behind-a-tensor": pickle.dumps((TEXT, PickledCall(os.mkdir, str(marker)))),
     }
 
 
 def tars(marker, module):
     """Shards: the members that replace or join those of its sample."""
-    bad = Call(os.mkdir, str(marker))
+    bad = PickledCall(os.mkdir, str(marker))
     cases = {f"pickle-{name}": {"pickle": payload} for name, payload in pickles(marker, module).items()}
     return cases | {
         "pth-zipped": {"pth": zipped(bad)},
         "pth-legacy": {"pth": legacy(bad)},
         "pth-in-a-dictionary": {"pth": zipped({"latent": LATENT, "more": [bad]})},
-        "pth-system": {"pth": zipped(Call(os.system, f"mkdir {marker}"))},
+        "pth-system": {"pth": zipped(PickledCall(os.system, f"mkdir {marker}"))},
         "another-pkl": {"pkl": pickle.dumps(bad)},
         "another-pyd": {"pyd": pickle.dumps(bad)},
         "another-nested-name": {"more.pickle": pickle.dumps(bad)},

@@ -12,7 +12,7 @@ import jaxtyping
 # Before the hook: checks would take longer than what these do.
 from wan_model.testing import seeds
 from wan_model.testing.devices import hide_gpus
-from wan_model.testing.once import Once, first_users_first, once_in, session_folder
+from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, session_folder
 
 # Before all other imports of wan_model: every annotated function of them checks its shapes from here on.
 jaxtyping.install_import_hook("wan_model", "beartype.beartype")
@@ -85,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first_users_first(items, Path(__file__).parent, "processes")
+    order_by_shared_fixtures(items, Path(__file__).parent, "processes")
 
 
 @pytest.fixture(scope="session")

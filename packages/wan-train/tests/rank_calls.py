@@ -185,7 +185,7 @@ def note_drawing_threads(path: str) -> None:
     from wan_train.data.dataset import WanDatasetConfig
     from wan_train.loop.callback import WanCallback
 
-    draw, settle = pack_iterator._Ahead._draw, pack_iterator._Ahead.settle
+    draw, settle = pack_iterator._PrefetchedPack._draw, pack_iterator._PrefetchedPack.settle
     end, close = WanCallback.on_train_step_end, WanDatasetConfig.close
 
     def asked(ahead: Any) -> threading.Event:
@@ -215,7 +215,7 @@ def note_drawing_threads(path: str) -> None:
         close(self)
         note("at the end")
 
-    pack_iterator._Ahead._draw = late_draw  # type: ignore[method-assign]
-    pack_iterator._Ahead.settle = slow_settle  # type: ignore[method-assign]
+    pack_iterator._PrefetchedPack._draw = late_draw  # type: ignore[method-assign]
+    pack_iterator._PrefetchedPack.settle = slow_settle  # type: ignore[method-assign]
     WanCallback.on_train_step_end = noting_end  # type: ignore[method-assign]
     WanDatasetConfig.close = noting_close  # type: ignore[method-assign]

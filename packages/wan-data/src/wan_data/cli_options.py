@@ -12,6 +12,7 @@ import click
 from wan_data.prepare.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
 from wan_data.video.display_options import HDR_CHOICES
 from wan_data.video.windows import WINDOW_KINDS
+from wan_model.system.option_names import option_names
 from wan_model.system.versions import check_dependencies
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -21,14 +22,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def flag(name: str, *more: str, **attributes: Any) -> Callable[[_Command], _Command]:
-    """A click option in kebab-case and snake_case spelling, with further names in both spellings."""
-    spellings: list[str] = []
-    for one in (name, *more):
-        positive, _, negative = one.partition("/")
-        for spelling in dict.fromkeys((positive, positive.replace("-", "_"))):
-            other = negative if spelling == positive else negative.replace("-", "_")
-            spellings.append(f"--{spelling}/--{other}" if negative else f"--{spelling}")
-    return click.option(*spellings, name.partition("/")[0].replace("-", "_"), show_default=True, **attributes)
+    """A click option with the names of ``option_names``, whose default is shown."""
+    return click.option(*option_names(name, *more), show_default=True, **attributes)
 
 
 class _FractionType(click.ParamType[Fraction]):

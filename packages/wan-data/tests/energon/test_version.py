@@ -3,7 +3,7 @@ import importlib.util
 import json
 
 import pytest
-from click.testing import CliRunner
+from data_command import run
 
 from wan_data.energon import pipeline
 from wan_data.energon.version import energon_version, unusable
@@ -47,11 +47,9 @@ def test_a_missing_energon_is_refused(installed):
 
 
 def test_prepare_refuses_before_it_encodes(installed, clips, tiny_model, tmp_path):
-    from wan_data.cli import main
-
     installed("8.0.0")
     arguments = ["prepare", "--video-folder", clips, "--output-folder", tmp_path / "out", "--model", tiny_model]
-    done = CliRunner().invoke(main, list(map(str, arguments)))
+    done = run(*arguments)
     assert done.exit_code == 1
     assert (
         done.output.strip() == "Error: Megatron-Energon 8.0.0 is installed; wan-data needs megatron-energon>=6.0.1,<8"

@@ -20,19 +20,10 @@ from wan_data.shards.serialization import (
     tensor_to_pth,
     text_from_pickle,
 )
+from wan_model.testing.pickled_call import PickledCall
 
 LATENT = torch.arange(48, dtype=torch.float32).reshape(2, 3, 2, 4)
 TEXT = torch.arange(12, dtype=torch.float32).reshape(3, 4)
-
-
-class Touch:
-    """Unpickled by a stock loader, this makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def saved(value, **kwargs):
@@ -76,18 +67,12 @@ def test_stock_pickles_of_equal_tensors_differ_which_is_why_ours_are_made_so():
 
 
 def hostile_pickles(path):
-    inner = io.BytesIO()
-    torch.save([Touch(path)], inner, _use_new_zipfile_serialization=False)
+    call, inner = PickledCall(os.mkdir, str(path)), io.BytesIO()
+    torch.save([call], inner, _use_new_zipfile_serialization=False)
 
-    class Nested:
-        def __reduce__(self):
-            return torch.storage._load_from_bytes, (inner.getvalue(),)
-
-    class Rebuilt:
-        def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (Touch(path), 0, (1, 1), (1, 1), False, {})
-
-    return {"plain": pickle.dumps(Touch(path)), "nested": pickle.dumps(Nested()), "part": pickle.dumps(Rebuilt())}
+    nested = PickledCall(torch.storage._load_from_bytes, inner.getvalue())
+    part = PickledCall(torch._utils._rebuild_tensor_v2, call, 0, (1, 1), (1, 1), False, {})
+    return {"plain": pickle.dumps(call), "nested": pickle.dumps(nested), "part": pickle.dumps(part)}
 
 
 @pytest.mark.parametrize("kind", ["plain", "nested", "part"])
@@ -106,7 +91,7 @@ def test_pickles_run_nothing(tmp_path, kind):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pth_members_run_nothing(tmp_path, zipped):
     marker = tmp_path / "marker"
-    payload = saved(Touch(marker), _use_new_zipfile_serialization=zipped)
+    payload = saved(PickledCall(os.mkdir, str(marker)), _use_new_zipfile_serialization=zipped)
     with pytest.raises(RefusedMember, match="does not hold a tensor"):
         latent_from_pth(payload)
     assert not marker.exists()
@@ -144,13 +129,10 @@ def test_a_latent_of_a_thousand_is_read_and_one_beyond_is_not():
 
 
 def test_a_tensor_that_claims_more_than_it_stores_is_refused():
-    class Lie:
-        def __reduce__(self):
-            storage = TEXT[:1].clone()._typed_storage()
-            return torch._utils._rebuild_tensor_v2, (storage, 0, (4000, 60000), (0, 0), False, {})
-
+    storage = TEXT[:1].clone()._typed_storage()
+    claim = PickledCall(torch._utils._rebuild_tensor_v2, storage, 0, (4000, 60000), (0, 0), False, {})
     with pytest.raises(RefusedMember, match="more values than it stores"):
-        text_from_pickle(pickle.dumps(Lie()))
+        text_from_pickle(pickle.dumps(claim))
 
 
 def test_json():

@@ -71,7 +71,7 @@ class Cell:
         size: height and width in square pixels.
         refused: a pattern of the sentence with which the file is refused.
         tolerance: levels by which mean colours may differ; codecs are not lossless.
-        judged: levels by which the mean of FFmpeg's command may differ; 0 where it shows something else.
+        ffmpeg_tolerance: levels by which the mean of FFmpeg's command may differ; 0 where it shows something else.
         still: the limit of seconds that a frame is displayed.
     """
 
@@ -83,7 +83,7 @@ class Cell:
     size: tuple[float, float] = (HEIGHT, WIDTH)
     refused: str | None = None
     tolerance: float = 4.0
-    judged: float = 0.1
+    ffmpeg_tolerance: float = 0.1
     still: int = 60
 
 
@@ -173,7 +173,7 @@ PLAIN = [
     Cell("3gp mpeg4", video("mpeg4")),
     Cell("mkv h264", h264()),
     Cell("mkv ffv1", video("ffv1", stored="yuv444p"), tolerance=1.0),
-    Cell("mkv ffv1 16 bits", video("ffv1", stored="gbrp16le"), tolerance=1.0, judged=0.5),
+    Cell("mkv ffv1 16 bits", video("ffv1", stored="gbrp16le"), tolerance=1.0, ffmpeg_tolerance=0.5),
     Cell("mkv mpeg2video", video("mpeg2video")),
     Cell("webm vp8", video("libvpx", options={"crf": "4"})),
     Cell("ogv vp8", video("libvpx", form="ogg", options={"crf": "4"})),
@@ -206,7 +206,9 @@ TIMES = [
     Cell("mp4 h264 uneven", h264(times=UNEVEN, options=B_FRAMES), times=UNEVEN),
     Cell("webm vp9 uneven", video("libvpx-vp9", times=UNEVEN, options={"cpu-used": "8"}), times=UNEVEN),
     Cell("mpg mpeg2video b-frames without times", video("mpeg2video", form="mpeg2video", options=MPEG_B)),
-    Cell("mkv ffv1 frames of one time", video("ffv1", stored="yuv444p", times=EQUAL), times=EQUAL, judged=0.0),
+    Cell(
+        "mkv ffv1 frames of one time", video("ffv1", stored="yuv444p", times=EQUAL), times=EQUAL, ffmpeg_tolerance=0.0
+    ),
     Cell("avi mpeg4 dropped", dropped("mpeg4"), times=GAP),
     Cell("avi mjpeg dropped", dropped("mjpeg", stored="yuvj420p"), times=GAP),
     Cell("avi h264 dropped", dropped("libx264", options={**H264, "bf": "0"}), times=GAP),
@@ -289,7 +291,7 @@ COLOUR_TAGS = [
         video("ffv1", stored=stored, tags={"colorspace": number, "color_range": full}),
         tolerance=2.1,
         # Its conversion from full range is 0.4 levels too bright where more than 8 bits are stored.
-        judged=0.5 if full == FULL else 0.1,
+        ffmpeg_tolerance=0.5 if full == FULL else 0.1,
     )
     for stored in ("yuv420p", "yuv444p10le")
     for matrix, number in MATRIX_AND_RANGE.items()
@@ -312,7 +314,7 @@ COLOUR_TAGS += [
     Cell("mp4 h264 PQ", h264(stored="yuv420p10le", tags=HDR10), refused=r"HDR \(PQ"),
     Cell("webm vp9 HLG", video("libvpx-vp9", tags=HLG), refused=r"HDR \(HLG"),
 ]
-ALPHA: dict[str, Any] = {"shades": range(3), "shown": "RGW-", "judged": 0.0}
+ALPHA: dict[str, Any] = {"shades": range(3), "shown": "RGW-", "ffmpeg_tolerance": 0.0}
 TRANSPARENCY = [
     Cell("mov qtrle alpha", with_transparency("qtrle", "argb"), tolerance=0.1, **ALPHA),
     Cell("mov png alpha", with_transparency("png", "rgba"), tolerance=0.1, **ALPHA),
@@ -394,15 +396,15 @@ def test_a_file_is_read_as_it_is_displayed(cell, tmp_path):
     for index, image in zip(cell.shades, images, strict=True):
         colours = [COLOURS.get(letter, 3 * (shade(index),)) for letter in cell.shown]
         np.testing.assert_allclose(quarters(image), colours, atol=cell.tolerance)
-    if FFMPEG is not None and cell.judged > 0 and (by_ffmpeg := shown_by_ffmpeg(path)) is not None:
-        judged, judged_times = by_ffmpeg
-        assert [float(time) for time in times] == pytest.approx([float(time) for time in judged_times], abs=0.0011)
-        difference = np.stack(images).astype(int) - judged
+    if FFMPEG is not None and cell.ffmpeg_tolerance > 0 and (by_ffmpeg := shown_by_ffmpeg(path)) is not None:
+        expected, expected_times = by_ffmpeg
+        assert [float(time) for time in times] == pytest.approx([float(time) for time in expected_times], abs=0.0011)
+        difference = np.stack(images).astype(int) - expected
         # Its scale filter takes the colour samples of 4:2:0 for centred, whatever the file states; that shows at edges.
-        rows, columns = (np.abs(np.arange(side) - side / 2 + 0.5) > 6 for side in judged.shape[1:3])
+        rows, columns = (np.abs(np.arange(side) - side / 2 + 0.5) > 6 for side in expected.shape[1:3])
         difference = difference[:, rows][:, :, columns]
         assert np.abs(difference).max() <= 3
-        assert abs(difference.mean()) < cell.judged
+        assert abs(difference.mean()) < cell.ffmpeg_tolerance
 
 
 def test_transparent_pixels_of_a_video_show_the_background(tmp_path):

@@ -3,6 +3,8 @@
 import time
 from typing import TextIO
 
+from wan_model.system.terminal import Terminal
+
 
 class Progress:
     """Progress messages, on another stream than the results.
@@ -13,16 +15,14 @@ class Progress:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.terminal = stream.isatty()
+        self._terminal = Terminal(stream)
         self._label = ""
         self._start = 0.0
-        self._open = False
 
     def line(self, text: str) -> None:
         """Write one line."""
-        self._end_line()
-        print(text, file=self.stream, flush=True)
+        self._terminal.close()
+        self._terminal.print_line(text)
 
     def start(self, label: str) -> None:
         """Begin a new series of steps."""
@@ -32,15 +32,7 @@ class Progress:
         """Report that ``done`` of ``total`` steps are done."""
         per_step = (time.monotonic() - self._start) / done
         text = f"{self._label}  step {done}/{total}  {per_step:.2f} s/step  {per_step * (total - done):.0f} s left"
-        if self.terminal:
-            print(f"\r{text:<79}", end="", file=self.stream, flush=True)
-            self._open = True
-            if done == total:
-                self._end_line()
-        elif done == total or done * 10 // total != (done - 1) * 10 // total:
-            print(text, file=self.stream, flush=True)
-
-    def _end_line(self) -> None:
-        if self._open:
-            print(file=self.stream, flush=True)
-            self._open = False
+        if self._terminal.rewrites or done == total or done * 10 // total != (done - 1) * 10 // total:
+            self._terminal.update_line(text)
+        if done == total:
+            self._terminal.close()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from wan_infer.output.video_file import read_video
-from wan_model.testing.processes import Job, LaunchServer, wait_until
+from wan_model.testing.processes import Job, LaunchServer, wait_until, write_forbidden_modules
 
 
 def command(*arguments: object) -> list[str]:
@@ -69,15 +69,6 @@ def server() -> Iterator[LaunchServer]:
         yield server
 
 
-def _ranks(job: Job) -> list[int]:
-    """The process ids of a run's ranks, in order."""
-    ranks = {}
-    for pid in job.alive():
-        values = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks |= {int(value.removeprefix(b"RANK=")): pid for value in values if value.startswith(b"RANK=")}
-    return [ranks[rank] for rank in sorted(ranks)]
-
-
 ENDS = {
     "a rank is killed": (signal.SIGTERM, 1, "Error (rank 1): the process was killed by SIGTERM"),
     "a rank is stopped": (signal.SIGSTOP, 1, "Error (rank 1): the process was stopped (SIGSTOP) 1 seconds ago"),
@@ -94,8 +85,7 @@ def test_all_end_together(end: str, server: LaunchServer, model_folder: Path, tm
     place.mkdir()
     folder.mkdir()
     # In the working folder of all processes, none of which may import it.
-    for name in ("socket", "ctypes"):
-        (folder / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+    write_forbidden_modules(folder, "socket", "ctypes")
     video = tmp_path / "videos" / "a.mp4"
     options = ("--model", model_folder, "--prompts", "a", *QUICK, "--save_file", video, "--sample_steps", 1000)
     if end == "a rank is killed":  # the command as a whole
@@ -106,7 +96,7 @@ def test_all_end_together(end: str, server: LaunchServer, model_folder: Path, tm
         job = server.start("wan_infer", place, arguments, cwd=folder, settings=quick, first_rank_output=True)
     try:
         wait_until(lambda: "step " in job.errors.read_text() or job.process.poll() is not None, "it samples", 300.0)
-        ranks = _ranks(job)
+        ranks = job.ranks()
         assert len(ranks) == 2, job.errors.read_text()
         if end.startswith("a rank"):
             os.kill(ranks[1], number)

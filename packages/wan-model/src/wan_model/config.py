@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from wan_model.sizes import TRANSFORMER, check_fraction, check_whole
+from wan_model.config_checks import TRANSFORMER, check_fraction, check_whole
 
 PatchSize = tuple[int, int, int]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wan_model.sizes import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, check_numbers, check_whole
+from wan_model.config_checks import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, check_numbers, check_whole
 
 _BOUNDS = {
     "channels": AUTOENCODER["z_dim"],

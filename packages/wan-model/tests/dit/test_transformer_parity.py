@@ -34,7 +34,7 @@ NARROW = WanConfig(num_heads=3, ffn_dim=2240, num_layers=1, text_length=16)
 
 
 @pytest.fixture
-def twins(small_model: WanDiT, diffusers_model: Any) -> tuple[WanDiT, Any]:
+def ours_and_diffusers(small_model: WanDiT, diffusers_model: Any) -> tuple[WanDiT, Any]:
     diffusers_model.load_state_dict(small_model.state_dict())
     return small_model, diffusers_model
 
@@ -90,8 +90,10 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.rounding
 @pytest.mark.parametrize("grids", [GRIDS[:1], GRIDS], ids=["one sample", "two grids in a pack"])
-def test_forward_and_every_gradient(grids: tuple[Grid, ...], twins: tuple[WanDiT, Any], rng: torch.Generator) -> None:
-    ours, theirs = twins
+def test_forward_and_every_gradient(
+    grids: tuple[Grid, ...], ours_and_diffusers: tuple[WanDiT, Any], rng: torch.Generator
+) -> None:
+    ours, theirs = ours_and_diffusers
     assert ours.proj_out.weight.abs().min() > 0, "a zero head would hide everything before it"
     run, double = Run(grids, ours, rng), copy.deepcopy(ours).double()
     scale, got = rounding_scale(lambda: run.ours(double)), run.ours(ours)
@@ -127,7 +129,7 @@ def relative_scale() -> dict[str, float]:
 
 
 @pytest.fixture(scope="module", params=TRUE_WIDTHS)
-def wide_twins(request: pytest.FixtureRequest) -> tuple[WanDiT, Any]:
+def wide_models(request: pytest.FixtureRequest) -> tuple[WanDiT, Any]:
     from diffusers import WanTransformer3DModel
 
     ours = filled(TRUE_WIDTHS[request.param])
@@ -145,8 +147,8 @@ def wide_twins(request: pytest.FixtureRequest) -> tuple[WanDiT, Any]:
 
 
 @pytest.mark.rounding
-def test_true_widths(wide_twins: tuple[WanDiT, Any], relative_scale: dict[str, float], rng: torch.Generator) -> None:
-    ours, theirs = wide_twins
+def test_true_widths(wide_models: tuple[WanDiT, Any], relative_scale: dict[str, float], rng: torch.Generator) -> None:
+    ours, theirs = wide_models
     run = Run(WIDE_GRID, ours, rng)
     got, wanted = run.ours(ours), run.theirs(theirs)
     # Sums are longer by this than where the scale was taken.
@@ -159,7 +161,7 @@ def test_true_widths(wide_twins: tuple[WanDiT, Any], relative_scale: dict[str, f
 
 
 @pytest.fixture(scope="module", params=["small", "1.3B"])
-def coarse_twins(
+def coarse_models(
     request: pytest.FixtureRequest,
     small_config: WanConfig,
     randomised: Callable[[nn.Module, int], None],
@@ -187,10 +189,10 @@ def coarse_twins(
 
 @pytest.mark.rounding
 def test_bfloat16_is_no_further_from_fp32_than_diffusers(
-    coarse_twins: list[tuple[WanDiT, WanDiT, Any]], seed: int
+    coarse_models: list[tuple[WanDiT, WanDiT, Any]], seed: int
 ) -> None:
     squares = torch.zeros(2, dtype=torch.float64)
-    for number, (exact, ours, theirs) in enumerate(3 * coarse_twins):
+    for number, (exact, ours, theirs) in enumerate(3 * coarse_models):
         run = Run(((2, 3, 6),), exact, torch.Generator().manual_seed(1000 * seed + number))
         tokens, half = patchify(run.latents[0]), run.latents[0][None].bfloat16()
         with torch.no_grad():
@@ -207,8 +209,8 @@ def test_bfloat16_is_no_further_from_fp32_than_diffusers(
 
 
 @pytest.mark.rounding
-def test_fractions_of_large_timesteps_count(twins: tuple[WanDiT, Any], rng: torch.Generator) -> None:
-    ours, theirs = twins
+def test_fractions_of_large_timesteps_count(ours_and_diffusers: tuple[WanDiT, Any], rng: torch.Generator) -> None:
+    ours, theirs = ours_and_diffusers
     (latent,), _, text = inputs(GRIDS[:1], ours, rng)
     exact, rounded = torch.tensor([900.4]), torch.tensor([900.4]).bfloat16().float()
     assert rounded.item() == 900.0

@@ -21,6 +21,7 @@ BY_SAMPLE = {"stride": "i32", "chunks": INT}
 LAYER_NORM = {"factors": FP32, "eps": "fp32", **BY_SAMPLE}
 SPLIT = {"x": BF16, "weights": BF16, "sums": FP32, "chunks": INT, "eps": "fp32", "full_width": "i32"}
 RMS_NORM = {"x": BF16, "weights": BF16, "chunks": INT, "eps": "fp32"}
+RMS_NORM_FORWARD = {"out": BF16, "sums": BF16, "full_width": "i32", **RMS_NORM}
 # Kernel, types of its arguments, constants besides the width, and the most registers of a thread: with 64, half of a
 # multiprocessor's threads are resident; the sums over rows of the backward pass are worth a quarter.
 KERNELS: dict[str, tuple[Kernel, dict[str, str], dict[str, Any], int]] = {
@@ -36,13 +37,15 @@ KERNELS: dict[str, tuple[Kernel, dict[str, str], dict[str, Any], int]] = {
         gate.BACKWARD,
         {"grad": BF16, "update": BF16, "gates": FP32, "grad_update": BF16, "partial": FP32, **BY_SAMPLE}, {}, 64,
     ),
-    "rms norm": (rms_norm.FORWARD, {"out": BF16, "table": BF16, **RMS_NORM}, {"HEAD": 1, "ROTATED": False}, 64),
+    "rms norm": (
+        rms_norm.FORWARD, {"table": BF16, **RMS_NORM_FORWARD}, {"HEAD": 1, "ROTATED": False, "SPLIT": False}, 64
+    ),
     "rms norm, backward": (
         rms_norm.BACKWARD, {"grad": BF16, "table": BF16, "grad_x": BF16, "partial": FP32, **RMS_NORM},
         {"HEAD": 1, "ROTATED": False}, 128,
     ),
     "rms norm, rotated": (
-        rms_norm.FORWARD, {"out": BF16, "table": FP32, **RMS_NORM}, {"HEAD": 128, "ROTATED": True}, 64
+        rms_norm.FORWARD, {"table": FP32, **RMS_NORM_FORWARD}, {"HEAD": 128, "ROTATED": True, "SPLIT": False}, 64
     ),
     "rms norm, rotated, backward": (
         rms_norm.BACKWARD, {"grad": BF16, "table": FP32, "grad_x": BF16, "partial": FP32, **RMS_NORM},
@@ -50,7 +53,7 @@ KERNELS: dict[str, tuple[Kernel, dict[str, str], dict[str, Any], int]] = {
     ),
     "split rms norm, squares": (split_rms_norm.SQUARES, {"x": BF16, "sums": FP32, "chunks": INT}, {}, 64),
     "split rms norm": (
-        split_rms_norm.FORWARD, {"out": BF16, "table": FP32, **SPLIT}, {"HEAD": 128, "ROTATED": True}, 64
+        rms_norm.FORWARD, {"out": BF16, "table": FP32, **SPLIT}, {"HEAD": 128, "ROTATED": True, "SPLIT": True}, 64
     ),
     "split rms norm, products": (
         split_rms_norm.BACKWARD_PRODUCTS, {"grad": BF16, "table": FP32, "products": FP32, "partial": FP32, **SPLIT},

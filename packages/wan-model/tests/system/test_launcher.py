@@ -29,7 +29,7 @@ from torch.distributed.elastic.utils import macros
 
 from wan_model.system import launcher
 from wan_model.system.child_process import Failure
-from wan_model.testing.processes import Job, LaunchServer, wait_until
+from wan_model.testing.processes import Job, LaunchServer, wait_until, write_forbidden_modules
 
 # What the specification allows between an event and the end of the last process.
 SOON = 20.0
@@ -381,8 +381,7 @@ def test_modules_in_the_working_folder_are_not_imported(server: LaunchServer, tm
     place, folder = tmp_path / "place", tmp_path / "clips"
     place.mkdir()
     folder.mkdir()
-    for name in ("socket", "ctypes", "torch", "json"):
-        (folder / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+    write_forbidden_modules(folder, "socket", "ctypes", "torch", "json")
     body = (
         "import multiprocessing\n"
         "child = multiprocessing.get_context('spawn').Process(target=print)\n"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from wan_model.testing.once import first_users_first, once_in, session_folder
+from wan_model.testing.once import once_in, order_by_shared_fixtures, session_folder
 
 
 def test_is_made_by_one_of_several_at_the_same_time(tmp_path):
@@ -59,5 +59,5 @@ def test_first_users_go_to_the_front_and_others_to_the_end():
     items = [SimpleNamespace(name=n, path=Path("/p/tests/t.py"), fixturenames=uses[n]) for n in uses]
     others = [SimpleNamespace(name=n, path=Path("/q/tests/t.py"), fixturenames=["run"]) for n in "xyz"]
     mixed = [others[0], *items[:3], others[1], *items[3:], others[2]]
-    first_users_first(mixed, Path("/p/tests"), "run", "video", "absent")
+    order_by_shared_fixtures(mixed, Path("/p/tests"), "run", "video", "absent")
     assert [item.name for item in mixed] == ["x", "b", "c", "a", "y", "d", "e", "f", "z"]

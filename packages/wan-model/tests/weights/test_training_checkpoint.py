@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from wan_model.config import WanConfig
 from wan_model.dit.model import WanDiT
 from wan_model.latent_spec import LatentSpec
+from wan_model.testing.pickled_call import PickledCall
 from wan_model.weights.training_checkpoint import checkpoint_steps, find_checkpoint, read_training_checkpoint
 from wan_model.weights.transformer import init_weights
 
@@ -219,21 +220,13 @@ def test_damaged_content_is_one_sentence(run: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-class Payload:
-    def __init__(self, function: object, *arguments: object) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return self.call
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "taken"),
     [(WriteItemType, "TENSOR", True), (WriteItemType, "mro", False), (Metadata, "__init__", False)],
 )
 def test_only_members_of_enums_are_taken_by_name(run: Path, owner: type, name: str, taken: bool) -> None:
     # As Python 3.11.0 to 3.11.3 pickle the members of enums.
-    attribute = Payload(getattr, owner, name)
+    attribute = PickledCall(getattr, owner, name)
     change_index(run / "iter_0000010", lambda index: setattr(index, "planner_data", attribute))
     if taken:
         read_training_checkpoint(run / "iter_0000010")
@@ -247,10 +240,10 @@ def test_code_in_the_index_is_not_run(run: Path, tmp_path: Path, way: str) -> No
     marker = tmp_path / "marker"
     touch = f"open({str(marker)!r}, 'w').close()"
     payload: object = {
-        "os.system": Payload(os.system, f"touch {marker}"),
-        "subprocess": Payload(subprocess.check_call, [sys.executable, "-c", touch]),
-        "eval": Payload(eval, touch),
-        "inside": Metadata({}, planner_data=Payload(exec, touch), storage_data={}),
+        "os.system": PickledCall(os.system, f"touch {marker}"),
+        "subprocess": PickledCall(subprocess.check_call, [sys.executable, "-c", touch]),
+        "eval": PickledCall(eval, touch),
+        "inside": Metadata({}, planner_data=PickledCall(exec, touch), storage_data={}),
     }[way]
     file = run / "iter_0000020" / ".metadata"
     file.write_bytes(pickle.dumps(payload))

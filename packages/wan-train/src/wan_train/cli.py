@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from wan_model.precision import DTYPES
+from wan_model.system.option_names import option_names
 from wan_model.system.standard_streams import CheckedCommand
 from wan_train.config.options import RECIPES, RunOptions
 
@@ -33,36 +34,33 @@ def main() -> None:
     help="Model and default settings; wan_1_3b if neither this nor --config-file sets it.",
 )
 @click.option(
-    "--training-mode", "--training_mode", type=click.Choice(["pretrain", "finetune"]), default="pretrain",
+    *option_names("training-mode"), type=click.Choice(["pretrain", "finetune"]), default="pretrain",
     show_default=True, help="Preset of timestep density and shift.",
 )  # fmt: skip
 @click.option(
-    "--config-file",
-    "--config_file",
+    *option_names("config-file"),
     metavar="FILE",
     help="YAML file applied over the recipe, or a name from `config list`.",
 )
 @click.option(
-    "--init-from", "--init_from", metavar="MODEL",
+    *option_names("init-from"), metavar="MODEL",
     help="Initial weights: the transformer of a model in diffusers' layout, a folder or hub id.",
 )  # fmt: skip
 @click.option("--mock", is_flag=True, help="Train on random data with the shapes in dataset.mock_settings.")
 @click.option(
-    "--nproc-per-node", "--nproc_per_node", type=click.IntRange(1), default=1, show_default=True,
+    *option_names("nproc-per-node"), type=click.IntRange(1), default=1, show_default=True,
     help="Processes to start on this machine. Omit it under torchrun.",
 )  # fmt: skip
 @click.option(
     "--verbose", is_flag=True, help="Print Megatron's own output, which is otherwise written to a file beside the log."
 )
 @click.option(
-    "--dry-run",
-    "--dry_run",
+    *option_names("dry-run"),
     is_flag=True,
     help="Validate the configuration and print layout, memory and FLOPs, without training.",
 )
 @click.option(
-    "--world-size",
-    "--world_size",
+    *option_names("world-size"),
     type=click.IntRange(1),
     help="With --dry-run: number of processes of the planned cluster.",
 )

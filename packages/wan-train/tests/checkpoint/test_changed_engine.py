@@ -8,6 +8,7 @@ import torch
 from training_runs import RUN_OPTIONS, call, run, sentence_of, stopped_after, train
 from warm_ranks import Call
 
+from wan_model.testing.pickled_call import PickledCall
 from wan_train.checkpoint.folder import complete_steps
 
 SETTINGS = ("train.train_iters=3", "checkpoint.save_interval=2")
@@ -105,16 +106,8 @@ def test_no_interval_saves_only_the_end(tmp_path: Path) -> None:
     assert complete_steps(tmp_path / "never") == []
 
 
-class _Touch:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.marker}",)
-
-
 def test_no_version_of_core_reads_more_than_weights(tmp_path: Path) -> None:
-    torch.save({"common": _Touch(tmp_path / "marker")}, tmp_path / "payload")
+    torch.save({"common": PickledCall(os.system, f"touch {tmp_path / 'marker'}")}, tmp_path / "payload")
     call("engine_changes:only_weights_are_read", str(tmp_path / "payload"), str(tmp_path / "result"))
     assert (tmp_path / "result").read_text() == "UnpicklingError"
     assert not (tmp_path / "marker").exists()

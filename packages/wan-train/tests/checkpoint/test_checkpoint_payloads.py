@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from training_runs import RUN_OPTIONS, run, stopped_after
 from warm_ranks import Call
 
+from wan_model.testing.pickled_call import PickledCall
 from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.folder import step_folder
 from wan_train.checkpoint.record import record_file, write_record
@@ -19,30 +20,23 @@ from wan_train.checkpoint.record import record_file, write_record
 STEP = 2
 
 
-class Touch:
-    """Pickles as a call that leaves a marker."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.marker}",)
-
-
 def _metadata(checkpoint: Path, marker: Path) -> None:
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Touch(marker)))
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(PickledCall(os.system, f"touch {marker}")))
 
 
 def _common(checkpoint: Path, marker: Path) -> None:
-    torch.save({"iteration": Touch(marker)}, checkpoint / "common.pt")
+    torch.save({"iteration": PickledCall(os.system, f"touch {marker}")}, checkpoint / "common.pt")
 
 
 def _train_state(checkpoint: Path, marker: Path) -> None:
-    torch.save({"step": Touch(marker)}, checkpoint / "train_state.pt")
+    torch.save({"step": PickledCall(os.system, f"touch {marker}")}, checkpoint / "train_state.pt")
 
 
 def _loader(checkpoint: Path, marker: Path) -> None:
-    torch.save({"dataloader_state_dict": Touch(marker)}, checkpoint / "train_dataloader_dprank000.pt")
+    torch.save(
+        {"dataloader_state_dict": PickledCall(os.system, f"touch {marker}")},
+        checkpoint / "train_dataloader_dprank000.pt",
+    )
 
 
 def _object(checkpoint: Path, marker: Path) -> None:
@@ -51,7 +45,7 @@ def _object(checkpoint: Path, marker: Path) -> None:
     name = next(name for name, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata))
     info = next(info for place, info in index.storage_data.items() if place.fqn == name)
     payload = checkpoint / "__0_9.distcp"
-    torch.save(Touch(marker), payload)
+    torch.save(PickledCall(os.system, f"touch {marker}"), payload)
     info.relative_path, info.offset, info.length = payload.name, 0, payload.stat().st_size
     (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
 

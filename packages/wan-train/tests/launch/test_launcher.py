@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from training_runs import RUN_OPTIONS, warm_ranks
 
-from wan_model.testing.processes import Job, LaunchServer, wait_until
+from wan_model.testing.processes import Job, LaunchServer, default_signals, wait_until, write_forbidden_modules
 from wan_train.checkpoint.folder import complete_steps
 from wan_train.config.options import RunOptions
-from wan_train.launch.launcher import save_folder, where_it_resumes
+from wan_train.launch.launcher import resume_message, save_folder
 
 # What the specification allows between an event and the end of the last process.
 SOON = 20.0
@@ -36,13 +36,9 @@ if __name__ == "__main__": runpy.run_module("wan_train.launch.worker", run_name=
 
 @pytest.fixture(autouse=True)
 def interrupts_are_heard() -> Iterator[None]:
-    """What a shell starts in the background ignores interrupts, and so would everything that is started here."""
-    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
+    """Also where the tests run in the background."""
+    with default_signals(signal.SIGINT, signal.SIGHUP):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +91,7 @@ def test_what_a_rank_of_torchrun_starts_imports_nothing_from_the_working_folder(
     place, clips = tmp_path / "bin", tmp_path / "clips"
     for folder in (place, clips):
         folder.mkdir()
-    for name in ("base64", "ctypes", "signal", "socket", "struct", "random"):
-        (clips / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+    write_forbidden_modules(clips, "base64", "ctypes", "signal", "socket", "struct", "random")
     script = place / "wan-train"
     script.write_text(SCRIPT.replace("PYTHON", sys.executable))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
@@ -118,8 +113,7 @@ def start_training(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         place.mkdir()
         clips.mkdir()
         # In the working folder of all of its processes, none of which may import it.
-        for name in ("socket", "ctypes"):
-            (clips / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+        write_forbidden_modules(clips, "socket", "ctypes")
         command = [sys.executable, "-P", "-c", "from wan_train.cli import main; main()", "pretrain", *RUN_OPTIONS]
         endless = ["train.train_iters=100000", "--nproc-per-node", str(ranks), f"checkpoint.save={folder}"]
         jobs.append(job := Job.start([*command, *endless, *arguments], place, cwd=clips))
@@ -137,21 +131,9 @@ def start_training(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         job.end()
 
 
-def ranks_of(job: Job) -> list[int]:
-    """The process ids of a real run's ranks, in order."""
-    ranks = {}
-    for pid in job.alive():
-        values = dict(
-            line.split("=", 1) for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line
-        )
-        if os.getpgid(pid) == pid and "RANK" in values:
-            ranks[int(values["RANK"])] = pid
-    return [ranks[rank] for rank in sorted(ranks)]
-
-
 def test_a_rank_killed_in_training_ends_the_run(start_training: Callable[..., Job]) -> None:
     job = start_training(2)
-    pids = ranks_of(job)
+    pids = job.ranks()
     assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
     assert job.code(SOON) == 137
@@ -191,9 +173,9 @@ def test_an_interrupted_run_says_from_where_it_goes_on(start_training: Callable[
     ]
     shutil.rmtree(run)
     options = RunOptions("tiny", overrides=(f"checkpoint.save={run}",))
-    assert where_it_resumes(options) == f"{run} has no complete checkpoint, so the same command starts anew."
+    assert resume_message(options) == f"{run} has no complete checkpoint, so the same command starts anew."
     unsaved = "checkpoint.save is not set, so nothing was saved, and the same command starts anew."
-    assert where_it_resumes(RunOptions("tiny")) == unsaved
+    assert resume_message(RunOptions("tiny")) == unsaved
 
 
 def test_a_run_that_saves_nothing_says_so_at_its_start() -> None:

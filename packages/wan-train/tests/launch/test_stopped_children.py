@@ -10,6 +10,7 @@ import pytest
 from training_runs import BASE_OPTIONS, RUN_OPTIONS, data_options, read_log, sentence_of, start
 from warm_ranks import Call, Ranks
 
+from wan_model.system.process_tree import is_running
 from wan_model.testing.processes import wait_until
 
 ENDLESS = "train.train_iters=100000"
@@ -19,14 +20,6 @@ SOON = Call("rank_calls:see_stopped_children_after", [BOUND])
 
 def _children(pid: int) -> list[int]:
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
-def _runs(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except OSError:
-        return False
-    return state != b"Z"
 
 
 def _trains(ranks: Ranks, folder: Path, steps: int) -> bool:
@@ -39,7 +32,7 @@ def stopped() -> Iterator[list[int]]:
     pids: list[int] = []
     yield pids
     for pid in pids:
-        wait_until(lambda pid=pid: not _runs(pid), "nothing outlives the run")  # type: ignore[misc]
+        wait_until(lambda pid=pid: not is_running(pid), "nothing outlives the run")  # type: ignore[misc]
 
 
 def test_a_stopped_worker_of_the_loader_ends_the_run(dataset: Path, tmp_path: Path, stopped: list[int]) -> None:

@@ -15,7 +15,7 @@ from wan_train.planning.memory import ActivationBytes
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from wan_model.kernels.split_rms_norm import split_rms_norm_rotate
-from wan_model.testing.traffic import block_step, counted
+from wan_model.testing.memory_traffic import block_step, counted
 
 NARROW = WanConfig(num_heads=2, head_dim=48, ffn_dim=560, num_layers=1, text_dim=16, text_length=32, freq_dim=32)
 WIDE = dataclasses.replace(NARROW, num_heads=4, head_dim=64, ffn_dim=1024)

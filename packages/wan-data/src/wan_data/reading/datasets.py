@@ -1,14 +1,12 @@
 """Opening a dataset or a blend for reading: its files are validated before Energon reads them."""
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from wan_data.reading.blends import Part, parts_of
+from wan_data.reading.fingerprint import fingerprint_of
 from wan_data.reading.packing import latent_tokens
 from wan_data.shards.energon_index import check_offsets
 from wan_data.shards.energon_metadata import check_metadata, shard_counts
@@ -96,7 +94,7 @@ def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
         manifest = _manifest_of(part.folder)
         for name, count in shards:
             check_offsets(part.folder / name, count)
-        opened.append(OpenPart(part, shards, samples, manifest, _fingerprint(part, manifest)))
+        opened.append(OpenPart(part, shards, samples, manifest, fingerprint_of(part, manifest)))
     return opened
 
 
@@ -157,13 +155,3 @@ def _manifest_of(folder: Path) -> Manifest | None:
             found = "is missing" if size is None else f"has {size} bytes"
             raise ValueError(f"{path} {found}; {MANIFEST_NAME} says {shard.bytes} bytes: the dataset is damaged")
     return manifest
-
-
-def _fingerprint(part: Part, manifest: Manifest | None) -> str:
-    hashes = {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
-    shards: dict[str, Any] = {
-        name: [count, (part.folder / name).stat().st_size, hashes.get(name, "")]
-        for name, count in shard_counts(part.folder).items()
-    }
-    text = json.dumps([shards, check_metadata(part.folder)[part.split], part.weight], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

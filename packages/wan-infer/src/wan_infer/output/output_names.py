@@ -18,10 +18,10 @@ def output_name(index: int, record: Mapping[str, Any], frames: int) -> str:
     """
     canonical = json.dumps(record, sort_keys=True, ensure_ascii=True)
     digest = hashlib.sha256(canonical.encode()).hexdigest()[:12]
-    return f"{index:04d}-{digest}{ending(frames)}"
+    return f"{index:04d}-{digest}{file_suffix(frames)}"
 
 
-def ending(frames: int) -> str:
+def file_suffix(frames: int) -> str:
     """The suffix: one frame is a picture."""
     return ".png" if frames == 1 else ".mp4"
 
@@ -32,9 +32,9 @@ def check_save_file(path: Path, frames: int) -> None:
     Raises:
         ValueError: naming the suffix that is expected.
     """
-    if path.suffix.lower() != ending(frames):
+    if path.suffix.lower() != file_suffix(frames):
         what = "one frame is saved as a picture" if frames == 1 else f"{frames} frames are saved as a video"
-        raise ValueError(f"cannot save to {path}: {what}, so the name must end in {ending(frames)}")
+        raise ValueError(f"cannot save to {path}: {what}, so the name must end in {file_suffix(frames)}")
 
 
 def check_writable(path: Path) -> None:

@@ -5,22 +5,18 @@ from typing import Any
 
 import click
 
+from wan_model.system.option_names import option_names
 from wan_model.system.standard_streams import CheckedCommand
 
 ARGUMENTS = "wan_infer.arguments"
 # Flags that take several values behind one name, as argparse's nargs="+" does in the tutorial's command.
-SEVERAL = (
-    *("--prompts", "--sizes", "--frame_nums", "--frame-nums", "--base_seed", "--base-seed"),
-    *("--lora", "--lora_scale", "--lora-scale"),
-)
+_SEVERAL = ("prompts", "sizes", "frame-nums", "base-seed", "lora", "lora-scale")
+SEVERAL = tuple(spelling for name in _SEVERAL for spelling in option_names(name)[:-1])
 
 
 def flag(name: str, **attributes: Any) -> Callable[[Any], Any]:
-    """A click option spelled with hyphens and with underscores; the parameter's name has underscores."""
-    kebab = f"--{name}"
-    snake = f"--{name.replace('-', '_')}"
-    spellings = [kebab] if kebab == snake else [kebab, snake]
-    return click.option(*spellings, name.replace("-", "_"), **attributes)
+    """A click option with the names of ``option_names``."""
+    return click.option(*option_names(name), **attributes)
 
 
 def repeat_flags(arguments: Sequence[str], several: Sequence[str] = SEVERAL) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from wan_infer.output.output_names import check_save_file, check_writable, ending
+from wan_infer.output.output_names import check_save_file, check_writable, file_suffix
 from wan_infer.request.settings import VideoRequest
 
 
@@ -84,7 +84,7 @@ def check_outputs(job: Job) -> None:
         check_save_file(job.save_file, job.requests[0].frames)
         check_writable(job.save_file)
     else:
-        check_writable(job.output_folder / f"0000{ending(job.requests[0].frames)}")
+        check_writable(job.output_folder / f"0000{file_suffix(job.requests[0].frames)}")
     if job.contact_sheet is not None:
         if job.contact_sheet.suffix.lower() != ".png":
             raise ValueError(f"cannot save the contact sheet to {job.contact_sheet}: its name must end in .png")

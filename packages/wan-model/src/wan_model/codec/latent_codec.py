@@ -22,9 +22,9 @@ from wan_model.codec.prompt_tokenizer import PromptTokenizer
 from wan_model.codec.text_encoder import TextEncoder
 from wan_model.codec.tiled_decode import Tile, TiledDecoder, split_frame
 from wan_model.codec.vae_decoder import VaeDecoder
+from wan_model.config_checks import check_autoencoder
 from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
-from wan_model.sizes import check_autoencoder
 from wan_model.weights.model_folder import DIFFUSERS_STEM, latent_spec_of, read_json, read_tensors, resolve_folder
 
 # Of the configuration; the rest is Wan 2.1's own.

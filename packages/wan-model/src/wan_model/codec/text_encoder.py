@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_model.sizes import check_text_encoder
+from wan_model.config_checks import check_text_encoder
 from wan_model.weights.model_folder import TRANSFORMERS_STEM, open_weights, read_json, stored_shape, weight_files
 
 # Files store the embedding under one of these names, or under both.

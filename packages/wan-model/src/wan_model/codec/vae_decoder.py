@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_model.sizes import check_autoencoder
+from wan_model.config_checks import check_autoencoder
 from wan_model.weights.model_folder import DIFFUSERS_STEM, read_json, read_tensors
 
 _PREFIXES = ("decoder.", "post_quant_conv.")

@@ -17,13 +17,14 @@ from torch import Tensor
 from wan_model.kernels.launch import Kernel, block_of, warps_of
 from wan_model.kernels.reduction import sum_over_chunks
 from wan_model.kernels.rotation import rotate
-from wan_model.kernels.row_chunks import chunks_of_all
+from wan_model.kernels.row_chunks import RowChunks, chunks_of_all
 
 
 def _forward(  # type: ignore[no-untyped-def]
-    x, out, weights, table, chunks, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+    x, out, weights, table, sums, chunks, eps, full_width,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
+    # Also the second kernel of split_rms_norm: with SPLIT the sums of the squares of whole rows are read.
     chunk = tl.program_id(0)
     first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
     columns = tl.arange(0, BLOCK)
@@ -32,7 +33,8 @@ def _forward(  # type: ignore[no-untyped-def]
     for row in range(first, end):
         places = tl.cast(row, tl.int64) * WIDTH + columns
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-        value *= weight * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
+        mean = tl.load(sums + row) / full_width if SPLIT else tl.sum(value * value, axis=0) / WIDTH
+        value *= weight * tl.rsqrt(mean + eps)
         if ROTATED:
             value = rotate(value, table, row, columns, inside, HEAD, BLOCK, 1.0)
         tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
@@ -66,9 +68,21 @@ def _backward(  # type: ignore[no-untyped-def]
 FORWARD, BACKWARD = Kernel(_forward), Kernel(_backward)
 
 
-def _constants(width: int, table_S1P2: Tensor | None) -> dict[str, Any]:
+def constants_of(width: int, table_S1P2: Tensor | None) -> dict[str, Any]:
+    """The constants of the kernels for rows of this width on this rank, and this table of angles."""
     head = 1 if table_S1P2 is None else 2 * table_S1P2.shape[-2]
     return {"WIDTH": width, "BLOCK": block_of(width), "HEAD": head, "ROTATED": table_S1P2 is not None}
+
+
+def _launch_forward(
+    x_SD: Tensor, out_SD: Tensor, weight_D: Tensor, table: Tensor, chunks: RowChunks, eps: float, constants: Any
+) -> None:
+    width = x_SD.shape[1]
+    # The weight stands for the sums, which are not read.
+    FORWARD.launch(
+        (chunks.count,), x_SD, out_SD, weight_D, table, weight_D, chunks.table, eps, width,
+        warps=warps_of(width), SPLIT=False, **constants,
+    )  # fmt: skip
 
 
 def rms_norm_rotate_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Tensor | None) -> Tensor:
@@ -80,12 +94,9 @@ def rms_norm_rotate_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Ten
         eps: added to the mean of the squares.
         table_S1P2: cosine and sine of each pair's angle, fp32, contiguous; None for no rotation.
     """
-    width, chunks = x_SD.shape[1], chunks_of_all(x_SD.shape[0], x_SD.device)
+    chunks, constants = chunks_of_all(x_SD.shape[0], x_SD.device), constants_of(x_SD.shape[1], table_S1P2)
     table = weight_D if table_S1P2 is None else table_S1P2
-    FORWARD.launch(
-        (chunks.count,), x_SD, x_SD, weight_D, table, chunks.table, eps,
-        warps=warps_of(width), **_constants(width, table_S1P2),
-    )  # fmt: skip
+    _launch_forward(x_SD, x_SD, weight_D, table, chunks, eps, constants)
     return x_SD
 
 
@@ -93,13 +104,10 @@ class _RMSNormRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Tensor | None) -> Tensor:
         x_SD = x_SD.contiguous()
-        width, chunks = x_SD.shape[1], chunks_of_all(x_SD.shape[0], x_SD.device)
+        chunks, constants = chunks_of_all(x_SD.shape[0], x_SD.device), constants_of(x_SD.shape[1], table_S1P2)
         out_SD = torch.empty_like(x_SD)
         table = weight_D if table_S1P2 is None else table_S1P2
-        constants = _constants(width, table_S1P2)
-        FORWARD.launch(
-            (chunks.count,), x_SD, out_SD, weight_D, table, chunks.table, eps, warps=warps_of(width), **constants
-        )
+        _launch_forward(x_SD, out_SD, weight_D, table, chunks, eps, constants)
         ctx.save_for_backward(x_SD, weight_D, table)
         ctx.rest = chunks, eps, constants
         return out_SD

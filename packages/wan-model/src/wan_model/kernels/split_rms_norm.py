@@ -1,7 +1,8 @@
 """The RMS norm and rotation of ``rms_norm`` where several ranks hold parts of each row (tensor parallelism).
 
 The sum of the squares of a row, and in the backward pass one product of a row, are added over the ranks. Each pass
-reads its input twice, before and after the exchange.
+reads its input twice, before and after the exchange. The second half of the forward pass is the kernel of ``rms_norm``,
+which reads the sums; its backward pass is not shared, because an exchange divides it here.
 
 Legend: S rows, D this rank's width, P pairs of a head.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from wan_model.kernels.launch import Kernel, block_of, warps_of
 from wan_model.kernels.reduction import sum_over_chunks
+from wan_model.kernels.rms_norm import FORWARD, constants_of
 from wan_model.kernels.rotation import rotate
 from wan_model.kernels.row_chunks import chunks_of_all
 
@@ -27,24 +29,6 @@ def _squares(x, sums, chunks, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
     for row in range(first, end):
         value = tl.load(x + tl.cast(row, tl.int64) * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(sums + row, tl.sum(value * value, axis=0))
-
-
-def _forward(  # type: ignore[no-untyped-def]
-    x, out, weights, table, sums, chunks, eps, full_width,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
-) -> None:  # fmt: skip
-    chunk = tl.program_id(0)
-    first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    weight = tl.load(weights + columns, mask=inside, other=0.0).to(tl.float32)
-    for row in range(first, end):
-        places = tl.cast(row, tl.int64) * WIDTH + columns
-        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-        value *= weight * tl.rsqrt(tl.load(sums + row) / full_width + eps)
-        if ROTATED:
-            value = rotate(value, table, row, columns, inside, HEAD, BLOCK, 1.0)
-        tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
 
 
 def _backward_products(  # type: ignore[no-untyped-def]
@@ -89,8 +73,7 @@ def _backward(  # type: ignore[no-untyped-def]
         tl.store(grad_x + places, (slope * scale).to(grad_x.dtype.element_ty), mask=inside)
 
 
-SQUARES, FORWARD = Kernel(_squares), Kernel(_forward)
-BACKWARD_PRODUCTS, BACKWARD = Kernel(_backward_products), Kernel(_backward)
+SQUARES, BACKWARD_PRODUCTS, BACKWARD = Kernel(_squares), Kernel(_backward_products), Kernel(_backward)
 
 
 class _SplitRMSNormRotate(torch.autograd.Function):
@@ -107,18 +90,17 @@ class _SplitRMSNormRotate(torch.autograd.Function):
         x_SD = x_SD.contiguous()
         rows, width = x_SD.shape
         chunks, warps = chunks_of_all(rows, x_SD.device), warps_of(width)
-        head = 1 if table_S1P2 is None else 2 * table_S1P2.shape[-2]
-        sizes = {"WIDTH": width, "BLOCK": block_of(width)}
-        constants = {**sizes, "HEAD": head, "ROTATED": table_S1P2 is not None}
+        constants = constants_of(width, table_S1P2)
         table = weight_D if table_S1P2 is None else table_S1P2
         grid = (chunks.count,)
         sums_S = torch.empty(rows, dtype=torch.float32, device=x_SD.device)
-        SQUARES.launch(grid, x_SD, sums_S, chunks.table, warps=warps, **sizes)
+        SQUARES.launch(grid, x_SD, sums_S, chunks.table, warps=warps, WIDTH=width, BLOCK=block_of(width))
         add_over_ranks(sums_S)
         out_SD = torch.empty_like(x_SD)
         FORWARD.launch(
-            grid, x_SD, out_SD, weight_D, table, sums_S, chunks.table, eps, full_width, warps=warps, **constants
-        )
+            grid, x_SD, out_SD, weight_D, table, sums_S, chunks.table, eps, full_width,
+            warps=warps, SPLIT=True, **constants,
+        )  # fmt: skip
         ctx.save_for_backward(x_SD, weight_D, table, sums_S)
         ctx.rest = chunks, eps, full_width, add_over_ranks, warps, constants
         return out_SD

@@ -1,4 +1,4 @@
-"""The descendants of this process, whatever their session and process group (Linux; elsewhere none is found)."""
+"""Processes by their descent or environment, whatever their session and process group (Linux; elsewhere none)."""
 
 import contextlib
 import ctypes
@@ -20,6 +20,29 @@ def _state_and_parent(process: int) -> tuple[str, int]:
     # A name in parentheses, which may contain anything; then the state and the parent.
     state, parent = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[:2]
     return state.decode(), int(parent)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process has not ended; one whose exit status nobody has collected yet has."""
+    with contextlib.suppress(OSError):
+        return _state_and_parent(process)[0] not in "ZX"
+    return False
+
+
+def environment_of(process: int) -> dict[str, str]:
+    """The environment that a process was started with; empty if it has ended or is another user's."""
+    with contextlib.suppress(OSError):
+        entries = Path(f"/proc/{process}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
+        return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    return {}
+
+
+def processes_with(variable: str, value: str) -> list[int]:
+    """The process ids of all other processes that were started with this variable of the environment."""
+    with contextlib.suppress(FileNotFoundError):
+        numbers = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+        return [one for one in numbers if one != os.getpid() and environment_of(one).get(variable) == value]
+    return []
 
 
 class StoppedProcesses:

@@ -49,7 +49,7 @@ def once_in(folder: Path) -> Once:
     return make
 
 
-def first_users_first(items: list[Any], folder: Path, *fixtures: str) -> None:
+def order_by_shared_fixtures(items: list[Any], folder: Path, *fixtures: str) -> None:
     """Order the tests below a folder so that test processes rarely wait for what another one makes.
 
     Of the tests that use one of the fixtures, directly or through another fixture, the first one goes before all tests

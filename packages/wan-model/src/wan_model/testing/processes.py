@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wan_model.system.process_tree import environment_of, processes_with
 from wan_model.testing.devices import check_fork
 
 # Inherited by every process of a job, independent of its parents and process groups.
@@ -30,6 +31,28 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIEN
     while not condition():
         assert time.monotonic() < deadline, f"after {seconds:.0f} s it is still not true that {what}"
         time.sleep(0.02)
+
+
+def write_forbidden_modules(folder: Path, *names: str) -> None:
+    """Write modules that end the process which imports them, such as from its working folder."""
+    for name in names:
+        (folder / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+
+
+@contextlib.contextmanager
+def default_signals(*numbers: int) -> Iterator[None]:
+    """In this context signals that are ignored have their default action, also in what is started.
+
+    What a shell starts in the background ignores SIGINT, and under nohup SIGHUP.
+    """
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class _Launcher:
@@ -91,12 +114,18 @@ class Job:
     def alive(self) -> list[int]:
         """The process ids of all of its processes that have not ended."""
         found = [] if self.process.poll() is not None else [self.process.pid]
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and int(folder.name) not in found:
-                with contextlib.suppress(OSError):  # gone meanwhile, or another user's; of the dead it is empty
-                    if f"{_MARK}={self._mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                        found.append(int(folder.name))
-        return found
+        return [*found, *(pid for pid in processes_with(_MARK, self._mark) if pid not in found)]
+
+    def ranks(self) -> list[int]:
+        """The process ids of the ranks that the launcher has started, in order."""
+        ranks = {}
+        for pid in self.alive():
+            rank = environment_of(pid).get("RANK")
+            # What a rank starts has its number too, and is no leader of a process group.
+            with contextlib.suppress(ProcessLookupError):
+                if rank is not None and os.getpgid(pid) == pid:
+                    ranks[int(rank)] = pid
+        return [ranks[rank] for rank in sorted(ranks)]
 
     def error_lines(self) -> list[str]:
         """The lines on standard error."""

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from wan_model.testing.kept_scales import kept
+from wan_model.testing.cached_scales import cached
 
 FACTOR = 8.0
 SAMPLES = 8
@@ -53,7 +53,7 @@ def rounding_scale(
             Operations on other types than float64 are assumed to be equal in all runs.
         dtype: the precision whose rounding is modelled.
         samples: number of runs with noise.
-        name: of this scale among those that are kept, see ``wan_model.testing.kept_scales``; by default the running
+        name: of this scale among those that are cached, see ``wan_model.testing.cached_scales``; by default the running
             test and how many it has computed before.
 
     Returns:
@@ -66,7 +66,7 @@ def rounding_scale(
         exact = _copied(run())
         if wrong := [f"{name} in {value.dtype}" for name, value in exact.items() if value.dtype != torch.float64]:
             raise ValueError(f"got {', '.join(wrong)}; expected float64 everywhere: pass model.double() and its inputs")
-        return kept(name, exact, lambda: _scale(run, exact, torch.finfo(dtype).eps / 2, samples))
+        return cached(name, exact, lambda: _scale(run, exact, torch.finfo(dtype).eps / 2, samples))
 
 
 def _scale(run: Callable[[], Results], exact: Results, unit: float, samples: int) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan_model.config_checks import TEXT_ENCODER, check_autoencoder, check_numbers, check_sizes
 from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
-from wan_model.sizes import TEXT_ENCODER, check_autoencoder, check_numbers, check_sizes
 from wan_model.system import safe_reading
 
 # Bytes; the index of a 14B model has a hundred thousand, a tokenizer some millions.

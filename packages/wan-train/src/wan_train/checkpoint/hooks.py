@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from wan_model.system.files import sync_folder
 from wan_model.weights.training_checkpoint import read_index
+from wan_train.checkpoint.async_writer import supervise_writer
+from wan_train.checkpoint.file_checks import TRAIN_STATE, check_file_contents, wrong_form_refused
 from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, step_folder
-from wan_train.checkpoint.members import TRAIN_STATE, check_members, wrong_form_refused
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
-from wan_train.checkpoint.writer_watch import watch_writer
 from wan_train.engine.installed import installed_versions
 from wan_train.engine.torch_adam import synchronize_steps, uses_torch_adam
 from wan_train.engine.upstream.checkpoints import (
@@ -178,7 +178,7 @@ class CheckpointHooks:
             if queue.persistent and not self._watching:
                 self._watching = True
                 caller = queue._get_async_caller()
-                watch_writer(lambda: caller.process)
+                supervise_writer(lambda: caller.process)
             schedule(state, request)
             self._scheduled, self._writing = True, state.train_state.step
 
@@ -189,7 +189,7 @@ class CheckpointHooks:
         def verify_and_load(state: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             assert self._point is not None, "only the resolved checkpoint is loaded"
             _verify(self._point)
-            check_members(self._point, restore_train_state)
+            check_file_contents(self._point, restore_train_state)
             # A new run from a checkpoint's weights starts a new EMA.
             has_ema = not state.cfg.checkpoint.finetune and any(
                 key.startswith(PREFIX) for key in self._index().state_dict_metadata

@@ -4,7 +4,6 @@ Import only after ``wan_train.engine.start``.
 """
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Union
@@ -21,10 +20,6 @@ from wan_train.engine.upstream.loop import DatasetBuildContext, DatasetProvider
 
 if TYPE_CHECKING:  # Energon takes seconds to import, and mock data needs none of it
     from wan_data.reading.loader import PackLoader
-
-
-# Of data without digests: shards that are looked into, and bytes that are read in each of two places.
-_SHARDS, _BYTES = 64, 1 << 15
 
 
 @dataclasses.dataclass
@@ -112,7 +107,11 @@ class WanDatasetConfig(DatasetProvider):
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         device = engine.start().device
         pin = device if device.type == "cuda" else None
-        content = None if self.path is None else content_of(self.path)
+        content = None
+        if self.path is not None:
+            from wan_data.reading.fingerprint import digest_without_manifest
+
+            content = digest_without_manifest(self.path)
         self.train_iterator = PackIterator(self.loader(rank, ranks), rank, ranks, pin, content=content)
         return self.train_iterator, None, None
 
@@ -122,30 +121,6 @@ def read_dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
     from wan_data.reading.datasets import read_latent_spec
 
     return read_latent_spec(path, encoded_by=encoded_by).to_dict()
-
-
-def content_of(path: str) -> str | None:
-    """A digest of parts of the shards that no manifest has digests of, such as those of NVIDIA's script.
-
-    The loader knows those by their number and sizes, which are equal in datasets of the same shapes.
-
-    Returns:
-        None if there are none.
-    """
-    from wan_data.reading.blends import parts_of
-    from wan_data.shards.energon_metadata import shard_counts
-    from wan_data.shards.manifest import MANIFEST_NAME
-
-    folders = dict.fromkeys(part.folder for part in parts_of(path).get("train", ()))
-    bare = [folder for folder in folders if not (folder / MANIFEST_NAME).exists()]
-    shards = [folder / name for folder in bare for name in sorted(shard_counts(folder))]
-    digest = hashlib.sha256()
-    for shard in shards[:: -(-len(shards) // _SHARDS) or 1]:
-        with shard.open("rb") as file:
-            digest.update(file.read(_BYTES))
-            file.seek(shard.stat().st_size // 2)
-            digest.update(file.read(_BYTES))
-    return digest.hexdigest()[:16] if shards else None
 
 
 def empty_caption_of(config: Any) -> Tensor | None:

@@ -40,8 +40,8 @@ class NumberedPack:
     pack: LatentPack
 
 
-class _Ahead:
-    """The next pack, drawn by a thread of its own that ends with it; and the position before it.
+class _PrefetchedPack:
+    """The next pack, prefetched by a thread of its own that ends with it; and the position before it.
 
     Args:
         loader: not used by anything else until ``settle`` has returned.
@@ -98,7 +98,7 @@ class PackIterator:
         loader: of the packs.
         rank, ranks: data-parallel rank and size.
         pin: a CUDA device that the packs will be copied to; None for a CPU.
-        content: of the data, as ``wan_train.data.dataset.content_of`` has it.
+        content: of the data, as ``wan_data.reading.fingerprint.digest_without_manifest`` has it.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class PackIterator:
         self.drawn = 0
         self._pin = pin
         self._packs: Iterator[LatentPack] | None = None
-        self._ahead: _Ahead | None = None
+        self._prefetched: _PrefetchedPack | None = None
 
     def resume(self, state: dict[str, Any], drawn: int) -> None:
         """Resume at a saved position.
@@ -153,25 +153,25 @@ class PackIterator:
             pack = next(packs)
             self._packs = packs
         else:
-            assert self._ahead is not None, "made with every pack"
-            pack = self._ahead.take()
+            assert self._prefetched is not None, "made with every pack"
+            pack = self._prefetched.take()
         number = self.drawn * self.ranks + self.rank
         self.drawn += 1
-        self._ahead = _Ahead(self.loader, self._packs, self._pin)
+        self._prefetched = _PrefetchedPack(self.loader, self._packs, self._pin)
         return NumberedPack(number, pack)
 
     def settle(self) -> None:
         """Wait until the next pack is drawn: no thread runs then, so that this process may fork."""
-        if self._ahead is not None:
-            self._ahead.settle()
+        if self._prefetched is not None:
+            self._prefetched.settle()
 
     def close(self) -> None:
         """End the thread, if it does not hang; nothing is drawn afterwards."""
-        if self._ahead is not None:
-            self._ahead.settle(_CLOSE_SECONDS)
+        if self._prefetched is not None:
+            self._prefetched.settle(_CLOSE_SECONDS)
 
     def save_state(self) -> dict[str, Any]:
         """Plain values from which ``resume`` continues with the pack that ``next`` would return."""
-        state = self.loader.position()() if self._ahead is None else self._ahead.state_before()
+        state = self.loader.position()() if self._prefetched is None else self._prefetched.state_before()
         saved = {"rank": self.rank, "ranks": self.ranks, "drawn": self.drawn, "loader": state}
         return saved if self.content is None else {**saved, "content": self.content}

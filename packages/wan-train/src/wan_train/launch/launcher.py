@@ -21,11 +21,11 @@ def launch(options: RunOptions, ranks: int) -> int:
     if outcome.interrupted:
         # What is wrong with the folder is said at the next start.
         with contextlib.suppress(OSError, ValueError, KeyboardInterrupt):
-            print(where_it_resumes(options), file=sys.stderr, flush=True)
+            print(resume_message(options), file=sys.stderr, flush=True)
     return outcome.code
 
 
-def where_it_resumes(options: RunOptions) -> str:
+def resume_message(options: RunOptions) -> str:
     """From where the same command goes on, in one sentence.
 
     Raises:

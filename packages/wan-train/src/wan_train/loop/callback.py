@@ -12,9 +12,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
 from wan_train.checkpoint.changes import new_run_from
+from wan_train.checkpoint.file_checks import loader_state_path, read_loader_state, wrong_form_refused
 from wan_train.checkpoint.folder import ResumePoint
 from wan_train.checkpoint.hooks import CheckpointHooks
-from wan_train.checkpoint.members import loader_state_path, read_loader_state, wrong_form_refused
 from wan_train.data.pack_iterator import PackIterator
 from wan_train.engine.upstream.loop import (
     Callback,

@@ -6,13 +6,14 @@ Import only after ``wan_train.engine.start``.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
 from wan_model.system.files import naming
 from wan_model.system.gpus import peak_tflops
+from wan_model.system.terminal import Terminal
 from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
 from wan_train.loop.validation import ValidationResult
@@ -112,43 +113,6 @@ def is_logging_rank() -> bool:
         and parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     )
-
-
-class Terminal:
-    """Output for people; on a terminal each step replaces the line of the last one.
-
-    Args:
-        stream: standard output.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._in_place = stream, False
-
-    def print_line(self, line: str) -> None:
-        """Print a line."""
-        self._write(f"{self._clear()}{line}\n")
-        self._in_place = False
-
-    def update_line(self, line: str) -> None:
-        """Print a line that the next one replaces if the stream is a terminal."""
-        if not self._stream.isatty():
-            self.print_line(line)
-            return
-        self._write(f"{self._clear()}{line}")
-        self._in_place = True
-
-    def close(self) -> None:
-        """End the line of the last step."""
-        if self._in_place:
-            self._write("\n")
-            self._in_place = False
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
-
-    def _clear(self) -> str:
-        return "\r\x1b[2K" if self._in_place else ""
 
 
 class MetricsWriter:

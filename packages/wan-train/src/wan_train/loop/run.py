@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from wan_model.system import torchrun
 from wan_model.system.files import naming
+from wan_model.system.terminal import Terminal
 from wan_train import engine
 from wan_train.checkpoint.folder import ResumePoint, find_resume_point, saved_steps
 from wan_train.config.options import DEFAULT_RECIPE, RECIPES, RunOptions
@@ -270,7 +271,7 @@ def pretrain(options: RunOptions) -> None:
     running = engine.start()
     from wan_train.checkpoint.changes import check_resume
     from wan_train.config.settings import derive_settings
-    from wan_train.loop.metrics import LOG_NAME, MetricsWriter, Terminal
+    from wan_train.loop.metrics import LOG_NAME, MetricsWriter
 
     config = build_config(options)
     config.dist.distributed_backend = running.backend

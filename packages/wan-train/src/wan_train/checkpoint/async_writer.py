@@ -17,12 +17,12 @@ _POLL_SECONDS = 0.05
 _REPEAT_SECONDS = 0.5
 
 
-class WriterDiedError(ValueError):
+class WriterExitedError(ValueError):
     """The process that writes checkpoints has ended."""
 
 
-def watch_writer(find: Callable[[], BaseProcess | None]) -> None:
-    """If the process ends with a failure, raise ``WriterDiedError`` in the main thread, even while that waits.
+def supervise_writer(find: Callable[[], BaseProcess | None]) -> None:
+    """If the process ends with a failure, raise ``WriterExitedError`` in the main thread, even while that waits.
 
     Call from the main thread.
 
@@ -37,7 +37,7 @@ def watch_writer(find: Callable[[], BaseProcess | None]) -> None:
         if raised:
             return
         raised = True
-        raise WriterDiedError(
+        raise WriterExitedError(
             f"the process that writes checkpoints ended with {_ending(codes[0])}; "
             "earlier checkpoints are unchanged, and the same command resumes from them"
         )

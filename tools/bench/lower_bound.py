@@ -27,7 +27,7 @@ def _attend(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def bare_products(model: WanDiT, tokens_SC: Tensor, text_BTD: Tensor, layout: PackLayout) -> Tensor:
+def products_only(model: WanDiT, tokens_SC: Tensor, text_BTD: Tensor, layout: PackLayout) -> Tensor:
     """The products of one forward pass on a pack without padding, except the embedding of the timesteps."""
     weights = dict(model.named_parameters())
     heads = model.config.num_heads

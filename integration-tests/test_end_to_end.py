@@ -11,6 +11,8 @@ import av
 import pytest
 import torch
 
+from common.training_log import read_log
+
 
 def _samples(dataset: Path) -> dict[str, dict[str, Any]]:
     """Every sample's latent and side-information, by key."""
@@ -28,13 +30,9 @@ def _samples(dataset: Path) -> dict[str, dict[str, Any]]:
     return samples
 
 
-def _log(checkpoints: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (checkpoints / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def test_captions_are_dropped_in_training(train, dataset, whole_run, tmp_path):
     train(dataset, tmp_path, "model.flow.caption_dropout=1.0", "train.exit_interval=3")
-    dropped, kept = _log(tmp_path), _log(whole_run)
+    dropped, kept = read_log(tmp_path), read_log(whole_run)
     # The head begins at zero: the first answer does not depend on the text, later ones do.
     assert dropped[0]["loss"] == kept[0]["loss"]
     assert dropped[2]["loss"] != kept[2]["loss"]
@@ -58,7 +56,7 @@ def test_captions_of_both_kinds_reach_the_shards(dataset):
 
 
 def test_a_resumed_run_equals_one_without_a_stop(stopped_run, whole_run):
-    stopped, whole = _log(stopped_run), _log(whole_run)
+    stopped, whole = read_log(stopped_run), read_log(whole_run)
     assert [entry["step"] for entry in stopped if entry.get("event") == "resumed"] == [3]
     assert not [entry for entry in whole if "event" in entry]
 
@@ -72,7 +70,7 @@ def test_a_resumed_run_equals_one_without_a_stop(stopped_run, whole_run):
 
 
 def test_packs_hold_samples_of_several_shapes(whole_run):
-    samples = [entry["samples"] for entry in _log(whole_run)]
+    samples = [entry["samples"] for entry in read_log(whole_run)]
     assert max(samples) > 1
 
 

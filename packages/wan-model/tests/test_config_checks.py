@@ -1,4 +1,4 @@
-"""Numbers that lie in configuration files: one sentence that names them, before anything is allocated or awaited."""
+"""Wrong numbers in configuration files: one sentence that names them, before anything is allocated or awaited."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from wan_model import WAN_1_3B, WanConfig
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.codec.text_encoder import TextEncoder
 from wan_model.codec.vae_decoder import VaeDecoder
-from wan_model.sizes import check_whole
+from wan_model.config_checks import check_whole
 from wan_model.tiny import write_tiny_wan
 from wan_model.weights.model_folder import latent_spec_of
 from wan_model.weights.transformer import load_transformer

@@ -23,8 +23,8 @@ MADE = ["clips", "tiny-wan", "dataset", "training-tensor-parallel", "training-da
         "contact-sheet.png", "loss-curve.png", "report.json"]  # fmt: skip
 
 
-class Chain:
-    """One run of the quickstart.
+class QuickstartRun:
+    """The stages of the quickstart.
 
     Args:
         root: where the commands run.

@@ -1,4 +1,4 @@
-"""``python -m bench.bare_training RECIPE STEPS``: training in plain torch, without a framework.
+"""``python -m bench.plain_training RECIPE STEPS``: training in plain torch, without a framework.
 
 The same model, weights, packs and noise as a run of ``wan-train pretrain --mock`` with these settings, so its losses
 are the same numbers; forward, backward and torch's AdamW are timed, one step after another.

@@ -1,4 +1,4 @@
-"""Scales of rounding that are kept in a folder, for runs of the same tests on the kernels of other processors.
+"""Scales of rounding that are cached in a folder, for runs of the same tests on the kernels of other processors.
 
 A scale is computed in float64, from many runs, and is nearly the same on all processors; it is most of the time of a
 test. With WAN_SCALES=FOLDER in the environment it is computed once. The folder is for one state of the code.
@@ -21,7 +21,9 @@ _TOLERANCE = 1e-4
 _calls: collections.Counter[str] = collections.Counter()
 
 
-def kept(name: str | None, exact: Mapping[str, Tensor], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def cached(
+    name: str | None, exact: Mapping[str, Tensor], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """What ``compute`` returns, or returned for equal results when the folder got it.
 
     Args:

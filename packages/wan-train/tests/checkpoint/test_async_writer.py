@@ -1,4 +1,4 @@
-"""The watch over the process that writes checkpoints on CUDA."""
+"""Supervision of the process that writes checkpoints on CUDA."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 # As Megatron-Core hands a checkpoint over and waits for it.
 SCRIPT = """
 import multiprocessing, os, signal, sys, threading, time
-from wan_train.checkpoint.writer_watch import WriterDiedError, watch_writer
+from wan_train.checkpoint.async_writer import WriterExitedError, supervise_writer
 
 def work(how, queue):
     if how == "fails":
@@ -26,14 +26,14 @@ def work(how, queue):
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     queue, started = context.JoinableQueue(), []
-    watch_writer(lambda: started[0] if started else None)
+    supervise_writer(lambda: started[0] if started else None)
     queue.put("a checkpoint")
     process = context.Process(target=work, args=(sys.argv[1], queue))
     process.start()
     started.append(process)
     try:
         queue.join()  # where Megatron-Core waits for its word
-    except WriterDiedError as error:
+    except WriterExitedError as error:
         print(error)
     process.join()
     time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that have been changed together with its record: refused by name, before they are used.
+"""Checks of what the files of a checkpoint hold, before they are used: one that was changed is refused by name.
 
 The digests in ``complete.json`` tell damage. Whoever rewrites a file and the record needs another answer than the
 traceback of the first function that stumbles over it.
@@ -81,7 +81,7 @@ def read_loader_state(point: ResumePoint, rank: int) -> dict[str, Any]:
         return state
 
 
-def check_members(point: ResumePoint, restore: Callable[[Mapping[str, Any]], object]) -> None:
+def check_file_contents(point: ResumePoint, restore: Callable[[Mapping[str, Any]], object]) -> None:
     """Verify the form of the files that Megatron-Bridge reads first.
 
     Args:

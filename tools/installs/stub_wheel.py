@@ -1,4 +1,4 @@
-"""Stand-in distributions: wheels of a name, a version and requirements, without code."""
+"""Stub distributions: wheels of a name, a version and requirements, without code."""
 
 import zipfile
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 
-def write_wheel(folder: Path, name: str, version: str, requires: Iterable[str] = ()) -> Path:
+def write_stub_wheel(folder: Path, name: str, version: str, requires: Iterable[str] = ()) -> Path:
     """Write a wheel that pip can install and read requirements from."""
     stem = f"{canonicalize_name(name).replace('-', '_')}-{version}"
     lines = [

@@ -14,8 +14,8 @@ import torch
 from training_runs import RUN_OPTIONS, read_log, refused, rewrite, run, same_weights, sentence_of, stopped_after, train
 from warm_ranks import Call
 
+from wan_train.checkpoint.file_checks import check_file_contents, read_loader_state
 from wan_train.checkpoint.folder import ResumePoint, find_resume_point, step_folder
-from wan_train.checkpoint.members import check_members, read_loader_state
 from wan_train.checkpoint.record import RECORD_NAME, DamagedCheckpointError
 
 STATE, LOADER, STRATEGY = "train_state.pt", "train_dataloader_dprank000.pt", "metadata.json"
@@ -72,10 +72,10 @@ def _restore(saved: Any) -> None:
 @pytest.mark.parametrize("case", WRONG)
 def test_a_file_of_the_wrong_form_is_named(case: str, point: ResumePoint) -> None:
     name, content, reason = WRONG[case]
-    check_members(point, _restore)
+    check_file_contents(point, _restore)
     _change(point, name, content)
     with pytest.raises(ValueError, match="does not hold what a checkpoint does") as error:
-        check_members(point, _restore)
+        check_file_contents(point, _restore)
     said = str(error.value)
     assert said.startswith(f"{point.step_folder / name} does not hold")
     assert reason in said

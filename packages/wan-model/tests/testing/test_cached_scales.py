@@ -1,12 +1,12 @@
-"""Scales that are kept: read again for equal results, computed anew for others, and never kept without being asked."""
+"""Scales that are cached: read for equal results, computed for others, and never cached without being asked."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from wan_model.testing import kept_scales, rounding_scale
-from wan_model.testing.kept_scales import kept
+from wan_model.testing import cached_scales, rounding_scale
+from wan_model.testing.cached_scales import cached
 
 EXACT = {"out": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
 
@@ -22,17 +22,17 @@ class Computing:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(kept_scales.VARIABLE, str(tmp_path / "scales"))
+    monkeypatch.setenv(cached_scales.VARIABLE, str(tmp_path / "scales"))
     return tmp_path / "scales"
 
 
 def test_a_scale_is_computed_once_for_results_that_differ_by_rounding(folder: Path) -> None:
     compute = Computing()
-    first = kept("one", EXACT, compute)
-    second = kept("one", {"out": EXACT["out"] * (1 + 1e-6)}, compute)
+    first = cached("one", EXACT, compute)
+    second = cached("one", {"out": EXACT["out"] * (1 + 1e-6)}, compute)
     assert compute.calls == 1
     assert torch.equal(first["out"], second["out"])
-    kept("another", EXACT, compute)
+    cached("another", EXACT, compute)
     assert compute.calls == 2
     assert len(list(folder.iterdir())) == 2
 
@@ -49,8 +49,8 @@ def test_a_scale_is_computed_once_for_results_that_differ_by_rounding(folder: Pa
 )
 def test_the_scale_of_other_results_is_not_taken(folder: Path, exact: dict[str, torch.Tensor]) -> None:
     compute = Computing()
-    kept("one", EXACT, compute)
-    kept("one", exact, compute)
+    cached("one", EXACT, compute)
+    cached("one", exact, compute)
     assert compute.calls == 2
 
 
@@ -61,9 +61,9 @@ def test_the_calls_of_a_test_have_names_of_their_own(folder: Path) -> None:
     assert large["out"].norm() > 500 * small["out"].norm()
 
 
-def test_nothing_is_kept_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(kept_scales.VARIABLE, raising=False)
+def test_nothing_is_cached_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cached_scales.VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     compute = Computing()
-    assert [kept("one", EXACT, compute)["out"][0].item() for _ in range(2)] == [1, 2]
+    assert [cached("one", EXACT, compute)["out"][0].item() for _ in range(2)] == [1, 2]
     assert list(tmp_path.iterdir()) == []

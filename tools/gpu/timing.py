@@ -115,7 +115,7 @@ def _problem(error: Exception) -> NotRun | Failed:
     return Failed(f"{type(error).__name__}: {one_line(error)}", traceback=last_lines(error))
 
 
-def race(calls: Mapping[str, Callable[[], object]], context: Context, rounds: int = 2) -> dict[str, Timed]:
+def time_alternately(calls: Mapping[str, Callable[[], object]], context: Context, rounds: int = 2) -> dict[str, Timed]:
     """Time several calls against each other; one that fails does not end the others.
 
     Args:

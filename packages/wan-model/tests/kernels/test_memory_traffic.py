@@ -5,7 +5,7 @@ import torch
 
 from wan_model import PackLayout, TokenRows
 from wan_model.dit.elementwise import gate_add_
-from wan_model.testing.traffic import BLOCK, PACKS, BlockStep, block_step, counted
+from wan_model.testing.memory_traffic import BLOCK, PACKS, BlockStep, block_step, counted
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -1,0 +1,50 @@
+"""What identifies a dataset, so that the state of a loader is not continued on another one.
+
+The fingerprint of a part is of its shards' names, numbers of samples and sizes, and of their digests in its manifest.
+Shards without a manifest, such as those of NVIDIA's script, may be equal in all but their content; for these there is a
+digest of samples of their bytes, which is saved separately and is not compared if a state has none.
+"""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+from wan_data.reading.blends import Part, parts_of
+from wan_data.shards.energon_metadata import check_metadata, shard_counts
+from wan_data.shards.manifest import MANIFEST_NAME, Manifest
+
+# Of data without digests: shards that are looked into, and bytes that are read in each of two places.
+_SHARDS, _BYTES = 64, 1 << 15
+
+
+def fingerprint_of(part: Part, manifest: Manifest | None) -> str:
+    """Identifies the order of a part's samples, and their content if it has a manifest."""
+    hashes = {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
+    shards: dict[str, Any] = {
+        name: [count, (part.folder / name).stat().st_size, hashes.get(name, "")]
+        for name, count in shard_counts(part.folder).items()
+    }
+    text = json.dumps([shards, check_metadata(part.folder)[part.split], part.weight], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_without_manifest(path: str | os.PathLike[str]) -> str | None:
+    """A digest of bytes of the shards that no manifest has digests of, in the train split of a dataset or blend.
+
+    Returns:
+        None if there are none.
+
+    Raises:
+        ValueError: the path is no dataset, or its metadata could run code.
+    """
+    folders = dict.fromkeys(part.folder for part in parts_of(path).get("train", ()))
+    bare = [folder for folder in folders if not (folder / MANIFEST_NAME).exists()]
+    shards = [folder / name for folder in bare for name in sorted(shard_counts(folder))]
+    digest = hashlib.sha256()
+    for shard in shards[:: -(-len(shards) // _SHARDS) or 1]:
+        with shard.open("rb") as file:
+            digest.update(file.read(_BYTES))
+            file.seek(shard.stat().st_size // 2)
+            digest.update(file.read(_BYTES))
+    return digest.hexdigest()[:16] if shards else None
