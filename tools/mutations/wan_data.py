@@ -63,7 +63,7 @@ MUTATIONS = (
         "prepare/test_update_safety.py::test_a_damaged_shard_is_not_copied",
     ),
     _of(
-        "changed-content-of-equal-size", "prepare/changes.py",
+        "changed-content-of-equal-size", "sources/changes.py",
         "elif times.get(source.name) == status.st_mtime_ns:", "elif status.st_size == record.bytes:",
         "a clip that was replaced by one of equal size keeps the samples of the other without a word",
         "prepare/test_update.py::test_changes_are_named_and_left",
@@ -84,7 +84,7 @@ MUTATIONS = (
         "replaced-clip-of-equal-size", "prepare/probe.py",
         '[value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]', 'value.get("bytes") != size',
         "a clip that was replaced by one of equal size keeps the old digest and frame count",
-        "prepare/test_changes.py::test_cached_probe_results_are_used_again",
+        "prepare/test_run_again.py::test_cached_probe_results_are_used_again",
     ),
     _of(
         "finished-shards-encoded-again", "prepare/run.py",

@@ -18,7 +18,7 @@ from wan_model.testing.once import Once, first_users_first, once_in, session_fol
 # Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
 # Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
 _CHECKED = (
-    *("prepare.captions", "prepare.encoding", "reading.packing", "shards.serialization", "shards.writer"),
+    *("sources.captions", "prepare.encoding", "reading.packing", "shards.serialization", "shards.writer"),
     *("video.buckets", "video.decode", "video.display", "video.images", "video.transport_stream", "video.windows"),
 )
 jaxtyping.install_import_hook([f"wan_data.{module}" for module in _CHECKED], "beartype.beartype")
@@ -178,11 +178,11 @@ def clips(once: Once) -> Path:
 
 
 def prepare_result(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> PrepareResult:
-    from wan_data.prepare.folder import files_of_folder
     from wan_data.prepare.run import prepare
+    from wan_data.sources.folder import SourceFolder
 
     more = {"report": Silent(), "device": "cpu", "decoders": 1, **more}
-    return prepare(files_of_folder(clips, settings), output, str(model), settings, **more)
+    return prepare(SourceFolder(clips, images=settings.images).files(), output, str(model), settings, **more)
 
 
 def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> Manifest:

@@ -13,7 +13,6 @@ from wan_data.cli_options import (
     errors_as_messages,
     flag,
     input_options,
-    left_out_of,
     resumable,
     settings_of,
     settings_options,
@@ -78,7 +77,7 @@ def prepare(
         from wan_data.progress import SilentReport, make_report
 
         settings = settings_of(values)
-        sources = sources_of(video_folder, listing, settings)
+        sources, left_out = sources_of(video_folder, listing, settings)
         if num_processes is None:
             from wan_data.prepare.encoding import default_processes
 
@@ -106,7 +105,7 @@ def prepare(
                 ranks=ranks,
             )
     if ranks.rank == 0:
-        for line in (*summary_lines(result, output_folder), *left_out_of(video_folder, listing, settings)):
+        for line in (*summary_lines(result, output_folder), *left_out()):
             click.echo(line)
     incomplete = any(source.verdict == "rejected" or source.dropped for source in result.manifest.sources)
     if not allow_rejects and (incomplete or result.changed or result.kept):
@@ -145,14 +144,14 @@ def plan(
         from wan_data.progress import make_report
 
         settings = settings_of(values)
-        sources = sources_of(video_folder, listing, settings)
+        sources, left_out = sources_of(video_folder, listing, settings)
         with make_report() as report:
             results = probe_only(sources, settings, report=report, decoders=num_decoders, output=output_folder)
             rate = None
             if model is not None:
                 report.log(f"measuring {model}")
                 rate = measured_rate(model, settings, device)
-        found = {**make_plan(results, settings, rate=rate), "left_out": left_out_of(video_folder, listing, settings)}
+        found = {**make_plan(results, settings, rate=rate), "left_out": left_out()}
     if as_json:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
@@ -196,7 +195,7 @@ def inspect(
 def verify(path: Path, sources: Path | None, listing: Path | None) -> None:
     """Check digests, every sample and value, counts and metadata of a dataset. Exit code 1 if there are problems."""
     from wan_data.inspect.verify import verify as check
-    from wan_data.prepare.changes import captions_of
+    from wan_data.sources.changes import captions_of
 
     with errors_as_messages(path):
         checked, problems = check(

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.sources import SourceFile, caption_of
 from wan_data.prepare.work_files import LARGEST, remedy_named
 from wan_data.shards.json_records import from_json
+from wan_data.sources.captions import CaptionFinder
+from wan_data.sources.source import SourceFile, caption_of
 from wan_data.video.buckets import Size, choose_bucket, enlargement
 from wan_data.video.decode import ClipInfo
 from wan_data.video.decoder_process import Decoder, Job
@@ -34,7 +34,7 @@ class PlannedSource:
     """An accepted source with the windows that become samples.
 
     Attributes:
-        name: see ``wan_data.prepare.sources.SourceFile``.
+        name: see ``wan_data.sources.source.SourceFile``.
         path: the file.
         bytes, sha256: size and digest of the file.
         caption: the caption of all its samples.

@@ -119,6 +119,11 @@ class PrepareSettings:
         _ = self.limits, self.display
 
     @property
+    def images(self) -> bool:
+        """Image files are sources, as videos are."""
+        return self.mode == "frames"
+
+    @property
     def limits(self) -> Limits:
         """The limits of an accepted source."""
         return Limits(self.max_source_frames, self.max_source_pixels, self.max_source_bytes, self.max_source_still)
