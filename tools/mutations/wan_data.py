@@ -69,10 +69,10 @@ MUTATIONS = (
         "prepare/test_update.py::test_changes_are_named_and_left",
     ),
     _of(
-        "cut-video-accepted", "video/truncation.py",
+        "cut-video-accepted", "video/containers/truncation.py",
         "if missing > 0 else None", "if missing > 100_000 else None",
         "a WebM file whose download broke off goes into the dataset as a shorter clip",
-        "video/test_truncation.py",
+        "video/containers/test_truncation.py",
     ),
     _of(
         "dropped-windows-exit-0", "cli.py",
@@ -105,16 +105,16 @@ MUTATIONS = (
         "video/test_decode.py",
     ),
     _of(
-        "rotation-ignored", "video/display.py",
+        "rotation-ignored", "video/display/picture.py",
         "image = image.swapaxes(0, 1)", "image = image[:]",
         "rotated videos, such as those of phones, are encoded without rotation",
         "video/test_decode.py",
     ),
     _of(
-        "hdr-not-mapped", "video/tone_mapping.py",
+        "hdr-not-mapped", "video/display/tone_mapping.py",
         "intent=perceptual:", "intent=relative_colorimetric:",
         "highlights of HDR videos are cut off at white",
-        "video/test_tone_mapping.py",
+        "video/display/test_tone_mapping.py",
     ),
     _of(
         "windows-overlap-by-one-frame", "video/windows.py",

@@ -19,7 +19,8 @@ from wan_model.testing.once import Once, first_users_first, once_in, session_fol
 # Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
 _CHECKED = (
     *("sources.captions", "prepare.encoding", "reading.packing", "shards.serialization", "shards.writer"),
-    *("video.buckets", "video.decode", "video.display", "video.images", "video.transport_stream", "video.windows"),
+    *("video.buckets", "video.containers.transport_stream", "video.decode", "video.display.colours"),
+    *("video.display.picture", "video.images", "video.windows"),
 )
 jaxtyping.install_import_hook([f"wan_data.{module}" for module in _CHECKED], "beartype.beartype")
 

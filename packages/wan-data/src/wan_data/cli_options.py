@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from wan_data.prepare.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
-from wan_data.video.display_options import HDR_CHOICES
+from wan_data.video.display.options import HDR_CHOICES
 from wan_data.video.windows import WINDOW_KINDS
 from wan_model.system.versions import check_dependencies
 

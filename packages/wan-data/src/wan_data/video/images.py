@@ -8,8 +8,9 @@ import av
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from wan_data.video.display import HDR, Picture, Rgb, eight_bits, orientation_of_exif, over_background, picture_of
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.display.colours import HDR, eight_bits, over_background
+from wan_data.video.display.options import DisplayOptions
+from wan_data.video.display.picture import Picture, Rgb, orientation_of_exif, picture_of
 from wan_data.video.limits import Limits
 from wan_data.video.media_types import IMAGE_FORMATS
 from wan_data.video.source_file import Rejected

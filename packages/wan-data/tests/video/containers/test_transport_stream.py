@@ -3,7 +3,7 @@ import os
 import pytest
 
 from wan_data.video import transport_stream
-from wan_data.video.transport_stream import CounterBreak, counter_breaks
+from wan_data.video.containers.transport_stream import CounterBreak, counter_breaks
 
 PID, OTHER = 0x100, 0x101
 BEGINS, DAMAGED = 0x40, 0x80
