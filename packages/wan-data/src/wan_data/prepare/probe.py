@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import queue
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from wan_data.video.buckets import Size, choose_bucket, enlargement
 from wan_data.video.decode import ClipInfo
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.limits import READING_VERSION
-from wan_data.video.source_file import Rejected
+from wan_data.video.source_file import Rejected, check_bytes, check_regular
 from wan_data.video.windows import Window, plan_windows
 from wan_model.system.files import naming, sha256_of, sync_file, sync_folder
 from wan_model.system.safe_reading import parse_json, read_bytes
@@ -209,11 +208,9 @@ def _probe_source(
             raise Rejected(source.problem)
         assert source.path is not None, "a source without a path has a problem"
         status = source.path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise Rejected("it is no regular file")
+        check_regular(status)
         size = status.st_size
-        if size > settings.max_source_bytes:
-            raise Rejected(f"it has {size} bytes; at most {settings.max_source_bytes} are read (--max-source-bytes)")
+        check_bytes(size, settings.limits)
         caption = caption_of(source, captions)
         known = cache.find(source.name, size, status.st_mtime_ns)
         if known is None:

@@ -190,7 +190,7 @@ class _Preparation:
         return found
 
     def _write_times(self, manifest: Manifest) -> None:
-        accepted = {record.path for record in manifest.sources if record.verdict == "accepted"}
+        accepted = manifest.accepted
         write_times(self.output, {name: time for name, time in self._times.items() if name in accepted and time})
 
     def _begin(self) -> Manifest:
@@ -215,7 +215,7 @@ class _Preparation:
         Returns:
             The batch, None if nothing is to be done; and the manifest, with newly rejected files if there is no batch.
         """
-        known = {record.path for record in manifest.sources if record.verdict == "accepted"} - changed.keys()
+        known = manifest.accepted.keys() - changed.keys()
         new = [source for source in sources if source.name not in known]
         if not new and not missing:
             return None, manifest

@@ -48,7 +48,7 @@ def find_changes(
         begin: called with the number of files to read, if there are any.
         step: called with the name of each file that has been read.
     """
-    records = {record.path: record for record in manifest.sources if record.verdict == "accepted"}
+    records = manifest.accepted
     captions = CaptionFinder(str(manifest.settings.get("caption_key", "caption")))
     changed: dict[str, list[str]] = {}
     present: set[str] = set()
