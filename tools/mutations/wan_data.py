@@ -93,7 +93,7 @@ MUTATIONS = (
         "prepare/test_run.py::test_a_failing_run_leaves_whole_shards_only_and_is_taken_up",
     ),
     _of(
-        "pixels-from-0-to-2", "prepare/encoding.py",
+        "pixels-from-0-to-2", "prepare/encoding/encoder.py",
         ".float() / 127.5 - 1", ".float() / 127.5",
         "all latents are of videos twice as bright as the autoencoder knows",
         "prepare/test_run.py::test_latents_are_those_of_the_codec",

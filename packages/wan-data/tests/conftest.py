@@ -18,7 +18,7 @@ from wan_model.testing.once import Once, first_users_first, once_in, session_fol
 # Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
 # Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
 _CHECKED = (
-    *("sources.captions", "prepare.encoding", "reading.packing", "shards.serialization", "shards.writer"),
+    *("sources.captions", "prepare.encoding.encoder", "reading.packing", "shards.serialization", "shards.writer"),
     *("video.buckets", "video.containers.transport_stream", "video.decode", "video.display.colours"),
     *("video.display.picture", "video.images", "video.windows"),
 )
@@ -122,7 +122,8 @@ def tiny_model(once: Once) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def reused_decoders() -> Iterator[None]:
     """Preparations in this process share decoder processes; processes that they start have their own."""
-    from wan_data.prepare import encoder_pool, probe
+    from wan_data.prepare import probe
+    from wan_data.prepare.encoding import encoder_pool
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "Decoder", ReusedDecoder)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from folder_digests import without_index
 
-from wan_data.prepare import encoder_pool
 from wan_data.prepare import probe as probing
 from wan_data.prepare import run as running
+from wan_data.prepare.encoding import encoder_pool
 from wan_data.prepare.run import prepare
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.shards.lock import writer_lock

@@ -18,7 +18,7 @@ from wan_data.cli_options import (
     settings_options,
     sources_of,
 )
-from wan_data.prepare.preload import preload_encoders
+from wan_data.prepare.encoding.preload import preload_encoders
 from wan_model.system.standard_streams import CheckedCommand
 
 
@@ -79,7 +79,7 @@ def prepare(
         settings = settings_of(values)
         sources, left_out = sources_of(video_folder, listing, settings)
         if num_processes is None:
-            from wan_data.prepare.encoding import default_processes
+            from wan_data.prepare.encoding.encoder import default_processes
 
             num_processes = default_processes(device)
         if num_processes > 1:
@@ -224,7 +224,7 @@ def preview(path: Path, model: str, output: Path, samples: int, split: str, seed
     """Decode some latents and show their frames above their captions in a contact sheet."""
     with errors_as_messages(path):
         from wan_data.inspect.plots import choose_samples, contact_sheet
-        from wan_data.prepare.encoding import choose_device
+        from wan_data.prepare.encoding.encoder import choose_device
         from wan_model.codec.latent_codec import LatentCodec
 
         if samples < 1:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from wan_data import __version__
 from wan_data.energon.version import energon_version
-from wan_data.prepare.encoder_pool import EncoderPool
-from wan_data.prepare.encoding import EncodedWindow, TextEmbeddings, choose_device, load_codec, make_sample
+from wan_data.prepare.encoding.encoder import EncodedWindow, TextEmbeddings, choose_device, load_codec, make_sample
+from wan_data.prepare.encoding.encoder_pool import EncoderPool
+from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.prepare.output_folder import WORK_FOLDER, clear, output_folder
-from wan_data.prepare.preload import preload_encoders
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.probe_stage import cache_path, gathered, probe
 from wan_data.prepare.ranks import Ranks
