@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from wan_data.video import transport_stream
+from wan_data.video.containers import transport_stream
 from wan_data.video.containers.transport_stream import CounterBreak, counter_breaks
 
 PID, OTHER = 0x100, 0x101
