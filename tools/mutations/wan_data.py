@@ -63,16 +63,16 @@ MUTATIONS = (
         "prepare/test_update_safety.py::test_a_damaged_shard_is_not_copied",
     ),
     _of(
-        "changed-content-of-equal-size", "prepare/changes.py",
+        "changed-content-of-equal-size", "sources/changes.py",
         "elif times.get(source.name) == status.st_mtime_ns:", "elif status.st_size == record.bytes:",
         "a clip that was replaced by one of equal size keeps the samples of the other without a word",
         "prepare/test_update.py::test_changes_are_named_and_left",
     ),
     _of(
-        "cut-video-accepted", "video/truncation.py",
+        "cut-video-accepted", "video/containers/truncation.py",
         "if missing > 0 else None", "if missing > 100_000 else None",
         "a WebM file whose download broke off goes into the dataset as a shorter clip",
-        "video/test_truncation.py",
+        "video/containers/test_truncation.py",
     ),
     _of(
         "dropped-windows-exit-0", "cli.py",
@@ -84,7 +84,7 @@ MUTATIONS = (
         "replaced-clip-of-equal-size", "prepare/probe.py",
         '[value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]', 'value.get("bytes") != size',
         "a clip that was replaced by one of equal size keeps the old digest and frame count",
-        "prepare/test_changes.py::test_cached_probe_results_are_used_again",
+        "prepare/test_run_again.py::test_cached_probe_results_are_used_again",
     ),
     _of(
         "finished-shards-encoded-again", "prepare/run.py",
@@ -93,7 +93,7 @@ MUTATIONS = (
         "prepare/test_run.py::test_a_failing_run_leaves_whole_shards_only_and_is_taken_up",
     ),
     _of(
-        "pixels-from-0-to-2", "prepare/encoding.py",
+        "pixels-from-0-to-2", "prepare/encoding/encoder.py",
         ".float() / 127.5 - 1", ".float() / 127.5",
         "all latents are of videos twice as bright as the autoencoder knows",
         "prepare/test_run.py::test_latents_are_those_of_the_codec",
@@ -105,16 +105,16 @@ MUTATIONS = (
         "video/test_decode.py",
     ),
     _of(
-        "rotation-ignored", "video/display.py",
+        "rotation-ignored", "video/display/picture.py",
         "image = image.swapaxes(0, 1)", "image = image[:]",
         "rotated videos, such as those of phones, are encoded without rotation",
         "video/test_decode.py",
     ),
     _of(
-        "hdr-not-mapped", "video/tone_mapping.py",
+        "hdr-not-mapped", "video/display/tone_mapping.py",
         "intent=perceptual:", "intent=relative_colorimetric:",
         "highlights of HDR videos are cut off at white",
-        "video/test_tone_mapping.py",
+        "video/display/test_tone_mapping.py",
     ),
     _of(
         "windows-overlap-by-one-frame", "video/windows.py",

@@ -4,9 +4,9 @@ import shutil
 import tarfile
 
 from wan_data.inspect.verify import verify
-from wan_data.prepare.changes import captions_of
 from wan_data.prepare.output_folder import WORK_FOLDER
 from wan_data.shards.manifest import read_manifest
+from wan_data.sources.changes import captions_of
 
 
 def change_a_byte(path):

@@ -18,8 +18,9 @@ from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, sess
 # Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
 # Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
 _CHECKED = (
-    *("prepare.captions", "prepare.encoding", "reading.packing", "shards.serialization", "shards.writer"),
-    *("video.buckets", "video.decode", "video.display", "video.images", "video.transport_stream", "video.windows"),
+    *("sources.captions", "prepare.encoding.encoder", "reading.packing", "shards.serialization", "shards.writer"),
+    *("video.buckets", "video.containers.transport_stream", "video.decode", "video.display.colours"),
+    *("video.display.picture", "video.images", "video.windows"),
 )
 jaxtyping.install_import_hook([f"wan_data.{module}" for module in _CHECKED], "beartype.beartype")
 
@@ -121,7 +122,8 @@ def tiny_model(once: Once) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def reused_decoders() -> Iterator[None]:
     """Preparations in this process share decoder processes; processes that they start have their own."""
-    from wan_data.prepare import encoder_pool, probe
+    from wan_data.prepare import probe
+    from wan_data.prepare.encoding import encoder_pool
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "Decoder", ReusedDecoder)
@@ -178,11 +180,11 @@ def clips(once: Once) -> Path:
 
 
 def prepare_result(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> PrepareResult:
-    from wan_data.prepare.folder import files_of_folder
     from wan_data.prepare.run import prepare
+    from wan_data.sources.folder import SourceFolder
 
     more = {"report": Silent(), "device": "cpu", "decoders": 1, **more}
-    return prepare(files_of_folder(clips, settings), output, str(model), settings, **more)
+    return prepare(SourceFolder(clips, images=settings.images).files(), output, str(model), settings, **more)
 
 
 def prepare_folder(clips: Path, output: Path, model: Path, settings: PrepareSettings, **more: Any) -> Manifest:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from folder_digests import without_index
 
-from wan_data.prepare import encoder_pool
 from wan_data.prepare import probe as probing
 from wan_data.prepare import run as running
-from wan_data.prepare.folder import files_of_folder
+from wan_data.prepare.encoding import encoder_pool
 from wan_data.prepare.run import prepare
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.shards.lock import writer_lock
+from wan_data.sources.folder import SourceFolder
 from wan_data.video.decode import probe, read_windows
 from wan_data.video.source_file import Rejected
 from wan_model.codec.latent_codec import LatentCodec
@@ -102,7 +102,7 @@ def fork(
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         if competing:
             running.writer_lock = competing_lock
-        prepare(files_of_folder(clips, SETTINGS), out, model, SETTINGS, report=Quiet(), device="cpu", decoders=1)
+        prepare(SourceFolder(clips).files(), out, model, SETTINGS, report=Quiet(), device="cpu", decoders=1)
         code = 0
     except (ValueError, OSError) as error:
         code, said = 1, f"{getattr(error, 'filename', '')} | {error}"

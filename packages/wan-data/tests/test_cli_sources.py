@@ -27,8 +27,10 @@ def prepare_options(out, folder, model):
     return ("prepare", "--video-folder", folder, "--output-folder", out, "--model", model, "--device", "cpu", *SAME)
 
 
-def test_what_is_left_out_is_named_and_decides_no_exit_code(copies, tiny_model):
+def test_what_is_left_out_is_named_and_decides_no_exit_code(copies, tiny_model, monkeypatch):
     out, folder = copies
+    walk, listed = os.walk, []
+    monkeypatch.setattr(os, "walk", lambda top, **more: listed.append(top) or walk(top, **more))
     for name in (".hidden.mp4", ".git/a.mp4", "paper.pdf", "still.png", "orphan.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
@@ -49,6 +51,7 @@ def test_what_is_left_out_is_named_and_decides_no_exit_code(copies, tiny_model):
     done = run(*plan, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["left_out"] == named
+    assert listed.count(folder) == 3, "each command lists the folder once"
 
 
 def test_missing_files_alone_are_no_failure_and_kept_ones_are(copies, tiny_model):

@@ -6,7 +6,7 @@ import jaxtyping
 import pytest
 import torch
 
-from wan_data.prepare.encoding import encode_batch
+from wan_data.prepare.encoding.encoder import encode_batch
 from wan_data.shards.serialization import tensor_to_pth
 from wan_data.shards.writer import Sample
 

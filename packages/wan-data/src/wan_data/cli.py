@@ -13,13 +13,12 @@ from wan_data.cli_options import (
     errors_as_messages,
     flag,
     input_options,
-    left_out_of,
     resumable,
     settings_of,
     settings_options,
     sources_of,
 )
-from wan_data.prepare.preload import preload_encoders
+from wan_data.prepare.encoding.preload import preload_encoders
 from wan_model.system.standard_streams import CheckedCommand
 
 
@@ -78,9 +77,9 @@ def prepare(
         from wan_data.progress import SilentReport, make_report
 
         settings = settings_of(values)
-        sources = sources_of(video_folder, listing, settings)
+        sources, left_out = sources_of(video_folder, listing, settings)
         if num_processes is None:
-            from wan_data.prepare.encoding import default_processes
+            from wan_data.prepare.encoding.encoder import default_processes
 
             num_processes = default_processes(device)
         if num_processes > 1:
@@ -106,7 +105,7 @@ def prepare(
                 ranks=ranks,
             )
     if ranks.rank == 0:
-        for line in (*summary_lines(result, output_folder), *left_out_of(video_folder, listing, settings)):
+        for line in (*summary_lines(result, output_folder), *left_out()):
             click.echo(line)
     incomplete = any(source.verdict == "rejected" or source.dropped for source in result.manifest.sources)
     if not allow_rejects and (incomplete or result.changed or result.kept):
@@ -145,14 +144,14 @@ def plan(
         from wan_data.progress import make_report
 
         settings = settings_of(values)
-        sources = sources_of(video_folder, listing, settings)
+        sources, left_out = sources_of(video_folder, listing, settings)
         with make_report() as report:
             results = probe_only(sources, settings, report=report, decoders=num_decoders, output=output_folder)
             rate = None
             if model is not None:
                 report.log(f"measuring {model}")
                 rate = measured_rate(model, settings, device)
-        found = {**make_plan(results, settings, rate=rate), "left_out": left_out_of(video_folder, listing, settings)}
+        found = {**make_plan(results, settings, rate=rate), "left_out": left_out()}
     if as_json:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
@@ -196,7 +195,7 @@ def inspect(
 def verify(path: Path, sources: Path | None, listing: Path | None) -> None:
     """Check digests, every sample and value, counts and metadata of a dataset. Exit code 1 if there are problems."""
     from wan_data.inspect.verify import verify as check
-    from wan_data.prepare.changes import captions_of
+    from wan_data.sources.changes import captions_of
 
     with errors_as_messages(path):
         checked, problems = check(
@@ -225,7 +224,7 @@ def preview(path: Path, model: str, output: Path, samples: int, split: str, seed
     """Decode some latents and show their frames above their captions in a contact sheet."""
     with errors_as_messages(path):
         from wan_data.inspect.plots import choose_samples, contact_sheet
-        from wan_data.prepare.encoding import choose_device
+        from wan_data.prepare.encoding.encoder import choose_device
         from wan_model.codec.latent_codec import LatentCodec
 
         if samples < 1:

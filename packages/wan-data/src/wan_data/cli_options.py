@@ -5,15 +5,18 @@ import errno
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from wan_data.prepare.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
-from wan_data.video.display_options import HDR_CHOICES
+from wan_data.video.display.options import HDR_CHOICES
 from wan_data.video.windows import WINDOW_KINDS
 from wan_model.system.option_names import option_names
 from wan_model.system.versions import check_dependencies
+
+if TYPE_CHECKING:
+    from wan_data.sources.source import SourceFile
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _DEFAULT = PrepareSettings()
@@ -51,27 +54,27 @@ def settings_of(values: dict[str, Any]) -> PrepareSettings:
     )
 
 
-def sources_of(video_folder: Path | None, listing: Path | None, settings: PrepareSettings) -> Any:
+def sources_of(
+    video_folder: Path | None, listing: Path | None, settings: PrepareSettings
+) -> tuple[list["SourceFile"], Callable[[], list[str]]]:
     """The sources that the options of ``input_options`` name.
+
+    Returns:
+        The sources; and a function that says what of the folder is not read, nothing if a listing names the files.
 
     Raises:
         ValueError: neither a folder nor a listing is given, or it holds no sources.
     """
-    from wan_data.prepare.folder import files_of_folder
-    from wan_data.prepare.sources import files_of_listing
+    from wan_data.sources.folder import SourceFolder
+    from wan_data.sources.listing import files_of_listing
 
     if listing is not None:
-        return files_of_listing(listing, video_folder, settings)
+        sources = files_of_listing(listing, video_folder, images=settings.images, caption_key=settings.caption_key)
+        return sources, list
     if video_folder is None:
         raise ValueError("no input is given: pass --video-folder, or --listing")
-    return files_of_folder(video_folder, settings)
-
-
-def left_out_of(video_folder: Path | None, listing: Path | None, settings: PrepareSettings) -> list[str]:
-    """What of the folder is not read; nothing of a folder that a listing names files of."""
-    from wan_data.prepare.folder import left_out
-
-    return [] if listing is not None or video_folder is None else left_out(video_folder, settings)
+    folder = SourceFolder(video_folder, images=settings.images)
+    return folder.files(), folder.left_out
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ import zipfile
 import pytest
 
 from wan_data.inspect.verify import verify
-from wan_data.prepare.changes import captions_of
 from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_data.shards.reader import members_of
 from wan_data.shards.writer import ShardWriter
+from wan_data.sources.changes import captions_of
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The files of an unfinished preparation, damaged: one sentence that names the file and what to do, or no matter."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -9,7 +10,6 @@ import pytest
 from thread_ranks import ThreadRanks
 
 from wan_data.prepare import run as preparation
-from wan_data.prepare.changes import SourceChanges
 from wan_data.prepare.output_folder import output_folder
 from wan_data.prepare.probe import ProbeCache
 from wan_data.prepare.probe_stage import gathered, probe_only
@@ -18,10 +18,11 @@ from wan_data.prepare.removal import RewrittenShard, delete_superseded, note_sup
 from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import ShardBatch
-from wan_data.prepare.work_files import check_work_folder
+from wan_data.prepare.work_files import check_work_folder, read_work_file
 from wan_data.shards.lock import writer_lock
 from wan_data.shards.manifest import Manifest
 from wan_data.shards.writer import ShardRecord
+from wan_data.sources.changes import SourceChanges
 from wan_data.video.decode import ClipInfo
 from wan_model.latent_spec import LatentSpec
 
@@ -41,7 +42,7 @@ READERS = {
     "superseded.json": lambda work: delete_superseded(work.parent, work, MANIFEST),
     "shard-000000.json": lambda work: FinishedShard.read(work / "shard-000000.json"),
     "rewritten-000001.json": lambda work: RewrittenShard.read(work / "rewritten-000001.json"),
-    "changes.json": lambda work: SourceChanges.read(work / "changes.json"),
+    "changes.json": lambda work: read_work_file(work / "changes.json", SourceChanges),
     "round.json": ShardBatch.read,
     "verdicts-00001.json": lambda work: gathered([], work, TwoRanks()),
 }
@@ -126,8 +127,8 @@ def test_good_files_are_read_as_they_were_written(work):
     rewritten.write(work / "rewritten-000001.json")
     assert RewrittenShard.read(work / "rewritten-000001.json") == rewritten
     changes = SourceChanges({"a": "a has changed"}, ("b",))
-    changes.write(work / "changes.json")
-    assert SourceChanges.read(work / "changes.json") == changes
+    (work / "changes.json").write_text(json.dumps(dataclasses.asdict(changes)))
+    assert read_work_file(work / "changes.json", SourceChanges) == changes
     (work.parent / RECORD["name"]).touch()
     note_superseded(work, [RECORD["name"]])
     delete_superseded(work.parent, work, MANIFEST)

@@ -20,7 +20,7 @@ from folder_digests import digests, without_index
 from tokenizers import Tokenizer
 
 from wan_data.inspect.verify import verify
-from wan_data.prepare import encoder_pool
+from wan_data.prepare.encoding import encoder_pool
 from wan_data.prepare.output_folder import WORK_FOLDER
 from wan_data.prepare.results import PrepareResult, summary_lines
 from wan_data.prepare.settings import PrepareSettings

@@ -16,13 +16,13 @@ from torch.distributed import HashStore
 
 from wan_data.inspect.verify import verify
 from wan_data.prepare import run
-from wan_data.prepare.changes import SourceChanges, captions_of, find_changes
-from wan_data.prepare.folder import files_of_folder
 from wan_data.prepare.results import summary_lines
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.source_times import TIMES_NAME, read_times
 from wan_data.shards.manifest import read_manifest
 from wan_data.shards.writer import source_key
+from wan_data.sources.changes import captions_of, find_changes
+from wan_data.sources.folder import SourceFolder
+from wan_data.sources.modification_times import TIMES_NAME, read_times
 
 
 def test_changes_are_named_and_left(prepare_again, copies, settings, tiny_model):
@@ -54,7 +54,7 @@ def test_changes_are_named_and_left(prepare_again, copies, settings, tiny_model)
     old = dataclasses.replace(
         before, sources=tuple(dataclasses.replace(one, caption_sha256=None) for one in before.sources)
     )
-    found = find_changes(files_of_folder(folder, settings), old, {})
+    found = find_changes(SourceFolder(folder).files(), old, {})
     assert list(found.changed) == ["many/clip 1.v1.mkv", "wide.mkv"]
 
 
@@ -219,8 +219,8 @@ def test_an_update_by_two_ranks_gives_the_same_bytes(updated, prepare_again, cop
     _, by_one, result = updated
     assert results[0] == results[1] == result
     # A rank that is late finds what the first one has written, also where nothing is to be done.
-    read, store = SourceChanges.read, HashStore()
-    monkeypatch.setattr(SourceChanges, "read", lambda path: time.sleep(0.5) or read(path))
+    read, store = run.read_work_file, HashStore()
+    monkeypatch.setattr(run, "read_work_file", lambda path, kind: time.sleep(0.5) or read(path, kind))
     assert [one.manifest for one in by_both(of_rank)] == [result.manifest] * 2
     (out / TIMES_NAME).write_bytes((by_one / TIMES_NAME).read_bytes())
     assert without_index(out) == without_index(by_one)

@@ -11,12 +11,12 @@ from folder_digests import without_index
 
 from wan_data.inspect.verify import verify
 from wan_data.prepare import run
-from wan_data.prepare.folder import files_of_folder
 from wan_data.prepare.output_folder import WORK_FOLDER
 from wan_data.prepare.results import summary_lines
-from wan_data.prepare.source_times import TIMES_NAME, read_times
-from wan_data.prepare.sources import files_of_listing
 from wan_data.shards.manifest import read_manifest
+from wan_data.sources.folder import SourceFolder
+from wan_data.sources.listing import files_of_listing
+from wan_data.sources.modification_times import TIMES_NAME, read_times
 from wan_model.testing.permissions import permissions_apply
 
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_looked_at_is_not_missing(prepare_again, copies, settings
             permissions_apply(),
             pytest.raises(ValueError, match=r"/deep cannot be listed: Permission denied; make it"),
         ):
-            files_of_folder(folder, settings)
+            SourceFolder(folder).files()
     finally:
         (folder / "deep").chmod(0o700)
 
@@ -122,7 +122,7 @@ def test_a_broken_row_of_a_listing_removes_nothing(copies, settings, tiny_model,
     rows = [json.dumps({"video_path": name, "caption": "x"}) for name in names]
     listing = tmp_path / "list.jsonl"
     listing.write_text("\n".join([*rows[:3], rows[3][:-1], *rows[5:]]) + "\n")
-    sources = files_of_listing(listing, folder, settings)
+    sources = files_of_listing(listing, folder)
     options = {"report": silent, "device": "cpu", "decoders": 1}
     with pytest.raises(ValueError, match=r"--remove-missing cannot tell .* while 1 rows name none \(list.jsonl line 4"):
         run.prepare(sources, out, str(tiny_model), settings, remove_missing=True, **options)

@@ -13,7 +13,7 @@ from reused_decoder import ReusedDecoder
 from wan_data.video.buckets import Size
 from wan_data.video.decode import probe, read_windows
 from wan_data.video.decoder_process import Decoder, Job
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.display.options import DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected
 from wan_data.video.windows import Window

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from wan_data.video.buckets import Size
 from wan_data.video.decode import probe, read_windows
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.display.options import DisplayOptions
 from wan_data.video.images import read_image
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source

@@ -39,9 +39,9 @@ from media_files import (
     write_with_cover,
 )
 
-from wan_data.video.containers import VideoReader, _shown_stream
+from wan_data.video.containers.video_reader import VideoReader, _shown_stream
 from wan_data.video.decode import probe
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.display.options import DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source
 

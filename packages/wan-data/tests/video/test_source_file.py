@@ -11,7 +11,7 @@ from media_files import picture, write_image, write_video
 from PIL import Image
 
 from wan_data.video.decode import probe
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.display.options import DisplayOptions
 from wan_data.video.images import read_image
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wan_data.prepare.ranks import Ranks
-from wan_data.prepare.source_times import TIMES_NAME
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME
 from wan_data.shards.energon_metadata import META_FOLDER
 from wan_data.shards.lock import LOCK_NAME, writer_lock
 from wan_data.shards.manifest import MANIFEST_NAME
+from wan_data.sources.modification_times import TIMES_NAME
 from wan_model.system.files import PARTIAL_SUFFIX, sync_folder
 
 # The state of an unfinished preparation: the next run resumes from it, the end of a run removes it.

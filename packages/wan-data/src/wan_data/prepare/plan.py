@@ -104,7 +104,7 @@ def measured_rate(model: str, settings: PrepareSettings, device: str) -> float:
     """
     import torch
 
-    from wan_data.prepare.encoding import choose_device, encode_batch, load_codec
+    from wan_data.prepare.encoding.encoder import choose_device, encode_batch, load_codec
 
     codec = load_codec(model, settings, choose_device(device), vae=True, text=False)
     frames = min(5, settings.window_lengths.longest)

@@ -9,21 +9,20 @@ import contextlib
 import dataclasses
 import json
 import queue
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.captions import CaptionFinder
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.sources import SourceFile, caption_of
 from wan_data.prepare.work_files import LARGEST, remedy_named
 from wan_data.shards.json_records import from_json
+from wan_data.sources.captions import CaptionFinder
+from wan_data.sources.source import SourceFile, caption_of
 from wan_data.video.buckets import Size, choose_bucket, enlargement
 from wan_data.video.decode import ClipInfo
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.limits import READING_VERSION
-from wan_data.video.source_file import Rejected
+from wan_data.video.source_file import Rejected, check_bytes, check_regular
 from wan_data.video.windows import Window, plan_windows
 from wan_model.system.files import naming, sha256_of, sync_file, sync_folder
 from wan_model.system.safe_reading import parse_json, read_bytes
@@ -34,7 +33,7 @@ class PlannedSource:
     """An accepted source with the windows that become samples.
 
     Attributes:
-        name: see ``wan_data.prepare.sources.SourceFile``.
+        name: see ``wan_data.sources.source.SourceFile``.
         path: the file.
         bytes, sha256: size and digest of the file.
         caption: the caption of all its samples.
@@ -209,11 +208,9 @@ def _probe_source(
             raise Rejected(source.problem)
         assert source.path is not None, "a source without a path has a problem"
         status = source.path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise Rejected("it is no regular file")
+        check_regular(status)
         size = status.st_size
-        if size > settings.max_source_bytes:
-            raise Rejected(f"it has {size} bytes; at most {settings.max_source_bytes} are read (--max-source-bytes)")
+        check_bytes(size, settings.limits)
         caption = caption_of(source, captions)
         known = cache.find(source.name, size, status.st_mtime_ns)
         if known is None:

@@ -10,9 +10,9 @@ from wan_data.prepare.probe import PlannedSource, ProbeCache, ProbeResult, Rejec
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report, describe
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.sources import SourceFile
 from wan_data.prepare.work_files import check_work_folder, read_work_file, remedy_named
 from wan_data.shards.json_records import from_json
+from wan_data.sources.source import SourceFile
 from wan_model.system.files import write_json
 from wan_model.system.torchrun import processors
 

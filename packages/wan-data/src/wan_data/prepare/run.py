@@ -9,11 +9,10 @@ from pathlib import Path
 
 from wan_data import __version__
 from wan_data.energon.version import energon_version
-from wan_data.prepare.changes import SourceChanges, find_changes
-from wan_data.prepare.encoder_pool import EncoderPool
-from wan_data.prepare.encoding import EncodedWindow, TextEmbeddings, choose_device, load_codec, make_sample
+from wan_data.prepare.encoding.encoder import EncodedWindow, TextEmbeddings, choose_device, load_codec, make_sample
+from wan_data.prepare.encoding.encoder_pool import EncoderPool
+from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.prepare.output_folder import WORK_FOLDER, clear, output_folder
-from wan_data.prepare.preload import preload_encoders
 from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.probe_stage import cache_path, gathered, probe
 from wan_data.prepare.ranks import Ranks
@@ -38,14 +37,16 @@ from wan_data.prepare.results import (
 )
 from wan_data.prepare.settings import PrepareSettings, require_same_settings
 from wan_data.prepare.shard_batches import BATCH_NAME, EncodeTask, ShardBatch, ShardPlan, encode_tasks, plan_shard_batch
-from wan_data.prepare.source_times import read_times, write_times
-from wan_data.prepare.sources import SourceFile
-from wan_data.prepare.work_files import check_work_folder
+from wan_data.prepare.work_files import check_work_folder, read_work_file
 from wan_data.reading.empty_caption import write_empty_caption
 from wan_data.shards.energon_metadata import restore_metadata, write_metadata
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.shards.writer import ShardRecord, ShardWriter
+from wan_data.sources.changes import SourceChanges, find_changes
+from wan_data.sources.modification_times import read_times, write_times
+from wan_data.sources.source import SourceFile
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.files import write_json
 from wan_model.system.torchrun import processors
 
 
@@ -70,7 +71,7 @@ def prepare(
     say otherwise; what has changed is in the result.
 
     Args:
-        sources: of ``wan_data.prepare.folder`` or ``wan_data.prepare.sources``.
+        sources: of ``wan_data.sources.folder`` or ``wan_data.sources.listing``.
         output: folder of the dataset.
         model: folder in diffusers' layout, or a hub id.
         settings: determine the bytes of the shards.
@@ -146,10 +147,9 @@ class _Preparation:
                 )
             again = changes.changed if update else {}
             gone = changes.missing if remove_missing else ()
-            if (new := self._plan_new_batch(sources, manifest, again, gone)) is not None:
+            new, manifest = self._plan_new_batch(sources, manifest, again, gone)
+            if new is not None:
                 manifest = self._encode(new, manifest, "new")
-            elif manifest.complete:
-                manifest = read_manifest(self.output)  # planning may have added rejected files
             if self.ranks.rank == 0:
                 current = with_current_rejects(manifest, {source.name for source in sources})
                 if current != manifest and current.complete:
@@ -182,15 +182,15 @@ class _Preparation:
             )
             self._times |= found.times
             if self.ranks.world_size > 1:
-                found.write(path)
+                write_json(path, {"changed": found.changed, "missing": found.missing})  # only this rank needs the times
         self.ranks.barrier("compared")
         if self.ranks.rank:
-            found = SourceChanges.read(path)
+            found = read_work_file(path, SourceChanges)
         self.ranks.barrier("changes-read")  # the first rank may remove the file at once
         return found
 
     def _write_times(self, manifest: Manifest) -> None:
-        accepted = {record.path for record in manifest.sources if record.verdict == "accepted"}
+        accepted = manifest.accepted
         write_times(self.output, {name: time for name, time in self._times.items() if name in accepted and time})
 
     def _begin(self) -> Manifest:
@@ -209,12 +209,16 @@ class _Preparation:
 
     def _plan_new_batch(
         self, sources: Sequence[SourceFile], manifest: Manifest, changed: Mapping[str, str], missing: Sequence[str]
-    ) -> ShardBatch | None:
-        """Plan shards for new and changed sources, and the removal of missing ones; None if nothing is to be done."""
-        known = {record.path for record in manifest.sources if record.verdict == "accepted"} - changed.keys()
+    ) -> tuple[ShardBatch | None, Manifest]:
+        """Plan shards for new and changed sources, and the removal of missing ones.
+
+        Returns:
+            The batch, None if nothing is to be done; and the manifest, with newly rejected files if there is no batch.
+        """
+        known = manifest.accepted.keys() - changed.keys()
         new = [source for source in sources if source.name not in known]
         if not new and not missing:
-            return None
+            return None, manifest
         if self.ranks.rank == 0:
             # A run that ended after it had planned a batch leaves the results of its own probing.
             for path in self.work.glob("verdicts-*.json"):
@@ -229,7 +233,9 @@ class _Preparation:
         if self.ranks.rank == 0:
             self._write_batch(results, manifest, changed, missing)
         self.ranks.barrier("planned")
-        return ShardBatch.read(self.work)
+        if (batch := ShardBatch.read(self.work)) is None:
+            manifest = read_manifest(self.output)
+        return batch, manifest
 
     def _write_batch(
         self, results: list[ProbeResult], manifest: Manifest, changed: Mapping[str, str], missing: Sequence[str]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.video.buckets import Size, buckets_of_area, check_side
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.display.options import DisplayOptions
 from wan_data.video.limits import READING_VERSION, Limits
 from wan_data.video.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
 from wan_model.precision import VAE_PRECISIONS
@@ -37,7 +37,7 @@ class PrepareSettings:
         center_crop: keep the aspect ratio and crop the margins; otherwise stretch.
         allow_upscaling: accept sources that are smaller than their bucket.
         caption_key: key of the caption in JSON files and listings.
-        background, hdr: how sources are displayed (see ``wan_data.video.display_options.DisplayOptions``).
+        background, hdr: how sources are displayed (see ``wan_data.video.display.options.DisplayOptions``).
         max_source_frames, max_source_pixels, max_source_bytes, max_source_still: limits of an accepted source (see
             ``wan_data.video.limits.Limits``).
         batch_size: number of windows of one shape that are encoded together; it changes the last digits of latents.
@@ -117,6 +117,11 @@ class PrepareSettings:
             raise ValueError("areas holds none; name at least one")
         self.resolutions()
         _ = self.limits, self.display
+
+    @property
+    def images(self) -> bool:
+        """Image files are sources, as videos are."""
+        return self.mode == "frames"
 
     @property
     def limits(self) -> Limits:

@@ -103,6 +103,11 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def accepted(self) -> dict[str, SourceRecord]:
+        """The sources that have samples, by their paths."""
+        return {record.path: record for record in self.sources if record.verdict == "accepted"}
+
+    @property
     def samples(self) -> dict[str, int]:
         """Number of samples of each split."""
         counts: dict[str, int] = {}

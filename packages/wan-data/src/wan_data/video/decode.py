@@ -15,9 +15,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from wan_data.video.buckets import Size
-from wan_data.video.containers import VideoReader
-from wan_data.video.display import Picture
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.containers.video_reader import VideoReader
+from wan_data.video.display.options import DisplayOptions
+from wan_data.video.display.picture import Picture
 from wan_data.video.images import read_image
 from wan_data.video.limits import Limits
 from wan_data.video.media_types import IMAGE_SUFFIXES

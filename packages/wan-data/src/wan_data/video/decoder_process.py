@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.video.buckets import Size
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.display.options import DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.windows import Window
 from wan_model.system.child_process import follow_parent

@@ -8,11 +8,12 @@ import av
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from wan_data.video.display import HDR, Picture, Rgb, eight_bits, orientation_of_exif, over_background, picture_of
-from wan_data.video.display_options import DisplayOptions
+from wan_data.video.display.colours import HDR, eight_bits, over_background
+from wan_data.video.display.options import DisplayOptions
+from wan_data.video.display.picture import Picture, Rgb, orientation_of_exif, picture_of
 from wan_data.video.limits import Limits
 from wan_data.video.media_types import IMAGE_FORMATS
-from wan_data.video.source_file import Rejected
+from wan_data.video.source_file import Rejected, check_pixels
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is compared with the size in the header instead
 _LARGEST_FILE = 2**30
@@ -61,11 +62,7 @@ def read_image(file: BinaryIO, limits: Limits, display: DisplayOptions) -> Pictu
 
 
 def _check(image: Image.Image, limits: Limits) -> None:
-    if image.width * image.height > limits.pixels:
-        raise Rejected(
-            f"its frames have {image.width} x {image.height} pixels; at most {limits.pixels} are read "
-            "(--max-source-pixels)"
-        )
+    check_pixels(image.width, image.height, limits)
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format in ("PNG", "WEBP"):
         raise Rejected(f"it is an animation of {frames} pictures; convert it to a video")

@@ -25,6 +25,38 @@ class Rejected(ValueError):
     """A source cannot be used; the message continues the sentence "SOURCE: ..."."""
 
 
+def check_regular(status: os.stat_result) -> None:
+    """Refuse folders, named pipes and devices.
+
+    Raises:
+        Rejected: it is no regular file.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        raise Rejected("it is no regular file")
+
+
+def check_bytes(size: int, limits: Limits) -> None:
+    """Compare the bytes of a file with the limit.
+
+    Raises:
+        Rejected: it has more.
+    """
+    if size > limits.bytes:
+        raise Rejected(f"it has {size} bytes; at most {limits.bytes} are read (--max-source-bytes)")
+
+
+def check_pixels(width: int, height: int, limits: Limits) -> None:
+    """Compare the pixels of a frame, as it is stored, with the limit.
+
+    Raises:
+        Rejected: it has more.
+    """
+    if width * height > limits.pixels:
+        raise Rejected(
+            f"its frames have {width} x {height} pixels; at most {limits.pixels} are read (--max-source-pixels)"
+        )
+
+
 @contextlib.contextmanager
 def open_source(path: Path, limits: Limits) -> Iterator[BinaryIO]:
     """The open file of a source.
@@ -37,12 +69,10 @@ def open_source(path: Path, limits: Limits) -> Iterator[BinaryIO]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise Rejected("it is no regular file")
+        check_regular(status)
         if not status.st_size:
             raise Rejected("it is empty (0 bytes)")
-        if status.st_size > limits.bytes:
-            raise Rejected(f"it has {status.st_size} bytes; at most {limits.bytes} are read (--max-source-bytes)")
+        check_bytes(status.st_size, limits)
         yield file
 
 

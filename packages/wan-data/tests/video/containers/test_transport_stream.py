@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-from wan_data.video import transport_stream
-from wan_data.video.transport_stream import CounterBreak, counter_breaks
+from wan_data.video.containers import transport_stream
+from wan_data.video.containers.transport_stream import CounterBreak, counter_breaks
 
 PID, OTHER = 0x100, 0x101
 BEGINS, DAMAGED = 0x40, 0x80

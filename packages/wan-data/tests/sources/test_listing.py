@@ -2,11 +2,10 @@ import json
 
 import pytest
 
-from wan_data.prepare.captions import CaptionFinder
-from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.sources import caption_of, files_of_listing
+from wan_data.sources.captions import CaptionFinder
+from wan_data.sources.listing import files_of_listing
+from wan_data.sources.source import caption_of
 
-VIDEOS, IMAGES = PrepareSettings(), PrepareSettings(mode="frames")
 ROWS = [
     {"video": "b.mp4", "caption": "größer, with a comma"},
     {"video": "deep/a.mp4", "caption": "two\nlines"},
@@ -41,15 +40,24 @@ WRITERS = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_parquet}
 def test_listings(tmp_path, kind):
     listing = tmp_path / f"clips.{kind}"
     WRITERS[kind](listing, ROWS)
-    b, c, a = files_of_listing(listing, None, VIDEOS)
+    b, c, a = files_of_listing(listing)
     assert (a.name, a.path, a.caption) == ("deep/a.mp4", tmp_path / "deep" / "a.mp4", "two\nlines")
     assert (b.name, b.caption, b.problem) == ("b.mp4", "größer, with a comma", None)
     assert c.caption is None
     assert "caption" in c.problem
-    elsewhere = files_of_listing(listing, tmp_path / "videos", VIDEOS)
+    elsewhere = files_of_listing(listing, tmp_path / "videos")
     assert elsewhere[0].path == tmp_path / "videos" / "b.mp4"
     assert [source.name for source in elsewhere] == ["b.mp4", "c.mp4", "deep/a.mp4"]
     assert caption_of(a, CaptionFinder()) == "two\nlines", "nothing beside the file is looked for"
+
+
+def test_images_are_sources_where_they_are_asked_for(tmp_path):
+    write_csv(tmp_path / "list.csv", [{"video": "a.png", "caption": "x"}, {"video": "b.MP4", "caption": "y"}])
+    still, clip = files_of_listing(tmp_path / "list.csv", images=True)
+    assert (still.problem, clip.problem) == (None, None)
+    still, clip = files_of_listing(tmp_path / "list.csv")
+    assert "expected a file ending in .mp4" in still.problem
+    assert clip.problem is None
 
 
 def test_every_row_is_accounted_for(tmp_path):
@@ -64,7 +72,7 @@ def test_every_row_is_accounted_for(tmp_path):
         '{"video": "d.mp4", "text": "another key"}',
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    sources = files_of_listing(tmp_path / "list.jsonl", None, VIDEOS)
+    sources = files_of_listing(tmp_path / "list.jsonl")
     assert len(sources) == len(rows)
     problems = {source.name: source.problem for source in sources}
     assert problems.pop("a.mp4") is None
@@ -102,9 +110,9 @@ def test_every_row_is_accounted_for(tmp_path):
 def test_broken_listings_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        files_of_listing(tmp_path / name, None, VIDEOS)
+        files_of_listing(tmp_path / name)
     with pytest.raises(ValueError, match="does not exist"):
-        files_of_listing(tmp_path / "absent.csv", None, VIDEOS)
+        files_of_listing(tmp_path / "absent.csv")
 
 
 def test_a_parquet_file_of_many_equal_texts_is_refused_before_it_grows(tmp_path):
@@ -120,37 +128,37 @@ def test_a_parquet_file_of_many_equal_texts_is_refused_before_it_grows(tmp_path)
     with pytest.raises(
         ValueError, match="has in the column 'caption' a text of 1,000,000 bytes; expected at most 400,000"
     ):
-        files_of_listing(tmp_path / "a.parquet", None, VIDEOS)
+        files_of_listing(tmp_path / "a.parquet")
 
 
 def test_a_parquet_file_without_the_caption_names_its_columns(tmp_path):
     pytest.importorskip("pyarrow")
     write_parquet(tmp_path / "a.parquet", [{"video": "a.mp4", "text": "x", "other": 1}])
     with pytest.raises(ValueError, match="has no column 'caption', only 'video', 'text', 'other'; choose another with"):
-        files_of_listing(tmp_path / "a.parquet", None, VIDEOS)
-    (source,) = files_of_listing(tmp_path / "a.parquet", None, PrepareSettings(caption_key="text"))
+        files_of_listing(tmp_path / "a.parquet")
+    (source,) = files_of_listing(tmp_path / "a.parquet", caption_key="text")
     assert source.caption == "x"
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_number_of_rows_is_bounded(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("wan_data.prepare.captions.MOST_ROWS", 5)
+    monkeypatch.setattr("wan_data.sources.captions.MOST_ROWS", 5)
     listing = tmp_path / f"clips.{kind}"
     WRITERS[kind](listing, [{"video": f"{index}.mp4", "caption": "x"} for index in range(5)])
-    assert len(files_of_listing(listing, None, VIDEOS)) == 5
+    assert len(files_of_listing(listing)) == 5
     for names in (range(6), [0] * 6):
         WRITERS[kind](listing, [{"video": f"{index}.mp4", "caption": "x"} for index in names])
         with pytest.raises(
             ValueError, match=rf"clips\.{kind} has over 5 rows; divide it, and prepare a dataset of each"
         ):
-            files_of_listing(listing, None, VIDEOS)
+            files_of_listing(listing)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_row_that_is_repeated_for_ever_is_named_once(tmp_path, kind):
     listing = tmp_path / f"clips.{kind}"
     WRITERS[kind](listing, [{"video": f"{index}.mp4", "caption": "x"} for index in [1, *[0] * 2000, 1, 2]])
-    found = {source.name: source.problem for source in files_of_listing(listing, None, VIDEOS)}
+    found = {source.name: source.problem for source in files_of_listing(listing)}
     assert sorted(filter(None, found.values())) == [
         "it is listed 2,000 times; keep one row",
         "it is listed twice; keep one row",
@@ -161,10 +169,10 @@ def test_a_row_that_is_repeated_for_ever_is_named_once(tmp_path, kind):
 def test_rows_of_parquet_are_counted_before_they_are_read(tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     write_parquet(tmp_path / "a.parquet", [{"video": "a.mp4", "caption": "x"}] * 9)
-    monkeypatch.setattr("wan_data.prepare.captions.MOST_ROWS", 5)
+    monkeypatch.setattr("wan_data.sources.captions.MOST_ROWS", 5)
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("rows are read"))
     with pytest.raises(ValueError, match="has over 5 rows"):
-        files_of_listing(tmp_path / "a.parquet", None, VIDEOS)
+        files_of_listing(tmp_path / "a.parquet")
 
 
 def test_a_text_file_is_a_caption(tmp_path):

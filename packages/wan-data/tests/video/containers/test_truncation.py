@@ -9,9 +9,9 @@ import av
 import numpy as np
 import pytest
 
+from wan_data.video.containers.truncation import missing_end
 from wan_data.video.decode import probe
 from wan_data.video.source_file import Rejected
-from wan_data.video.truncation import missing_end
 
 FILES = {
     "a.mkv": ("libx264", "matroska", {}),

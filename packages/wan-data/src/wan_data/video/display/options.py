@@ -13,7 +13,7 @@ class DisplayOptions:
 
     Attributes:
         background: colour behind transparent pixels, as ``#rrggbb``.
-        hdr: ``refuse`` a video in HDR (PQ, HLG), or ``tone-map`` it (see ``wan_data.video.tone_mapping``).
+        hdr: ``refuse`` a video in HDR (PQ, HLG), or ``tone-map`` it (see ``wan_data.video.display.tone_mapping``).
 
     Raises:
         ValueError: one of them is neither.

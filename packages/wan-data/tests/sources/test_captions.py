@@ -1,6 +1,6 @@
 import pytest
 
-from wan_data.prepare.captions import CaptionFinder
+from wan_data.sources.captions import CaptionFinder
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_captions_that_differ_are_refused_and_equal_ones_agree(folder):
 
 
 def test_a_list_of_captions_is_bounded_and_read_line_by_line(folder, monkeypatch):
-    monkeypatch.setattr("wan_data.prepare.captions.MOST_ROWS", 3)
+    monkeypatch.setattr("wan_data.sources.captions.MOST_ROWS", 3)
     line = '{"video": "clip.mp4", "caption": "x"}\n'
     (folder / "list.jsonl").write_text("\n" * 9 + 3 * line)
     assert find(folder) == "x"

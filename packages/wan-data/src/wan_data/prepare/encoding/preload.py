@@ -19,8 +19,8 @@ def preload_encoders() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "wan_data.prepare.fork_server",
-            "wan_data.prepare.encoder_pool",
+            "wan_data.prepare.encoding.fork_server",
+            "wan_data.prepare.encoding.encoder_pool",
             "diffusers.models.autoencoders.autoencoder_kl_wan",
         ]
     )

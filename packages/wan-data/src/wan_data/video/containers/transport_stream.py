@@ -3,7 +3,7 @@
 FFmpeg marks data as corrupt where the counter of a stream's packets breaks, which it does where two recordings were
 concatenated (``cat a.ts b.ts``). There no data are missing: the access unit before the break ends with stuffing bytes,
 which only the last packet of a unit has, and the packet after the break begins a unit. That no unit is missing either
-shows in the time stamps (``wan_data.video.timing``).
+shows in the time stamps (``wan_data.video.containers.timing``).
 """
 
 import dataclasses

@@ -10,11 +10,11 @@ import pytest
 from media_files import COLOURS, HEIGHT, WIDTH, quarters, write_video
 
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.video import tone_mapping
-from wan_data.video.containers import VideoReader
+from wan_data.video.containers.video_reader import VideoReader
 from wan_data.video.decode import probe
-from wan_data.video.display import Colours, check_colours
-from wan_data.video.display_options import TONE_MAP, DisplayOptions
+from wan_data.video.display import tone_mapping
+from wan_data.video.display.colours import Colours, check_colours
+from wan_data.video.display.options import TONE_MAP, DisplayOptions
 from wan_data.video.limits import Limits
 from wan_data.video.source_file import Rejected, open_source
 

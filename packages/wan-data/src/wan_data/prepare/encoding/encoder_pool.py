@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from wan_data.prepare.encoding import EncodedWindow, WindowEncoder, choose_device, load_codec
-from wan_data.prepare.preload import encoding_processes, preload_encoders
+from wan_data.prepare.encoding.encoder import EncodedWindow, WindowEncoder, choose_device, load_codec
+from wan_data.prepare.encoding.preload import encoding_processes, preload_encoders
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask
 from wan_data.video.decoder_process import Decoder

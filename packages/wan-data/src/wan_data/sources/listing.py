@@ -1,58 +1,41 @@
-"""The sources of a preparation that a listing names: a table of paths and captions."""
+"""The sources that a listing names: a table of paths and captions."""
 
 import csv
-import dataclasses
 import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.captions import (
+from wan_data.sources.captions import (
     LARGEST_LISTING,
     LONGEST_CAPTION,
     NAME_KEYS,
-    CaptionFinder,
     caption_in,
     check_rows,
     json_lines,
     read_text,
 )
-from wan_data.prepare.settings import PrepareSettings
-from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from wan_data.sources.source import NO_UNICODE, SourceFile, source_suffixes
 from wan_model.system.safe_reading import require_file
 
 LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
 _BATCH_ROWS = 4096
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SourceFile:
-    """A video or image file to prepare.
-
-    Attributes:
-        name: its path relative to the input folder, with forward slashes; messages and the manifest use it.
-        path: the file; None if a row of a listing has no path.
-        caption: the caption of a listing; None if the caption is in a file beside the source.
-        problem: the reason why it cannot be used, if known already.
-    """
-
-    name: str
-    path: Path | None
-    caption: str | None = None
-    problem: str | None = None
-
-
-def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettings) -> list[SourceFile]:
+def files_of_listing(
+    listing: Path, folder: Path | None = None, *, images: bool = False, caption_key: str = "caption"
+) -> list[SourceFile]:
     """The rows of a .jsonl, .csv or .parquet file, sorted by name.
 
-    A row has a path under one of ``wan_data.prepare.captions.NAME_KEYS``, relative to ``folder`` or absolute, and the
-    caption under ``settings.caption_key``; other columns are ignored.
+    A row has a path under one of ``wan_data.sources.captions.NAME_KEYS``, relative to ``folder`` or absolute, and the
+    caption under ``caption_key``; other columns are ignored.
 
     Args:
         listing: the file.
         folder: the folder that paths are relative to; the listing's own folder if None.
-        settings: of the preparation.
+        images: images are sources, as videos are.
+        caption_key: the column, or key, of the caption.
 
     Raises:
         ValueError: the listing cannot be read, or has no rows.
@@ -67,11 +50,11 @@ def files_of_listing(listing: Path, folder: Path | None, settings: PrepareSettin
     folder = listing.parent if folder is None else folder
     sources: dict[str, SourceFile] = {}
     repeated: dict[str, tuple[str, int]] = {}  # where a file is listed for the second time, and how often in all
-    for number, (where, row) in enumerate(read(listing, settings.caption_key), start=1):
+    for number, (where, row) in enumerate(read(listing, caption_key), start=1):
         check_rows(listing, number)
         if number == 1 and listing.suffix.lower() != ".jsonl":
             _check_columns(listing, row)
-        source = _row(where, row, folder, settings)
+        source = _row(where, row, folder, source_suffixes(images=images), caption_key)
         if source.name in sources:
             first, times = repeated.get(source.name, (where, 1))
             repeated[source.name] = first, times + 1
@@ -95,7 +78,7 @@ def _check_columns(listing: Path, row: Any) -> None:
         )
 
 
-def _row(where: str, row: Any, folder: Path, settings: PrepareSettings) -> SourceFile:
+def _row(where: str, row: Any, folder: Path, suffixes: tuple[str, ...], caption_key: str) -> SourceFile:
     if isinstance(row, ValueError):
         return SourceFile(where, None, problem=str(row))
     listed = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
@@ -105,14 +88,13 @@ def _row(where: str, row: Any, folder: Path, settings: PrepareSettings) -> Sourc
     name = Path(os.path.normpath(listed)).as_posix()
     if path.is_relative_to(folder):
         name = Path(os.path.normpath(path.relative_to(folder))).as_posix()
-    suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if settings.mode == "frames" else ())
     if path.suffix.lower() not in suffixes:
         return SourceFile(name, path, problem=f"{where} names it; expected a file ending in {', '.join(suffixes)}")
     try:
         name.encode()
-        return SourceFile(name, path, caption_in(row, settings.caption_key, where))
+        return SourceFile(name, path, caption_in(row, caption_key, where))
     except UnicodeEncodeError:
-        return SourceFile(where, path, problem="its name is not valid Unicode; rename it")
+        return SourceFile(where, path, problem=NO_UNICODE)
     except ValueError as error:
         return SourceFile(name, path, problem=str(error))
 
@@ -181,15 +163,3 @@ def _check_column(column: Any, what: str) -> None:
     # A letter has at most four bytes.
     if longest > 4 * LONGEST_CAPTION:
         raise ValueError(f"{what} a text of {longest:,} bytes; expected at most {4 * LONGEST_CAPTION:,}")
-
-
-def caption_of(source: SourceFile, captions: CaptionFinder) -> str:
-    """The caption of a source, from the listing or from a file beside it.
-
-    Raises:
-        ValueError: see ``CaptionFinder.find``.
-    """
-    if source.caption is not None:
-        return source.caption
-    assert source.path is not None, "a source without a path has a problem"
-    return captions.find(source.path)

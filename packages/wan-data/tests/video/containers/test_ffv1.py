@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from media_files import HEIGHT, WIDTH, write_video
 
-from wan_data.video.ffv1 import SliceChecksums, _crc_is_zero
+from wan_data.video.containers.ffv1 import SliceChecksums, _crc_is_zero
 
 IMAGES = np.random.default_rng(0).integers(64, 192, (3, HEIGHT, WIDTH, 3)).astype(np.uint8)
 

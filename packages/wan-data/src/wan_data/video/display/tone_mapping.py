@@ -12,12 +12,12 @@ from typing import Any
 import av
 import av.filter
 import numpy as np
+from av.video.reformatter import ColorRange
 from jaxtyping import UInt8
 
 from wan_data.video.source_file import Rejected
 
 _UNSPECIFIED = 2  # of primaries and of a matrix, as in ITU-T H.273
-_FULL = 2  # FFmpeg's number of a range
 _FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 _SCALE = f"out_primaries=bt709:out_transfer=bt709:out_range=pc:intent=perceptual:{_FLAGS}"
 # Metadata of single frames would change the mapping from frame to frame, and cost seconds each time.
@@ -43,10 +43,9 @@ def tone_mapped(frame: Any, transfer: int, primaries: int, *, alpha: bool) -> UI
     if frame.colorspace == _UNSPECIFIED and not stored.is_rgb:
         guessed.append("colorspace=bt2020nc")
     matrix = "gbr" if stored.is_rgb else int(frame.colorspace)
-    full = stored.is_rgb or frame.color_range == _FULL
     source = (
         f"video_size={frame.width}x{frame.height}:pix_fmt={stored.name}:time_base=1/1000:colorspace={matrix}:"
-        f"range={'pc' if full else 'tv'}"
+        f"range={'pc' if has_full_range(frame) else 'tv'}"
     )
     graph = _graph(source, ":".join(guessed), "rgba" if alpha else "rgb24", (transfer, primaries))
     try:
@@ -55,6 +54,11 @@ def tone_mapped(frame: Any, transfer: int, primaries: int, *, alpha: bool) -> UI
     except BaseException:
         _graph.cache_clear()  # a frame may have stayed in it
         raise
+
+
+def has_full_range(frame: Any) -> bool:
+    """The values of a decoded frame (an ``av.VideoFrame``) go from 0 to the largest of their bits."""
+    return bool(frame.format.is_rgb or frame.color_range == ColorRange.JPEG)
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,16 +5,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from wan_data.prepare.captions import CaptionFinder
-from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.sources import SourceFile, caption_of, files_of_listing
-from wan_data.prepare.work_files import WorkRecord
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, caption_digest, read_manifest
-from wan_model.system.files import sha256_of, write_json
+from wan_data.sources.captions import CaptionFinder
+from wan_data.sources.listing import files_of_listing
+from wan_data.sources.source import SourceFile, caption_of
+from wan_model.system.files import sha256_of
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceChanges(WorkRecord):
+class SourceChanges:
     """How the sources differ from those that a dataset was made of.
 
     Attributes:
@@ -26,10 +25,6 @@ class SourceChanges(WorkRecord):
     changed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     missing: tuple[str, ...] = ()
     times: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    def write(self, path: Path) -> None:
-        """Write the changes for other ranks, without the times."""
-        write_json(path, {"changed": self.changed, "missing": self.missing})
 
 
 def find_changes(
@@ -48,12 +43,12 @@ def find_changes(
     Args:
         sources: as ``prepare`` gets them.
         manifest: of the dataset.
-        times: of ``wan_data.prepare.source_times``.
+        times: of ``wan_data.sources.modification_times``.
         readers: number of files that are read at a time.
         begin: called with the number of files to read, if there are any.
         step: called with the name of each file that has been read.
     """
-    records = {record.path: record for record in manifest.sources if record.verdict == "accepted"}
+    records = manifest.accepted
     captions = CaptionFinder(str(manifest.settings.get("caption_key", "caption")))
     changed: dict[str, list[str]] = {}
     present: set[str] = set()
@@ -120,7 +115,7 @@ def captions_of(dataset: Path, folder: Path, listing: Path | None) -> Callable[[
     """The captions that the sources of a dataset have now, by their names.
 
     Args:
-        dataset: with its manifest, which says the key of captions.
+        dataset: with its manifest, which says the key of captions, and whether images are sources.
         folder: of the clips.
         listing: that has the captions; None if they are in files beside the clips.
 
@@ -129,11 +124,12 @@ def captions_of(dataset: Path, folder: Path, listing: Path | None) -> Callable[[
     """
     if not (dataset / MANIFEST_NAME).exists():  # of NVIDIA's script, which names no sources
         return lambda name: ""
-    key = str(read_manifest(dataset).settings.get("caption_key", "caption"))
+    settings = read_manifest(dataset).settings
+    key, images = str(settings.get("caption_key", "caption")), settings.get("mode") == "frames"
     finder = CaptionFinder(key)
     if listing is None:
         return lambda name: finder.find(folder / name)
-    listed = {source.name: source for source in files_of_listing(listing, folder, PrepareSettings(caption_key=key))}
+    listed = {source.name: source for source in files_of_listing(listing, folder, images=images, caption_key=key)}
 
     def of_listing(name: str) -> str:
         source = listed.get(name)

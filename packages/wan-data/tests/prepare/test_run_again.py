@@ -33,10 +33,19 @@ def test_a_dataset_of_other_settings_is_replaced_only_when_asked(
     assert [path.name for path in sorted(out.glob("*.tar"))] == ["shard-rank00-000000.tar"]
 
 
-def test_the_same_command_again_changes_nothing(prepared, dataset, clips, tiny_model, small, silent, tmp_path):
-    out = shutil.copytree(dataset, tmp_path / "out")
+def test_the_same_command_again_changes_nothing(
+    prepared, dataset, clips, tiny_model, small, silent, tmp_path, monkeypatch
+):
+    out, reads = shutil.copytree(dataset, tmp_path / "out"), []
+
+    def counted(folder, **more):
+        reads.append(folder)
+        return read_manifest(folder, **more)
+
+    monkeypatch.setattr("wan_data.prepare.run.read_manifest", counted)
     manifest = prepared(clips, out, tiny_model, PrepareSettings(**small), report=silent)
     assert manifest == read_manifest(dataset)
+    assert reads == [out], "a manifest of millions of sources is read once"
     assert digests(out) == digests(dataset)
     assert silent.lines == [], "nothing is probed and no model is loaded"
 

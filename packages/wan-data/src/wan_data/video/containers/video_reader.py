@@ -7,22 +7,15 @@ from typing import Any, BinaryIO
 import av
 from av.stream import Disposition
 
-from wan_data.video.display import (
-    Orientation,
-    Picture,
-    check_colours,
-    colours_of_frame,
-    orientation_of_frame,
-    picture_of,
-    rgb_of_frame,
-)
-from wan_data.video.display_options import DisplayOptions
-from wan_data.video.ffv1 import SliceChecksums
+from wan_data.video.containers.ffv1 import SliceChecksums
+from wan_data.video.containers.timing import Clock
+from wan_data.video.containers.transport_stream import CounterBreak, counter_breaks
+from wan_data.video.containers.truncation import missing_end
+from wan_data.video.display.colours import check_colours, colours_of_frame, rgb_of_frame
+from wan_data.video.display.options import DisplayOptions
+from wan_data.video.display.picture import Orientation, Picture, orientation_of_frame, picture_of
 from wan_data.video.limits import Limits
-from wan_data.video.source_file import Rejected, open_container
-from wan_data.video.timing import Clock
-from wan_data.video.transport_stream import CounterBreak, counter_breaks
-from wan_data.video.truncation import missing_end
+from wan_data.video.source_file import Rejected, check_pixels, open_container
 from wan_data.video.windows import TimedFrame
 
 # Width over height of a pixel, or the inverse; the widest formats in use have 2.2.
@@ -118,11 +111,7 @@ class VideoReader:
     def _timed(self, frame: Any, stream: Any, clock: Clock) -> TimedFrame[Picture]:
         if frame.is_corrupt:
             raise Rejected(f"its frame {self.decoded} is damaged")
-        if frame.width * frame.height > self._limits.pixels:
-            raise Rejected(
-                f"its frames have {frame.width} x {frame.height} pixels; at most {self._limits.pixels} are read "
-                "(--max-source-pixels)"
-            )
+        check_pixels(frame.width, frame.height, self._limits)
         if self.decoded == self._limits.frames:
             raise Rejected(
                 f"it has more than the {self._limits.frames} frames that are read at most (--max-source-frames)"

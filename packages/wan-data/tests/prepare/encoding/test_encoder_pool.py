@@ -7,9 +7,9 @@ import threading
 import light_encoders
 import pytest
 
-from wan_data.prepare import encoder_pool
-from wan_data.prepare.encoder_pool import EncoderPool, _TaskQueue
-from wan_data.prepare.encoding import default_processes
+from wan_data.prepare.encoding import encoder_pool
+from wan_data.prepare.encoding.encoder import default_processes
+from wan_data.prepare.encoding.encoder_pool import EncoderPool, _TaskQueue
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask
 from wan_model.testing.processes import wait_until

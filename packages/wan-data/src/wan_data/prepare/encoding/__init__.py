@@ -1,0 +1,1 @@
+"""Encoding planned sources, in this process or in several."""

@@ -1,0 +1,43 @@
+"""A source, which is a video or an image to prepare, and its caption."""
+
+import dataclasses
+from pathlib import Path
+
+from wan_data.sources.captions import CaptionFinder
+from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+NO_UNICODE = "its name is not valid Unicode; rename it"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A video or image file to prepare.
+
+    Attributes:
+        name: its path relative to the input folder, with forward slashes; messages and the manifest use it.
+        path: the file; None if a row of a listing has no path.
+        caption: the caption of a listing; None if the caption is in a file beside the source.
+        problem: the reason why it cannot be used, if known already.
+    """
+
+    name: str
+    path: Path | None
+    caption: str | None = None
+    problem: str | None = None
+
+
+def source_suffixes(*, images: bool) -> tuple[str, ...]:
+    """The suffixes of the files that are sources: those of videos, and with ``images`` also those of images."""
+    return VIDEO_SUFFIXES + (IMAGE_SUFFIXES if images else ())
+
+
+def caption_of(source: SourceFile, captions: CaptionFinder) -> str:
+    """The caption of a source, from the listing or from a file beside it.
+
+    Raises:
+        ValueError: see ``CaptionFinder.find``.
+    """
+    if source.caption is not None:
+        return source.caption
+    assert source.path is not None, "a source without a path has a problem"
+    return captions.find(source.path)

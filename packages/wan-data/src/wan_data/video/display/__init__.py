@@ -1,0 +1,1 @@
+"""How decoded pictures are displayed: orientation, pixel aspect, colours, transparency and HDR."""
