@@ -45,7 +45,10 @@ from wan_data.reading.empty_caption import write_empty_caption
 from wan_data.shards.energon_metadata import restore_metadata, write_metadata
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.shards.writer import ShardRecord, ShardWriter
+from wan_data.video.buckets import SIDE_MULTIPLE
+from wan_data.video.windows import TEMPORAL_STRIDE
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.latent_spec import LatentSpec
 from wan_model.system.torchrun import processors
 
 
@@ -105,6 +108,16 @@ def prepare(
     )
 
 
+def _check_strides(spec: LatentSpec, model: str) -> None:
+    """Refuse an autoencoder that cannot encode every window and size that is planned, before anything is probed."""
+    pixels = SIDE_MULTIPLE // 2  # a token has 2 x 2 positions
+    if TEMPORAL_STRIDE % spec.temporal_stride or pixels % spec.spatial_stride:
+        raise ValueError(
+            f"the autoencoder of {model} has strides of {spec.temporal_stride} frames and {spec.spatial_stride} pixels "
+            f"where clips are cut for {TEMPORAL_STRIDE} and {pixels}; name a model with the autoencoder of Wan 2.1"
+        )
+
+
 class _Preparation:
     def __init__(
         self,
@@ -127,6 +140,7 @@ class _Preparation:
         self.spec = LatentCodec.from_pretrained(
             model, load_vae=False, load_text=False, text_length=settings.text_length
         ).spec
+        _check_strides(self.spec, model)
 
     def run(
         self, sources: Sequence[SourceFile], *, overwrite: bool, update: bool, remove_missing: bool

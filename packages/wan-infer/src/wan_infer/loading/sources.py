@@ -20,7 +20,7 @@ from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.dit.model import WanDiT
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import MissingPartsError, resolve_folder
-from wan_model.weights.transformer import load_weights, read_config
+from wan_model.weights.transformer import load_weights, read_config, read_trained_spec
 
 _TASKS = {"t2v-1.3B": WAN_1_3B, "t2v-14B": WAN_14B}
 
@@ -65,7 +65,7 @@ class TransformerSource:
             raise ValueError("no model was given to take the transformer from")
         with naming_models(sources.model):
             folder = resolve_folder(sources.model, ["transformer"], revision=sources.revision) / "transformer"
-            return cls(folder, read_config(folder), _origin(sources.model))
+            return cls(folder, read_config(folder), _origin(sources.model), spec=read_trained_spec(folder))
 
     @property
     def from_training(self) -> bool:
@@ -74,8 +74,8 @@ class TransformerSource:
 
     @property
     def text_length(self) -> int:
-        """Tokens that prompts are truncated to: those of the training run where it recorded them."""
-        return self.spec.text_length if self.spec else self.config.text_length
+        """Tokens that prompts are truncated and padded to: the padding that the weights were trained with."""
+        return self.config.text_length
 
     def load(
         self,
@@ -136,14 +136,17 @@ def naming_models(*models: ModelName | None) -> Iterator[None]:
 
 
 def check_latent_space(source: TransformerSource, codec: "CodecSource") -> LatentSpec:
-    """The latent space of the autoencoder and the text encoder, read from their small files.
+    """The latent space of the autoencoder and the text encoder, from their small files; the transformer adds its fps.
 
     Raises:
         ValueError: files are missing, or the space is not the one that the transformer was trained in.
     """
     spec = codec.latent_spec(source.text_length)
     if source.spec is not None:
-        source.spec.require_same(spec, f"the checkpoint {source.origin}", "the given text encoder and autoencoder")
+        # Its data may have shorter texts than the transformer was trained to be given.
+        trained = dataclasses.replace(source.spec, text_length=source.text_length)
+        trained.require_same(spec, f"the transformer {source.origin}", "the given text encoder and autoencoder")
+        spec = spec.completed(trained)
     for name, has, needs in (
         ("latent channels", spec.channels, source.config.in_channels),
         ("text width", spec.text_dim, source.config.text_dim),
