@@ -74,8 +74,8 @@ class TransformerSource:
 
     @property
     def text_length(self) -> int:
-        """Tokens that prompts are truncated and padded to: the padding that the weights were trained with."""
-        return self.config.text_length
+        """Tokens that prompts are truncated to, as the captions of the training data were; padding is of ``config``."""
+        return self.spec.text_length if self.spec else self.config.text_length
 
     def load(
         self,
@@ -141,12 +141,15 @@ def check_latent_space(source: TransformerSource, codec: "CodecSource") -> Laten
     Raises:
         ValueError: files are missing, or the space is not the one that the transformer was trained in.
     """
+    if source.text_length > source.config.text_length:
+        raise ValueError(
+            f"the transformer {source.origin} takes texts of {source.config.text_length} tokens and the captions of "
+            f"its data were cut to {source.text_length}, which no training allows; restore the record that was changed"
+        )
     spec = codec.latent_spec(source.text_length)
     if source.spec is not None:
-        # Its data may have shorter texts than the transformer was trained to be given.
-        trained = dataclasses.replace(source.spec, text_length=source.text_length)
-        trained.require_same(spec, f"the transformer {source.origin}", "the given text encoder and autoencoder")
-        spec = spec.completed(trained)
+        source.spec.require_same(spec, f"the transformer {source.origin}", "the given text encoder and autoencoder")
+        spec = spec.completed(source.spec)
     for name, has, needs in (
         ("latent channels", spec.channels, source.config.in_channels),
         ("text width", spec.text_dim, source.config.text_dim),
