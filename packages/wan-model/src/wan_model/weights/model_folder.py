@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan_model.config import OFFICIAL_TEXT_LENGTH
 from wan_model.extras import requires_extra
 from wan_model.flow import TIMESTEPS
 from wan_model.latent_spec import LatentSpec
@@ -290,7 +291,7 @@ def _vocabulary_digest(file: Path, mtime_ns: int, size: int) -> str:
 
 
 def latent_spec_of(
-    folder: Path, *, text_length: int = 512, vae: Path | None = None, text_encoder: Path | None = None
+    folder: Path, *, text_length: int = OFFICIAL_TEXT_LENGTH, vae: Path | None = None, text_encoder: Path | None = None
 ) -> LatentSpec:
     """The latent space of a model folder, from its configurations, a few small tensors and the tokenizer.
 
