@@ -126,7 +126,8 @@ def _frame_rate(job: Job, trained: Fraction | None, progress: Progress) -> int |
     from wan_infer.output.video_file import FPS
 
     if job.fps is None:
-        return FPS if trained is None else trained
+        # The encoder takes 32 bits; 24000/1001 and the like are exact.
+        return FPS if trained is None else trained.limit_denominator(10**6)
     if trained not in (None, job.fps):
         progress.line(
             f"Warning: --fps is {job.fps} and the transformer was trained on {trained} frames a second; "

@@ -22,7 +22,7 @@ _BOUNDS = {
 # Unknown in records of earlier versions, and to whoever has no part in it; unknown agrees with everything. They are no
 # part of the fingerprint, which every sample of a dataset holds, so that earlier datasets remain of the same space.
 _OPTIONAL: dict[str, None] = {"tokenizer": None, "fps": None}
-_RATE = re.compile(r"[1-9]\d{0,8}(/[1-9]\d{0,8})?")
+_RATE = re.compile(r"[1-9]\d{0,17}(/[1-9]\d{0,17})?")
 
 
 def _check(values: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = N
             "name that model with encoded_by=MODEL, or prepare the data with wan-data prepare"
         )
     named = [
-        (f"the dataset in {folder}", spec_of_manifest(read_manifest(folder)))
+        (f"the dataset in {folder}", _spec_of_manifest(folder, read_manifest(folder)))
         for folder in folders
         if folder not in bare
     ]
@@ -82,11 +82,14 @@ def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = N
     return _common(named)
 
 
-def spec_of_manifest(manifest: Manifest) -> LatentSpec:
+def _spec_of_manifest(folder: Path, manifest: Manifest) -> LatentSpec:
     """The latent space that a manifest records, with the rate of its videos; images have none."""
     if manifest.settings.get("mode") != "video":
         return manifest.latent_spec
-    return dataclasses.replace(manifest.latent_spec, fps=manifest.settings.get("fps"))
+    try:
+        return dataclasses.replace(manifest.latent_spec, fps=manifest.settings.get("fps"))
+    except ValueError as error:
+        raise ValueError(f"the settings in {folder / MANIFEST_NAME} are damaged: {error}") from None
 
 
 def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
@@ -118,7 +121,7 @@ def common_latent_spec(parts: Sequence[OpenPart]) -> LatentSpec | None:
         ValueError: the datasets have different latent spaces.
     """
     specs = [
-        (f"the dataset in {one.part.folder}", spec_of_manifest(one.manifest))
+        (f"the dataset in {one.part.folder}", _spec_of_manifest(one.part.folder, one.manifest))
         for one in parts
         if one.manifest is not None
     ]
