@@ -54,7 +54,7 @@ def steps(shape: Shape, rounds: int) -> Table:
             ).frames
 
     def our_run() -> None:
-        found["ours"] = denoise(ours, noise, [embeds[0]], negative[0], Settings(shape.steps), text_length=length)
+        found["ours"] = denoise(ours, noise, [embeds[0]], negative[0], Settings(shape.steps))
 
     grid = (shape.latent[1], shape.latent[2] // 2, shape.latent[3] // 2)
     layout = PackLayout((grid, grid))

@@ -37,7 +37,7 @@ def _latents(model: WanDiT, device: str) -> Tensor:
     noise = draw_noise(_LATENT, 3)[None].to(device)
     rng = torch.Generator().manual_seed(4)
     text, negative = (torch.randn(length, TINY.text_dim, generator=rng).to(device) for length in (5, 3))
-    return denoise(model, noise, [text], negative, _SETTINGS, text_length=TINY.text_length).cpu()
+    return denoise(model, noise, [text], negative, _SETTINGS).cpu()
 
 
 def _near_cpu(what: str, got: Tensor, on_cpu: Tensor, exact: Tensor) -> Found:

@@ -49,10 +49,7 @@ class _Sampling:
             if kind not in ("auto", "sdpa"):
                 self.context.need_gpu()
             use(self.model, kind, "none")
-            self.results[name] = denoise(
-                self.model, self.noise, [self.embeds[0]], self.negative[0], Settings(_STEPS),
-                text_length=self.config.text_length,
-            )  # fmt: skip
+            self.results[name] = denoise(self.model, self.noise, [self.embeds[0]], self.negative[0], Settings(_STEPS))
 
         def without() -> None:
             with kernels_used(False):

@@ -1,6 +1,7 @@
 """Sources of a transformer for tests: training checkpoints and a LoRA, of the tiny model."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,9 +15,19 @@ CHANGED = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0
 
 
 def write_checkpoint_of(
-    model_folder: Path, run: Path, step: int, *, seed: int = 1, spec: object = "own", average: int | None = None
+    model_folder: Path,
+    run: Path,
+    step: int,
+    *,
+    seed: int = 1,
+    spec: object = "own",
+    average: int | None = None,
+    transformer: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write one checkpoint as a training run does; ``average`` is the seed of an average that stands beside it."""
+    """Write one checkpoint as a training run does; ``average`` is the seed of an average that stands beside it.
+
+    ``transformer`` is added to the record of the transformer.
+    """
     from torch.distributed.checkpoint.state_dict_saver import save
 
     from wan_model.dit.model import WanDiT
@@ -39,7 +50,7 @@ def write_checkpoint_of(
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(state, checkpoint_id=path, no_dist=True)
     spec = latent_spec_of(model_folder).to_dict() if spec == "own" else spec
-    config = {"model": {"transformer": TINY_CONFIG.to_diffusers(), "latent_spec": spec}}
+    config = {"model": {"transformer": {**TINY_CONFIG.to_diffusers(), **(transformer or {})}, "latent_spec": spec}}
     (path / "run_config.yaml").write_text(yaml.safe_dump(config))
     return path
 

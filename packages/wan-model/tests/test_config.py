@@ -1,5 +1,6 @@
 """``WanConfig`` to and from diffusers' ``config.json``, and the models it refuses."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -45,6 +46,18 @@ def test_round_trip(small_config: WanConfig) -> None:
     assert {key: RELEASED[key] for key in RELEASED if key != "_diffusers_version"} == {
         key: value for key, value in WAN_1_3B.to_diffusers().items() if key in RELEASED
     }
+
+
+def test_the_text_length_is_recorded_where_it_is_not_the_official_one() -> None:
+    assert WanConfig.from_diffusers(RELEASED).text_length == 512
+    assert WanConfig.from_diffusers(RELEASED | {"text_len": None}).text_length == 512
+    assert "text_len" not in WAN_1_3B.to_diffusers()
+    short = dataclasses.replace(WAN_1_3B, text_length=16)
+    assert short.to_diffusers() == {**WAN_1_3B.to_diffusers(), "text_len": 16}
+    assert WanConfig.from_diffusers(short.to_diffusers()) == short
+    for wrong in (0, "16", True):
+        with pytest.raises(ValueError, match=rf"^text_len is {wrong!r}; expected a whole number from 1 to"):
+            WanConfig.from_diffusers(RELEASED | {"text_len": wrong})
 
 
 def test_diffusers_builds_from_ours(small_config: WanConfig, diffusers_model: Any) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ SPEC = LatentSpec(
 )
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LatentSpec) if field.name != "channels"])
+@pytest.mark.parametrize(
+    "field",
+    [field.name for field in dataclasses.fields(LatentSpec) if field.name not in ("channels", "tokenizer", "fps")],
+)
 def test_every_field_counts_in_the_fingerprint(field: str) -> None:
     value: Any = getattr(SPEC, field)
     other: Any = (1.25, *value[1:]) if isinstance(value, tuple) else (value + "x" if field == "model_id" else value * 2)
@@ -33,6 +37,32 @@ def test_every_field_counts_in_the_fingerprint(field: str) -> None:
     assert changed.fingerprint != SPEC.fingerprint
     with pytest.raises(ValueError, match=rf"the data \(fingerprint {SPEC.fingerprint}\) and the model .*: {field} \("):
         SPEC.require_same(changed, "the data", "the model")
+
+
+@pytest.mark.parametrize(("field", "ours", "theirs"), [("tokenizer", "a", "b"), ("fps", "16", "24000/1001")])
+def test_what_earlier_records_lack_agrees_with_everything_and_is_no_part_of_the_fingerprint(
+    field: str, ours: str, theirs: str
+) -> None:
+    one, other = (dataclasses.replace(SPEC, **{field: value}) for value in (ours, theirs))
+    assert one.fingerprint == other.fingerprint == SPEC.fingerprint
+    with pytest.raises(
+        ValueError, match=rf"different latent spaces: {field} \({ours} against {theirs}\); use the same"
+    ):
+        one.require_same(other, "the data", "the model")
+    # Of a version that did not know the field.
+    earlier = LatentSpec.from_dict({key: value for key, value in SPEC.to_dict().items() if key != field})
+    assert earlier == SPEC
+    for agreeing in (earlier, one):
+        agreeing.require_same(one, "the data", "the model")
+        one.require_same(agreeing, "the data", "the model")
+        assert agreeing.completed(one) == one.completed(earlier) == one
+    with pytest.raises(ValueError, match="text_length"):
+        dataclasses.replace(earlier, text_length=16).require_same(one, "the data", "the model")
+
+
+def test_a_frame_rate_is_a_number() -> None:
+    assert SPEC.frame_rate is None
+    assert dataclasses.replace(SPEC, fps="24000/1001").frame_rate == Fraction(24000, 1001)
 
 
 def test_fingerprint_is_stable_and_survives_json() -> None:
@@ -64,6 +94,9 @@ def test_dictionaries_of_other_versions_are_refused() -> None:
         ({"mean": [1.0, float("nan")]}, "mean of the latent space has nan in it; expected 2 finite numbers"),
         ({"mean": 5}, "mean of the latent space is 5; expected 2 finite numbers"),
         ({"model_id": None}, "model_id of the latent space is None; expected a text"),
+        ({"tokenizer": 5}, "tokenizer of the latent space is 5; expected a text or null"),
+        ({"fps": 16}, "fps of the latent space is 16; expected a text such as 16 or 24000/1001, or null"),
+        ({"fps": "16/0"}, "fps of the latent space is '16/0'; expected a text such as"),
     ],
     ids=str,
 )
@@ -94,7 +127,7 @@ def test_sizes_that_would_be_cut_are_refused(size: tuple[int, int, int], message
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of what defines the latent space, free to be changed."""
-    for part in ("vae", "text_encoder"):
+    for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(tiny_folder / part, tmp_path / part)
     return tmp_path
 
@@ -122,6 +155,61 @@ def test_other_weights_are_another_space_and_another_precision_is_not(folder: Pa
     after = latent_spec_of(folder)
     assert dataclasses.replace(after, model_id=before.model_id) == before
     assert after.fingerprint != before.fingerprint
+
+
+def test_another_vocabulary_is_another_tokenizer_and_another_way_to_write_it_is_not(folder: Path) -> None:
+    file = folder / "tokenizer/tokenizer.json"
+    before, content = latent_spec_of(folder), json.loads(file.read_text())
+    assert before.tokenizer is not None
+
+    def changed(**model: Any) -> LatentSpec:
+        file.write_text(json.dumps({**content, "padding": None, "model": {**content["model"], **model}}, indent=1))
+        return latent_spec_of(folder)
+
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    # As other versions of the library write it: other formatting, the order of tokens, merges as texts.
+    reversed_order = dict(reversed(vocabulary.items()))
+    assert changed(vocab=reversed_order, merges=[" ".join(pair) for pair in merges]) == before
+    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+    swapped = {**vocabulary, first: vocabulary[second], second: vocabulary[first]}
+    others = {changed(vocab=swapped).tokenizer, changed(merges=merges[1:]).tokenizer, before.tokenizer}
+    assert len(others) == 3
+    with pytest.raises(ValueError, match=rf"different latent spaces: tokenizer \({before.tokenizer} against "):
+        before.require_same(latent_spec_of(folder), "the data", "the model")
+    # Of Unigram, which UMT5's is: pairs of a token and its score.
+    unigram = [[token, -number / 7] for token, number in vocabulary.items()]
+    assert changed(vocab=unigram).tokenizer != changed(vocab=unigram[::-1]).tokenizer
+    shutil.rmtree(folder / "tokenizer")
+    assert latent_spec_of(folder) == dataclasses.replace(before, tokenizer=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_train_timesteps": 1}, "num_train_timesteps is 1 where Wan 2.1 has 1000"),
+        ({"prediction_type": "epsilon"}, "prediction_type is 'epsilon' where Wan 2.1 has 'flow_prediction'"),
+        ({"use_flow_sigmas": False}, "use_flow_sigmas is False where Wan 2.1 has True"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_objective_are_refused(
+    tiny_folder: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    shutil.copytree(tiny_folder / "transformer", tmp_path / "transformer")
+    file = tmp_path / "scheduler/scheduler_config.json"
+    # What diffusers writes today of the schedulers that Wan 2.1 is published with, whatever their shift.
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+    ):
+        scheduler.save_pretrained(file.parent)
+        assert resolve_folder(tmp_path, ["transformer"]) == tmp_path
+    rewrite(file, **changes)
+    with pytest.raises(ValueError, match=f"^{file}: {said}; take the transformer of"):
+        resolve_folder(tmp_path, ["transformer"])
+    assert resolve_folder(tmp_path, []) == tmp_path
 
 
 def test_other_autoencoders_are_refused(folder: Path) -> None:
@@ -176,8 +264,8 @@ def test_pipelines_of_wan_22_are_refused(tiny_folder: Path, tmp_path: Path, inde
 
 def test_folders_that_are_not_models_are_refused(folder: Path) -> None:
     assert resolve_folder(folder, ["vae"]) == folder
-    with pytest.raises(ValueError, match="has no tokenizer folder"):
-        resolve_folder(folder, ["vae", "tokenizer"])
+    with pytest.raises(ValueError, match="has no transformer folder"):
+        resolve_folder(folder, ["vae", "transformer"])
     with pytest.raises(ValueError, match=r"no model at .*absent"):
         resolve_folder(folder / "absent", ["vae"])
     (folder / "vae/config.json").write_text("[]")

@@ -154,6 +154,54 @@ def resume_errors(results: str, folder: str, wanted: dict[str, list[str]]) -> No
     Path(results).write_text(json.dumps(found))
 
 
+def note_texts(path: str) -> None:
+    """Write down, as a line of JSON each, the shape of the texts that the model is given, and their embedded tokens."""
+    import torch
+
+    from wan_train.model.provider import MegatronWanDiT
+
+    forward = MegatronWanDiT.forward
+
+    def noting_forward(self: Any, *, text_BTD: torch.Tensor, **arguments: Any) -> Any:
+        with open(path, "a", encoding="utf-8") as file:
+            tokens = text_BTD.any(dim=-1).sum(dim=-1).tolist()
+            file.write(json.dumps([self.training, list(text_BTD.shape), tokens]) + "\n")
+        return forward(self, text_BTD=text_BTD, **arguments)
+
+    MegatronWanDiT.forward = noting_forward  # type: ignore[method-assign]
+
+
+def agreements(results: str, folder: str | None, wanted: dict[str, list[str]]) -> None:
+    """By key what a run with these options says of its data and its model: an error, or what texts are padded to.
+
+    With a folder of checkpoints the run would resume from it.
+    """
+    from wan_train.checkpoint.changes import check_resume
+    from wan_train.checkpoint.folder import find_resume_point
+    from wan_train.cli import pretrain
+    from wan_train.config.options import RunOptions
+    from wan_train.loop.run import build_config, check_layout, configure_data
+
+    found: dict[str, object] = {}
+    for key, arguments in wanted.items():
+        given = pretrain.make_context("pretrain", arguments).params
+        ranks = given.pop("nproc_per_node")
+        options = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__})
+        try:
+            config = build_config(options)
+            layout = check_layout(config, ranks)
+            configure_data(config, layout)
+            if folder is not None:
+                point = find_resume_point(Path(folder))
+                assert point is not None
+                check_resume(config, layout, point)
+            assert config.model.wan_config.text_length == config.model.transformer["text_len"]
+            found[key] = config.model.transformer["text_len"]
+        except ValueError as error:
+            found[key] = str(error)
+    Path(results).write_text(json.dumps(found))
+
+
 def apply_permissions() -> None:
     """Let permissions of files hold for this process and what it starts, also if it is root's."""
     from wan_model.testing.permissions import permissions_apply

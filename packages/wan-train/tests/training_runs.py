@@ -1,5 +1,6 @@
 """Tiny runs through the real command line."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -172,10 +173,12 @@ def write_start(folder: Path, seed: int = EQUALITY_SEED) -> None:
 SHAPES = [(3, 8, 8), (1, 6, 10), (2, 4, 10), (1, 4, 4)]
 
 
-def write_dataset(folder: Path, train: int = 40, val: int = 6, *, seed: int = 5, manifest: bool = False) -> None:
+def write_dataset(
+    folder: Path, train: int = 40, val: int = 6, *, seed: int = 5, manifest: bool = False, text_length: int = 512
+) -> None:
     """A dataset of small mixed latents, and the model it was encoded with beside it.
 
-    As NVIDIA's script lays it out; with a manifest as ``wan-data prepare`` does.
+    As NVIDIA's script lays it out; with a manifest as ``wan-data prepare --text-length`` does.
     """
     from wan_data.shards.energon_metadata import write_metadata
     from wan_data.shards.writer import Sample, ShardWriter
@@ -201,7 +204,8 @@ def write_dataset(folder: Path, train: int = 40, val: int = 6, *, seed: int = 5,
         from wan_data.shards.manifest import Manifest
 
         spec = read_latent_spec(data, encoded_by=str(folder / "model"))
-        Manifest(True, "0.1", spec, {}, shards=tuple(records), next_shard=len(records)).write(data)
+        spec, settings = dataclasses.replace(spec, text_length=text_length), {"mode": "video", "fps": "16"}
+        Manifest(True, "0.1", spec, settings, shards=tuple(records), next_shard=len(records)).write(data)
 
 
 def data_options(folder: Path, workers: int = 0) -> list[str]:

@@ -173,7 +173,12 @@ settings_options = _all(
     flag("batch-size", default=_DEFAULT.batch_size, type=int, help="Windows of one shape that are encoded together."),
     flag("samples-per-shard", default=_DEFAULT.samples_per_shard, type=int, help="Samples of a full shard."),
     flag("validation-fraction", default=_DEFAULT.validation_fraction, type=float, help="Share of clips kept for val."),
-    flag("text-length", default=_DEFAULT.text_length, type=int, help="Tokens that captions are truncated to."),
+    flag(
+        "text-length",
+        default=_DEFAULT.text_length,
+        type=int,
+        help="Tokens that captions are truncated to; a model that is trained on them pads texts to as many.",
+    ),
     flag(
         "dtype",
         default=_DEFAULT.dtype,

@@ -199,6 +199,40 @@ def test_folders_of_others_are_left_alone(prepared, clips, tiny_model, small, si
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_dataset_takes_no_samples_of_another_latent_space(prepared, clips, dataset, tiny_model, small, tmp_path):
+    folder = shutil.copytree(dataset, tmp_path / "dataset")
+    model = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("transformer"))
+
+    def refused(file, change, **settings):
+        content = json.loads((model / file).read_text())
+        change(changed := json.loads(json.dumps(content)))
+        (model / file).write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"{folder}|{model}") as error:
+            prepared(clips, folder, model, PrepareSettings(**{**small, **settings}))
+        (model / file).write_text(json.dumps(content))
+        return str(error.value)
+
+    for name, file, change in (
+        ("mean", "vae/config.json", lambda content: content.update(latents_mean=[0.25] * 16)),
+        ("std", "vae/config.json", lambda content: content.update(latents_std=[0.25] * 16)),
+        ("tokenizer", "tokenizer/tokenizer.json", lambda content: content["model"]["merges"].pop()),
+    ):
+        said = refused(file, change)
+        assert f"the dataset in {folder} (fingerprint" in said
+        assert f"the model {model} (fingerprint" in said
+        assert f"of different latent spaces: {name} (" in said
+    for name, value in {"text_length": 16, "fps": 24}.items():
+        assert f"a dataset of other settings ({name} " in refused(
+            "vae/config.json", lambda content: None, **{name: value}
+        )
+    # A stride that clips are not cut for.
+    said = refused("vae/config.json", lambda content: content.update(temperal_downsample=[True] * 3))
+    assert (
+        f"the autoencoder of {model} has strides of 8 frames and 8 pixels where clips are cut for 4 and 8; name" in said
+    )
+    assert without_index(folder) == without_index(dataset)
+
+
 def test_a_run_killed_in_its_first_manifest_is_taken_up(prepared, clips, dataset, tiny_model, small, silent, tmp_path):
     (tmp_path / "wan-data.json.partial").write_text('{"complete": fal')
     (tmp_path / WORK_FOLDER).mkdir()

@@ -1,6 +1,8 @@
 import collections
 import itertools
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -113,20 +115,59 @@ def test_a_dataset_without_a_sample_for_every_reader_is_refused(blend):
 
 
 def test_datasets_of_several_latent_spaces_are_refused(dataset, tmp_path):
-    import shutil
-
     for name in "ab":
         shutil.copytree(dataset, tmp_path / name)
     path = tmp_path / "blend.yaml"
     path.write_text("splits: {train: {blend: [{path: a, weight: 1}, {path: b, weight: 1}]}}")
     assert read_latent_spec(path) == read_latent_spec(dataset)
     loader(path, capacity=64, text_length=512)
-    manifest = json.loads((tmp_path / "b" / MANIFEST_NAME).read_text())
-    manifest["latent_spec"]["model_id"] = "another"
-    (tmp_path / "b" / MANIFEST_NAME).write_text(json.dumps(manifest))
-    for read in (read_latent_spec, loader):
-        with pytest.raises(ValueError, match="model_id"):
-            read(path)
+    original = (tmp_path / "b" / MANIFEST_NAME).read_text()
+    for name, other in (
+        ("model_id", "another"),
+        ("tokenizer", "another"),
+        ("text_length", 16),
+        ("temporal_stride", 2),
+        ("spatial_stride", 4),
+        ("mean", [0.0] * 16),
+        ("std", [1.0] * 16),
+        ("text_dim", 16),
+    ):
+        manifest = json.loads(original)
+        manifest["latent_spec"][name] = other
+        (tmp_path / "b" / MANIFEST_NAME).write_text(json.dumps(manifest))
+        for read in (read_latent_spec, loader):
+            with pytest.raises(
+                ValueError, match=rf"of different latent spaces: {name} \({re.escape(str(other))} against"
+            ):
+                read(path)
+
+
+def test_videos_of_several_frame_rates_are_refused_and_images_have_none(dataset, tmp_path):
+    def of(name, **settings):
+        shutil.copytree(dataset, tmp_path / name)
+        file = tmp_path / name / MANIFEST_NAME
+        manifest = json.loads(file.read_text())
+        manifest["settings"] |= settings
+        file.write_text(json.dumps(manifest))
+
+    of("images", mode="frames", fps="24")
+    of("videos", fps="16")
+    of("faster", fps="24000/1001")
+
+    def spec(*names):
+        blend = ", ".join(f"{{path: {name}, weight: 1}}" for name in names)
+        (tmp_path / "blend.yaml").write_text(f"splits: {{train: {{blend: [{blend}]}}}}")
+        loader(tmp_path / "blend.yaml", text_length=None)
+        return read_latent_spec(tmp_path / "blend.yaml")
+
+    assert spec("images").fps is None
+    assert spec("images", "videos").fps == spec("videos", "images").fps == "16"
+    said = r"the dataset in \S+faster .* the dataset in \S+videos .*: fps \(24000/1001 against 16\); use the same"
+    with pytest.raises(ValueError, match=said):
+        spec("images", "videos", "faster")
+    of("damaged", fps=16)
+    with pytest.raises(ValueError, match=r"the settings in \S+damaged\S+ are damaged: fps .* is 16; expected a text"):
+        spec("damaged")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import json
@@ -265,7 +266,7 @@ def test_validation_is_one_pass_in_order(dataset):
 
 def test_the_latent_space_comes_from_the_dataset(dataset, tiny_model, tmp_path):
     codec = LatentCodec.from_pretrained(tiny_model, load_vae=False, load_text=False)
-    assert read_latent_spec(dataset) == codec.spec
+    assert read_latent_spec(dataset) == dataclasses.replace(codec.spec, fps="16")
     with pytest.raises(ValueError, match=r"no \.nv-meta"):
         read_latent_spec(tmp_path)
     # Shards of others do not say; with the model named, it is its space, which must then be that of all that say.
@@ -280,6 +281,31 @@ def test_the_latent_space_comes_from_the_dataset(dataset, tiny_model, tmp_path):
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(ValueError, match="different latent spaces: model_id"):
         read_latent_spec(dataset, encoded_by=str(other))
+
+
+def rewritten(dataset, folder, **spec):
+    """A copy whose manifest says something else of the latent space; its samples do not say."""
+    copy = shutil.copytree(dataset, folder)
+    manifest = json.loads((copy / MANIFEST_NAME).read_text())
+    manifest["latent_spec"] |= spec
+    (copy / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return copy
+
+
+def test_texts_are_padded_to_what_the_captions_were_cut_to(dataset, tiny_model, tmp_path):
+    short = rewritten(dataset, tmp_path / "short", text_length=16)
+    bare = shutil.copytree(dataset, tmp_path / "bare")
+    (bare / MANIFEST_NAME).unlink()
+    for folder, given, wanted in ((dataset, None, 512), (short, None, 16), (bare, None, 512), (short, 32, 32)):
+        config = LoaderConfig(str(folder), capacity=CAPACITY, text_length=given)
+        assert PackLoader(config, rank=0, world_size=1).state_dict()["text_length"] == wanted
+    packs = iter(PackLoader(LoaderConfig(str(bare), capacity=CAPACITY, text_length=None), rank=0, world_size=1))
+    assert next(packs).text_BTD.shape[1] == 512
+    with pytest.raises(ValueError, match="text_length is 0; it must be at least 1"):
+        loader(dataset, capacity=CAPACITY, text_length=0)
+    # The model that encoded them does not say what captions were cut to.
+    assert read_latent_spec(short, encoded_by=str(tiny_model)).text_length == 16
+    assert read_latent_spec(bare, encoded_by=str(tiny_model)).text_length == 512
 
 
 def test_samples_too_large_for_a_pack_are_refused(dataset, tmp_path):

@@ -60,7 +60,8 @@ from wan_model.system.versions import check_dependencies
 @flag("sample-shift", type=float, default=5.0,
       help="Shift of the noise levels; officially 5 at every size, diffusers suggests 3 for 480p.")  # fmt: skip
 @flag("sample-guide-scale", type=float, default=5.0, help="Guidance scale; 1 is none and takes half the time.")
-@flag("fps", type=click.IntRange(1, 240), default=16, help="Frames per second; the models were trained for 16.")
+@flag("fps", type=click.IntRange(1, 240),
+      help="Frames per second; by default those of the checkpoint's data, and 16 for released models.")  # fmt: skip
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @flag("dtype", type=click.Choice(["auto", *DTYPES]), default="auto",
       help="Precision of transformer and text encoder; auto is bfloat16 on CUDA.")  # fmt: skip

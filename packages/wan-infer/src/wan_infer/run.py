@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -96,7 +97,8 @@ def run(
     lora = f" with {sampler.lora_record}" if sampler.lora_record else ""
     progress.line(f"loaded {source.origin}{step}{lora} on {device} in {stages.seconds['load']:.1f} s")
 
-    made = [_make(sampler, job, index, options.vae_dtype, stages, progress) for index in range(len(job.requests))]
+    fps = _frame_rate(job, sampler.spec.frame_rate, progress)
+    made = [_make(sampler, job, index, fps, options.vae_dtype, stages, progress) for index in range(len(job.requests))]
     if job.contact_sheet is not None and parallelism.rank == 0:
         from wan_infer.output.contact_sheet import save_contact_sheet
 
@@ -119,6 +121,21 @@ def run(
     }
 
 
+def _frame_rate(job: Job, trained: Fraction | None, progress: Progress) -> int | Fraction:
+    """Frames a second of the files."""
+    from wan_infer.output.video_file import FPS
+
+    if job.fps is None:
+        # The encoder takes 32 bits; 24000/1001 and the like are exact.
+        return FPS if trained is None else trained.limit_denominator(10**6)
+    if trained not in (None, job.fps):
+        progress.line(
+            f"Warning: --fps is {job.fps} and the transformer was trained on {trained} frames a second; "
+            "leave --fps out for videos of natural speed"
+        )
+    return job.fps
+
+
 @dataclasses.dataclass
 class _Made:
     """A written video, and its frames for the contact sheet."""
@@ -128,7 +145,15 @@ class _Made:
     shown: list["np.ndarray"]
 
 
-def _make(sampler: "WanSampler", job: Job, index: int, vae_dtype: str, stages: _Stages, progress: Progress) -> _Made:
+def _make(
+    sampler: "WanSampler",
+    job: Job,
+    index: int,
+    fps: int | Fraction,
+    vae_dtype: str,
+    stages: _Stages,
+    progress: Progress,
+) -> _Made:
     from wan_infer.output.contact_sheet import chosen_frames
     from wan_infer.output.video_file import to_frames, write_video
 
@@ -139,7 +164,7 @@ def _make(sampler: "WanSampler", job: Job, index: int, vae_dtype: str, stages: _
     record = {
         **fields,
         **settings,
-        "fps": job.fps,
+        "fps": int(fps) if fps.denominator == 1 else float(fps),
         "dtype": str(sampler.placement.dtype).removeprefix("torch."),
         "vae_dtype": vae_dtype,
         "transformer": sampler.source.origin,
@@ -179,7 +204,7 @@ def _make(sampler: "WanSampler", job: Job, index: int, vae_dtype: str, stages: _
     if sampler.parallelism.rank == 0:
         metadata = {**record, "versions": _versions()} if job.metadata else None
         before, begun = stages.seconds["decode"], time.monotonic()
-        write_video(pieces(), request.frames, path, fps=job.fps, metadata=metadata)
+        write_video(pieces(), request.frames, path, fps=fps, metadata=metadata)
         stages.seconds["write"] += time.monotonic() - begun - (stages.seconds["decode"] - before)
     else:
         for _ in sampler.decode_frames(latents):

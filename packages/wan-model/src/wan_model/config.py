@@ -28,6 +28,10 @@ _FIXED = {
     "image_dim": None,
     "pos_embed_seq_len": None,
 }
+# The official configuration's name of ``text_length``. diffusers has none: there it is an argument of every call of the
+# pipeline (``max_sequence_length``), so a file without it is of a model of the official length.
+TEXT_LENGTH_KEY = "text_len"
+OFFICIAL_TEXT_LENGTH = 512
 # A bound of the positions that diffusers computes beforehand; here they are computed for every pack.
 _ROPE_POSITIONS = {"rope_max_seq_len": 1024}
 
@@ -55,6 +59,9 @@ def _check(values: Mapping[str, Any]) -> None:
 class WanConfig:
     """Sizes of a Wan 2.1 transformer; the defaults are those of the 1.3B text-to-video model.
 
+    ``text_length`` is the number of tokens that every text is zero-padded to. The padding takes part in
+    cross-attention, so it is a property of the weights although no tensor has this size.
+
     Source: the released ``config.json`` files and diffusers' ``WanTransformer3DModel``.
 
     Raises:
@@ -68,7 +75,7 @@ class WanConfig:
     in_channels: int = 16
     out_channels: int = 16
     text_dim: int = 4096
-    text_length: int = 512
+    text_length: int = OFFICIAL_TEXT_LENGTH
     freq_dim: int = 256
     eps: float = 1e-6
     patch_size: PatchSize = (1, 2, 2)
@@ -99,7 +106,7 @@ class WanConfig:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "WanConfig":
-        """Read diffusers' ``transformer/config.json``.
+        """Read diffusers' ``transformer/config.json``, and in it the official ``text_len`` (512 if absent or null).
 
         Raises:
             ValueError: the file describes another model (image-to-video, Wan 2.2, another class), naming the field.
@@ -129,6 +136,8 @@ class WanConfig:
         if missing := [theirs for theirs, ours in _DIFFUSERS_NAMES.items() if ours not in values]:
             raise ValueError(f"the transformer's configuration lacks {', '.join(missing)}")
         values["out_channels"] = values["out_channels"] or values["in_channels"]
+        if config.get(TEXT_LENGTH_KEY) is not None:
+            values["text_length"] = check_whole(TEXT_LENGTH_KEY, config[TEXT_LENGTH_KEY], *TRANSFORMER["text_length"])
         for theirs, ours in _DIFFUSERS_NAMES.items():
             if ours in TRANSFORMER:
                 check_whole(theirs, values[ours], *TRANSFORMER[ours])
@@ -137,7 +146,10 @@ class WanConfig:
         return cls(**values)
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The content of diffusers' ``transformer/config.json`` for this model."""
+        """The content of diffusers' ``transformer/config.json`` for this model.
+
+        It has ``text_len`` only where that is not the official one: diffusers ignores the field with a warning.
+        """
         ours = {theirs: getattr(self, name) for theirs, name in _DIFFUSERS_NAMES.items()}
         return {
             "_class_name": "WanTransformer3DModel",
@@ -145,6 +157,7 @@ class WanConfig:
             "patch_size": list(self.patch_size),
             **_FIXED,
             **_ROPE_POSITIONS,
+            **({} if self.text_length == OFFICIAL_TEXT_LENGTH else {TEXT_LENGTH_KEY: self.text_length}),
         }
 
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wan_model.config import PatchSize
+from wan_model.config import OFFICIAL_TEXT_LENGTH, PatchSize
 
 Grid = tuple[int, int, int]
 
@@ -293,7 +293,7 @@ def pack_latents(
     texts: Sequence[Float[Tensor, "_ D"]],
     keys: Sequence[str],
     *,
-    text_length: int = 512,
+    text_length: int = OFFICIAL_TEXT_LENGTH,
     patch_size: PatchSize = (1, 2, 2),
     multiple: int = 1,
 ) -> LatentPack:

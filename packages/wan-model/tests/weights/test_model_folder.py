@@ -30,6 +30,8 @@ def test_a_hub_id_fetches_weights_and_small_files_of_the_named_parts(
         return any(fnmatch(path, pattern) for pattern in patterns)
 
     assert fetched("model_index.json")
+    assert fetched("scheduler/scheduler_config.json")
+    assert fetched("tokenizer/tokenizer.json")
     assert fetched("transformer/config.json")
     assert fetched("transformer/diffusion_pytorch_model-00001-of-00002.safetensors")
     for other in ("vae/config.json", "transformer/model.bin", "transformer/model.pt", "transformer/code.py", "a.gguf"):

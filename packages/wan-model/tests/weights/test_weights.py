@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wan_model import Stage, TorchOps, WanConfig, WanDiT, load_transformer, save_transformer
-from wan_model.weights.transformer import check_keys, expected_shapes, load_weights, read_config
+from wan_model import LatentSpec, Stage, TorchOps, WanConfig, WanDiT, load_transformer, save_transformer
+from wan_model.weights.transformer import check_keys, expected_shapes, load_weights, read_config, read_trained_spec
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -58,6 +58,21 @@ def test_every_tensor_arrives_however_often_the_file_is_opened(
 ) -> None:
     monkeypatch.setattr("wan_model.weights.transformer._READ_BATCH_BYTES", at_once)
     assert equal(load_transformer(folder).state_dict(), small_model.state_dict())
+
+
+def test_the_latent_space_of_the_training_data_is_kept_beside_the_weights(
+    small_model: WanDiT, small_config: WanConfig, tmp_path: Path
+) -> None:
+    spec = LatentSpec(16, 4, 8, (0.5,) * 16, (2.0,) * 16, 28, 16, "vae-a-text-b", "digest", "24000/1001")
+    save_transformer(small_model.state_dict(), small_config, tmp_path, spec=spec)
+    assert read_trained_spec(tmp_path) == spec
+    assert load_transformer(tmp_path).config.text_length == small_config.text_length == 16
+    (tmp_path / "latent_spec.json").write_text('{"fps": 5}')
+    with pytest.raises(ValueError, match=r"latent_spec\.json: a latent specification has the fields"):
+        read_trained_spec(tmp_path)
+    # Weights of which nothing is known.
+    save_transformer(small_model.state_dict(), small_config, tmp_path)
+    assert read_trained_spec(tmp_path) is None
 
 
 def test_precision_of_loading(folder: Path, small_model: WanDiT) -> None:

@@ -45,7 +45,10 @@ from wan_data.shards.writer import ShardRecord, ShardWriter
 from wan_data.sources.changes import SourceChanges, find_changes
 from wan_data.sources.modification_times import read_times, write_times
 from wan_data.sources.source import SourceFile
+from wan_data.video.buckets import SIDE_MULTIPLE
+from wan_data.video.windows import TEMPORAL_STRIDE
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import write_json
 from wan_model.system.torchrun import processors
 
@@ -106,6 +109,16 @@ def prepare(
     )
 
 
+def _check_strides(spec: LatentSpec, model: str) -> None:
+    """Refuse an autoencoder that cannot encode every window and size that is planned, before anything is probed."""
+    pixels = SIDE_MULTIPLE // 2  # a token has 2 x 2 positions
+    if TEMPORAL_STRIDE % spec.temporal_stride or pixels % spec.spatial_stride:
+        raise ValueError(
+            f"the autoencoder of {model} has strides of {spec.temporal_stride} frames and {spec.spatial_stride} pixels "
+            f"where clips are cut for {TEMPORAL_STRIDE} and {pixels}; name a model with the autoencoder of Wan 2.1"
+        )
+
+
 class _Preparation:
     def __init__(
         self,
@@ -128,6 +141,7 @@ class _Preparation:
         self.spec = LatentCodec.from_pretrained(
             model, load_vae=False, load_text=False, text_length=settings.text_length
         ).spec
+        _check_strides(self.spec, model)
 
     def run(
         self, sources: Sequence[SourceFile], *, overwrite: bool, update: bool, remove_missing: bool

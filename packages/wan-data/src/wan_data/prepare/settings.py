@@ -10,6 +10,7 @@ from wan_data.video.buckets import Size, buckets_of_area, check_side
 from wan_data.video.display.options import DisplayOptions
 from wan_data.video.limits import READING_VERSION, Limits
 from wan_data.video.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
+from wan_model.config import OFFICIAL_TEXT_LENGTH
 from wan_model.precision import VAE_PRECISIONS
 
 DEFAULT_AREA = 480 * 832
@@ -72,7 +73,7 @@ class PrepareSettings:
     samples_per_shard: int = 100
     validation_fraction: float = 0.05
     dtype: str = "float32"
-    text_length: int = 512
+    text_length: int = OFFICIAL_TEXT_LENGTH
     seed: int = 0
 
     def __post_init__(self) -> None:

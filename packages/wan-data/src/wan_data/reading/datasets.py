@@ -11,7 +11,7 @@ from wan_data.reading.packing import latent_tokens
 from wan_data.shards.energon_index import check_offsets
 from wan_data.shards.energon_metadata import check_metadata, shard_counts
 from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
-from wan_model.config import PatchSize
+from wan_model.config import OFFICIAL_TEXT_LENGTH, PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import latent_spec_of as spec_of_model
 from wan_model.weights.model_folder import resolve_folder
@@ -49,31 +49,45 @@ def splits(path: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = None) -> LatentSpec:
-    """The latent space of a dataset, from its manifest; for a blend, that of all its datasets.
+    """The latent space of a dataset, from its manifest, with the rate of its videos; for a blend, that of all datasets.
 
     Args:
         path: a dataset's folder, or the YAML file of a blend.
         encoded_by: the model (folder or hub id) that the shards were encoded with; needed for datasets without a
-            manifest, which are those of NVIDIA's own script.
+            manifest, which are those of NVIDIA's own script, with texts of 512 tokens.
 
     Raises:
         ValueError: ``encoded_by`` is None for a dataset without a manifest, a dataset is incomplete, or the latent
             spaces of the datasets and of ``encoded_by`` differ.
     """
     folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
-    named = []
+    bare = [folder for folder in folders if not (folder / MANIFEST_NAME).exists()]
+    if bare and encoded_by is None:
+        raise ValueError(
+            f"{bare[0]} has no {MANIFEST_NAME}, and so does not say which model it was encoded with; "
+            "name that model with encoded_by=MODEL, or prepare the data with wan-data prepare"
+        )
+    named = [
+        (f"the dataset in {folder}", _spec_of_manifest(folder, read_manifest(folder)))
+        for folder in folders
+        if folder not in bare
+    ]
     if encoded_by is not None:
+        # A model does not say what captions were cut to, so it agrees with any length that all datasets record.
+        length = OFFICIAL_TEXT_LENGTH if bare else named[0][1].text_length
         model = resolve_folder(encoded_by, ["vae", "text_encoder"])
-        named.append((f"the model {encoded_by}", spec_of_model(model)))
-    for folder in folders:
-        if (folder / MANIFEST_NAME).exists():
-            named.append((f"the dataset in {folder}", read_manifest(folder).latent_spec))
-        elif encoded_by is None:
-            raise ValueError(
-                f"{folder} has no {MANIFEST_NAME}, and so does not say which model it was encoded with; "
-                "name that model with encoded_by=MODEL, or prepare the data with wan-data prepare"
-            )
+        named.insert(0, (f"the model {encoded_by}", spec_of_model(model, text_length=length)))
     return _common(named)
+
+
+def _spec_of_manifest(folder: Path, manifest: Manifest) -> LatentSpec:
+    """The latent space that a manifest records, with the rate of its videos; images have none."""
+    if manifest.settings.get("mode") != "video":
+        return manifest.latent_spec
+    try:
+        return dataclasses.replace(manifest.latent_spec, fps=manifest.settings.get("fps"))
+    except ValueError as error:
+        raise ValueError(f"the settings in {folder / MANIFEST_NAME} are damaged: {error}") from None
 
 
 def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
@@ -105,7 +119,9 @@ def common_latent_spec(parts: Sequence[OpenPart]) -> LatentSpec | None:
         ValueError: the datasets have different latent spaces.
     """
     specs = [
-        (f"the dataset in {one.part.folder}", one.manifest.latent_spec) for one in parts if one.manifest is not None
+        (f"the dataset in {one.part.folder}", _spec_of_manifest(one.part.folder, one.manifest))
+        for one in parts
+        if one.manifest is not None
     ]
     return _common(specs) if specs else None
 
@@ -138,9 +154,11 @@ def _shards(part: Part) -> tuple[tuple[str, int], ...]:
 
 
 def _common(specs: Sequence[tuple[str, LatentSpec]]) -> LatentSpec:
-    (first, spec), *others = specs
-    for name, other in others:
-        other.require_same(spec, name, first)
+    spec = specs[0][1]
+    for number, (name, other) in enumerate(specs):
+        for first, earlier in specs[:number]:  # with each, because what one does not know another may
+            other.require_same(earlier, name, first)
+        spec = spec.completed(other)
     return spec
 
 

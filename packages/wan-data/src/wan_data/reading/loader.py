@@ -24,6 +24,7 @@ from wan_data.reading.loader_state import from_plain, to_plain
 from wan_data.reading.pack_encoder import PackEncoder, settings_of
 from wan_data.reading.packing import usable_capacity
 from wan_data.shards.indexed_reader import IndexedShards
+from wan_model.config import OFFICIAL_TEXT_LENGTH
 from wan_model.pack import LatentPack
 
 STATE_VERSION = 1
@@ -39,7 +40,8 @@ class LoaderConfig:
         path: the dataset's folder, or the YAML file of a blend of several (see ``wan_data.reading.blends``).
         capacity: tokens of a pack, padding included.
         split: ``train`` is an endless stream in random order; any other split is read once, in order.
-        text_length: tokens that texts are zero-padded to.
+        text_length: tokens that texts are zero-padded to, which must be those of the model
+            (``WanConfig.text_length``); None for those that the captions were cut to, 512 without a manifest.
         patch_size: latent positions (frames, rows, columns) of a token.
         pad_multiple: packs are padded to a multiple of this many tokens (tensor and context parallelism).
         packing_buffer: number of samples that are packed together, limited to a worker's share of the split. Samples
@@ -53,7 +55,7 @@ class LoaderConfig:
     path: str
     capacity: int
     split: str = "train"
-    text_length: int = 512
+    text_length: int | None = None
     patch_size: tuple[int, int, int] = (1, 2, 2)
     pad_multiple: int = 1
     packing_buffer: int = 64
@@ -90,23 +92,25 @@ class PackLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} does not exist; ranks count from 0")
         for name in ("packing_buffer", "text_length"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+            if (value := getattr(config, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if config.num_workers < 0:
             raise ValueError(f"num_workers is {config.num_workers}; it must be at least 0")
         self.config, self.rank, self.world_size = config, rank, world_size
         self._energon = energon_version()
         self._parts = open_split(config.path, config.split)
         check_sizes(self._parts, usable_capacity(config.capacity, config.pad_multiple), config.patch_size)
+        spec = common_latent_spec(self._parts)
+        text_length = config.text_length or (spec.text_length if spec is not None else OFFICIAL_TEXT_LENGTH)
         self._readers = world_size * max(1, config.num_workers)
         self._share = sum(one.samples for one in self._parts) // self._readers
         self._encoder = PackEncoder(
             capacity=config.capacity,
             patch_size=config.patch_size,
-            text_length=config.text_length,
+            text_length=text_length,
             pad_multiple=config.pad_multiple,
             seed=config.seed,
-            spec=common_latent_spec(self._parts),
+            spec=spec,
             # If a buffer holds an epoch, samples that are carried over would be in the next epoch.
             carry=config.packing_buffer < self._share,
         )

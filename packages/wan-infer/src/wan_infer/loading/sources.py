@@ -20,7 +20,7 @@ from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.dit.model import WanDiT
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import MissingPartsError, resolve_folder
-from wan_model.weights.transformer import load_weights, read_config
+from wan_model.weights.transformer import load_weights, read_config, read_trained_spec
 
 _TASKS = {"t2v-1.3B": WAN_1_3B, "t2v-14B": WAN_14B}
 
@@ -65,7 +65,7 @@ class TransformerSource:
             raise ValueError("no model was given to take the transformer from")
         with naming_models(sources.model):
             folder = resolve_folder(sources.model, ["transformer"], revision=sources.revision) / "transformer"
-            return cls(folder, read_config(folder), _origin(sources.model))
+            return cls(folder, read_config(folder), _origin(sources.model), spec=read_trained_spec(folder))
 
     @property
     def from_training(self) -> bool:
@@ -74,7 +74,7 @@ class TransformerSource:
 
     @property
     def text_length(self) -> int:
-        """Tokens that prompts are truncated to: those of the training run where it recorded them."""
+        """Tokens that prompts are truncated to, as the captions of the training data were; padding is of ``config``."""
         return self.spec.text_length if self.spec else self.config.text_length
 
     def load(
@@ -136,14 +136,20 @@ def naming_models(*models: ModelName | None) -> Iterator[None]:
 
 
 def check_latent_space(source: TransformerSource, codec: "CodecSource") -> LatentSpec:
-    """The latent space of the autoencoder and the text encoder, read from their small files.
+    """The latent space of the autoencoder and the text encoder, from their small files; the transformer adds its fps.
 
     Raises:
         ValueError: files are missing, or the space is not the one that the transformer was trained in.
     """
+    if source.text_length > source.config.text_length:
+        raise ValueError(
+            f"the transformer {source.origin} takes texts of {source.config.text_length} tokens and the captions of "
+            f"its data were cut to {source.text_length}, which no training allows; restore the record that was changed"
+        )
     spec = codec.latent_spec(source.text_length)
     if source.spec is not None:
-        source.spec.require_same(spec, f"the checkpoint {source.origin}", "the given text encoder and autoencoder")
+        source.spec.require_same(spec, f"the transformer {source.origin}", "the given text encoder and autoencoder")
+        spec = spec.completed(source.spec)
     for name, has, needs in (
         ("latent channels", spec.channels, source.config.in_channels),
         ("text width", spec.text_dim, source.config.text_dim),

@@ -14,6 +14,7 @@ import json
 import queue
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -49,7 +50,9 @@ def to_frames(video_3THW: Float[Tensor, "3 T H W"]) -> Frames:
     return rearrange(scaled, "c t h w -> t h w c").contiguous().cpu().numpy()
 
 
-def _encode_mp4(file: IO[bytes], pieces: Iterable[Frames], fps: int, metadata: Mapping[str, Any] | None = None) -> None:
+def _encode_mp4(
+    file: IO[bytes], pieces: Iterable[Frames], fps: int | Fraction, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write an mp4 while its frames are computed: H.264, 4:2:0, tagged as BT.709 limited range."""
     with av.open(file, "w", format="mp4") as container:
         if metadata is not None:
@@ -74,7 +77,9 @@ def _encode_mp4(file: IO[bytes], pieces: Iterable[Frames], fps: int, metadata: M
         container.mux(stream.encode(None))
 
 
-def _encode_beside(file: IO[bytes], pieces: Iterable[Frames], fps: int, metadata: Mapping[str, Any] | None) -> None:
+def _encode_beside(
+    file: IO[bytes], pieces: Iterable[Frames], fps: int | Fraction, metadata: Mapping[str, Any] | None
+) -> None:
     """Encode in a thread, while this one computes the next frames."""
     waiting: queue.Queue[Frames | None] = queue.Queue(maxsize=2)
 
@@ -114,7 +119,7 @@ def save_video(
     video_3THW: Float[Tensor, "3 T H W"],
     path: str | Path,
     *,
-    fps: int = FPS,
+    fps: int | Fraction = FPS,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a video, or one frame as a picture; the file is written atomically.
@@ -133,7 +138,12 @@ def save_video(
 
 
 def write_video(
-    pieces: Iterable[Frames], count: int, path: Path, *, fps: int = FPS, metadata: Mapping[str, Any] | None = None
+    pieces: Iterable[Frames],
+    count: int,
+    path: Path,
+    *,
+    fps: int | Fraction = FPS,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a video beside the computation of its frames, or one frame as a picture; the file is written atomically.
 

@@ -14,7 +14,7 @@ class Job:
 
     Attributes:
         requests: one per video.
-        fps: frames a second of the files.
+        fps: frames a second of the files; None for those of the data that the transformer was trained on.
         save_file: the file of the only video; None for generated names in ``output_folder``.
         output_folder: created if absent.
         contact_sheet: the file of the contact sheet, or None.
@@ -22,7 +22,7 @@ class Job:
     """
 
     requests: Sequence[VideoRequest]
-    fps: int
+    fps: int | None
     save_file: Path | None
     output_folder: Path
     contact_sheet: Path | None

@@ -39,7 +39,6 @@ def denoise(
     negative_text: Float[Tensor, "_ D"] | None,
     settings: Settings,
     *,
-    text_length: int = 512,
     parallelism: Parallelism | None = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B C F h w"]:
@@ -48,10 +47,9 @@ def denoise(
     Args:
         model: on the execution device, built with the operations of ``parallelism``.
         noise_BCFHW: see ``draw_noise``.
-        texts: embedded prompts, one a video.
+        texts: embedded prompts, one a video; zero-padded to the model's ``text_length``.
         negative_text: embedded negative prompt; unused, and may be None, where the guidance is 1.
         settings: steps, shift, guidance, solver.
-        text_length: tokens that texts are zero-padded to.
         parallelism: the part of this process; by default it computes everything.
         on_step: called with (steps done, steps) after each.
 
@@ -70,7 +68,7 @@ def denoise(
     context = parallelism.context
     layout = PackLayout((grid,) * len(prompts)).padded_to(context.ranks if context else 1)
     # Keys and values of the texts do not depend on the step.
-    text = model.prepare_text(pad_text(prompts, text_length).to(device))
+    text = model.prepare_text(pad_text(prompts, model.config.text_length).to(device))
     solver = Solver(settings.solver, settings.steps, settings.shift)
 
     # The sample stays fp32; the model rounds its input to the precision of its weights.

@@ -219,7 +219,6 @@ class WanSampler:
                 texts,
                 negative,
                 settings,
-                text_length=self.spec.text_length,
                 parallelism=self.parallelism,
                 on_step=on_step,
             )

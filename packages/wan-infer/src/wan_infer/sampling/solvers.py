@@ -22,8 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from wan_infer.request.settings import SolverName
-
-_TRAINED = 1000  # timesteps
+from wan_model.flow import TIMESTEPS
 
 
 def _levels(name: SolverName, steps: int, shift: float) -> "np.ndarray":
@@ -32,7 +31,7 @@ def _levels(name: SolverName, steps: int, shift: float) -> "np.ndarray":
     def shifted(levels: "np.ndarray") -> "np.ndarray":
         return shift * levels / (1 + (shift - 1) * levels)
 
-    smallest = 1 / _TRAINED
+    smallest = 1 / TIMESTEPS
     match name:
         case "unipc":
             levels = shifted(np.linspace(1, smallest, steps + 1)[:-1])
@@ -68,7 +67,7 @@ class Solver:
 
     def __init__(self, name: SolverName, steps: int, shift: float) -> None:
         self._name, levels = name, _levels(name, steps, shift)
-        exact = _TRAINED * levels
+        exact = TIMESTEPS * levels
         self.timesteps: list[float] = (exact if name == "euler" else np.floor(exact)).tolist()
         self._sigmas: list[float] = [*levels.astype(np.float32).tolist(), 0.0]
         self._predictions: list[_Prediction] = []

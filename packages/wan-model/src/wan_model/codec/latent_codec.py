@@ -22,6 +22,7 @@ from wan_model.codec.prompt_tokenizer import PromptTokenizer
 from wan_model.codec.text_encoder import TextEncoder
 from wan_model.codec.tiled_decode import Tile, TiledDecoder, split_frame
 from wan_model.codec.vae_decoder import VaeDecoder
+from wan_model.config import OFFICIAL_TEXT_LENGTH
 from wan_model.config_checks import check_autoencoder
 from wan_model.extras import requires_extra
 from wan_model.latent_spec import LatentSpec
@@ -116,7 +117,7 @@ class LatentCodec:
         load_vae: bool = True,
         load_text: bool = True,
         load_decoder: bool = False,
-        text_length: int = 512,
+        text_length: int = OFFICIAL_TEXT_LENGTH,
         tf32: bool = False,
     ) -> "LatentCodec":
         """Load the autoencoder and the text encoder of a diffusers folder or hub id; safetensors only.

@@ -1,7 +1,9 @@
 """Diffusers' folder layout: resolving it, reading its configuration and index files, and its latent space."""
 
 import contextlib
+import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan_model.config import OFFICIAL_TEXT_LENGTH
 from wan_model.config_checks import TEXT_ENCODER, check_autoencoder, check_numbers, check_sizes
 from wan_model.extras import requires_extra
+from wan_model.flow import TIMESTEPS
 from wan_model.latent_spec import LatentSpec
 from wan_model.system import safe_reading
 
@@ -20,6 +24,9 @@ from wan_model.system import safe_reading
 _LARGEST_INDEX = 64 << 20
 # Names of the files of weights before ``.safetensors``: of diffusers' components, and of transformers'.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+_SCHEDULER = "scheduler/scheduler_config.json"
+# Of diffusers' schedulers; a scheduler that lacks a key can do nothing else. The shift is a setting of each sampling.
+_OBJECTIVE = {"num_train_timesteps": int(TIMESTEPS), "prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # safetensors' names of types; integers would be weights of a quantised model, whose scales are not read.
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
@@ -57,14 +64,17 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
             from huggingface_hub import snapshot_download
 
         patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".safetensors", ".model", ".txt")]
+        # What must fit these parts.
+        patterns += ["model_index.json", _SCHEDULER, "tokenizer/tokenizer.json"]
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, "model_index.json"]))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except Exception as error:
             raise ValueError(f"{name} is no folder here, and the hub did not give it: {error}") from error
     if missing := [part for part in parts if not (folder / part).is_dir()]:
         raise MissingPartsError(folder, missing)
     if "transformer" in parts:
         _refuse_wan_22(folder)
+        _check_scheduler(folder)
     return folder
 
 
@@ -79,6 +89,20 @@ def _refuse_wan_22(folder: Path) -> None:
         raise ValueError(f"{file}: transformer_2 is {second!r:.60}; expected a list of a library and a class")
     if any(second) or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
         raise ValueError(f"{folder} holds a Wan 2.2 model; only Wan 2.1 text-to-video is supported")
+
+
+def _check_scheduler(folder: Path) -> None:
+    """Refuse weights whose scheduler says that they were trained for another objective than ``wan_model.flow``."""
+    file = folder / _SCHEDULER
+    if not file.exists():
+        return
+    config = read_json(file)
+    for key, wanted in _OBJECTIVE.items():
+        if (got := config.get(key, wanted)) != wanted:
+            raise ValueError(
+                f"{file}: {key} is {got!r:.60} where Wan 2.1 has {wanted!r}; take the transformer of a model that was "
+                "trained with flow matching"
+            )
 
 
 def read_json(path: Path, limit: int = _LARGEST_INDEX) -> dict[str, Any]:
@@ -242,15 +266,39 @@ def _digest(folder: Path, stem: str, widths: Mapping[str, int]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _tokenizer_digest(folder: Path) -> str | None:
+    """Digest of a tokenizer's vocabulary and merges; None if there is no ``tokenizer.json``.
+
+    Not of the file's bytes, in which every version of the tokenizers library writes the other parts differently.
+    """
+    file = folder / "tokenizer.json"
+    try:
+        status = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _vocabulary_digest(file, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=8)  # a released one takes a second, and each half of a codec asks for it
+def _vocabulary_digest(file: Path, mtime_ns: int, size: int) -> str:
+    model = read_json(file).get("model")
+    vocabulary, merges = (model.get(name) if isinstance(model, dict) else None for name in ("vocab", "merges"))
+    if isinstance(vocabulary, dict):  # of BPE: the number of each token
+        vocabulary = sorted(vocabulary.items(), key=lambda item: (str(item[1]), item[0]))
+    if isinstance(merges, list):
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    return hashlib.sha256(json.dumps([vocabulary, merges]).encode()).hexdigest()[:16]
+
+
 def latent_spec_of(
-    folder: Path, *, text_length: int = 512, vae: Path | None = None, text_encoder: Path | None = None
+    folder: Path, *, text_length: int = OFFICIAL_TEXT_LENGTH, vae: Path | None = None, text_encoder: Path | None = None
 ) -> LatentSpec:
-    """The latent space of a model folder, from its configurations and a few small tensors.
+    """The latent space of a model folder, from its configurations, a few small tensors and the tokenizer.
 
     Args:
         folder: the model in diffusers' layout.
         text_length: tokens that prompts are cut to.
-        vae, text_encoder: component folders outside ``folder``.
+        vae, text_encoder: component folders outside ``folder``; the tokenizer is beside the text encoder.
 
     Raises:
         ValueError: files that are missing or describe another kind of autoencoder.
@@ -283,4 +331,5 @@ def latent_spec_of(
             f"vae-{_digest(vae, DIFFUSERS_STEM, vae_widths)}"
             f"-text-{_digest(text_encoder, TRANSFORMERS_STEM, text_widths)}"
         ),
+        tokenizer=_tokenizer_digest(text_encoder.parent / "tokenizer"),
     )

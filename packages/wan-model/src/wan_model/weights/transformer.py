@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from wan_model.config import WanConfig
 from wan_model.dit.model import Stage, WanDiT
+from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import atomic_path, sync_folder, write_json
 from wan_model.system.torchrun import local_world_size, processors
 from wan_model.weights.model_folder import DIFFUSERS_STEM, open_weights, read_json, stored_shape, weight_files
 
+# Beside the weights, where they were trained on a dataset; other programs ignore it.
+LATENT_SPEC_NAME = "latent_spec.json"
 _READ_BATCH_BYTES = 64 * 2**20
 
 
@@ -127,6 +130,22 @@ def read_config(folder: Path) -> WanConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
+def read_trained_spec(folder: Path) -> LatentSpec | None:
+    """The latent space that the weights of a ``transformer`` folder were trained in; None if it is not recorded.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = Path(folder) / LATENT_SPEC_NAME
+    if not file.exists():
+        return None
+    content = read_json(file)
+    try:
+        return LatentSpec.from_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: str) -> None:
     """Refuse a set of tensors that is not exactly the model's.
 
@@ -223,7 +242,12 @@ def load_transformer(
 
 
 def save_transformer(
-    state: Mapping[str, Tensor], config: WanConfig, folder: Path, *, shard_bytes: int = 10**10
+    state: Mapping[str, Tensor],
+    config: WanConfig,
+    folder: Path,
+    *,
+    spec: LatentSpec | None = None,
+    shard_bytes: int = 10**10,
 ) -> None:
     """Write a diffusers ``transformer`` folder; each file is written atomically.
 
@@ -234,6 +258,7 @@ def save_transformer(
         state: every tensor of the whole model, by key.
         config: its sizes.
         folder: the output folder; created if absent.
+        spec: the latent space that they were trained in, if known; for ``read_trained_spec``.
         shard_bytes: above this many bytes the weights are split over several files with an index.
 
     Raises:
@@ -263,6 +288,7 @@ def save_transformer(
         # Readers prefer an index: with that of an earlier save they would read a mixture of both while files get their
         # names, and afterwards the earlier weights.
         index.unlink(missing_ok=True)
+        (folder / LATENT_SPEC_NAME).unlink(missing_ok=True)  # it may be none of the new weights'
         sync_folder(folder)
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for shard in shards for tensor in shard.values())
@@ -272,4 +298,6 @@ def save_transformer(
     for path in folder.glob(f"{DIFFUSERS_STEM}*.safetensors"):
         if path.name not in names:
             path.unlink()
+    if spec is not None:
+        write_json(folder / LATENT_SPEC_NAME, spec.to_dict())
     write_json(folder / "config.json", config.to_diffusers())

@@ -8,10 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from wan_model.config import TEXT_LENGTH_KEY
 from wan_model.weights.training_checkpoint import read_run_config, read_run_settings
 from wan_train.checkpoint.folder import ResumePoint
 from wan_train.model.layout import Layout
 
+_KEYS = {"text_length": TEXT_LENGTH_KEY}
 _LOADER_STATE = re.compile(r"train_dataloader_dprank\d+\.pt")
 _MISSING = object()
 
@@ -147,13 +149,13 @@ def _check_weights(config: Any, point: ResumePoint, record: dict[str, Any]) -> N
         )
     ours = config.model.wan_config
     if differing := [
-        f"{field.name} {getattr(ours, field.name)} where it has {getattr(transformer, field.name)}"
-        for field in dataclasses.fields(ours)
-        if getattr(ours, field.name) != getattr(transformer, field.name)
+        f"{_KEYS.get(name, name)} {mine} where it has {its}"
+        for name, mine in dataclasses.asdict(ours).items()
+        if mine != (its := getattr(transformer, name))
     ]:
         raise ValueError(
-            f"{point.step_folder} has another transformer than this run: {', '.join(differing)}; use the recipe it "
-            "was trained with, or set checkpoint.save to another folder"
+            f"{point.step_folder} has another transformer than this run: {', '.join(differing)}; set "
+            "model.transformer as it was, or set checkpoint.save to another folder"
         )
     if spec is not None and config.model.spec is not None:
         spec.require_same(config.model.spec, f"the checkpoint {point.step_folder}", f"the data {config.dataset.path}")

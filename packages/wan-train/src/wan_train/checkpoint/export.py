@@ -12,6 +12,9 @@ from wan_train.checkpoint.record import RECORD_NAME, changed_files, read_record
 def export(checkpoints: Path, out: Path, *, step: int | None = None, ema: bool = False, dtype: str = "stored") -> Path:
     """Write ``OUT/transformer``, which diffusers' ``WanTransformer3DModel`` loads.
 
+    With it goes what the checkpoint records of its data: the text length in ``config.json`` (where it is not 512), and
+    the latent space.
+
     The digest of every file of the checkpoint is verified first.
 
     Args:
@@ -37,8 +40,8 @@ def export(checkpoints: Path, out: Path, *, step: int | None = None, ema: bool =
         if changed := changed_files(checkpoint, files, files):
             raise ValueError(f"{checkpoint / changed[0]} is damaged: its SHA-256 differs from {RECORD_NAME}'s")
     masters = dtype == "float32" and not ema
-    config, _, state = read_training_checkpoint(
+    config, spec, state = read_training_checkpoint(
         checkpoint, dtype=None if dtype == "stored" else getattr(torch, dtype), ema=ema, masters=masters
     )
-    save_transformer(state, config, out / "transformer")
+    save_transformer(state, config, out / "transformer", spec=spec)
     return checkpoint

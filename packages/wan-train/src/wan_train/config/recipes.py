@@ -27,7 +27,7 @@ from wan_train.engine.upstream.configuration import (
     checkpoint_settings,
     no_validation_by_bridge,
 )
-from wan_train.model.provider import WanModelProvider
+from wan_train.model.provider import WanModelProvider, transformer_section
 
 TrainingMode = Literal["pretrain", "finetune"]
 
@@ -44,7 +44,7 @@ def _config(
 ) -> WanRunConfig:
     flow = FlowMatching.pretrain() if mode == "pretrain" else FlowMatching.finetune()
     return WanRunConfig(
-        model=WanModelProvider(transformer=model.to_diffusers(), flow=flow, seq_length=capacity),
+        model=WanModelProvider(transformer=transformer_section(model), flow=flow, seq_length=capacity),
         dataset=WanDatasetConfig(capacity=capacity),
         train=TrainingConfig(
             train_iters=iterations, global_batch_size=1, micro_batch_size=1, **no_validation_by_bridge(iterations)

@@ -5,6 +5,7 @@ Import only after ``wan_train.engine.start``.
 
 import dataclasses
 
+from wan_model.flow import TIMESTEPS
 from wan_train.engine.upstream.configuration import BridgeValidation, ConfigContainer
 
 
@@ -34,9 +35,9 @@ class ValidationConfig(BridgeValidation):
             raise ValueError(f"validation.interval is {self.interval}; expected steps, or 0 for no validation")
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"validation.samples is {self.samples}; expected at least 1, or null for all")
-        if not self.timesteps or not all(0 < timestep < 1000 for timestep in self.timesteps):
+        if not self.timesteps or not all(0 < timestep < TIMESTEPS for timestep in self.timesteps):
             raise ValueError(
-                f"validation.timesteps is {self.timesteps}; expected at least one number between 0 and 1000"
+                f"validation.timesteps is {self.timesteps}; expected at least one number between 0 and {TIMESTEPS:g}"
             )
         if len(set(self.timesteps)) < len(self.timesteps):
             raise ValueError(f"validation.timesteps is {self.timesteps}; expected each only once")

@@ -33,6 +33,7 @@ def build_config(options: RunOptions) -> Any:
     Raises:
         ValueError: an unknown recipe, key or value.
     """
+    from wan_model.config import TEXT_LENGTH_KEY
     from wan_model.weights.transformer import read_config
     from wan_train.config.recipes import RECIPE_FUNCTIONS
     from wan_train.model.provider import transformer_folder
@@ -52,8 +53,9 @@ def build_config(options: RunOptions) -> Any:
     if options.init_from:
         config.model.init_from = options.init_from
     if config.model.init_from is not None:
-        # The weights determine the sizes.
-        config.model.transformer = read_config(transformer_folder(config.model.init_from)).to_diffusers()
+        # The weights determine the sizes; what texts are padded to is decided where the data are known.
+        given = {TEXT_LENGTH_KEY: config.model.transformer.get(TEXT_LENGTH_KEY)}
+        config.model.transformer = read_config(transformer_folder(config.model.init_from)).to_diffusers() | given
     return config
 
 
@@ -72,12 +74,13 @@ def check_layout(config: Any, world: int) -> Layout:
 
 
 def configure_data(config: Any, layout: Layout) -> None:
-    """Validate the dataset against the model, and configure its loader.
+    """Validate the dataset against the model, and configure its loader; decides what texts are padded to.
 
     Raises:
         ValueError: there is no dataset, or it does not match the model.
     """
     from wan_train.data.dataset import read_dataset_spec
+    from wan_train.loop.agreement import check_data, with_text_length
 
     dataset, model = config.dataset, config.model
     if dataset.mock == (dataset.path is not None):
@@ -86,26 +89,12 @@ def configure_data(config: Any, layout: Layout) -> None:
         if not Path(dataset.path).exists():
             raise ValueError(f"dataset.path is {dataset.path}, which does not exist; make one with wan-data prepare")
         model.latent_spec = read_dataset_spec(dataset.path, dataset.encoded_by)
-        wanted, got = model.wan_config.text_dim, model.latent_spec["text_dim"]
-        if wanted != got:
-            raise ValueError(f"the dataset's text embeddings are {got} wide, the model takes {wanted}")
-        if model.init_from is not None:
-            _check_initial_weights(model, dataset.path)
+        check_data(model, dataset.path)
+    model.transformer = with_text_length(model, dataset)
     dataset.configure(model.wan_config, layout.pad_multiple)
     # Only for Megatron's checks of a fixed sequence length, which a pack's capacity need not pass.
     divisor = 2 * layout.context * layout.tensor
     model.seq_length = -(-dataset.capacity // divisor) * divisor
-
-
-def _check_initial_weights(model: Any, data: str) -> None:
-    """Refuse initial weights of another latent space, if the model folder contains an autoencoder to compare."""
-    from wan_model.weights.model_folder import latent_spec_of
-    from wan_train.model.provider import transformer_folder
-
-    folder = transformer_folder(model.init_from).parent
-    if all((folder / part).is_dir() for part in ("vae", "text_encoder")):
-        theirs = latent_spec_of(folder, text_length=model.spec.text_length)
-        theirs.require_same(model.spec, f"the model {model.init_from}", f"the data {data}")
 
 
 def _resolve_checkpoints(config: Any) -> ResumePoint | None:

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT, init_weights
+from wan_model.config import TEXT_LENGTH_KEY
 from wan_model.dit.attention import AttentionKind
 from wan_model.dit.recompute import Recompute
 from wan_model.flow import FlowMatching
@@ -31,6 +32,11 @@ from wan_train.model.recompute_granularity import RECOMPUTE
 
 # Every pipeline stage has its own copy of the timestep and text embedders; the copies must stay equal.
 REPLICATED_ON_STAGES = "condition_embedder."
+
+
+def transformer_section(config: WanConfig) -> dict[str, Any]:
+    """The ``model.transformer`` section for a model's sizes; the data decide about the length of texts."""
+    return {**config.to_diffusers(), TEXT_LENGTH_KEY: None}
 
 
 def transformer_folder(model: str) -> Path:
@@ -174,7 +180,8 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     """The ``model`` section of the configuration: the transformer and its parallel layout.
 
     Attributes:
-        transformer: the content of diffusers' ``transformer/config.json``.
+        transformer: the content of diffusers' ``transformer/config.json``, with ``text_len``, the tokens that texts are
+            padded to; None for those of the initial weights or the data, until the run has read them.
         latent_spec: ``LatentSpec.to_dict()`` of the training data, recorded in checkpoints; None for mock data.
         flow: the flow-matching objective.
         attention: ``sdpa``, ``cudnn``, ``flash`` and ``varlen`` are torch's (see ``wan_model.dit.attention``);
@@ -190,7 +197,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     num_layers: int = 0
     hidden_size: int = 0
     num_attention_heads: int = 0
-    transformer: dict[str, Any] = dataclasses.field(default_factory=WAN_1_3B.to_diffusers)
+    transformer: dict[str, Any] = dataclasses.field(default_factory=lambda: transformer_section(WAN_1_3B))
     latent_spec: dict[str, Any] | None = None
     flow: FlowMatching = dataclasses.field(default_factory=FlowMatching)
     attention: AttentionKind | Literal["transformer_engine"] = "auto"
