@@ -27,12 +27,6 @@ MUTATIONS = (
         "sampling/test_sampler.py",
     ),
     _of(
-        "solver-of-first-order", "sampling/solvers.py",
-        "second = len(self._predictions) == 2 and not last", "second = False",
-        "the second-order solvers take first-order steps: other and worse videos at the same number of steps",
-        "sampling/test_solvers.py",
-    ),
-    _of(
         "lora-not-divided-by-its-rank", "loading/lora.py",
         "name: alpha / ranks[name] for", "name: alpha for",
         "the change of an adapter with an alpha is too large by a factor of its rank",

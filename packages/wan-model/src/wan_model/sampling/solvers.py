@@ -21,7 +21,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from wan_infer.request.settings import SolverName
+from wan_model.sampling.settings import SolverName
 
 _TRAINED = 1000  # timesteps
 
