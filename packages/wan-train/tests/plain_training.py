@@ -4,7 +4,7 @@ What every parallel layout is compared with is itself one process of the engine;
 Results have names, the same ones for this loop and for a run of the engine: ``loss`` and ``norm`` of all steps,
 ``gradient/KEY`` (Adam's first moment after the second step: 0.09 and 0.1 times the clipped gradients of the first two
 steps, which the warm-up from 0 computes with the same weights), ``weight/KEY`` and ``ema/KEY`` after the last step,
-``validation`` at all its steps and timesteps.
+``validation`` at all its steps and timesteps, ``gap`` at all its steps.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ from wan_model.weights.training_checkpoint import find_checkpoint, read_training
 from wan_model.weights.transformer import load_transformer
 from wan_train.data.mock_data import MockConfig, MockLoader
 from wan_train.data.seeds import generator_for
+from wan_train.loop.caption_gap import caption_id, partners
 
 # What the tiny recipe and the options of ``train_for_equality`` say.
 PACKS = MockConfig(shapes=[[3, 8, 8], [1, 6, 10], [2, 4, 10]], context_length=512, number_packed_samples=3)
@@ -102,7 +103,8 @@ def train_plainly(start: Path, seed: int, number_of: Callable[[int], int] = lamb
         betas=(0.9, 0.95), eps=1e-8, foreach=False,
     )  # fmt: skip
     ema = {key: parameter.detach().clone() for key, parameter in named.items()}
-    packs, results, losses, norms, validations = packs_of(seed), {}, [], [], []
+    packs, results, losses, norms = packs_of(seed), {}, [], []
+    validations, gaps = [], []
     for step in range(EQUALITY_STEPS):
         optimizer.zero_grad()
         summed, counted = torch.zeros((), dtype=torch.float64), 0
@@ -128,8 +130,11 @@ def train_plainly(start: Path, seed: int, number_of: Callable[[int], int] = lamb
             for key, average in ema.items():
                 average.mul_(AVERAGE_DECAY).add_(named[key] * (1 - AVERAGE_DECAY))
         if step + 1 in VALIDATION_STEPS:
-            validations += _validate(model, seed)
-    results.update(loss=torch.stack(losses), norm=torch.stack(norms), validation=torch.stack(validations))
+            validation, gap = _validate(model, seed)
+            validations += validation
+            gaps.append(gap)
+    results.update(loss=torch.stack(losses), norm=torch.stack(norms))
+    results.update(validation=torch.stack(validations), gap=torch.stack(gaps))
     results.update({f"weight/{key}": parameter.detach() for key, parameter in named.items()})
     return {**results, **{f"ema/{key}": average for key, average in ema.items()}}
 
@@ -152,22 +157,31 @@ def _held_out(seed: int) -> LatentPack:
 
 
 @torch.no_grad()
-def _validate(model: torch.nn.Module, seed: int) -> list[Tensor]:
-    pack, losses = _held_out(seed), []
-    for timestep in TIMESTEPS:
-        rows = [
-            torch.randn(
-                length, pack.tokens_SC.shape[1],
-                generator=generator_for(f"validation {key} {timestep:g}", VALIDATION_SEED),
-            )
-            for key, length in zip(pack.keys, pack.layout.lengths, strict=True)
-        ]  # fmt: skip
-        noise, sigma = torch.cat(rows), timestep / 1000
-        tokens = (1 - sigma) * pack.tokens_SC + sigma * noise
-        ones = torch.ones(pack.layout.num_samples)
-        noisy = NoisyPack(tokens, noise - pack.tokens_SC, timestep * ones, ones, pack.text_BTD)
-        losses.append(torch.stack([errors.mean() for errors in _errors(model, noisy, pack)]).mean())
-    return losses
+def _validate(model: torch.nn.Module, seed: int) -> tuple[list[Tensor], Tensor]:
+    """The losses by timestep, and the caption gap."""
+    pack = _held_out(seed)
+    losses = [_loss_at(model, pack, timestep) for timestep in TIMESTEPS]
+    # No two of these samples have the same caption, so each has one that differs.
+    ids = [caption_id(text) for text in (PackedText.of([rows], 512) for rows in pack.text_BTD)]
+    others = [other for other in partners(pack.keys, ids, VALIDATION_SEED) if other is not None]
+    texts = PackedText.of([pack.text_BTD[other] for other in others], 512)
+    foreign = dataclasses.replace(pack, texts=texts)
+    return losses, _loss_at(model, foreign, 950.0) / _loss_at(model, pack, 950.0)
+
+
+def _loss_at(model: torch.nn.Module, pack: LatentPack, timestep: float) -> Tensor:
+    rows = [
+        torch.randn(
+            length, pack.tokens_SC.shape[1],
+            generator=generator_for(f"validation {key} {timestep:g}", VALIDATION_SEED),
+        )
+        for key, length in zip(pack.keys, pack.layout.lengths, strict=True)
+    ]  # fmt: skip
+    noise, sigma = torch.cat(rows), timestep / 1000
+    tokens = (1 - sigma) * pack.tokens_SC + sigma * noise
+    ones = torch.ones(pack.layout.num_samples)
+    noisy = NoisyPack(tokens, noise - pack.tokens_SC, timestep * ones, ones, pack.text_BTD)
+    return torch.stack([errors.mean() for errors in _errors(model, noisy, pack)]).mean()
 
 
 def write_plain_results(path: str, start: str, seed: int) -> None:
@@ -188,6 +202,7 @@ def engine_results(folder: Path) -> Results:
         "loss": torch.tensor([entry["loss"] for entry in steps], dtype=torch.float64),
         "norm": torch.tensor([entry["grad_norm"] for entry in steps], dtype=torch.float64),
         "validation": torch.tensor(at, dtype=torch.float64),
+        "gap": torch.tensor([entry["caption_gap"] for entry in validations], dtype=torch.float64),
     }
     moments = read_tensors(find_checkpoint(folder, 2), FIRST_MOMENT)
     for key, moment in moments.items():

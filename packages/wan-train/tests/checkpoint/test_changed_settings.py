@@ -62,6 +62,7 @@ LOOP = {
     "validation.interval": 2,
     "validation.samples": 3,
     "validation.timesteps": [250.0],
+    "validation.caption_gap": False,
     "checkpoint.save_interval": 1,
     "checkpoint.most_recent_k": KEPT,
     "checkpoint.async_save": True,
@@ -182,6 +183,7 @@ def test_the_loop_does_what_its_settings_say(changed_run: Path, one_process_run:
         (4, 3, ["250"]),
         (5, 3, ["250"]),
     ]
+    assert not any("caption_gap" in entry for entry in validations)
     assert complete_steps(changed_run) == [3, 4, 5]
     assert list((changed_run / "board").iterdir()), "nothing for TensorBoard"
     assert len((changed_run / "async").read_text().splitlines()) == LAST - STOPPED, "saves that the loop waited for"

@@ -199,15 +199,18 @@ class MetricsWriter:
         """Result of a validation; called on every rank that has it."""
         at = {f"{timestep:g}": loss for timestep, loss in result.at.items()}
         curves = {"validation/loss": result.loss, **{f"validation/loss_at_{key}": loss for key, loss in at.items()}}
-        self._curves(curves, step, state)
+        gap: dict[str, float] = {} if result.caption_gap is None else {"caption_gap": result.caption_gap}
+        self._curves({**curves, **{f"validation/{name}": value for name, value in gap.items()}}, step, state)
         parts = "  ".join(f"{key}: {loss:.4f}" for key, loss in at.items())
+        said = "".join(f", caption gap {value:.3f}" for value in gap.values())
         self.event(
-            f"step {step}  validation loss {result.loss:.4f} of {result.samples} samples, at timesteps {parts}",
+            f"step {step}  validation loss {result.loss:.4f} of {result.samples} samples, at timesteps {parts}{said}",
             event="validation",
             step=step,
             loss=result.loss,
             samples=result.samples,
             timesteps=at,
+            **gap,
         )
 
     def _curves(self, values: dict[str, float], step: int, state: Any) -> None:
