@@ -51,18 +51,6 @@ MUTATIONS = (
         "request/test_settings.py",
     ),
     _of(
-        "fps-ignored", "output/video_file.py",
-        "rate=fps, options", "rate=FPS, options",
-        "--fps has no effect",
-        "output/test_video_file.py",
-    ),
-    _of(
-        "pixels-cut-not-rounded", "output/video_file.py",
-        "((video_3THW.float() + 1) * 127.5).round()", "((video_3THW.float() + 1) * 127.5)",
-        "all frames are half a level too dark",
-        "output/test_video_file.py",
-    ),
-    _of(
         "metadata-always-kept", "cli.py",
         'metadata=not given["no_metadata"]', "metadata=True",
         "--no-metadata has no effect: published files contain the prompts",

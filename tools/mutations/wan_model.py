@@ -52,6 +52,18 @@ MUTATIONS = (
         "sampling/test_solvers.py",
     ),
     _of(
+        "fps-ignored", "codec/video_encoding.py",
+        "rate=fps, options", "rate=FPS, options",
+        "--fps has no effect",
+        "codec/test_video_encoding.py",
+    ),
+    _of(
+        "pixels-cut-not-rounded", "codec/video_encoding.py",
+        "((video_3THW.float() + 1) * 127.5).round()", "((video_3THW.float() + 1) * 127.5)",
+        "all frames are half a level too dark",
+        "codec/test_video_encoding.py",
+    ),
+    _of(
         "velocity-sign", "flow.py",
         "target_SC=noise - clean", "target_SC=clean - noise",
         "training learns the opposite of what released weights predict; finetuning destroys the model",

@@ -130,7 +130,8 @@ class _Made:
 
 def _make(sampler: "WanSampler", job: Job, index: int, vae_dtype: str, stages: _Stages, progress: Progress) -> _Made:
     from wan_infer.output.contact_sheet import chosen_frames
-    from wan_infer.output.video_file import to_frames, write_video
+    from wan_infer.output.video_file import write_video
+    from wan_model.codec.video_encoding import to_frames
 
     request = job.requests[index]
     fields = dataclasses.asdict(request)
