@@ -85,7 +85,8 @@ def videos(run, stopped_run, tiny_model, once):
             run(
                 "wan-infer", "--checkpoint_dir", stopped_run, "--checkpoint_step", str(step), "--model", tiny_model,
                 "--prompts", "A wide pattern that moves.", "--sizes", "96*64", "--frame_nums", "9",
-                "--sample_steps", "4", "--base_seed", "42", "--save_file", folder / f"{step}.mp4",
+                "--sample_steps", "4", "--base_seed", "42", "--negative_prompt", "",
+                "--save_file", folder / f"{step}.mp4",
             )  # fmt: skip
 
     folder = once("videos", sample)
@@ -96,6 +97,19 @@ def _decode(path: Path) -> torch.Tensor:
     with av.open(str(path)) as container:
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
     return torch.stack(frames)
+
+
+def test_training_samples_what_the_sampler_makes_of_its_checkpoint(videos, stopped_run):
+    """To 1e-4 of a latent, so that hardly a pixel is rounded otherwise before both are encoded."""
+    records = [json.loads(line) for line in (stopped_run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(record["step"], record["file"], record["seed"], record["weights"]) for record in records] == [
+        (step, f"samples/step-{step:07d}/00.mp4", 42, "weights") for step in (3, 6)
+    ]
+    for record in records:
+        sampled, made = _decode(stopped_run / record["file"]).float(), videos[record["step"]].float()
+        assert (sampled - made).abs().mean() < 0.01
+        assert (sampled - made).abs().max() <= 8
+        assert record["caption"] == "A wide pattern that moves."
 
 
 def test_a_checkpoint_becomes_a_video(videos):

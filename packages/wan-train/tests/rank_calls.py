@@ -219,3 +219,71 @@ def note_drawing_threads(path: str) -> None:
     pack_iterator._Ahead.settle = slow_settle  # type: ignore[method-assign]
     WanCallback.on_train_step_end = noting_end  # type: ignore[method-assign]
     WanDatasetConfig.close = noting_close  # type: ignore[method-assign]
+
+
+def keep_latents(folder: str) -> None:
+    """Keep the latents that the last rank decodes, by step and name."""
+    import torch
+
+    from wan_train.sampling.output import VideoWriter
+
+    write_one = VideoWriter._write_one
+
+    def keeping_write_one(self: VideoWriter, step: int, request: Any, latent: Any, state: Any) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(latent.cpu(), Path(folder) / f"{step}-{request.name}.pt")
+        write_one(self, step, request, latent, state)
+
+    VideoWriter._write_one = keeping_write_one  # type: ignore[method-assign]
+
+
+def compare_states(path: str) -> None:
+    """Write down, for each time of sampling, whether what training goes on from is as before."""
+    import random
+
+    import numpy as np
+    import torch
+
+    from wan_train.sampling.sampler import TrainingSampler
+
+    sample = TrainingSampler.run
+
+    def state_of(context: Any) -> dict[str, Any]:
+        named = [pair for part in context.model for pair in part.named_parameters()]
+        return {
+            "torch": torch.get_rng_state().tolist(),
+            "numpy": str(np.random.get_state()),  # noqa: NPY002  Megatron seeds it
+            "python": random.getstate(),
+            "modes": [module.training for part in context.model for module in part.modules()],
+            "gradients": torch.is_grad_enabled(),
+            **{key: value.detach().clone() for key, value in named},
+        }
+
+    def comparing_run(self: TrainingSampler, context: Any, done: int) -> Any:
+        before = state_of(context)
+        result = sample(self, context, done)
+        after = state_of(context)
+        same = {
+            name: torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name]
+            for name, value in before.items()
+        }
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(same) + "\n")
+        return result
+
+    TrainingSampler.run = comparing_run  # type: ignore[method-assign]
+
+
+def slow_decoder(seconds: float) -> None:
+    """Let every video take that long to decode."""
+    import time
+
+    from wan_train.sampling.output import VideoWriter
+
+    write_one = VideoWriter._write_one
+
+    def slow_write_one(self: VideoWriter, *arguments: Any) -> None:
+        time.sleep(seconds)
+        write_one(self, *arguments)
+
+    VideoWriter._write_one = slow_write_one  # type: ignore[method-assign]

@@ -108,6 +108,7 @@ ELSEWHERE = {
         _IN_ANOTHER_FOLDER,
     ),
     **dict.fromkeys(("--training-mode", "validation.seed"), _ANOTHER_OBJECTIVE),
+    "samples": "../sampling/test_samples.py::test_training_is_the_same_to_the_bit",
     "checkpoint.finetune": "test_resume.py::test_a_run_begins_with_the_weights_of_another_and_resumes_its_own",
     "train.exit_signal_handler": "test_resume.py::test_a_signal_ends_a_run_in_order",
     "dataset.path": "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit",

@@ -5,6 +5,7 @@ Import only after ``wan_train.engine.start``.
 
 import dataclasses
 
+from wan_train.config.samples import SamplesConfig
 from wan_train.engine.upstream.configuration import BridgeValidation, ConfigContainer
 
 
@@ -84,3 +85,4 @@ class WanRunConfig(ConfigContainer):
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)

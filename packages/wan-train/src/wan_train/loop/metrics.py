@@ -16,6 +16,7 @@ from wan_model.system.gpus import peak_tflops
 from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
 from wan_train.loop.validation import ValidationResult
+from wan_train.sampling.sampler import SampleResult
 
 LOG_NAME = "log.jsonl"
 
@@ -163,6 +164,7 @@ class MetricsWriter:
     def __init__(self, log: Path | None, terminal: Terminal, steps: int) -> None:
         self.log, self.terminal, self.steps = log, terminal, steps
         self._last: int | None = None
+        self._sampling_failed = False  # the last time
 
     def event(self, line: str | None = None, **entry: Any) -> None:
         """An event, such as a resume."""
@@ -211,6 +213,29 @@ class MetricsWriter:
             samples=result.samples,
             timesteps=at,
             **gap,
+        )
+
+    def samples(self, step: int, result: SampleResult) -> None:
+        """Sampled videos, or why there are none; the terminal gets the first of several failures in a row."""
+        entry: dict[str, Any] = {"event": "samples", "step": step, "seconds": result.seconds, "weights": result.weights}
+        if result.failure is None:
+            videos = f"{result.videos} video{'s' * (result.videos > 1)}"
+            line = f"step {step}  {videos} of the {result.weights} in {result.seconds:.1f} s: {result.folder}"
+            self.event(line, **entry, videos=result.videos)
+            self._sampling_failed = False
+            return
+        said = f"step {step}  no videos: {result.failure}; training goes on"
+        self.event(None if self._sampling_failed else said, **entry, videos=0, failure=result.failure)
+        self._sampling_failed = True
+
+    def no_samples(self, step: int, reason: str) -> None:
+        """The run samples no videos, although it was asked to."""
+        self.event(
+            f"samples.interval is set, and no videos will be sampled: {reason}",
+            event="samples",
+            step=step,
+            videos=0,
+            failure=reason,
         )
 
     def _curves(self, values: dict[str, float], step: int, state: Any) -> None:
