@@ -6,6 +6,7 @@ Import only after ``wan_train.engine.start``.
 import math
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -27,7 +28,9 @@ from wan_train.loop.metrics import MetricsWriter, StepMetrics, peak_of_device, r
 from wan_train.loop.nan_guard import guard_gradient
 from wan_train.loop.step import LOSS, WanForwardStep
 from wan_train.loop.validation import Validator
-from wan_train.sampling.sampler import TrainingSampler
+
+if TYPE_CHECKING:  # a run that samples no videos does not wait for the codec
+    from wan_train.sampling.sampler import TrainingSampler
 
 
 class WanCallback(Callback):
@@ -47,7 +50,7 @@ class WanCallback(Callback):
         resume: ResumePoint | None,
         metrics: MetricsWriter,
         make_validator: Callable[[], Validator] | None,
-        make_sampler: Callable[[], TrainingSampler] | None,
+        make_sampler: Callable[[], "TrainingSampler"] | None,
         hooks: CheckpointHooks,
     ) -> None:
         self.step, self.resume, self.metrics = step, resume, metrics

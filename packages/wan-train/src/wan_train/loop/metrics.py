@@ -6,7 +6,7 @@ Import only after ``wan_train.engine.start``.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from megatron.core import parallel_state
@@ -16,7 +16,9 @@ from wan_model.system.gpus import peak_tflops
 from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
 from wan_train.loop.validation import ValidationResult
-from wan_train.sampling.sampler import SampleResult
+
+if TYPE_CHECKING:  # see wan_train.loop.callback
+    from wan_train.sampling.sampler import SampleResult
 
 LOG_NAME = "log.jsonl"
 
@@ -215,7 +217,7 @@ class MetricsWriter:
             **gap,
         )
 
-    def samples(self, step: int, result: SampleResult) -> None:
+    def samples(self, step: int, result: "SampleResult") -> None:
         """Sampled videos, or why there are none; the terminal gets the first of several failures in a row."""
         entry: dict[str, Any] = {"event": "samples", "step": step, "seconds": result.seconds, "weights": result.weights}
         if result.failure is None:
