@@ -77,7 +77,9 @@ def train_on(arguments: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     calls = [Call("rank_calls:keep_latents", [str(folder / "latents")])] if sampled else []
     ended = run(arguments, folder, calls=calls)
     assert set(ended.codes) == {0}, ended.errors
-    return read_log(folder)
+    log = read_log(folder)
+    assert not [entry for entry in log if "failure" in entry], "a failure of sampling ends no run"
+    return log
 
 
 def refused(folder: Path, *arguments: str) -> str:

@@ -64,9 +64,6 @@ def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = N
     """
     folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
     named = []
-    if encoded_by is not None:
-        model = resolve_folder(encoded_by, ["vae", "text_encoder"])
-        named.append((f"the model {encoded_by}", spec_of_model(model)))
     for folder in folders:
         if (folder / MANIFEST_NAME).exists():
             named.append((f"the dataset in {folder}", read_manifest(folder).latent_spec))
@@ -75,6 +72,11 @@ def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = N
                 f"{folder} has no {MANIFEST_NAME}, and so does not say which model it was encoded with; "
                 "name that model with encoded_by=MODEL, or prepare the data with wan-data prepare"
             )
+    if encoded_by is not None:
+        model = resolve_folder(encoded_by, ["vae", "text_encoder"])
+        # A model does not say to how many tokens captions were cut; without a manifest they have all that it takes.
+        spec = spec_of_model(model, text_length=named[0][1].text_length) if named else spec_of_model(model)
+        named.insert(0, (f"the model {encoded_by}", spec))
     return _common(named)
 
 
