@@ -100,15 +100,14 @@ def _decode(path: Path) -> torch.Tensor:
 
 
 def test_training_samples_what_the_sampler_makes_of_its_checkpoint(videos, stopped_run):
-    """But for a few pixels that are rounded otherwise before both are encoded."""
+    """In the mean to a fifth of a level of 255; a pixel that is rounded otherwise changes how its block is encoded."""
     records = [json.loads(line) for line in (stopped_run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(record["step"], record["file"], record["seed"], record["weights"]) for record in records] == [
         (step, f"samples/step-{step:07d}/00.mp4", 42, "weights") for step in (3, 6)
     ]
     for record in records:
         sampled, made = _decode(stopped_run / record["file"]).float(), videos[record["step"]].float()
-        assert (sampled - made).abs().mean() < 0.01
-        assert made.std() > 1
+        assert (sampled - made).abs().mean() < 0.2
         assert record["caption"] == "A wide pattern that moves."
 
 
@@ -120,4 +119,4 @@ def test_a_checkpoint_becomes_a_video(videos):
 
 def test_training_changes_the_video(videos):
     difference = (videos[3].float() - videos[6].float()).abs().mean()
-    assert difference > 0.1
+    assert difference > 2
