@@ -160,7 +160,7 @@ MUTATIONS = (
         "caption-gap-of-own-captions", "loop/validation.py",
         "texts=self._others[one.pack]", "texts=pack.texts",
         "the caption gap is 1 whatever the model has learned",
-        "loop/test_plain_training.py::test_one_process_of_the_engine_is_plain_torch",
+        "loop/test_caption_gap.py::test_the_gap_of_a_model_that_errs_twice_as_much_with_other_captions_is_four",
     ),
     _of(
         "samples-of-the-weights-called-ema", "model/ema.py",

@@ -1,9 +1,15 @@
-"""Which caption a sample gets for the caption gap; that the engine computes the gap is for test_plain_training.py."""
+"""Which caption a sample gets for the caption gap, and the gap of a model that is known to follow captions.
+
+That the engine computes what plain torch does is for test_plain_training.py.
+"""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from training_runs import RUN_OPTIONS, read_log, run
+from warm_ranks import Call
 
 from wan_model.pack import PackedText
 from wan_train.loop.caption_gap import caption_id, partners
@@ -49,3 +55,14 @@ def test_captions_are_compared_by_their_embeddings() -> None:
     assert caption_id(PackedText.of([one], 8)) == caption_id(PackedText.of([one.clone()], 16))
     assert caption_id(PackedText.of([one], 8)) != caption_id(PackedText.of([2 * one], 8))
     assert caption_id(PackedText.of([one], 8)) != caption_id(PackedText.of([other], 8))
+
+
+def test_the_gap_of_a_model_that_errs_twice_as_much_with_other_captions_is_four(tmp_path: Path) -> None:
+    """Seven samples in packs of one or two over two ranks; errors are squared."""
+    options = ("validation.interval=2", "validation.samples=7", "dataset.capacity=48", "--nproc-per-node", "2")
+    ended = run((*RUN_OPTIONS, *options, "train.train_iters=2"), tmp_path, calls=[Call("rank_calls:follow_captions")])
+    assert ended.codes == [0, 0], ended.errors
+    (entry,) = [entry for entry in read_log(tmp_path) if entry.get("event") == "validation"]
+    assert entry["samples"] == 7
+    assert entry["loss"] == pytest.approx(1, rel=1e-5)
+    assert entry["caption_gap"] == pytest.approx(4, rel=1e-5)
