@@ -120,12 +120,21 @@ def train(run: Run) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def stopped_run(train: Callable[..., None], dataset: Path, once: Once) -> Path:
-    """The checkpoints of a run that was stopped at its first save and resumed by the same command."""
+def stopped_run(train: Callable[..., None], dataset: Path, tiny_model: Path, once: Once) -> Path:
+    """The checkpoints of a run that was stopped at its first save and resumed by the same command.
+
+    It samples while it trains, and the run without a stop does not.
+    """
 
     def stop_and_resume(folder: Path) -> None:
+        prompts = folder.with_suffix(".txt")
+        prompts.write_text("A wide pattern that moves.\n", encoding="utf-8")
+        samples = (
+            f"dataset.encoded_by={tiny_model}", f"samples.interval={SAVED_STEP}", f"samples.prompts={prompts}",
+            "samples.width=96", "samples.height=64", "samples.frames=9", "samples.steps=4", "samples.seed=42",
+        )  # fmt: skip
         for _ in range(2):
-            train(dataset, folder, f"train.exit_interval={SAVED_STEP}")
+            train(dataset, folder, f"train.exit_interval={SAVED_STEP}", *samples)
 
     return once("stopped", stop_and_resume)
 

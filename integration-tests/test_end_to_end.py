@@ -83,7 +83,8 @@ def videos(run, stopped_run, tiny_model, once):
             run(
                 "wan-infer", "--checkpoint_dir", stopped_run, "--checkpoint_step", str(step), "--model", tiny_model,
                 "--prompts", "A wide pattern that moves.", "--sizes", "96*64", "--frame_nums", "9",
-                "--sample_steps", "4", "--base_seed", "42", "--save_file", folder / f"{step}.mp4",
+                "--sample_steps", "4", "--base_seed", "42", "--negative_prompt", "",
+                "--save_file", folder / f"{step}.mp4",
             )  # fmt: skip
 
     folder = once("videos", sample)
@@ -96,6 +97,18 @@ def _decode(path: Path) -> torch.Tensor:
     return torch.stack(frames)
 
 
+def test_training_samples_what_the_sampler_makes_of_its_checkpoint(videos, stopped_run):
+    """In the mean to a fifth of a level of 255; a pixel that is rounded otherwise changes how its block is encoded."""
+    records = [json.loads(line) for line in (stopped_run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(record["step"], record["file"], record["seed"], record["weights"]) for record in records] == [
+        (step, f"samples/step-{step:07d}/00.mp4", 42, "weights") for step in (3, 6)
+    ]
+    for record in records:
+        sampled, made = _decode(stopped_run / record["file"]).float(), videos[record["step"]].float()
+        assert (sampled - made).abs().mean() < 0.2
+        assert record["caption"] == "A wide pattern that moves."
+
+
 def test_a_checkpoint_becomes_a_video(videos):
     for video in videos.values():
         assert video.shape == (9, 64, 96, 3)
@@ -104,4 +117,4 @@ def test_a_checkpoint_becomes_a_video(videos):
 
 def test_training_changes_the_video(videos):
     difference = (videos[3].float() - videos[6].float()).abs().mean()
-    assert difference > 0.1
+    assert difference > 2

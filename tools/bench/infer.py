@@ -17,12 +17,12 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from bench.measure import median, ratio, run_process, time_rounds
 from bench.report import Table, gigabytes, seconds
-from wan_infer.request.settings import Settings
-from wan_infer.sampling.denoise import draw_noise
 from wan_infer.sampling.sampler import WanSampler
 from wan_model import WAN_1_3B, WAN_14B, PackLayout, WanConfig, pack_flops
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.dit.model import precision_of
+from wan_model.sampling.denoising import draw_noise
+from wan_model.sampling.settings import Settings
 from wan_model.tiny import write_tiny_wan
 from wan_model.weights.transformer import expected_shapes
 

@@ -16,10 +16,11 @@ from bench.infer import Shape, pipeline_arguments, start_to_end
 from bench.model_cuda import Measured
 from bench.models import ours_and_diffusers
 from bench.report import Table, gigabytes, seconds
-from wan_infer.request.settings import Settings
-from wan_infer.sampling.denoise import denoise, draw_noise
+from wan_infer.sampling.denoise import denoise
 from wan_model import WAN_1_3B, PackLayout, TorchOps, pack_flops
 from wan_model.dit.attention import AttentionKind
+from wan_model.sampling.denoising import draw_noise
+from wan_model.sampling.settings import Settings
 from wan_model.system.gpus import peak_tflops
 from wan_model.tiny import write_tiny_wan
 

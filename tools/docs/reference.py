@@ -83,10 +83,10 @@ def page(root: Path, package: str) -> str:
     names = public_names(face)
     if names:
         by_name = {module.name: module for module in rest}
-        # A constant has no entry of its own: it is in its module's source.
+        # A constant has no entry of its own: it is in its module's source, which may be another package's.
         rows = [
             f"| [`{name}`][{origin}.{name}] | [`{origin}`][{origin}] |"
-            if name in by_name[origin].names
+            if origin in by_name and name in by_name[origin].names
             else f"| `{name}` | [`{origin}`][{origin}] |"
             for name, origin in names.items()
         ]

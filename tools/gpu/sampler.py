@@ -17,12 +17,13 @@ from gpu.context import Context
 from gpu.model import relative
 from gpu.models import TINY, random_decoder, random_model
 from gpu.rows import Failed, Found, NotRun, Row, Value
-from wan_infer.request.settings import Settings
-from wan_infer.sampling.denoise import denoise, draw_noise
+from wan_infer.sampling.denoise import denoise
 from wan_model import WanDiT
 from wan_model.codec.convolutions import tf32_convolutions
 from wan_model.codec.tiled_decode import Tile, TiledDecoder
 from wan_model.codec.vae_decoder import VaeDecoder
+from wan_model.sampling.denoising import draw_noise
+from wan_model.sampling.settings import Settings
 
 _LATENT = (16, 2, 8, 12)
 _SETTINGS = Settings(steps=4)

@@ -15,11 +15,12 @@ from gpu.models import random_model, use
 from gpu.rows import Failed, Found, Row, Value
 from gpu.step import config_of, peak_of, rates
 from gpu.timing import Timed, seconds_of, time_alternately
-from wan_infer.request.settings import Settings
 from wan_infer.runtime.placement import onload
-from wan_infer.sampling.denoise import denoise, draw_noise
+from wan_infer.sampling.denoise import denoise
 from wan_model import PackLayout, WanDiT, pack_flops
 from wan_model.dit.attention import AttentionKind
+from wan_model.sampling.denoising import draw_noise
+from wan_model.sampling.settings import Settings
 
 _STEPS = 2
 # Latents in bf16 of two implementations that round at different operations.

@@ -46,6 +46,24 @@ MUTATIONS = (
         "dit/test_context_parallel.py",
     ),
     _of(
+        "solver-of-first-order", "sampling/solvers.py",
+        "second = len(self._predictions) == 2 and not last", "second = False",
+        "the second-order solvers take first-order steps: other and worse videos at the same number of steps",
+        "sampling/test_solvers.py",
+    ),
+    _of(
+        "fps-ignored", "codec/video_encoding.py",
+        "rate=fps, options", "rate=FPS, options",
+        "--fps has no effect",
+        "codec/test_video_encoding.py",
+    ),
+    _of(
+        "pixels-cut-not-rounded", "codec/video_encoding.py",
+        "((video_3THW.float() + 1) * 127.5).round()", "((video_3THW.float() + 1) * 127.5)",
+        "all frames are half a level too dark",
+        "codec/test_video_encoding.py",
+    ),
+    _of(
         "velocity-sign", "flow.py",
         "target_SC=noise - clean", "target_SC=clean - noise",
         "training learns the opposite of what released weights predict; finetuning destroys the model",

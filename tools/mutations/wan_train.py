@@ -156,4 +156,22 @@ MUTATIONS = (
         "a resumed run with FSDP computes with the initial weights and goes on training them",
         "checkpoint/test_resume.py::test_fully_sharded_resumes_to_the_bit",
     ),
+    _of(
+        "caption-gap-of-own-captions", "loop/validation.py",
+        "texts=self._others[one.pack]", "texts=pack.texts",
+        "the caption gap is 1 whatever the model has learned",
+        "loop/test_caption_gap.py::test_the_gap_of_a_model_that_errs_twice_as_much_with_other_captions_is_four",
+    ),
+    _of(
+        "samples-of-the-weights-called-ema", "model/ema.py",
+        "parameter.copy_(average)", "pass",
+        "samples.ema shows the weights, which look worse than what is saved",
+        "sampling/test_samples.py::test_captions_of_the_validation_split_become_files_records_and_curves",
+    ),
+    _of(
+        "training-goes-on-from-the-ema", "model/ema.py",
+        "parameter.copy_(kept[key])", "pass",
+        "each time of sampling replaces the weights by their EMA",
+        "sampling/test_samples.py::test_training_is_the_same_to_the_bit",
+    ),
 )  # fmt: skip

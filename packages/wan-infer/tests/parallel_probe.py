@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from wan_infer.request.options import ParallelOptions
-from wan_infer.request.settings import Settings
 from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.sampling.sampler import WanSampler
+from wan_model.sampling.settings import Settings
 from wan_model.system.child_process import end_after
 
 REQUEST = {"width": 64, "height": 96, "frames": 9}

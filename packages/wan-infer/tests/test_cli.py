@@ -17,7 +17,7 @@ from tiny_sources import tiny_lora
 
 from wan_infer.cli import main
 from wan_infer.output.video_file import read_video
-from wan_infer.request.settings import NEGATIVE_PROMPT
+from wan_model.sampling.settings import NEGATIVE_PROMPT
 
 HOSTILE = ["../../evil\n; rm -rf /", "/etc/passwd", "$(touch marker)", "兔子 \U0001f430"]
 

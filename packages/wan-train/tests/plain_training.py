@@ -4,15 +4,18 @@ What every parallel layout is compared with is itself one process of the engine;
 Results have names, the same ones for this loop and for a run of the engine: ``loss`` and ``norm`` of all steps,
 ``gradient/KEY`` (Adam's first moment after the second step: 0.09 and 0.1 times the clipped gradients of the first two
 steps, which the warm-up from 0 computes with the same weights), ``weight/KEY`` and ``ema/KEY`` after the last step,
-``validation`` at all its steps and timesteps.
+``validation`` at all its steps and timesteps, ``gap`` at all its steps; sampled after the last step
+``latent-ema/NAME`` and ``latent-weights/NAME``.
 """
 
 import dataclasses
 import functools
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +24,28 @@ from training_runs import (
     CAPTION_DROPOUT,
     EQUALITY_STEPS,
     FULLY_SHARDED,
+    SAMPLE_GUIDANCE,
+    SAMPLE_SEED,
+    SAMPLE_STEPS,
+    SAMPLES,
     WEIGHT_DECAY,
     read_log,
     read_tensors,
     steps_of,
 )
 
-from wan_model import LatentPack, PackLayout
+from wan_model import LatentPack, PackLayout, pad_text, patchify, unpatchify
 from wan_model.flow import FlowMatching, NoisyPack
 from wan_model.pack import PackedText
+from wan_model.sampling.denoising import draw_noise
+from wan_model.sampling.solvers import Solver
 from wan_model.testing import rounding_scale
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
 from wan_model.weights.transformer import load_transformer
 from wan_train.data.mock_data import MockConfig, MockLoader
 from wan_train.data.seeds import generator_for
+from wan_train.loop.caption_gap import caption_id, partners
 
 # What the tiny recipe and the options of ``train_for_equality`` say.
 PACKS = MockConfig(shapes=[[3, 8, 8], [1, 6, 10], [2, 4, 10]], context_length=512, number_packed_samples=3)
@@ -102,7 +112,8 @@ def train_plainly(start: Path, seed: int, number_of: Callable[[int], int] = lamb
         betas=(0.9, 0.95), eps=1e-8, foreach=False,
     )  # fmt: skip
     ema = {key: parameter.detach().clone() for key, parameter in named.items()}
-    packs, results, losses, norms, validations = packs_of(seed), {}, [], [], []
+    packs, results, losses, norms = packs_of(seed), {}, [], []
+    validations, gaps = [], []
     for step in range(EQUALITY_STEPS):
         optimizer.zero_grad()
         summed, counted = torch.zeros((), dtype=torch.float64), 0
@@ -128,21 +139,33 @@ def train_plainly(start: Path, seed: int, number_of: Callable[[int], int] = lamb
             for key, average in ema.items():
                 average.mul_(AVERAGE_DECAY).add_(named[key] * (1 - AVERAGE_DECAY))
         if step + 1 in VALIDATION_STEPS:
-            validations += _validate(model, seed)
-    results.update(loss=torch.stack(losses), norm=torch.stack(norms), validation=torch.stack(validations))
+            validation, gap = _validate(model, seed)
+            validations += validation
+            gaps.append(gap)
+    results.update(loss=torch.stack(losses), norm=torch.stack(norms))
+    results.update(validation=torch.stack(validations), gap=torch.stack(gaps))
+    results.update(_samples("latent-weights", model, seed))
+    results.update(_samples("latent-ema", lambda *given: torch.func.functional_call(model, ema, given), seed))
     results.update({f"weight/{key}": parameter.detach() for key, parameter in named.items()})
     return {**results, **{f"ema/{key}": average for key, average in ema.items()}}
 
 
 @functools.cache
-def _held_out(seed: int) -> LatentPack:
-    """The samples of a validation in one pack, which is their mean alone (wan-model's tests)."""
+def _held_out_alone(seed: int) -> list[LatentPack]:
+    """The samples of a validation, one a pack."""
     packs = []
     for number, shape in zip(range(VALIDATION_SAMPLES), itertools.cycle(PACKS.shapes), strict=False):
         settings = dataclasses.replace(PACKS, shapes=[shape], number_packed_samples=1)
         loader = MockLoader(settings, TINY_CONFIG, rank=0, ranks=1, multiple=1, seed=seed, purpose="held out")
         loader.drawn = number
         packs.append(next(iter(loader)))
+    return packs
+
+
+@functools.cache
+def _held_out(seed: int) -> LatentPack:
+    """The samples of a validation in one pack, which is their mean alone (wan-model's tests)."""
+    packs = _held_out_alone(seed)
     return LatentPack(
         torch.cat([pack.tokens_SC for pack in packs]),
         PackedText.join([pack.texts for pack in packs]),
@@ -152,22 +175,47 @@ def _held_out(seed: int) -> LatentPack:
 
 
 @torch.no_grad()
-def _validate(model: torch.nn.Module, seed: int) -> list[Tensor]:
-    pack, losses = _held_out(seed), []
-    for timestep in TIMESTEPS:
-        rows = [
-            torch.randn(
-                length, pack.tokens_SC.shape[1],
-                generator=generator_for(f"validation {key} {timestep:g}", VALIDATION_SEED),
-            )
-            for key, length in zip(pack.keys, pack.layout.lengths, strict=True)
-        ]  # fmt: skip
-        noise, sigma = torch.cat(rows), timestep / 1000
-        tokens = (1 - sigma) * pack.tokens_SC + sigma * noise
-        ones = torch.ones(pack.layout.num_samples)
-        noisy = NoisyPack(tokens, noise - pack.tokens_SC, timestep * ones, ones, pack.text_BTD)
-        losses.append(torch.stack([errors.mean() for errors in _errors(model, noisy, pack)]).mean())
-    return losses
+def _validate(model: torch.nn.Module, seed: int) -> tuple[list[Tensor], Tensor]:
+    """The losses by timestep, and the caption gap."""
+    pack = _held_out(seed)
+    losses = [_loss_at(model, pack, timestep) for timestep in TIMESTEPS]
+    # No two of these samples have the same caption, so each has one that differs.
+    ids = [caption_id(text) for text in (PackedText.of([rows], 512) for rows in pack.text_BTD)]
+    others = [other for other in partners(pack.keys, ids, VALIDATION_SEED) if other is not None]
+    texts = PackedText.of([pack.text_BTD[other] for other in others], 512)
+    foreign = dataclasses.replace(pack, texts=texts)
+    return losses, _loss_at(model, foreign, 950.0) / _loss_at(model, pack, 950.0)
+
+
+def _loss_at(model: torch.nn.Module, pack: LatentPack, timestep: float) -> Tensor:
+    rows = [
+        torch.randn(
+            length, pack.tokens_SC.shape[1],
+            generator=generator_for(f"validation {key} {timestep:g}", VALIDATION_SEED),
+        )
+        for key, length in zip(pack.keys, pack.layout.lengths, strict=True)
+    ]  # fmt: skip
+    noise, sigma = torch.cat(rows), timestep / 1000
+    tokens = (1 - sigma) * pack.tokens_SC + sigma * noise
+    ones = torch.ones(pack.layout.num_samples)
+    noisy = NoisyPack(tokens, noise - pack.tokens_SC, timestep * ones, ones, pack.text_BTD)
+    return torch.stack([errors.mean() for errors in _errors(model, noisy, pack)]).mean()
+
+
+@torch.no_grad()
+def _samples(kind: str, model: Callable[..., Any], seed: int) -> Results:
+    """Latents sampled with the captions and in the shapes of the first validation samples, each alone."""
+    found = {}
+    for number, pack in enumerate(_held_out_alone(seed)[:SAMPLES]):
+        shape = (TINY_CONFIG.in_channels, *PACKS.shapes[number % len(PACKS.shapes)])
+        tokens = patchify(draw_noise(shape, SAMPLE_SEED + number)).double()
+        texts = [pack.text_BTD.double(), pad_text([EMPTY_CAPTION], 512).double()]
+        solver = Solver("unipc", SAMPLE_STEPS, 5.0)
+        for index, timestep in enumerate(solver.timesteps):
+            ours, empty = (model(tokens, torch.tensor([timestep]), text, pack.layout) for text in texts)
+            tokens = solver.step(index, empty + SAMPLE_GUIDANCE * (ours - empty), tokens)
+        found[f"{kind}/{number:02d}"] = unpatchify(tokens, pack.layout.grids[0])
+    return found
 
 
 def write_plain_results(path: str, start: str, seed: int) -> None:
@@ -188,6 +236,7 @@ def engine_results(folder: Path) -> Results:
         "loss": torch.tensor([entry["loss"] for entry in steps], dtype=torch.float64),
         "norm": torch.tensor([entry["grad_norm"] for entry in steps], dtype=torch.float64),
         "validation": torch.tensor(at, dtype=torch.float64),
+        "gap": torch.tensor([entry["caption_gap"] for entry in validations], dtype=torch.float64),
     }
     moments = read_tensors(find_checkpoint(folder, 2), FIRST_MOMENT)
     for key, moment in moments.items():
@@ -199,9 +248,14 @@ def engine_results(folder: Path) -> Results:
     assert config == TINY_CONFIG
     results.update({f"weight/{key}": value for key, value in weights.items()})
     results.update({f"ema/{key}": value for key, value in read_tensors(checkpoint, ("ema.",)).items()})
+    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for record in records[-SAMPLES:]:
+        latent = torch.load(folder / "latents" / f"{EQUALITY_STEPS}-{record['name']}.pt", weights_only=True)
+        results[f"latent-{record['weights']}/{record['name']}"] = latent
     return results
 
 
 def kept_by(settings: list[str], results: Results) -> Results:
-    """Those of the results that a run with these settings has: fully sharded runs keep no average."""
-    return {name: value for name, value in results.items() if FULLY_SHARDED not in settings or name[:4] != "ema/"}
+    """Those of the results that a run with these settings has: fully sharded runs keep no EMA."""
+    absent = ("ema/", "latent-ema/") if FULLY_SHARDED in settings else ("latent-weights/",)
+    return {name: value for name, value in results.items() if not name.startswith(absent)}

@@ -267,3 +267,104 @@ def note_drawing_threads(path: str) -> None:
     pack_iterator._PrefetchedPack.settle = slow_settle  # type: ignore[method-assign]
     WanCallback.on_train_step_end = noting_end  # type: ignore[method-assign]
     WanDatasetConfig.close = noting_close  # type: ignore[method-assign]
+
+
+def keep_latents(folder: str) -> None:
+    """Keep the latents that the last rank decodes, by step and name."""
+    import torch
+
+    from wan_train.sampling.output import VideoWriter
+
+    write_one = VideoWriter._write_one
+
+    def keeping_write_one(self: VideoWriter, step: int, request: Any, latent: Any, state: Any) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(latent.cpu(), Path(folder) / f"{step}-{request.name}.pt")
+        write_one(self, step, request, latent, state)
+
+    VideoWriter._write_one = keeping_write_one  # type: ignore[method-assign]
+
+
+def compare_states(path: str) -> None:
+    """Write down, for each time of sampling, whether what training goes on from is as before."""
+    import random
+
+    import numpy as np
+    import torch
+
+    from wan_train.sampling.sampler import TrainingSampler
+
+    sample = TrainingSampler.run
+
+    def state_of(context: Any) -> dict[str, Any]:
+        named = [pair for part in context.model for pair in part.named_parameters()]
+        return {
+            "torch": torch.get_rng_state().tolist(),
+            "numpy": str(np.random.get_state()),  # noqa: NPY002  Megatron seeds it
+            "python": random.getstate(),
+            "modes": [module.training for part in context.model for module in part.modules()],
+            "gradients": torch.is_grad_enabled(),
+            **{key: value.detach().clone() for key, value in named},
+        }
+
+    def comparing_run(self: TrainingSampler, context: Any, done: int) -> Any:
+        before = state_of(context)
+        result = sample(self, context, done)
+        after = state_of(context)
+        same = {
+            name: torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name]
+            for name, value in before.items()
+        }
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(same) + "\n")
+        return result
+
+    TrainingSampler.run = comparing_run  # type: ignore[method-assign]
+
+
+def slow_decoder(seconds: float) -> None:
+    """Let every video take that long to decode."""
+    import time
+
+    from wan_train.sampling.output import VideoWriter
+
+    write_one = VideoWriter._write_one
+
+    def slow_write_one(self: VideoWriter, *arguments: Any) -> None:
+        time.sleep(seconds)
+        write_one(self, *arguments)
+
+    VideoWriter._write_one = slow_write_one  # type: ignore[method-assign]
+
+
+def follow_captions() -> None:
+    """Let validations find a model that errs by 1 with a sample's own caption, and by 2 with another."""
+    import itertools
+
+    import torch
+
+    from wan_train.loop import validation
+    from wan_train.model.provider import MegatronWanDiT
+
+    corrupt_at, forward = validation.corrupt_at, MegatronWanDiT.forward
+    current: list[Any] = []
+    own: dict[str, Any] = {}  # the loss comes first, which has each sample's own caption
+
+    def noting_corrupt_at(pack: Any, timestep: float, seed: int) -> Any:
+        noisy = corrupt_at(pack, timestep, seed)
+        current.append((pack, noisy))
+        return noisy
+
+    def following_forward(self: Any, **arguments: Any) -> Any:
+        if not current:
+            return forward(self, **arguments)
+        pack, noisy = current.pop()
+        predicted = noisy.target_SC.clone()
+        for key, text, (start, stop) in zip(
+            pack.keys, arguments["text_BTD"], itertools.pairwise(pack.layout.offsets), strict=True
+        ):
+            predicted[start:stop] += 1 if torch.equal(own.setdefault(key, text), text) else 2
+        return predicted
+
+    validation.corrupt_at = noting_corrupt_at
+    MegatronWanDiT.forward = following_forward  # type: ignore[method-assign]

@@ -38,6 +38,7 @@ BASE_OPTIONS = (
 RUN_OPTIONS = (*BASE_OPTIONS, "--mock")
 # What the runs that are compared have besides.
 CAPTION_DROPOUT, AVERAGE_DECAY, WEIGHT_DECAY = 0.3, 0.9, 0.05
+SAMPLES, SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLE_SEED = 3, 3, 2.0, 11
 FULLY_SHARDED = "dist.use_megatron_fsdp=true"
 
 
@@ -72,9 +73,14 @@ def train(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def train_on(arguments: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     """What ``wan-train pretrain ARGUMENTS checkpoint.save=FOLDER`` does, sooner; must succeed; returns the log."""
-    ended = run(arguments, folder)
+    # Videos are lossy, so what samples are compared by are their latents.
+    sampled = any(argument.startswith("samples.interval=") for argument in arguments)
+    calls = [Call("rank_calls:keep_latents", [str(folder / "latents")])] if sampled else []
+    ended = run(arguments, folder, calls=calls)
     assert set(ended.codes) == {0}, ended.errors
-    return read_log(folder)
+    log = read_log(folder)
+    assert not [entry for entry in log if "failure" in entry], "a failure of sampling ends no run"
+    return log
 
 
 def refused(folder: Path, *arguments: str) -> str:
@@ -117,14 +123,21 @@ def call(function: str, *arguments: Any) -> Ended:
 
 
 def equality_options(start: Path, seed: int, *settings: str) -> tuple[str, ...]:
-    """A run from the weights in that model folder with all that is compared: dropped captions, EMA, validations."""
-    ema = () if FULLY_SHARDED in settings else (f"ema.decay={AVERAGE_DECAY}",)
+    """A run from the weights in that model folder with all that is compared.
+
+    That is dropped captions, EMA, validations, and samples from the EMA after the last step.
+    """
+    ema = () if FULLY_SHARDED in settings else (f"ema.decay={AVERAGE_DECAY}", "samples.ema=true")
+    samples = (
+        f"samples.interval={EQUALITY_STEPS}", f"samples.count={SAMPLES}", f"samples.steps={SAMPLE_STEPS}",
+        f"samples.guidance={SAMPLE_GUIDANCE}", f"samples.seed={SAMPLE_SEED}",
+    )  # fmt: skip
     numbers = (f"model.flow.caption_dropout={CAPTION_DROPOUT}", f"optimizer.weight_decay={WEIGHT_DECAY}")
     steps = (f"train.train_iters={EQUALITY_STEPS}", "checkpoint.save_interval=2")
     validation = ("validation.interval=2", "validation.samples=7")
     # Texts without padding, between which attention has something to choose; dropped ones are nothing but padding.
     random = (f"rng.seed={seed}", f"dataset.seed={seed}", "dataset.mock_settings.context_length=512")
-    return ("--init-from", str(start), *steps, *numbers, *validation, *random, *ema, *settings)
+    return ("--init-from", str(start), *steps, *numbers, *validation, *random, *samples, *ema, *settings)
 
 
 def stopped_after(step: int, run: Path, folder: Path) -> Path:
@@ -133,6 +146,7 @@ def stopped_after(step: int, run: Path, folder: Path) -> Path:
     for later in saved_steps(folder):
         if later > step:
             shutil.rmtree(step_folder(folder, later))
+    shutil.rmtree(folder / "latents", ignore_errors=True)
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
     (folder / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     return folder
@@ -157,7 +171,7 @@ def same_weights(one: Path, other: Path, step: int) -> bool:
 
 
 def write_start(folder: Path, seed: int = EQUALITY_SEED) -> None:
-    """Weights to start from: random ones everywhere, so that every gradient of the first step is alive.
+    """A model to start from: random weights everywhere, so that every gradient of the first step is alive.
 
     The official initialisation has a head of zeros, behind which nothing has a gradient yet.
     """
@@ -167,6 +181,7 @@ def write_start(folder: Path, seed: int = EQUALITY_SEED) -> None:
         noise = torch.randn(shape, generator=generator)
         norm_weight = "norm" in key and key.endswith("weight")
         state[key] = 1 + 0.1 * noise if norm_weight else noise * (0.5 / shape[-1] ** 0.5 if len(shape) > 1 else 0.05)
+    write_tiny_wan(folder)  # with the decoder of the samples
     save_transformer(state, TINY_CONFIG, folder / "transformer")
 
 

@@ -266,7 +266,14 @@ def _import_engine() -> None:
     engine.start()
     import megatron.bridge.training.pretrain  # noqa: F401
 
-    for name in ("checkpoint.hooks", "data.dataset", "loop.callback", "loop.validation", "config.recipes"):
+    for name in (
+        "checkpoint.hooks",
+        "data.dataset",
+        "loop.callback",
+        "loop.validation",
+        "sampling.sampler",
+        "config.recipes",
+    ):
         importlib.import_module(f"wan_train.{name}")
     # What was imported is garbage in no rank: each of its collections would go through all of it.
     gc.collect()

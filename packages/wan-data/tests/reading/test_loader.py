@@ -275,6 +275,12 @@ def test_the_latent_space_comes_from_the_dataset(dataset, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"no wan-data\.json, and so does not say which model"):
         read_latent_spec(bare)
     assert read_latent_spec(bare, encoded_by=str(tiny_model)) == codec.spec
+    # The manifest alone says to how many tokens captions were cut, which does not make it another model.
+    cut = shutil.copytree(dataset, tmp_path / "cut")
+    manifest = json.loads((cut / MANIFEST_NAME).read_text())
+    manifest["latent_spec"]["text_length"] = 16
+    (cut / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert read_latent_spec(cut, encoded_by=str(tiny_model)).text_length == 16
     # Another text encoder is another latent space.
     other = shutil.copytree(tiny_model, tmp_path / "other", ignore=shutil.ignore_patterns("transformer"))
     weights = other / "text_encoder" / "model.safetensors"

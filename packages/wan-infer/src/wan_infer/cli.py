@@ -14,17 +14,10 @@ from wan_infer.request.flags import ARGUMENTS, SeveralValues, flag
 from wan_infer.request.job import Job, check_outputs
 from wan_infer.request.options import ComputeOptions, ModelSources, ParallelOptions
 from wan_infer.request.prompt_file import read_prompt_file
-from wan_infer.request.settings import (
-    NEGATIVE_PROMPT,
-    SOLVERS,
-    TASK_SIZES,
-    Settings,
-    VideoRequest,
-    check_task,
-    pair_requests,
-)
+from wan_infer.request.settings import TASK_SIZES, VideoRequest, check_task, pair_requests
 from wan_infer.runtime.launch import launch
 from wan_model.precision import DTYPES, VAE_PRECISIONS
+from wan_model.sampling.settings import NEGATIVE_PROMPT, SOLVERS, Settings
 from wan_model.system.child_process import Supervisor, end_process
 from wan_model.system.torchrun import rank, world_size
 from wan_model.system.versions import check_dependencies

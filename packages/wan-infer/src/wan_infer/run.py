@@ -123,7 +123,7 @@ def run(
 
 def _frame_rate(job: Job, trained: Fraction | None, progress: Progress) -> int | Fraction:
     """Frames a second of the files."""
-    from wan_infer.output.video_file import FPS
+    from wan_model.codec.video_encoding import FPS
 
     if job.fps is None:
         # The encoder takes 32 bits; 24000/1001 and the like are exact.
@@ -155,7 +155,8 @@ def _make(
     progress: Progress,
 ) -> _Made:
     from wan_infer.output.contact_sheet import chosen_frames
-    from wan_infer.output.video_file import to_frames, write_video
+    from wan_infer.output.video_file import write_video
+    from wan_model.codec.video_encoding import to_frames
 
     request = job.requests[index]
     fields = dataclasses.asdict(request)

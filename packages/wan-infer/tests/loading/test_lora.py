@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tiny_sources import CHANGED, tiny_lora
 
 from wan_infer.loading.lora import WEIGHTS_NAME, read_lora
-from wan_infer.request.settings import Settings
 from wan_infer.sampling.sampler import WanSampler
+from wan_model.sampling.settings import Settings
 from wan_model.tiny import TINY_CONFIG
 
 SMALL = {"width": 32, "height": 48, "frames": 5}

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from wan_infer.request.prompt_file import read_prompt_file
-from wan_infer.request.settings import Settings, VideoRequest
+from wan_infer.request.settings import VideoRequest
+from wan_model.sampling.settings import Settings
 
 DEFAULT = VideoRequest("", 64, 48, 5, 7, Settings(steps=3))
 

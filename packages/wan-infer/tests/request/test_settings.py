@@ -1,7 +1,8 @@
 import pytest
 
 from wan_infer.request.flags import repeat_flags
-from wan_infer.request.settings import NEGATIVE_PROMPT, Settings, VideoRequest, check_task, pair_requests, parse_size
+from wan_infer.request.settings import VideoRequest, check_task, pair_requests, parse_size
+from wan_model.sampling.settings import Settings
 
 
 def test_sizes_are_width_by_height() -> None:
@@ -55,32 +56,9 @@ def test_lists_go_together_and_single_values_hold_for_all() -> None:
         pair_requests(["a", "b"], ["32*32"] * 3, [1], [0], settings)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": 0}, "0 sampling steps"),
-        ({"shift": 0.0}, "shift is 0"),
-        ({"shift": float("inf")}, "shift is inf"),
-        ({"guidance": 0.5}, "guidance scale is 0.5"),
-        ({"guidance": float("nan")}, "guidance scale is nan"),
-    ],
-)
-def test_impossible_settings_are_named(change: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Settings(**change)  # type: ignore[arg-type]
-
-
 def test_seeds_are_not_negative() -> None:
     with pytest.raises(ValueError, match="the seed is -1"):
         VideoRequest("a", seed=-1)
-
-
-def test_official_defaults() -> None:
-    settings = Settings()
-    assert (settings.steps, settings.shift, settings.guidance, settings.solver) == (50, 5.0, 5.0, "unipc")
-    assert len(NEGATIVE_PROMPT.split("\N{FULLWIDTH COMMA}")) == 28
-    assert NEGATIVE_PROMPT.startswith("色调艳丽")
-    assert NEGATIVE_PROMPT.endswith("倒着走")
 
 
 def test_flags_with_several_values() -> None:

@@ -13,9 +13,9 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from wan_infer.request.settings import Settings, SolverName
-from wan_infer.sampling.denoise import draw_noise
 from wan_infer.sampling.sampler import WanSampler
+from wan_model.sampling.denoising import draw_noise
+from wan_model.sampling.settings import Settings, SolverName
 from wan_model.testing import seeds
 
 PROMPT, NEGATIVE = "A rabbit &amp; a  butterfly\n in a meadow", "blurred, grey"

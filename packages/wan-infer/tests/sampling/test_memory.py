@@ -15,11 +15,11 @@ from tiny_sources import tiny_lora
 from torch import Tensor, nn
 
 from wan_infer.loading import sources
-from wan_infer.request.settings import Settings
 from wan_infer.runtime.placement import Placement
 from wan_infer.sampling import sampler as sampler_module
 from wan_infer.sampling.sampler import WanSampler
 from wan_model.codec.text_encoder import TextEncoder
+from wan_model.sampling.settings import Settings
 
 SMALL: dict[str, Any] = {"width": 32, "height": 48, "frames": 5}
 FAST = Settings(steps=2, negative_prompt="grey")

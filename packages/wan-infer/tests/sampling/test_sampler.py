@@ -9,10 +9,10 @@ from torch import nn
 
 from wan_infer import draw_contact_sheet, save_video  # noqa: F401  what the README imports
 from wan_infer.request.options import ComputeOptions
-from wan_infer.request.settings import Settings
 from wan_infer.runtime.placement import Placement, onload
-from wan_infer.sampling.denoise import draw_noise
 from wan_infer.sampling.sampler import WanSampler
+from wan_model.sampling.denoising import draw_noise
+from wan_model.sampling.settings import Settings
 from wan_model.testing import seeds
 
 SMALL: dict[str, Any] = {"width": 32, "height": 48, "frames": 5}

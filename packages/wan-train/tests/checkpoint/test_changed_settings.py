@@ -62,6 +62,7 @@ LOOP = {
     "validation.interval": 2,
     "validation.samples": 3,
     "validation.timesteps": [250.0],
+    "validation.caption_gap": False,
     "checkpoint.save_interval": 1,
     "checkpoint.most_recent_k": KEPT,
     "checkpoint.async_save": True,
@@ -107,6 +108,7 @@ ELSEWHERE = {
         _IN_ANOTHER_FOLDER,
     ),
     **dict.fromkeys(("--training-mode", "validation.seed"), _ANOTHER_OBJECTIVE),
+    "samples": "../sampling/test_samples.py::test_training_is_the_same_to_the_bit",
     "checkpoint.finetune": "test_resume.py::test_a_run_begins_with_the_weights_of_another_and_resumes_its_own",
     "train.exit_signal_handler": "test_resume.py::test_a_signal_ends_a_run_in_order",
     "dataset.path": "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit",
@@ -183,6 +185,7 @@ def test_the_loop_does_what_its_settings_say(changed_run: Path, one_process_run:
         (4, 3, ["250"]),
         (5, 3, ["250"]),
     ]
+    assert not any("caption_gap" in entry for entry in validations)
     assert complete_steps(changed_run) == [3, 4, 5]
     assert list((changed_run / "board").iterdir()), "nothing for TensorBoard"
     assert len((changed_run / "async").read_text().splitlines()) == LAST - STOPPED, "saves that the loop waited for"

@@ -2,9 +2,9 @@
 
 The runs are Megatron-Bridge's own loop behind the command line: four steps from weights whose every gradient is alive,
 on packs that mix three shapes and, under sequence and context parallelism, need padding. Compared are the losses and
-gradient norms of all steps, every gradient of the first two, the trained weights, their EMA, and two validations; what
-may differ is what fp32 rounding explains (``wan_model.testing``). That the one process is right is for
-test_plain_training.py.
+gradient norms of all steps, every gradient of the first two, the trained weights, their EMA, two validations, and the
+latents of samples (from the EMA where there is one); what may differ is what fp32 rounding explains
+(``wan_model.testing``). That the one process is right is for test_plain_training.py.
 
 Every pair of parallelisms is a case. Each alone is part of its pairs. With WAN_SEEDS=N in the environment each is tried
 alone too, and N seeds, the layouts in turn. With WAN_EQUALITY_TABLE=FILE each case adds the relative differences that
@@ -98,7 +98,8 @@ def test_equals_one_process(
     reference, folder = reference_of(seed), run_of(layout, seed)
     log, wanted_log = steps_of(read_log(folder)), steps_of(read_log(reference.run))
     assert [entry["tokens"] for entry in log] == [entry["tokens"] for entry in wanted_log]
-    found, wanted = engine_results(folder), kept_by(settings, engine_results(reference.run))
+    sampled = {name: value for name, value in reference.exact.items() if name.startswith("latent-weights/")}
+    found, wanted = engine_results(folder), kept_by(settings, {**sampled, **engine_results(reference.run)})
     # Global shapes: a split parameter saved with its local shape would show here.
     shapes = {
         name.removeprefix("weight/"): tuple(value.shape) for name, value in found.items() if name[:7] == "weight/"

@@ -9,7 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from wan_infer.request.settings import SOLVERS, VideoRequest, parse_size
+from wan_infer.request.settings import VideoRequest, parse_size
+from wan_model.sampling.settings import SOLVERS
 from wan_model.system.safe_reading import parse_json, read_text
 
 _REQUEST_KINDS = {"prompt": str, "size": str, "frames": int, "seed": int}

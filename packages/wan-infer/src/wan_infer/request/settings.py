@@ -1,4 +1,4 @@
-"""Requests for videos and their sampling settings, checked before anything is loaded. Imports no torch.
+"""Requests for videos, checked before anything is loaded. Imports no torch.
 
 Sizes are written W*H, as the official release does: ``832*480`` is landscape.
 """
@@ -7,7 +7,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+
+from wan_model.sampling.settings import Settings, check_text
 
 # Of Wan 2.1: frames per latent frame, and pixels per token in both directions. The model folder's own are checked too.
 TEMPORAL_STRIDE = 4
@@ -18,54 +19,6 @@ TASK_SIZES = {
     "t2v-1.3B": ("480*832", "832*480", "416*240"),
     "t2v-14B": ("720*1280", "1280*720", "480*832", "832*480"),
 }
-
-# Source: ``sample_neg_prompt`` of the official release's shared configuration.
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
-)
-
-SolverName = Literal["unipc", "dpm++", "euler"]
-SOLVERS: tuple[SolverName, ...] = get_args(SolverName)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Sampling settings; the defaults are the official ones.
-
-    Attributes:
-        steps: evaluations of the model.
-        shift: s in sigma <- s * sigma / (1 + (s - 1) * sigma).
-        guidance: g in u + g * (c - u); at 1 only the conditional branch c is computed.
-        solver: ``unipc`` or ``dpm++`` (both second order), or ``euler`` (first order).
-        negative_prompt: prompt of the unconditional branch u.
-    """
-
-    steps: int = 50
-    shift: float = 5.0
-    guidance: float = 5.0
-    solver: SolverName = "unipc"
-    negative_prompt: str = NEGATIVE_PROMPT
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 1000:
-            raise ValueError(f"{self.steps} sampling steps; expected 1 to 1000")
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise ValueError(f"the shift is {self.shift}; it must be positive")
-        if not (math.isfinite(self.guidance) and self.guidance >= 1):
-            raise ValueError(f"the guidance scale is {self.guidance}; it must be 1 (none) or more")
-        if self.solver not in SOLVERS:
-            raise ValueError(f"there is no solver {self.solver!r}; expected {', '.join(SOLVERS)}")
-        _check_text("negative prompt", self.negative_prompt)
-
-
-def _check_text(name: str, text: str) -> None:
-    """Refuse half a surrogate pair, as of a command line that is no UTF-8: the metadata of a video cannot hold it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the {name} has {text[error.start]!r} at character {error.start}, which is no text") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +41,14 @@ class VideoRequest:
     height: int = 480
     frames: int = 81
     seed: int = 0
-    settings: Settings = Settings()
+    settings: Settings = dataclasses.field(default_factory=Settings)
 
     def __post_init__(self) -> None:
         check_frames(self.frames)
         check_size(self.width, self.height)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"the seed is {self.seed}; expected a number from 0 to 2^63 - 1")
-        _check_text("prompt", self.prompt)
+        check_text("prompt", self.prompt)
 
 
 def check_frames(frames: int) -> None:

@@ -1,4 +1,4 @@
-"""The sampling loop, on packs.
+"""The velocity of the sampling loop, on packs.
 
 All videos of a call and both branches of classifier-free guidance are concatenated in one pack: every video with its
 prompt, then every video with the negative prompt. With ``cfg_parallel`` a pack holds one branch.
@@ -7,28 +7,18 @@ Shapes: B videos, C latent channels, F latent frames, h rows, w columns; S token
 L text tokens, D text width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_infer.request.settings import Settings
 from wan_infer.runtime.parallelism import Parallelism
-from wan_infer.sampling.solvers import Solver
 from wan_model.dit.model import WanDiT
-from wan_model.pack import PackLayout, latent_grid, pad_text, patchify, unpatchify
-
-OnStep = Callable[[int, int], None]
-
-
-def draw_noise(shape: tuple[int, ...], seed: int) -> Float[Tensor, "C F h w"]:
-    """Standard normal noise of one video, from a CPU generator of its own.
-
-    It is the same on every device, and does not depend on earlier draws as a shared generator's would.
-    """
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from wan_model.pack import PackLayout, latent_grid, pad_text
+from wan_model.sampling.denoising import OnStep, denoise_latents, guide
+from wan_model.sampling.settings import Settings
 
 
 @torch.no_grad()
@@ -69,40 +59,35 @@ def denoise(
     layout = PackLayout((grid,) * len(prompts)).padded_to(context.ranks if context else 1)
     # Keys and values of the texts do not depend on the step.
     text = model.prepare_text(pad_text(prompts, model.config.text_length).to(device))
-    solver = Solver(settings.solver, settings.steps, settings.shift)
 
-    # The sample stays fp32; the model rounds its input to the precision of its weights.
-    tokens_SK = torch.cat([patchify(latent, patch_size) for latent in noise_BCFHW.float()])
-    padding = tokens_SK.new_zeros(layout.padding, tokens_SK.shape[1])
-    for index, timestep in enumerate(solver.timesteps):
+    def velocity(tokens_SK: Tensor, timestep: float) -> Tensor:
         timesteps_B = torch.full((len(prompts),), timestep, dtype=torch.float32, device=device)
+        padding = tokens_SK.new_zeros(layout.padding, tokens_SK.shape[1])
         rows = torch.cat([*[tokens_SK] * branches, padding])
-        velocity = model(rows, timesteps_B, text, layout)[: layout.valid].float()
-        if settings.guidance != 1:
-            if parallelism.branch is None:
-                both = rearrange(velocity, "(branch s) k -> branch s k", branch=2)
-            else:
-                both = parallelism.gather_branches(velocity)
-            conditional, unconditional = both
-            velocity = unconditional + settings.guidance * (conditional - unconditional)
-        tokens_SK = solver.step(index, velocity, tokens_SK)
-        if on_step is not None:
-            on_step(index + 1, len(solver.timesteps))
+        predicted = model(rows, timesteps_B, text, layout)[: layout.valid].float()
+        if not settings.guided:
+            return predicted
+        if parallelism.branch is None:
+            both = rearrange(predicted, "(branch s) k -> branch s k", branch=2)
+        else:
+            both = parallelism.gather_branches(predicted)
+        conditional, unconditional = both
+        return guide(conditional, unconditional, settings.guidance)
 
-    if not bool(torch.isfinite(tokens_SK).all()):
+    latents = denoise_latents(velocity, list(noise_BCFHW), settings, patch_size=patch_size, on_step=on_step)
+    if not all(bool(torch.isfinite(latent).all()) for latent in latents):
         raise ValueError(
             "the transformer's output is not finite: are its weights damaged, or too coarse for this dtype? "
             "Try --dtype float32"
         )
-    videos = rearrange(tokens_SK, "(b s) k -> b s k", b=count)
-    return torch.stack([unpatchify(video, grid, patch_size) for video in videos])
+    return torch.stack(latents)
 
 
 def _texts_of_branches(
     texts: Sequence[Tensor], negative_text: Tensor | None, settings: Settings, parallelism: Parallelism
 ) -> list[Tensor]:
     """The texts that the samples of this process's pack are conditioned on."""
-    if settings.guidance == 1:
+    if not settings.guided:
         if parallelism.branch is not None:
             raise ValueError("the guidance scale is 1, so there is no second branch; leave --cfg-parallel out")
         return list(texts)

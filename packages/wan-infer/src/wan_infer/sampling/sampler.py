@@ -16,13 +16,15 @@ from torch import Tensor
 from wan_infer.loading.lora import LoraWeights, read_lora
 from wan_infer.loading.sources import CodecSource, TransformerSource, check_latent_space
 from wan_infer.request.options import ComputeOptions, ModelName, ModelSources, SamplerOptions, parse_options
-from wan_infer.request.settings import NEGATIVE_PROMPT, Settings, SolverName, check_frames, check_size
+from wan_infer.request.settings import check_frames, check_size
 from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.runtime.placement import Placement, onload
 from wan_infer.sampling.decode import decode_frames
-from wan_infer.sampling.denoise import OnStep, denoise, draw_noise
+from wan_infer.sampling.denoise import denoise
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.dit.model import WanDiT
+from wan_model.sampling.denoising import OnStep, draw_noise
+from wan_model.sampling.settings import NEGATIVE_PROMPT, Settings, SolverName
 
 
 class WanSampler:
@@ -259,7 +261,7 @@ class WanSampler:
             prompts: one a video; all are computed in one batch, so memory grows with their number.
             width, height: pixels, multiples of 16.
             frames: 4n+1; 1 makes a picture.
-            steps, shift, guidance, negative_prompt, solver: see ``wan_infer.request.settings.Settings``.
+            steps, shift, guidance, negative_prompt, solver: see ``wan_model.sampling.settings.Settings``.
             seed: one for all, or one a video; a video does not depend on the seeds of others.
             on_step: called with (steps done, steps) after each.
 

@@ -6,6 +6,7 @@ Import only after ``wan_train.engine.start``.
 import dataclasses
 
 from wan_model.flow import TIMESTEPS
+from wan_train.config.samples import SamplesConfig
 from wan_train.engine.upstream.configuration import BridgeValidation, ConfigContainer
 
 
@@ -18,12 +19,15 @@ class ValidationConfig(BridgeValidation):
         samples: the first samples of the validation split; None for all of it.
         timesteps: timesteps at which the loss is computed, in (0, 1000).
         seed: of the noise, together with the sample's key and the timestep.
+        caption_gap: compute the caption gap too, see ``wan_train.loop.caption_gap``: two more evaluations of at most 64
+            samples. No loss shows that captions are ignored, so it is on.
     """
 
     interval: int = 0
     samples: int | None = 64
     timesteps: list[float] = dataclasses.field(default_factory=lambda: [100.0, 300.0, 500.0, 700.0, 900.0])
     seed: int = 1234
+    caption_gap: bool = True
 
     def check(self) -> None:
         """Validate the section.
@@ -82,3 +86,4 @@ class WanRunConfig(ConfigContainer):
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)

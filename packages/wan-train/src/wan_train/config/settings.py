@@ -130,6 +130,7 @@ def check_settings(config: Any) -> None:
         _check_deterministic(config)
     config.validation.check()
     config.ema.check()
+    config.samples.check(ema_decay=config.ema.decay, saved=config.checkpoint.save is not None)
 
 
 def _check_schedule(optimizer: Any, scheduler: Any) -> None:

@@ -96,6 +96,19 @@ class WanDatasetConfig(DatasetProvider):
                 yield next(iter(loader))
         yield from self._open("val", 1, 1, 0, 0, 1)
 
+    def validation_captions(self) -> Iterator[tuple[str, str]]:
+        """Key and caption of each sample of the validation split, in the order of ``validation_packs``.
+
+        Raises:
+            ValueError: a sample is damaged.
+        """
+        if self.mock:
+            return
+        from wan_data.reading.captions import captions_of
+
+        assert self.path is not None, "checked in configure_data"
+        yield from captions_of(self.path, "val")
+
     def close(self) -> None:
         """End the drawing of packs, in whichever way the run ends."""
         if (packs := getattr(self, "train_iterator", None)) is not None:
@@ -123,14 +136,12 @@ def read_dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
     return read_latent_spec(path, encoded_by=encoded_by).to_dict()
 
 
-def empty_caption_of(config: Any) -> Tensor | None:
-    """Embedding of the empty caption, [L, D], which replaces dropped captions; None without caption dropout.
+def empty_caption_of(config: Any) -> Tensor:
+    """Embedding of the empty caption, [L, D], which replaces dropped captions.
 
     Raises:
-        ValueError: captions are dropped, and the dataset has no embedding of the empty caption.
+        ValueError: the dataset has no embedding of the empty caption.
     """
-    if config.model.flow.caption_dropout == 0:
-        return None
     if config.dataset.mock:
         return torch.zeros(1, config.model.wan_config.text_dim)
     from wan_data.reading.empty_caption import read_empty_caption

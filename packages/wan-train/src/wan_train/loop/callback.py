@@ -1,4 +1,4 @@
-"""Hooks around the steps of the loop: data resume, NaN guard, EMA, metrics, validation.
+"""Hooks around the steps of the loop: data resume, NaN guard, EMA, metrics, validation, videos.
 
 Import only after ``wan_train.engine.start``.
 """
@@ -6,6 +6,7 @@ Import only after ``wan_train.engine.start``.
 import math
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -28,6 +29,9 @@ from wan_train.loop.nan_guard import guard_gradient
 from wan_train.loop.step import LOSS, WanForwardStep
 from wan_train.loop.validation import Validator
 
+if TYPE_CHECKING:  # a run that samples no videos does not wait for the codec
+    from wan_train.sampling.sampler import TrainingSampler
+
 
 class WanCallback(Callback):
     """Callbacks of Megatron-Bridge's loop.
@@ -36,7 +40,7 @@ class WanCallback(Callback):
         step: the forward step, which counts tokens.
         resume: the checkpoint that the loop loads, or None.
         metrics: writes the log.
-        make_validator: called once the process groups exist; None for no validation.
+        make_validator, make_sampler: called once the process groups exist; None for no validation, and no videos.
         hooks: of saves and loads, whose calls are verified.
     """
 
@@ -46,13 +50,15 @@ class WanCallback(Callback):
         resume: ResumePoint | None,
         metrics: MetricsWriter,
         make_validator: Callable[[], Validator] | None,
+        make_sampler: Callable[[], "TrainingSampler"] | None,
         hooks: CheckpointHooks,
     ) -> None:
         self.step, self.resume, self.metrics = step, resume, metrics
-        self.make_validator, self.hooks = make_validator, hooks
+        self.make_validator, self.make_sampler, self.hooks = make_validator, make_sampler, hooks
         self.state: GlobalState | None = None  # None before the first step of this process
         self._done: int | None = None
         self.validator: Validator | None = None
+        self.sampler: TrainingSampler | None = None
         self.started = time.monotonic()
         self.learning_rate = 0.0
         self.peak: float | None = None
@@ -82,6 +88,10 @@ class WanCallback(Callback):
         self.peak = state.cfg.report.peak_tflops or peak_of_device(self.step.device)
         if self.make_validator is not None:
             self.validator = self.make_validator()
+        if self.make_sampler is not None:
+            self.sampler = self.make_sampler()
+            if self.sampler.reason is not None:
+                self.metrics.no_samples(done, self.sampler.reason)
         self.started = time.monotonic()
 
     def on_train_step_start(self, context: CallbackContext) -> None:
@@ -101,7 +111,8 @@ class WanCallback(Callback):
         interval = config.validation.interval
         validates = self.validator is not None and (done % interval == 0 or done == config.train.train_iters)
         emas = [part.ema for part in unwrap_model(context.model) if getattr(part, "ema", None) is not None]
-        if validates or emas:
+        samples = self.sampler is not None and self.sampler.due(done, config.train.train_iters)
+        if validates or emas or samples:
             _gather_weights(context)
         for ema in emas:
             ema.update()
@@ -109,6 +120,8 @@ class WanCallback(Callback):
             self._log(context, done)
         if validates:
             self._validate(context, done)
+        if samples:
+            self._sample(context, done)
 
     def _settle_data(self, packs: PackIterator) -> None:
         """No pack is drawn between steps, where processes are forked and the run may end."""
@@ -150,6 +163,12 @@ class WanCallback(Callback):
         if result is not None:
             self.metrics.validation(done, result, context.state)
         self.started += time.monotonic() - begun
+
+    def _sample(self, context: CallbackContext, done: int) -> None:
+        assert self.sampler is not None
+        result = self.sampler.run(context, done)
+        self.metrics.samples(done, result)
+        self.started += result.seconds
 
     def on_train_end(self, context: CallbackContext) -> None:
         """End the output line."""

@@ -6,7 +6,7 @@ Import only after ``wan_train.engine.start``.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -17,6 +17,9 @@ from wan_model.system.terminal import Terminal
 from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
 from wan_train.loop.validation import ValidationResult
+
+if TYPE_CHECKING:  # see wan_train.loop.callback
+    from wan_train.sampling.sampler import SampleResult
 
 LOG_NAME = "log.jsonl"
 
@@ -127,6 +130,7 @@ class MetricsWriter:
     def __init__(self, log: Path | None, terminal: Terminal, steps: int) -> None:
         self.log, self.terminal, self.steps = log, terminal, steps
         self._last: int | None = None
+        self._sampling_failed = False  # the last time
 
     def event(self, line: str | None = None, **entry: Any) -> None:
         """An event, such as a resume."""
@@ -163,15 +167,41 @@ class MetricsWriter:
         """Result of a validation; called on every rank that has it."""
         at = {f"{timestep:g}": loss for timestep, loss in result.at.items()}
         curves = {"validation/loss": result.loss, **{f"validation/loss_at_{key}": loss for key, loss in at.items()}}
-        self._curves(curves, step, state)
+        gap: dict[str, float] = {} if result.caption_gap is None else {"caption_gap": result.caption_gap}
+        self._curves({**curves, **{f"validation/{name}": value for name, value in gap.items()}}, step, state)
         parts = "  ".join(f"{key}: {loss:.4f}" for key, loss in at.items())
+        said = "".join(f", caption gap {value:.3f}" for value in gap.values())
         self.event(
-            f"step {step}  validation loss {result.loss:.4f} of {result.samples} samples, at timesteps {parts}",
+            f"step {step}  validation loss {result.loss:.4f} of {result.samples} samples, at timesteps {parts}{said}",
             event="validation",
             step=step,
             loss=result.loss,
             samples=result.samples,
             timesteps=at,
+            **gap,
+        )
+
+    def samples(self, step: int, result: "SampleResult") -> None:
+        """Sampled videos, or why there are none; the terminal gets the first of several failures in a row."""
+        entry: dict[str, Any] = {"event": "samples", "step": step, "seconds": result.seconds, "weights": result.weights}
+        if result.failure is None:
+            videos = f"{result.videos} video{'s' * (result.videos > 1)}"
+            line = f"step {step}  {videos} of the {result.weights} in {result.seconds:.1f} s: {result.folder}"
+            self.event(line, **entry, videos=result.videos)
+            self._sampling_failed = False
+            return
+        said = f"step {step}  no videos: {result.failure}; training goes on"
+        self.event(None if self._sampling_failed else said, **entry, videos=0, failure=result.failure)
+        self._sampling_failed = True
+
+    def no_samples(self, step: int, reason: str) -> None:
+        """The run samples no videos, although it was asked to."""
+        self.event(
+            f"samples.interval is set, and no videos will be sampled: {reason}",
+            event="samples",
+            step=step,
+            videos=0,
+            failure=reason,
         )
 
     def _curves(self, values: dict[str, float], step: int, state: Any) -> None:

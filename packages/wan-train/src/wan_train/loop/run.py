@@ -143,6 +143,12 @@ def _make_validator(config: Any, device: Any) -> Any:
     )
 
 
+def _make_sampler(config: Any, device: Any) -> Any:
+    from wan_train.sampling.sampler import TrainingSampler
+
+    return TrainingSampler(config, device)
+
+
 class _NamedOutput(io.TextIOWrapper):
     """A text file that is appended to; an error of the system names it."""
 
@@ -298,16 +304,18 @@ def pretrain(options: RunOptions) -> None:
     from wan_train.loop.callback import WanCallback
     from wan_train.loop.step import WanForwardStep
 
-    step = WanForwardStep(running.device, config.model.params_dtype, empty_caption_of(config))
+    dropped = empty_caption_of(config) if config.model.flow.caption_dropout else None
+    step = WanForwardStep(running.device, config.model.params_dtype, dropped)
     log = Path(config.checkpoint.save) / LOG_NAME if config.checkpoint.save else None
     validates = functools.partial(_make_validator, config, running.device) if config.validation.interval else None
+    samples = functools.partial(_make_sampler, config, running.device) if config.samples.interval else None
     hooks = CheckpointHooks(resume)
     hooks.install()
     owns_group = _init_single_process_group(running.backend)
     try:
         with _megatron_output_in_file(config, options.verbose) as terminal:
             metrics = MetricsWriter(log, Terminal(terminal), config.train.train_iters)
-            callback = WanCallback(step, resume, metrics, validates, hooks)
+            callback = WanCallback(step, resume, metrics, validates, samples, hooks)
             with hooks.failed_saves_explained(None if log is None else log.parent):
                 run_loop(config, step, [callback])
             if callback.state is not None:

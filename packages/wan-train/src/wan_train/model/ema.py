@@ -7,7 +7,9 @@ tensors, so 4 bytes per parameter are needed once per group, not per rank. A che
 the tensor's diffusers key with its global shape, so it can be loaded in any other layout.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class WeightEMA:
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float, *, rank: int, ranks: int) -> None:
         named = dict(parameters)
         owner = assign_tensors({key: parameter.numel() for key, parameter in named.items()}, ranks)
-        self.decay = decay
+        self.decay, self._all, self._owner = decay, named, owner
         self._parameters = {key: parameter for key, parameter in named.items() if owner[key] == rank}
         self.tensors: dict[str, Tensor] = {}
         self.reset()
@@ -53,6 +55,32 @@ class WeightEMA:
         """ema <- decay * ema + (1 - decay) * weights."""
         for key, ema in self.tensors.items():
             ema.lerp_(self._parameters[key].detach().float(), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def in_place_of_weights(self, group: Any) -> Iterator[None]:
+        """The weights are the EMA in this context, and the same bits as before after it; collective.
+
+        The weights are kept in main memory meanwhile, so that the device needs no more of its own.
+
+        Args:
+            group: the process group of the ranks that hold the same weights.
+        """
+        kept = {key: parameter.detach().to("cpu", copy=True) for key, parameter in self._all.items()}
+        members = torch.distributed.get_process_group_ranks(group)
+        try:
+            with torch.no_grad():
+                for key, parameter in self._all.items():
+                    average = self.tensors.get(key)
+                    if average is None:
+                        average = torch.empty_like(parameter, dtype=torch.float32)
+                    if len(members) > 1:
+                        torch.distributed.broadcast(average, src=members[self._owner[key]], group=group)
+                    parameter.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
+                for key, parameter in self._all.items():
+                    parameter.copy_(kept[key])
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -21,8 +21,8 @@ import math
 import numpy as np
 from torch import Tensor
 
-from wan_infer.request.settings import SolverName
 from wan_model.flow import TIMESTEPS
+from wan_model.sampling.settings import SolverName
 
 
 def _levels(name: SolverName, steps: int, shift: float) -> "np.ndarray":

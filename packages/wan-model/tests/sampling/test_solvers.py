@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from wan_infer.request.settings import SOLVERS, SolverName
-from wan_infer.sampling.solvers import Solver
+from wan_model.sampling.settings import SOLVERS, SolverName
+from wan_model.sampling.solvers import Solver
 
 
 @pytest.mark.parametrize("name", SOLVERS)

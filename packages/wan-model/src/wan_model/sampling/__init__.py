@@ -1,0 +1,1 @@
+"""Sampling without a runtime: settings, solvers and the loop; the caller evaluates the model."""

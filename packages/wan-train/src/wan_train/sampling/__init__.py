@@ -1,0 +1,1 @@
+"""Videos while a run trains."""

@@ -1,0 +1,135 @@
+"""Files of sampled videos, their records, and videos in TensorBoard and Weights & Biases.
+
+Shapes: T frames, H rows, W columns.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wan_model.codec.latent_codec import LatentCodec
+from wan_model.codec.video_encoding import Frames, encode_mp4_beside, encode_png, to_frames
+from wan_model.system.files import atomic_write, naming
+from wan_train.sampling.latents import SamplePlan, SampleRequest
+
+FOLDER_NAME, RECORDS_NAME = "samples", "samples.jsonl"
+# Pixels of the longer side of the pictures for TensorBoard, which has no videos, only animated GIFs.
+_LARGEST_GIF = 320
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """The folder of the videos of a step."""
+    return run / FOLDER_NAME / f"step-{step:07d}"
+
+
+class VideoWriter:
+    """Decodes and writes the videos of a step.
+
+    Args:
+        run: the run's folder.
+        plan: the videos.
+        codec: the decoder, on the CPU; it is moved to the device only while it decodes.
+        device: that decodes.
+        fps: frames a second.
+        weights: ``weights`` or ``ema``, for the records.
+    """
+
+    def __init__(
+        self, run: Path, plan: SamplePlan, codec: LatentCodec, device: torch.device, *, fps: int, weights: str
+    ) -> None:
+        self._run, self._plan, self._codec = run, plan, codec
+        self._device, self._fps, self._weights = device, fps, weights
+
+    def write(self, step: int, latents: Sequence[Tensor], state: Any) -> int:
+        """Write the videos; returns their number.
+
+        Args:
+            step: the optimizer steps done.
+            latents: [C, F, h, w] of each.
+            state: Megatron-Bridge's, which has the loggers of this rank.
+
+        Raises:
+            ValueError or OSError: a latent is not finite, or a file cannot be written.
+        """
+        decoder = self._codec.decoder
+        assert decoder is not None, "it was loaded"
+        decoder.to(self._device)
+        try:
+            for request, latent in zip(self._plan.requests, latents, strict=True):
+                self._write_one(step, request, latent, state)
+        finally:
+            decoder.to("cpu")
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # of sizes that training has no use for
+        return len(latents)
+
+    def _write_one(self, step: int, request: SampleRequest, latent: Tensor, state: Any) -> None:
+        if not bool(torch.isfinite(latent).all()):
+            raise ValueError(f"the latent of the video {request.name} is not finite")
+        single = latent.shape[1] == 1
+        path = folder_of(self._run, step) / f"{request.name}{'.png' if single else '.mp4'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[np.ndarray] | None = [] if state.tensorboard_logger else None
+        record = self._record(step, request, path)
+        with naming(path), atomic_write(path, unique=True) as file:
+            pieces = self._frames(latent, kept)
+            if single:
+                ((frame,),) = pieces
+                file.write(encode_png(frame, record))
+            else:
+                encode_mp4_beside(file, pieces, self._fps, record)
+        records = self._run / RECORDS_NAME
+        with naming(records), records.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        tag = f"{FOLDER_NAME}/{request.name}"
+        if kept is not None:
+            add_gif(state.tensorboard_logger, tag, np.stack(kept), self._fps, step)
+        if state.wandb_logger:
+            kind = state.wandb_logger.Image if single else state.wandb_logger.Video
+            state.wandb_logger.log({tag: kind(str(path), caption=request.caption)}, step)
+
+    def _frames(self, latent: Tensor, kept: list[np.ndarray] | None) -> Iterator[Frames]:
+        for piece in self._codec.decode_frames(latent):
+            frames = to_frames(piece)
+            if kept is not None:
+                kept.extend(frames)
+            yield frames
+
+    def _record(self, step: int, request: SampleRequest, path: Path) -> dict[str, Any]:
+        settings = self._plan.settings
+        return {
+            "step": step,
+            "name": request.name,
+            "caption": request.caption,
+            "seed": request.seed,
+            "weights": self._weights,
+            "file": path.relative_to(self._run).as_posix(),
+            "steps": settings.steps,
+            "shift": settings.shift,
+            "guidance": settings.guidance,
+            "solver": settings.solver,
+            "negative_prompt": settings.negative_prompt,
+        }
+
+
+def add_gif(writer: Any, tag: str, frames: Frames, fps: int, step: int) -> None:
+    """Add an animated GIF to TensorBoard; torch's ``add_video`` does the same with the package moviepy."""
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for picture in pictures:
+        picture.thumbnail((_LARGEST_GIF, _LARGEST_GIF))
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+    )
+    width, height = pictures[0].size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
