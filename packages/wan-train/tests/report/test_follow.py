@@ -73,7 +73,8 @@ def test_videos_are_served_by_what_the_content_calls_them(server: PageServer, tm
 
 
 def test_nobody_reads_it_without_the_address(server: PageServer) -> None:
-    for path in ("/", "/content.json", server.root[:-3], "/" + "x" * 22 + "/", "*", "//[", "/?" + server.root):
+    other = "/" + "x" * 22 + "/"
+    for path in ("/", "/content.json", "content.json", server.root[:-3], other, "*", "//[", "/?" + server.root):
         assert get(server, path)[0] == 404, path
     assert get(server, server.root, host="localhost:1")[0] == 200
     for host in ("example.com", "example.com:80", "", "127.0.0.1.example.com", "[::1"):
