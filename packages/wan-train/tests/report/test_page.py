@@ -197,6 +197,7 @@ def test_only_videos_of_the_run_are_read(tmp_path: Path) -> None:
     with records_path(folder).open("a") as records:
         for name in names:
             records.write(json.dumps({"step": 1, "name": name}) + "\n")
+        records.write(json.dumps({"step": 1, "name": "good", "caption": "x" * (1 << 16)}) + "\n")
         records.write('not JSON\n{"step": -1, "name": "good"}\n[]\n{"step": 2, "name": "cut')
     assert [sample.name for sample in read_samples(folder)] == ["good", "link", "text", "absent"]
     assert [is_sample_name(name) for name in names] == [True] * 3 + [False] * 7

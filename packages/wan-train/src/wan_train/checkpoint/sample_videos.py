@@ -9,11 +9,12 @@ A line has ``step``, ``name`` (that of the file, without its suffix), ``caption`
 Where a resumed run samples a step again, it appends the lines again, and the last one holds.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_model.system.safe_reading import open_file, parse_json
+from wan_model.system.safe_reading import complete_lines, open_file, parse_json
 
 SAMPLES = "samples"
 _RECORDS = "samples.jsonl"
@@ -78,11 +79,8 @@ def read_samples(folder: Path) -> list[SampleVideo]:
     except FileNotFoundError:
         return []
     with file:
-        for _ in range(_MOST_LINES):
-            line = file.readline(_LONGEST_LINE)
-            if not line.endswith(b"\n"):
-                break
-            if video := _parse(line, path):
+        for line in itertools.islice(complete_lines(file, _LONGEST_LINE), _MOST_LINES):
+            if line is not None and (video := _parse(line, path)):
                 names.setdefault(video.name, len(names))
                 found[video.step, video.name] = video
     return sorted(found.values(), key=lambda video: (video.step, names[video.name]))

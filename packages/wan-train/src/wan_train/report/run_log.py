@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan_model.system.safe_reading import open_file, parse_json
+from wan_model.system.safe_reading import complete_lines, open_file, parse_json
 from wan_train.checkpoint.folder import LOG_NAME
 
 _LONGEST_LINE = 1 << 20
@@ -136,22 +136,16 @@ class RunLog:
             self._file = found.st_dev, found.st_ino
             before = self._offset
             file.seek(self._offset)
-            while line := file.readline(_LONGEST_LINE):
-                if not line.endswith(b"\n"):
-                    if len(line) < _LONGEST_LINE:
-                        break  # it is being written
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(_LONGEST_LINE)
-                    self.unreadable += 1
-                else:
-                    self._take(line)
+            for line in complete_lines(file, _LONGEST_LINE):
+                self._take(line)
                 self._offset = file.tell()
-            self.incomplete = bool(line)
+            file.seek(self._offset)
+            self.incomplete = bool(file.read(1))
         return self._offset != before or begun is None
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, line: bytes | None) -> None:
         try:
-            entry = parse_json(line.decode("utf-8"), str(self.path), _LONGEST_LINE)
+            entry = None if line is None else parse_json(line.decode("utf-8"), str(self.path), _LONGEST_LINE)
         except ValueError:  # also of UTF-8
             entry = None
         if not isinstance(entry, dict):
