@@ -59,6 +59,8 @@ def test_it_opens_without_an_error_and_draws_the_log(browser: chromium.Page, tmp
     assert browser.evaluate(rows) == ["key one two", "optimizer.lr 0.1 0.2"]
     marks = "document.querySelector('.chart').layout.shapes.map((shape) => shape.x0)"
     assert sorted(browser.evaluate(marks)) == [20, 30, 60], "two saves and the resume"
+    rates = "document.querySelectorAll('.chart')[3].layout.yaxis.range"
+    assert browser.evaluate(rates) == [0, 0.002], "a constant rate of 0.001"
     # The other axis: 100 tokens and 2 seconds each step.
     choose(browser, "axis", "tokens")
     assert losses_drawn(browser)[0] == [100 * step for step in range(1, 61)]

@@ -157,7 +157,10 @@
         uirevision: axis.value,
         ...marks,
       };
+      const values = new Set(traces.flatMap((trace) => trace.y).filter((value) => value !== null));
       if (chart.logarithmic) layout.yaxis.type = "log";
+      // Plotly would draw a constant learning rate between -1 and 1.
+      else if (values.size === 1 && !values.has(0)) layout.yaxis.range = [0, 2 * [...values][0]].sort((a, b) => a - b);
       Plotly.react(places.children[index], traces, layout, config);
     });
     byId("absent").textContent = content.absent.length ? `Not in the log: ${content.absent.join(", ")}.` : "";
@@ -237,7 +240,7 @@
       run.marks.map((mark) => [nameOf(run, index), mark.step === null ? "-" : String(mark.step), mark.kind, mark.text]),
     );
     byId("events").hidden = !rows.length;
-    fill(byId("events").querySelector("table"), ["run", "step", "", ""], rows);
+    fill(byId("events").querySelector("table"), ["run", "step", "what", ""], rows);
   }
 
   function draw() {
