@@ -99,7 +99,10 @@ def _decode(path: Path) -> torch.Tensor:
 
 def test_training_samples_what_the_sampler_makes_of_its_checkpoint(videos, stopped_run):
     """In the mean to a fifth of a level of 255; a pixel that is rounded otherwise changes how its block is encoded."""
-    records = [json.loads(line) for line in (stopped_run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line)
+        for line in (stopped_run / "samples" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [(record["step"], record["file"], record["seed"], record["weights"]) for record in records] == [
         (step, f"samples/step-{step:07d}/00.mp4", 42, "weights") for step in (3, 6)
     ]

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 BUILT_AGAINST_CUDA = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "transformer-engine-torch")
 CHECKOUT = "pip install ./packages/wan-model ./packages/wan-data"
 ENGINE = [f"{CHECKOUT} './packages/wan-train[engine]'", "pip install --no-deps megatron-bridge==0.3.1"]
+PAGE = f"{CHECKOUT} './packages/wan-train[report]'"
 TRANSFORMER_ENGINE = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.10,<2.13'"
 # Built against CUDA when it is installed; here only its requirements are of interest.
 TE_TORCH = {"transformer-engine-torch": ["torch", "einops", "onnx", "onnxscript", "pydantic", "nvdlfw-inspect"]}
@@ -63,6 +64,7 @@ def routes(root: Path) -> list[Route]:
             built=TE_TORCH,
         ),
         Route("cpu", ENGINE, {"torch": "2.13.0+cpu"}, (*training, "megatron-core", "megatron-bridge", "triton")),
+        Route("page", [PAGE], {"torch": "2.13.0+cpu"}, (*training, "jinja2", "plotly")),
         Route("sampler", ["pip install ./packages/wan-model ./packages/wan-infer"], cuda, ("wan-model", "wan-infer")),
         Route("data", [CHECKOUT], cuda, ("wan-model", "wan-data"), avoids=(*BUILT_AGAINST_CUDA, "megatron-core")),
     ]

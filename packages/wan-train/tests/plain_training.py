@@ -248,7 +248,7 @@ def engine_results(folder: Path) -> Results:
     assert config == TINY_CONFIG
     results.update({f"weight/{key}": value for key, value in weights.items()})
     results.update({f"ema/{key}": value for key, value in read_tensors(checkpoint, ("ema.",)).items()})
-    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "samples" / "samples.jsonl").read_text().splitlines()]
     for record in records[-SAMPLES:]:
         latent = torch.load(folder / "latents" / f"{EQUALITY_STEPS}-{record['name']}.pt", weights_only=True)
         results[f"latent-{record['weights']}/{record['name']}"] = latent

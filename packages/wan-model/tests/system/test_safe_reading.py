@@ -14,6 +14,8 @@ import yaml
 
 from wan_model.system.safe_reading import (
     DEEPEST,
+    complete_lines,
+    open_file,
     parse_json,
     parse_yaml,
     read_bytes,
@@ -140,3 +142,14 @@ def test_what_is_no_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"ab\xff")
     with pytest.raises(ValueError, match="file is not UTF-8: invalid start byte at byte 2"):
         read_text(tmp_path / "file")
+
+
+def test_a_file_is_read_to_its_last_complete_line(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one\n\n" + b"x" * 7 + b"\n" + b"y" * 8 + b"\n" + b"z" * 100 + b"\nlast\ncut")
+    with open_file(path) as file:
+        assert list(complete_lines(file, 8)) == [b"one\n", b"\n", b"xxxxxxx\n", None, None, b"last\n"]
+        file.seek(4)
+        lines = complete_lines(file, 8)
+        assert (next(lines), file.tell()) == (b"\n", 5)
+        assert (next(lines), file.tell()) == (b"xxxxxxx\n", 13)

@@ -205,6 +205,52 @@ def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dt
     click.echo(f"{out / 'transformer'}: the {'EMA' if ema else 'weights'} of {read}")
 
 
+@main.command("report")
+@click.argument("checkpoints", type=click.Path(path_type=Path))
+@click.option(
+    "--compare", type=click.Path(path_type=Path), multiple=True, metavar="OTHER",
+    help="Checkpoint folder of a run to compare with; repeatable.",
+)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="HTML file. Default: report.html in CHECKPOINTS.")
+@click.option("--follow", is_flag=True, help="Serve the page to this machine while the run goes on; write no file.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    metavar="N",
+    help="With --follow: port. Default: a free one.",
+)
+@click.option(
+    "--max-video-mb", type=click.IntRange(0), default=20, show_default=True, metavar="MB",
+    help="Megabytes of sampled videos in the page.",
+)  # fmt: skip
+def report_command(
+    checkpoints: Path, compare: tuple[Path, ...], out: Path | None, follow: bool, port: int, max_video_mb: int
+) -> None:
+    """Show a run's curves, sampled videos and configuration in one HTML file, from its folder alone.
+
+    \b
+    wan-train report CHECKPOINTS --compare OTHER --out report.html
+    wan-train report CHECKPOINTS --follow
+    """
+    from wan_train.report.page import write_page
+    from wan_train.report.server import Follower, serve
+
+    folders, video_bytes = [checkpoints, *compare], max_video_mb * 10**6
+    if port and not follow:
+        raise click.ClickException("--port is of the page that --follow serves; add --follow or leave --port out")
+    if follow and out is not None:
+        raise click.ClickException("--follow serves the page and writes no file; leave --out or --follow out")
+    try:
+        if follow:
+            serve(Follower(folders, video_bytes), port, announce=click.echo)
+        else:
+            click.echo(write_page(folders, out, video_bytes=video_bytes))
+    except ValueError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
 @main.group()
 def config() -> None:
     """The configuration files of wan-train."""

@@ -20,7 +20,8 @@ from training_runs import (
 )
 
 from wan_data.reading.datasets import open_split
-from wan_model.weights.training_checkpoint import find_checkpoint, read_run_settings
+from wan_model.weights.run_settings import read_run_settings
+from wan_model.weights.training_checkpoint import find_checkpoint
 
 STOPPED = STEPS_ON_DATA - 2
 

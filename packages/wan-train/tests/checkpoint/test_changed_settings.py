@@ -25,7 +25,8 @@ from training_runs import (
 )
 from warm_ranks import Call
 
-from wan_model.weights.training_checkpoint import find_checkpoint, read_run_settings
+from wan_model.weights.run_settings import read_run_settings
+from wan_model.weights.training_checkpoint import find_checkpoint
 from wan_train.checkpoint.changes import FIXED
 from wan_train.checkpoint.folder import complete_steps, step_folder
 from wan_train.config import tutorial_names

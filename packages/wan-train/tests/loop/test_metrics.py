@@ -62,7 +62,8 @@ def test_curves_and_lines_say_what_the_log_says(tmp_path: Path) -> None:
 
     events = EventAccumulator(str(board))
     events.Reload()
-    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "packing_efficiency", "mfu", "data_wait"):
+    rates = ("tokens_per_second", "packing_efficiency", "mfu", "data_wait", "peak_memory")
+    for name in ("loss", "grad_norm", "learning_rate", *rates):
         drawn = {event.step: event.value for event in events.Scalars(f"train/{name}")}
         assert drawn == pytest.approx({entry["step"]: entry[name] for entry in steps_of(log)}, rel=1e-6), name
     assert events.Scalars("validation/loss")[0].value == pytest.approx(log[-1]["loss"])

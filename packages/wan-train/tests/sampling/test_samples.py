@@ -81,7 +81,7 @@ def test_captions_of_the_validation_split_become_files_records_and_curves(datase
     calls = [Call("rank_calls:note_wandb", [str(bias)]), Call("rank_calls:keep_latents", [str(latents)])]
     ended = run(options, folder, calls=calls)
     assert ended.codes == [0], ended.errors
-    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "samples" / "samples.jsonl").read_text().splitlines()]
     # The validation samples of ``write_dataset``, whose number 41 is a single frame.
     assert [[one[name] for name in ("step", "name", "caption", "seed", "weights", "file")] for one in records] == [
         [step, f"{n:02d}", f"sample {40 + n}", 7 + n, "ema", f"samples/step-{step:07d}/{n:02d}.{kind}"]
@@ -128,7 +128,7 @@ def test_prompts_of_a_file_are_embedded_by_the_model_of_the_data(dataset: Path, 
         "samples.width=48", "samples.frames=5", "train.train_iters=1",
     )  # fmt: skip
     train_on(options, folder)
-    records = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "samples" / "samples.jsonl").read_text().splitlines()]
     assert [(one["caption"], one["seed"]) for one in records] == [("A rabbit wakes in a meadow.", 7), ("兔子", 8)]
     codec = LatentCodec.from_pretrained(dataset / "model", load_vae=False)
     texts = codec.encode_text(["A rabbit wakes in a meadow.", "兔子", ""])

@@ -122,6 +122,27 @@ def read_text(path: Path, limit: int = SMALL_FILE) -> str:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
+def complete_lines(file: BinaryIO, longest: int) -> Iterator[bytes | None]:
+    """The lines of a file that another process may be writing, from where it stands.
+
+    Args:
+        file: open for reading. After each line it stands behind it.
+        longest: bytes that a line may have.
+
+    Yields:
+        Each line with its end, or None for a longer one; not the last one while it has no end.
+    """
+    while line := file.readline(longest):
+        if line.endswith(b"\n"):
+            yield line
+        elif len(line) < longest:
+            return
+        else:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(longest)
+            yield None
+
+
 def parse_json(text: str, where: str, limit: int = SMALL_FILE) -> Any:
     """Parse JSON.
 

@@ -29,13 +29,13 @@ from torch.serialization import _get_layout
 from wan_model.config import WanConfig
 from wan_model.dit.model import precision_of
 from wan_model.latent_spec import LatentSpec
-from wan_model.system.safe_reading import read_bytes, read_yaml, require_file
+from wan_model.system.safe_reading import read_bytes, require_file
+from wan_model.weights.run_settings import RUN_CONFIG, read_run_settings
 from wan_model.weights.transformer import check_keys, expected_shapes
 
 METADATA = ".metadata"
 # Bytes; a run of 14B parameters on a thousand ranks has some ten million.
 _LARGEST_METADATA = 1 << 30
-RUN_CONFIG = "run_config.yaml"
 _STEP = re.compile(r"iter_(\d{7,})")
 
 # Megatron's fully sharded checkpoints name modules as they are wrapped; the others have diffusers' keys.
@@ -163,22 +163,6 @@ def _check_files(path: Path, index: Metadata) -> None:
             raise ValueError(f"{path / name} is missing, which {METADATA} names: the checkpoint is partial") from None
         if size < end:
             raise ValueError(f"{path / name} has {size} bytes where {METADATA} names {end}: it was cut short")
-
-
-def read_run_settings(path: Path) -> dict[str, Any]:
-    """Read all settings of the run that wrote a checkpoint, as plain values by section.
-
-    Raises:
-        ValueError: the file is missing, is no plain YAML, or has no sections.
-    """
-    file = path / RUN_CONFIG
-    try:
-        content = read_yaml(file)
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing: the checkpoint is partial, or of another program") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} has no sections: it was cut, or is of another program")
-    return content
 
 
 def read_run_config(path: Path, settings: dict[str, Any] | None = None) -> tuple[WanConfig, LatentSpec | None]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from wan_model.config import TEXT_LENGTH_KEY
-from wan_model.weights.training_checkpoint import read_run_config, read_run_settings
+from wan_model.weights.run_settings import read_run_settings
+from wan_model.weights.training_checkpoint import read_run_config
 from wan_train.checkpoint.folder import ResumePoint
 from wan_train.model.layout import Layout
 

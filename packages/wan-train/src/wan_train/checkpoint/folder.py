@@ -18,6 +18,7 @@ from wan_train.checkpoint.record import (
     read_record,
 )
 
+LOG_NAME = "log.jsonl"
 _FOLDER = re.compile(r"iter_(\d{7,})")
 
 

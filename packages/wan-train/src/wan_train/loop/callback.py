@@ -130,8 +130,9 @@ class WanCallback(Callback):
         self.step.counts.data_wait += time.perf_counter() - begun
 
     def _log(self, context: CallbackContext, done: int) -> None:
-        seconds = time.monotonic() - self.started - self.hooks.take_seconds()
-        counts, seconds = reduce_metrics(self.step.take_counts(), seconds, self.step.device)
+        save_seconds = self.hooks.take_seconds()
+        seconds = time.monotonic() - self.started - save_seconds
+        counts, seconds, memory = reduce_metrics(self.step.take_counts(), seconds, self.step.device)
         self.started = time.monotonic()
         if LOSS not in context.loss_dict:  # not on this pipeline stage
             return
@@ -150,6 +151,8 @@ class WanCallback(Callback):
                 tokens_padded=counts.tokens_padded,
                 flops=counts.flops,
                 data_wait=counts.data_wait,
+                save_seconds=save_seconds,
+                peak_memory=memory,
                 devices=torch.distributed.get_world_size(),
                 peak_tflops=self.peak,
             ),

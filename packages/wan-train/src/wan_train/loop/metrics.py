@@ -5,6 +5,7 @@ Import only after ``wan_train.engine.start``.
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,19 @@ from wan_train.loop.validation import ValidationResult
 if TYPE_CHECKING:  # see wan_train.loop.callback
     from wan_train.sampling.sampler import SampleResult
 
-LOG_NAME = "log.jsonl"
-
 
 def peak_of_device(device: torch.device) -> float | None:
     """Dense bf16 TFLOP/s of the device; None for the CPU and for an unknown GPU."""
     if not torch.version.cuda or device.type != "cuda":
         return None
     return peak_tflops(torch.cuda.get_device_name(device))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that tensors have had on the GPU at most since the start; on the CPU, resident ones of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,8 @@ class StepMetrics:
         seconds: duration of these steps, without validations and saves.
         samples, tokens, tokens_padded, flops: see ``wan_train.loop.step.Counts``.
         data_wait: maximum over ranks, seconds.
+        save_seconds: how long saves of these steps, or of the one before, have blocked the loop; 0 without a save.
+        peak_memory: see ``peak_memory``; maximum over ranks.
         devices: number of devices of the run.
         peak_tflops: peak of one device, if known.
     """
@@ -54,6 +62,8 @@ class StepMetrics:
     tokens_padded: int
     flops: int
     data_wait: float
+    save_seconds: float
+    peak_memory: int
     devices: int
     peak_tflops: float | None
 
@@ -95,18 +105,18 @@ class StepMetrics:
         return {**plain, **self.rates()}
 
 
-def reduce_metrics(counts: Counts, seconds: float, device: torch.device) -> tuple[Counts, float]:
-    """Sums of the counts over all data-parallel ranks, and the maximum duration; every rank calls it."""
+def reduce_metrics(counts: Counts, seconds: float, device: torch.device) -> tuple[Counts, float, int]:
+    """Sums of the counts over data-parallel ranks, maximum duration and memory of all ranks; every rank calls it."""
     sums = torch.tensor(
         [counts.samples, counts.tokens, counts.tokens_padded, counts.flops], dtype=torch.int64, device=device
     )
-    longest = torch.tensor([counts.data_wait, seconds], dtype=torch.float64, device=device)
-    group = parallel_state.get_data_parallel_group()
-    torch.distributed.all_reduce(sums, group=group)
-    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=group)
-    wait, seconds = longest.tolist()
+    most = torch.tensor([counts.data_wait, seconds, peak_memory(device)], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    # Of all ranks: those of another pipeline stage, or of another part of a layer, need other memory.
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    wait, seconds, memory = most.tolist()
     samples, tokens, tokens_padded, flops = sums.tolist()
-    return Counts(samples, tokens, tokens_padded, flops, wait), seconds
+    return Counts(samples, tokens, tokens_padded, flops, wait), seconds, int(memory)
 
 
 def is_logging_rank() -> bool:
@@ -142,6 +152,7 @@ class MetricsWriter:
     def step(self, record: StepMetrics, state: Any) -> None:
         """Metrics of steps; called on every rank that has the loss."""
         curves = {"loss": record.loss, "learning_rate": record.learning_rate, **record.rates()}
+        curves["peak_memory"] = record.peak_memory
         if record.grad_norm is not None:
             curves["grad_norm"] = record.grad_norm
         self._curves({f"train/{name}": value for name, value in curves.items()}, record.step, state)

@@ -20,7 +20,7 @@ from wan_model.system import torchrun
 from wan_model.system.files import naming
 from wan_model.system.terminal import Terminal
 from wan_train import engine
-from wan_train.checkpoint.folder import ResumePoint, find_resume_point, saved_steps
+from wan_train.checkpoint.folder import LOG_NAME, ResumePoint, find_resume_point, saved_steps
 from wan_train.config.options import DEFAULT_RECIPE, RECIPES, RunOptions
 from wan_train.config.overrides import apply_overrides, apply_sections, read_file
 from wan_train.config.shipped_configs import find
@@ -205,8 +205,6 @@ def _require_writable(folder: Path) -> None:
     Raises:
         ValueError: nothing can be written there; the message names the folder or the file.
     """
-    from wan_train.loop.metrics import LOG_NAME
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -266,7 +264,7 @@ def pretrain(options: RunOptions) -> None:
     running = engine.start()
     from wan_train.checkpoint.changes import check_resume
     from wan_train.config.settings import derive_settings
-    from wan_train.loop.metrics import LOG_NAME, MetricsWriter
+    from wan_train.loop.metrics import MetricsWriter
 
     config = build_config(options)
     config.dist.distributed_backend = running.backend

@@ -17,16 +17,11 @@ from torch import Tensor
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.codec.video_encoding import Frames, encode_mp4_beside, encode_png, to_frames
 from wan_model.system.files import atomic_write, naming
+from wan_train.checkpoint.sample_videos import SAMPLES, records_path, samples_folder
 from wan_train.sampling.latents import SamplePlan, SampleRequest
 
-FOLDER_NAME, RECORDS_NAME = "samples", "samples.jsonl"
 # Pixels of the longer side of the pictures for TensorBoard, which has no videos, only animated GIFs.
 _LARGEST_GIF = 320
-
-
-def folder_of(run: Path, step: int) -> Path:
-    """The folder of the videos of a step."""
-    return run / FOLDER_NAME / f"step-{step:07d}"
 
 
 class VideoWriter:
@@ -74,7 +69,7 @@ class VideoWriter:
         if not bool(torch.isfinite(latent).all()):
             raise ValueError(f"the latent of the video {request.name} is not finite")
         single = latent.shape[1] == 1
-        path = folder_of(self._run, step) / f"{request.name}{'.png' if single else '.mp4'}"
+        path = samples_folder(self._run, step) / f"{request.name}{'.png' if single else '.mp4'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[np.ndarray] | None = [] if state.tensorboard_logger else None
         record = self._record(step, request, path)
@@ -85,10 +80,10 @@ class VideoWriter:
                 file.write(encode_png(frame, record))
             else:
                 encode_mp4_beside(file, pieces, self._fps, record)
-        records = self._run / RECORDS_NAME
+        records = records_path(self._run)
         with naming(records), records.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-        tag = f"{FOLDER_NAME}/{request.name}"
+        tag = f"{SAMPLES}/{request.name}"
         if kept is not None:
             add_gif(state.tensorboard_logger, tag, np.stack(kept), self._fps, step)
         if state.wandb_logger:

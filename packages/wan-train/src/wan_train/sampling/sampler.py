@@ -18,9 +18,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
+from wan_train.checkpoint.sample_videos import samples_folder
 from wan_train.engine.upstream.loop import CallbackContext
 from wan_train.sampling.latents import Runtime, SamplePlan, sample_latents
-from wan_train.sampling.output import VideoWriter, folder_of
+from wan_train.sampling.output import VideoWriter
 from wan_train.sampling.plan import make_plan
 
 
@@ -121,7 +122,7 @@ class TrainingSampler:
         # Every rank waits here, so that no rank counts the seconds to its next step.
         videos, failure = _from_last_rank(write)
         seconds = time.monotonic() - begun
-        return SampleResult(videos, seconds, folder_of(self._run, done), self._weights, failure)
+        return SampleResult(videos, seconds, samples_folder(self._run, done), self._weights, failure)
 
     def _runtime(self, context: CallbackContext) -> Runtime:
         model, dataset = self._config.model, self._config.dataset

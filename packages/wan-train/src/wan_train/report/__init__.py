@@ -1,0 +1,1 @@
+"""The page about runs, from their folders alone. Imports neither torch nor Megatron."""

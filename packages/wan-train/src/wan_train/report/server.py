@@ -1,0 +1,178 @@
+"""``--follow``: the page served to this machine alone, which asks again for what is new.
+
+The server listens on the loopback device. Its address has a random part, as other users of a machine can reach that
+device too. It answers only where the browser asks for this machine by name, so that no page of another site can read it
+through a name that leads here.
+"""
+
+import http.server
+import re
+import secrets
+import socketserver
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from wan_model.system.safe_reading import read_bytes
+from wan_train.report.page import LARGEST_VIDEOS, as_json, content_of, open_runs, render
+from wan_train.report.run_folder import RunFolder
+
+_ADDRESS = "127.0.0.1"
+_HERE = {_ADDRESS, "localhost"}
+_PORT = re.compile(r":\d+$")
+_LARGEST_VIDEO = 64 << 20
+
+
+class Follower:
+    """The page's content while runs go on.
+
+    Args:
+        folders: checkpoint folders, the first of the run that the page is about.
+        video_bytes: bytes of all videos.
+
+    Raises:
+        ValueError: a folder has no log.
+    """
+
+    def __init__(self, folders: Sequence[Path], video_bytes: int = LARGEST_VIDEOS) -> None:
+        self._runs: list[RunFolder] = open_runs(folders)
+        self._video_bytes = video_bytes
+        self._lock = threading.Lock()
+        self._videos: dict[str, Path] = {}
+        self._seen: Any = None
+        self._content: dict[str, Any] = {"version": 0}
+
+    def content(self) -> dict[str, Any]:
+        """As ``content_of``, with a version that changes with it.
+
+        Raises:
+            ValueError: a log cannot be read any more.
+        """
+        with self._lock:
+            changed = [run.refresh() for run in self._runs]
+            found = [run.videos(number) for number, run in enumerate(self._runs)]
+            if any(changed) or found != self._seen:
+                self._seen = None  # until the new content is there
+                content = content_of(self._runs, source=self._url_of, video_bytes=self._video_bytes)
+                version, now = self._content["version"] + 1, time.strftime("%H:%M:%S")
+                self._content = {**content, "follow": True, "version": version, "time": now}
+                self._seen = found
+            return self._content
+
+    def _url_of(self, path: Path) -> str:
+        # With its time, so that a browser does not keep what a resumed run has sampled again.
+        found = path.stat()
+        url = f"video/{len(self._videos)}"
+        for known, other in self._videos.items():
+            if other == path:
+                url = known
+        self._videos[url] = path
+        return f"{url}?{found.st_mtime_ns}"
+
+    def video(self, url: str) -> bytes | None:
+        """The video at an address of the content; None if there is none.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        path = self._videos.get(url)
+        return None if path is None else read_bytes(path, _LARGEST_VIDEO)
+
+
+class PageServer(http.server.ThreadingHTTPServer):
+    """Serves a page on the loopback device.
+
+    Args:
+        follower: has its content.
+        port: 0 for a free one.
+
+    Attributes:
+        url: of the page.
+
+    Raises:
+        OSError: the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, follower: Follower, port: int = 0) -> None:
+        super().__init__((_ADDRESS, port), _Handler)
+        self.follower = follower
+        self.root = f"/{secrets.token_urlsafe(16)}/"
+        self.url = f"http://{_ADDRESS}:{self.server_address[1]}{self.root}"
+
+    def server_bind(self) -> None:
+        """As of any server, without looking up a name for the address, for which some machines wait for seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = _ADDRESS, self.server_address[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing where the browser has left, which ends a connection at any place; a traceback for all else."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+def serve(follower: Follower, port: int, announce: Callable[[str], None]) -> None:
+    """Serve the page until the process is interrupted.
+
+    Args:
+        follower: has its content.
+        port: 0 for a free one.
+        announce: called with a line that has the address.
+
+    Raises:
+        ValueError: the port cannot be used, a log cannot be read, or the extra ``report`` is not installed.
+    """
+    render(follower.content())  # fails before it is announced
+    try:
+        server = PageServer(follower, port)
+    except OSError as error:
+        raise ValueError(f"--port is {port}, which cannot be used: {error.strerror}; choose another one") from error
+    with server:
+        announce(f"{server.url} shows the run until Ctrl+C")
+        server.serve_forever()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: PageServer
+    timeout = 60.0
+
+    def do_GET(self) -> None:
+        """Answer with the page, its content or a video."""
+        path, _, query = self.path.partition("?")
+        host = _PORT.sub("", self.headers.get("Host", ""))
+        if host not in _HERE or not path.startswith(self.server.root):
+            self._answer(404, "text/plain", b"not found")
+            return
+        name, follower = path.removeprefix(self.server.root), self.server.follower
+        try:
+            if name == "":
+                self._answer(200, "text/html; charset=utf-8", render(follower.content()))
+            elif name == "content.json":
+                content = follower.content()
+                if query == f"have={content['version']}":
+                    self._answer(204)
+                else:
+                    self._answer(200, "application/json", as_json(content))
+            elif (video := follower.video(name)) is not None:
+                self._answer(200, "video/mp4", video)
+            else:
+                self._answer(404, "text/plain", b"not found")
+        except (ValueError, FileNotFoundError) as error:
+            self._answer(500, "text/plain; charset=utf-8", str(error).encode("utf-8", "replace"))
+
+    def _answer(self, status: int, kind: str | None = None, body: bytes = b"") -> None:
+        self.send_response(status)
+        if kind is not None:
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a page asks every two seconds."""
