@@ -166,7 +166,7 @@ def test_videos_of_several_frame_rates_are_refused_and_images_have_none(dataset,
     with pytest.raises(ValueError, match=said):
         spec("images", "videos", "faster")
     of("damaged", fps=16)
-    with pytest.raises(ValueError, match=r"the settings in \S+damaged\S+ are damaged: fps .* is 16; expected a text"):
+    with pytest.raises(ValueError, match=r"the settings in \S+damaged\S+ are damaged: fps is 16; expected a text"):
         spec("damaged")
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import signal
 import socket
 import struct
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from report_runs import entry, serving, write_run, write_sample
 
+from wan_model.testing.processes import default_signals
 from wan_train.report.server import Follower, PageServer, serve
 
 
@@ -102,9 +104,10 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path: Path) -> None:
 def test_the_command_prints_the_address_and_ends_with_an_interrupt(tmp_path: Path) -> None:
     write_run(tmp_path, [entry(1)])
     code = "import sys; from wan_train.cli import main; main(['report', sys.argv[1], '--follow'])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    with default_signals(signal.SIGINT):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
     assert process.stdout is not None
     url, _, rest = process.stdout.readline().partition(" ")
     assert rest == "shows the run until Ctrl+C\n"

@@ -84,8 +84,11 @@ def _spec_of_manifest(folder: Path, manifest: Manifest) -> LatentSpec:
     """The latent space that a manifest records, with the rate of its videos; images have none."""
     if manifest.settings.get("mode") != "video":
         return manifest.latent_spec
+    fps = manifest.settings.get("fps")
     try:
-        return dataclasses.replace(manifest.latent_spec, fps=manifest.settings.get("fps"))
+        if fps is not None and not isinstance(fps, str):
+            raise ValueError(f"fps is {fps!r}; expected a text such as '16' or '24000/1001'")
+        return dataclasses.replace(manifest.latent_spec, fps=fps)
     except ValueError as error:
         raise ValueError(f"the settings in {folder / MANIFEST_NAME} are damaged: {error}") from None
 
