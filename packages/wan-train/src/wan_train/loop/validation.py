@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from wan_model import LatentPack, PackLayout
@@ -26,6 +25,7 @@ from wan_train.config.schema import ValidationConfig
 from wan_train.data.seeds import generator_for
 from wan_train.engine.upstream.loop import CallbackContext
 from wan_train.loop import caption_gap
+from wan_train.model.forward_only import evaluation_mode, forward_only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,20 +198,8 @@ class Validator:
             )
             return out, partial(loss_of, noisy, pack, one)
 
-        for part in context.model:
-            part.eval()
-        with torch.no_grad():
-            get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=iter(todo),
-                model=context.model,
-                num_microbatches=len(todo),
-                seq_length=context.state.cfg.model.seq_length,
-                micro_batch_size=1,
-                forward_only=True,
-            )
-        for part in context.model:
-            part.train()
+        with evaluation_mode(context.model):
+            forward_only(context.model, forward, todo, context.state.cfg.model.seq_length)
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             return None
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())

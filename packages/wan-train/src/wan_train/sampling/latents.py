@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from wan_model import PackLayout
@@ -26,6 +25,7 @@ from wan_model.config import PatchSize
 from wan_model.pack import Grid, PackedText, latent_grid, to_device
 from wan_model.sampling.denoising import denoise_latents, draw_noise, guide
 from wan_model.sampling.settings import Settings
+from wan_train.model.forward_only import forward_only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,15 +190,7 @@ def _velocity(
         return out, partial(keep, one)
 
     todo = evaluations + [evaluations[0]] * (calls * branches - len(evaluations))
-    get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter(todo),
-        model=runtime.model,
-        num_microbatches=len(todo),
-        seq_length=runtime.seq_length,
-        micro_batch_size=1,
-        forward_only=True,
-    )
+    forward_only(runtime.model, forward, todo, runtime.seq_length)
     velocity = torch.empty_like(tokens_SK)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         kept = predicted[: len(evaluations)]

@@ -20,6 +20,7 @@ from megatron.core.utils import unwrap_model
 
 from wan_train.checkpoint.sample_videos import samples_folder
 from wan_train.engine.upstream.loop import CallbackContext
+from wan_train.model.forward_only import evaluation_mode
 from wan_train.sampling.latents import Runtime, SamplePlan, sample_latents
 from wan_train.sampling.output import VideoWriter
 from wan_train.sampling.plan import make_plan
@@ -99,16 +100,11 @@ class TrainingSampler:
         begun = time.monotonic()
         latents: list[torch.Tensor] = []
         failure: str | None = None
-        for part in context.model:
-            part.eval()
         try:
-            with self._chosen_weights(context):
+            with evaluation_mode(context.model), self._chosen_weights(context):
                 latents = sample_latents(self._plan, self._runtime(context))
         except Exception as error:
             failure = _sentence(error)
-        finally:
-            for part in context.model:
-                part.train()
 
         def write() -> tuple[int, str | None]:
             assert self._writer is not None, "the last rank made the plan"
