@@ -36,7 +36,7 @@ def note_host_copies(path: str) -> None:
 
     Every pack is computed twice, because what is computed on the host for a new layout is copied from pinned memory.
     """
-    import wan_train.loop.validation as validation
+    import wan_train.model.forward_only as passes
     from wan_train.loop.callback import WanCallback
     from wan_train.loop.step import WanForwardStep
 
@@ -58,7 +58,7 @@ def note_host_copies(path: str) -> None:
 
         return call
 
-    step, schedule, end = WanForwardStep.__call__, validation.get_forward_backward_func, WanCallback.on_train_end
+    step, schedule, end = WanForwardStep.__call__, passes.get_forward_backward_func, WanCallback.on_train_end
 
     def watched_step(self: WanForwardStep, state: Any, packs: Iterator[Any], model: Any) -> Any:
         return watched("step", lambda *args: step(self, *args))(state, packs, model)
@@ -74,5 +74,5 @@ def note_host_copies(path: str) -> None:
         end(self, context)
 
     WanForwardStep.__call__ = watched_step  # type: ignore[method-assign]
-    validation.get_forward_backward_func = watched_schedule
+    passes.get_forward_backward_func = watched_schedule
     WanCallback.on_train_end = noting_end  # type: ignore[method-assign]
