@@ -7,6 +7,7 @@ it if the released weights are not available. The same seed gives the same bytes
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _randomise(module: torch.nn.Module, generator: torch.Generator, gain: float)
                 parameter.copy_(0.02 * noise)
 
 
-def _tokenizer(folder: Path, vocabulary: int) -> int:
+def _tokenizer(folder: Path, vocabulary: int, corpus: Sequence[str]) -> int:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +61,7 @@ def _tokenizer(folder: Path, vocabulary: int) -> int:
     tokenizer.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.train_from_iterator([*_CORPUS, *corpus], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -70,13 +71,16 @@ def _tokenizer(folder: Path, vocabulary: int) -> int:
     return tokenizer.get_vocab_size()
 
 
-def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONFIG) -> Path:
+def write_tiny_wan(
+    folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONFIG, corpus: Sequence[str] = ()
+) -> Path:
     """Write the model folder.
 
     Args:
         folder: the output folder; created if absent.
         seed: of all weights.
         config: sizes of the transformer; its ``text_dim`` is the text encoder's width.
+        corpus: more training text of the tokenizer; frequent words become single tokens.
 
     Returns:
         ``folder``.
@@ -89,7 +93,7 @@ def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONF
     from wan_model.weights.transformer import save_transformer
 
     folder = Path(folder)
-    vocabulary = _tokenizer(folder / "tokenizer", 640)
+    vocabulary = _tokenizer(folder / "tokenizer", 640, corpus)
 
     generator = torch.Generator().manual_seed(seed)
     # The constructors draw weights from the global generator, whose state must not change for the caller.
