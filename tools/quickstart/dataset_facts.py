@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,17 @@ class DatasetFacts:
         shards: tar files.
         samples: in all of them.
         shapes: how many samples have a latent of each shape, as "frames x rows x columns".
-        captions: distinct captions in the side-information.
+        captions: the distinct captions in the side-information.
     """
 
     shards: int
     samples: int
     shapes: dict[str, int]
-    captions: int
+    captions: frozenset[str]
+
+    def summary(self) -> dict[str, Any]:
+        """For the report: the same, with the number of captions."""
+        return {**asdict(self), "captions": len(self.captions)}
 
 
 def _captions(value: Any) -> list[str]:
@@ -66,4 +70,4 @@ def read_dataset(folder: Path) -> DatasetFacts:
                     captions.update(_captions(json.load(file)))
         wrong = sorted(key for key, found in parts.items() if found != PARTS)
         require(not wrong, f"{shard}: the samples {wrong} do not have exactly the files {sorted(PARTS)}")
-    return DatasetFacts(len(shards), sum(shapes.values()), dict(sorted(shapes.items())), len(captions))
+    return DatasetFacts(len(shards), sum(shapes.values()), dict(sorted(shapes.items())), frozenset(captions))

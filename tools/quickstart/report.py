@@ -16,15 +16,26 @@ def _run_rows(name: str, run: dict[str, Any]) -> list[tuple[str, str]]:
     packs = f"{run['packs_per_step']} pack{'s' * (run['packs_per_step'] > 1)}"
     packing = run["packing"]
     samples, fill, needed = packing["samples_a_pack"], 100 * packing["fill"], 100 * packing["efficiency"]
-    return [
+    rows = [
         (name, f"{run['steps']} steps of {packs}{how}; loss {run['first_loss']:.4f} -> {run['last_loss']:.4f}"),
         ("  packing", f"{samples} samples per pack; packs {fill:.0f} % full; {needed:.1f} % of computed tokens needed"),
     ]
+    if gaps := [f"{one['caption_gap']:.2f} (step {one['step']})" for one in run["validation"] if "caption_gap" in one]:
+        rows.append(("  caption gap", ", ".join(gaps)))
+    return rows
+
+
+def _adherence_rows(adherence: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("adherence", "sampled clips that show what their captions say")]
+    for group, found in adherence.items():
+        by_attribute = ", ".join(f"{name} {share:.0%}" for name, share in found["by_attribute"].items())
+        rows.append((f"  {group}", f"{found['all']:.1%} of {found['count']} in everything; {by_attribute}"))
+    return rows
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as a table of two columns."""
-    data, video = report["dataset"], report["video"]
+    data = report["dataset"]
     shapes = ", ".join(f"{count} of {shape}" for shape, count in data["shapes"].items())
     rows = [
         ("dataset", f"{data['samples']} samples in {data['shards']} shards"),
@@ -32,7 +43,11 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, run in report["training"].items():
         rows += _run_rows(name, run)
-    rows.append(("video", f"{video['frames']} frames of {video['width']} x {video['height']} pixels"))
+    if "adherence" in report:
+        rows += _adherence_rows(report["adherence"])
+    if "video" in report:
+        video = report["video"]
+        rows.append(("video", f"{video['frames']} frames of {video['width']} x {video['height']} pixels"))
     stages = dict(report["seconds"])
     rows.append(("time", f"{stages.pop('total'):7.1f} s, of which"))
     rows += [(f"  {stage}", f"{seconds:7.1f} s") for stage, seconds in stages.items()]

@@ -34,19 +34,27 @@ class Stages:
         self.seconds[name] = round(time.monotonic() - started, 1)
         print(f"      {self.seconds[name]} s", flush=True)
 
-    def command(self, *arguments: str) -> None:
-        """Run a program of this environment; its output goes to the terminal.
+    def command(self, *arguments: str, output: Path | None = None) -> None:
+        """Run a program of this environment.
+
+        Args:
+            arguments: the program and its arguments.
+            output: a file for its standard output, which goes to the terminal otherwise.
 
         Raises:
             QuickstartError: it ended with a non-zero status.
         """
-        print(f"$ {shlex.join(arguments)}", flush=True)
+        line = shlex.join(arguments)
+        print(f"$ {line}" + (f" > {os.path.relpath(output, self.folder)}" if output else ""), flush=True)
         program, *rest = arguments
         path = sys.executable if program == "python" else str(Path(sysconfig.get_path("scripts")) / program)
         if not os.access(path, os.X_OK):
             raise QuickstartError(
                 f"{program} is not installed beside {sys.executable}; install the four packages there"
             )
-        status = subprocess.run([path, *rest], cwd=self.folder, check=False, stdin=subprocess.DEVNULL).returncode
+        with open(output, "wb") if output else contextlib.nullcontext() as file:
+            status = subprocess.run(
+                [path, *rest], cwd=self.folder, check=False, stdin=subprocess.DEVNULL, stdout=file
+            ).returncode
         if status:
-            raise QuickstartError(f"`{shlex.join(arguments)}` ended with status {status}; see its output above")
+            raise QuickstartError(f"`{line}` ended with status {status}; see its output above")

@@ -15,7 +15,7 @@ class TrainingLog:
     """A run's ``log.jsonl``.
 
     Attributes:
-        entries: its lines in order: one per step, and an event for each resume.
+        entries: its lines in order: one per step, and an event for each resume and each validation.
     """
 
     entries: list[dict[str, Any]]
@@ -23,7 +23,12 @@ class TrainingLog:
     @property
     def steps(self) -> list[dict[str, Any]]:
         """The entries of steps."""
-        return [entry for entry in self.entries if "loss" in entry]
+        return [entry for entry in self.entries if "event" not in entry]
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        """The entries of validations."""
+        return [entry for entry in self.entries if entry.get("event") == "validation"]
 
     @property
     def losses(self) -> list[float]:
@@ -41,7 +46,7 @@ class TrainingLog:
             return None
         require(len(places) == 1, f"the log has {len(places)} resumes; expected one")
         step = int(self.entries[places[0]]["step"])
-        before = [entry["step"] for entry in self.entries[: places[0]] if "loss" in entry]
+        before = [entry["step"] for entry in self.entries[: places[0]] if "event" not in entry]
         require(
             bool(before) and before[-1] == step,
             f"the run resumed from step {step}, but the last step logged before was {before[-1] if before else 'none'}",
