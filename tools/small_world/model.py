@@ -19,7 +19,7 @@ from wan_model.tiny import write_tiny_wan
 CONFIG = WanConfig(num_heads=4, head_dim=32, num_layers=3, ffn_dim=512, text_dim=64, text_length=16, freq_dim=64)
 AUTOENCODER = Path(__file__).with_name("autoencoder_weights")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-DIGEST = "?"
+DIGEST = "87360febdb40bb6066e054e9ac6ea00a1051a6b854afa1e72e5a907c5126c68c"
 # In an encoder with random weights all words of a caption change the output at each word alike; in a trained one, a
 # word's own meaning prevails. Longer embeddings of words give that.
 _WORD_SCALE = 24.0
