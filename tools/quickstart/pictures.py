@@ -12,16 +12,49 @@ from matplotlib import pyplot
 from quickstart.failure import require
 from quickstart.training_log import TrainingLog
 
+_SMOOTHED = 200  # steps; the loss of longer runs is drawn as a running mean too
+_WINDOW = 25
 
-def draw_losses(runs: dict[str, TrainingLog], path: Path) -> None:
-    """Draw the loss of each run over its steps, and a line where a run was resumed."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+
+def _running_mean(values: list[float]) -> list[float]:
+    """The mean of each value and those before it, of at most ``_WINDOW``."""
+    parts = [values[max(0, end - _WINDOW) : end] for end in range(1, len(values) + 1)]
+    return [sum(part) / len(part) for part in parts]
+
+
+def draw_losses(runs: dict[str, TrainingLog], path: Path, *, one_after_another: bool = False) -> None:
+    """Draw the loss of each run over its steps, a line where a run was resumed, and caption gaps if there are any.
+
+    Args:
+        runs: by name.
+        path: a PNG.
+        one_after_another: each run starts from the weights of the one before, and its steps are drawn after its.
+    """
+    gaps = any("caption_gap" in entry for log in runs.values() for entry in log.validations)
+    figure, grid = pyplot.subplots(
+        1 + gaps, figsize=(8, 4.5 + 1.5 * gaps), layout="constrained", sharex=True, squeeze=False,
+        height_ratios=[3, 1][: 1 + gaps],
+    )  # fmt: skip
+    axes, *below = grid[:, 0]
+    long = max(len(log.steps) for log in runs.values()) > _SMOOTHED
+    before = 0
     for name, log in runs.items():
-        (line,) = axes.plot([entry["step"] for entry in log.steps], log.losses, marker=".", label=name)
+        steps = [before + entry["step"] for entry in log.steps]
+        (line,) = axes.plot(steps, log.losses, marker=".", markersize=3, linestyle="" if long else "-",
+                            alpha=0.25 if long else 1, label=None if long else name)  # fmt: skip
+        if long:
+            axes.plot(steps, _running_mean(log.losses), color=line.get_color(), label=f"{name} (mean of {_WINDOW})")
         step = log.resumed_from()
         if step is not None:
-            axes.axvline(step + 0.5, color=line.get_color(), linestyle=":", label=f"resumed from step {step}")
-    axes.set_xlabel("step")
+            axes.axvline(before + step + 0.5, color=line.get_color(), linestyle=":", label=f"resumed from step {step}")
+        points = [entry for entry in log.validations if "caption_gap" in entry]
+        for axis in below:
+            places, values = [before + entry["step"] for entry in points], [entry["caption_gap"] for entry in points]
+            axis.plot(places, values, marker="o", color=line.get_color())
+            axis.set_ylabel("caption gap")
+            axis.grid(alpha=0.3)
+        before += len(steps) if one_after_another else 0
+    (below or [axes])[-1].set_xlabel("step, of all runs together" if one_after_another else "step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -137,7 +137,9 @@ class Workflow(abc.ABC):
         """
         return {
             **parts,
-            "training": {name: self.summary(log, packs) for (name, log), packs in zip(runs.items(), (1, 2), strict=True)},
+            "training": {
+                name: self.summary(log, packs) for (name, log), packs in zip(runs.items(), (1, 2), strict=True)
+            },
             "seconds": {**self.stages.seconds, "total": round(sum(self.stages.seconds.values()), 1)},
             "files": {what: self.argument(name) for what, name in files.items()},
         }

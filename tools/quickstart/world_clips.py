@@ -76,7 +76,7 @@ class WorldClips(Workflow):
                 "wan-data", "prepare", "--video-folder", self.argument("clips"),
                 "--output-folder", self.argument("dataset"), "--model", self.argument("model"),
                 "--windows", "first", "--frames", str(FRAMES), "--area", str(AREA), "--text-length", str(TEXT_LENGTH),
-                "--validation-fraction", "0.1", "--num-processes", "2",
+                "--validation-fraction", "0.1", "--num-processes", "2", "--batch-size", "8",
             )  # fmt: skip
             facts = read_dataset(self.path("dataset"))
             require(facts.samples == CLIPS, f"the clips gave {facts.samples} samples; expected {CLIPS}")
