@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from small_world.scenes import (
     BACKGROUNDS,
@@ -21,7 +21,7 @@ from small_world.scenes import (
     coverage,
 )
 
-Video = Float[np.ndarray, "T H W 3"]
+Video = Real[np.ndarray, "T H W 3"]  # levels from 0 to 255
 Seen = dict[str, str | None]
 
 _FARTHEST = 100.0  # from a named colour, Euclidean, in levels
@@ -49,7 +49,9 @@ def _classes(video: Video) -> np.ndarray:
 
 
 def _templates() -> dict[tuple[str, int], Float[np.ndarray, "P P"]]:
-    return {(name, shift): coverage(name, PERIOD, PERIOD, shift=shift) for name in PATTERN_NAMES for shift in _SHIFTS}
+    return {
+        (name, shift): coverage(name, PERIOD, PERIOD, shift=float(shift)) for name in PATTERN_NAMES for shift in _SHIFTS
+    }
 
 
 _TEMPLATES = _templates()

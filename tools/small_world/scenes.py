@@ -104,7 +104,7 @@ def _pattern(name: str, x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."]
     raise AssertionError(name)
 
 
-def coverage(name: str, height: int, width: int, *, shift: float = 0, scale: float = 1) -> Float[np.ndarray, "H W"]:
+def coverage(name: str, height: int, width: int, *, shift: float = 0.0, scale: float = 1.0) -> Float[np.ndarray, "H W"]:
     """How much of each pixel a pattern covers, moved to the right by ``shift`` pixels."""
     y = (np.arange(height * _SAMPLES) + 0.5) / _SAMPLES
     x = (np.arange(width * _SAMPLES) + 0.5) / _SAMPLES - shift
@@ -139,7 +139,7 @@ def _draw_pattern(values: Mapping[str, str], height: int, width: int, generator:
     scale = generator.uniform(0.92, 1.08)
     covered = np.stack(
         [
-            coverage(values["pattern"], height, width, shift=shift, scale=scale) * seen
+            coverage(values["pattern"], height, width, shift=float(shift), scale=scale) * seen
             for seen, shift in EVENTS[values["event"]]
         ]
     )

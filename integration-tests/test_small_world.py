@@ -1,0 +1,213 @@
+"""The small world: what clips show is recognised, its autoencoder keeps it, and noise shows nothing."""
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from torch.nn import functional
+
+from small_world import model
+from small_world.adherence import COUNT, Adherence, requests, table
+from small_world.autoencoder import to_frames, to_tensor
+from small_world.clips import read_video, write_clips, write_video
+from small_world.recognition import recognise, right
+from small_world.scenes import FRAMES, OBJECTS, PATTERNS, SIZES, WORLDS, Frames, Scene, World
+from wan_model.codec import LatentCodec
+
+BOTH = pytest.mark.parametrize("world", [PATTERNS, OBJECTS], ids=lambda world: world.name)
+RECONSTRUCTED = 48  # clips of each world
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in a fixed order, on whatever machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model.write_model(tmp_path_factory.mktemp("small-world") / "model")
+
+
+@pytest.fixture(scope="module")
+def codec(folder: Path) -> LatentCodec:
+    return LatentCodec.from_pretrained(folder, load_text=False)
+
+
+def _draw(world: World, count: int, seed: int) -> list[tuple[Scene, Frames]]:
+    """Clips of scenes chosen from all, without repetition, in every size equally often."""
+    generator = random.Random(seed)
+    scenes = generator.sample(world.scenes, count)
+    return [(scene, world.frames(scene, SIZES[n % len(SIZES)], generator)) for n, scene in enumerate(scenes)]
+
+
+def _share_right(world: World, clips: list[tuple[Scene, np.ndarray]]) -> float:
+    return sum(all(right(world, video, scene).values()) for scene, video in clips) / len(clips)
+
+
+# -- scenes -----------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_every_pair_of_values_is_trained_although_some_combinations_are_not(world, tmp_path):
+    pairs = [
+        {(a, b, scene[a], scene[b]) for scene in scenes for a, b in itertools.combinations(range(4), 2)}
+        for scenes in (world.trained(), world.scenes)
+    ]
+    assert pairs[0] == pairs[1]
+    assert len(world.held_out()) == world.held_out_count == 16
+    assert {*world.held_out()} | {*world.trained()} == {*world.scenes}
+    # More clips than scenes, so that each scene for training is among them.
+    clips = write_clips(world, tmp_path, len(world.trained()) + 4, seed=3)
+    written = {json.loads(clip.path.with_suffix(".json").read_text())["caption"] for clip in clips}
+    assert written == {world.caption(scene) for scene in world.trained()}
+    assert not written & {world.caption(scene) for scene in world.held_out()}
+    assert {clip.size for clip in clips} == set(SIZES)
+    assert all(clip.path.is_file() for clip in clips)
+
+
+def test_equal_seeds_write_equal_clips(tmp_path):
+    def bytes_of(name: str, seed: int) -> list[bytes]:
+        return [clip.path.read_bytes() for clip in write_clips(PATTERNS, tmp_path / name, 3, seed)]
+
+    assert bytes_of("a", 0) == bytes_of("b", 0) != bytes_of("c", 1)
+
+
+@BOTH
+def test_a_third_of_the_requests_is_held_out(world):
+    asked = requests(world)
+    assert len(asked) == COUNT == 48
+    assert sum(request.held_out for request in asked) == 16
+    assert all((request.scene in world.held_out()) == request.held_out for request in asked)
+    assert len({request.seed for request in asked}) == COUNT
+    assert {request.size for request in asked} == set(SIZES)
+    assert asked[1].line(world) == {
+        "prompt": world.caption(asked[1].scene), "size": "64*48", "frames": FRAMES, "seed": asked[1].seed,
+    }  # fmt: skip
+
+
+# -- recognition ------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_what_true_clips_show_is_recognised(world, tmp_path):
+    """Of every combination, from H.264 files, in every size."""
+    clips = []
+    for scene, frames in _draw(world, len(world.scenes), seed=11):
+        write_video(frames, tmp_path / "clip.mp4")
+        decoded = read_video(tmp_path / "clip.mp4")
+        assert decoded.shape == frames.shape
+        clips.append((scene, decoded))
+    assert _share_right(world, clips) >= 0.97
+
+
+@BOTH
+def test_what_the_autoencoder_reconstructs_is_recognised(world, codec):
+    clips = []
+    for scene, frames in _draw(world, RECONSTRUCTED, seed=12):
+        video = codec.decode_video(codec.encode_video(to_tensor([frames])))[0]
+        clips.append((scene, to_frames(video)))
+    assert _share_right(world, clips) >= 0.95
+
+
+def _uniform(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return generator.uniform(0, 255, shape)
+
+
+def _around_gray(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return generator.normal(128, 60, shape).clip(0, 255)
+
+
+def _smooth(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    frames, height, width, _ = shape
+    coarse = torch.from_numpy(generator.normal(size=(1, 3, 4, height // 8, width // 8)))
+    fine = functional.interpolate(coarse, (frames, height, width), mode="trilinear")
+    return (128 + 90 * rearrange(fine, "1 c t h w -> t h w c").numpy()).clip(0, 255)
+
+
+def _one_colour(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(generator.uniform(0, 255, 3), shape)
+
+
+@BOTH
+@pytest.mark.parametrize("noise", [_uniform, _around_gray, _smooth, _one_colour])
+def test_noise_shows_no_scene(world, noise: Callable[..., np.ndarray]):
+    generator = np.random.default_rng(13)
+    videos = [noise(generator, (FRAMES, *SIZES[n % len(SIZES)], 3)).astype(np.float32) for n in range(60)]
+    # A clip in which a value of each attribute is seen would be right for one scene of many.
+    clear = sum(None not in recognise(world, video).values() for video in videos)
+    assert clear / len(videos) <= 1 / len(world.scenes)
+
+
+def test_adherence_counts_by_group_and_attribute():
+    """Each held-out scene is replaced by one whose colour is another."""
+    asked, generator, videos = requests(PATTERNS, 12), random.Random(0), []
+    for request in asked:
+        values = PATTERNS.values(request.scene)
+        if request.held_out:
+            values["colour"] = "red" if values["colour"] != "red" else "blue"
+        videos.append(PATTERNS.frames(tuple(values.values()), request.size, generator))
+    found = table(PATTERNS, asked, videos)
+    others = {"pattern": 1.0, "event": 1.0, "background": 1.0}
+    assert found == {
+        "all": Adherence(12, {"colour": 8 / 12, **others}, 8 / 12),
+        "trained": Adherence(8, {"colour": 1.0, **others}, 1.0),
+        "held-out": Adherence(4, {"colour": 0.0, **others}, 0.0),
+    }
+
+
+# -- the model folder -------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_normalised(codec):
+    """Statistics of other weights, or none, are off by far more."""
+    rows = []
+    for number, world in enumerate(WORLDS.values()):
+        for _, frames in _draw(world, 60, seed=14 + number):
+            rows.append(rearrange(codec.encode_video(to_tensor([frames])), "1 c f h w -> (f h w) c"))
+    latents = torch.cat(rows)
+    assert latents.shape[1] == 16
+    assert latents.mean(0).abs().max() < 0.15
+    assert (latents.std(0) - 1).abs().max() < 0.15
+
+
+def test_the_autoencoder_is_small_and_of_the_released_shape():
+    files = [path for path in model.AUTOENCODER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 2 * 2**20
+    config = json.loads((model.AUTOENCODER / "config.json").read_text())
+    assert (config["z_dim"], config["scale_factor_spatial"], config["scale_factor_temporal"]) == (16, 8, 4)
+    assert len(config["latents_mean"]) == len(config["latents_std"]) == 16
+    assert min(config["latents_std"]) > 0
+
+
+def test_a_changed_byte_of_the_autoencoder_is_refused(tmp_path, monkeypatch):
+    kept = bytearray((model.AUTOENCODER / model.WEIGHTS).read_bytes())
+    kept[-1] ^= 1
+    (tmp_path / model.WEIGHTS).write_bytes(kept)
+    monkeypatch.setattr(model, "AUTOENCODER", tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"^\S+ has the sha256 [0-9a-f]{{64}}; expected {model.DIGEST}: check .*again$"
+    ):
+        model.write_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@BOTH
+def test_captions_fit_the_text_length_and_differ_in_their_embeddings(world, folder):
+    text = LatentCodec.from_pretrained(folder, load_vae=False, text_length=model.CONFIG.text_length)
+    captions = [world.caption(scene) for scene in world.scenes]
+    assert max(text.encode_prompt(caption)[1] for caption in captions) < model.CONFIG.text_length
+    embedded = [text.encode_prompt(caption)[0] for caption in captions]
+    assert embedded[0].shape[1] == model.CONFIG.text_dim
+    # Two captions that differ in one word have embeddings that differ by far more than rounding.
+    a, b = embedded[0], embedded[captions.index(captions[0].replace("black", "white"))]
+    assert (a - b).norm() > 0.1 * a.norm()
