@@ -171,7 +171,7 @@ def pytest(session: nox.Session, *folders: str, **environment: str) -> None:
 
 @nox.session(venv_backend="none")
 def quickstart(session: nox.Session) -> None:
-    """Real clips -> shards -> Megatron training -> a generated video; the report is in quickstart/."""
+    """Clips -> shards -> Megatron training -> sampled clips, and whether they are right (-- --clips real)."""
     prepare_environment(session)
     run(session, "python", "-m", "quickstart", "--folder", "quickstart", *session.posargs, PYTHONPATH="tools")
 

@@ -1,5 +1,6 @@
 """Pictures of what sampled clips show: adherence by attribute, and the clips themselves beside their captions."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 matplotlib.use("agg")
 
 from matplotlib import pyplot
+from PIL import Image
 
 from small_world.adherence import Adherence, Request
 from small_world.scenes import World
@@ -85,5 +87,8 @@ def draw_samples(
     figure.subplots_adjust(
         left=0.005, right=0.998, top=1 - 36 / (100 * size[1]), bottom=0.002, wspace=0.02, hspace=0.25
     )
-    figure.savefig(path, dpi=100)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
     pyplot.close(figure)
+    # 256 colours take a third of the bytes, and hardly differ.
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
