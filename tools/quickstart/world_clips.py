@@ -26,11 +26,11 @@ WORLD = PATTERNS
 CLIPS = 480
 TEXT_LENGTH = 16  # tokens; the captions have fewer
 
-# Of the shapes in pixels, the largest; it has buckets of all three sizes.
+# Pixels of the largest size; the aspect buckets of this area are all three sizes.
 AREA = max(height * width for height, width in SIZES)
 SHAPES = {f"{(FRAMES - 1) // 4 + 1} x {height // 8} x {width // 8}" for height, width in SIZES}
 
-# Half as many steps are trained before the stop.
+# The first run is stopped halfway.
 STEPS_TENSOR_PARALLEL = 200
 STEPS_DATA_PARALLEL = 1000
 TRAINING = [
