@@ -20,22 +20,24 @@ from quickstart.workflow import DATA_PARALLEL, TENSOR_PARALLEL, Workflow
 from small_world.adherence import COUNT, Adherence, Request, requests, table
 from small_world.clips import read_video
 from small_world.recognition import recognise
-from small_world.scenes import FRAMES, PATTERNS, SIZES
+from small_world.scenes import FRAMES, PATTERNS
 
 WORLD = PATTERNS
 CLIPS = 480
 TEXT_LENGTH = 16  # tokens; the captions have fewer
 
 # Pixels of the largest size; the aspect buckets of this area are all three sizes.
-AREA = max(height * width for height, width in SIZES)
-SHAPES = {f"{(FRAMES - 1) // 4 + 1} x {height // 8} x {width // 8}" for height, width in SIZES}
+AREA = max(height * width for height, width in WORLD.sizes)
+SHAPES = {f"{(FRAMES - 1) // 4 + 1} x {height // 8} x {width // 8}" for height, width in WORLD.sizes}
 
 # The first run is stopped halfway.
 STEPS_TENSOR_PARALLEL = 200
-STEPS_DATA_PARALLEL = 1000
+STEPS_DATA_PARALLEL = 800
 TRAINING = [
     "model.flow.caption_dropout=0.1",
-    "optimizer.lr=2e-3",
+    "model.flow.density=uniform",
+    "model.flow.shift=3.0",
+    "optimizer.lr=3e-3",
     "optimizer.min_lr=1e-4",
     "optimizer.adam_beta2=0.95",
     "scheduler.lr_warmup_iters=50",
@@ -54,7 +56,7 @@ class WorldClips(Workflow):
     """The stages on clips of the small world."""
 
     stage_count = 9
-    pack_capacity = 512  # some sixteen clips of 27 to 36 tokens
+    pack_capacity = 384  # some twenty-four clips of 12 to 18 tokens
 
     def clips(self) -> None:
         """Draw clips of the scenes that are not held out."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from small_world.clips import read_video
 from small_world.recognition import right
-from small_world.scenes import FRAMES, SIZES, Scene, World
+from small_world.scenes import FRAMES, Scene, World
 
 COUNT = 48
 
@@ -75,7 +75,7 @@ def requests(world: World, count: int = COUNT, seed: int = 1000) -> list[Request
     chosen = [(scene, True) for scene in held_out]
     chosen += [(scene, False) for scene in some(world.trained(), count - len(held_out))]
     return [
-        Request(scene, never_seen, SIZES[number % len(SIZES)], seed + number)
+        Request(scene, never_seen, world.sizes[number % len(world.sizes)], seed + number)
         for number, (scene, never_seen) in enumerate(chosen)
     ]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from small_world.recognition import right
-from small_world.scenes import EVENTS, OBJECTS, PATTERNS, SIZES, Frames, Scene, World
+from small_world.scenes import EVENTS, OBJECTS, PATTERNS, Frames, Scene, World
 
 # Blinking and sliding patterns are what the quickstart's world has; the others are for worlds to come.
 ALL_PATTERNS = dataclasses.replace(PATTERNS, attributes={**PATTERNS.attributes, "event": tuple(EVENTS)})
@@ -130,7 +130,7 @@ def clips_of(world: World, count: int, seed: int) -> list[tuple[Scene, Frames]]:
         every = list(world.scenes)
         generator.shuffle(every)
         scenes += every
-    return [(scene, world.frames(scene, generator.choice(SIZES), generator)) for scene in scenes[:count]]
+    return [(scene, world.frames(scene, generator.choice(world.sizes), generator)) for scene in scenes[:count]]
 
 
 def _crop(frames: Frames, generator: random.Random) -> Frames:

@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from small_world.scenes import FRAMES_PER_SECOND, SIZES, WORLDS, Frames, Scene, World
+from small_world.scenes import FRAMES_PER_SECOND, WORLDS, Frames, Scene, World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write_clips(world: World, folder: Path, count: int, seed: int) -> list[Clip]
     folder.mkdir(parents=True, exist_ok=True)
     clips = []
     for number, scene in enumerate(scenes[:count]):
-        size = SIZES[generator.randrange(len(SIZES))]
+        size = generator.choice(world.sizes)
         clip = Clip(folder / f"{world.name}-{number:05}.mp4", scene, size)
         write_video(world.frames(scene, size, generator), clip.path)
         caption = json.dumps({"caption": world.caption(scene)})

@@ -89,7 +89,7 @@ def recognise_pattern(video: Video) -> Seen:
     if back_colour is None or backs.max() < 0.1 * counts.sum():
         return seen
     seen["background"] = _nearest(back_colour, BACKGROUNDS)
-    if fronts.max() < max(0.03 * counts.sum(), 0.6 * fronts.sum()):
+    if fronts.max() < max(0.03 * counts.sum(), 0.8 * fronts.sum()):
         return seen
     front_colour = np.median(video[classes == fronts.argmax()], axis=0)
     seen["colour"] = _nearest(front_colour, COLOURS)

@@ -25,7 +25,6 @@ COLOURS: dict[str, Colour] = {
 BACKGROUNDS: dict[str, Colour] = {"black": (16, 16, 16), "white": (240, 240, 240), "gray": (128, 128, 128)}
 FRAMES = 9
 FRAMES_PER_SECOND = 16
-SIZES = ((48, 48), (48, 64), (64, 48))  # height, width
 PERIOD = 16  # pixels
 _SAMPLES = 3  # of a pixel in each direction, against jagged edges
 _COLOUR_NOISE = 10  # levels
@@ -42,6 +41,7 @@ class World:
         attributes: the values of each attribute.
         wording: a format string with the attributes' names.
         draw: frames [T, H, W, 3] of a scene, from the values of its attributes, height, width and a generator.
+        sizes: heights and widths of clips, in pixels.
         held_out_count: scenes that are kept from training.
     """
 
@@ -49,6 +49,7 @@ class World:
     attributes: Mapping[str, tuple[str, ...]]
     wording: str
     draw: Callable[[Mapping[str, str], int, int, random.Random], Frames]
+    sizes: tuple[tuple[int, int], ...]
     held_out_count: int = 16
 
     @property
@@ -156,6 +157,7 @@ PATTERNS = World(
     },
     "{colour} {pattern} {event} on {background}",
     _draw_pattern,
+    sizes=((32, 32), (32, 48), (48, 32)),
 )
 
 # -- objects ----------------------------------------------------------------------------------------------------------
@@ -213,6 +215,8 @@ OBJECTS = World(
     },
     "{colour} {shape} moves {direction} on {background}",
     _draw_object,
+    sizes=((48, 48), (48, 64), (64, 48)),
+    held_out_count=24,
 )
 
 WORLDS = {world.name: world for world in (PATTERNS, OBJECTS)}
