@@ -37,6 +37,7 @@ from wan_model.sampling.solvers import Solver
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
 from wan_train.config.samples import SamplesConfig
+from wan_train.report.videos import find_videos
 
 CHOSEN = ("samples.steps=3", "samples.guidance=3", "samples.seed=7")
 
@@ -88,6 +89,9 @@ def test_captions_of_the_validation_split_become_files_records_and_curves(datase
         for step in (2, 3)
         for n, kind in enumerate(("mp4", "png", "mp4"))
     ]
+    shown, left_out = find_videos(0, folder)  # by the page of the run
+    assert [video.path for video in shown] == [folder / one["file"] for one in records]
+    assert left_out == []
     events = events_of(folder)
     assert [(entry["step"], entry["videos"], entry["weights"]) for entry in events] == [(2, 3, "ema"), (3, 3, "ema")]
     assert all(entry["seconds"] > 0 for entry in events)
