@@ -71,9 +71,7 @@ def _tokenizer(folder: Path, vocabulary: int, corpus: Sequence[str]) -> int:
     return tokenizer.get_vocab_size()
 
 
-def write_tiny_wan(
-    folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONFIG, corpus: Sequence[str] = ()
-) -> Path:
+def write_tiny_wan(folder: Path, *, seed: int = 0, config: WanConfig = TINY_CONFIG, corpus: Sequence[str] = ()) -> Path:
     """Write the model folder.
 
     Args:
