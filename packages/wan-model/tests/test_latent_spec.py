@@ -113,10 +113,10 @@ def test_latent_shape() -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ((80, 480, 832), r"80 frames .* 4n\+1; the nearest are 77 and 81"),
-        ((0, 480, 832), r"0 frames .* nearest are 1 and 5"),
-        ((81, 488, 832), "488 x 832 pixels: .* multiples of 16"),
-        ((81, 480, 0), "480 x 0 pixels"),
+        ((80, 480, 832), r"^the number of frames is 80; .* 4n\+1 frames: the nearest are 77 and 81$"),
+        ((0, 480, 832), r"^the number of frames is 0; .* the nearest is 1$"),
+        ((81, 488, 832), "^the height is 488 pixels; it must be a multiple of 16: the nearest are 480 and 496$"),
+        ((81, 480, 0), "^the width is 0 pixels; .* the nearest is 16$"),
     ],
 )
 def test_sizes_that_would_be_cut_are_refused(size: tuple[int, int, int], message: str) -> None:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from wan_model.config_checks import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, check_numbers, check_whole
+from wan_model.video_shape import check_frames, check_side
 
 _BOUNDS = {
     "channels": AUTOENCODER["z_dim"],
@@ -143,15 +144,9 @@ class LatentSpec:
         Raises:
             ValueError: a frame count that is not 4n+1, or a side that the strides and the patch do not divide.
         """
-        if frames < 1 or (frames - 1) % self.temporal_stride:
-            lower = max(1, frames - (frames - 1) % self.temporal_stride)
-            raise ValueError(
-                f"{frames} frames cannot be encoded whole: the count must be {self.temporal_stride}n+1; "
-                f"the nearest are {lower} and {lower + self.temporal_stride}"
-            )
-        side = 2 * self.spatial_stride
-        if height < side or width < side or height % side or width % side:
-            raise ValueError(f"{height} x {width} pixels: height and width must be positive multiples of {side}")
+        check_frames("the number of frames", frames, self.temporal_stride)
+        for name, side in (("height", height), ("width", width)):
+            check_side(f"the {name}", side, 2 * self.spatial_stride)
         return (
             self.channels,
             1 + (frames - 1) // self.temporal_stride,
