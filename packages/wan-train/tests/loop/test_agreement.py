@@ -1,5 +1,6 @@
 """What data and model share: texts are padded to one length, and every quantity that differs is refused by name."""
 
+import collections
 import json
 import shutil
 from collections.abc import Callable
@@ -65,6 +66,17 @@ def test_texts_are_padded_as_configured(short: Path, tmp_path: Path) -> None:
     assert texts_of(tmp_path / "run", tmp_path / "notes.jsonl", *options) == {(True, 24), (False, 24)}
     config, spec = read_run_config(find_checkpoint(tmp_path / "run"))
     assert (config.text_length, spec and spec.text_length) == (24, SHORT)
+
+
+def test_initial_weights_are_looked_for_and_their_sizes_read_once(short: Path, tmp_path: Path) -> None:
+    model, notes = short / "model", tmp_path / "notes"
+    options = on(short, "--init-from", str(model), f"model.transformer.text_len={SHORT}")
+    ended = run(options, tmp_path / "run", calls=[Call("rank_calls:note_opened", (str(notes), str(model)))])
+    assert set(ended.codes) == {0}, ended.errors
+    opened = collections.Counter(notes.read_text().splitlines())
+    # The index, and the scheduler, tell whether a folder is of Wan 2.1.
+    files = ("transformer/config.json", "model_index.json", "scheduler/scheduler_config.json")
+    assert {name: opened[name] for name in files} == dict.fromkeys(files, 1)
 
 
 def changed(dataset: Path, folder: Path, **values: Any) -> Path:
