@@ -45,12 +45,6 @@ MUTATIONS = (
         "loading/test_lora_dialects.py",
     ),
     _of(
-        "frame-count-off-by-one", "request/settings.py",
-        "if frames >= 1 and (frames - 1) % TEMPORAL_STRIDE == 0:", "if frames >= 1 and frames % TEMPORAL_STRIDE == 0:",
-        "the 81 frames of the released models are refused and 80 accepted",
-        "request/test_settings.py",
-    ),
-    _of(
         "metadata-always-kept", "cli.py",
         'metadata=not given["no_metadata"]', "metadata=True",
         "--no-metadata has no effect: published files contain the prompts",

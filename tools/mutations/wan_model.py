@@ -27,6 +27,18 @@ MUTATIONS = (
         "weights/test_weights.py", "dit/test_transformer_parity.py",
     ),
     _of(
+        "frame-count-off-by-one", "video_shape.py",
+        "frames - (frames - 1) % stride", "frames - frames % stride",
+        "the 81 frames of the released models are refused and 80 accepted",
+        "test_latent_spec.py",
+    ),
+    _of(
+        "other-text-encoder-unnoticed", "weights/model_folder.py",
+        'text_encoder=_text_encoder_digest(text_encoder, text_config["num_layers"])', "text_encoder=None",
+        "a model is sampled with other embeddings of prompts than it was trained on",
+        "test_latent_spec.py",
+    ),
+    _of(
         "padding-before-the-samples", "pack.py",
         "rows.append(rows[0].new_zeros(layout.padding, rows[0].shape[1]))",
         "rows.insert(0, rows[0].new_zeros(layout.padding, rows[0].shape[1]))",

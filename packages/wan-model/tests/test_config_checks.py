@@ -74,6 +74,7 @@ SPACES: list[Case] = [
     ("vae", "_class_name", ["AutoencoderKLWan"], r" is of a \['AutoencoderKLWan'\]; expected an AutoencoderKLWan"),
     ("text_encoder", "d_model", ABSENT, " lacks d_model"),
     ("text_encoder", "d_model", "32", ": d_model is '32'; expected a whole number"),
+    ("text_encoder", "num_layers", 0, ": num_layers is 0"),
 ]
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "transformer": lambda folder: load_transformer(folder / "transformer"),

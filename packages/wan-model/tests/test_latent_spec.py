@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from wan_model import LatentSpec
 from wan_model.weights.model_folder import latent_spec_of, resolve_folder
 
+# What records of earlier versions lack.
+UNRECORDED = {"tokenizer", "fps", "text_encoder"}
+EMBEDDING, OTHER_NAME = "shared.weight", "encoder.embed_tokens.weight"
 SPEC = LatentSpec(
     channels=2,
     temporal_stride=4,
@@ -28,7 +31,7 @@ SPEC = LatentSpec(
 
 @pytest.mark.parametrize(
     "field",
-    [field.name for field in dataclasses.fields(LatentSpec) if field.name not in ("channels", "tokenizer", "fps")],
+    [field.name for field in dataclasses.fields(LatentSpec) if field.name not in UNRECORDED | {"channels"}],
 )
 def test_every_field_counts_in_the_fingerprint(field: str) -> None:
     value: Any = getattr(SPEC, field)
@@ -39,7 +42,9 @@ def test_every_field_counts_in_the_fingerprint(field: str) -> None:
         SPEC.require_same(changed, "the data", "the model")
 
 
-@pytest.mark.parametrize(("field", "ours", "theirs"), [("tokenizer", "a", "b"), ("fps", "16", "24000/1001")])
+@pytest.mark.parametrize(
+    ("field", "ours", "theirs"), [("tokenizer", "a", "b"), ("fps", "16", "24000/1001"), ("text_encoder", "a", "b")]
+)
 def test_what_earlier_records_lack_agrees_with_everything_and_is_no_part_of_the_fingerprint(
     field: str, ours: str, theirs: str
 ) -> None:
@@ -95,6 +100,7 @@ def test_dictionaries_of_other_versions_are_refused() -> None:
         ({"mean": 5}, "mean of the latent space is 5; expected 2 finite numbers"),
         ({"model_id": None}, "model_id of the latent space is None; expected a text"),
         ({"tokenizer": 5}, "tokenizer of the latent space is 5; expected a text or null"),
+        ({"text_encoder": 5}, "text_encoder of the latent space is 5; expected a text or null"),
         ({"fps": 16}, "fps of the latent space is 16; expected a text such as 16 or 24000/1001, or null"),
         ({"fps": "16/0"}, "fps of the latent space is '16/0'; expected a text such as"),
     ],
@@ -113,10 +119,10 @@ def test_latent_shape() -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ((80, 480, 832), r"80 frames .* 4n\+1; the nearest are 77 and 81"),
-        ((0, 480, 832), r"0 frames .* nearest are 1 and 5"),
-        ((81, 488, 832), "488 x 832 pixels: .* multiples of 16"),
-        ((81, 480, 0), "480 x 0 pixels"),
+        ((80, 480, 832), r"^the number of frames is 80; .* 4n\+1 frames: the nearest are 77 and 81$"),
+        ((0, 480, 832), r"^the number of frames is 0; .* the nearest is 1$"),
+        ((81, 488, 832), "^the height is 488 pixels; it must be a multiple of 16: the nearest are 480 and 496$"),
+        ((81, 480, 0), "^the width is 0 pixels; .* the nearest is 16$"),
     ],
 )
 def test_sizes_that_would_be_cut_are_refused(size: tuple[int, int, int], message: str) -> None:
@@ -153,8 +159,75 @@ def test_other_weights_are_another_space_and_another_precision_is_not(folder: Pa
     assert latent_spec_of(folder) == before
     save_file({key: tensor + 0.25 for key, tensor in tensors.items()}, folder / file)
     after = latent_spec_of(folder)
-    assert dataclasses.replace(after, model_id=before.model_id) == before
+    assert dataclasses.replace(after, model_id=before.model_id, text_encoder=before.text_encoder) == before
     assert after.fingerprint != before.fingerprint
+
+
+def shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a text encoder as two files and their index, the word embedding under its other name."""
+    (folder / "model.safetensors").unlink()
+    tensors = {OTHER_NAME if key == EMBEDDING else key: tensor for key, tensor in tensors.items()}
+    halves = {f"model-{half}.safetensors": sorted(tensors)[half::2] for half in (0, 1)}
+    for name, keys in halves.items():
+        save_file({key: tensors[key] for key in keys}, folder / name)
+    places = {key: name for name, keys in halves.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+BLOCK = "encoder.block.{}.layer.{}.weight"
+MATRICES = [EMBEDDING, BLOCK.format(0, "0.SelfAttention.q"), BLOCK.format(1, "1.DenseReluDense.wo")]
+
+
+@pytest.mark.parametrize("key", MATRICES)
+def test_a_text_encoder_of_equal_norms_and_another_matrix_is_another(folder: Path, key: str) -> None:
+    before, file = latent_spec_of(folder), folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, key: tensors[key].flip(0)}, file)
+    after = latent_spec_of(folder)
+    assert (after.model_id, after.fingerprint) == (before.model_id, before.fingerprint), "earlier data stay readable"
+    with pytest.raises(
+        ValueError, match=rf"spaces: text_encoder \({before.text_encoder} against {after.text_encoder}\)"
+    ):
+        before.require_same(after, "the data", "the model")
+
+
+def test_the_same_text_encoder_in_other_files_is_the_same(folder: Path) -> None:
+    before, file = latent_spec_of(folder), folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    assert before.text_encoder is not None
+    shard(folder / "text_encoder", tensors)
+    assert latent_spec_of(folder) == before
+    shard_of_embedding = json.loads((file.parent / f"{file.name}.index.json").read_text())["weight_map"][OTHER_NAME]
+    stored = load_file(file.parent / shard_of_embedding)
+    save_file({key: tensor.bfloat16() for key, tensor in stored.items()}, file.parent / shard_of_embedding)
+    assert latent_spec_of(folder) == before
+
+
+def test_only_rows_of_large_tensors_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an embedding of 2 GiB, which takes no place on the disk."""
+    file = folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    shard(folder / "text_encoder", tensors)
+    index = folder / "text_encoder/model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    rows, columns = 1 << 20, 512
+    header = json.dumps(
+        {EMBEDDING: {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, 4 * rows * columns]}}
+    )
+    with (folder / "text_encoder/large.safetensors").open("wb") as large:
+        large.write(len(header).to_bytes(8, "little") + header.encode())
+        large.truncate(8 + len(header) + 4 * rows * columns)
+    index.write_text(json.dumps({"weight_map": {**places, EMBEDDING: "large.safetensors"}}))
+    read, convert = [], torch.Tensor.to
+
+    def noting(tensor: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        read.append(tensor.numel())
+        return convert(tensor, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "to", noting)
+    assert latent_spec_of(folder).text_encoder is not None
+    assert columns in read
+    assert sum(read) < 100_000
 
 
 def test_another_vocabulary_is_another_tokenizer_and_another_way_to_write_it_is_not(folder: Path) -> None:
@@ -241,6 +314,23 @@ def test_tensors_of_another_form_are_named(folder: Path, file: str, key: str, wi
     ):
         save_file({**tensors, key: tensor}, folder / file)
         with pytest.raises(ValueError, match=f"^{folder / file} holds {key} {said}"):
+            latent_spec_of(folder)
+
+
+def test_matrices_of_a_text_encoder_are_matrices(folder: Path) -> None:
+    file = folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    for key in MATRICES:
+        for tensor, said in (
+            (torch.ones(32), r"of shape \[32\]; expected a matrix"),
+            (torch.ones(0, 32), r"of shape \[0, 32\]; expected a matrix"),
+            (torch.ones(4, 32, dtype=torch.int8), "of type I8; expected floating-point numbers"),
+        ):
+            save_file({**tensors, key: tensor}, file)
+            with pytest.raises(ValueError, match=f"^{file} holds {key} {said}"):
+                latent_spec_of(folder)
+        save_file({other: tensor for other, tensor in tensors.items() if other != key}, file)
+        with pytest.raises(ValueError, match=f"^{file.parent} lacks {key}: its weights are not those of Wan 2.1's"):
             latent_spec_of(folder)
 
 

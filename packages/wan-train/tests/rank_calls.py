@@ -202,6 +202,19 @@ def agreements(results: str, folder: str | None, wanted: dict[str, list[str]]) -
     Path(results).write_text(json.dumps(found))
 
 
+def note_opened(path: str, folder: str) -> None:
+    """Write down, below ``folder``, every file that this process opens."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            opened = os.fspath(arguments[0])
+            if isinstance(opened, str) and opened.startswith(f"{folder}{os.sep}"):
+                with open(path, "a") as notes:
+                    notes.write(f"{opened.removeprefix(folder + os.sep)}\n")
+
+    sys.addaudithook(hook)
+
+
 def apply_permissions() -> None:
     """Let permissions of files hold for this process and what it starts, also if it is root's."""
     from wan_model.testing.permissions import permissions_apply

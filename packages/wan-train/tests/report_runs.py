@@ -10,9 +10,10 @@ from typing import Any
 import av
 import numpy as np
 import yaml
+from PIL import Image
 
 from wan_train.checkpoint.folder import step_folder
-from wan_train.checkpoint.sample_videos import SampleVideo, records_path
+from wan_train.checkpoint.sample_videos import SampleVideo, records_path, suffix_of
 from wan_train.report.server import Follower, PageServer
 
 # What ends a script, opens an element, and runs where markup is read.
@@ -49,18 +50,23 @@ def write_run(folder: Path, entries: list[Any], settings: dict[str, Any] | None 
 
 
 def write_sample(folder: Path, step: int, name: str, caption: str = "a fox", frames: int = 8) -> SampleVideo:
-    """A sampled video, H.264, and its record."""
-    sample = SampleVideo(step, name, caption, 7)
-    sample.path(folder).parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(sample.path(folder)), "w") as file:
-        stream = file.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(frames):
-            picture = np.full((48, 64, 3), (30 * number, 80, step % 256), dtype=np.uint8)
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        file.mux(stream.encode())
+    """A sampled video, H.264 or for one frame PNG, and its record."""
+    sample = SampleVideo(step, name, caption, 7, suffix_of(frames))
+    path = sample.path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [np.full((48, 64, 3), (30 * number, 80, step % 256), dtype=np.uint8) for number in range(frames)]
+    if frames == 1:
+        Image.fromarray(pictures[0]).save(path)
+    else:
+        with av.open(str(path), "w") as file:
+            stream = file.add_stream("libx264", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for picture in pictures:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            file.mux(stream.encode())
     with records_path(folder).open("a", encoding="utf-8") as records:
         record = {"step": step, "name": name, "caption": caption, "seed": 7, "solver": "unipc"}
+        record["file"] = path.relative_to(folder).as_posix()
         records.write(json.dumps(record) + "\n")
     return sample
 

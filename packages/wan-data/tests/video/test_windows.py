@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wan_data.video.windows import TOLERANCE, Lengths, TimedFrame, Window, plan_windows, resample, trim
+from wan_data.video.windows import TOLERANCE, Lengths, TimedFrame, Window, plan_windows, resample
+from wan_model.video_shape import trim_frames
 
 
 def timed(times, duration=0):
@@ -61,14 +62,14 @@ def test_windows_are_4n_plus_1_inside_and_without_overlap(total, kind, longest, 
     try:
         windows = plan_windows(total, kind, Lengths(shortest, longest))
     except ValueError:
-        assert trim(total) < shortest or (kind == "whole" and trim(total) > longest)
+        assert trim_frames(total) < shortest or (kind == "whole" and trim_frames(total) > longest)
         return
     assert windows
     assert all(window.length % 4 == 1 and shortest <= window.length <= longest for window in windows)
     assert windows[-1].stop <= total
     assert all(before.stop == after.start for before, after in itertools.pairwise(windows))
     if kind == "consecutive":
-        assert trim(total - windows[-1].stop) < shortest
+        assert trim_frames(total - windows[-1].stop) < shortest
 
 
 def test_rest_of_a_clip_makes_a_shorter_window():

@@ -12,6 +12,7 @@ import av
 import pytest
 import torch
 from infer_command import QUICK, refused, run
+from safetensors.torch import load_file, save_file
 
 from wan_infer.request.settings import Settings
 from wan_infer.sampling.sampler import WanSampler
@@ -80,7 +81,7 @@ def test_prompts_are_cut_and_padded_as_in_training(
 
 OTHERS: dict[str, Any] = {
     "channels": 8, "temporal_stride": 2, "spatial_stride": 4, "mean": [0.0] * 16, "std": [1.0] * 16, "text_dim": 16,
-    "tokenizer": "another", "model_id": "vae-other",
+    "tokenizer": "another", "model_id": "vae-other", "text_encoder": "another",
 }  # fmt: skip
 
 
@@ -104,6 +105,24 @@ def test_every_quantity_that_differs_is_refused_by_name(
     assert "are of different latent spaces: " in said
     assert f"{name} ({OTHERS[name]} against " in said
     assert not (tmp_path / "videos").exists()
+
+
+def test_another_word_embedding_is_refused_by_name(
+    model_folder: Path, sampler: WanSampler, write_checkpoint: Write, tmp_path: Path
+) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(other / "text_encoder/model.safetensors")
+    save_file({**tensors, "shared.weight": tensors["shared.weight"].flip(0)}, other / "text_encoder/model.safetensors")
+    own = sampler.spec.to_dict()
+    write_checkpoint(tmp_path / "run", 10, spec=own)
+    given = ("--model", other, "--checkpoint_dir", tmp_path / "run", "--prompts", "a")
+    said = refused(*given, "--output_folder", tmp_path / "videos", *QUICK)
+    assert f"are of different latent spaces: text_encoder ({own['text_encoder']} against " in said
+    assert not (tmp_path / "videos").exists()
+    del own["text_encoder"]  # of an earlier version
+    write_checkpoint(tmp_path / "earlier", 10, spec=own)
+    accepted = WanSampler.from_training_checkpoint(tmp_path / "earlier", model_folder, device="cpu")
+    assert accepted.spec.text_encoder == sampler.spec.text_encoder
 
 
 def test_records_of_texts_that_contradict_each_other_are_refused(

@@ -61,7 +61,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, odd: str) -> None:
             '{"prompt": "a", "negative_prompt": "\\udcff"}',
             r"line 1: the negative prompt has '\\udcff' at character 0, which is no text$",
         ),
-        ("a.jsonl", '{"prompt": "a", "frames": 8}', "line 1: 8 frames: the count must be"),
+        ("a.jsonl", '{"prompt": "a", "frames": 8}', "line 1: the number of frames is 8; the autoencoder takes"),
         ("a.jsonl", '{"prompt": "a", "solver": "heun"}', "line 1: there is no solver 'heun'; expected unipc"),
     ],
 )

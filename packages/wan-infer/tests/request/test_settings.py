@@ -17,7 +17,9 @@ def test_other_spellings_of_a_size_are_refused(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize(("frames", "near"), [(80, "77 and 81"), (2, "1 and 5"), (0, "nearest are 1$"), (-3, "are 1$")])
+@pytest.mark.parametrize(
+    ("frames", "near"), [(80, "77 and 81$"), (2, "1 and 5$"), (0, "nearest is 1$"), (-3, " is 1$")]
+)
 def test_frames_that_are_not_4n_plus_1_name_the_nearest(frames: int, near: str) -> None:
     with pytest.raises(ValueError, match=near):
         VideoRequest("a", frames=frames)

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from wan_model.config_checks import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, check_numbers, check_whole
+from wan_model.video_shape import check_frames, check_side
 
 _BOUNDS = {
     "channels": AUTOENCODER["z_dim"],
@@ -21,7 +22,7 @@ _BOUNDS = {
 
 # Unknown in records of earlier versions, and to whoever has no part in it; unknown agrees with everything. They are no
 # part of the fingerprint, which every sample of a dataset holds, so that earlier datasets remain of the same space.
-_OPTIONAL: dict[str, None] = {"tokenizer": None, "fps": None}
+_OPTIONAL: dict[str, None] = {"tokenizer": None, "fps": None, "text_encoder": None}
 _RATE = re.compile(r"[1-9]\d{0,17}(/[1-9]\d{0,17})?")
 
 
@@ -33,8 +34,9 @@ def _check(values: Mapping[str, Any]) -> None:
     check_numbers("std of the latent space", values["std"], values["channels"], positive=True)
     if not isinstance(values["model_id"], str):
         raise ValueError(f"model_id of the latent space is {values['model_id']!r:.60}; expected a text")
-    if not isinstance(values["tokenizer"], str | None):
-        raise ValueError(f"tokenizer of the latent space is {values['tokenizer']!r:.60}; expected a text or null")
+    for name in ("tokenizer", "text_encoder"):
+        if not isinstance(values[name], str | None):
+            raise ValueError(f"{name} of the latent space is {values[name]!r:.60}; expected a text or null")
     fps = values["fps"]
     if fps is not None and not (isinstance(fps, str) and _RATE.fullmatch(fps)):
         raise ValueError(f"fps of the latent space is {fps!r:.60}; expected a text such as 16 or 24000/1001, or null")
@@ -52,10 +54,12 @@ class LatentSpec:
         text_dim: width of a text embedding (4096).
         text_length: tokens that prompts are cut to (512). A transformer's ``WanConfig.text_length`` is what they are
             zero-padded to; a training run takes it from its data.
-        model_id: digest of the autoencoder's and the text encoder's weights (see ``wan_model.weights.model_folder``),
-            which distinguishes models of equal configuration but different weights.
+        model_id: digest of small tensors of the autoencoder and the text encoder (see
+            ``wan_model.weights.model_folder``), which differ between models of equal configuration.
         tokenizer: digest of the tokenizer; None if unknown.
         fps: frames a second of the videos, such as ``16`` or ``24000/1001``; None if unknown, or for images.
+        text_encoder: digest of rows of the text encoder's matrices, which may differ where the tensors of ``model_id``
+            do not; None if unknown.
 
     Raises:
         ValueError: a value that no latent space has.
@@ -71,13 +75,14 @@ class LatentSpec:
     model_id: str
     tokenizer: str | None = None
     fps: str | None = None
+    text_encoder: str | None = None
 
     def __post_init__(self) -> None:
         _check(dataclasses.asdict(self))
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of a hash of all fields but ``tokenizer`` and ``fps``."""
+        """Sixteen hexadecimal digits of a hash of all fields but ``tokenizer``, ``fps`` and ``text_encoder``."""
         values = {name: value for name, value in self.to_dict().items() if name not in _OPTIONAL}
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -143,15 +148,9 @@ class LatentSpec:
         Raises:
             ValueError: a frame count that is not 4n+1, or a side that the strides and the patch do not divide.
         """
-        if frames < 1 or (frames - 1) % self.temporal_stride:
-            lower = max(1, frames - (frames - 1) % self.temporal_stride)
-            raise ValueError(
-                f"{frames} frames cannot be encoded whole: the count must be {self.temporal_stride}n+1; "
-                f"the nearest are {lower} and {lower + self.temporal_stride}"
-            )
-        side = 2 * self.spatial_stride
-        if height < side or width < side or height % side or width % side:
-            raise ValueError(f"{height} x {width} pixels: height and width must be positive multiples of {side}")
+        check_frames("the number of frames", frames, self.temporal_stride)
+        for name, side in (("height", height), ("width", width)):
+            check_side(f"the {name}", side, 2 * self.spatial_stride)
         return (
             self.channels,
             1 + (frames - 1) // self.temporal_stride,

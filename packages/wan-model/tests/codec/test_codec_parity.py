@@ -113,7 +113,11 @@ def test_cleaning(prompt: str, clean: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((8, 32, 48), r"8 frames .* 4n\+1"), ((9, 40, 48), "40 x 48 pixels"), ((9, 32, 8), "32 x 8 pixels")],
+    [
+        ((8, 32, 48), r"the number of frames is 8; .* 4n\+1"),
+        ((9, 40, 48), "the height is 40 pixels"),
+        ((9, 32, 8), "the width is 8 pixels"),
+    ],
 )
 def test_videos_that_would_be_cut_are_refused(codec: LatentCodec, shape: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

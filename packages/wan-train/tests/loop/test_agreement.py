@@ -1,12 +1,15 @@
 """What data and model share: texts are padded to one length, and every quantity that differs is refused by name."""
 
+import collections
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from training_runs import BASE_OPTIONS, call, data_options, run, write_dataset
 from warm_ranks import Call
 
@@ -65,6 +68,17 @@ def test_texts_are_padded_as_configured(short: Path, tmp_path: Path) -> None:
     assert texts_of(tmp_path / "run", tmp_path / "notes.jsonl", *options) == {(True, 24), (False, 24)}
     config, spec = read_run_config(find_checkpoint(tmp_path / "run"))
     assert (config.text_length, spec and spec.text_length) == (24, SHORT)
+
+
+def test_initial_weights_are_looked_for_and_their_sizes_read_once(short: Path, tmp_path: Path) -> None:
+    model, notes = short / "model", tmp_path / "notes"
+    options = on(short, "--init-from", str(model), f"model.transformer.text_len={SHORT}")
+    ended = run(options, tmp_path / "run", calls=[Call("rank_calls:note_opened", (str(notes), str(model)))])
+    assert set(ended.codes) == {0}, ended.errors
+    opened = collections.Counter(notes.read_text().splitlines())
+    # The index, and the scheduler, tell whether a folder is of Wan 2.1.
+    files = ("transformer/config.json", "model_index.json", "scheduler/scheduler_config.json")
+    assert {name: opened[name] for name in files} == dict.fromkeys(files, 1)
 
 
 def changed(dataset: Path, folder: Path, **values: Any) -> Path:
@@ -126,7 +140,7 @@ def test_the_length_of_texts_is_the_datas_the_weights_or_the_configurations(
 # Of the latent space of a dataset: another value, and what is said of it.
 OTHERS: dict[str, Any] = {
     "temporal_stride": 2, "spatial_stride": 4, "mean": [0.0] * 16, "std": [1.0] * 16, "model_id": "vae-other",
-    "tokenizer": "another", "fps": "24",
+    "tokenizer": "another", "fps": "24", "text_encoder": "another",
 }  # fmt: skip
 
 
@@ -165,6 +179,34 @@ def test_every_quantity_that_differs_is_refused_by_name(short: Path, short_run: 
     assert found["resumed"] == SHORT
 
 
+def test_another_word_embedding_is_refused_by_name(short: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(short / "model", tmp_path / "model")
+    tensors = load_file(other / "text_encoder/model.safetensors")
+    save_file({**tensors, "shared.weight": tensors["shared.weight"].flip(0)}, other / "text_encoder/model.safetensors")
+    earlier = changed(short, tmp_path / "earlier")
+    file = earlier / "data/wan-data.json"
+    manifest = json.loads(file.read_text())
+    digest = manifest["latent_spec"].pop("text_encoder")
+    file.write_text(json.dumps(manifest))
+    length = f"model.transformer.text_len={SHORT}"
+    wanted = {
+        "weights": on(short, length, "--init-from", str(other)),
+        "encoded by": on(short, f"dataset.encoded_by={other}"),
+        "same": on(short, length, "--init-from", str(short / "model"), f"dataset.encoded_by={short / 'model'}"),
+        "earlier": on(earlier, length, "--init-from", str(short / "model")),
+        "earlier, encoded by": on(earlier, f"dataset.encoded_by={short / 'model'}"),
+    }
+    call("rank_calls:agreements", str(tmp_path / "found"), None, wanted)
+    found = json.loads((tmp_path / "found").read_text())
+    for key in ("weights", "encoded by"):
+        assert f"the model {other} (fingerprint " in found[key], found[key]
+        assert re.search(
+            "are of different latent spaces: text_encoder \\([0-9a-f]{16} against [0-9a-f]{16}\\);", found[key]
+        )
+        assert digest in found[key]
+    assert [found[key] for key in ("same", "earlier", "earlier, encoded by")] == [SHORT] * 3, found
+
+
 def test_a_checkpoint_of_an_earlier_version_was_padded_to_512(
     short: Path, short_run: Path, tmp_path: Path, rewrite_record: Callable[[Path], None]
 ) -> None:
@@ -192,6 +234,7 @@ def rewrite_record() -> Callable[[Path], None]:
         record = read_run_settings(checkpoint)
         del record["model"]["transformer"]["text_len"]
         del record["model"]["latent_spec"]["tokenizer"], record["model"]["latent_spec"]["fps"]
+        del record["model"]["latent_spec"]["text_encoder"]
         rewrite(checkpoint, RUN_CONFIG, yaml.safe_dump(record))
 
     return leave_out

@@ -254,7 +254,12 @@ def test_another_gpu_is_described_by_a_file(tmp_path: Path) -> None:
     [
         (["--gpu", "tpu"], "--gpu is 'tpu'; expected one of h100, h200, or a YAML file"),
         (["--shape", "big"], "--shape is 'big'; expected FRAMESxHEIGHTxWIDTH"),
-        (["--shape", "80x480x832"], "expected 4n + 1 frames, and sides divisible by 16"),
+        (
+            ["--shape", "80x480x832"],
+            "of the shape is 80; the autoencoder takes 4n+1 frames: the nearest are 77 and 81",
+        ),
+        (["--shape", "81x488x832"], "the height of the shape is 488 pixels; it must be a multiple of 16: the nearest"),
+        (["--shape", "81x480x0"], "the width of the shape is 0 pixels; it must be a multiple of 16: the nearest is 16"),
         (["--shape", "81x720x1280"], "has 75,600 tokens, more than a pack's 43,008; raise --capacity"),
     ],
 )

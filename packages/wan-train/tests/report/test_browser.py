@@ -92,6 +92,26 @@ def test_videos_play(browser: chromium.Page, tmp_path: Path) -> None:
     assert browser.problems == []
 
 
+def test_a_single_frame_is_a_picture(browser: chromium.Page, tmp_path: Path) -> None:
+    write_run(tmp_path, [entry(1)])
+    write_sample(tmp_path, 100, "fox", MARKUP, frames=1)
+    sizes = "[...document.querySelectorAll('#videos img')].map((image) => [image.naturalWidth, image.naturalHeight])"
+    browser.open(write_page([tmp_path]).as_uri())
+    browser.wait_for("document.querySelector('#videos img')?.complete")
+    assert browser.evaluate(sizes) == [[64, 48]]
+    assert browser.evaluate("document.querySelector('#videos img').alt") == MARKUP
+    assert browser.evaluate("document.getElementById('play').hidden"), "there is nothing to play"
+    with serving(tmp_path) as server:
+        browser.open(server.url)
+        browser.wait_for("document.querySelector('#videos img')?.complete")
+        assert browser.evaluate(sizes) == [[64, 48]]
+        write_sample(tmp_path, 200, "fox", MARKUP, frames=1)
+        browser.wait_for("[...document.querySelectorAll('#videos img')].filter((image) => image.complete).length === 2")
+        assert browser.evaluate(sizes) == [[64, 48], [64, 48]]
+        assert browser.problems == []
+        browser.open("about:blank")
+
+
 def test_input_runs_nothing(browser: chromium.Page, tmp_path: Path) -> None:
     folder = tmp_path / "<img src=x onerror=alert(1)>"
     timestep = "<a href='javascript:alert(1)'>5"

@@ -66,11 +66,14 @@ def test_the_page_and_what_is_new(server: PageServer, tmp_path: Path) -> None:
 
 
 def test_videos_are_served_by_what_the_content_calls_them(server: PageServer, tmp_path: Path) -> None:
-    ((source,),) = [row["sources"] for row in content(server)[1]["videos"]["rows"]]
-    status, body, headers = get(server, server.root + source)
-    assert (status, headers["Content-Type"]) == (200, "video/mp4")
-    assert body == (tmp_path / "samples" / "step-0000001" / "fox.mp4").read_bytes()
-    for other in ("video/1", "video/../log.jsonl", "log.jsonl", "../../etc/passwd", "samples/samples.jsonl"):
+    write_sample(tmp_path, 1, "owl", frames=1)
+    sources = [source for row in content(server)[1]["videos"]["rows"] for source in row["sources"]]
+    assert len(sources) == 2
+    for (kind, source), name, expected in zip(sources, ("fox.mp4", "owl.png"), ("video/mp4", "image/png"), strict=True):
+        status, body, headers = get(server, server.root + source)
+        assert (status, headers["Content-Type"], kind) == (200, expected, expected)
+        assert body == (tmp_path / "samples" / "step-0000001" / name).read_bytes()
+    for other in ("video/2", "video/../log.jsonl", "log.jsonl", "../../etc/passwd", "samples/samples.jsonl"):
         assert get(server, server.root + other)[0] == 404, other
 
 

@@ -156,10 +156,41 @@ def test_videos_stand_by_step_and_are_in_the_page(tmp_path: Path) -> None:
     ]
     for row in videos["rows"]:
         for step, source in zip(videos["steps"], row["sources"], strict=True):
-            head, data = source.split(",")
-            assert head == "data:video/mp4;base64"
-            file = tmp_path / "samples" / f"step-{step:07d}" / f"{row['name']}.mp4"
-            assert base64.b64decode(data) == file.read_bytes()
+            assert bytes_in(source, "video/mp4") == file_of(tmp_path, step, f"{row['name']}.mp4")
+
+
+def file_of(folder: Path, step: int, name: str) -> bytes:
+    return (folder / "samples" / f"step-{step:07d}" / name).read_bytes()
+
+
+def bytes_in(source: list[str], media_type: str) -> bytes:
+    """Of a video in the page."""
+    head, data = source[1].split(",")
+    assert [source[0], head] == [media_type, f"data:{media_type};base64"]
+    return base64.b64decode(data)
+
+
+def test_single_frames_are_pictures_in_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path, [entry(1)])
+    write_sample(tmp_path, 100, "fox", frames=1)
+    write_sample(tmp_path, 200, "fox")  # resumed with another samples.frames
+    with records_path(tmp_path).open("a") as records:  # of a version that did not record the file
+        records.write(json.dumps({"step": 300, "name": "fox"}) + "\n")
+    (tmp_path / "samples/step-0000300").mkdir()
+    (tmp_path / "samples/step-0000300/fox.mp4").write_bytes(file_of(tmp_path, 200, "fox.mp4"))
+    content = content_of(open_runs([tmp_path]))
+    assert content["notes"] == []
+    (row,) = content["videos"]["rows"]
+    picture, video, earlier = row["sources"]
+    assert bytes_in(picture, "image/png") == file_of(tmp_path, 100, "fox.png")
+    assert bytes_in(video, "video/mp4") == bytes_in(earlier, "video/mp4") == file_of(tmp_path, 200, "fox.mp4")
+
+
+def test_a_picture_that_is_none_is_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path, [entry(1)])
+    path = write_sample(tmp_path, 1, "fox", frames=1).path(tmp_path)
+    path.write_text("<svg onload=alert(1)>")
+    assert find_videos(0, tmp_path) == ([], [f"A video is left out: {path} is not a PNG file."])
 
 
 def test_videos_beyond_the_bound_are_left_out_by_whole_steps(tmp_path: Path) -> None:

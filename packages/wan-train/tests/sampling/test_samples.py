@@ -5,6 +5,7 @@ the files are those of the sampler, for the integration tests.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from wan_model.sampling.solvers import Solver
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
 from wan_train.config.samples import SamplesConfig
+from wan_train.report.videos import find_videos
 
 CHOSEN = ("samples.steps=3", "samples.guidance=3", "samples.seed=7")
 
@@ -88,6 +90,9 @@ def test_captions_of_the_validation_split_become_files_records_and_curves(datase
         for step in (2, 3)
         for n, kind in enumerate(("mp4", "png", "mp4"))
     ]
+    shown, left_out = find_videos(0, folder)  # by the page of the run
+    assert [video.path for video in shown] == [folder / one["file"] for one in records]
+    assert left_out == []
     events = events_of(folder)
     assert [(entry["step"], entry["videos"], entry["weights"]) for entry in events] == [(2, 3, "ema"), (3, 3, "ema")]
     assert all(entry["seconds"] > 0 for entry in events)
@@ -214,9 +219,12 @@ def test_what_cannot_be_sampled_is_said_at_the_start(changes: list[str], said: s
         ({"interval": -1}, "samples.interval is -1"),
         ({"count": 0}, "samples.count is 0"),
         ({"fps": 0}, "samples.fps is 0"),
-        ({"frames": 4}, "samples.frames is 4; expected 4n+1"),
-        ({"width": 40}, "samples.width is 40; expected a multiple of 16"),
-        ({"seed": -1}, "samples.seed is -1"),
+        ({"frames": 4}, "samples.frames is 4; the autoencoder takes 4n+1 frames: the nearest are 1 and 5"),
+        ({"frames": 0}, "samples.frames is 0; the autoencoder takes 4n+1 frames: the nearest is 1"),
+        ({"width": 40}, "samples.width is 40 pixels; it must be a multiple of 16: the nearest are 32 and 48"),
+        ({"height": 8}, "samples.height is 8 pixels; it must be a multiple of 16: the nearest is 16"),
+        ({"seed": -1}, "samples.seed is -1; expected a number from 0 to 2^62 - 1"),
+        ({"seed": 2**62}, "expected a number from 0 to 2^62 - 1"),
         ({"guidance": 0.5}, "samples: the guidance scale is 0.5"),
         ({"steps": 0}, "samples: 0 sampling steps"),
         ({"interval": 1, "ema": True}, "samples.ema is true and ema.decay is 0"),
@@ -225,7 +233,7 @@ def test_what_cannot_be_sampled_is_said_at_the_start(changes: list[str], said: s
 )
 def test_invalid_settings_are_refused_by_name(change: dict[str, Any], said: str) -> None:
     saved = change.pop("saved", True)
-    with pytest.raises(ValueError, match=said.replace("+", r"\+")):
+    with pytest.raises(ValueError, match=re.escape(said)):
         SamplesConfig(**change).check(ema_decay=0.0, saved=saved)
 
 

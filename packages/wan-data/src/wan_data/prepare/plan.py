@@ -15,8 +15,8 @@ from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import plan_shard_batch
 from wan_data.reading.packing import latent_tokens
-from wan_data.video.windows import TEMPORAL_STRIDE
 from wan_model.system.units import format_bytes, format_seconds
+from wan_model.video_shape import TEMPORAL_STRIDE
 
 # Rough number of letters in a token of the text encoder, and the width of the released one.
 _LETTERS_PER_TOKEN = 4

@@ -45,12 +45,11 @@ from wan_data.shards.writer import ShardRecord, ShardWriter
 from wan_data.sources.changes import SourceChanges, find_changes
 from wan_data.sources.modification_times import read_times, write_times
 from wan_data.sources.source import SourceFile
-from wan_data.video.buckets import SIDE_MULTIPLE
-from wan_data.video.windows import TEMPORAL_STRIDE
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import write_json
 from wan_model.system.torchrun import processors
+from wan_model.video_shape import SIDE_MULTIPLE, TEMPORAL_STRIDE
 
 
 def prepare(

@@ -6,12 +6,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from wan_data.video.buckets import Size, buckets_of_area, check_side
+from wan_data.video.buckets import Size, buckets_of_area
 from wan_data.video.display.options import DisplayOptions
 from wan_data.video.limits import READING_VERSION, Limits
-from wan_data.video.windows import TEMPORAL_STRIDE, WINDOW_KINDS, Lengths, trim
+from wan_data.video.windows import WINDOW_KINDS, Lengths
 from wan_model.config import OFFICIAL_TEXT_LENGTH
 from wan_model.precision import VAE_PRECISIONS
+from wan_model.video_shape import check_frames, check_side
 
 DEFAULT_AREA = 480 * 832
 DEFAULT_FRAMES = 81
@@ -92,12 +93,7 @@ class PrepareSettings:
             ("min_frames", self.min_frames),
             *(("length", length) for length in self.lengths or ()),
         ):
-            if frames < 1 or trim(frames) != frames:
-                lower = max(1, trim(frames))
-                raise ValueError(
-                    f"{name} is {frames}; the autoencoder takes 4n+1 frames: "
-                    f"the nearest are {lower} and {lower + TEMPORAL_STRIDE}"
-                )
+            check_frames(name, frames)
         if self.min_frames > self.frames:
             raise ValueError(
                 f"min_frames is {self.min_frames}, more than the longest window of {self.frames}; lower it"

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 
+from wan_model.video_shape import SIDE_MULTIPLE
+
 # Width over height. Portrait sizes are those of their inverses.
 _LANDSCAPE = (1.0, 4 / 3, 3 / 2, 16 / 9, 21 / 9)
-SIDE_MULTIPLE = 16  # the autoencoder divides sides by 8, the transformer's patch by 2 more
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -17,20 +18,6 @@ class Size:
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
-
-
-def check_side(name: str, side: int) -> None:
-    """Check a side of a frame, because the encoders would truncate other sides silently.
-
-    Raises:
-        ValueError: the side is no positive multiple of 16; the message names the nearest multiples.
-    """
-    if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
-        lower = max(SIDE_MULTIPLE, side - side % SIDE_MULTIPLE)
-        raise ValueError(
-            f"{name} is {side} pixels; it must be a multiple of {SIDE_MULTIPLE}: "
-            f"the nearest are {lower} and {lower + SIDE_MULTIPLE}"
-        )
 
 
 def _size_of_ratio(area: int, ratio: float) -> Size:

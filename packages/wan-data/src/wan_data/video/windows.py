@@ -6,9 +6,9 @@ from fractions import Fraction
 from typing import Generic, TypeVar
 
 from wan_data.video.limits import Limits
+from wan_model.video_shape import trim_frames
 
 WINDOW_KINDS = ("consecutive", "first", "whole")
-TEMPORAL_STRIDE = 4
 # Matroska and Flash round times to milliseconds: a frame may appear this much after its tick.
 TOLERANCE = Fraction(1, 1000)
 
@@ -84,11 +84,6 @@ def resample(frames: Iterable[TimedFrame[T]], fps: Fraction, *, longest: int = L
             tick += 1
 
 
-def trim(frames: int) -> int:
-    """The largest 4n+1 of at most ``frames`` (0 for 0), because the autoencoder drops further frames silently."""
-    return 0 if frames < 1 else frames - (frames - 1) % TEMPORAL_STRIDE
-
-
 @dataclasses.dataclass(frozen=True)
 class Lengths:
     """The allowed numbers of frames of a window, 4n+1 each.
@@ -106,7 +101,7 @@ class Lengths:
         """The largest allowed length of at most ``frames``; 0 if there is none."""
         if self.only is not None:
             return max((length for length in self.only if length <= frames), default=0)
-        length = min(self.longest, trim(frames))
+        length = min(self.longest, trim_frames(frames))
         return length if length >= self.shortest else 0
 
 
@@ -131,7 +126,7 @@ def plan_windows(total: int, kind: str, lengths: Lengths) -> list[Window]:
     if not lengths.at_most(total):
         raise ValueError(f"it has {total} frames at the target rate; the shortest window is {lengths.shortest}")
     if kind == "whole":
-        if trim(total) > lengths.longest:
+        if trim_frames(total) > lengths.longest:
             raise ValueError(
                 f"it has {total} frames at the target rate, more than the longest window of {lengths.longest}: "
                 "raise --frames, or cut with --windows first or consecutive"

@@ -8,11 +8,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from wan_model.sampling.settings import Settings, check_text
-
-# Of Wan 2.1: frames per latent frame, and pixels per token in both directions. The model folder's own are checked too.
-TEMPORAL_STRIDE = 4
-SIDE_MULTIPLE = 16
+from wan_model.sampling.settings import Settings, check_seed, check_text
+from wan_model.video_shape import SIDE_MULTIPLE, check_frames, nearest_side
 
 # What the released models were trained for, W*H; 416*240 is NVIDIA's addition.
 TASK_SIZES = {
@@ -44,31 +41,20 @@ class VideoRequest:
     settings: Settings = dataclasses.field(default_factory=Settings)
 
     def __post_init__(self) -> None:
-        check_frames(self.frames)
+        check_frames("the number of frames", self.frames)
         check_size(self.width, self.height)
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"the seed is {self.seed}; expected a number from 0 to 2^63 - 1")
+        check_seed("the seed", self.seed)
         check_text("prompt", self.prompt)
-
-
-def check_frames(frames: int) -> None:
-    """Refuse a frame count that is not 4n+1, naming the nearest."""
-    if frames >= 1 and (frames - 1) % TEMPORAL_STRIDE == 0:
-        return
-    lower = max(1, frames - (frames - 1) % TEMPORAL_STRIDE)
-    nearest = f"{lower} and {lower + TEMPORAL_STRIDE}" if frames > 1 else "1"
-    raise ValueError(f"{frames} frames: the count must be {TEMPORAL_STRIDE}n+1; the nearest are {nearest}")
 
 
 def check_size(width: int, height: int) -> None:
     """Refuse sides that 16 does not divide, naming the nearest size."""
-    if min(width, height) >= SIDE_MULTIPLE and width % SIDE_MULTIPLE == 0 and height % SIDE_MULTIPLE == 0:
-        return
-    near = [max(1, round(side / SIDE_MULTIPLE)) * SIDE_MULTIPLE for side in (width, height)]
-    raise ValueError(
-        f"the size {width}*{height} (width*height) is not made of multiples of {SIDE_MULTIPLE}; "
-        f"the nearest is {near[0]}*{near[1]}"
-    )
+    near = nearest_side(width), nearest_side(height)
+    if near != (width, height):
+        raise ValueError(
+            f"the size {width}*{height} (width*height) is not made of multiples of {SIDE_MULTIPLE}; "
+            f"the nearest is {near[0]}*{near[1]}"
+        )
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from wan_infer.loading.lora import LoraWeights, read_lora
 from wan_infer.loading.sources import CodecSource, TransformerSource, check_latent_space
 from wan_infer.request.options import ComputeOptions, ModelName, ModelSources, SamplerOptions, parse_options
-from wan_infer.request.settings import check_frames, check_size
+from wan_infer.request.settings import check_size
 from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.runtime.placement import Placement, onload
 from wan_infer.sampling.decode import decode_frames
@@ -25,6 +25,7 @@ from wan_model.codec.latent_codec import LatentCodec
 from wan_model.dit.model import WanDiT
 from wan_model.sampling.denoising import OnStep, draw_noise
 from wan_model.sampling.settings import NEGATIVE_PROMPT, Settings, SolverName
+from wan_model.video_shape import check_frames
 
 
 class WanSampler:
@@ -205,7 +206,7 @@ class WanSampler:
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if not prompts or len(seeds) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds; expected one seed a prompt")
-        check_frames(frames)
+        check_frames("the number of frames", frames)
         check_size(width, height)
         shape = self.spec.latent_shape(frames, height, width)
         if noise is None:

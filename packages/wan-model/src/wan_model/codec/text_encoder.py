@@ -22,10 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_model.config_checks import check_text_encoder
-from wan_model.weights.model_folder import TRANSFORMERS_STEM, open_weights, read_json, stored_shape, weight_files
-
-# Files store the embedding under one of these names, or under both.
-_TIED_KEY = "encoder.embed_tokens.weight"
+from wan_model.weights.model_folder import name_in_file, open_weights, read_json, stored_shape, text_weight_files
 
 
 class _Linear(nn.Linear):
@@ -186,9 +183,7 @@ class TextEncoder(nn.Module):
         """
         with torch.device("meta"):
             made = cls(read_json(folder / "config.json"), str(folder / "config.json"))
-        files = weight_files(folder, TRANSFORMERS_STEM)
-        if "shared.weight" not in files and _TIED_KEY in files:
-            files["shared.weight"] = files[_TIED_KEY]
+        files = text_weight_files(folder)
         shapes = {key: list(value.shape) for key, value in made.named_parameters()}
         if missing := sorted(shapes.keys() - files.keys()):
             raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more of UMT5's weights")
@@ -199,7 +194,7 @@ class TextEncoder(nn.Module):
             held = {path: set(file.keys()) for path, file in opened.items()}
             for key, shape in shapes.items():
                 path = files[key]
-                names[key] = key if key in held[path] else _TIED_KEY
+                names[key] = name_in_file(key, held[path])
                 if (found := list(stored_shape(opened[path], names[key], path))) != shape:
                     raise ValueError(f"{path} holds {key} of shape {found}; expected {shape}")
             made = made.to(dtype).to_empty(device="cpu").requires_grad_(False)

@@ -53,6 +53,21 @@ class Settings:
         return self.guidance != 1
 
 
+def check_seed(name: str, seed: int, bits: int = 63) -> None:
+    """Refuse a seed that a generator does not take.
+
+    Args:
+        name: of the setting, for the message.
+        seed: its value.
+        bits: of the largest one; fewer where numbers are added to it.
+
+    Raises:
+        ValueError: it is negative or too large.
+    """
+    if not 0 <= seed < 2**bits:
+        raise ValueError(f"{name} is {seed}; expected a number from 0 to 2^{bits} - 1")
+
+
 def check_text(name: str, text: str) -> None:
     """Refuse half a surrogate pair, as of a command line that is no UTF-8: the metadata of a video cannot hold it.
 

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 _SCHEDULER = "scheduler/scheduler_config.json"
 # Of diffusers' schedulers; a scheduler that lacks a key can do nothing else. The shift is a setting of each sampling.
 _OBJECTIVE = {"num_train_timesteps": int(TIMESTEPS), "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+# Files store the word embedding of a text encoder under one of these names, or under both.
+EMBEDDING_KEYS = ("shared.weight", "encoder.embed_tokens.weight")
+_BLOCK_KEYS = [f"layer.0.SelfAttention.{name}.weight" for name in "qkvo"]
+_BLOCK_KEYS += [f"layer.1.DenseReluDense.{name}.weight" for name in ("wi_0", "wi_1", "wo")]
+# Of a matrix of a text encoder for its digest: rows, evenly spaced, and the first columns of each.
+_EMBEDDING_ROWS, _MATRIX_ROWS, _COLUMNS = 64, 8, 4096
 # safetensors' names of types; integers would be weights of a quantised model, whose scales are not read.
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
@@ -196,6 +202,23 @@ def weight_files(folder: Path, stem: str) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
+def text_weight_files(folder: Path) -> dict[str, Path]:
+    """``weight_files`` of a ``text_encoder`` folder, with the word embedding under the first of ``EMBEDDING_KEYS`` too.
+
+    Raises:
+        ValueError: see ``weight_files``.
+    """
+    files = weight_files(folder, TRANSFORMERS_STEM)
+    if (tied := files.get(EMBEDDING_KEYS[1])) is not None:
+        files.setdefault(EMBEDDING_KEYS[0], tied)
+    return files
+
+
+def name_in_file(key: str, held: Collection[str]) -> str:
+    """The name of a tensor of a text encoder in a file that holds these."""
+    return EMBEDDING_KEYS[1] if key == EMBEDDING_KEYS[0] and key not in held else key
+
+
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
@@ -262,7 +285,37 @@ def _digest(folder: Path, stem: str, widths: Mapping[str, int]) -> str:
                 raise ValueError(f"{files[key]} holds {key} of shape {list(shape)}; expected [{widths[key]}]")
             tensor: Tensor = file.get_tensor(key)
         digest.update(key.encode())
-        digest.update(tensor.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        digest.update(_bfloat16_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _bfloat16_bytes(tensor: Tensor) -> bytes:
+    return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+
+
+def _text_encoder_digest(folder: Path, num_layers: int) -> str:
+    """Digest of rows of the word embedding and of the matrices of the first and the last block.
+
+    The vectors of ``_digest`` may be equal in encoders with other embeddings or other matrices. The rows are some
+    megabytes of gigabytes, and compared in bfloat16 too.
+    """
+    files, digest = text_weight_files(folder), hashlib.sha256()
+    blocks = [f"encoder.block.{number}.{key}" for number in (0, num_layers - 1) for key in _BLOCK_KEYS]
+    with contextlib.ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+        for key, count in ((EMBEDDING_KEYS[0], _EMBEDDING_ROWS), *((key, _MATRIX_ROWS) for key in blocks)):
+            if (path := files.get(key)) is None:
+                raise ValueError(f"{folder} lacks {key}: its weights are not those of Wan 2.1's text encoder")
+            if path not in opened:
+                opened[path] = stack.enter_context(open_weights(path))
+            name = name_in_file(key, opened[path].keys())
+            shape = stored_shape(opened[path], name, path)
+            if len(shape) != 2 or 0 in shape:
+                raise ValueError(f"{path} holds {name} of shape {list(shape)}; expected a matrix")
+            rows = opened[path].get_slice(name)
+            digest.update(f"{key} {shape}".encode())
+            for row in sorted({number * shape[0] // count for number in range(count)}):
+                digest.update(_bfloat16_bytes(rows[row : row + 1, :_COLUMNS]))
     return digest.hexdigest()[:16]
 
 
@@ -293,7 +346,7 @@ def _vocabulary_digest(file: Path, mtime_ns: int, size: int) -> str:
 def latent_spec_of(
     folder: Path, *, text_length: int = OFFICIAL_TEXT_LENGTH, vae: Path | None = None, text_encoder: Path | None = None
 ) -> LatentSpec:
-    """The latent space of a model folder, from its configurations, a few small tensors and the tokenizer.
+    """The latent space of a model folder, from its configurations, its tokenizer, small tensors and rows of large ones.
 
     Args:
         folder: the model in diffusers' layout.
@@ -307,7 +360,7 @@ def latent_spec_of(
     file, text_file = vae / "config.json", text_encoder / "config.json"
     config, text_config = read_json(file), read_json(text_file)
     check_autoencoder(config, str(file))
-    check_sizes(text_config, {"d_model": TEXT_ENCODER["d_model"]}, str(text_file))
+    check_sizes(text_config, {name: TEXT_ENCODER[name] for name in ("d_model", "num_layers")}, str(text_file))
     channels, downsample, text_dim = config["z_dim"], config["temperal_downsample"], text_config["d_model"]
     base = config["base_dim"]
     vae_widths = {
@@ -332,4 +385,5 @@ def latent_spec_of(
             f"-text-{_digest(text_encoder, TRANSFORMERS_STEM, text_widths)}"
         ),
         tokenizer=_tokenizer_digest(text_encoder.parent / "tokenizer"),
+        text_encoder=_text_encoder_digest(text_encoder, text_config["num_layers"]),
     )

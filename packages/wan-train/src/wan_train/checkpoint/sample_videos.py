@@ -3,18 +3,21 @@
 In the run's checkpoint folder::
 
     samples/samples.jsonl                 a line for each video, appended once the video is complete
-    samples/step-0000100/fox.mp4          H.264, sampled after step 100
+    samples/step-0000100/fox.mp4          H.264, sampled after step 100; a single frame is fox.png
 
-A line has ``step``, ``name`` (that of the file, without its suffix), ``caption`` and ``seed``; other keys are ignored.
+A line has ``step``, ``name`` (that of the file, without its suffix), ``caption``, ``seed`` and ``file``, of which the
+suffix counts alone; other keys are ignored, and a line without ``file`` is about an ``.mp4``.
 Where a resumed run samples a step again, it appends the lines again, and the last one holds.
 """
 
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from wan_model.system.safe_reading import complete_lines, open_file, parse_json
+
+Suffix = Literal[".mp4", ".png"]
 
 SAMPLES = "samples"
 _RECORDS = "samples.jsonl"
@@ -32,16 +35,23 @@ class SampleVideo:
         name: the same at every step for the same caption and seed.
         caption: what it was sampled for.
         seed: of its noise; None if it is not recorded.
+        suffix: of its file; see ``suffix_of``.
     """
 
     step: int
     name: str
     caption: str
     seed: int | None
+    suffix: Suffix = ".mp4"
 
     def path(self, folder: Path) -> Path:
         """Of the file, in the run's checkpoint folder."""
-        return samples_folder(folder, self.step) / f"{self.name}.mp4"
+        return samples_folder(folder, self.step) / f"{self.name}{self.suffix}"
+
+
+def suffix_of(frames: int) -> Suffix:
+    """Of the file of a video: one frame is a picture."""
+    return ".png" if frames == 1 else ".mp4"
 
 
 def samples_folder(folder: Path, step: int) -> Path:
@@ -101,4 +111,6 @@ def _parse(line: bytes, path: Path) -> SampleVideo | None:
     step, seed = record.get("step"), record.get("seed")
     if type(step) is not int or not 0 <= step < 1 << 53:
         return None
-    return SampleVideo(step, record["name"], str(record.get("caption", "")), seed if type(seed) is int else None)
+    suffix: Suffix = ".png" if str(record.get("file")).endswith(".png") else ".mp4"
+    caption = str(record.get("caption", ""))
+    return SampleVideo(step, record["name"], caption, seed if type(seed) is int else None, suffix)

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from wan_model.sampling.settings import Settings, SolverName
+from wan_model.sampling.settings import Settings, SolverName, check_seed
+from wan_model.video_shape import check_frames, check_side
 
 
 @dataclasses.dataclass
@@ -57,14 +58,12 @@ class SamplesConfig:
         for name in ("count", "fps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"samples.{name} is {getattr(self, name)}; expected at least 1")
-        if self.frames is not None and (self.frames < 1 or self.frames % 4 != 1):
-            raise ValueError(f"samples.frames is {self.frames}; expected 4n+1, such as 1, 5 or 81")
+        if self.frames is not None:
+            check_frames("samples.frames", self.frames)
         for name in ("width", "height"):
-            side = getattr(self, name)
-            if side is not None and (side < 16 or side % 16):
-                raise ValueError(f"samples.{name} is {side}; expected a multiple of 16")
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"samples.seed is {self.seed}; expected a number from 0 to 2^62 - 1")
+            if (side := getattr(self, name)) is not None:
+                check_side(f"samples.{name}", side)
+        check_seed("samples.seed", self.seed, bits=62)  # the number of the video is added
         try:
             _ = self.settings
         except ValueError as error:

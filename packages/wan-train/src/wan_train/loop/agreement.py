@@ -10,8 +10,8 @@ from typing import Any
 
 from wan_model.config import OFFICIAL_TEXT_LENGTH, TEXT_LENGTH_KEY
 from wan_model.weights.model_folder import latent_spec_of
-from wan_model.weights.transformer import read_config, read_trained_spec
-from wan_train.model.provider import WanModelProvider, transformer_folder
+from wan_model.weights.transformer import read_trained_spec
+from wan_train.model.provider import WanModelProvider
 
 _KEY = f"model.transformer.{TEXT_LENGTH_KEY}"
 
@@ -38,17 +38,17 @@ def check_data(model: WanModelProvider, data: str) -> None:
                 f"the dataset's {what.format(got)}, the model takes {wanted}; prepare the data with the model's own "
                 "autoencoder and text encoder"
             )
-    if model.init_from is None:
+    if (initial := model.initial_weights) is None:
         return
-    transformer = transformer_folder(model.init_from)
-    known = [read_trained_spec(transformer)]
-    if all((transformer.parent / part).is_dir() for part in ("vae", "text_encoder")):
-        known.append(latent_spec_of(transformer.parent))
+    known = [read_trained_spec(initial.folder)]
+    whole = initial.folder.parent
+    if all((whole / part).is_dir() for part in ("vae", "text_encoder")):
+        known.append(latent_spec_of(whole))
     for theirs in known:
         if theirs is not None:
             # What captions were cut to need not be equal, see below.
             comparable = dataclasses.replace(theirs, text_length=spec.text_length)
-            comparable.require_same(spec, f"the model {model.init_from}", f"the data {data}")
+            comparable.require_same(spec, f"the model {initial.name}", f"the data {data}")
 
 
 def with_text_length(model: WanModelProvider, dataset: Any) -> dict[str, Any]:
@@ -65,10 +65,11 @@ def with_text_length(model: WanModelProvider, dataset: Any) -> dict[str, Any]:
     """
     given: int | None = model.transformer.get(TEXT_LENGTH_KEY)
     data = None if dataset.mock or model.spec is None else model.spec.text_length
-    initial = None if model.init_from is None else read_config(transformer_folder(model.init_from)).text_length
-    if given is None and None not in (initial, data) and initial != data:
+    weights = model.initial_weights
+    initial = None if weights is None else weights.config.text_length
+    if given is None and weights is not None and data is not None and initial != data:
         raise ValueError(
-            f"the captions of {dataset.path} were cut to {data} tokens and the model {model.init_from} was trained on "
+            f"the captions of {dataset.path} were cut to {data} tokens and the model {weights.name} was trained on "
             f"texts padded to {initial}; prepare the data with --text-length {initial}, or set {_KEY} to {initial} or "
             f"{data}, which texts are padded to from then on"
         )

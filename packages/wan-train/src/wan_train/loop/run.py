@@ -34,9 +34,8 @@ def build_config(options: RunOptions) -> Any:
         ValueError: an unknown recipe, key or value.
     """
     from wan_model.config import TEXT_LENGTH_KEY
-    from wan_model.weights.transformer import read_config
     from wan_train.config.recipes import RECIPE_FUNCTIONS
-    from wan_train.model.provider import transformer_folder
+    from wan_train.model.provider import InitialWeights
 
     sections = read_file(find(options.config_file)) if options.config_file else {}
     named = sections.pop("recipe", None)
@@ -55,7 +54,8 @@ def build_config(options: RunOptions) -> Any:
     if config.model.init_from is not None:
         # The weights determine the sizes; what texts are padded to is decided where the data are known.
         given = {TEXT_LENGTH_KEY: config.model.transformer.get(TEXT_LENGTH_KEY)}
-        config.model.transformer = read_config(transformer_folder(config.model.init_from)).to_diffusers() | given
+        config.model.initial_weights = InitialWeights.find(config.model.init_from)
+        config.model.transformer = config.model.initial_weights.config.to_diffusers() | given
     return config
 
 

@@ -6,7 +6,7 @@ Import only after ``wan_train.engine.start``.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -21,7 +21,7 @@ from wan_model.dit.attention import AttentionKind
 from wan_model.dit.recompute import Recompute
 from wan_model.flow import FlowMatching
 from wan_model.weights.model_folder import resolve_folder
-from wan_model.weights.transformer import load_weights
+from wan_model.weights.transformer import load_weights, read_config
 from wan_train import engine
 from wan_train.engine.upstream.loop import ModelProviderMixin, TransformerConfig
 from wan_train.model.ema import PREFIX as EMA_PREFIX
@@ -39,13 +39,29 @@ def transformer_section(config: WanConfig) -> dict[str, Any]:
     return {**config.to_diffusers(), TEXT_LENGTH_KEY: None}
 
 
-def transformer_folder(model: str) -> Path:
-    """The ``transformer`` folder of a model given by path or hub id.
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+    """The transformer that a training starts from; its weights have not been read.
 
-    Raises:
-        ValueError: the model has no such folder.
+    Attributes:
+        name: of the model, as it was given.
+        folder: its ``transformer`` folder.
+        config: its sizes.
     """
-    return resolve_folder(model, ["transformer"]) / "transformer"
+
+    name: str
+    folder: Path
+    config: WanConfig
+
+    @classmethod
+    def find(cls, model: str) -> "InitialWeights":
+        """Of a model given by path or hub id.
+
+        Raises:
+            ValueError: the model has no such folder, or its configuration is not of Wan 2.1.
+        """
+        folder = resolve_folder(model, ["transformer"]) / "transformer"
+        return cls(model, folder, read_config(folder))
 
 
 def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
@@ -211,8 +227,10 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     should_pad_vocab: bool = False
     has_cond_embedder: bool = True
 
-    # A checkpoint is loaded, which has every weight. No field, because it is no setting of the run.
+    # No fields, because they are no settings of the run. A checkpoint is loaded, which has every weight.
     resumes = False
+    # What ``init_from`` names, found once by ``build_config``.
+    initial_weights = cast(InitialWeights | None, None)
 
     @property
     def wan_config(self) -> WanConfig:
@@ -277,10 +295,11 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         model = MegatronWanDiT(self, stage)
         if self.resumes:
             pass
-        elif self.init_from is None:
+        elif self.initial_weights is None:
+            assert self.init_from is None, "found by build_config"
             init_weights(model.dit, seed=self.init_seed)
         else:
-            load_weights(model.dit, transformer_folder(self.init_from))
+            load_weights(model.dit, self.initial_weights.folder)
         if self.ema_decay:
             model.enable_ema(self.ema_decay)
         return model

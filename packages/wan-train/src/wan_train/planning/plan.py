@@ -15,6 +15,7 @@ from wan_model import WAN_1_3B, WAN_14B
 from wan_model.config import WanConfig
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
+from wan_model.video_shape import SIDE_MULTIPLE, TEMPORAL_STRIDE, check_frames, check_side
 from wan_train.model.layout import Layout
 from wan_train.model.recompute_granularity import RECOMPUTE
 from wan_train.planning.hardware import Hardware
@@ -78,11 +79,10 @@ def pack_of(model: WanConfig, shape: tuple[int, int, int], capacity: int) -> Pac
         ValueError: a shape that the latent grid does not divide, or that exceeds the capacity.
     """
     frames, height, width = shape
-    if frames < 1 or (frames - 1) % 4 or height < 16 or width < 16 or height % 16 or width % 16:
-        raise ValueError(
-            f"the shape is {frames} x {height} x {width}; expected 4n + 1 frames, and sides divisible by 16"
-        )
-    grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
+    check_frames("the number of frames of the shape", frames)
+    check_side("the height of the shape", height)
+    check_side("the width of the shape", width)
+    grid = ((frames - 1) // TEMPORAL_STRIDE + 1, height // SIDE_MULTIPLE, width // SIDE_MULTIPLE)
     tokens = grid[0] * grid[1] * grid[2]
     if tokens > capacity:
         raise ValueError(

@@ -211,10 +211,14 @@
       if (row.seed !== null) caption.append(element("br"), element("small", `seed ${row.seed}`));
       if (content.runs.length > 1) caption.append(element("br"), nameOf(content.runs[row.run], row.run));
       const properties = { muted: true, loop: true, controls: true, playsInline: true, preload: "metadata" };
-      const videos = row.sources.map((src) => (src === null ? "" : element("video", undefined, { ...properties, src })));
-      return [caption, ...videos];
+      const shown = ([type, src]) =>
+        type.startsWith("image/")
+          ? element("img", undefined, { alt: row.caption || row.name, src })
+          : element("video", undefined, { ...properties, src });
+      return [caption, ...row.sources.map((source) => (source === null ? "" : shown(source)))];
     });
     fill(byId("videos").querySelector("table"), ["", ...steps.map((step) => `step ${step}`)], cells);
+    byId("play").hidden = !byId("videos").querySelector("video"); // pictures of single frames do not play
   }
 
   function drawSettings() {

@@ -19,11 +19,11 @@ from typing import Any
 from wan_model.system.safe_reading import read_bytes
 from wan_train.report.page import LARGEST_VIDEOS, as_json, content_of, open_runs, render
 from wan_train.report.run_folder import RunFolder
+from wan_train.report.videos import LARGEST_VIDEO, media_type
 
 _ADDRESS = "127.0.0.1"
 _HERE = {_ADDRESS, "localhost"}
 _PORT = re.compile(r":\d+$")
-_LARGEST_VIDEO = 64 << 20
 
 
 class Follower:
@@ -72,14 +72,14 @@ class Follower:
         self._videos[url] = path
         return f"{url}?{found.st_mtime_ns}"
 
-    def video(self, url: str) -> bytes | None:
-        """The video at an address of the content; None if there is none.
+    def video(self, url: str) -> tuple[str, bytes] | None:
+        """Media type and bytes of the video at an address of the content; None if there is none.
 
         Raises:
             ValueError: it cannot be read.
         """
         path = self._videos.get(url)
-        return None if path is None else read_bytes(path, _LARGEST_VIDEO)
+        return None if path is None else (media_type(path), read_bytes(path, LARGEST_VIDEO))
 
 
 class PageServer(http.server.ThreadingHTTPServer):
@@ -158,7 +158,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 else:
                     self._answer(200, "application/json", as_json(content))
             elif (video := follower.video(name)) is not None:
-                self._answer(200, "video/mp4", video)
+                self._answer(200, *video)
             else:
                 self._answer(404, "text/plain", b"not found")
         except (ValueError, FileNotFoundError) as error:

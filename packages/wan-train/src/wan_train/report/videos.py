@@ -16,9 +16,24 @@ from wan_model.system.units import format_bytes
 from wan_train.checkpoint.sample_videos import SAMPLES, SampleVideo, read_samples
 
 MOST_STEPS = 24
-_LARGEST_VIDEO = 64 << 20
-# A file of MP4 begins with the size of a box of this type.
-_MP4, _HEAD = b"ftyp", 12
+LARGEST_VIDEO = 64 << 20
+_HEAD = 12
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Of a file: its media type, its name in a sentence, and bytes that it has at a place near its beginning."""
+
+    media_type: str
+    name: str
+    place: int
+    mark: bytes
+
+
+_KINDS: Mapping[str, _Kind] = {
+    ".mp4": _Kind("video/mp4", "an MP4 file", 4, b"ftyp"),  # after the size of this box
+    ".png": _Kind("image/png", "a PNG file", 0, b"\x89PNG\r\n\x1a\n"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,13 +69,14 @@ def find_videos(run: int, folder: Path) -> tuple[list[FoundVideo], list[str]]:
     for sample in samples:
         path = sample.path(folder)
         try:
-            size = require_file(path, _LARGEST_VIDEO)
+            size = require_file(path, LARGEST_VIDEO)
             # The page may be handed on, so it takes nothing that a link brings from elsewhere.
             if not path.resolve().is_relative_to(inside):
                 raise ValueError(f"{path} leads out of {folder / SAMPLES}")
+            kind = _KINDS[sample.suffix]
             with path.open("rb") as file:
-                if file.read(_HEAD)[4:8] != _MP4:
-                    raise ValueError(f"{path} is not an MP4 file")
+                if not file.read(_HEAD).startswith(kind.mark, kind.place):
+                    raise ValueError(f"{path} is not {kind.name}")
         except FileNotFoundError:
             refused.append(f"{path} does not exist")
         except (ValueError, OSError) as error:
@@ -115,17 +131,24 @@ def choose(videos: Iterable[FoundVideo], limit: int) -> tuple[list[FoundVideo], 
     ]
 
 
+def media_type(path: Path) -> str:
+    """Of the file of a video that was found: ``video/mp4``, or ``image/png`` of a single frame."""
+    return _KINDS[path.suffix].media_type
+
+
 def data_uri(path: Path) -> str:
     """The video as a data URI.
 
     Raises:
         ValueError: it cannot be read.
     """
-    return "data:video/mp4;base64," + base64.b64encode(read_bytes(path, _LARGEST_VIDEO)).decode("ascii")
+    return f"data:{media_type(path)};base64," + base64.b64encode(read_bytes(path, LARGEST_VIDEO)).decode("ascii")
 
 
 def table(videos: Iterable[FoundVideo], source: Callable[[Path], str]) -> dict[str, Any]:
     """The videos as the page has them: ascending steps, and a row for each name and run with a video at each of them.
+
+    A video is its media type and its URL.
 
     Args:
         videos: to show.
@@ -145,7 +168,9 @@ def table(videos: Iterable[FoundVideo], source: Callable[[Path], str]) -> dict[s
                 "run": run,
                 "caption": (newest := at[max(at)].sample).caption,
                 "seed": newest.seed,
-                "sources": [source(at[step].path) if step in at else None for step in steps],
+                "sources": [
+                    [media_type(at[step].path), source(at[step].path)] if step in at else None for step in steps
+                ],
             }
             for (name, run), at in sorted(rows.items(), key=lambda item: (names.index(item[0][0]), item[0][1]))
         ],

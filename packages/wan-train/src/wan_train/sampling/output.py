@@ -17,7 +17,7 @@ from torch import Tensor
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.codec.video_encoding import Frames, encode_mp4_beside, encode_png, to_frames
 from wan_model.system.files import atomic_write, naming
-from wan_train.checkpoint.sample_videos import SAMPLES, records_path, samples_folder
+from wan_train.checkpoint.sample_videos import SAMPLES, records_path, samples_folder, suffix_of
 from wan_train.sampling.latents import SamplePlan, SampleRequest
 
 # Pixels of the longer side of the pictures for TensorBoard, which has no videos, only animated GIFs.
@@ -69,7 +69,7 @@ class VideoWriter:
         if not bool(torch.isfinite(latent).all()):
             raise ValueError(f"the latent of the video {request.name} is not finite")
         single = latent.shape[1] == 1
-        path = samples_folder(self._run, step) / f"{request.name}{'.png' if single else '.mp4'}"
+        path = samples_folder(self._run, step) / f"{request.name}{suffix_of(latent.shape[1])}"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[np.ndarray] | None = [] if state.tensorboard_logger else None
         record = self._record(step, request, path)
