@@ -92,9 +92,13 @@ def test_a_third_of_the_requests_is_held_out(world):
     assert all((request.scene in world.held_out()) == request.held_out for request in asked)
     assert len({request.seed for request in asked}) == COUNT
     assert {request.size for request in asked} == set(world.sizes)
+    height, width = world.sizes[1]
     assert asked[1].line(world) == {
-        "prompt": world.caption(asked[1].scene), "size": f"{world.sizes[1][1]}*{world.sizes[1][0]}", "frames": FRAMES, "seed": asked[1].seed,
-    }  # fmt: skip
+        "prompt": world.caption(asked[1].scene),
+        "size": f"{width}*{height}",
+        "frames": FRAMES,
+        "seed": asked[1].seed,
+    }
 
 
 # -- recognition ------------------------------------------------------------------------------------------------------
