@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 from wan_model.testing.once import Once, session_folder
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +24,8 @@ from small_world.scenes import PATTERNS  # noqa: E402
 
 STEPS = 200
 LEAST_GAP = 2.5
-# Of the validation: a sound run has 0.65, and the best of the faults 0.74.
-LARGEST_LOSS = 0.695
+# Of the validation: the sound run has 0.68, and the best of the faults 0.79.
+LARGEST_LOSS = 0.73
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,9 +90,9 @@ def _validation(log: list[dict[str, float]]) -> dict[str, float]:
     return [entry for entry in log if entry.get("event") == "validation"][-1]
 
 
-# What the run below printed, and how far the kernels of other processors are from it.
-GOLDEN = [5.545, 3.740, 2.778, 2.390, 2.099, 1.875, 1.837, 1.708, 1.687, 1.665]
-TOLERANCE = 0.03
+# What a sound run has. Those of SSE4, AVX2 and AVX-512 kernels are equal to five digits; every fault below changes some by 0.03 and more.
+GOLDEN = [5.5194, 3.6138, 2.6868, 2.2372, 2.0734, 1.8879, 1.7795, 1.6695, 1.6225, 1.6487]
+TOLERANCE = 0.01
 
 
 def test_a_minute_of_training_learns_what_captions_say(learn):
