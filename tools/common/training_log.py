@@ -21,11 +21,14 @@ def read_steps(checkpoints: Path) -> list[dict[str, Any]]:
 
 
 def counted(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The entries that count: those of steps that a later resume trained again are left out."""
+    """The entries that count: those of steps that a later start trained again are left out."""
     kept: list[dict[str, Any]] = []
+    last = 0
     for entry in entries:
-        if entry.get("event") == "resumed":
-            kept = [one for one in kept if one.get("step", 0) <= entry["step"]]
+        if "event" not in entry:
+            if entry["step"] <= last:
+                kept = [one for one in kept if one.get("step", 0) < entry["step"]]
+            last = entry["step"]
         kept.append(dict(entry))
     return kept
 
