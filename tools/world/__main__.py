@@ -109,6 +109,8 @@ def main() -> None:
         written = run(chosen)
     except ToolFailure as error:
         sys.exit(f"\nworld: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nworld: stopped; the same command goes on from here")
     print(f"\n{(chosen.folder / written[0]).read_text(encoding='utf-8')}")
     print(f"wrote {', '.join(str(chosen.folder / name) for name in written)}")
 
