@@ -177,6 +177,13 @@ def quickstart(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def world(session: nox.Session) -> None:
+    """An hour of training on the small world: the curve of adherence over time (-- --compare: settings compared)."""
+    prepare_environment(session)
+    run(session, "python", "-m", "world", "--folder", "world", *session.posargs, PYTHONPATH="tools")
+
+
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run every package's unit tests and the integration tests, in parallel."""
     prepare_environment(session)

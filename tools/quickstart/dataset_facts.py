@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quickstart.failure import require
+from common.failure import require
 
 PARTS = {"json", "pickle", "pth"}
 
@@ -44,7 +44,7 @@ def read_dataset(folder: Path) -> DatasetFacts:
     """Read every sample of every shard.
 
     Raises:
-        QuickstartError: no shards, no Energon metadata, or a sample without one of its three files.
+        ToolFailure: no shards, no Energon metadata, or a sample without one of its three files.
     """
     shards = sorted(folder.glob("*.tar"))
     require(bool(shards), f"{folder} holds no shards (*.tar)")

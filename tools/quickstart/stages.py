@@ -1,16 +1,11 @@
 """The stages of the quickstart: each prints a headline, the output of its commands, and its duration."""
 
 import contextlib
-import os
-import shlex
-import subprocess
-import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from quickstart.failure import QuickstartError
+from common.commands import run_command
 
 
 class Stages:
@@ -42,19 +37,6 @@ class Stages:
             output: a file for its standard output, which goes to the terminal otherwise.
 
         Raises:
-            QuickstartError: it ended with a non-zero status.
+            ToolFailure: it ended with a non-zero status.
         """
-        line = shlex.join(arguments)
-        print(f"$ {line}" + (f" > {os.path.relpath(output, self.folder)}" if output else ""), flush=True)
-        program, *rest = arguments
-        path = sys.executable if program == "python" else str(Path(sysconfig.get_path("scripts")) / program)
-        if not os.access(path, os.X_OK):
-            raise QuickstartError(
-                f"{program} is not installed beside {sys.executable}; install the four packages there"
-            )
-        with open(output, "wb") if output else contextlib.nullcontext() as file:
-            status = subprocess.run(
-                [path, *rest], cwd=self.folder, check=False, stdin=subprocess.DEVNULL, stdout=file
-            ).returncode
-        if status:
-            raise QuickstartError(f"`{line}` ended with status {status}; see its output above")
+        run_command(*arguments, folder=self.folder, output=output)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.failure import ToolFailure, require
 from common.training_log import LOG_NAME
 from common.training_log import read_log as read_entries
-from quickstart.failure import QuickstartError, require
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainingLog:
         """The step that the run resumed from, which must be the last logged step before; None without a resume.
 
         Raises:
-            QuickstartError: several resumes, or one from another step than the last logged one.
+            ToolFailure: several resumes, or one from another step than the last logged one.
         """
         places = [index for index, entry in enumerate(self.entries) if entry.get("event") == "resumed"]
         if not places:
@@ -80,10 +80,10 @@ def read_log(folder: Path) -> TrainingLog:
     """Read the log of the run that saves its checkpoints in ``folder``.
 
     Raises:
-        QuickstartError: there is none.
+        ToolFailure: there is none.
     """
     if not (path := folder / LOG_NAME).is_file():
-        raise QuickstartError(f"the training run left no log at {path}")
+        raise ToolFailure(f"the training run left no log at {path}")
     return TrainingLog(read_entries(folder))
 
 
@@ -91,7 +91,7 @@ def check_steps(log: TrainingLog, last: int) -> None:
     """Check that the log has every step from 1 to ``last`` once, in order, with finite numbers and samples.
 
     Raises:
-        QuickstartError: a check fails.
+        ToolFailure: a check fails.
     """
     numbers = [entry["step"] for entry in log.steps]
     require(
@@ -110,7 +110,7 @@ def check_learning(log: TrainingLog) -> None:
     """Check that the mean loss of the last quarter of the steps is below that of the first quarter.
 
     Raises:
-        QuickstartError: it is not.
+        ToolFailure: it is not.
     """
     quarter = len(log.losses) // 4
     first, last = (sum(losses) / quarter for losses in (log.losses[:quarter], log.losses[-quarter:]))
@@ -123,7 +123,7 @@ def check_checkpoint(folder: Path, step: int) -> None:
     """Check that the step's checkpoint exists and is the newest one.
 
     Raises:
-        QuickstartError: it does not exist, or another one is newer.
+        ToolFailure: it does not exist, or another one is newer.
     """
     place = folder / f"iter_{step:07d}"
     require((place / ".metadata").is_file(), f"no checkpoint of step {step}: {place} holds no .metadata")

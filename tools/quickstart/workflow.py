@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
-from quickstart.failure import require
+from common.failure import require
 from quickstart.stages import Stages
 from quickstart.training_log import TrainingLog, check_checkpoint, check_learning, check_steps, read_log
 
@@ -40,14 +40,14 @@ class Workflow(abc.ABC):
             The report.
 
         Raises:
-            QuickstartError: a command failed, or a check of its result did.
+            ToolFailure: a command failed, or a check of its result did.
         """
 
     def check(self, report: dict[str, Any]) -> None:  # noqa: B027  not every workflow has a goal
         """Check what the model has learnt, after the report is written.
 
         Raises:
-            QuickstartError: it is too little.
+            ToolFailure: it is too little.
         """
 
     def path(self, name: str) -> Path:

@@ -5,33 +5,28 @@ reads what they show, and the run fails if too few are right.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.failure import require
 from quickstart.adherence_pictures import draw_adherence, draw_samples
 from quickstart.dataset_facts import DatasetFacts, read_dataset
-from quickstart.failure import require
 from quickstart.pictures import check_picture, draw_losses
 from quickstart.training_log import TrainingLog
 from quickstart.workflow import DATA_PARALLEL, TENSOR_PARALLEL, Workflow
+from small_world import commands
 from small_world.adherence import COUNT, Adherence, Request, requests, table
 from small_world.clips import read_video
 from small_world.recognition import recognise
 from small_world.scenes import FRAMES, PATTERNS
 
 WORLD = PATTERNS
-CLIPS = 480
-TEXT_LENGTH = 16  # tokens; the captions have fewer
-
-# Pixels of the largest size; the aspect buckets of this area are all three sizes.
-AREA = max(height * width for height, width in WORLD.sizes)
 SHAPES = {f"{(FRAMES - 1) // 4 + 1} x {height // 8} x {width // 8}" for height, width in WORLD.sizes}
 
 # The first run is stopped halfway.
 STEPS_TENSOR_PARALLEL = 200
+<<<<<<< HEAD
 STEPS_DATA_PARALLEL = 1200
 TRAINING = [
     "model.flow.caption_dropout=0.1",
@@ -45,9 +40,11 @@ TRAINING = [
 ]
 # What of the model folder's transformer/config.json the recipe has otherwise.
 SIZES_OF_MODEL = ["num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim", "freq_dim"]
+=======
+STEPS_DATA_PARALLEL = 800
+>>>>>>> 355231ebb94f22b4aa4f73f690b41aaab4830626
 VALIDATIONS = 4  # of the data-parallel run
 
-SAMPLING = ["--ema", "--sample-steps", "20", "--sample-guide-scale", "2.5", "--negative-prompt", ""]
 # Of the sampled clips, those that are right in all attributes at once.
 LEAST_ADHERENCE = 0.9
 
@@ -56,32 +53,28 @@ class WorldClips(Workflow):
     """The stages on clips of the small world."""
 
     stage_count = 9
-    pack_capacity = 384  # some twenty-four clips of 12 to 18 tokens
+    pack_capacity = commands.CAPACITY
 
     def clips(self) -> None:
         """Draw clips of the scenes that are not held out."""
-        with self.stages.stage("clips", f"{CLIPS} drawn clips of three sizes, with captions"):
-            self.stages.command(
-                "python", "-m", "small_world.clips", self.argument("clips"), "--world", WORLD.name,
-                "--count", str(CLIPS),
-            )  # fmt: skip
+        with self.stages.stage("clips", f"{commands.CLIPS} drawn clips of three sizes, with captions"):
+            self.stages.command(*commands.draw_clips(WORLD, self.argument("clips")))
 
     def model(self) -> None:
         """Write the model folder: a trained autoencoder, and transformer and text encoder with random weights."""
         with self.stages.stage("model", "a tiny Wan 2.1: trained autoencoder, random text encoder"):
-            self.stages.command("python", "-m", "small_world.model", self.argument("model"))
+            self.stages.command(*commands.write_model(self.argument("model")))
 
     def prepare(self) -> DatasetFacts:
         """Encode the clips to shards, each clip in its own size."""
         with self.stages.stage("prepare", "videos and captions -> latents and text embeddings in shards"):
             self.stages.command(
-                "wan-data", "prepare", "--video-folder", self.argument("clips"),
-                "--output-folder", self.argument("dataset"), "--model", self.argument("model"),
-                "--windows", "first", "--frames", str(FRAMES), "--area", str(AREA), "--text-length", str(TEXT_LENGTH),
-                "--validation-fraction", "0.1", "--num-processes", "2", "--batch-size", "8",
-            )  # fmt: skip
+                *commands.prepare(WORLD, self.argument("clips"), self.argument("dataset"), self.argument("model"))
+            )
             facts = read_dataset(self.path("dataset"))
-            require(facts.samples == CLIPS, f"the clips gave {facts.samples} samples; expected {CLIPS}")
+            require(
+                facts.samples == commands.CLIPS, f"the clips gave {facts.samples} samples; expected {commands.CLIPS}"
+            )
             require(
                 set(facts.shapes) == SHAPES, f"the samples have the shapes {facts.shapes}; expected {sorted(SHAPES)}"
             )
@@ -95,8 +88,8 @@ class WorldClips(Workflow):
 
     def settings(self) -> list[str]:
         """Overrides of both runs."""
-        sizes = json.loads(self.path("model/transformer/config.json").read_text(encoding="utf-8"))
-        return [*(f"model.transformer.{name}={sizes[name]}" for name in SIZES_OF_MODEL), *TRAINING]
+        settings = {**commands.sizes_of_model(self.path("model")), **commands.TRAINING}
+        return [f"{key}={value}" for key, value in settings.items()]
 
     def train(self) -> dict[str, TrainingLog]:
         """Train with tensor parallelism, then from the EMA of its weights with data parallelism, which is faster."""
@@ -126,17 +119,18 @@ class WorldClips(Workflow):
         """
         asked = requests(WORLD)
         with self.stages.stage("sample", f"{COUNT} clips of three sizes, a third of combinations never trained on"):
-            lines = [json.dumps(request.line(WORLD)) + "\n" for request in asked]
-            self.path("requests.jsonl").write_text("".join(lines), encoding="utf-8")
+            commands.write_requests(WORLD, asked, self.path("requests.jsonl"))
+            sample = commands.sample(
+                self.argument(DATA_PARALLEL),
+                self.argument("model"),
+                self.argument("requests.jsonl"),
+                self.argument("samples"),
+            )
             self.stages.command(
-                "wan-infer", "--checkpoint-dir", self.argument(DATA_PARALLEL), "--model", self.argument("model"),
-                "--prompts-file", self.argument("requests.jsonl"), *SAMPLING,
-                "--output-folder", self.argument("samples"), "--contact-sheet", self.argument("contact-sheet.png"),
-                "--json", output=self.path("samples.json"),
-            )  # fmt: skip
+                *sample, "--contact-sheet", self.argument("contact-sheet.png"), output=self.path("samples.json")
+            )
             check_picture(self.path("contact-sheet.png"))
-            made = json.loads(self.path("samples.json").read_text(encoding="utf-8"))["videos"]
-            videos = [read_video(self.root / Path(video["file"])) for video in made]
+            videos = [read_video(path) for path in commands.sampled_files(self.path("samples.json"), self.root)]
             shapes = [video.shape for video in videos]
             wanted = [(FRAMES, *request.size, 3) for request in asked]
             require(shapes == wanted, f"the sampled clips have the shapes {shapes}; asked for were {wanted}")
