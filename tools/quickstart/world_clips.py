@@ -26,23 +26,7 @@ SHAPES = {f"{(FRAMES - 1) // 4 + 1} x {height // 8} x {width // 8}" for height, 
 
 # The first run is stopped halfway.
 STEPS_TENSOR_PARALLEL = 200
-<<<<<<< HEAD
 STEPS_DATA_PARALLEL = 1200
-TRAINING = [
-    "model.flow.caption_dropout=0.1",
-    "model.flow.density=uniform",
-    "model.flow.shift=3.0",
-    "optimizer.lr=3e-3",
-    "optimizer.min_lr=1e-4",
-    "optimizer.adam_beta2=0.95",
-    "scheduler.lr_warmup_iters=50",
-    "ema.decay=0.99",
-]
-# What of the model folder's transformer/config.json the recipe has otherwise.
-SIZES_OF_MODEL = ["num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim", "freq_dim"]
-=======
-STEPS_DATA_PARALLEL = 800
->>>>>>> 355231ebb94f22b4aa4f73f690b41aaab4830626
 VALIDATIONS = 4  # of the data-parallel run
 
 # Of the sampled clips, those that are right in all attributes at once.
