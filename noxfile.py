@@ -54,6 +54,8 @@ SURROUNDINGS = {
 }
 # One thread per process, because the pytest workers use all cores.
 TESTING = {**SURROUNDINGS, "OMP_NUM_THREADS": "1"}
+# The models of the small world are so small that threads wait for each other more than they compute.
+SMALL_WORLD = {"PYTHONPATH": "tools", "OMP_NUM_THREADS": "1"}
 
 # Energon before 7.3 opens local files with multi-storage-client 0 only. The others are imported by the decoder of
 # Energon 6, which our loader does not use, but which the tests compare with.
@@ -173,14 +175,14 @@ def pytest(session: nox.Session, *folders: str, **environment: str) -> None:
 def quickstart(session: nox.Session) -> None:
     """Clips -> shards -> Megatron training -> sampled clips, and whether they are right (-- --clips real)."""
     prepare_environment(session)
-    run(session, "python", "-m", "quickstart", "--folder", "quickstart", *session.posargs, PYTHONPATH="tools")
+    run(session, "python", "-m", "quickstart", "--folder", "quickstart", *session.posargs, **SMALL_WORLD)
 
 
 @nox.session(venv_backend="none")
 def world(session: nox.Session) -> None:
     """An hour of training on the small world: the curve of adherence over time (-- --compare: settings compared)."""
     prepare_environment(session)
-    run(session, "python", "-m", "world", "--folder", "world", *session.posargs, PYTHONPATH="tools")
+    run(session, "python", "-m", "world", "--folder", "world", *session.posargs, **SMALL_WORLD)
 
 
 @nox.session(venv_backend="none")

@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +167,113 @@ def test_noise_shows_no_scene(world, noise: Callable[..., np.ndarray]):
     # A clip in which a value of each attribute is seen would be right for one scene of many.
     clear = sum(None not in recognise(world, video).values() for video in videos)
     assert clear / len(videos) <= 1 / len(world.scenes)
+
+
+Change = Callable[[Frames, dict[str, str], random.Random], np.ndarray]
+
+
+def _other(value: str, values: Iterable[str]) -> str:
+    return next(one for one in values if one != value)
+
+
+def _redrawn(world: World, name: str, values: Iterable[str]) -> Change:
+    """The same clip with another value of an attribute."""
+    named = [*values]
+
+    def draw(frames: Frames, scene: dict[str, str], generator: random.Random) -> np.ndarray:
+        changed = {**scene, name: _other(scene[name], named)}
+        return world.frames(tuple(changed.values()), frames.shape[1:3], random.Random(5))
+
+    return draw
+
+
+def _from_frame(first: int, change: Change) -> Change:
+    """What a change makes of a clip, from that frame on."""
+
+    def late(frames: Frames, scene: dict[str, str], generator: random.Random) -> np.ndarray:
+        return np.concatenate([frames[:first], change(frames, scene, generator)[first:]])
+
+    return late
+
+
+def _in_a_cell(change: Change) -> Change:
+    """What a change makes of a clip, in the first cell of 16 pixels alone."""
+
+    def local(frames: Frames, scene: dict[str, str], generator: random.Random) -> np.ndarray:
+        mixed = frames.copy()
+        mixed[:, :16, :16] = change(frames, scene, generator)[:, :16, :16]
+        return mixed
+
+    return local
+
+
+def _faded(strength: float) -> Change:
+    def fade(frames: Frames, scene: dict[str, str], generator: random.Random) -> np.ndarray:
+        back = np.array(BACKGROUNDS[scene["background"]])
+        return back + strength * (frames - back)
+
+    return fade
+
+
+def _half_empty(frames: Frames, scene: dict[str, str], generator: random.Random) -> np.ndarray:
+    mixed = frames.copy()
+    mixed[:, :, 16:] = BACKGROUNDS[scene["background"]]
+    return mixed
+
+
+def _noisy_where_hidden(frames: Frames, scene: dict[str, str], generator: random.Random) -> np.ndarray:
+    mixed = frames.astype(np.float32)
+    for time in (2, 3, 6, 7):
+        mixed[time] = np.random.default_rng(time).uniform(0, 255, frames.shape[1:])
+    return mixed
+
+
+def _one_frame_too_many(frames: Frames, scene: dict[str, str], generator: random.Random) -> np.ndarray:
+    return frames[[0, 1, 1, 3, 4, 5, 6, 7, 8]]
+
+
+BLINKING = {"event": "blink"}
+PATTERN_CHANGES: dict[str, tuple[Change, dict[str, str]]] = {
+    "the last frame has another colour": (_from_frame(8, _redrawn(PATTERNS, "colour", COLOURS)), {"event": "stay"}),
+    "another background from frame 5": (_from_frame(5, _redrawn(PATTERNS, "background", BACKGROUNDS)), {}),
+    "a cell has another pattern": (_in_a_cell(_redrawn(PATTERNS, "pattern", PATTERNS.attributes["pattern"])), {}),
+    "a cell has another colour": (_in_a_cell(_redrawn(PATTERNS, "colour", COLOURS)), {}),
+    "only the first column of cells has the pattern": (_half_empty, {}),
+    "the pattern fades from the second frame": (_from_frame(1, _faded(0.4)), {"event": "stay"}),
+    "noise while it is hidden": (_noisy_where_hidden, BLINKING),
+    "it hides a frame too late": (_one_frame_too_many, BLINKING),
+    "it slides to the left": (lambda frames, *_: frames[[0, 3, 2, 1, 0, 3, 2, 1, 0]], {"event": "slide"}),
+    "it slides and stops": (lambda frames, *_: frames[[0, 1, 2, 3, 4, 5, 5, 5, 5]], {"event": "slide"}),
+    "it slides half as fast": (lambda frames, *_: frames[[0, 0, 1, 1, 2, 2, 3, 3, 4]], {"event": "slide"}),
+}
+OBJECT_CHANGES: dict[str, tuple[Change, dict[str, str]]] = {
+    "another shape from frame 5": (_from_frame(5, _redrawn(OBJECTS, "shape", ("triangle", "circle"))), {}),
+    "another colour from frame 5": (_from_frame(5, _redrawn(OBJECTS, "colour", COLOURS)), {}),
+    "frames in another order": (lambda frames, *_: frames[[0, 5, 2, 7, 4, 1, 6, 3, 8]], {}),
+    "a single jump": (lambda frames, *_: frames[[0, 0, 0, 0, 0, 8, 8, 8, 8]], {}),
+    "it moves back at the end": (lambda frames, *_: frames[[0, 1, 2, 3, 4, 5, 4, 3, 2]], {}),
+    "two frames without it": (lambda frames, *_: np.concatenate([frames[:7], frames[7:] * 0 + frames[0, 0, 0]]), {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("world", "change", "where"),
+    [
+        pytest.param(world, *change, id=name)
+        for world, changes in ((PATTERNS, PATTERN_CHANGES), (OBJECTS, OBJECT_CHANGES))
+        for name, change in changes.items()
+    ],
+)
+def test_what_nearly_shows_a_scene_does_not(world: World, change: Change, where: dict[str, str]):
+    generator, counted = random.Random(14), []
+    for scene in world.scenes:
+        values = world.values(scene)
+        if where.items() <= values.items():
+            frames = world.frames(scene, generator.choice(world.sizes), generator)
+            changed = change(frames, values, generator)
+            counted.append(all(right(world, changed.astype(np.float32), scene).values()))
+    assert len(counted) >= 36
+    assert not any(counted)
 
 
 def test_adherence_counts_by_group_and_attribute():

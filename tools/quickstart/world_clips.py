@@ -26,7 +26,7 @@ SHAPES = {f"{(FRAMES - 1) // 4 + 1} x {height // 8} x {width // 8}" for height, 
 
 # The first run is stopped halfway.
 STEPS_TENSOR_PARALLEL = 200
-STEPS_DATA_PARALLEL = 1200
+STEPS_DATA_PARALLEL = 1500
 VALIDATIONS = 4  # of the data-parallel run
 
 # Of the sampled clips, those that are right in all attributes at once.

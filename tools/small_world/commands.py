@@ -28,7 +28,7 @@ TRAINING: Mapping[str, str] = {
 # What of the model folder's transformer/config.json the recipe has otherwise.
 SIZES_OF_MODEL = ["num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim", "freq_dim"]
 
-SAMPLING: Mapping[str, str] = {"--sample-steps": "20", "--sample-guide-scale": "2.5", "--negative-prompt": ""}
+SAMPLING: Mapping[str, str] = {"--sample-steps": "20", "--sample-guide-scale": "1.5", "--negative-prompt": ""}
 
 
 def draw_clips(world: World, clips: str, count: int = CLIPS) -> list[str]:

@@ -25,12 +25,11 @@ Video = Real[np.ndarray, "T H W 3"]  # levels from 0 to 255
 Seen = dict[str, str | None]
 
 _FARTHEST = 100.0  # from a named colour, Euclidean, in levels
-_SHIFTS = range(0, PERIOD, 4)
-# Cells of a pattern beside their mean: mean absolute difference of coverage. White noise has 0.3 and more.
-_LARGEST_SPREAD = 0.2
-_LEAST_DEVIATION = 0.1  # of a pattern's coverage
-_LEAST_CORRELATION = 0.75
-_LEAST_CONTRAST = 0.4  # of a pattern: difference of coverage between where it is and where it is not
+# Of the cells of a frame, those that must show what the frame shows.
+_LEAST_ALIKE = 1.0
+# Of a frame from the drawing that is nearest, in distances between the pattern's colour and the background's.
+# Reconstructions have at most 0.2.
+_LARGEST_DISTANCE = 0.3
 
 
 def _nearest(colour: Float[np.ndarray, "3"], named: Mapping[str, Colour]) -> str | None:
@@ -39,40 +38,58 @@ def _nearest(colour: Float[np.ndarray, "3"], named: Mapping[str, Colour]) -> str
     return name if distances[name] <= _FARTHEST else None
 
 
-def _classes(video: Video) -> np.ndarray:
-    """The nearest named colour of each pixel; backgrounds follow the colours."""
+def _classes(colours: Float[np.ndarray, "... 3"]) -> np.ndarray:
+    """The number of the nearest named colour of each; backgrounds follow the colours."""
     named = np.array([*COLOURS.values(), *BACKGROUNDS.values()], np.float32)
-    return np.linalg.norm(video[..., None, :] - named, axis=-1).argmin(-1)
+    return np.linalg.norm(colours[..., None, :] - named, axis=-1).argmin(-1)
 
 
 # -- patterns ---------------------------------------------------------------------------------------------------------
 
+_ABSENT = ("", 0)
+
 
 def _templates() -> dict[tuple[str, int], Float[np.ndarray, "P P"]]:
-    return {
-        (name, shift): coverage(name, PERIOD, PERIOD, shift=float(shift)) for name in PATTERN_NAMES for shift in _SHIFTS
+    """By pattern and shift how much of each pixel of a cell it covers; nothing where there is none."""
+    patterns = {
+        (name, shift): coverage(name, PERIOD, PERIOD, shift=float(shift))
+        for name in PATTERN_NAMES
+        for shift in range(0, PERIOD, 4)
     }
+    return {_ABSENT: np.zeros((PERIOD, PERIOD), np.float32), **patterns}
 
 
 _TEMPLATES = _templates()
 
 
-def _pattern_of(covered: Float[np.ndarray, "H W"]) -> tuple[str, int] | None:
-    """The pattern of a frame and its shift, from how much of each pixel has the colour; None if there is none."""
-    height, width = covered.shape
-    cells = covered.reshape(height // PERIOD, PERIOD, width // PERIOD, PERIOD)
-    cell = cells.mean((0, 2))
-    if np.abs(cells - cell[None, :, None, :]).mean() > _LARGEST_SPREAD or cell.std() < _LEAST_DEVIATION:
-        return None
-    correlations = {key: float(np.corrcoef(cell.ravel(), one.ravel())[0, 1]) for key, one in _TEMPLATES.items()}
-    best = max(correlations, key=correlations.__getitem__)
-    template = _TEMPLATES[best]
-    contrast = cell[template > 0.9].mean() - cell[template < 0.1].mean()
-    return best if correlations[best] >= _LEAST_CORRELATION and contrast >= _LEAST_CONTRAST else None
+class _Palette:
+    """The two colours of a clip: the pattern's and the background's, as names and as levels."""
+
+    def __init__(self, video: Video) -> None:
+        classes = _classes(video)
+        counts = np.bincount(classes.ravel(), minlength=len(COLOURS) + len(BACKGROUNDS))
+        front, back = int(counts[: len(COLOURS)].argmax()), len(COLOURS) + int(counts[len(COLOURS) :].argmax())
+        self.present = bool(counts[front] and counts[back])
+        if not self.present:
+            return
+        self.front = np.median(video[classes == front], axis=0)
+        self.back = np.median(video[classes == back], axis=0)
+        self.front_name, self.back_name = [*COLOURS][front], [*BACKGROUNDS][back - len(COLOURS)]
+
+    def shown(self, cells: Float[np.ndarray, "R C P P 3"], template: Float[np.ndarray, "P P"]) -> tuple[float, float]:
+        """In which share of the cells the pattern has its colour, and in which the background has its own."""
+        back = _classes(cells[:, :, template < 0.1].mean(2)) == len(COLOURS) + [*BACKGROUNDS].index(self.back_name)
+        if not template.any():
+            return 1.0, float(back.mean())
+        front = _classes(cells[:, :, template > 0.9].mean(2)) == [*COLOURS].index(self.front_name)
+        return float(front.mean()), float(back.mean())
 
 
 def recognise_pattern(video: Video) -> Seen:
     """The attributes of a clip of ``scenes.PATTERNS``.
+
+    Every cell of a frame must show the same: of all patterns and shifts, and of none, each frame shows the one that
+    differs least from it, and so does each of its cells. Every frame must show what the event has at its time.
 
     Args:
         video: levels from 0 to 255; height and width are multiples of 16.
@@ -82,34 +99,33 @@ def recognise_pattern(video: Video) -> Seen:
     """
     video = np.asarray(video, np.float32)
     seen: Seen = dict.fromkeys(("colour", "pattern", "event", "background"))
-    classes = _classes(video)
-    counts = np.bincount(classes.ravel(), minlength=len(COLOURS) + len(BACKGROUNDS))
-    fronts, backs = counts[: len(COLOURS)], counts[len(COLOURS) :]
-    back_colour = np.median(video[classes == len(COLOURS) + backs.argmax()], axis=0) if backs.any() else None
-    if back_colour is None or backs.max() < 0.1 * counts.sum():
+    palette = _Palette(video)
+    if not palette.present:
         return seen
-    seen["background"] = _nearest(back_colour, BACKGROUNDS)
-    if fronts.max() < max(0.03 * counts.sum(), 0.8 * fronts.sum()):
-        return seen
-    front_colour = np.median(video[classes == fronts.argmax()], axis=0)
-    seen["colour"] = _nearest(front_colour, COLOURS)
-    axis = front_colour - back_colour
-    covered = ((video - back_colour) @ axis / (axis @ axis)).clip(-0.5, 1.5)
-    found = [_pattern_of(frame) for frame in covered]
-    names = [one[0] for one in found if one is not None]
-    if not names:
-        return seen
-    name = max(sorted(set(names)), key=names.count)
-    if names.count(name) < 0.8 * len(names):
-        return seen
-    seen["pattern"] = name
-    for event, frames in EVENTS.items():
-        # A frame may be missed where a pattern comes or goes.
-        if len(frames) == len(found):
-            right = [
-                one == ((name, shift) if there else None) for (there, shift), one in zip(frames, found, strict=True)
-            ]
-            if sum(right) >= len(frames) - 1:
+    frames, height, width = video.shape[:3]
+    cells = video.reshape(frames, height // PERIOD, PERIOD, width // PERIOD, PERIOD, 3).swapaxes(2, 3)
+    keys, templates = list(_TEMPLATES), np.stack(list(_TEMPLATES.values()))
+    drawn = palette.back + templates[..., None] * (palette.front - palette.back)
+    distances = np.stack([np.linalg.norm(cells - one, axis=-1).mean((-1, -2)) for one in drawn], axis=-1)
+    distances /= np.linalg.norm(palette.front - palette.back)
+    found, fronts, backs = [], [], []
+    for frame, of_cells in zip(cells, distances, strict=True):
+        best = int(of_cells.mean((0, 1)).argmin())
+        front, back = palette.shown(frame, templates[best])
+        fronts.append(front)
+        backs.append(back)
+        alike = float((of_cells.argmin(-1) == best).mean())
+        clear = alike >= _LEAST_ALIKE and of_cells[..., best].mean() <= _LARGEST_DISTANCE
+        found.append(keys[best] if clear else None)
+    if min(backs) >= _LEAST_ALIKE:
+        seen["background"] = palette.back_name
+    if min(fronts) >= _LEAST_ALIKE and set(found) - {_ABSENT, None}:
+        seen["colour"] = palette.front_name
+    names = {one[0] for one in found if one not in (_ABSENT, None)}
+    if len(names) == 1:
+        seen["pattern"] = name = names.pop()
+        for event, expected in EVENTS.items():
+            if found == [(name, shift) if there else _ABSENT for there, shift in expected]:
                 seen["event"] = event
     return seen
 
@@ -119,14 +135,16 @@ def recognise_pattern(video: Video) -> Seen:
 _LEAST_DISTANCE = 40.0  # of the object from the background, in levels
 _AREAS = (120, 700)  # pixels
 _LEAST_TRAVEL = 6.0  # pixels from the first to the last frame
+_FARTHEST_STRAY = 2.0  # pixels of a frame's object from uniform motion
 
 
 def _shape_of(weights: Float[np.ndarray, "H W"], fill: float) -> str:
     """The shape from angular moments about the centroid: a disc has none, a triangle the third, a square the fourth."""
     rows, columns = np.mgrid[: weights.shape[0], : weights.shape[1]]
+    weights = np.where(weights > 0.3, weights, 0)
     total = weights.sum()
     place = (columns - (columns * weights).sum() / total) + 1j * (rows - (rows * weights).sum() / total)
-    weights = np.where((weights > 0.3) & (np.abs(place) < 17), weights, 0)
+    weights = np.where(np.abs(place) < 17, weights, 0)
 
     def moment(order: int) -> complex:
         return complex((weights * place**order).sum() / (weights * np.abs(place) ** order).sum())
@@ -166,17 +184,26 @@ def recognise_object(video: Video) -> Seen:
         if _AREAS[0] <= mask.sum() <= _AREAS[1]:
             box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
             shapes.append(_shape_of(weights, mask.sum() / box))
-    if len(places) < 0.7 * len(video):
+    if len(places) < len(video):
         return seen
-    seen["colour"] = _nearest(np.median(colours, axis=0), COLOURS)
-    if len(shapes) >= 0.7 * len(video):
-        seen["shape"] = max(sorted(set(shapes)), key=shapes.count)
-    times, x, y = np.array(places).T
-    right, down_ = (float(np.polyfit(times, along, 1)[0]) * (len(video) - 1) for along in (x, y))
-    if max(abs(right), abs(down_)) >= max(_LEAST_TRAVEL, 2 * min(abs(right), abs(down_))):
-        across_most = abs(right) > abs(down_)
-        seen["direction"] = ("right" if right > 0 else "left") if across_most else ("down" if down_ > 0 else "up")
+    seen["colour"] = _common([_nearest(colour, COLOURS) for colour in colours], missed=1)
+    if len(shapes) == len(video):
+        seen["shape"] = _common(shapes, missed=2)  # a square is told from a disc by its soft corners
+    times, *along = np.array(places).T
+    fits = [np.polyfit(times, one, 1) for one in along]
+    strays = max(float(np.abs(np.polyval(fit, times) - one).max()) for fit, one in zip(fits, along, strict=True))
+    right_, down_ = (float(fit[0]) * (len(video) - 1) for fit in fits)
+    straight = max(abs(right_), abs(down_)) >= max(_LEAST_TRAVEL, 2 * min(abs(right_), abs(down_)))
+    if straight and strays <= _FARTHEST_STRAY:
+        across_most = abs(right_) > abs(down_)
+        seen["direction"] = ("right" if right_ > 0 else "left") if across_most else ("down" if down_ > 0 else "up")
     return seen
+
+
+def _common(values: list[str | None], missed: int) -> str | None:
+    """The value of all frames but a few."""
+    value = max(sorted({one for one in values if one is not None}), key=values.count, default=None)
+    return value if values.count(value) >= len(values) - missed else None
 
 
 def recognise(world: World, video: Video) -> Seen:
