@@ -244,22 +244,23 @@ command_line.main()
 
 
 @contextlib.contextmanager
-def _started(folder: Path, code: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+def _started(folder: Path, code: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
     """A tool whose program has started its worker, and the process ids of these two."""
     path = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    tool = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    # A file and no pipe, which a worker that is left would keep open.
+    with (folder / "errors").open("wb") as errors:
+        tool = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            stderr=errors,
+            start_new_session=True,
+        )
     processes: list[int] = []
     try:
         deadline = time.monotonic() + DEADLINE
         while not (folder / "started").exists():
-            assert tool.poll() is None, tool.communicate()
+            assert tool.poll() is None, (folder / "errors").read_text()
             assert time.monotonic() < deadline, "the program has not started"
             time.sleep(0.02)
         processes += json.loads((folder / "started").read_text())
@@ -268,7 +269,7 @@ def _started(folder: Path, code: str, *arguments: str) -> Iterator[tuple[subproc
         for process in [tool.pid, *processes]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        tool.communicate()
+        tool.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -276,9 +277,8 @@ def test_a_signal_ends_the_commands_and_what_they_started(number, tmp_path):
     with _started(tmp_path, TOOL) as (tool, processes):
         assert all(map(is_running, processes))
         tool.send_signal(number)
-        _, errors = tool.communicate(timeout=DEADLINE)
-        assert tool.returncode == 128 + number
-        assert errors == f"ended by {number.name}, and its commands with it\n"
+        assert tool.wait(DEADLINE) == 128 + number
+        assert (tmp_path / "errors").read_text() == f"ended by {number.name}, and its commands with it\n"
         assert not any(map(is_running, processes))
 
 
@@ -294,8 +294,9 @@ def test_the_quickstart_ends_with_its_commands_and_releases_its_folder(folder, t
         with pytest.raises(ToolFailure, match=r"^another run, .* is writing to q;"):
             _prepare()
         tool.send_signal(signal.SIGTERM)
-        _, errors = tool.communicate(timeout=DEADLINE)
-        assert tool.returncode == 128 + signal.SIGTERM
-        assert errors.splitlines()[-1] == "quickstart: ended by SIGTERM, and its commands with it"
+        assert tool.wait(DEADLINE) == 128 + signal.SIGTERM
+        assert (tmp_path / "errors").read_text().splitlines()[
+            -1
+        ] == "quickstart: ended by SIGTERM, and its commands with it"
         assert not any(map(is_running, processes))
     _prepare()
