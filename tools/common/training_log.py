@@ -5,14 +5,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.failure import require
+from common.failure import ToolFailure, require
 
 LOG_NAME = "log.jsonl"
 
 
 def read_log(checkpoints: Path) -> list[dict[str, Any]]:
-    """The entries of a run's log, in its folder of checkpoints: one per step, and an event for each resume."""
-    return [json.loads(line) for line in (checkpoints / LOG_NAME).read_text(encoding="utf-8").splitlines()]
+    """The entries of a run's log, in its folder of checkpoints: one per step, and an event for each resume.
+
+    Raises:
+        ToolFailure: a line is no JSON object, such as the last one of a run that was killed.
+    """
+    path = checkpoints / LOG_NAME
+    return [_entry(line, f"line {number} of {path}") for number, line in enumerate(path.read_bytes().splitlines(), 1)]
+
+
+def _entry(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:  # no JSON, or no text
+        entry = None
+    if not isinstance(entry, dict):
+        raise ToolFailure(f"{where} is {line[:60]!r}; expected a JSON object; remove it, or train again")
+    return entry
 
 
 def read_steps(checkpoints: Path) -> list[dict[str, Any]]:

@@ -4,11 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.ending import EndedBySignal, ending_commands
 from common.failure import ToolFailure
 from quickstart.real_clips import RealClips
 from quickstart.report import table, write_report
 from quickstart.workflow import Workflow
 from quickstart.world_clips import WorldClips
+from wan_model.system.standard_streams import system_error_message
 
 WORKFLOWS: dict[str, type[Workflow]] = {"world": WorldClips, "real": RealClips}
 
@@ -26,12 +28,18 @@ def main() -> None:
     arguments = parser.parse_args()
     workflow = WORKFLOWS[arguments.clips](Path.cwd(), arguments.folder)
     try:
-        report = workflow.run()
-        write_report(report, workflow.path("report.json"))
-        print(f"\n{table(report)}", flush=True)
-        workflow.check(report)
+        with ending_commands(), workflow.prepared():
+            report = workflow.run()
+            write_report(report, workflow.path("report.json"))
+            print(f"\n{table(report)}", flush=True)
+            workflow.check(report)
     except ToolFailure as error:
         sys.exit(f"\nquickstart: {error}")
+    except OSError as error:
+        sys.exit(f"\nquickstart: {system_error_message(error) or error}")
+    except EndedBySignal as end:
+        print(f"\nquickstart: {end.sentence}", file=sys.stderr)
+        sys.exit(end.status)
 
 
 if __name__ == "__main__":

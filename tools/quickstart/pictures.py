@@ -4,12 +4,14 @@ from pathlib import Path
 
 import av
 import matplotlib
+import numpy as np
 
 matplotlib.use("agg")
 
 from matplotlib import pyplot
+from PIL import Image
 
-from common.failure import require
+from common.failure import ToolFailure, require
 from quickstart.training_log import TrainingLog
 
 _SMOOTHED = 200  # steps; the loss of longer runs is drawn as a running mean too
@@ -69,11 +71,14 @@ def check_video(path: Path, frames: int, height: int, width: int) -> dict[str, f
         Its frames, height and width, and the deviation of its pixel values (0 would be one flat colour).
 
     Raises:
-        ToolFailure: it does not have the requested size, or has only one colour.
+        ToolFailure: it cannot be decoded, does not have the requested size, or has only one colour.
     """
     require(path.is_file(), f"there is no video at {path}")
-    with av.open(str(path)) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    try:
+        with av.open(str(path)) as container:
+            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except av.FFmpegError as error:
+        raise ToolFailure(f"{path} is no whole video: {error}") from None
     shape = (len(pictures), *pictures[0].shape[:2]) if pictures else (0, 0, 0)
     require(
         shape == (frames, height, width),
@@ -85,12 +90,15 @@ def check_video(path: Path, frames: int, height: int, width: int) -> dict[str, f
 
 
 def check_picture(path: Path) -> None:
-    """Check that the file is a PNG image.
+    """Check that the file is a whole PNG image of more than one colour.
 
     Raises:
-        ToolFailure: it does not exist or cannot be decoded.
+        ToolFailure: it does not exist, cannot be decoded, or has only one colour.
     """
     require(path.is_file(), f"there is no picture at {path}")
-    with av.open(str(path)) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    require(len(pictures) == 1 and pictures[0].size > 0, f"{path} holds no picture")
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # a broken PNG is a SyntaxError of Pillow
+        raise ToolFailure(f"{path} is no whole PNG image: {error}") from None
+    require(bool((pixels != pixels[0, 0]).any()), f"{path} is of one colour; expected a picture")

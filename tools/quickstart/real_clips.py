@@ -67,7 +67,6 @@ class RealClips(Workflow):
 
     def run(self) -> dict[str, Any]:
         """See ``Workflow.run``."""
-        self.clear()
         self.clips()
         self.model()
         facts = self.prepare()

@@ -14,11 +14,16 @@ class Stages:
     Args:
         count: number of stages, for the headlines.
         folder: working folder of the commands, so that their paths are short.
+
+    Attributes:
+        seconds: of each stage that has ended.
+        kept_open: descriptors that the commands inherit.
     """
 
     def __init__(self, count: int, folder: Path) -> None:
         self.count, self.folder = count, folder
         self.seconds: dict[str, float] = {}
+        self.kept_open: list[int] = []
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
@@ -39,4 +44,4 @@ class Stages:
         Raises:
             ToolFailure: it ended with a non-zero status.
         """
-        run_command(*arguments, folder=self.folder, output=output)
+        run_command(*arguments, folder=self.folder, output=output, kept_open=self.kept_open)

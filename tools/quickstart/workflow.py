@@ -1,14 +1,18 @@
 """What the quickstart does on any clips: the stages of training, and the parts of the report that all share."""
 
 import abc
-import shutil
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from common.commands import require_programs
 from common.failure import require
+from quickstart.results_folder import claimed
 from quickstart.stages import Stages
 from quickstart.training_log import TrainingLog, check_checkpoint, check_learning, check_steps, read_log
 
+PROGRAMS = ("wan-data", "wan-train", "wan-infer")
 TENSOR_PARALLEL, DATA_PARALLEL = "training-tensor-parallel", "training-data-parallel"
 
 # Files and folders that each run replaces; the download is kept, so that a second run needs no network.
@@ -34,7 +38,7 @@ class Workflow(abc.ABC):
 
     @abc.abstractmethod
     def run(self) -> dict[str, Any]:
-        """Run all stages.
+        """Run all stages, where ``prepared``.
 
         Returns:
             The report.
@@ -58,15 +62,18 @@ class Workflow(abc.ABC):
         """The same as an argument of a command."""
         return str(self.folder / name)
 
-    def clear(self) -> None:
-        """Remove the results of an earlier run, whatever its clips were."""
-        for name in MADE:
-            path = self.path(name)
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        self.path("").mkdir(parents=True, exist_ok=True)
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """For the whole run: all programs are there, and the folder is this run's own and without results.
+
+        Raises:
+            ToolFailure: a program is missing, or the folder is not the quickstart's or another run writes to it.
+        """
+        require_programs(*PROGRAMS)
+        with claimed(self.path(""), MADE) as lock:
+            # A command that outlives a killed run keeps the folder locked.
+            self.stages.kept_open = [lock]
+            yield
 
     def pretrain(self, name: str, steps: int, *arguments: str) -> None:
         """Train on two processes."""

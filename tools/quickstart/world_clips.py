@@ -29,8 +29,10 @@ STEPS_TENSOR_PARALLEL = 200
 STEPS_DATA_PARALLEL = 1500
 VALIDATIONS = 4  # of the data-parallel run
 
-# Of the sampled clips, those that are right in all attributes at once.
+# Of the sampled clips, those that are right in all attributes at once. Of the 16 of combinations that training never
+# saw two may be wrong; alone, the first bound would let a third of them be.
 LEAST_ADHERENCE = 0.9
+LEAST_HELD_OUT = 0.85
 
 
 class WorldClips(Workflow):
@@ -134,7 +136,6 @@ class WorldClips(Workflow):
 
     def run(self) -> dict[str, Any]:
         """See ``Workflow.run``."""
-        self.clear()
         self.clips()
         self.model()
         facts = self.prepare()
@@ -157,9 +158,14 @@ class WorldClips(Workflow):
 
     def check(self, report: dict[str, Any]) -> None:
         """See ``Workflow.check``."""
-        right = report["adherence"]["all"]["all"]
-        require(
-            right >= LEAST_ADHERENCE,
-            f"{right:.1%} of the sampled clips show all that their captions say; expected at least "
-            f"{LEAST_ADHERENCE:.0%}, see {self.argument('sampled-clips.png')}",
-        )
+        goals = {
+            "all": ("the sampled clips", LEAST_ADHERENCE),
+            "held-out": ("those of combinations never trained on", LEAST_HELD_OUT),
+        }
+        right = {group: report["adherence"][group]["all"] for group in goals}
+        missed = [
+            f"{right[group]:.1%} of {what} show all that their captions say; expected at least {least:.0%}"
+            for group, (what, least) in goals.items()
+            if right[group] < least
+        ]
+        require(not missed, f"{', and '.join(missed)}; see {self.argument('sampled-clips.png')}")

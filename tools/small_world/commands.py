@@ -10,6 +10,7 @@ from typing import Any
 
 from small_world.adherence import Request
 from small_world.scenes import FRAMES, World
+from wan_model.system.files import write_bytes
 
 CLIPS = 480
 TEXT_LENGTH = 16  # tokens; the captions have fewer
@@ -78,9 +79,13 @@ def pretrain(
 
 
 def write_requests(world: World, asked: Sequence[Request], path: Path) -> None:
-    """Write the file of prompts that ``sample`` takes."""
+    """Write the file of prompts that ``sample`` takes.
+
+    Raises:
+        OSError: it cannot be written; the error names the path.
+    """
     lines = [json.dumps(request.line(world)) + "\n" for request in asked]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_bytes(path, "".join(lines).encode())
 
 
 def sample(
