@@ -3,7 +3,7 @@
 ``recognise_pattern`` and ``recognise_object`` return the value of each attribute, or None where none is seen clearly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Real
@@ -200,7 +200,7 @@ def recognise_object(video: Video) -> Seen:
     return seen
 
 
-def _common(values: list[str | None], missed: int) -> str | None:
+def _common(values: Sequence[str | None], missed: int) -> str | None:
     """The value of all frames but a few."""
     value = max(sorted({one for one in values if one is not None}), key=values.count, default=None)
     return value if values.count(value) >= len(values) - missed else None

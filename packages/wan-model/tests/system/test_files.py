@@ -13,6 +13,7 @@ import pytest
 from wan_model import WanDiT, save_transformer
 from wan_model.system.files import (
     PARTIAL_SUFFIX,
+    append_line,
     atomic_path,
     atomic_write,
     naming,
@@ -213,3 +214,19 @@ def test_what_is_no_file_is_written_and_not_replaced(tmp_path: Path) -> None:
     assert pipe.is_fifo()
     write_bytes(Path(os.devnull), b"content")
     assert Path(os.devnull).is_char_device()
+
+
+def test_an_appended_line_stands_alone_whatever_a_killed_process_left(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    for before, after in (("", "é\n"), ("whole\n", "whole\né\n"), ("who", "who\né\n"), ("a\n\n", "a\n\né\n")):
+        path.write_text(before, encoding="utf-8")
+        append_line(path, "é")
+        assert path.read_text(encoding="utf-8") == after
+    append_line(tmp_path / "new", "first")
+    append_line(tmp_path / "new", "second")
+    assert (tmp_path / "new").read_text() == "first\nsecond\n"
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        append_line(full, "x")
+    assert caught.value.filename == str(full)

@@ -15,6 +15,7 @@ import yaml
 from wan_model.system.safe_reading import (
     DEEPEST,
     complete_lines,
+    open_below,
     open_file,
     parse_json,
     parse_yaml,
@@ -153,3 +154,33 @@ def test_a_file_is_read_to_its_last_complete_line(tmp_path: Path) -> None:
         lines = complete_lines(file, 8)
         assert (next(lines), file.tell()) == (b"\n", 5)
         assert (next(lines), file.tell()) == (b"xxxxxxx\n", 13)
+
+
+def test_a_file_below_a_folder_is_opened_without_following_links(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run / "a", other):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(folder.name)
+    (tmp_path / "way").symlink_to(run)
+    with open_below(tmp_path / "way", tmp_path / "way" / "a" / "file") as file:
+        assert file.read() == b"a"
+    (run / "a" / "link").symlink_to(other / "file")
+    (run / "b").symlink_to(other)
+    for path, link in ((run / "a" / "link", run / "a" / "link"), (run / "b" / "file", run / "b")):
+        with pytest.raises(ValueError, match=f"^{link} is a link, which may lead elsewhere"):
+            open_below(run, path)
+    with pytest.raises(ValueError, match="file cannot be read: Not a directory"):
+        open_below(run, run / "a" / "file" / "x")
+    with pytest.raises(ValueError, match="has 1 bytes; expected at most 0"):
+        open_below(run, run / "a" / "file", limit=0)
+    os.mkfifo(run / "pipe")
+    with pytest.raises(ValueError, match="pipe is a named pipe; expected a file"):
+        open_below(run, run / "pipe")
+    for absent in (run / "absent", run / "absent" / "file"):
+        with pytest.raises(FileNotFoundError):
+            open_below(run, absent)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(ValueError, match="is a link"):
+            open_below(run, run / "b" / "file")
+    assert len(os.listdir("/proc/self/fd")) == before, "a descriptor is left open"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from typing import IO, Any
 
 import pytest
@@ -67,6 +68,20 @@ def test_progress_that_cannot_be_written_is_dropped() -> None:
     with closed_pipe() as pipe, open("/dev/full", "w") as full:
         for err in (pipe, full):
             assert run(subprocess.DEVNULL, err) == (7, [])
+
+
+@pytest.mark.parametrize("argument", ["", "run"])
+def test_a_character_that_standard_output_cannot_show_is_escaped(
+    argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with tempfile.TemporaryFile() as out:
+        assert run(out, subprocess.PIPE, argument, code=COMMAND.replace('"result"', r'"r\xe9sult"')) == (
+            7,
+            ["progress"],
+        )
+        out.seek(0)
+        assert out.read() == b"r\\xe9sult\nmore\n"
 
 
 def test_a_stream_that_is_closed_from_the_start_is_none() -> None:

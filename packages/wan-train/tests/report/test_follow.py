@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from report_runs import entry, serving, write_run, write_sample
 
+import wan_train.report.videos
 from wan_model.testing.processes import default_signals
+from wan_train.report.run_folder import RunFolder
 from wan_train.report.server import Follower, PageServer, serve
 
 
@@ -75,6 +77,64 @@ def test_videos_are_served_by_what_the_content_calls_them(server: PageServer, tm
         assert body == (tmp_path / "samples" / "step-0000001" / name).read_bytes()
     for other in ("video/2", "video/../log.jsonl", "log.jsonl", "../../etc/passwd", "samples/samples.jsonl"):
         assert get(server, server.root + other)[0] == 404, other
+
+
+def test_only_files_of_the_page_are_served(server: PageServer, tmp_path: Path) -> None:
+    first = content(server)[1]
+    url = server.root + first["videos"]["rows"][0]["sources"][0][1]
+    path = tmp_path / "samples/step-0000001/fox.mp4"
+    whole = path.read_bytes()
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(whole + b"secret")
+    assert get(server, url)[1] == whole
+    path.unlink()
+    path.symlink_to(secret)
+    status, said, _ = get(server, url)
+    assert (status, said.decode()) == (
+        500,
+        f"{path} is a link, which may lead elsewhere; expected a file or folder there",
+    )
+    # What is not on the page any more has no address.
+    assert content(server, first["version"])[1]["videos"]["rows"] == []
+    assert get(server, url)[0] == 404
+    write_sample(tmp_path, 2, "fox")
+    (source,) = content(server)[1]["videos"]["rows"][0]["sources"]
+    assert get(server, server.root + source[1])[0] == 200
+    assert get(server, url)[0] == 404
+
+
+def test_any_error_of_a_damaged_run_is_one_sentence_and_the_server_goes_on(
+    server: PageServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    version = content(server)[1]["version"]
+
+    def fail(self: RunFolder) -> bool:
+        raise OverflowError("cannot convert float infinity to integer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "refresh", fail)
+        for path in ("", "content.json"):
+            status, said, _ = get(server, server.root + path)
+            assert (status, said.decode()) == (
+                500,
+                "the run cannot be shown: OverflowError('cannot convert float infinity to integer')",
+            )
+    assert content(server, version)[1]["version"] == version + 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_that_nothing_is_new_is_found_without_reading(
+    server: PageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sample(tmp_path, 1, "owl")
+    version = content(server)[1]["version"]
+    with monkeypatch.context() as patch:
+        for name in ("read_samples", "open_below"):
+            patch.delattr(wan_train.report.videos, name)
+        assert content(server, version) == (204, {})
+    (tmp_path / "samples/step-0000001/owl.mp4").unlink()
+    status, second = content(server, version)
+    assert (status, [row["name"] for row in second["videos"]["rows"]]) == (200, ["fox"])
 
 
 def test_nobody_reads_it_without_the_address(server: PageServer) -> None:

@@ -17,7 +17,7 @@ import wan_train.report.page
 from wan_train.checkpoint.sample_videos import is_sample_name, read_samples, records_path
 from wan_train.cli import main
 from wan_train.report.page import content_of, open_runs, write_page
-from wan_train.report.videos import choose, find_videos, halving
+from wan_train.report.videos import MOST_VIDEOS, RunVideos, choose, halving
 
 
 class Elements(html.parser.HTMLParser):
@@ -190,14 +190,14 @@ def test_a_picture_that_is_none_is_left_out(tmp_path: Path) -> None:
     write_run(tmp_path, [entry(1)])
     path = write_sample(tmp_path, 1, "fox", frames=1).path(tmp_path)
     path.write_text("<svg onload=alert(1)>")
-    assert find_videos(0, tmp_path) == ([], [f"A video is left out: {path} is not a PNG file."])
+    assert RunVideos(tmp_path).find(0) == ([], [f"A video is left out: {path} is not a PNG file."])
 
 
 def test_videos_beyond_the_bound_are_left_out_by_whole_steps(tmp_path: Path) -> None:
     write_run(tmp_path, [entry(1)])
     for step in (10, 20, 30, 40):
         write_sample(tmp_path, step, "fox")
-    found, notes = find_videos(0, tmp_path)
+    found, notes = RunVideos(tmp_path).find(0)
     assert notes == []
     sizes = {video.sample.step: video.size for video in found}
     chosen, said = choose(found, sizes[40] + sizes[10])
@@ -230,13 +230,45 @@ def test_only_videos_of_the_run_are_read(tmp_path: Path) -> None:
             records.write(json.dumps({"step": 1, "name": name}) + "\n")
         records.write(json.dumps({"step": 1, "name": "good", "caption": "x" * (1 << 16)}) + "\n")
         records.write('not JSON\n{"step": -1, "name": "good"}\n[]\n{"step": 2, "name": "cut')
-    assert [sample.name for sample in read_samples(folder)] == ["good", "link", "text", "absent"]
+    assert [sample.name for sample in read_samples(folder)[0]] == ["good", "link", "text", "absent"]
     assert [is_sample_name(name) for name in names] == [True] * 3 + [False] * 7
-    found, notes = find_videos(0, folder)
+    found, notes = RunVideos(folder).find(0)
     assert [video.sample.name for video in found] == ["good"]
-    assert len(notes) == 1
-    assert "link.mp4 leads out of" in notes[0]
-    assert "(and 2 more)" in notes[0]
+    assert len(notes) == 2
+    # Names that are no file's, a line that is too long, three that are no record, and a torn one.
+    assert notes[0] == f"Lines of {records_path(folder)} that are no records are left out: line 5 and 11 more."
+    assert "link.mp4 is a link, which may lead elsewhere; expected a file or folder there" in notes[1]
+    assert "(and 2 more)" in notes[1]
+
+
+@pytest.mark.parametrize("place", ["samples", "samples/step-0000001", "samples/samples.jsonl"])
+def test_no_link_leads_to_videos_or_records_elsewhere(place: str, tmp_path: Path) -> None:
+    folder, other = write_run(tmp_path / "run", [entry(1)]), write_run(tmp_path / "other", [entry(1)])
+    for run in (folder, other):
+        write_sample(run, 1, "fox", f"of {run.name}")
+    (folder / place).rename(tmp_path / "moved")
+    (folder / place).symlink_to(other / place)
+    found, (note,) = RunVideos(folder).find(0)
+    assert found == []
+    assert f"{folder / place} is a link, which may lead elsewhere" in note
+    # The run's folder itself may be reached by one.
+    (tmp_path / "link").symlink_to(other)
+    assert [video.sample.caption for video in RunVideos(tmp_path / "link").find(0)[0]] == ["of other"]
+
+
+def test_the_newest_steps_of_very_many_videos_are_looked_at(tmp_path: Path) -> None:
+    write_run(tmp_path, [entry(1)])
+    video = write_sample(tmp_path, 1, "a").path(tmp_path)
+    with records_path(tmp_path).open("a") as records:
+        for step in range(2, 2000):
+            folder = tmp_path / f"samples/step-{step:07d}"
+            folder.mkdir()
+            for name in "abc":
+                (folder / f"{name}.mp4").hardlink_to(video)
+                records.write(json.dumps({"step": step, "name": name}) + "\n")
+    found, notes = RunVideos(tmp_path).find(0)
+    assert {video.sample.step for video in found} == set(range(2000 - MOST_VIDEOS // 3, 2000))
+    assert notes == ["Sampled videos of the newest 666 of 1999 steps are looked at: at most 2,000 of a run."]
 
 
 def test_the_command_refuses_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

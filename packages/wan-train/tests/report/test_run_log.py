@@ -9,6 +9,7 @@ import pytest
 from report_runs import entry, validation, write_run
 from training_runs import read_log, steps_of
 
+from wan_train.report.page import as_json, content_of, open_runs, render
 from wan_train.report.run_folder import RunFolder
 from wan_train.report.run_log import RunLog
 
@@ -69,9 +70,8 @@ def test_values_that_are_not_finite_are_gaps_and_named(tmp_path: Path) -> None:
     assert run.content()["curves"]["loss"] == {"step": [1, 2, 3, 4], "value": [1.0, None, 1.0, 1.0]}
     assert list(points(run.log, "grad_norm")) == [1, 2, 4]
     notes = run.notes()
-    assert "loss is not finite at step 2." in notes
-    assert "mfu is not finite at step 2." in notes
-    assert "tokens is not finite at step 4." in notes
+    for key, step in (("loss", 2), ("mfu", 2), ("tokens", 4)):
+        assert f"{key} is not finite or beyond 1e100 at step {step}." in notes
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,22 @@ def test_lines_that_are_no_entries_are_left_out_and_counted(line: str, tmp_path:
     run = RunFolder(write_run(tmp_path, [entry(1), line, entry(3)]), "run")
     assert list(points(run.log, "loss")) == [1, 3]
     assert run.log.unreadable == 1
-    assert "no entries are left out: 1" in " ".join(run.notes())
+    said = f"Lines of {tmp_path / 'log.jsonl'} that are no entries are left out: line 2."
+    assert said in run.notes()
+
+
+@pytest.mark.parametrize("key", ["seconds", "tokens", "loss", "learning_rate", "save_seconds"])
+@pytest.mark.parametrize("value", [1e308, -1e308])
+def test_numbers_too_large_to_be_added_up_are_gaps(key: str, value: float, tmp_path: Path) -> None:
+    huge = [entry(step, **{key: value}) for step in range(2, 12)]
+    folder = write_run(tmp_path, [entry(1), *huge, entry(12), validation(12, {"500": value, "900": value})])
+    content = content_of(open_runs([folder]))
+    as_json(content)
+    (run,) = content["runs"]
+    assert [one is None for one in run["curves"][key]["value"]] == [False] + [True] * 10 + [False]
+    assert f"{key} is not finite or beyond 1e100 at step 2, 3, 4, 5, 6 and more." in run["notes"]
+    assert run["validation"] is None
+    assert render(content)
 
 
 def test_bytes_that_are_no_text_are_left_out(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from training_runs import (
     steps_of,
     train_on,
     trajectory,
+    wan_train,
 )
 from warm_ranks import Call
 
@@ -38,7 +39,7 @@ from wan_model.sampling.solvers import Solver
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
 from wan_train.config.samples import SamplesConfig
-from wan_train.report.videos import find_videos
+from wan_train.report.videos import RunVideos
 
 CHOSEN = ("samples.steps=3", "samples.guidance=3", "samples.seed=7")
 
@@ -90,7 +91,7 @@ def test_captions_of_the_validation_split_become_files_records_and_curves(datase
         for step in (2, 3)
         for n, kind in enumerate(("mp4", "png", "mp4"))
     ]
-    shown, left_out = find_videos(0, folder)  # by the page of the run
+    shown, left_out = RunVideos(folder).find(0)  # by the page of the run
     assert [video.path for video in shown] == [folder / one["file"] for one in records]
     assert left_out == []
     events = events_of(folder)
@@ -193,6 +194,37 @@ def test_a_failure_is_said_once_and_training_goes_on(dataset: Path, tmp_path: Pa
     assert "".join(ended.output).count("no videos") == 1
     assert "training goes on" in "".join(ended.output)
     assert [entry["step"] for entry in steps_of(read_log(tmp_path))] == [1, 2, 3, 4]
+
+
+def test_a_partly_failed_sampling_says_how_many_videos_stand(dataset: Path, tmp_path: Path) -> None:
+    """And a log and records that a killed process has left torn lose nothing of what follows."""
+    for name in ("01.mp4", "01.png"):
+        (tmp_path / "samples/step-0000001" / name).mkdir(parents=True)  # where the second file should be
+    torn = '{"step": 1, "lo'
+    (tmp_path / "log.jsonl").write_text(torn)
+    (tmp_path / "samples/samples.jsonl").write_text(torn)
+    options = (*RUN_OPTIONS, f"dataset.encoded_by={dataset / 'model'}", "samples.interval=1", "samples.count=3")
+    ended = run((*options, "samples.steps=1", "train.train_iters=1"), tmp_path)
+    assert ended.codes == [0], ended.errors
+    left, *lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert left == torn
+    step, sampled = map(json.loads, lines)
+    assert (step["step"], sampled["event"], sampled["videos"]) == (1, "samples", 1)
+    assert "step-0000001/01." in sampled["failure"]
+    assert "step 1  1 of 3 videos: IsADirectoryError: " in ended.output[0]
+    left, *records = (tmp_path / "samples/samples.jsonl").read_text().splitlines()
+    assert (left, [json.loads(record)["name"] for record in records]) == (torn, ["00"])
+    assert [path.stem for path in (tmp_path / "samples/step-0000001").iterdir() if path.is_file()] == ["00"]
+
+
+def test_a_failure_that_the_terminal_cannot_show_ends_no_run(tmp_path: Path) -> None:
+    done = wan_train(
+        *RUN_OPTIONS, "samples.interval=1", f"samples.prompts={tmp_path}/é.txt", "train.train_iters=2",
+        f"checkpoint.save={tmp_path}", environment={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"the prompts file {tmp_path}/\\xe9.txt cannot be read" in done.stdout
+    assert len(steps_of(read_log(tmp_path))) == 2
 
 
 @pytest.mark.parametrize(

@@ -141,3 +141,25 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a UTF-8 file, which is created if it does not exist.
+
+    A last line without its end, as a killed process or a full disk leaves one, is ended first: nothing is deleted, and
+    the new line stands alone.
+
+    Args:
+        path: of the file; links are followed.
+        line: without its end.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
+    with naming(path), path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        else:
+            torn = False
+        file.write(b"\n" * torn + line.encode("utf-8") + b"\n")

@@ -5,6 +5,7 @@ brackets, YAML aliases of aliases) is one sentence, at once. Imports no torch.
 """
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -84,11 +85,54 @@ def open_file(path: Path, limit: int | None = None) -> BinaryIO:
     with _failures_named(path):
         # Without O_NONBLOCK, opening a named pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return _opened(path, descriptor, limit)
+
+
+def _opened(path: Path, descriptor: int, limit: int | None) -> BinaryIO:
     try:
         _require_regular(path, os.fstat(descriptor), limit)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
+        raise
+
+
+def open_below(folder: Path, path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file in a folder for reading, where nothing leads out of the folder, whoever changes it meanwhile.
+
+    Args:
+        folder: may be reached by a link.
+        path: of the file, which begins with ``folder``; no part after that may be a link.
+        limit: the most bytes that it may have; None for any number.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: a part is a link, or it cannot be read, is no regular file, or larger.
+    """
+    flags, reached = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, folder
+    with _failures_named(folder):
+        descriptor = os.open(folder, flags | os.O_DIRECTORY)
+    *folders, name = path.relative_to(folder).parts
+    for part, more in (*((part, os.O_DIRECTORY) for part in folders), (name, 0)):
+        reached, parent = reached / part, descriptor
+        try:
+            with _failures_named(reached), _links_refused(reached, part, parent):
+                descriptor = os.open(part, flags | os.O_NOFOLLOW | more, dir_fd=parent)
+        finally:
+            os.close(parent)
+    return _opened(path, descriptor, limit)
+
+
+@contextlib.contextmanager
+def _links_refused(path: Path, name: str, parent: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # ENOTDIR is of a link where a folder is expected, and of a file there.
+        if error.errno in (errno.ELOOP, errno.ENOTDIR) and stat.S_ISLNK(
+            os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+        ):
+            raise ValueError(f"{path} is a link, which may lead elsewhere; expected a file or folder there") from None
         raise
 
 
@@ -103,7 +147,22 @@ def read_bytes(path: Path, limit: int = SMALL_FILE) -> bytes:
         FileNotFoundError: it does not exist.
         ValueError: it cannot be read, is no regular file, or larger.
     """
-    with open_file(path, limit) as file, _failures_named(path):
+    with open_file(path, limit) as file:
+        return read_whole(file, path, limit)
+
+
+def read_whole(file: BinaryIO, path: Path, limit: int) -> bytes:
+    """Read an open file to its end.
+
+    Args:
+        file: as ``open_file`` and ``open_below`` return it.
+        path: in messages.
+        limit: the most bytes that it may have.
+
+    Raises:
+        ValueError: it cannot be read, or is larger.
+    """
+    with _failures_named(path):
         content = file.read(limit + 1)  # a file of the proc file system has no size
     if len(content) > limit:
         raise ValueError(f"{path} has over {limit:,} bytes; expected at most {limit:,}")

@@ -6,6 +6,8 @@
 | standard output of a command: its result | the command ends with exit status 1, without a word | one sentence, 1 |
 | standard output of a training run | dropped; the run goes on | an ``OSError`` that names it |
 
+A character that the encoding of a stream has not, such as of a terminal with ASCII, is written as an escape.
+
 Imports no torch.
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 
 from wan_model.system.files import naming
 from wan_model.system.import_path import safe_import_path
+from wan_model.system.terminal import write_text
 
 _OUTPUT = "standard output"
 _REPEAT_SECONDS = 0.05
@@ -43,7 +46,7 @@ def is_unread_output(error: BaseException) -> bool:
 
 
 class _Stream:
-    """A text stream whose errors name it.
+    """A text stream whose errors name it, and which takes any character.
 
     Args:
         stream: the stream; all that is not below is its own.
@@ -56,7 +59,7 @@ class _Stream:
 
     def write(self, text: str) -> int:
         with contextlib.suppress(*self._drops), naming(self._name):
-            return self._stream.write(text)
+            return write_text(self._stream, text)
         return len(text)
 
     def flush(self) -> None:

@@ -1,6 +1,18 @@
 """Lines for people, of which the last may be rewritten in place on a terminal."""
 
-from typing import TextIO
+from typing import Any, TextIO
+
+
+def write_text(stream: Any, text: str) -> int:
+    """Write text to a text stream, with escapes such as ``\\xe9`` for the characters that its encoding has not.
+
+    Returns:
+        What the stream's ``write`` does.
+    """
+    try:
+        return stream.write(text)
+    except UnicodeEncodeError:  # raised before anything is written
+        return stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
 
 
 class Terminal:
@@ -38,7 +50,7 @@ class Terminal:
             self._in_place = False
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
+        write_text(self._stream, text)
         self._stream.flush()
 
     def _clear(self) -> str:

@@ -7,22 +7,25 @@ In the run's checkpoint folder::
 
 A line has ``step``, ``name`` (that of the file, without its suffix), ``caption``, ``seed`` and ``file``, of which the
 suffix counts alone; other keys are ignored, and a line without ``file`` is about an ``.mp4``.
-Where a resumed run samples a step again, it appends the lines again, and the last one holds.
+Where a resumed run samples a step again, it appends the lines again, and the last one holds. None of it may be a link:
+what is shown may be handed on, so nothing comes from elsewhere.
 """
 
-import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wan_model.system.safe_reading import complete_lines, open_file, parse_json
+from wan_model.system.safe_reading import complete_lines, open_below, parse_json
+from wan_model.system.units import format_bytes
 
 Suffix = Literal[".mp4", ".png"]
 
 SAMPLES = "samples"
 _RECORDS = "samples.jsonl"
 _LONGEST_LINE = 1 << 16
-_MOST_LINES = 100_000
+# Of the end of the records, some hundred thousand lines.
+_MOST_BYTES = 32 << 20
 _LONGEST_NAME = 200
 
 
@@ -75,7 +78,7 @@ def is_sample_name(name: Any) -> bool:
     )
 
 
-def read_samples(folder: Path) -> list[SampleVideo]:
+def read_samples(folder: Path) -> tuple[list[SampleVideo], list[str]]:
     """What the records name, ascending by step, then in the order in which names first appear.
 
     Lines that are no record, and a last line without its end, are left out. The files need not exist.
@@ -83,22 +86,54 @@ def read_samples(folder: Path) -> list[SampleVideo]:
     Args:
         folder: the run's checkpoint folder.
 
+    Returns:
+        The videos; and sentences about lines that are left out.
+
     Raises:
-        ValueError: the records exist and cannot be read.
+        ValueError: the records exist and cannot be read, or are reached by a link.
     """
     path = records_path(folder)
     found: dict[tuple[int, str], SampleVideo] = {}
     names: dict[str, int] = {}
+    bad: list[int] = []
+    notes, number = [], 0
     try:
-        file = open_file(path)
+        file = open_below(folder, path)
     except FileNotFoundError:
-        return []
+        return [], []
     with file:
-        for line in itertools.islice(complete_lines(file, _LONGEST_LINE), _MOST_LINES):
+        size = os.fstat(file.fileno()).st_size
+        if size > _MOST_BYTES:
+            file.seek(size - _MOST_BYTES)
+            file.readline(_LONGEST_LINE)  # the rest of a line
+            notes.append(f"Of {path} only the last {format_bytes(_MOST_BYTES)} are read, and lines counted.")
+        end = file.tell()
+        for number, line in enumerate(complete_lines(file, _LONGEST_LINE), 1):
+            end = file.tell()
             if line is not None and (video := _parse(line, path)):
                 names.setdefault(video.name, len(names))
                 found[video.step, video.name] = video
-    return sorted(found.values(), key=lambda video: (video.step, names[video.name]))
+            else:
+                bad.append(number)
+        file.seek(end)
+        if file.read(1):
+            bad.append(number + 1)  # it has no end
+    if bad:
+        notes.append(left_out(path, "records", bad[0], len(bad)))
+    return sorted(found.values(), key=lambda video: (video.step, names[video.name])), notes
+
+
+def left_out(path: Path, kind: str, first: int, count: int) -> str:
+    """A sentence about lines of a file that are not what they should be.
+
+    Args:
+        path: of the file.
+        kind: what they should be, such as ``records``.
+        first: number of the first of them, from 1.
+        count: how many there are.
+    """
+    more = f" and {count - 1} more" if count > 1 else ""
+    return f"Lines of {path} that are no {kind} are left out: line {first}{more}."
 
 
 def _parse(line: bytes, path: Path) -> SampleVideo | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import parallel_state
 
-from wan_model.system.files import naming
+from wan_model.system.files import append_line
 from wan_model.system.gpus import peak_tflops
 from wan_model.system.terminal import Terminal
 from wan_model.system.units import format_seconds
@@ -193,7 +193,7 @@ class MetricsWriter:
         )
 
     def samples(self, step: int, result: "SampleResult") -> None:
-        """Sampled videos, or why there are none; the terminal gets the first of several failures in a row."""
+        """Sampled videos, or why some or all are missing; the terminal gets the first of several failures in a row."""
         entry: dict[str, Any] = {"event": "samples", "step": step, "seconds": result.seconds, "weights": result.weights}
         if result.failure is None:
             videos = f"{result.videos} video{'s' * (result.videos > 1)}"
@@ -201,8 +201,9 @@ class MetricsWriter:
             self.event(line, **entry, videos=result.videos)
             self._sampling_failed = False
             return
-        said = f"step {step}  no videos: {result.failure}; training goes on"
-        self.event(None if self._sampling_failed else said, **entry, videos=0, failure=result.failure)
+        videos = f"{result.videos} of {result.wanted} videos" if result.videos else "no videos"
+        said = f"step {step}  {videos}: {result.failure}; training goes on"
+        self.event(None if self._sampling_failed else said, **entry, videos=result.videos, failure=result.failure)
         self._sampling_failed = True
 
     def no_samples(self, step: int, reason: str) -> None:
@@ -223,7 +224,5 @@ class MetricsWriter:
             state.wandb_logger.log(values, step)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        if self.log is None:
-            return
-        with naming(self.log), self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        if self.log is not None:
+            append_line(self.log, json.dumps(entry))

@@ -154,7 +154,7 @@ class _NamedOutput(io.TextIOWrapper):
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        super().__init__(open(path, "ab"), encoding="utf-8")  # noqa: SIM115  closed with this object
+        super().__init__(open(path, "ab"), encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  closed with this object
 
     def write(self, text: str) -> int:
         """As of any file."""
@@ -180,7 +180,7 @@ class _LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """As of any handler."""
-        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{self.format(record)}\n")
 
 

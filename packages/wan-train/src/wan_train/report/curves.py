@@ -146,5 +146,5 @@ def plain(curve: Curve) -> dict[str, list[Any]]:
 
 
 def not_finite(curve: Curve) -> list[int]:
-    """The steps at which the log has a number that is not finite."""
+    """The steps at which the log has a number that cannot be drawn: not finite, or beyond 1e100."""
     return [step for step, value in zip(curve.steps, curve.values, strict=True) if math.isnan(value)]

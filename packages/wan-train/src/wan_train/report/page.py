@@ -19,7 +19,7 @@ from wan_model.system.files import write_bytes
 from wan_train.report.curves import charts_of
 from wan_train.report.run_folder import RunFolder
 from wan_train.report.settings import rows
-from wan_train.report.videos import choose, data_uri, table
+from wan_train.report.videos import FoundVideo, choose, table
 
 PAGE_NAME = "report.html"
 # Bytes of videos in a page, before base64 adds a third.
@@ -44,13 +44,16 @@ def open_runs(folders: Sequence[Path]) -> list[RunFolder]:
 
 
 def content_of(
-    runs: Sequence[RunFolder], *, source: Callable[[Path], str] = data_uri, video_bytes: int = LARGEST_VIDEOS
+    runs: Sequence[RunFolder],
+    *,
+    source: Callable[[FoundVideo], str] = FoundVideo.data_uri,
+    video_bytes: int = LARGEST_VIDEOS,
 ) -> dict[str, Any]:
     """All that the page shows, as JSON has it.
 
     Args:
         runs: the first one, and those that it is compared with.
-        source: the URL of a video's file.
+        source: the URL of a video.
         video_bytes: bytes of all videos.
 
     Raises:

@@ -7,10 +7,11 @@ from typing import Any
 from wan_model.system.units import format_seconds
 from wan_train.checkpoint.folder import saved_steps, step_folder
 from wan_train.checkpoint.record import RECORD_NAME
+from wan_train.checkpoint.sample_videos import left_out
 from wan_train.report.curves import clock, half_lives, not_finite, plain, smooth, thin
 from wan_train.report.run_log import RunLog
 from wan_train.report.settings import newest_settings
-from wan_train.report.videos import FoundVideo, find_videos
+from wan_train.report.videos import FoundVideo, RunVideos
 
 _MOST_MARKS = 500
 _NAMED = 5
@@ -55,14 +56,16 @@ class RunFolder:
     settings: dict[str, Any] = field(init=False, default_factory=dict)
     settings_from: str = field(init=False, default="")
     saved: list[int] = field(init=False, default_factory=list)
+    _videos: RunVideos = field(init=False)
     _seen: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.log = RunLog(self.folder)
+        self._videos = RunVideos(self.folder)
         self.refresh()
 
     def refresh(self) -> bool:
-        """Read what is new; returns whether anything is.
+        """Read what is new; returns whether anything is. Where nothing is, only sizes and times of files are read.
 
         Raises:
             ValueError: the log cannot be read any more.
@@ -73,17 +76,17 @@ class RunFolder:
         if (steps, saved) != self._seen:
             changed, self._seen, self.saved = True, (steps, saved), saved
             self.settings, self.settings_from = newest_settings(self.folder)
-        return changed
+        return self._videos.refresh() or changed
 
     def videos(self, number: int) -> tuple[list[FoundVideo], list[str]]:
-        """The sampled videos, and sentences about those that are left out; see ``find_videos``."""
-        return find_videos(number, self.folder)
+        """The sampled videos, and sentences about those that are left out; see ``RunVideos``."""
+        return self._videos.find(number)
 
     @property
     def steps_of_run(self) -> int | None:
         """The last step that the run is to take, as its configuration says."""
         steps = self.settings.get("train.train_iters")
-        return steps if type(steps) is int else None
+        return steps if type(steps) is int and abs(steps) < 1 << 53 else None
 
     def marks(self) -> list[Mark]:
         """Saves and resumes, by ascending step; those without a step are last."""
@@ -113,9 +116,9 @@ class RunFolder:
         if not log.curves:
             notes.append("The log has no step yet.")
         if log.incomplete:
-            notes.append("The last line of the log is incomplete and left out.")
+            notes.append(f"The last line of the log is incomplete and left out: line {log.lines + 1} of {log.path}.")
         if log.unreadable:
-            notes.append(f"Lines of the log that are no entries are left out: {log.unreadable}.")
+            notes.append(left_out(log.path, "entries", log.first_unreadable, log.unreadable))
         if log.replaced:
             notes.append(f"Entries of steps that were trained again after a resume are left out: {log.replaced}.")
         if log.unknown_keys:
@@ -123,7 +126,9 @@ class RunFolder:
         for key, curve in log.curves.items():
             if steps := not_finite(curve):
                 more = " and more" if len(steps) > _NAMED else ""
-                notes.append(f"{key} is not finite at step {', '.join(map(str, steps[:_NAMED]))}{more}.")
+                notes.append(
+                    f"{key} is not finite or beyond 1e100 at step {', '.join(map(str, steps[:_NAMED]))}{more}."
+                )
         if not self.settings:
             notes.append(f"There is no configuration: {self.settings_from}.")
         return notes

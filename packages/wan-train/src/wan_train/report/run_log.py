@@ -21,6 +21,8 @@ _LONGEST_LINE = 1 << 20
 _MOST_CURVES = 200
 _LARGEST_STEP = 1 << 53  # of JavaScript's exact integers
 _MOST_EVENTS = 10_000
+# Sums and multiples of what is shown stay finite; a norm in fp32 is below 4e38.
+_LARGEST_NUMBER = 1e100
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Curve:
 
     Attributes:
         steps: the steps.
-        values: NaN where the log has a number that is not finite.
+        values: NaN where the log has a number that is not finite, or beyond 1e100.
     """
 
     steps: array = field(default_factory=lambda: array("q"))
@@ -71,14 +73,14 @@ def _step_of(entry: Mapping[str, Any]) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """As a float, NaN for what is not finite; None for what is no number."""
+    """As a float, NaN for what is not finite or too large to be added up; None for what is no number."""
     if type(value) not in (int, float):
         return None
     try:
         found = float(value)
     except OverflowError:
         return math.nan
-    return found if math.isfinite(found) else math.nan
+    return found if abs(found) <= _LARGEST_NUMBER else math.nan
 
 
 class RunLog:
@@ -92,7 +94,9 @@ class RunLog:
             name, such as ``validation.loss``, and ``validation.timesteps.500`` for the loss at a timestep.
         events: in the order of the log.
         replaced: entries of steps that were logged again after a resume.
-        unreadable: lines that are no JSON object.
+        unreadable: lines that are no entries.
+        first_unreadable: number of the first of these, from 1; 0 without any.
+        lines: how many have been read.
         incomplete: whether the last line has no end yet.
 
     Raises:
@@ -111,7 +115,8 @@ class RunLog:
     def _begin(self) -> None:
         self.curves: dict[str, Curve] = {}
         self.events: list[Event] = []
-        self.replaced = self.unreadable = self.unknown_keys = self._offset = 0
+        self.replaced = self.unreadable = self.first_unreadable = self.unknown_keys = 0
+        self.lines = self._offset = 0
         self.incomplete = False
         self._file: tuple[int, int] | None = None
 
@@ -144,23 +149,28 @@ class RunLog:
         return self._offset != before or begun is None
 
     def _take(self, line: bytes | None) -> None:
+        self.lines += 1
         try:
             entry = None if line is None else parse_json(line.decode("utf-8"), str(self.path), _LONGEST_LINE)
         except ValueError:  # also of UTF-8
             entry = None
         if not isinstance(entry, dict):
-            self.unreadable += 1
+            self._leave_out()
             return
         step, kind = _step_of(entry), entry.get("event")
         if kind is None:
             if step is None:
-                self.unreadable += 1
+                self._leave_out()
                 return
             # Counted by the loss, which every entry of steps has.
             self.replaced += self._put("loss", step, entry.get("loss"))
             self._put_all("", step, entry)
         else:
             self._take_event(str(kind), step, entry)
+
+    def _leave_out(self) -> None:
+        self.unreadable += 1
+        self.first_unreadable = self.first_unreadable or self.lines
 
     def _take_event(self, kind: str, step: int | None, entry: Mapping[str, Any]) -> None:
         if kind == "resumed" and step is not None:

@@ -6,6 +6,7 @@ through a name that leads here.
 """
 
 import http.server
+import itertools
 import re
 import secrets
 import socketserver
@@ -16,10 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_model.system.safe_reading import read_bytes
 from wan_train.report.page import LARGEST_VIDEOS, as_json, content_of, open_runs, render
 from wan_train.report.run_folder import RunFolder
-from wan_train.report.videos import LARGEST_VIDEO, media_type
+from wan_train.report.videos import FoundVideo
 
 _ADDRESS = "127.0.0.1"
 _HERE = {_ADDRESS, "localhost"}
@@ -41,8 +41,9 @@ class Follower:
         self._runs: list[RunFolder] = open_runs(folders)
         self._video_bytes = video_bytes
         self._lock = threading.Lock()
-        self._videos: dict[str, Path] = {}
-        self._seen: Any = None
+        self._videos: dict[str, FoundVideo] = {}  # of the content, by URL
+        self._numbers = itertools.count()
+        self._stale = True
         self._content: dict[str, Any] = {"version": 0}
 
     def content(self) -> dict[str, Any]:
@@ -52,34 +53,33 @@ class Follower:
             ValueError: a log cannot be read any more.
         """
         with self._lock:
+            stale, self._stale = self._stale, True  # until the new content is there
             changed = [run.refresh() for run in self._runs]
-            found = [run.videos(number) for number, run in enumerate(self._runs)]
-            if any(changed) or found != self._seen:
-                self._seen = None  # until the new content is there
-                content = content_of(self._runs, source=self._url_of, video_bytes=self._video_bytes)
+            if any(changed) or stale:
+                urls: dict[str, FoundVideo] = {}
+                known = {video.path: url for url, video in self._videos.items()}
+
+                def url_of(video: FoundVideo) -> str:
+                    # With its time, so that a browser does not keep what a resumed run has sampled again.
+                    url = known.get(video.path) or f"video/{next(self._numbers)}"
+                    urls[url] = video
+                    return f"{url}?{video.changed}"
+
+                content = content_of(self._runs, source=url_of, video_bytes=self._video_bytes)
                 version, now = self._content["version"] + 1, time.strftime("%H:%M:%S")
                 self._content = {**content, "follow": True, "version": version, "time": now}
-                self._seen = found
+                self._videos = urls
+            self._stale = False
             return self._content
-
-    def _url_of(self, path: Path) -> str:
-        # With its time, so that a browser does not keep what a resumed run has sampled again.
-        found = path.stat()
-        url = f"video/{len(self._videos)}"
-        for known, other in self._videos.items():
-            if other == path:
-                url = known
-        self._videos[url] = path
-        return f"{url}?{found.st_mtime_ns}"
 
     def video(self, url: str) -> tuple[str, bytes] | None:
         """Media type and bytes of the video at an address of the content; None if there is none.
 
         Raises:
-            ValueError: it cannot be read.
+            FileNotFoundError, ValueError: it cannot be read; see ``FoundVideo.read``.
         """
-        path = self._videos.get(url)
-        return None if path is None else (media_type(path), read_bytes(path, LARGEST_VIDEO))
+        video = self._videos.get(url)
+        return None if video is None else (video.media_type, video.read())
 
 
 class PageServer(http.server.ThreadingHTTPServer):
@@ -147,22 +147,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if host not in _HERE or not path.startswith(self.server.root):
             self._answer(404, "text/plain", b"not found")
             return
-        name, follower = path.removeprefix(self.server.root), self.server.follower
         try:
-            if name == "":
-                self._answer(200, "text/html; charset=utf-8", render(follower.content()))
-            elif name == "content.json":
-                content = follower.content()
-                if query == f"have={content['version']}":
-                    self._answer(204)
-                else:
-                    self._answer(200, "application/json", as_json(content))
-            elif (video := follower.video(name)) is not None:
-                self._answer(200, *video)
-            else:
-                self._answer(404, "text/plain", b"not found")
-        except (ValueError, FileNotFoundError) as error:
-            self._answer(500, "text/plain; charset=utf-8", str(error).encode("utf-8", "replace"))
+            answer = self._found(path.removeprefix(self.server.root), query)
+        except Exception as error:  # whatever stands in a run's folder, the server goes on
+            known = isinstance(error, ValueError | OSError)
+            said = " ".join(str(error).split()) if known else f"the run cannot be shown: {error!r}"
+            answer = 500, "text/plain; charset=utf-8", said.encode("utf-8", "replace")
+        self._answer(*answer)
+
+    def _found(self, name: str, query: str) -> tuple[int, str | None, bytes]:
+        follower = self.server.follower
+        if name == "":
+            return 200, "text/html; charset=utf-8", render(follower.content())
+        if name == "content.json":
+            content = follower.content()
+            if query == f"have={content['version']}":
+                return 204, None, b""
+            return 200, "application/json", as_json(content)
+        if (video := follower.video(name)) is not None:
+            return 200, *video
+        return 404, "text/plain", b"not found"
 
     def _answer(self, status: int, kind: str | None = None, body: bytes = b"") -> None:
         self.send_response(status)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.codec.video_encoding import Frames, encode_mp4_beside, encode_png, to_frames
-from wan_model.system.files import atomic_write, naming
+from wan_model.system.files import append_line, atomic_write, naming
 from wan_train.checkpoint.sample_videos import SAMPLES, records_path, samples_folder, suffix_of
 from wan_train.sampling.latents import SamplePlan, SampleRequest
 
@@ -41,18 +41,28 @@ class VideoWriter:
     ) -> None:
         self._run, self._plan, self._codec = run, plan, codec
         self._device, self._fps, self._weights = device, fps, weights
+        self._written = 0
 
-    def write(self, step: int, latents: Sequence[Tensor], state: Any) -> int:
-        """Write the videos; returns their number.
+    def write(self, step: int, latents: Sequence[Tensor], state: Any) -> tuple[int, Exception | None]:
+        """Write the videos, up to the first failure.
 
         Args:
             step: the optimizer steps done.
             latents: [C, F, h, w] of each.
             state: Megatron-Bridge's, which has the loggers of this rank.
 
-        Raises:
-            ValueError or OSError: a latent is not finite, or a file cannot be written.
+        Returns:
+            The number of videos that stand, with their records; and what failed, such as that a latent is not finite,
+            or a file cannot be written.
         """
+        self._written = 0
+        try:
+            self._write_all(step, latents, state)
+        except Exception as error:
+            return self._written, error
+        return self._written, None
+
+    def _write_all(self, step: int, latents: Sequence[Tensor], state: Any) -> None:
         decoder = self._codec.decoder
         assert decoder is not None, "it was loaded"
         decoder.to(self._device)
@@ -63,7 +73,6 @@ class VideoWriter:
             decoder.to("cpu")
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # of sizes that training has no use for
-        return len(latents)
 
     def _write_one(self, step: int, request: SampleRequest, latent: Tensor, state: Any) -> None:
         if not bool(torch.isfinite(latent).all()):
@@ -80,9 +89,8 @@ class VideoWriter:
                 file.write(encode_png(frame, record))
             else:
                 encode_mp4_beside(file, pieces, self._fps, record)
-        records = records_path(self._run)
-        with naming(records), records.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append_line(records_path(self._run), json.dumps(record, ensure_ascii=False))
+        self._written += 1
         tag = f"{SAMPLES}/{request.name}"
         if kept is not None:
             add_gif(state.tensorboard_logger, tag, np.stack(kept), self._fps, step)

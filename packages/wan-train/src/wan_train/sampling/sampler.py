@@ -31,7 +31,8 @@ class SampleResult:
     """What came of one time of sampling, equal on every rank.
 
     Attributes:
-        videos: number of files.
+        videos: number of files, also of those before a failure.
+        wanted: number of videos of the plan.
         seconds: that training waited.
         folder: of the files.
         weights: ``weights`` or ``ema``.
@@ -39,6 +40,7 @@ class SampleResult:
     """
 
     videos: int
+    wanted: int
     seconds: float
     folder: Path
     weights: str
@@ -110,15 +112,14 @@ class TrainingSampler:
             assert self._writer is not None, "the last rank made the plan"
             if failure is not None:
                 return 0, failure
-            try:
-                return self._writer.write(done, latents, context.state), None
-            except Exception as error:
-                return 0, _sentence(error)
+            written, error = self._writer.write(done, latents, context.state)
+            return written, None if error is None else _sentence(error)
 
         # Every rank waits here, so that no rank counts the seconds to its next step.
         videos, failure = _from_last_rank(write)
         seconds = time.monotonic() - begun
-        return SampleResult(videos, seconds, samples_folder(self._run, done), self._weights, failure)
+        folder = samples_folder(self._run, done)
+        return SampleResult(videos, len(self._plan.requests), seconds, folder, self._weights, failure)
 
     def _runtime(self, context: CallbackContext) -> Runtime:
         model, dataset = self._config.model, self._config.dataset
