@@ -166,8 +166,8 @@ def test_a_file_of_prompts_with_settings_of_their_own(model_folder: Path, tmp_pa
     )
     assert alone.exit_code == 0, alone.stderr
     assert np.array_equal(read_video(first["file"])[0], read_video(tmp_path / "a.mp4")[0])
-    assert "not with both" in refused("--model", model_folder, "--prompts", "a", "--prompts-file", file)
-    assert "not with both" in refused("--model", model_folder)
+    assert "not both" in refused("--model", model_folder, "--prompts", "a", "--prompts-file", file)
+    assert "no prompt is given; give --prompts" in refused("--model", model_folder)
     assert "give one size, frame count and seed" in refused(
         "--model", model_folder, "--prompts-file", file, "--base_seed", 1, 2
     )

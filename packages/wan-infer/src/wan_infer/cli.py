@@ -111,7 +111,9 @@ def _parse_requests(given: dict[str, Any]) -> list[VideoRequest]:
     """One request per video, from the prompts or from a file."""
     file: Path | None = given["prompts_file"]
     if bool(given["prompts"]) == (file is not None):
-        raise ValueError("give the prompts with either --prompts or --prompts-file, not with both")
+        if file is None:
+            raise ValueError("no prompt is given; give --prompts TEXT, or --prompts-file FILE")
+        raise ValueError("both --prompts and --prompts-file are given; give one of them, not both")
     settings = Settings(
         given["sample_steps"],
         given["sample_shift"],

@@ -84,7 +84,8 @@ def configure_data(config: Any, layout: Layout) -> None:
 
     dataset, model = config.dataset, config.model
     if dataset.mock == (dataset.path is not None):
-        raise ValueError("set dataset.path=FOLDER, or use --mock for random data, and not both")
+        given = "both dataset.path and --mock are given" if dataset.mock else "no data are given"
+        raise ValueError(f"{given}; set dataset.path=FOLDER, or use --mock for random data, and not both")
     if dataset.path is not None:
         if not Path(dataset.path).exists():
             raise ValueError(f"dataset.path is {dataset.path}, which does not exist; make one with wan-data prepare")
