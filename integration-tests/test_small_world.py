@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -317,15 +318,16 @@ def test_the_autoencoder_is_small_and_of_the_released_shape():
     assert min(config["latents_std"]) > 0
 
 
-def test_a_changed_byte_of_the_autoencoder_is_refused(tmp_path, monkeypatch):
-    kept = bytearray((model.AUTOENCODER / model.WEIGHTS).read_bytes())
-    kept[-1] ^= 1
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / model.WEIGHTS).write_bytes(kept)
-    monkeypatch.setattr(model, "AUTOENCODER", tmp_path / "kept")
-    with pytest.raises(
-        ValueError, match=rf"^\S+ has the sha256 [0-9a-f]{{64}}; expected {model.DIGEST}: check .*again$"
-    ):
+@pytest.mark.parametrize("name", [*model.DIGESTS])
+def test_a_changed_byte_of_the_autoencoder_is_refused(name, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    shutil.copytree(model.AUTOENCODER, kept)
+    content = bytearray((kept / name).read_bytes())
+    content[-1] ^= 1
+    (kept / name).write_bytes(content)
+    monkeypatch.setattr(model, "AUTOENCODER", kept)
+    expected = rf"^\S+{name} has the sha256 [0-9a-f]{{64}}; expected {model.DIGESTS[name]}: check .*again$"
+    with pytest.raises(ValueError, match=expected):
         model.write_model(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

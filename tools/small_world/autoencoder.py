@@ -4,7 +4,7 @@ Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``, as diffusers
 the statistics of the latents measured on clips. The strides and the 16 channels are those of Wan 2.1. Equal versions
 of torch on equal processors give equal bytes; takes some fifteen minutes of one core.
 
-The weights that are kept beside this module were made by it; ``model.DIGEST`` is theirs.
+The files that are kept beside this module were made by it; ``model.DIGESTS`` are theirs.
 """
 
 import argparse

@@ -19,7 +19,10 @@ from wan_model.tiny import write_tiny_wan
 CONFIG = WanConfig(num_heads=4, head_dim=32, num_layers=3, ffn_dim=512, text_dim=64, text_length=16, freq_dim=64)
 AUTOENCODER = Path(__file__).with_name("autoencoder_weights")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-DIGEST = "87360febdb40bb6066e054e9ac6ea00a1051a6b854afa1e72e5a907c5126c68c"
+DIGESTS = {
+    "config.json": "a9cd1447c3c4a483f148ace0d824bb1fc91be0b5a93e8440b4c13379f119b095",
+    WEIGHTS: "87360febdb40bb6066e054e9ac6ea00a1051a6b854afa1e72e5a907c5126c68c",
+}
 # In an encoder with random weights all words of a caption change the output at each word alike; in a trained one, a
 # word's own meaning prevails. Longer embeddings of words give that.
 _WORD_SCALE = 24.0
@@ -36,11 +39,12 @@ def write_model(folder: Path, *, seed: int = 0, config: WanConfig = CONFIG) -> P
     Raises:
         ValueError: the kept autoencoder is not the one that was trained.
     """
-    digest = hashlib.sha256((AUTOENCODER / WEIGHTS).read_bytes()).hexdigest()
-    if digest != DIGEST:
-        raise ValueError(
-            f"{AUTOENCODER / WEIGHTS} has the sha256 {digest}; expected {DIGEST}: check the file out again"
-        )
+    for name, expected in DIGESTS.items():
+        digest = hashlib.sha256((AUTOENCODER / name).read_bytes()).hexdigest()
+        if digest != expected:
+            raise ValueError(
+                f"{AUTOENCODER / name} has the sha256 {digest}; expected {expected}: check the file out again"
+            )
     corpus = [world.caption(scene) for world in WORLDS.values() for scene in world.scenes]
     write_tiny_wan(folder, seed=seed, config=config, corpus=corpus * 5)
     text_encoder = folder / "text_encoder" / "model.safetensors"
