@@ -103,7 +103,7 @@ def prepare(place: Place, world: World, clips: int) -> Data:
     ]
     drawn_by = Path(small_world.__file__).parent
     words = [word for line in lines for word in line if word not in parts.values()]
-    facts = [*words, DIGESTS, *((drawn_by / file).read_text(encoding="utf-8") for file in _DRAWN_BY)]
+    facts = [*words, *DIGESTS.values(), *((drawn_by / file).read_text(encoding="utf-8") for file in _DRAWN_BY)]
     settings = {"digest": hashlib.sha256("\0".join(facts).encode()).hexdigest()}
     if made_from(place.path(name)) == settings:
         print(f"{place.argument(name)} is there from an earlier session", flush=True)
