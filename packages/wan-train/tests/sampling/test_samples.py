@@ -196,6 +196,25 @@ def test_a_failure_is_said_once_and_training_goes_on(dataset: Path, tmp_path: Pa
     assert [entry["step"] for entry in steps_of(read_log(tmp_path))] == [1, 2, 3, 4]
 
 
+def test_a_prompt_that_is_too_long_is_cut_and_named(dataset: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A rabbit.\n" + "A meadow, and " * 30 + "a rabbit.\n")
+    sampled = ("samples.interval=1", f"samples.prompts={prompts}", "samples.negative_prompt=" + "nothing " * 20)
+    texts = ("model.transformer.text_len=16", "dataset.mock_settings.context_length=16")
+    options = (*RUN_OPTIONS, *sampled, *texts, f"dataset.encoded_by={dataset / 'model'}", "samples.steps=1")
+    ended = run((*options, "train.train_iters=1"), tmp_path / "run")
+    assert ended.codes == [0], ended.errors
+    log = read_log(tmp_path / "run")
+    said = [entry["reason"] for entry in log if entry.get("event") == "prompt_cut"]
+    assert [sentence.partition(" has ")[0] for sentence in said] == [
+        f"the negative prompt {'nothing ' * 7 + 'noth...'!r}",
+        f"the prompt {'A meadow, and ' * 4 + 'A me...'!r}",
+    ]
+    assert all(sentence.endswith("tokens; the model takes 16, the rest is cut") for sentence in said)
+    assert [line for line in ended.output[0].splitlines() if "is cut" in line] == [f"samples: {one}" for one in said]
+    assert [entry["videos"] for entry in events_of(tmp_path / "run")] == [2]
+
+
 def test_a_partly_failed_sampling_says_how_many_videos_stand(dataset: Path, tmp_path: Path) -> None:
     """And a log and records that a killed process has left torn lose nothing of what follows."""
     for name in ("01.mp4", "01.png"):

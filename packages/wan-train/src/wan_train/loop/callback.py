@@ -92,6 +92,8 @@ class WanCallback(Callback):
             self.sampler = self.make_sampler()
             if self.sampler.reason is not None:
                 self.metrics.no_samples(done, self.sampler.reason)
+            for sentence in self.sampler.cut:
+                self.metrics.event(f"samples: {sentence}", event="prompt_cut", step=done, reason=sentence)
         self.started = time.monotonic()
 
     def on_train_step_start(self, context: CallbackContext) -> None:

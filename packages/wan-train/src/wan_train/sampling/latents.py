@@ -56,12 +56,14 @@ class SamplePlan:
         negative_LD: embedding of the negative prompt, fp32; None without guidance.
         settings: of sampling.
         text_length: tokens that texts are padded to.
+        cut: sentences about prompts that have more.
     """
 
     requests: Sequence[SampleRequest]
     negative_LD: Tensor | None
     settings: Settings
     text_length: int
+    cut: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,12 +31,13 @@ def make_plan(config: Any) -> tuple[SamplePlan, LatentCodec]:
     prompts = _read_prompts(Path(samples.prompts)) if samples.prompts is not None else None
     packs = _validation_packs(config, 1 if prompts else samples.count)
     negative = _negative_of_data(config) if settings.guided else None
+    cut: list[str] = []
     codec = _load_codec(config, text=prompts is not None or (settings.guided and negative is None))
     if settings.guided and negative is None:
-        negative = _embed(codec, [settings.negative_prompt])[0]
+        negative = _embed(codec, "negative prompt", settings.negative_prompt, cut)
     if prompts is not None:
         shapes = [_shape(config, codec, packs[0] if packs else None)] * len(prompts)
-        texts, captions = _embed(codec, prompts), list(prompts)
+        texts, captions = [_embed(codec, "prompt", prompt, cut) for prompt in prompts], list(prompts)
     else:
         shapes = [_shape(config, codec, pack) for pack in packs]
         texts = [pack.texts.rows_RD.float() for pack in packs]
@@ -46,7 +47,7 @@ def make_plan(config: Any) -> tuple[SamplePlan, LatentCodec]:
         SampleRequest(f"{number:02d}", caption, text.contiguous(), shape, samples.seed + number)
         for number, (caption, text, shape) in enumerate(zip(captions, texts, shapes, strict=True))
     ]
-    return SamplePlan(requests, negative, settings, config.model.wan_config.text_length), codec
+    return SamplePlan(requests, negative, settings, config.model.wan_config.text_length, cut), codec
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -117,16 +118,13 @@ def _load_codec(config: Any, *, text: bool) -> LatentCodec:
     raise ValueError("there is no model to decode with; set dataset.encoded_by to the one that encoded the data")
 
 
-def _embed(codec: LatentCodec, prompts: Sequence[str]) -> list[Tensor]:
-    embeddings = []
-    for prompt in prompts:
-        embedding, count = codec.encode_prompt(prompt)
-        if count > codec.spec.text_length:
-            raise ValueError(
-                f"the prompt {prompt[:60]!r} has {count} tokens; the data's texts have at most {codec.spec.text_length}"
-            )
-        embeddings.append(embedding)
-    return embeddings
+def _embed(codec: LatentCodec, kind: str, prompt: str, cut: list[str]) -> Tensor:
+    """The embedding of a prompt; one that is too long is cut as by ``wan-infer``, which is added to ``cut``."""
+    embedding, count = codec.encode_prompt(prompt)
+    if count > (most := codec.spec.text_length):
+        shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:60]}...")
+        cut.append(f"the {kind} {shown} has {count} tokens; the model takes {most}, the rest is cut")
+    return embedding
 
 
 def _shape(config: Any, codec: LatentCodec, pack: LatentPack | None) -> Shape:

@@ -10,7 +10,7 @@ alone inside the model's communication, as in a training step.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,11 @@ class TrainingSampler:
     def reason(self) -> str | None:
         """Why nothing will be sampled, or None."""
         return self._plan if isinstance(self._plan, str) else None
+
+    @property
+    def cut(self) -> Sequence[str]:
+        """Sentences about prompts that are longer than what the model takes."""
+        return self._plan.cut if isinstance(self._plan, SamplePlan) else ()
 
     def due(self, done: int, steps: int) -> bool:
         """Whether videos are sampled after a step of the run."""
