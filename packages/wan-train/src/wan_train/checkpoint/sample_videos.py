@@ -1,9 +1,7 @@
 """Videos that are sampled while a run trains: where they are, and what is known about each. Needs no torch.
 
-In the run's checkpoint folder::
-
-    samples/samples.jsonl                 a line for each video, appended once the video is complete
-    samples/step-0000100/fox.mp4          H.264, sampled after step 100; a single frame is fox.png
+In the run's checkpoint folder, ``samples/samples.jsonl`` has a line for each video, appended once the video is
+complete; ``samples/step-0000100/fox.mp4`` is H.264, sampled after step 100, and a single frame is ``fox.png``.
 
 A line has ``step``, ``name`` (that of the file, without its suffix), ``caption``, ``seed`` and ``file``, of which the
 suffix counts alone; other keys are ignored, and a line without ``file`` is about an ``.mp4``.
