@@ -24,18 +24,17 @@ from small_world.scenes import PATTERNS  # noqa: E402
 
 STEPS = 200
 LEAST_GAP = 2.5
-# Of the validation: the sound run has 0.68, and the best of the faults 0.79.
+# Of the validation: the sound run has 0.68, and the best of the faults 0.76.
 LARGEST_LOSS = 0.73
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The process that ranks are forked from, shared with wan-train's tests if these run in the same session."""
     training_runs.ranks_folder = session_folder(tmp_path_factory, "wan-train")
     yield
     if training_runs.warm_ranks.cache_info().currsize:
         training_runs.warm_ranks().close()
-        training_runs.warm_ranks.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +120,8 @@ def test_the_caption_gap_closes_where_captions_cannot_be_learnt(learn, fault, se
 
 @pytest.mark.parametrize(
     "fault",
-    [Call("planted_faults:scale_timesteps"), Call("planted_faults:pad_texts", [512])],
-    ids=["timesteps from 0 to 1", "texts padded to 512"],
+    [Call("planted_faults:scale_timesteps"), Call("planted_faults:pad_texts", [128])],
+    ids=["timesteps from 0 to 1", "texts padded to 128"],
 )
 def test_the_validation_loss_shows_that_training_sees_other_inputs(learn, fault):
     """These leave the order of captions: the gap is a ratio, and both of its errors grow."""

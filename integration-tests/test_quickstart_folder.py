@@ -25,6 +25,7 @@ from common.failure import ToolFailure
 from small_world.adherence import requests
 from small_world.commands import write_requests
 from wan_model.system.process_tree import is_running
+from wan_model.testing.processes import default_signals
 
 TOOLS = Path(command_line.__file__).parents[1]
 DEADLINE = 120.0
@@ -274,7 +275,7 @@ def _started(folder: Path, code: str, *arguments: str) -> Iterator[tuple[subproc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_commands_and_what_they_started(number, tmp_path):
-    with _started(tmp_path, TOOL) as (tool, processes):
+    with default_signals(number), _started(tmp_path, TOOL) as (tool, processes):
         assert all(map(is_running, processes))
         tool.send_signal(number)
         assert tool.wait(DEADLINE) == 128 + number

@@ -284,7 +284,7 @@ def test_sampling_is_of_the_ema_in_twenty_steps(programs, workflow):
     assert "--checkpoint-step" not in line  # the newest
     options = dict(itertools.pairwise(line))
     assert options["--sample-steps"] == "20"
-    assert options["--sample-guide-scale"] == "2.5"
+    assert options["--sample-guide-scale"] == "1.5"
     assert options["--prompts-file"] == "q/requests.jsonl"
 
 

@@ -102,7 +102,7 @@ def test_sampling_is_what_the_variant_says(name):
     params = _words(commands.sample("c", "m", "r", "v", ema=variant.ema, settings=variant.options()))
     assert params["ema"] == (name != "no-ema")
     scale = params["sample_guide_scale"]
-    assert float(scale[0] if isinstance(scale, tuple | list) else scale) == (1 if "no-guidance" in name else 2.5)
+    assert float(scale[0] if isinstance(scale, tuple | list) else scale) == (1 if "no-guidance" in name else 1.5)
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
