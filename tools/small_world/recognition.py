@@ -25,8 +25,6 @@ Video = Real[np.ndarray, "T H W 3"]  # levels from 0 to 255
 Seen = dict[str, str | None]
 
 _FARTHEST = 100.0  # from a named colour, Euclidean, in levels
-# Of the cells of a frame, those that must show what the frame shows.
-_LEAST_ALIKE = 1.0
 # Of a frame from the drawing that is nearest, in distances between the pattern's colour and the background's.
 # Reconstructions have at most 0.2.
 _LARGEST_DISTANCE = 0.3
@@ -62,27 +60,11 @@ def _templates() -> dict[tuple[str, int], Float[np.ndarray, "P P"]]:
 _TEMPLATES = _templates()
 
 
-class _Palette:
-    """The two colours of a clip: the pattern's and the background's, as names and as levels."""
-
-    def __init__(self, video: Video) -> None:
-        classes = _classes(video)
-        counts = np.bincount(classes.ravel(), minlength=len(COLOURS) + len(BACKGROUNDS))
-        front, back = int(counts[: len(COLOURS)].argmax()), len(COLOURS) + int(counts[len(COLOURS) :].argmax())
-        self.present = bool(counts[front] and counts[back])
-        if not self.present:
-            return
-        self.front = np.median(video[classes == front], axis=0)
-        self.back = np.median(video[classes == back], axis=0)
-        self.front_name, self.back_name = [*COLOURS][front], [*BACKGROUNDS][back - len(COLOURS)]
-
-    def shown(self, cells: Float[np.ndarray, "R C P P 3"], template: Float[np.ndarray, "P P"]) -> tuple[float, float]:
-        """In which share of the cells the pattern has its colour, and in which the background has its own."""
-        back = _classes(cells[:, :, template < 0.1].mean(2)) == len(COLOURS) + [*BACKGROUNDS].index(self.back_name)
-        if not template.any():
-            return 1.0, float(back.mean())
-        front = _classes(cells[:, :, template > 0.9].mean(2)) == [*COLOURS].index(self.front_name)
-        return float(front.mean()), float(back.mean())
+def _two_colours(classes: np.ndarray) -> tuple[int, int] | None:
+    """Of the pattern and of the background the colour that most pixels have; None where no pixel has one of either."""
+    counts = np.bincount(classes.ravel(), minlength=len(COLOURS) + len(BACKGROUNDS))
+    front, back = int(counts[: len(COLOURS)].argmax()), len(COLOURS) + int(counts[len(COLOURS) :].argmax())
+    return (front, back) if counts[front] and counts[back] else None
 
 
 def recognise_pattern(video: Video) -> Seen:
@@ -99,28 +81,30 @@ def recognise_pattern(video: Video) -> Seen:
     """
     video = np.asarray(video, np.float32)
     seen: Seen = dict.fromkeys(("colour", "pattern", "event", "background"))
-    palette = _Palette(video)
-    if not palette.present:
+    classes = _classes(video)
+    if (pair := _two_colours(classes)) is None:
         return seen
+    front, back = pair
+    front_level, back_level = (np.median(video[classes == one], axis=0) for one in pair)
     frames, height, width = video.shape[:3]
     cells = video.reshape(frames, height // PERIOD, PERIOD, width // PERIOD, PERIOD, 3).swapaxes(2, 3)
     keys, templates = list(_TEMPLATES), np.stack(list(_TEMPLATES.values()))
-    drawn = palette.back + templates[..., None] * (palette.front - palette.back)
+    drawn = back_level + templates[..., None] * (front_level - back_level)
     distances = np.stack([np.linalg.norm(cells - one, axis=-1).mean((-1, -2)) for one in drawn], axis=-1)
-    distances /= np.linalg.norm(palette.front - palette.back)
+    distances /= np.linalg.norm(front_level - back_level)
     found, fronts, backs = [], [], []
     for frame, of_cells in zip(cells, distances, strict=True):
         best = int(of_cells.mean((0, 1)).argmin())
-        front, back = palette.shown(frame, templates[best])
-        fronts.append(front)
-        backs.append(back)
-        alike = float((of_cells.argmin(-1) == best).mean())
-        clear = alike >= _LEAST_ALIKE and of_cells[..., best].mean() <= _LARGEST_DISTANCE
+        template = templates[best]
+        backs.append((_classes(frame[:, :, template < 0.1].mean(2)) == back).all())
+        if template.any():
+            fronts.append((_classes(frame[:, :, template > 0.9].mean(2)) == front).all())
+        clear = (of_cells.argmin(-1) == best).all() and of_cells[..., best].mean() <= _LARGEST_DISTANCE
         found.append(keys[best] if clear else None)
-    if min(backs) >= _LEAST_ALIKE:
-        seen["background"] = palette.back_name
-    if min(fronts) >= _LEAST_ALIKE and set(found) - {_ABSENT, None}:
-        seen["colour"] = palette.front_name
+    if all(backs):
+        seen["background"] = [*BACKGROUNDS][back - len(COLOURS)]
+    if all(fronts) and set(found) - {_ABSENT, None}:
+        seen["colour"] = [*COLOURS][front]
     names = {one[0] for one in found if one not in (_ABSENT, None)}
     if len(names) == 1:
         seen["pattern"] = name = names.pop()
