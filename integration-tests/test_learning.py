@@ -19,7 +19,8 @@ import training_runs  # noqa: E402  these after the path
 from warm_ranks import Call  # noqa: E402
 
 from small_world.clips import write_clips  # noqa: E402
-from small_world.model import CONFIG, write_model  # noqa: E402
+from small_world.commands import sizes_of_model  # noqa: E402
+from small_world.model import write_model  # noqa: E402
 from small_world.scenes import PATTERNS  # noqa: E402
 
 STEPS = 200
@@ -59,14 +60,9 @@ def learn(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     """Train for 200 steps; returns the log."""
 
     def learn(*settings: str, fault: Call | None = None) -> list[dict[str, float]]:
-        sizes = {
-            "num_attention_heads": CONFIG.num_heads, "attention_head_dim": CONFIG.head_dim,
-            "num_layers": CONFIG.num_layers, "ffn_dim": CONFIG.ffn_dim, "text_dim": CONFIG.text_dim,
-            "freq_dim": CONFIG.freq_dim,
-        }  # fmt: skip
         options = [
             "--recipe", "tiny", f"dataset.path={world / 'dataset'}", f"dataset.encoded_by={world / 'model'}",
-            "dataset.capacity=384", *(f"model.transformer.{name}={size}" for name, size in sizes.items()),
+            "dataset.capacity=384", *(f"{key}={size}" for key, size in sizes_of_model(world / "model").items()),
             f"train.train_iters={STEPS}", f"validation.interval={STEPS}", f"checkpoint.save_interval={STEPS}",
             "model.flow.density=uniform", "model.flow.shift=3.0", "model.flow.caption_dropout=0.1",
             "optimizer.lr=3e-3", "optimizer.min_lr=3e-4", "optimizer.adam_beta2=0.95", "scheduler.lr_warmup_iters=20",
