@@ -16,12 +16,12 @@ import pytest
 from quickstart import __main__ as command_line
 from quickstart import results_folder
 from quickstart.real_clips import RealClips
-from quickstart.report import write_report
 from quickstart.workflow import MADE, Workflow
 from quickstart.world_clips import WORLD, WorldClips
 
 from common import commands
 from common.failure import ToolFailure
+from common.json_file import write_json
 from small_world.adherence import requests
 from small_world.commands import write_requests
 from wan_model.system.process_tree import is_running
@@ -181,10 +181,12 @@ def test_missing_programs_are_found_before_anything_else(folder, tmp_path, monke
     assert (folder / "clips").is_dir()
 
 
-@pytest.mark.parametrize("write", [write_report, lambda one, path: write_requests(WORLD, requests(WORLD), path)])
-def test_a_full_disk_is_named_with_the_file(write: Callable[[dict[str, Any], Path], None]):
+@pytest.mark.parametrize(
+    "write", [lambda path: write_json(path, {"a": 1}), lambda path: write_requests(WORLD, requests(WORLD), path)]
+)
+def test_a_full_disk_is_named_with_the_file(write: Callable[[Path], None]):
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'") as caught:
-        write({"a": 1}, Path("/dev/full"))
+        write(Path("/dev/full"))
     assert caught.value.errno == errno.ENOSPC
 
 

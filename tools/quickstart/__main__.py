@@ -6,8 +6,9 @@ from pathlib import Path
 
 from common.ending import EndedBySignal, ending_commands
 from common.failure import ToolFailure
+from common.json_file import write_json
 from quickstart.real_clips import RealClips
-from quickstart.report import table, write_report
+from quickstart.report import table
 from quickstart.workflow import Workflow
 from quickstart.world_clips import WorldClips
 from wan_model.system.standard_streams import system_error_message
@@ -30,7 +31,7 @@ def main() -> None:
     try:
         with ending_commands(), workflow.prepared():
             report = workflow.run()
-            write_report(report, workflow.path("report.json"))
+            write_json(workflow.path("report.json"), report)
             print(f"\n{table(report)}", flush=True)
             workflow.check(report)
     except ToolFailure as error:

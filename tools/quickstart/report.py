@@ -1,19 +1,6 @@
-"""The quickstart's result as report.json and as a table."""
+"""The quickstart's result as a table."""
 
-import json
-from pathlib import Path
 from typing import Any
-
-from wan_model.system.files import write_bytes
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write the report as JSON.
-
-    Raises:
-        OSError: it cannot be written; the error names the path.
-    """
-    write_bytes(path, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _run_rows(name: str, run: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,7 +6,6 @@ beside this module.
 """
 
 import argparse
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from small_world.scenes import WORLDS
 from wan_model import WanConfig
+from wan_model.system.files import sha256_of
 from wan_model.tiny import write_tiny_wan
 
 CONFIG = WanConfig(num_heads=4, head_dim=32, num_layers=3, ffn_dim=512, text_dim=64, text_length=16, freq_dim=64)
@@ -40,7 +40,7 @@ def write_model(folder: Path, *, seed: int = 0, config: WanConfig = CONFIG) -> P
         ValueError: the kept autoencoder is not the one that was trained.
     """
     for name, expected in DIGESTS.items():
-        digest = hashlib.sha256((AUTOENCODER / name).read_bytes()).hexdigest()
+        digest = sha256_of(AUTOENCODER / name)
         if digest != expected:
             raise ValueError(
                 f"{AUTOENCODER / name} has the sha256 {digest}; expected {expected}: check the file out again"

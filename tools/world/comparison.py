@@ -17,6 +17,7 @@ from typing import Any
 
 from common.commands import run_command
 from common.failure import ToolFailure
+from common.json_file import write_json
 from common.training_log import counted, read_log
 from small_world import commands
 from small_world.adherence import requests
@@ -24,7 +25,7 @@ from small_world.scenes import World
 from world.comparison_report import markdown
 from world.curve import is_trained, point
 from world.place import Data, Place, claim
-from world.sampling import adherence, write_json
+from world.sampling import adherence
 from world.variants import VARIANTS, Variant, shared_runs
 
 FOLDER = "compare"

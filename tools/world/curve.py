@@ -6,13 +6,14 @@ from typing import Any
 
 from common.commands import run_command
 from common.failure import require
+from common.json_file import write_json
 from common.training_log import counted, read_log, seconds_until, validation_at
 from small_world import commands
 from small_world.adherence import requests
 from small_world.scenes import World
 from world.curve_report import draw_curve, markdown
 from world.place import Data, Place, claim
-from world.sampling import adherence, write_json
+from world.sampling import adherence
 
 FOLDER = "curve"
 PACKS = 2  # a step

@@ -10,6 +10,7 @@ from pathlib import Path
 import small_world
 from common.commands import run_command
 from common.failure import ToolFailure
+from common.json_file import write_json
 from small_world import commands
 from small_world.model import DIGESTS
 from small_world.scenes import World
@@ -67,9 +68,7 @@ def claim(folder: Path, settings: Mapping[str, str]) -> None:
 def write_made_from(folder: Path, settings: Mapping[str, str]) -> None:
     """Record what a folder was made from."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{MADE_FROM}.new"
-    new.write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
-    new.replace(folder / MADE_FROM)
+    write_json(folder / MADE_FROM, dict(settings))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.commands import run_command
+from common.json_file import write_json
 from small_world.adherence import Request, measure
 from small_world.commands import sampled_files
 from small_world.scenes import World
@@ -50,10 +51,3 @@ def adherence(
     result = {name: dataclasses.asdict(one) for name, one in table.items()}
     write_json(kept, {"command": command, "adherence": result})
     return result
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file at once, so that a stopped session leaves none half written."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(path)
