@@ -20,13 +20,14 @@ from torch.nn import functional as F
 from wan_model.config import WanConfig
 from wan_model.dit.attention import Offsets
 from wan_model.dit.elementwise import add_, at_least_fp32, gate_add_, layer_norm, norm_modulate, tanh_gelu_
+from wan_model.dit.lora import DOWN, UP, DropoutRows, dropout_over
 from wan_model.dit.ops import Linear, Ops, TorchOps
 from wan_model.dit.recompute import Recompute, check_recompute
 from wan_model.dit.rope import rotary_table
 from wan_model.pack import PackLayout, TokenRows
 
-# As in diffusers' ``_keep_in_fp32_modules``.
-KEPT_IN_FP32 = (".time_embedder.", ".scale_shift_table", ".norm2.")
+# As in diffusers' ``_keep_in_fp32_modules``, and adapters.
+KEPT_IN_FP32 = (".time_embedder.", ".scale_shift_table", ".norm2.", f".{DOWN}.", f".{UP}.")
 
 
 def precision_of(key: str, dtype: torch.dtype) -> torch.dtype:
@@ -170,9 +171,11 @@ class Block(nn.Module):
         self.attn2 = Attention(config, ops)
         self.ffn = FeedForward(config, ops)
 
-    def text_keys(self, text_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def text_keys(self, text_TD: Tensor, dropout_seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of embedded texts for this layer's cross-attention."""
-        return self.attn2.keys_values(self.ops.enter_text(text_TD), None)
+        rows = text_TD.shape[0]
+        with dropout_over(None if dropout_seed is None else DropoutRows(dropout_seed, 0, rows, rows)):
+            return self.attn2.keys_values(self.ops.enter_text(text_TD), None)
 
     def forward(
         self,
@@ -182,11 +185,30 @@ class Block(nn.Module):
         held: TokenRows,
         table_S1P: Tensor,
         text_offsets: Offsets,
+        dropout_seed: int | None = None,
     ) -> Tensor:
         """One layer, on this rank's rows. Modulation and residual gating are fp32, as in the official code.
 
-        ``text`` is the embedded texts, or the keys and values that ``text_keys`` returned for them.
+        ``text`` is the embedded texts, or the keys and values that ``text_keys`` returned for them. ``dropout_seed`` is
+        of the dropout of adapters.
         """
+        dropped = None
+        if dropout_seed is not None:
+            rows = self.ops.entered_rows(held.layout)
+            dropped = DropoutRows(dropout_seed, rows.start, rows.stop, held.layout.total)
+        with dropout_over(dropped):
+            return self._forward(x_SD, time_B6D, text, held, table_S1P, text_offsets, dropout_seed)
+
+    def _forward(
+        self,
+        x_SD: Tensor,
+        time_B6D: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        held: TokenRows,
+        table_S1P: Tensor,
+        text_offsets: Offsets,
+        dropout_seed: int | None,
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, time_B6D)
         offsets = held.layout.offsets
 
@@ -194,7 +216,7 @@ class Block(nn.Module):
         x_SD = gate_add_(x_SD, self.attn1.attend_to_tokens(entered, table_S1P, offsets), gate1, held)
 
         entered = self.ops.enter_tokens(self.norm2(x_SD))
-        keys_values = self.text_keys(text) if isinstance(text, Tensor) else text
+        keys_values = self.text_keys(text, dropout_seed) if isinstance(text, Tensor) else text
         x_SD = add_(x_SD, self.attn2.attend_to_text(entered, keys_values, offsets, text_offsets))
 
         entered = self.ops.enter_tokens(norm_modulate(x_SD, shift2, scale2, held, self.eps))
@@ -335,6 +357,7 @@ class WanDiT(nn.Module):
         timesteps_B: Float[Tensor, " B"],
         text: Float[Tensor, "B T D"] | PreparedText,
         layout: PackLayout,
+        dropout_seed: int | None = None,
     ) -> Tensor:
         """Predict the velocity ``noise - clean`` of every token.
 
@@ -343,6 +366,7 @@ class WanDiT(nn.Module):
             timesteps_B: 1000 * sigma of each sample, fp32.
             text: zero-padded embeddings, or the result of ``prepare_text``.
             layout: the position of each sample.
+            dropout_seed: of the dropout of adapters (``wan_model.dit.lora``); None drops nothing.
 
         Returns:
             Tokens [S, C] in the weights' precision on the last stage (all rows, on every rank); else hidden rows.
@@ -367,7 +391,7 @@ class WanDiT(nn.Module):
         x_SD = self.patch_embedding(self.ops.shard_tokens(x)) if self.stage.is_first else x
         recompute = self.recompute != "none" and torch.is_grad_enabled()
         for name, block in self.blocks.items():
-            args = (x_SD, time_B6D, texts[name], held, table_S1P, text_offsets)
+            args = (x_SD, time_B6D, texts[name], held, table_S1P, text_offsets, dropout_seed)
             x_SD = self.ops.checkpoint(block, *args, mode=self.recompute) if recompute else block(*args)
         if not self.stage.is_last:
             return x_SD

@@ -8,19 +8,25 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wan_model.dit.attention import AttentionKind, Offsets, check_kind, packed_attention
 from wan_model.dit.context_parallel import ContextParallel
 from wan_model.dit.elementwise import rms_norm_
+from wan_model.dit.lora import AdaptableLinear, LoraMatrix
 from wan_model.dit.recompute import Recompute, recomputed, self_attention_region
 from wan_model.pack import PackLayout, TokenRows
 
 
-class Linear(nn.Linear):
+class Linear(AdaptableLinear, nn.Linear):
     """A linear without initialisation: torch's takes time and draws from the global generator."""
 
     def reset_parameters(self) -> None:
         """No-op; see ``wan_model.init_weights``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, in] -> [S, out]."""
+        return self.with_adapter(F.linear(x, self.weight, self.bias), x)
 
 
 class RMSNorm(nn.Module):
@@ -56,6 +62,12 @@ class Ops(Protocol):
 
     def row_linear(self, width_in: int, width_out: int) -> nn.Module:
         """A linear with bias whose input is split over ranks; its output is this rank's rows at full width."""
+
+    def add_adapter(self, linear: nn.Module, rank: int) -> None:
+        """Give a linear of this runtime ``lora_A`` and ``lora_B`` (see ``wan_model.dit.lora``)."""
+
+    def input_columns(self, linear: nn.Module) -> tuple[int, int, int]:
+        """(first, end, all) of the columns of a linear's input that this rank has."""
 
     def norm_across_heads(self, width: int, eps: float) -> nn.Module:
         """RMS norm over the full width, applied to a column-linear's output."""
@@ -126,6 +138,17 @@ class TorchOps:
     def row_linear(self, width_in: int, width_out: int) -> nn.Module:
         """A plain linear."""
         return Linear(width_in, width_out)
+
+    def add_adapter(self, linear: nn.Module, rank: int) -> None:
+        """Whole matrices."""
+        assert isinstance(linear, Linear)
+        with torch.device(linear.weight.device):
+            linear.lora_A, linear.lora_B = LoraMatrix(rank, linear.in_features), LoraMatrix(linear.out_features, rank)
+
+    def input_columns(self, linear: nn.Module) -> tuple[int, int, int]:
+        """All of them."""
+        assert isinstance(linear, Linear)
+        return 0, linear.in_features, linear.in_features
 
     def norm_across_heads(self, width: int, eps: float) -> nn.Module:
         """A plain RMS norm."""

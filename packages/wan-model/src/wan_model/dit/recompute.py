@@ -3,8 +3,9 @@
 ``none`` saves everything. ``block`` saves a block's input and recomputes the block. ``all_but_attention`` also saves
 the result of self-attention, which is most of the work for a long video, and recomputes the rest. ``elementwise`` saves
 the results of all matrix products and of both attentions, and recomputes norms, rotations, gated additions and the
-activation, which take little time and most of the memory. The model draws no random numbers, so recomputed values are
-equal.
+activation, which take little time and most of the memory; adapters' small products are recomputed too, because each
+ends in a second result of the size of the linear's. Random numbers are drawn from seeds (dropout of adapters), so
+recomputed values are equal.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ Recompute = Literal["none", "elementwise", "all_but_attention", "block"]
 
 _in_self_attention = contextvars.ContextVar("in_self_attention", default=False)
 _saves_products = contextvars.ContextVar("saves_products", default=False)
+_in_adapter = contextvars.ContextVar("in_adapter", default=False)
 _aten = torch.ops.aten
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -55,6 +57,11 @@ def self_attention_region() -> contextlib.AbstractContextManager[None]:
     return _set(_in_self_attention)
 
 
+def adapter_region() -> contextlib.AbstractContextManager[None]:
+    """Mark the products of an adapter, which no mode saves."""
+    return _set(_in_adapter)
+
+
 def products_are_saved() -> bool:
     """Whether the result of a matrix product is saved for the backward pass, so that it may not be overwritten."""
     return _saves_products.get()
@@ -79,7 +86,7 @@ def _self_attention_is_saved(context: Any, operator: Any, *args: Any, **kwargs: 
 
 
 def _products_are_saved(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operator in _MATRIX_PRODUCTS or _attends(operator)
+    keep = (operator in _MATRIX_PRODUCTS and not _in_adapter.get()) or _attends(operator)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wan_model.config import WanConfig
+from wan_model.dit.adapters import adapter_parameters
+from wan_model.dit.lora import DOWN, UP, is_adapter_key
 from wan_model.dit.model import Stage, WanDiT
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import atomic_path, sync_folder, write_json
@@ -74,14 +76,17 @@ def initial_tensor(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
     """The official initial value of one full tensor, fp32, drawn from a generator of its own.
 
     Source: ``WanModel.init_weights`` of the official release: xavier-uniform linears and patch embedding,
-    N(0, 0.02) for the text and time embedders, N(0, 1/width) modulation tables, zero biases, zero head.
+    N(0, 0.02) for the text and time embedders, N(0, 1/width) modulation tables, zero biases, zero head. Adapters as
+    peft's: A Kaiming-uniform with a = sqrt(5), B zero.
     """
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     if key.endswith("scale_shift_table"):
         return torch.randn(shape, generator=generator).div_(shape[-1] ** 0.5)
-    if key.endswith("bias") or key.startswith("proj_out."):
+    if key.endswith(("bias", f".{UP}.weight")) or key.startswith("proj_out."):
         return torch.zeros(shape)
+    if key.endswith(f".{DOWN}.weight"):
+        return torch.rand(shape, generator=generator).mul_(2).sub_(1).div_(shape[1] ** 0.5)
     if ".norm" in key:
         return torch.ones(shape)
     if ".time_embedder." in key or ".text_embedder." in key:
@@ -98,7 +103,16 @@ def init_weights(model: WanDiT, *, seed: int) -> None:
     Each full tensor depends only on the seed and its key, so in every layout the ranks get shards of the same tensors.
     For that every rank draws the whole of each tensor that it has a shard of.
     """
-    parameters = dict(model.named_parameters())
+    _draw(model, dict(model.named_parameters()), seed)
+
+
+@torch.no_grad()
+def init_adapters(model: WanDiT, *, seed: int) -> None:
+    """Fill the adapters of a model, or of a rank's shard of it, with their initial values; see ``init_weights``."""
+    _draw(model, adapter_parameters(model), seed)
+
+
+def _draw(model: WanDiT, parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     shapes = {key: full_shape(model, parameter) for key, parameter in parameters.items()}
     workers = _drawing_threads()
     with ThreadPoolExecutor(workers) as pool:
@@ -108,7 +122,7 @@ def init_weights(model: WanDiT, *, seed: int) -> None:
             for key, whole in zip(
                 keys, pool.map(lambda key: initial_tensor(key, shapes[key], seed=seed), keys), strict=True
             ):
-                parameters[key].copy_(whole[local_slices(model, parameters[key])])
+                local_tensor(parameters[key]).copy_(whole[local_slices(model, parameters[key])])
 
 
 def _drawing_threads() -> int:
@@ -184,6 +198,8 @@ def _check_stored(folder: Path, config: WanConfig) -> list[tuple[str, Path, tupl
 def load_weights(model: WanDiT, folder: Path) -> None:
     """Copy a diffusers ``transformer`` folder into a model, or a rank's shard of it, tensor by tensor.
 
+    Adapters of the model are left as they are.
+
     Raises:
         ValueError: a missing, unexpected or misshapen key.
     """
@@ -193,7 +209,7 @@ def load_weights(model: WanDiT, folder: Path) -> None:
 def _copy(model: WanDiT, stored: Sequence[tuple[str, Path, tuple[int, ...]]]) -> None:
     """Copy tensors of files, given as by ``_check_stored``."""
     files = {key: path for key, path, _ in stored}
-    parameters = dict(model.named_parameters())
+    parameters = {key: parameter for key, parameter in model.named_parameters() if not is_adapter_key(key)}
     for path in sorted({files[key] for key in parameters}):
         for keys in _batches([key for key, place, _ in stored if place == path and key in parameters], parameters):
             with open_weights(path) as file:
