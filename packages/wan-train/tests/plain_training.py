@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rank_calls import alive_adapters
 from torch import Tensor
 from training_runs import (
     AVERAGE_DECAY,
@@ -35,21 +36,25 @@ from training_runs import (
 )
 
 from wan_model import LatentPack, PackLayout, pad_text, patchify, unpatchify
+from wan_model.dit.adapters import add_adapters
+from wan_model.dit.lora import LoraSettings
 from wan_model.flow import FlowMatching, NoisyPack
 from wan_model.pack import PackedText
 from wan_model.sampling.denoising import draw_noise
 from wan_model.sampling.solvers import Solver
 from wan_model.testing import rounding_scale
 from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.training_adapters import has_adapters, read_adapters
 from wan_model.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
-from wan_model.weights.transformer import load_transformer
+from wan_model.weights.transformer import init_adapters, load_transformer
 from wan_train.data.mock_data import MockConfig, MockLoader
-from wan_train.data.seeds import generator_for
+from wan_train.data.seeds import generator_for, seed_for
 from wan_train.loop.caption_gap import caption_id, partners
 
 # What the tiny recipe and the options of ``train_for_equality`` say.
 PACKS = MockConfig(shapes=[[3, 8, 8], [1, 6, 10], [2, 4, 10]], context_length=512, number_packed_samples=3)
 PACKS_A_STEP = 2
+INIT_SEED = 1234
 FLOW = dataclasses.replace(FlowMatching.pretrain(), caption_dropout=CAPTION_DROPOUT)
 EMPTY_CAPTION = torch.zeros(1, TINY_CONFIG.text_dim)
 TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
@@ -94,17 +99,28 @@ def noisy_of(pack: LatentPack, seed: int, number: int) -> NoisyPack:
     return FLOW.corrupt(pack, generator_for("noise", seed, number), EMPTY_CAPTION)
 
 
-def _errors(model: torch.nn.Module, noisy: NoisyPack, pack: LatentPack) -> list[Tensor]:
+def _errors(
+    model: torch.nn.Module, noisy: NoisyPack, pack: LatentPack, dropout_seed: int | None = None
+) -> list[Tensor]:
     """Squared error of each token, by sample."""
-    out = model(noisy.tokens_SC.double(), noisy.timesteps_B, noisy.text_BTD.double(), pack.layout)
+    out = model(noisy.tokens_SC.double(), noisy.timesteps_B, noisy.text_BTD.double(), pack.layout, dropout_seed)
     errors = (out - noisy.target_SC.double()).square().mean(-1)
     return [errors[start:stop] for start, stop in itertools.pairwise(pack.layout.offsets)]
 
 
-def train_plainly(start: Path, seed: int, number_of: Callable[[int], int] = lambda pack: pack) -> Results:
-    """Train from a model folder; ``number_of`` says by which number a pack's noise is drawn."""
-    model = load_transformer(start / "transformer").double().train()
-    named = dict(model.named_parameters())
+def train_plainly(
+    start: Path, seed: int, number_of: Callable[[int], int] = lambda pack: pack, lora: LoraSettings | None = None
+) -> Results:
+    """Train from a model folder; ``number_of`` says by which number a pack's noise is drawn.
+
+    With ``lora`` adapters are trained, and the model's weights are frozen.
+    """
+    model = load_transformer(start / "transformer")
+    if lora is not None:
+        add_adapters(model, lora)
+        init_adapters(model, seed=INIT_SEED)
+    model = model.double().train()
+    named = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
     decaying = [parameter for parameter in named.values() if parameter.ndim > 1]  # not biases and norms
     others = [parameter for parameter in named.values() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -120,7 +136,8 @@ def train_plainly(start: Path, seed: int, number_of: Callable[[int], int] = lamb
         for number in range(PACKS_A_STEP * step, PACKS_A_STEP * (step + 1)):
             pack = next(packs)
             noisy = noisy_of(pack, seed, number_of(number))
-            errors = _errors(model, noisy, pack)
+            dropped = None if lora is None else seed_for("lora", seed, number_of(number))
+            errors = _errors(model, noisy, pack, dropped)
             total = torch.stack([w * one.sum() for w, one in zip(noisy.weights_B.double(), errors, strict=True)]).sum()
             total.backward()
             summed, counted = summed + total.detach(), counted + pack.layout.valid
@@ -218,11 +235,20 @@ def _samples(kind: str, model: Callable[..., Any], seed: int) -> Results:
     return found
 
 
-def write_plain_results(path: str, start: str, seed: int) -> None:
-    """What the loop computes, and how far fp32 rounding can move each of it."""
+def write_plain_results(path: str, start: str, seed: int, lora: dict[str, Any] | None = None) -> None:
+    """What the loop computes, and how far fp32 rounding can move each of it; with ``lora`` of alive adapters."""
+    settings = None
+    if lora is not None:
+        alive_adapters()
+        settings = LoraSettings(**{**lora, "targets": tuple(lora["targets"])})
+
+    def train() -> Results:
+        return train_plainly(Path(start), seed, lora=settings)
+
+    kind = "training" if lora is None else "training of adapters"
     # Each result has many elements, so that few samples tell its norm.
-    scale = rounding_scale(lambda: train_plainly(Path(start), seed), samples=3, name=f"plain training, seed {seed}")
-    torch.save((train_plainly(Path(start), seed), scale), path)
+    scale = rounding_scale(train, samples=3, name=f"plain {kind}, seed {seed}")
+    torch.save((train(), scale), path)
 
 
 def engine_results(folder: Path) -> Results:
@@ -244,8 +270,11 @@ def engine_results(folder: Path) -> Results:
         if not key.endswith((".exp_avg_sq", ".step")):
             results[f"gradient/{key.removesuffix('.exp_avg')}"] = moment
     checkpoint = find_checkpoint(folder, EQUALITY_STEPS)
-    config, _, weights = read_training_checkpoint(checkpoint, dtype=torch.float32)
-    assert config == TINY_CONFIG
+    if has_adapters(checkpoint):
+        weights = read_adapters(checkpoint)
+    else:
+        config, _, weights = read_training_checkpoint(checkpoint, dtype=torch.float32)
+        assert config == TINY_CONFIG
     results.update({f"weight/{key}": value for key, value in weights.items()})
     results.update({f"ema/{key}": value for key, value in read_tensors(checkpoint, ("ema.",)).items()})
     records = [json.loads(line) for line in (folder / "samples" / "samples.jsonl").read_text().splitlines()]

@@ -24,6 +24,19 @@ def command_lines(results: str, wanted: dict[str, list[str]]) -> None:
     Path(results).write_text(json.dumps(found))
 
 
+def alive_adapters() -> None:
+    """Make this process draw B of new adapters too: behind zeros nothing has a gradient yet."""
+    from wan_model.weights import transformer
+
+    initial = transformer.initial_tensor
+
+    def drawn(key: str, shape: tuple[int, ...], *, seed: int) -> Any:
+        is_up = key.endswith("lora_B.weight")
+        return initial(key.replace("lora_B", "lora_A") if is_up else key, shape, seed=seed)
+
+    transformer.initial_tensor = drawn
+
+
 def note_commands(path: str) -> None:
     """Write down every command that this process runs by ``os.system``."""
 

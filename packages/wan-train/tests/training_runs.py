@@ -39,7 +39,14 @@ RUN_OPTIONS = (*BASE_OPTIONS, "--mock")
 # What the runs that are compared have besides.
 CAPTION_DROPOUT, AVERAGE_DECAY, WEIGHT_DECAY = 0.3, 0.9, 0.05
 SAMPLES, SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLE_SEED = 3, 3, 2.0, 11
+# Parts of a layout.
 FULLY_SHARDED = "dist.use_megatron_fsdp=true"
+TENSOR = "model.tensor_model_parallel_size=2"
+SEQUENCE = "model.sequence_parallel=true"
+CONTEXT = "model.context_parallel_size=2"
+PIPELINE = "model.pipeline_model_parallel_size=2"
+OVERLAP = ("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true")
+ELEMENTWISE, SELECTIVE, FULL = (f"model.recompute_granularity={mode}" for mode in ("elementwise", "selective", "full"))
 
 
 def wan_train(
@@ -66,17 +73,20 @@ def warm_ranks() -> WarmRanks:
     return WarmRanks(ranks_folder)
 
 
-def train(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def train(folder: Path, *arguments: str, calls: Sequence[Call] = ()) -> list[dict[str, Any]]:
     """A tiny run on random data that must succeed; returns its log."""
-    return train_on((*RUN_OPTIONS, *arguments), folder)
+    return train_on((*RUN_OPTIONS, *arguments), folder, calls)
 
 
-def train_on(arguments: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    """What ``wan-train pretrain ARGUMENTS checkpoint.save=FOLDER`` does, sooner; must succeed; returns the log."""
+def train_on(arguments: Sequence[str], folder: Path, calls: Sequence[Call] = ()) -> list[dict[str, Any]]:
+    """What ``wan-train pretrain ARGUMENTS checkpoint.save=FOLDER`` does, sooner; must succeed; returns the log.
+
+    Each rank makes the calls first.
+    """
     # Videos are lossy, so what samples are compared by are their latents.
     sampled = any(argument.startswith("samples.interval=") for argument in arguments)
-    calls = [Call("rank_calls:keep_latents", [str(folder / "latents")])] if sampled else []
-    ended = run(arguments, folder, calls=calls)
+    keep = [Call("rank_calls:keep_latents", [str(folder / "latents")])] if sampled else []
+    ended = run(arguments, folder, calls=[*calls, *keep])
     assert set(ended.codes) == {0}, ended.errors
     log = read_log(folder)
     assert not [entry for entry in log if "failure" in entry], "a failure of sampling ends no run"

@@ -223,7 +223,7 @@ def test_stages_load_their_layers(folder: Path, small_model: WanDiT) -> None:
 def test_expected_keys_are_diffusers(small_config: WanConfig, diffusers_model: Any) -> None:
     shapes = expected_shapes(small_config)
     assert shapes == {key: tuple(value.shape) for key, value in diffusers_model.state_dict().items()}
-    check_keys(shapes, small_config, "here")
+    check_keys(shapes, expected_shapes(small_config), "here")
 
 
 def test_files_appear_whole_or_not_at_all(

@@ -20,8 +20,15 @@ from pathlib import Path
 import pytest
 from plain_training import Reference, Results, engine_results, kept_by
 from training_runs import (
+    CONTEXT,
+    ELEMENTWISE,
     EQUALITY_SEED,
     FULLY_SHARDED,
+    OVERLAP,
+    PIPELINE,
+    SELECTIVE,
+    SEQUENCE,
+    TENSOR,
     equality_options,
     read_log,
     steps_of,
@@ -35,12 +42,6 @@ from wan_train.model.layout import Layout, parameters_of_rank
 
 pytestmark = pytest.mark.rounding
 
-TENSOR = "model.tensor_model_parallel_size=2"
-SEQUENCE = "model.sequence_parallel=true"
-CONTEXT = "model.context_parallel_size=2"
-PIPELINE = "model.pipeline_model_parallel_size=2"
-OVERLAP = ("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true")
-SELECTIVE, ELEMENTWISE = (f"model.recompute_granularity={mode}" for mode in ("selective", "elementwise"))
 # Processes, and what they are given; data parallelism takes the rest.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "data, communication overlapped": (2, [*OVERLAP]),

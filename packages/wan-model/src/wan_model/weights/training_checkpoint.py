@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.serialization import _get_layout
 
 from wan_model.config import WanConfig
+from wan_model.dit.lora import is_adapter_key
 from wan_model.dit.model import precision_of
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.safe_reading import read_bytes, require_file
@@ -189,7 +190,12 @@ def read_run_config(path: Path, settings: dict[str, Any] | None = None) -> tuple
         raise ValueError(f"{file} does not describe a Wan 2.1 transformer: {error}") from error
 
 
-def _check_complete(path: Path) -> tuple[Metadata, WanConfig, LatentSpec | None]:
+def open_checkpoint(path: Path) -> tuple[Metadata, WanConfig, LatentSpec | None]:
+    """The index and the configuration of a complete checkpoint.
+
+    Raises:
+        ValueError: it is not complete; the message names what is missing.
+    """
     index = read_index(path)
     _check_files(path, index)
     # The trainer writes this file last, so its presence implies that all other files are complete.
@@ -217,7 +223,7 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
     complete = {}
     for step, path in _step_folders(Path(folder)).items():
         try:
-            _check_complete(path)
+            open_checkpoint(path)
         except ValueError:
             continue
         complete[step] = path
@@ -240,7 +246,7 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
         own = int(match[1]) if match else None
         if step is not None and step != own:
             raise ValueError(f"{folder} is one checkpoint, of step {own or 'unknown'}; step {step} was requested")
-        _check_complete(folder)
+        open_checkpoint(folder)
         return folder
     folders = _step_folders(folder)
     if not folders:
@@ -248,12 +254,12 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path:
     if step is not None:
         if step not in folders:
             raise ValueError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, folders))}")
-        _check_complete(folders[step])
+        open_checkpoint(folders[step])
         return folders[step]
     newest_problem: ValueError | None = None
     for path in reversed(folders.values()):
         try:
-            _check_complete(path)
+            open_checkpoint(path)
         except ValueError as error:
             newest_problem = newest_problem or error
         else:
@@ -273,7 +279,7 @@ class _Reader(filesystem.FileSystemReader):
         return self.index
 
 
-def _prefix(index: Metadata, config: WanConfig, path: Path, *, ema: bool, masters: bool) -> str:
+def prefix_of_model(index: Metadata, config: WanConfig, path: Path, *, ema: bool, masters: bool) -> str:
     """The prefix of diffusers' keys in this checkpoint."""
     if masters and all(_MASTER_PREFIX + key in index.state_dict_metadata for key in expected_shapes(config)):
         return _MASTER_PREFIX
@@ -284,7 +290,14 @@ def _prefix(index: Metadata, config: WanConfig, path: Path, *, ema: bool, master
     return _FSDP_PREFIX if any(key.startswith(_FSDP_PREFIX) for key in index.state_dict_metadata) else ""
 
 
-def _model_entries(index: Metadata, config: WanConfig, path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
+def entries_of_model(
+    index: Metadata, config: WanConfig, path: Path, prefix: str, expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorStorageMetadata]:
+    """The entries of a model's tensors, by diffusers' keys, which are exactly the expected ones and complete.
+
+    Raises:
+        ValueError: they are not.
+    """
     # The index also has entries of the optimizer and of Megatron. Every entry with the prefix of the model's keys
     # counts as the model's, so that unexpected tensors are detected.
     families = {key.split(".")[0] for key in expected_shapes(config)}
@@ -295,7 +308,7 @@ def _model_entries(index: Metadata, config: WanConfig, path: Path, prefix: str) 
         and key.removeprefix(prefix).split(".")[0] in families
         and isinstance(entry, TensorStorageMetadata)
     }
-    check_keys({key: tuple(entry.size) for key, entry in entries.items()}, config, str(path))
+    check_keys({key: tuple(entry.size) for key, entry in entries.items()}, expected, str(path))
     for key, entry in entries.items():
         stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
         if stored < math.prod(entry.size):
@@ -304,6 +317,23 @@ def _model_entries(index: Metadata, config: WanConfig, path: Path, prefix: str) 
             if MetadataIndex(prefix + key, chunk.offsets) not in index.storage_data:
                 raise ValueError(f"{path / METADATA} does not say where a part of {key} is stored")
     return entries
+
+
+def read_into(named: Mapping[str, Tensor], path: Path, index: Metadata) -> None:
+    """Read tensors of a checkpoint, by their names in it, into existing ones.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            # torch warns that it reads in a single process, which is intended here.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(dict(named), storage_reader=_Reader(path, index), no_dist=True)  # into these very tensors
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise ValueError(f"the tensors in {path} cannot be read; its files are damaged: {reason}") from error
 
 
 def read_training_checkpoint(
@@ -335,10 +365,15 @@ def read_training_checkpoint(
             it has no EMA.
     """
     path = Path(path)
-    index, config, spec = _check_complete(path)
+    index, config, spec = open_checkpoint(path)
+    if any(is_adapter_key(key) for key in index.state_dict_metadata):
+        raise ValueError(
+            f"{path} holds a LoRA, not the weights of a model; merge it with its base (wan-train merge), or sample it "
+            "with --model BASE"
+        )
     assert not (ema and masters), "the EMA is fp32 itself"
-    prefix = _prefix(index, config, path, ema=ema, masters=masters)
-    entries = _model_entries(index, config, path, prefix)
+    prefix = prefix_of_model(index, config, path, ema=ema, masters=masters)
+    entries = entries_of_model(index, config, path, prefix, expected_shapes(config))
     state: dict[str, Tensor]
     if into is not None:
         assert into.keys() == entries.keys(), "the tensors are those of a model of the checkpoint's sizes"
@@ -352,14 +387,5 @@ def read_training_checkpoint(
             )
             for key, entry in entries.items()
         }
-    try:
-        with warnings.catch_warnings():
-            # torch warns that it reads in a single process, which is intended here.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            named = {prefix + key: value for key, value in state.items()}
-            load(named, storage_reader=_Reader(path, index), no_dist=True)  # into these very tensors
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise ValueError(f"the tensors in {path} cannot be read; its files are damaged: {reason}") from error
+    read_into({prefix + key: value for key, value in state.items()}, path, index)
     return config, spec, state

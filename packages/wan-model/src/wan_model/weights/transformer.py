@@ -160,13 +160,12 @@ def read_trained_spec(folder: Path) -> LatentSpec | None:
         raise ValueError(f"{file}: {error}") from None
 
 
-def check_keys(found: Mapping[str, tuple[int, ...]], config: WanConfig, where: str) -> None:
-    """Refuse a set of tensors that is not exactly the model's.
+def check_keys(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse a set of tensors, by key and shape, that is not exactly the expected one.
 
     Raises:
         ValueError: keys are missing, unexpected or of another shape; the message names the first of them.
     """
-    expected = expected_shapes(config)
     problems = [f"{key} is missing (expected {list(expected[key])})" for key in expected if key not in found]
     problems += [f"{key} is unexpected ({list(found[key])})" for key in found if key not in expected]
     problems += [
@@ -190,7 +189,7 @@ def _stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, tupl
 def _check_stored(folder: Path, config: WanConfig) -> list[tuple[str, Path, tuple[int, ...]]]:
     """Key, file and shape of all tensors of a folder, which are those of the model."""
     stored = list(_stored_tensors(weight_files(folder, DIFFUSERS_STEM)))
-    check_keys({key: shape for key, _, shape in stored}, config, str(folder))
+    check_keys({key: shape for key, _, shape in stored}, expected_shapes(config), str(folder))
     return stored
 
 
@@ -281,7 +280,9 @@ def save_transformer(
         ValueError: the tensors are not exactly the model's.
     """
     folder = Path(folder)
-    check_keys({key: tuple(value.shape) for key, value in state.items()}, config, "the state to be saved")
+    check_keys(
+        {key: tuple(value.shape) for key, value in state.items()}, expected_shapes(config), "the state to be saved"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes

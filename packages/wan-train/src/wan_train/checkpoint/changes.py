@@ -35,6 +35,7 @@ class FixedSetting:
 
 
 _ORDER = "the loader continues the order of samples that it began"
+_FACTOR = "the adapters were trained with this factor"
 _STATE = "the optimizer's state has its form"
 FIXED = (
     FixedSetting("train.global_batch_size", "steps, schedule and position in the data are counted in it"),
@@ -49,6 +50,8 @@ FIXED = (
     FixedSetting("optimizer.use_precision_aware_optimizer", _STATE),
     FixedSetting("model.init_from", "the run has begun, and the weights continue from the checkpoint"),
     FixedSetting("model.init_seed", "the run has begun, and the weights continue from the checkpoint"),
+    FixedSetting("lora.alpha", _FACTOR),
+    FixedSetting("lora.use_rslora", _FACTOR),
 )
 
 
@@ -107,8 +110,9 @@ def check_resume(config: Any, layout: Layout, point: ResumePoint) -> None:
     """
     record = read_run_settings(point.step_folder)
     _check_weights(config, point, record)
+    _check_adapters(config, point, record)
     if config.checkpoint.finetune:
-        if config.model.init_from is not None:
+        if config.model.init_from is not None and not config.lora.rank:
             raise ValueError(
                 f"model.init_from is {config.model.init_from} and checkpoint.finetune takes the weights of "
                 f"{point.step_folder}; leave one of them out"
@@ -136,6 +140,32 @@ def check_resume(config: Any, layout: Layout, point: ResumePoint) -> None:
             "change because each rank continues its own samples: resume with the data-parallel size that it was saved "
             f"with, {anew}"
         )
+
+
+def _check_adapters(config: Any, point: ResumePoint, record: dict[str, Any]) -> None:
+    """Refuse a checkpoint of weights where adapters are trained, and of adapters otherwise or of another form."""
+    theirs = _at(record, "lora.rank")
+    theirs = 0 if theirs is _MISSING else theirs
+    if not config.lora.rank and theirs:
+        raise ValueError(
+            f"{point.step_folder} holds a LoRA of rank {theirs} and lora.rank is 0; set the lora section as it was, or merge "
+            f"it first: wan-train merge {point.folder} MODEL, then --init-from MODEL"
+        )
+    if config.lora.rank and not theirs:
+        raise ValueError(
+            f"{point.step_folder} holds the weights of a model and lora.rank is {config.lora.rank}; export them first: "
+            f"wan-train export {point.folder} MODEL, then --init-from MODEL and another checkpoint.save"
+        )
+    if not config.lora.rank:
+        return
+    for key in ("lora.rank", "lora.targets"):
+        if (ours := _at(config, key)) != (its := _at(record, key)):
+            raise ValueError(
+                f"{key} is {ours!r} where {point.step_folder} has {its!r}, which would be other adapters; set it as it was, "
+                "or set checkpoint.save to another folder"
+            )
+    recorded = _at(record, "model.base_digest")
+    config.model.recorded_digest = recorded if isinstance(recorded, str) else None
 
 
 def _check_weights(config: Any, point: ResumePoint, record: dict[str, Any]) -> None:

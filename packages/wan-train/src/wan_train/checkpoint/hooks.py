@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from wan_model.dit.lora import is_adapter_key
 from wan_model.system.files import sync_folder
 from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.async_writer import supervise_writer
@@ -321,6 +322,8 @@ def _load_strictly(module: torch.nn.Module, state: dict[str, Any], strict: bool)
         return
     # In bf16 it would not find its own names, because it saves without that of Megatron's precision wrapper.
     own = {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    if adapters := {key: value for key, value in own.items() if is_adapter_key(key)}:
+        own = adapters  # what they adapt is not in a checkpoint
     read = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if differing := sorted(own.keys() ^ read.keys()):
         raise ValueError(f"the checkpoint has other tensors than this run, for example {differing[0]}")

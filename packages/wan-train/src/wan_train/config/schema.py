@@ -6,6 +6,7 @@ Import only after ``wan_train.engine.start``.
 import dataclasses
 
 from wan_model.flow import TIMESTEPS
+from wan_train.config.lora import LoraConfig
 from wan_train.config.samples import SamplesConfig
 from wan_train.engine.upstream.configuration import BridgeValidation, ConfigContainer
 
@@ -87,3 +88,4 @@ class WanRunConfig(ConfigContainer):
     ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     samples: SamplesConfig = dataclasses.field(default_factory=SamplesConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)

@@ -130,6 +130,7 @@ def check_settings(config: Any) -> None:
         _check_deterministic(config)
     config.validation.check()
     config.ema.check()
+    config.lora.check(sizes, has_base=config.model.init_from is not None)
     config.samples.check(ema_decay=config.ema.decay, saved=config.checkpoint.save is not None)
 
 
@@ -204,6 +205,7 @@ def derive_settings(config: Any, *, on_cpu: bool) -> None:
     if on_cpu and config.optimizer.optimizer_cpu_offload:
         raise ValueError("optimizer.optimizer_cpu_offload is True, and there is no GPU to offload from; leave it out")
     config.model.ema_decay = config.ema.decay
+    config.model.lora = config.lora.settings()
     optimizer, scheduler = config.optimizer, config.scheduler
     if optimizer.clip_grad == 0:
         optimizer.clip_grad = math.inf  # the NaN guard needs the norm, which is computed only for clipping

@@ -17,7 +17,7 @@ from wan_model import PackLayout
 from wan_model.dit.flops import pack_flops
 from wan_model.flow import FlowMatching, NoisyPack, loss_sum, sample_losses
 from wan_train.data.pack_iterator import NumberedPack
-from wan_train.data.seeds import generator_for
+from wan_train.data.seeds import generator_for, seed_for
 from wan_train.engine.upstream.loop import GlobalState
 
 LOSS = "loss"
@@ -85,9 +85,12 @@ class WanForwardStep:
         flow: FlowMatching = state.cfg.model.flow
         generator = generator_for("noise", state.cfg.rng.seed, numbered.number, device=self.device)
         noisy = flow.corrupt(pack, generator, self.empty_caption)
+        lora = state.cfg.model.lora
+        dropped = None if lora is None or not lora.dropout else seed_for("lora", state.cfg.rng.seed, numbered.number)
         out = model(
-            tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=noisy.text_BTD, layout=pack.layout
-        )
+            tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=noisy.text_BTD, layout=pack.layout,
+            dropout_seed=dropped,
+        )  # fmt: skip
         # Not the pack, whose clean tokens and texts are not needed any more.
         return out, partial(self._loss, noisy, pack.layout, pack.keys)
 

@@ -5,6 +5,7 @@ Import only after ``wan_train.engine.start``.
 
 from typing import Any
 
+from wan_model.dit.lora import is_adapter_key
 from wan_model.dit.model import Block
 from wan_model.system.torchrun import world_size
 from wan_train.engine.upstream.patches import use_fsdp_units
@@ -25,4 +26,4 @@ def configure(config: Any, *, on_cpu: bool) -> None:
     if on_cpu:
         # gloo has no reduction that scales while it sums.
         config.ddp.gradient_reduce_div_fusion = False
-    use_fsdp_units(Block)
+    use_fsdp_units(Block, saved=None if config.model.lora is None else is_adapter_key)

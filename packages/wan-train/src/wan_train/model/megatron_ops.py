@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from wan_model import ContextParallel, PackLayout, TokenRows
 from wan_model.dit.attention import AttentionKind
 from wan_model.dit.elementwise import rotate
+from wan_model.dit.lora import AdaptableLinear, LoraMatrix
 from wan_model.dit.ops import RMSNorm, TorchOps
 from wan_model.dit.recompute import products_are_saved
 from wan_model.kernels import available
@@ -35,31 +37,59 @@ def _no_init(weight: Tensor) -> None:
     """``wan_model.init_weights`` initialises the weights by key, independent of the layout."""
 
 
+def _summed_over_ranks(matrix: Tensor) -> Tensor:
+    """The matrix, whose gradient is summed over the tensor-parallel ranks."""
+    same: Tensor = copy_to_tensor_model_parallel_region(matrix)
+    return same
+
+
 def _mark_split(parameter: nn.Parameter, axis: int) -> None:
     # Megatron sets these attributes only when it initialises the weights itself.
     split: Any = parameter
     split.tensor_model_parallel, split.partition_dim, split.partition_stride = True, axis, 1
 
 
-class _ColumnLinear(ColumnParallelLinear):
-    """Output split over ranks; the input is already gathered."""
+class _ColumnLinear(AdaptableLinear, ColumnParallelLinear):
+    """Output split over ranks; the input is already gathered.
+
+    Of an adapter B is split as the weight is, and A is whole on every rank.
+    """
+
+    def whole_gradient(self, matrix: Tensor, *, is_up: bool) -> Tensor:
+        """A gets from each rank what flows through its part of B."""
+        return matrix if is_up else _summed_over_ranks(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, in] -> [S, out / ranks]."""
-        # There is no communication here, and torch fuses the bias.
-        if not self.config.gradient_accumulation_fusion:
-            return F.linear(x, self.weight, self.bias)
+        # There is no communication here, and torch fuses the bias. A frozen weight has no gradient to accumulate.
+        if self.lora is not None or not self.config.gradient_accumulation_fusion:
+            return self.with_adapter(F.linear(x, self.weight, self.bias), x)
         out: Tensor = super().forward(x)[0]
         return out
 
 
-class _RowLinear(RowParallelLinear):
-    """Input split over ranks; output reduced, or reduce-scattered over the sequence with sequence parallelism."""
+class _RowLinear(AdaptableLinear, RowParallelLinear):
+    """Input split over ranks; output reduced, or reduce-scattered over the sequence with sequence parallelism.
+
+    Of an adapter A is split as the weight is, and B is whole on every rank: what it adds is summed with the product.
+    """
+
+    def whole_gradient(self, matrix: Tensor, *, is_up: bool) -> Tensor:
+        """B gets from each rank what its part of A has made."""
+        return _summed_over_ranks(matrix) if is_up else matrix
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, in / ranks] -> this rank's rows [S, out]."""
-        if self.input_size_per_partition == self.input_size and not self.config.gradient_accumulation_fusion:
-            return F.linear(x, self.weight, self.bias)
+        alone = self.input_size_per_partition == self.input_size
+        if alone and (self.lora is not None or not self.config.gradient_accumulation_fusion):
+            return self.with_adapter(F.linear(x, self.weight, self.bias), x)
+        if self.lora is not None:
+            # Not the product that may be saved: the all-reduce overwrites its argument.
+            partial = self.with_adapter(F.linear(x, self.weight), x)
+            split = self.config.sequence_parallel
+            over_ranks = reduce_scatter_to_sequence_parallel_region if split else reduce_from_tensor_model_parallel_region
+            whole: Tensor = over_ranks(partial)
+            return whole + self.bias
         if products_are_saved() and not self.config.sequence_parallel:
             # Megatron's all-reduce overwrites the product, which would be reduced again when the block is recomputed.
             reduced: Tensor = reduce_from_tensor_model_parallel_region(F.linear(x, self.weight).clone())
@@ -136,6 +166,24 @@ class MegatronOps(TorchOps):
         )  # fmt: skip
         _mark_split(linear.weight, 1)
         return linear
+
+    def add_adapter(self, linear: nn.Module, rank: int) -> None:
+        """B of a column-parallel linear and A of a row-parallel one are split as its weight is."""
+        assert isinstance(linear, _ColumnLinear | _RowLinear)
+        rows, columns = linear.weight.shape  # of this rank
+        with torch.device(linear.weight.device):
+            linear.lora_A, linear.lora_B = LoraMatrix(rank, columns), LoraMatrix(rows, rank)
+        if isinstance(linear, _ColumnLinear):
+            _mark_split(linear.lora_B.weight, 0)
+        else:
+            _mark_split(linear.lora_A.weight, 1)
+
+    def input_columns(self, linear: nn.Module) -> tuple[int, int, int]:
+        """A row-parallel linear's input is split."""
+        columns: int = linear.weight.shape[1]  # type: ignore[union-attr, assignment, index]
+        if isinstance(linear, _RowLinear):
+            return self.rank * columns, (self.rank + 1) * columns, self.ranks * columns
+        return 0, columns, columns
 
     def norm_across_heads(self, width: int, eps: float) -> nn.Module:
         """RMS norm whose mean spans all ranks."""

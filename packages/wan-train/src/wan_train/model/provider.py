@@ -13,15 +13,18 @@ from einops import rearrange
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT, init_weights
 from wan_model.config import TEXT_LENGTH_KEY
 from wan_model.dit.attention import AttentionKind
+from wan_model.dit.adapters import add_adapters
+from wan_model.dit.lora import LoraSettings
 from wan_model.dit.recompute import Recompute
 from wan_model.flow import FlowMatching
+from wan_model.weights.base_digest import joint_digest, tensor_digests
 from wan_model.weights.model_folder import resolve_folder
-from wan_model.weights.transformer import load_weights, read_config
+from wan_model.weights.transformer import init_adapters, load_weights, read_config
 from wan_train import engine
 from wan_train.engine.upstream.loop import ModelProviderMixin, TransformerConfig
 from wan_train.model.ema import PREFIX as EMA_PREFIX
@@ -75,6 +78,14 @@ def stage_of(config: WanConfig, rank: int, ranks: int) -> Stage:
     return Stage(first, first + sizes[rank], rank == 0, rank == ranks - 1)
 
 
+def base_digest(folder: Path) -> str:
+    """The digest of a transformer's weights, computed by all ranks together."""
+    mine = tensor_digests(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return joint_digest({key: digest for part in gathered for key, digest in part.items()})
+
+
 def _ops(provider: "WanModelProvider") -> MegatronOps:
     if provider.attention == "transformer_engine":
         if not engine.start().transformer_engine:
@@ -103,7 +114,10 @@ class MegatronWanDiT(MegatronModule):
         self.pre_process, self.post_process = stage.is_first, stage.is_last
         with torch.device("cuda", torch.cuda.current_device()):
             self.dit = WanDiT(provider.wan_config, _ops(provider), stage)
+            if provider.lora is not None:
+                add_adapters(self.dit, provider.lora)
         self.dit.recompute = provider.recompute
+        self.lora = provider.lora
         self._received: Tensor | None = None
         # The EMA of the weights, if enabled, and whether the checkpoint that is saved or loaded has it.
         self.ema: WeightEMA | None = None
@@ -114,10 +128,15 @@ class MegatronWanDiT(MegatronModule):
                 parameter.pipeline_parallel = True  # its gradient is summed over the stages
                 parameter.shared = not stage.is_first  # and counted once in the gradient norm
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters of this part that are trained and saved, by diffusers' keys: all, or those of adapters."""
+        return {key: parameter for key, parameter in self.dit.named_parameters() if parameter.requires_grad}
+
     def enable_ema(self, decay: float) -> None:
         """Keep an EMA of the weights from now on, see ``wan_train.model.ema``."""
         self.ema = WeightEMA(
-            self.dit.named_parameters(),
+            self.trained.items(),
             decay,
             rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
             ranks=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
@@ -132,7 +151,15 @@ class MegatronWanDiT(MegatronModule):
         """Called by the schedule with the output of the previous stage."""
         self._received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, *, tokens_SC: Tensor, timesteps_B: Tensor, text_BTD: Tensor, layout: PackLayout) -> Tensor:
+    def forward(
+        self,
+        *,
+        tokens_SC: Tensor,
+        timesteps_B: Tensor,
+        text_BTD: Tensor,
+        layout: PackLayout,
+        dropout_seed: int | None = None,
+    ) -> Tensor:
         """Velocity tokens [S, C] on the last stage, else hidden rows [S, 1, D] for the next stage.
 
         The arguments are keyword-only because Megatron's precision wrapper casts positional ones: timesteps stay fp32.
@@ -142,20 +169,20 @@ class MegatronWanDiT(MegatronModule):
         else:
             assert self._received is not None, "the schedule passed this stage no input"
             x = rearrange(self._received, "s 1 d -> s d")
-        out: Tensor = self.dit(x, timesteps_B, text_BTD, layout)
+        out: Tensor = self.dit(x, timesteps_B, text_BTD, layout, dropout_seed)
         return out if self.post_process else rearrange(out, "s d -> s 1 d")
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Every tensor by its diffusers key with its global shape, in any layout."""
+        """Every trained tensor by its diffusers key with its global shape, in any layout."""
         del metadata
         assert not sharded_offsets, "layers are numbered over the whole model, without offsets"
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         sharded = {}
-        for key, parameter in self.dit.named_parameters():
+        for key, parameter in self.trained.items():
             part = self.dit.ops.partition(parameter)
             stage_replica = pp_rank if key.startswith(REPLICATED_ON_STAGES) else 0
             sharded[f"{prefix}dit.{key}"] = ShardedTensor.from_rank_offsets(
@@ -182,7 +209,10 @@ class MegatronWanDiT(MegatronModule):
                 saved[key.removeprefix(EMA_PREFIX)] = value
             else:
                 weights[key] = value
-        loaded = super().load_state_dict(weights, strict=strict, assign=assign)
+        if differing := sorted({key.removeprefix("dit.") for key in weights} ^ self.trained.keys()):
+            raise ValueError(f"the checkpoint has other tensors than this run, for example {differing[0]}")
+        # What is not trained is not in a checkpoint.
+        loaded = super().load_state_dict(weights, strict=strict and self.lora is None, assign=assign)
         if self.ema is not None:
             if self.ema_in_checkpoint:
                 self.ema.load(saved)
@@ -206,6 +236,8 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         init_from: a model in diffusers' layout (folder or hub id) whose transformer the training starts from; None
             for the official random initialisation.
         init_seed: seed of the random initialisation.
+        base_digest: of the weights that adapters are trained on, see ``wan_model.weights.base_digest``; set when they
+            are read, and recorded in checkpoints.
         ema_decay: set from ``ema.decay``.
         recompute_granularity: see ``RECOMPUTE``.
     """
@@ -219,6 +251,7 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     attention: AttentionKind | Literal["transformer_engine"] = "auto"
     init_from: str | None = None
     init_seed: int = 1234
+    base_digest: str | None = None
     ema_decay: float = 0.0
     recompute_granularity: Literal["elementwise", "selective", "full"] | None = None
     # Megatron-Bridge reads these from every model.
@@ -231,6 +264,10 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     resumes = False
     # What ``init_from`` names, found once by ``build_config``.
     initial_weights = cast(InitialWeights | None, None)
+    # Set from the ``lora`` section.
+    lora = cast(LoraSettings | None, None)
+    # That of the checkpoint, at a resume.
+    recorded_digest = cast(str | None, None)
 
     @property
     def wan_config(self) -> WanConfig:
@@ -283,7 +320,10 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     ) -> MegatronWanDiT:
         """Build this rank's part with the initial weights, which do not depend on the layout.
 
-        At a resume the weights are undefined: drawing or reading those of 14 billion parameters takes minutes.
+        At a resume trained weights are undefined: drawing or reading those of 14 billion parameters takes minutes.
+
+        Raises:
+            ValueError: the weights are not those that the checkpoint's adapters were trained on.
         """
         assert vp_stage is None, "refused in finalize"
         rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -293,7 +333,9 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
             "the stage is the one that Megatron expects"
         )
         model = MegatronWanDiT(self, stage)
-        if self.resumes:
+        if self.lora is not None:
+            self._fill_base_and_adapters(model.dit)
+        elif self.resumes:
             pass
         elif self.initial_weights is None:
             assert self.init_from is None, "found by build_config"
@@ -303,6 +345,20 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         if self.ema_decay:
             model.enable_ema(self.ema_decay)
         return model
+
+    def _fill_base_and_adapters(self, dit: WanDiT) -> None:
+        assert self.initial_weights is not None, "the settings were checked"
+        folder = self.initial_weights.folder
+        load_weights(dit, folder)
+        self.base_digest = base_digest(folder)
+        if self.recorded_digest not in (None, self.base_digest):
+            raise ValueError(
+                f"the weights of {self.init_from} are not those that the checkpoint's LoRA was trained on (their digest is "
+                f"{self.base_digest[:12]}, the recorded one {self.recorded_digest[:12]}); give the model that it was "
+                "started with as --init-from"
+            )
+        if not self.resumes:
+            init_adapters(dit, seed=self.init_seed)
 
     def _get_num_floating_point_operations(self, batch_size: int) -> int:
         # Without this hook Bridge would apply its formula for language models. A pack's FLOPs depend on its samples.

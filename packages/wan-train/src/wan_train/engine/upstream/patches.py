@@ -3,9 +3,13 @@
 Import only after Bridge is imported; ``wan_train.engine.start`` calls it.
 """
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from wan_train.engine import gloo_groups, torch_adam, write_results
 from wan_train.engine.upstream.replace import by, changed, drop, find, replace
@@ -89,8 +93,42 @@ class _NoModule:
     """Has no instances."""
 
 
-def use_fsdp_units(*modules: type) -> None:
+class _NoHook:
+    def remove(self) -> None:
+        """There is none."""
+
+
+@contextlib.contextmanager
+def _no_hooks_on_frozen_parameters() -> Iterator[None]:
+    """In this context hooks on gradients are registered for parameters only that have gradients.
+
+    Megatron-FSDP keeps parameters apart that have none, but registers its hooks on all, which torch refuses.
+    """
+    register = torch.Tensor.register_post_accumulate_grad_hook
+
+    def register_on_trained(self: torch.Tensor, hook: Any) -> Any:
+        return register(self, hook) if self.requires_grad else _NoHook()
+
+    torch.Tensor.register_post_accumulate_grad_hook = register_on_trained  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.register_post_accumulate_grad_hook = register  # type: ignore[method-assign]
+
+
+def _chosen(state_of: Callable[..., dict[str, Any]], saved: Callable[[str], bool]) -> Callable[..., dict[str, Any]]:
+    def chosen_state(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {key: value for key, value in state_of(*args, **kwargs).items() if saved(key)}
+
+    return chosen_state
+
+
+def use_fsdp_units(*modules: type, saved: Callable[[str], bool] | None = None) -> None:
     """Make Megatron-FSDP shard these modules one by one; its default unit is Megatron's own ``TransformerLayer``.
+
+    Args:
+        modules: the units.
+        saved: which tensors of the model are saved, by their keys; None for all.
 
     Raises:
         EngineChangedError: Megatron-FSDP takes no such modules.
@@ -107,6 +145,11 @@ def use_fsdp_units(*modules: type) -> None:
 
     @functools.wraps(create)
     def create_with_units(self: Any, *args: Any, **kwargs: Any) -> None:
-        create(self, *args, **{"fsdp_unit_modules": list(modules), **kwargs})
+        with _no_hooks_on_frozen_parameters():
+            create(self, *args, **{"fsdp_unit_modules": list(modules), **kwargs})
+        if saved is not None:
+            # Bridge asks the one inside.
+            for module in (self, self.module):
+                module.state_dict_for_save_checkpoint = _chosen(module.state_dict_for_save_checkpoint, saved)
 
     adapter.FullyShardedDataParallel.__init__ = create_with_units
