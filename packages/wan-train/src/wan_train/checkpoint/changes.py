@@ -148,8 +148,8 @@ def _check_adapters(config: Any, point: ResumePoint, record: dict[str, Any]) -> 
     theirs = 0 if theirs is _MISSING else theirs
     if not config.lora.rank and theirs:
         raise ValueError(
-            f"{point.step_folder} holds a LoRA of rank {theirs} and lora.rank is 0; set the lora section as it was, or merge "
-            f"it first: wan-train merge {point.folder} MODEL, then --init-from MODEL"
+            f"{point.step_folder} holds a LoRA of rank {theirs} and lora.rank is 0; set the lora section as it was, or "
+            f"merge it first: wan-train merge {point.folder} MODEL, then --init-from MODEL"
         )
     if config.lora.rank and not theirs:
         raise ValueError(
@@ -161,8 +161,8 @@ def _check_adapters(config: Any, point: ResumePoint, record: dict[str, Any]) -> 
     for key in ("lora.rank", "lora.targets"):
         if (ours := _at(config, key)) != (its := _at(record, key)):
             raise ValueError(
-                f"{key} is {ours!r} where {point.step_folder} has {its!r}, which would be other adapters; set it as it was, "
-                "or set checkpoint.save to another folder"
+                f"{key} is {ours!r} where {point.step_folder} has {its!r}, which would be other adapters; set it as it "
+                "was, or set checkpoint.save to another folder"
             )
     recorded = _at(record, "model.base_digest")
     config.model.recorded_digest = recorded if isinstance(recorded, str) else None

@@ -53,5 +53,5 @@ class LoraConfig:
         settings.linears(model)
         if not has_base:
             raise ValueError(
-                f"lora.rank is {self.rank} and there are no weights to adapt; give --init-from MODEL, or set lora.rank=0"
+                f"lora.rank is {self.rank} and there are no weights to adapt; give --init-from MODEL, or lora.rank=0"
             )

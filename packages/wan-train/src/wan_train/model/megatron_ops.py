@@ -55,6 +55,10 @@ class _ColumnLinear(AdaptableLinear, ColumnParallelLinear):
     Of an adapter B is split as the weight is, and A is whole on every rank.
     """
 
+    config: Any
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def whole_gradient(self, matrix: Tensor, *, is_up: bool) -> Tensor:
         """A gets from each rank what flows through its part of B."""
         return matrix if is_up else _summed_over_ranks(matrix)
@@ -74,6 +78,10 @@ class _RowLinear(AdaptableLinear, RowParallelLinear):
     Of an adapter A is split as the weight is, and B is whole on every rank: what it adds is summed with the product.
     """
 
+    config: Any
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def whole_gradient(self, matrix: Tensor, *, is_up: bool) -> Tensor:
         """B gets from each rank what its part of A has made."""
         return _summed_over_ranks(matrix) if is_up else matrix
@@ -86,9 +94,10 @@ class _RowLinear(AdaptableLinear, RowParallelLinear):
         if self.lora is not None:
             # Not the product that may be saved: the all-reduce overwrites its argument.
             partial = self.with_adapter(F.linear(x, self.weight), x)
-            split = self.config.sequence_parallel
-            over_ranks = reduce_scatter_to_sequence_parallel_region if split else reduce_from_tensor_model_parallel_region
-            whole: Tensor = over_ranks(partial)
+            if self.config.sequence_parallel:
+                whole: Tensor = reduce_scatter_to_sequence_parallel_region(partial)
+            else:
+                whole = reduce_from_tensor_model_parallel_region(partial)
             return whole + self.bias
         if products_are_saved() and not self.config.sequence_parallel:
             # Megatron's all-reduce overwrites the product, which would be reduced again when the block is recomputed.
@@ -180,7 +189,8 @@ class MegatronOps(TorchOps):
 
     def input_columns(self, linear: nn.Module) -> tuple[int, int, int]:
         """A row-parallel linear's input is split."""
-        columns: int = linear.weight.shape[1]  # type: ignore[union-attr, assignment, index]
+        assert isinstance(linear, _ColumnLinear | _RowLinear)
+        columns = linear.weight.shape[1]
         if isinstance(linear, _RowLinear):
             return self.rank * columns, (self.rank + 1) * columns, self.ranks * columns
         return 0, columns, columns

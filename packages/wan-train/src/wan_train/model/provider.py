@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT, init_weights
 from wan_model.config import TEXT_LENGTH_KEY
-from wan_model.dit.attention import AttentionKind
 from wan_model.dit.adapters import add_adapters
+from wan_model.dit.attention import AttentionKind
 from wan_model.dit.lora import LoraSettings
 from wan_model.dit.recompute import Recompute
 from wan_model.flow import FlowMatching
@@ -353,9 +353,9 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
         self.base_digest = base_digest(folder)
         if self.recorded_digest not in (None, self.base_digest):
             raise ValueError(
-                f"the weights of {self.init_from} are not those that the checkpoint's LoRA was trained on (their digest is "
-                f"{self.base_digest[:12]}, the recorded one {self.recorded_digest[:12]}); give the model that it was "
-                "started with as --init-from"
+                f"the weights of {self.init_from} are not those that the checkpoint's LoRA was trained on (digest "
+                f"{self.base_digest[:12]} where it has {self.recorded_digest[:12]}); give the model that it was begun "
+                "with as --init-from"
             )
         if not self.resumes:
             init_adapters(dit, seed=self.init_seed)
