@@ -5,9 +5,9 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -15,6 +15,8 @@ from wan_model.precision import DTYPES
 from wan_model.system.option_names import option_names
 from wan_model.system.standard_streams import CheckedCommand
 from wan_train.config.options import RECIPES, RunOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Commands(CheckedCommand, click.Group):
@@ -27,68 +29,98 @@ def main() -> None:
     """Train Wan 2.1 text-to-video models in parallel with Megatron."""
 
 
+def _with_run_options(*, init_from_required: bool, training_mode: str) -> Callable[[F], F]:
+    """The options of the commands that train."""
+    options = [
+        click.option(
+            "--recipe",
+            type=click.Choice(RECIPES),
+            help="Model and default settings; wan_1_3b if neither this nor --config-file sets it.",
+        ),
+        click.option(
+            *option_names("training-mode"), type=click.Choice(["pretrain", "finetune"]), default=training_mode,
+            show_default=True, help="Preset of timestep density and shift.",
+        ),
+        click.option(
+            *option_names("config-file"),
+            metavar="FILE",
+            help="YAML file applied over the recipe, or a name from `config list`.",
+        ),
+        click.option(
+            *option_names("init-from"), metavar="MODEL", required=init_from_required,
+            help="Initial weights: the transformer of a model in diffusers' layout, a folder or hub id.",
+        ),
+        click.option("--mock", is_flag=True, help="Train on random data with the shapes in dataset.mock_settings."),
+        click.option(
+            *option_names("nproc-per-node"), type=click.IntRange(1), default=1, show_default=True,
+            help="Processes to start on this machine. Omit it under torchrun.",
+        ),
+        click.option(
+            "--verbose",
+            is_flag=True,
+            help="Print Megatron's own output, which is otherwise written to a file beside the log.",
+        ),
+        click.option(
+            *option_names("dry-run"),
+            is_flag=True,
+            help="Validate the configuration and print layout, memory and FLOPs, without training.",
+        ),
+        click.option(
+            *option_names("world-size"),
+            type=click.IntRange(1),
+            help="With --dry-run: number of processes of the planned cluster.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON."),
+        click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]..."),
+    ]  # fmt: skip
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 @main.command()
-@click.option(
-    "--recipe",
-    type=click.Choice(RECIPES),
-    help="Model and default settings; wan_1_3b if neither this nor --config-file sets it.",
-)
-@click.option(
-    *option_names("training-mode"), type=click.Choice(["pretrain", "finetune"]), default="pretrain",
-    show_default=True, help="Preset of timestep density and shift.",
-)  # fmt: skip
-@click.option(
-    *option_names("config-file"),
-    metavar="FILE",
-    help="YAML file applied over the recipe, or a name from `config list`.",
-)
-@click.option(
-    *option_names("init-from"), metavar="MODEL",
-    help="Initial weights: the transformer of a model in diffusers' layout, a folder or hub id.",
-)  # fmt: skip
-@click.option("--mock", is_flag=True, help="Train on random data with the shapes in dataset.mock_settings.")
-@click.option(
-    *option_names("nproc-per-node"), type=click.IntRange(1), default=1, show_default=True,
-    help="Processes to start on this machine. Omit it under torchrun.",
-)  # fmt: skip
-@click.option(
-    "--verbose", is_flag=True, help="Print Megatron's own output, which is otherwise written to a file beside the log."
-)
-@click.option(
-    *option_names("dry-run"),
-    is_flag=True,
-    help="Validate the configuration and print layout, memory and FLOPs, without training.",
-)
-@click.option(
-    *option_names("world-size"),
-    type=click.IntRange(1),
-    help="With --dry-run: number of processes of the planned cluster.",
-)
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
-@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-def pretrain(
-    recipe: str | None,
-    training_mode: str,
-    config_file: str | None,
-    init_from: str | None,
-    mock: bool,
-    nproc_per_node: int,
-    verbose: bool,
-    dry_run: bool,
-    world_size: int | None,
-    as_json: bool,
-    overrides: tuple[str, ...],
-) -> None:
+@_with_run_options(init_from_required=False, training_mode="pretrain")
+def pretrain(**given: Any) -> None:
     """Train a model; the same command again resumes from checkpoint.save.
 
     \b
     wan-train pretrain --config-file wan_1_3b --nproc-per-node 8 dataset.path=DATA checkpoint.save=CHECKPOINTS
     """
+    _train("pretrain", **given)
+
+
+@main.command()
+@_with_run_options(init_from_required=True, training_mode="finetune")
+def finetune(**given: Any) -> None:
+    """Continue from released weights in a short run, with lora.rank=N as a LoRA of rank N.
+
+    \b
+    wan-train finetune --config-file wan_1_3b_lora --init-from MODEL dataset.path=DATA checkpoint.save=CHECKPOINTS
+
+    Defaults that differ from pretrain's: the preset of timesteps, and 2,000 steps of constant learning rate (1e-5, or
+    1e-4 of a LoRA) after 100 of warm-up, with a checkpoint after every 250.
+    """
+    _train("finetune", **given)
+
+
+def _train(
+    command: Literal["pretrain", "finetune"],
+    *,
+    nproc_per_node: int,
+    dry_run: bool,
+    world_size: int | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
     from wan_model.system.versions import check_dependencies
     from wan_train.engine.installed import require_installed
     from wan_train.launch.launcher import launch
 
-    options = RunOptions(recipe, training_mode, config_file, overrides, mock, init_from, verbose)  # type: ignore[arg-type]
+    options = RunOptions(command=command, **given)
     try:
         check_dependencies("wan-train")
         require_installed()

@@ -21,6 +21,7 @@ class RunOptions:
         mock: train on random data.
         init_from: a model in diffusers' layout to start from.
         verbose: print Megatron's own output.
+        command: ``finetune`` has other defaults, see ``wan_train.config.recipes.fine_tuning``.
     """
 
     recipe: str | None
@@ -30,6 +31,7 @@ class RunOptions:
     mock: bool = False
     init_from: str | None = None
     verbose: bool = False
+    command: Literal["pretrain", "finetune"] = "pretrain"
 
     def to_json(self) -> str:
         """One argument for a worker process."""

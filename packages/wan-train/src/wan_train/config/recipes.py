@@ -117,6 +117,20 @@ def wan_14b_t2i(mode: TrainingMode) -> WanRunConfig:
     return _images(wan_14b(mode))
 
 
+def fine_tuning(config: WanRunConfig, *, lora: bool) -> None:
+    """Defaults of ``wan-train finetune`` over a recipe's: a short run of constant learning rate, saved often.
+
+    Args:
+        config: of the recipe, before files and overrides.
+        lora: whether they make it a run of adapters, which start from zero and take a larger rate.
+    """
+    config.train.train_iters = 2000
+    config.optimizer.lr = config.optimizer.min_lr = 1e-4 if lora else 1e-5
+    config.scheduler.lr_warmup_iters = 100
+    config.scheduler.lr_decay_style = "constant"
+    config.checkpoint.save_interval = 250
+
+
 RECIPE_FUNCTIONS: dict[str, Callable[[TrainingMode], WanRunConfig]] = dict(
     zip(RECIPES, (wan_1_3b, wan_1_3b_t2i, wan_14b, wan_14b_t2i, tiny), strict=True)
 )

@@ -34,7 +34,7 @@ def build_config(options: RunOptions) -> Any:
         ValueError: an unknown recipe, key or value.
     """
     from wan_model.config import TEXT_LENGTH_KEY
-    from wan_train.config.recipes import RECIPE_FUNCTIONS
+    from wan_train.config.recipes import RECIPE_FUNCTIONS, fine_tuning
     from wan_train.model.provider import InitialWeights
 
     sections = read_file(find(options.config_file)) if options.config_file else {}
@@ -47,6 +47,12 @@ def build_config(options: RunOptions) -> Any:
     config = RECIPE_FUNCTIONS[recipe](options.training_mode)
     apply_sections(config, sections)
     apply_overrides(config, options.overrides)
+    if options.command == "finetune":
+        lora = config.lora.rank > 0  # as the file and the overrides say
+        config = RECIPE_FUNCTIONS[recipe](options.training_mode)
+        fine_tuning(config, lora=lora)
+        apply_sections(config, sections)
+        apply_overrides(config, options.overrides)
     if options.mock:
         config.dataset.mock = True
     if options.init_from:
