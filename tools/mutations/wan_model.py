@@ -22,7 +22,7 @@ MUTATIONS = (
     ),
     _of(
         "modulation-tables-in-bfloat16", "dit/model.py",
-        '(".time_embedder.", ".scale_shift_table", ".norm2.")', '(".time_embedder.", ".norm2.")',
+        '(".time_embedder.", ".scale_shift_table", ".norm2.",', '(".time_embedder.", ".norm2.",',
         "bfloat16 models round the modulation tables, which diffusers keeps in fp32; other videos than diffusers'",
         "weights/test_weights.py", "dit/test_transformer_parity.py",
     ),
@@ -37,6 +37,18 @@ MUTATIONS = (
         'text_encoder=_text_encoder_digest(text_encoder, text_config["num_layers"])', "text_encoder=None",
         "a model is sampled with other embeddings of prompts than it was trained on",
         "test_latent_spec.py",
+    ),
+    _of(
+        "lora-alpha-without-rank-stabilisation", "weights/lora_file.py",
+        "(math.sqrt(settings.rank) if settings.use_rslora else 1)", "1",
+        "ComfyUI applies an adapter with rsLoRA too weakly, by a factor of the root of its rank",
+        "weights/test_lora_file.py",
+    ),
+    _of(
+        "lora-dropout-at-sampling", "weights/lora_file.py",
+        '"lora_dropout": 0.0', '"lora_dropout": settings.dropout',
+        "diffusers drops values of the adapters when it samples",
+        "weights/test_lora_file.py",
     ),
     _of(
         "padding-before-the-samples", "pack.py",

@@ -1,16 +1,21 @@
 """LoRA files of the tiny model as trainers write them, and what diffusers makes of them."""
 
+import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wan_model.testing import lora_reference
 from wan_model.tiny import TINY_CONFIG
-from wan_model.weights.transformer import expected_shapes
 
 Tensors = dict[str, Tensor]
+
+# Of the tiny transformer.
+base_weights = functools.partial(lora_reference.drawn_weights, TINY_CONFIG)
+diffusers_transformer = functools.partial(lora_reference.diffusers_transformer, TINY_CONFIG)
+fused_by_diffusers = functools.partial(lora_reference.fused_by_diffusers, TINY_CONFIG)
 
 _WIDTH, _INNER = TINY_CONFIG.hidden_size, TINY_CONFIG.ffn_dim
 # [out, in] of the linears, by the official release's names.
@@ -75,44 +80,6 @@ def lightx2v(alpha: float | None = None) -> Tensors:
         found[f"diffusion_model.blocks.0.{name}.diff"] = torch.zeros(_WIDTH)
     found["diffusion_model.blocks.0.norm3.diff_b"] = torch.zeros(_WIDTH)
     return found
-
-
-def base_weights() -> Tensors:
-    """Random weights of the tiny transformer."""
-    draw = Drawn(4)
-    return {key: draw(*shape) for key, shape in expected_shapes(TINY_CONFIG).items()}
-
-
-def diffusers_transformer(weights: Tensors) -> Any:
-    """diffusers' transformer with these weights."""
-    from diffusers import WanTransformer3DModel
-
-    config = {name: value for name, value in TINY_CONFIG.to_diffusers().items() if not name.startswith("_")}
-    with torch.random.fork_rng(devices=[]):
-        model = WanTransformer3DModel(**config)
-    model.load_state_dict(weights)
-    return model
-
-
-def fused_by_diffusers(weights: Tensors, paths: Sequence[Path], scales: Sequence[float] = (1.0,)) -> Tensors:
-    """What diffusers' ``load_lora_weights`` and ``fuse_lora`` make of the weights; needs peft."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-
-    pipeline = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=diffusers_transformer(weights),
-    )
-    names = [f"own{i}" for i in range(len(paths))]
-    with torch.random.fork_rng(devices=[]):
-        for name, path in zip(names, paths, strict=True):
-            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-    pipeline.set_adapters(names, list(scales))
-    pipeline.fuse_lora(adapter_names=names)
-    pipeline.unload_lora_weights()
-    return pipeline.transformer.state_dict()
 
 
 def train_with_peft(weights: Tensors, wrap: Callable[[Any], Any]) -> Any:

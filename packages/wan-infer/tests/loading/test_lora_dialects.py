@@ -21,9 +21,12 @@ from lora_files import (
 from safetensors.torch import load_file, save_file
 
 from wan_infer.loading.lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, merge_loras, read_lora
-from wan_infer.loading.lora_config import METADATA_KEY
+from wan_model.dit.lora import LoraSettings
 from wan_model.dit.model import WanDiT
+from wan_model.testing.lora_reference import assert_same_weights, changed_by, drawn_adapters
 from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.lora_file import FORMATS, LoraOrigin, save_lora
+from wan_model.weights.lora_names import METADATA_KEY
 
 pytestmark = [
     # peft about the second adapter of a model, and about the biases that it saves itself.
@@ -80,6 +83,18 @@ def test_dialects_equal_what_diffusers_fuses(tmp_path: Path, dialect: str) -> No
     path = tmp_path / "style.safetensors"
     save_file(DIALECTS[dialect](), path)
     assert_equal(merged(path, scales=(0.7,)), fused_by_diffusers(WEIGHTS, [path], [0.7]))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("targets", [("*",), ("attn1.to_out.0", "blocks.1.ffn.*")])
+@pytest.mark.parametrize("format", FORMATS)
+def test_files_that_wan_model_writes(tmp_path: Path, format: str, targets: tuple[str, ...], use_rslora: bool) -> None:
+    settings = LoraSettings(4, 12.0, use_rslora=use_rslora, targets=targets)
+    adapters = drawn_adapters(TINY_CONFIG, settings)
+    origin = LoraOrigin(base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", base_digest="0f3a", run="rabbits", step=40)
+    save_lora(adapters, settings, TINY_CONFIG, tmp_path / "style.safetensors", format=format, origin=origin)
+    factor = 6 if use_rslora else 3
+    assert_same_weights(merged(tmp_path / "style.safetensors"), changed_by(WEIGHTS, adapters, factor))
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from tiny_sources import tiny_lora
 
 from wan_infer.loading.lora import read_lora
-from wan_infer.loading.lora_config import CONFIG_NAME, METADATA_KEY
+from wan_infer.loading.lora_config import CONFIG_NAME
 from wan_infer.loading.lora_patterns import match_patterns
 from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.lora_names import METADATA_KEY
 
 Q = "transformer.blocks.0.attn1.to_q"
 OFFICIAL_Q = "diffusion_model.blocks.0.self_attn.q"

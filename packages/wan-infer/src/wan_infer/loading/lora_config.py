@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from wan_infer.loading.lora_names import refuse_stated_models, shown
 from wan_infer.loading.lora_patterns import match_patterns
 from wan_model.system.safe_reading import parse_json, read_text
+from wan_model.weights.lora_names import DIFFUSERS_PREFIX, METADATA_KEY
 
-METADATA_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
 
 _PEFT_ALPHA = 8.0  # of a configuration without lora_alpha
@@ -86,7 +86,7 @@ class LoraConfig:
     def _parse(cls, text: str, where: str) -> "LoraConfig | None":
         given = _json_object(text, where)
         # diffusers' pipelines write the component's name before each field, its models do not.
-        prefix = "transformer." if any(key.startswith("transformer.") for key in given) else ""
+        prefix = DIFFUSERS_PREFIX if any(key.startswith(DIFFUSERS_PREFIX) for key in given) else ""
         own = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
         if not own:
             return None

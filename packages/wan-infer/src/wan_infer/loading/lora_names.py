@@ -8,17 +8,20 @@ Every trainer has its own prefix and spelling. All of these are the same matrix 
     diffusion_model.blocks.0.self_attn.q.lora_down.weight
     lora_unet_blocks_0_self_attn_q.lora_down.weight           kohya, musubi-tuner
 
-Source: the converters of diffusers' ``lora_conversion_utils.py``; the official release's ``model.py``.
+``wan_model.weights.lora_names`` has the table of the official names.
+
+Source: the converters of diffusers' ``lora_conversion_utils.py``.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from wan_model.weights.lora_names import COMFYUI_PREFIX, DIFFUSERS_PREFIX, KOHYA_PREFIX, kohya_spelling, official_name
+
 Part = Literal["down", "up", "up_bias", "alpha", "diff", "diff_b"]
 
-_PREFIXES = ("base_model.model.", "_orig_mod.", "transformer.", "diffusion_model.")
-_KOHYA_PREFIX = "lora_unet_"
+_PREFIXES = ("base_model.model.", "_orig_mod.", DIFFUSERS_PREFIX, COMFYUI_PREFIX)
 _PARTS: dict[str, Part] = {
     "lora_A.weight": "down",
     "lora_A.default.weight": "down",
@@ -34,35 +37,6 @@ _PARTS: dict[str, Part] = {
     "alpha": "alpha",
     "diff": "diff",
     "diff_b": "diff_b",
-}
-
-# Names of the official release and of diffusers, each before the next dot or the end.
-_OFFICIAL_IN_BLOCK = {
-    "self_attn.q": "attn1.to_q",
-    "self_attn.k": "attn1.to_k",
-    "self_attn.v": "attn1.to_v",
-    "self_attn.o": "attn1.to_out.0",
-    "self_attn.norm_q": "attn1.norm_q",
-    "self_attn.norm_k": "attn1.norm_k",
-    "cross_attn.q": "attn2.to_q",
-    "cross_attn.k": "attn2.to_k",
-    "cross_attn.v": "attn2.to_v",
-    "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.norm_q": "attn2.norm_q",
-    "cross_attn.norm_k": "attn2.norm_k",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-    "norm3": "norm2",
-    "modulation": "scale_shift_table",
-}
-_OFFICIAL = {
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
 }
 
 _SUPPORTED = "LoRA of Wan 2.1 text-to-video is supported"
@@ -107,23 +81,18 @@ def spellings(keys: Iterable[str]) -> dict[str, str]:
     Args:
         keys: of the transformer's tensors.
     """
-    in_block = {ours: official for official, ours in _OFFICIAL_IN_BLOCK.items()}
-    outside = {ours: official for official, ours in _OFFICIAL.items()}
     found: dict[str, str] = {}
     for key in keys:
         name = key.removesuffix(".weight").removesuffix(".bias")
-        official = outside.get(name, name)
-        if block := re.fullmatch(r"(blocks\.\d+\.)(.+)", name):
-            official = block[1] + in_block.get(block[2], block[2])
-        for own in (name, official):
-            found[own] = found[_KOHYA_PREFIX + own.replace(".", "_")] = name
+        for own in (name, official_name(name)):
+            found[own] = found[kohya_spelling(own)] = name
     return found
 
 
 def split_key(key: str) -> tuple[str, Part] | None:
     """A key's name without its prefix, and the part that it holds; None for keys that no LoRA has."""
     start = 0
-    if not key.startswith(_KOHYA_PREFIX):
+    if not key.startswith(KOHYA_PREFIX):
         while prefix := next((prefix for prefix in _PREFIXES if key.startswith(prefix, start)), None):
             start += len(prefix)
     # The longest ending first: ``lora.down.weight`` before others that a name could end with.
