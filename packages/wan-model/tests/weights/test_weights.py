@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,7 +236,35 @@ def test_files_appear_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     before = shutil.copytree(folder, folder.parent / "before")
-    monkeypatch.setattr("wan_model.weights.transformer.save_file", full)
+    monkeypatch.setattr("wan_model.weights.safetensors_file.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_transformer(load_file(folder / SINGLE), small_config, folder)
     assert (folder / SINGLE).read_bytes() == (before / SINGLE).read_bytes()
+
+
+def test_files_have_the_permissions_of_others(folder: Path, small_config: WanConfig, tmp_path: Path) -> None:
+    state = load_file(folder / SINGLE)
+    before = os.umask(0o027)
+    try:
+        save_transformer(state, small_config, tmp_path / "new")
+    finally:
+        os.umask(before)
+    (folder / SINGLE).chmod(0o604)
+    save_transformer(state, small_config, folder)
+    assert stat.S_IMODE((tmp_path / "new" / SINGLE).stat().st_mode) == 0o640
+    assert stat.S_IMODE((folder / SINGLE).stat().st_mode) == 0o604, "an existing file keeps its own"
+
+
+def test_a_file_that_is_too_large_is_an_error_of_the_system(
+    folder: Path, small_config: WanConfig, tmp_path: Path
+) -> None:
+    state = load_file(folder / SINGLE)
+    allowed, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, allowed[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large.*{SINGLE}"):
+            save_transformer(state, small_config, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list((tmp_path / "new").iterdir())

@@ -212,29 +212,82 @@ def plan_command(**options: Any) -> None:
         click.echo(line)
 
 
+_OF_STEP = click.option("--step", type=click.IntRange(0), help="Step to read. Default: the newest complete one.")
+_OF_EMA = click.option("--ema", is_flag=True, help="Write the EMA instead of the weights.")
+
+
 @main.command("export")
 @click.argument("checkpoints", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--step", type=click.IntRange(0), help="Step to export. Default: the newest complete one.")
-@click.option("--ema", is_flag=True, help="Export the EMA instead of the weights.")
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@_OF_STEP
+@_OF_EMA
 @click.option(
-    "--dtype", type=click.Choice(["stored", *DTYPES]), default="stored", show_default=True,
-    help="Precision of the tensors; stored: unchanged; float32: of the optimizer's fp32 weights.",
+    "--dtype", type=click.Choice(["stored", *DTYPES, "float16"]), default="stored", show_default=True,
+    help="Precision of the tensors; stored: unchanged; float32: of the optimizer's fp32 weights; float16: of a LoRA.",
 )  # fmt: skip
-def export_command(checkpoints: Path, out: Path, step: int | None, ema: bool, dtype: str) -> None:
-    """Write a step of a training run as a model in diffusers' layout: OUT/transformer.
+@click.option(
+    "--lora", type=click.Path(path_type=Path), metavar="FILE", help="Write the run's LoRA as one file instead of OUT."
+)
+@click.option(
+    "--format", "lora_format", type=click.Choice(["diffusers", "comfyui", "kohya"]), default="diffusers",
+    show_default=True, help="With --lora: the programs that will read it.",
+)  # fmt: skip
+def export_command(
+    checkpoints: Path, out: Path | None, step: int | None, ema: bool, dtype: str, lora: Path | None, lora_format: str
+) -> None:
+    """Write a step of a training run as a model in diffusers' layout, OUT/transformer, or as a LoRA file.
 
     \b
     wan-train export CHECKPOINTS MODEL --ema
+    wan-train export CHECKPOINTS --lora my_lora.safetensors --format comfyui
     """
-    from wan_train.checkpoint.export import export
-
+    if (out is None) == (lora is None):
+        raise click.UsageError("expected either OUT, for a model, or --lora FILE, for the LoRA of a run")
     try:
-        read = export(checkpoints, out, step=step, ema=ema, dtype=dtype)
+        if lora is not None:
+            from wan_train.checkpoint.adapters import export_lora
+
+            stored = "stored" if dtype == "float32" else dtype  # adapters are fp32
+            read = export_lora(checkpoints, lora, format=lora_format, step=step, ema=ema, dtype=stored)
+            written, what = lora, "LoRA"
+        else:
+            assert out is not None, "checked above"
+            from wan_train.checkpoint.export import export
+
+            if dtype == "float16":
+                raise ValueError("--dtype is float16, which is for --lora; expected stored, float32 or bfloat16")
+            read = export(checkpoints, out, step=step, ema=ema, dtype=dtype)
+            written, what = out / "transformer", "weights"
     except ValueError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
-    click.echo(f"{out / 'transformer'}: the {'EMA' if ema else 'weights'} of {read}")
+    click.echo(f"{written}: the {'EMA' if ema else what} of {read}")
+
+
+@main.command("merge")
+@click.argument("checkpoints", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="The base, if it is not where it was in training: a folder or hub id.")
+@_OF_STEP
+@_OF_EMA
+@click.option(
+    "--dtype", type=click.Choice(["stored", *DTYPES]), default="stored", show_default=True,
+    help="Precision of the weights; stored: that of the base.",
+)  # fmt: skip
+def merge_command(checkpoints: Path, out: Path, model: str | None, step: int | None, ema: bool, dtype: str) -> None:
+    """Merge the LoRA of a run into its base: a model in diffusers' layout, OUT/transformer.
+
+    \b
+    wan-train merge CHECKPOINTS MODEL
+    """
+    from wan_train.checkpoint.adapters import merge
+
+    try:
+        read = merge(checkpoints, out, model=model, step=step, ema=ema, dtype=dtype)
+    except ValueError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    click.echo(f"{out / 'transformer'}: its base with the {'EMA of the ' if ema else ''}LoRA of {read}")
 
 
 @main.command("report")

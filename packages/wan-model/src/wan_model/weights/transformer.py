@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wan_model.config import WanConfig
@@ -24,6 +23,7 @@ from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import atomic_path, sync_folder, write_json
 from wan_model.system.torchrun import local_world_size, processors
 from wan_model.weights.model_folder import DIFFUSERS_STEM, open_weights, read_json, stored_shape, weight_files
+from wan_model.weights.safetensors_file import write_tensors
 
 # Beside the weights, where they were trained on a dataset; other programs ignore it.
 LATENT_SPEC_NAME = "latent_spec.json"
@@ -301,7 +301,7 @@ def save_transformer(
     with contextlib.ExitStack() as written:
         for name, shard in zip(names, shards, strict=True):
             partial = written.enter_context(atomic_path(folder / name))
-            save_file(shard, partial, metadata={"format": "pt"})
+            write_tensors(shard, partial)
         # Readers prefer an index: with that of an earlier save they would read a mixture of both while files get their
         # names, and afterwards the earlier weights.
         index.unlink(missing_ok=True)

@@ -1,0 +1,154 @@
+"""Adapters of a training checkpoint, written as a LoRA file or merged into their base. Needs no Megatron."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_model.dit.lora import DOWN, UP, merged_weight, weight_change
+from wan_model.dit.model import precision_of
+from wan_model.weights.base_digest import joint_digest, tensor_digests
+from wan_model.weights.lora_file import LoraOrigin, save_lora
+from wan_model.weights.model_folder import DIFFUSERS_STEM, open_weights, resolve_folder, weight_files
+from wan_model.weights.training_adapters import TrainedAdapters, find_adapters, read_adapters
+from wan_model.weights.training_checkpoint import find_checkpoint
+from wan_model.weights.transformer import save_transformer
+from wan_train.checkpoint.export import require_empty, require_undamaged, step_of
+
+
+def export_lora(
+    checkpoints: Path,
+    file: Path,
+    *,
+    format: str = "diffusers",
+    step: int | None = None,
+    ema: bool = False,
+    dtype: str = "stored",
+) -> Path:
+    """Write the adapters of a run as one safetensors file.
+
+    The digest of every file of the checkpoint is verified first.
+
+    Args:
+        checkpoints: a run's checkpoint folder.
+        file: to write.
+        format: see ``wan_model.weights.lora_file``.
+        step: the step to export; the newest complete one by default.
+        ema: the EMA instead of the adapters.
+        dtype: see ``save_lora``.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        ValueError: the step does not exist, is damaged or has no adapters or no EMA, or the file cannot be written so.
+    """
+    if file.exists():
+        raise ValueError(f"{file} exists; choose another file")
+    checkpoint = find_checkpoint(checkpoints, step)
+    found = find_adapters(checkpoint)
+    require_undamaged(checkpoint)
+    origin = LoraOrigin(
+        base=name_of_model(found.base),
+        base_digest=found.base_digest,
+        run=checkpoint.resolve().parent.name,
+        step=step_of(checkpoint),
+        software=f"wan-train {version('wan-train')}",
+    )
+    tensors = read_adapters(checkpoint, ema=ema)
+    save_lora(tensors, found.settings, found.config, file, format=format, origin=origin, dtype=dtype)
+    return checkpoint
+
+
+def name_of_model(model: str) -> str:
+    """A hub id, or the last part of a path."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
+
+
+def merge(
+    checkpoints: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    step: int | None = None,
+    ema: bool = False,
+    dtype: str = "stored",
+) -> Path:
+    """Write ``OUT/transformer``: the base with the changes of a run's adapters, each sum in fp32 and rounded once.
+
+    Args:
+        checkpoints: a run's checkpoint folder.
+        out: a new or empty folder.
+        model: the base, if it is not where it was in training.
+        step: the step to merge; the newest complete one by default.
+        ema: the EMA of the adapters.
+        dtype: of the weights; ``stored`` for those of the base.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        ValueError: the output folder is not empty; the step does not exist, is damaged or has no adapters or no EMA; or
+            the base is not the one that they were trained on.
+    """
+    require_empty(out)
+    checkpoint = find_checkpoint(checkpoints, step)
+    found = find_adapters(checkpoint)
+    require_undamaged(checkpoint)
+    base = base_folder(found, model, checkpoint)
+    state = merged_state(base, read_adapters(checkpoint, ema=ema), found.settings.factor, dtype)
+    save_transformer(state, found.config, out / "transformer", spec=found.spec)
+    return checkpoint
+
+
+def base_folder(found: TrainedAdapters, model: str | None, checkpoint: Path) -> Path:
+    """The ``transformer`` folder of the model that adapters were trained on.
+
+    Raises:
+        ValueError: it is not found, or is another model.
+    """
+    name = model or found.base
+    try:
+        folder = resolve_folder(name, ["transformer"]) / "transformer"
+    except ValueError as error:
+        if model is not None:
+            raise
+        raise ValueError(f"the base of {checkpoint} is not found ({error}); give it with --model MODEL") from error
+    digest = joint_digest(tensor_digests(folder))
+    if digest != found.base_digest:
+        raise ValueError(
+            f"the weights of {name} are not those that the LoRA in {checkpoint} was trained on (digest {digest[:12]} "
+            f"where it has {found.base_digest[:12]}); give the model that the run began with as --model"
+        )
+    return folder
+
+
+@torch.no_grad()
+def merged_state(base: Path, adapters: Mapping[str, Tensor], factor: float, dtype: str) -> dict[str, Tensor]:
+    """All tensors of a base with the changes of adapters, by key.
+
+    Args:
+        base: a ``transformer`` folder.
+        adapters: A and B by key.
+        factor: of B A.
+        dtype: of the result; ``stored`` for that of each tensor.
+
+    Raises:
+        ValueError: files are damaged, or a sum is not finite.
+    """
+    state = {}
+    files = weight_files(base, DIFFUSERS_STEM)
+    for path in sorted(set(files.values())):
+        with open_weights(path) as file:
+            for key in (key for key, place in files.items() if place == path):
+                weight, name = file.get_tensor(key), key.removesuffix(".weight")
+                if dtype != "stored":
+                    weight = weight.to(precision_of(key, getattr(torch, dtype)))
+                if (down := adapters.get(f"{name}.{DOWN}.weight")) is not None:
+                    weight = merged_weight(weight, weight_change(down, adapters[f"{name}.{UP}.weight"], factor))
+                    if not torch.isfinite(weight).all():
+                        raise ValueError(f"the LoRA changes {key} to values that are not finite; the training diverged")
+                state[key] = weight
+    return state
