@@ -117,11 +117,16 @@ def run(arguments: Sequence[str], folder: Path, **options: Any) -> Ended:
     return start(arguments, folder, **options).wait()
 
 
+def run_options(given: dict[str, Any]) -> RunOptions:
+    """Of what ``wan-train pretrain`` was given."""
+    return RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__ if name in given})
+
+
 def start(arguments: Sequence[str], folder: Path, **options: Any) -> Ranks:
     """The same, not waited for."""
     given = pretrain.make_context("pretrain", [*arguments, f"checkpoint.save={folder}"]).params
     ranks = given.pop("nproc_per_node")
-    argument = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__}).to_json()
+    argument = run_options(given).to_json()
     return warm_ranks().start(argument, ranks, **options)
 
 

@@ -123,6 +123,10 @@ ELSEWHERE = {
     ),
     "dist.distributed_timeout_minutes": "test_resume.py::test_fully_sharded_resumes_to_the_bit",
     "dist.use_megatron_fsdp": "test_resume.py::test_a_plain_checkpoint_is_not_resumed_fully_sharded",
+    **dict.fromkeys(
+        ("lora.rank", "lora.targets", "lora.alpha", "lora.use_rslora"), "test_adapters.py::test_another_lora_is_refused"
+    ),
+    "lora.dropout": "test_adapters.py::test_dropout_of_a_resumed_run",
     "model.transformer.text_len": "../loop/test_agreement.py::test_every_quantity_that_differs_is_refused_by_name",
     "model.transformer": "test_resume.py::test_weights_of_another_latent_space_or_other_sizes_are_refused",
 }

@@ -35,7 +35,6 @@ class FixedSetting:
 
 
 _ORDER = "the loader continues the order of samples that it began"
-_FACTOR = "the adapters were trained with this factor"
 _STATE = "the optimizer's state has its form"
 FIXED = (
     FixedSetting("train.global_batch_size", "steps, schedule and position in the data are counted in it"),
@@ -50,8 +49,6 @@ FIXED = (
     FixedSetting("optimizer.use_precision_aware_optimizer", _STATE),
     FixedSetting("model.init_from", "the run has begun, and the weights continue from the checkpoint"),
     FixedSetting("model.init_seed", "the run has begun, and the weights continue from the checkpoint"),
-    FixedSetting("lora.alpha", _FACTOR),
-    FixedSetting("lora.use_rslora", _FACTOR),
 )
 
 
@@ -158,10 +155,10 @@ def _check_adapters(config: Any, point: ResumePoint, record: dict[str, Any]) -> 
         )
     if not config.lora.rank:
         return
-    for key in ("lora.rank", "lora.targets"):
+    for key in ("lora.rank", "lora.targets", "lora.alpha", "lora.use_rslora"):
         if (ours := _at(config, key)) != (its := _at(record, key)):
             raise ValueError(
-                f"{key} is {ours!r} where {point.step_folder} has {its!r}, which would be other adapters; set it as it "
+                f"{key} is {ours!r} where {point.step_folder} has {its!r}, which would be another LoRA; set it as it "
                 "was, or set checkpoint.save to another folder"
             )
     recorded = _at(record, "model.base_digest")

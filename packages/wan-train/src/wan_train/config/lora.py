@@ -37,21 +37,11 @@ class LoraConfig:
         alpha = None if self.alpha is None else float(self.alpha)
         return LoraSettings(self.rank, alpha, self.use_rslora, float(self.dropout), tuple(self.targets))
 
-    def check(self, model: WanConfig, *, has_base: bool) -> None:
-        """Validate the section.
-
-        Args:
-            model: sizes of the transformer.
-            has_base: whether the weights that adapters are added to are given.
+    def check(self, model: WanConfig) -> None:
+        """Validate the section against the sizes of the transformer.
 
         Raises:
             ValueError: a setting is invalid.
         """
-        settings = self.settings()
-        if settings is None:
-            return
-        settings.linears(model)
-        if not has_base:
-            raise ValueError(
-                f"lora.rank is {self.rank} and there are no weights to adapt; give --init-from MODEL, or lora.rank=0"
-            )
+        if (settings := self.settings()) is not None:
+            settings.linears(model)

@@ -130,7 +130,7 @@ def check_settings(config: Any) -> None:
         _check_deterministic(config)
     config.validation.check()
     config.ema.check()
-    config.lora.check(sizes, has_base=config.model.init_from is not None)
+    config.lora.check(sizes)
     config.samples.check(ema_decay=config.ema.decay, saved=config.checkpoint.save is not None)
 
 

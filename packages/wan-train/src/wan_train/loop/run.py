@@ -136,6 +136,21 @@ def _resolve_checkpoints(config: Any) -> ResumePoint | None:
     return point
 
 
+def _find_base(config: Any) -> None:
+    """Find the weights that adapters are added to; a resumed run need not name them again."""
+    from wan_train.model.provider import InitialWeights
+
+    rank, model = config.lora.rank, config.model
+    if not rank:
+        return
+    if model.init_from is None:
+        raise ValueError(
+            f"lora.rank is {rank} and there are no weights to adapt; give --init-from MODEL, or lora.rank=0"
+        )
+    if model.initial_weights is None:
+        model.initial_weights = InitialWeights.find(model.init_from)
+
+
 def _make_validator(config: Any, device: Any) -> Any:
     from wan_train.loop.validation import Validator
 
@@ -287,6 +302,7 @@ def pretrain(options: RunOptions) -> None:
                     "is left to train; raise train.train_iters to go on"
                 )
             return
+    _find_base(config)
     logger = config.logger
     if config.checkpoint.save is not None:
         _require_writable(Path(config.checkpoint.save))
