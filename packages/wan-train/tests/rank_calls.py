@@ -155,7 +155,7 @@ def resume_errors(results: str, folder: str, wanted: dict[str, list[str]]) -> No
     for key, arguments in wanted.items():
         given = pretrain.make_context("pretrain", arguments).params
         ranks = given.pop("nproc_per_node")
-        options = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__})
+        options = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__ if name in given})
         point = find_resume_point(Path(folder))
         assert point is not None
         try:
@@ -199,7 +199,7 @@ def agreements(results: str, folder: str | None, wanted: dict[str, list[str]]) -
     for key, arguments in wanted.items():
         given = pretrain.make_context("pretrain", arguments).params
         ranks = given.pop("nproc_per_node")
-        options = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__})
+        options = RunOptions(**{name: given[name] for name in RunOptions.__dataclass_fields__ if name in given})
         try:
             config = build_config(options)
             layout = check_layout(config, ranks)
