@@ -348,9 +348,8 @@ def _dropout_answers() -> dict[str, object]:
 
     for dropout, given in ((0.0, None), (1.0, empty)):
         flow = FlowMatching(caption_dropout=dropout)
-        state = SimpleNamespace(
-            cfg=SimpleNamespace(model=SimpleNamespace(flow=flow, wan_config=TINY_CONFIG), rng=SimpleNamespace(seed=1))
-        )
+        configuration = SimpleNamespace(flow=flow, wan_config=TINY_CONFIG, lora=None)
+        state = SimpleNamespace(cfg=SimpleNamespace(model=configuration, rng=SimpleNamespace(seed=1)))
         WanForwardStep(torch.device("cpu"), torch.float32, given)(state, iter([NumberedPack(0, pack)]), model)
 
     def configured(**changes: object) -> SimpleNamespace:
