@@ -106,6 +106,39 @@ def test_fully_sharded_resumes_to_the_bit(start_weights: Path, tmp_path: Path) -
     assert not [name for name in names if "attn2" in name], "nothing of the base is saved"
 
 
+def test_a_base_in_main_memory_changes_nothing_and_one_in_fp8_is_the_same_in_every_layout(
+    lora_run: Path, start_weights: Path, tmp_path: Path
+) -> None:
+    """Resident and fetched weights are equal to the bit; in fp8 those of two tensor ranks are those of one process."""
+    base = (
+        "--init-from",
+        str(start_weights),
+        *LORA,
+        SAVED[0],
+        "train.train_iters=4",
+        "model.recompute_granularity=full",
+    )
+    fetched = train(tmp_path / "fetched", *base, "lora.offload_base=true", "ema.decay=0.5", "validation.interval=4")
+    resident = train(tmp_path / "resident", *base, "ema.decay=0.5", "validation.interval=4")
+    assert trajectory(tmp_path / "fetched") == trajectory(tmp_path / "resident")
+    assert same_adapters(tmp_path / "fetched", tmp_path / "resident", 4)
+    assert fetched[-1]["timesteps"] == resident[-1]["timesteps"], "validation"
+
+    both = ("lora.fp8_base=true", "lora.offload_base=true")
+    split = ("--nproc-per-node", "2", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+    (said,) = [entry for entry in train(tmp_path / "fp8", *base, both[0]) if entry.get("event") == "fp8_base"]
+    assert 0.01 < said["relative"] <= said["largest"] < 0.05
+    train(tmp_path / "split", *base, *both, *split)
+    one, two, exact = (read_adapters(find_checkpoint(tmp_path / name)) for name in ("fp8", "split", "resident"))
+    # Of those of A that the first step reaches: B leaves zero by the learning rate, whatever the gradient's size.
+    distance = {name: _distance(found, one) for name, found in (("layout", two), ("fp8", exact))}
+    assert distance["layout"] < 0.02 * distance["fp8"], distance
+
+
+def _distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    return float(sum((found[key] - wanted[key]).square().sum() for key in wanted) ** 0.5)
+
+
 def test_dropout_of_a_resumed_run(stopped_run: Path, lora_run: Path) -> None:
     ended = run((*RUN_OPTIONS, *LORA, *SAVED, "lora.dropout=0"), stopped_run)
     assert ended.codes == [0], ended.errors
@@ -122,6 +155,7 @@ def test_dropout_of_a_resumed_run(stopped_run: Path, lora_run: Path) -> None:
         ("lora.use_rslora=true", "lora.use_rslora is True where {} has False"),
         ("lora.rank=0", "{} holds a LoRA of rank 3 and lora.rank is 0"),
         ("lora.targets=[to_z]", "the LoRA's target 'to_z' is no linear of the model's 2 blocks"),
+        ("lora.offload_base=true", "lora.offload_base needs model.recompute_granularity=full"),
         ("lora.rank=-1", "the rank of the LoRA is -1; expected a whole number from 1"),
     ],
 )

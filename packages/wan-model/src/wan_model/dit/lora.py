@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_model.config import WanConfig
+from wan_model.dit.fp8 import fp8_linear
 from wan_model.dit.recompute import adapter_region
 
 DOWN, UP = "lora_A", "lora_B"
@@ -145,10 +146,14 @@ class Adapter:
 
 
 class AdaptableLinear(nn.Module):
-    """Part of every linear of a runtime (``Ops``): it may have an adapter, ``lora_A`` and ``lora_B``."""
+    """Part of every linear of a runtime (``Ops``): it may have an adapter, ``lora_A`` and ``lora_B``.
+
+    Its frozen weight may be in fp8, with a scale for each row (``wan_model.dit.fp8``).
+    """
 
     lora: Adapter | None = None
     weight: Tensor
+    weight_scale: Tensor | None = None
     lora_A: LoraMatrix
     lora_B: LoraMatrix
 
@@ -156,6 +161,21 @@ class AdaptableLinear(nn.Module):
         """A or B as it enters the product; a runtime that splits the linear sums its gradient over the ranks here."""
         del is_up
         return matrix
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but a weight and a bias in the model's precision."""
+        return self.lora is None and self.weight_scale is None
+
+    def over_columns(self, largest_O1: Tensor) -> Tensor:
+        """The largest values of the rows, where this rank has some of the columns only."""
+        return largest_O1
+
+    def product(self, x_SI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """W x + b."""
+        if self.weight_scale is None:
+            return F.linear(x_SI, self.weight, bias_O)
+        return fp8_linear(x_SI, self.weight, self.weight_scale, bias_O)
 
     def with_adapter(self, product_SO: Tensor, x_SI: Tensor) -> Tensor:
         """Add factor * B A x to W x, or to this rank's part of it."""

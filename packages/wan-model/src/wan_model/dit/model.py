@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from wan_model.config import WanConfig
 from wan_model.dit.attention import Offsets
 from wan_model.dit.elementwise import add_, at_least_fp32, gate_add_, layer_norm, norm_modulate, tanh_gelu_
+from wan_model.dit.fp8 import FP8
+from wan_model.dit.frozen import StreamedWeights
 from wan_model.dit.lora import DOWN, UP, DropoutRows, dropout_over
 from wan_model.dit.ops import Linear, Ops, TorchOps
 from wan_model.dit.recompute import Recompute, check_recompute
@@ -307,6 +309,7 @@ class WanDiT(nn.Module):
         self.ops: Ops = ops or TorchOps()
         self.stage = stage or Stage.whole(config)
         self.recompute: Recompute = "none"
+        self.streamed: StreamedWeights | None = None  # of frozen weights in main memory
         self.condition_embedder = ConditionEmbedder(config, self.ops)
         if self.stage.is_first:
             self.patch_embedding = PatchEmbedding(config)
@@ -327,10 +330,12 @@ class WanDiT(nn.Module):
     def to_precision(self, dtype: torch.dtype) -> "WanDiT":
         """Convert the weights to a precision in place, except those that diffusers keeps in fp32.
 
-        These are the time embedder, the modulation tables and the affine norm: 0.2 % of the released weights.
+        These are the time embedder, the modulation tables and the affine norm, 0.2 % of the released weights, and
+        adapters. Weights in fp8 stay so.
         """
         for key, parameter in self.named_parameters():
-            parameter.data = parameter.data.to(precision_of(key, dtype))
+            if parameter.dtype != FP8:
+                parameter.data = parameter.data.to(precision_of(key, dtype))
         return self
 
     def prepare_text(self, text_BTD: Float[Tensor, "B T D"]) -> PreparedText:
@@ -341,6 +346,7 @@ class WanDiT(nn.Module):
         Raises:
             ValueError: the embeddings do not have the model's text width.
         """
+        assert self.streamed is None, "the blocks' weights are in main memory; give the texts to every call"
         self._check_text(text_BTD)
         text_TD = self.condition_embedder.text(text_BTD)
         keys_values = {name: block.text_keys(text_TD) for name, block in self._named_blocks()}
@@ -392,7 +398,8 @@ class WanDiT(nn.Module):
         recompute = self.recompute != "none" and torch.is_grad_enabled()
         for name, block in self.blocks.items():
             args = (x_SD, time_B6D, texts[name], held, table_S1P, text_offsets, dropout_seed)
-            x_SD = self.ops.checkpoint(block, *args, mode=self.recompute) if recompute else block(*args)
+            call = block if self.streamed is None else functools.partial(self.streamed.call, name, block)
+            x_SD = self.ops.checkpoint(call, *args, mode=self.recompute) if recompute else call(*args)
         if not self.stage.is_last:
             return x_SD
 

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wan_model.dit.attention import AttentionKind, Offsets, check_kind, packed_attention
 from wan_model.dit.context_parallel import ContextParallel
@@ -26,7 +25,7 @@ class Linear(AdaptableLinear, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, in] -> [S, out]."""
-        return self.with_adapter(F.linear(x, self.weight, self.bias), x)
+        return self.with_adapter(self.product(x, self.bias), x)
 
 
 class RMSNorm(nn.Module):

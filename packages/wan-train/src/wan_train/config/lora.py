@@ -16,6 +16,9 @@ class LoraConfig:
         use_rslora: alpha / sqrt(rank) instead.
         dropout: probability that a value of an adapter's input is dropped.
         targets: names or globs of the linears of the blocks; by default all of them.
+        fp8_base: keep the frozen weights of the blocks' linears in fp8, a byte each; the error is printed.
+        offload_base: keep the frozen weights of the blocks in main memory, and fetch each block's when it computes; it
+            needs ``model.recompute_granularity=full``.
     """
 
     rank: int = 0
@@ -23,6 +26,8 @@ class LoraConfig:
     use_rslora: bool = False
     dropout: float = 0.0
     targets: list[str] = dataclasses.field(default_factory=lambda: ["*"])
+    fp8_base: bool = False
+    offload_base: bool = False
 
     def settings(self) -> LoraSettings | None:
         """The adapters; None if none are trained.
@@ -37,11 +42,29 @@ class LoraConfig:
         alpha = None if self.alpha is None else float(self.alpha)
         return LoraSettings(self.rank, alpha, self.use_rslora, float(self.dropout), tuple(self.targets))
 
-    def check(self, model: WanConfig) -> None:
-        """Validate the section against the sizes of the transformer.
+    def check(self, model: WanConfig, *, recompute: str, fully_sharded: bool) -> None:
+        """Validate the section.
+
+        Args:
+            model: sizes of the transformer.
+            recompute: see ``wan_model.dit.recompute``.
+            fully_sharded: whether the run is.
 
         Raises:
-            ValueError: a setting is invalid.
+            ValueError: a setting is invalid, or excludes another.
         """
-        if (settings := self.settings()) is not None:
+        settings = self.settings()
+        if settings is not None:
             settings.linears(model)
+        for name in ("fp8_base", "offload_base"):
+            if not getattr(self, name):
+                continue
+            if settings is None:
+                raise ValueError(f"lora.{name} is true and lora.rank is 0; set lora.rank, or leave lora.{name} out")
+            if fully_sharded:
+                raise ValueError(f"lora.{name} is not supported with dist.use_megatron_fsdp; leave one of them out")
+        if self.offload_base and recompute != "block":
+            raise ValueError(
+                "lora.offload_base needs model.recompute_granularity=full: without it the weights of every block would "
+                "stay on the device until the backward pass; set it"
+            )

@@ -130,7 +130,7 @@ def check_settings(config: Any) -> None:
         _check_deterministic(config)
     config.validation.check()
     config.ema.check()
-    config.lora.check(sizes)
+    config.lora.check(sizes, recompute=config.model.recompute, fully_sharded=config.dist.use_megatron_fsdp)
     config.samples.check(ema_decay=config.ema.decay, saved=config.checkpoint.save is not None)
 
 
@@ -206,6 +206,7 @@ def derive_settings(config: Any, *, on_cpu: bool) -> None:
         raise ValueError("optimizer.optimizer_cpu_offload is True, and there is no GPU to offload from; leave it out")
     config.model.ema_decay = config.ema.decay
     config.model.lora = config.lora.settings()
+    config.model.fp8_base, config.model.offload_base = config.lora.fp8_base, config.lora.offload_base
     optimizer, scheduler = config.optimizer, config.scheduler
     if optimizer.clip_grad == 0:
         optimizer.clip_grad = math.inf  # the NaN guard needs the norm, which is computed only for clipping

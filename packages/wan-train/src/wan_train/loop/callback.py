@@ -82,6 +82,12 @@ class WanCallback(Callback):
         elif self.resume is not None:
             origin = f"step {self.resume.step} in {self.resume.folder}"
             self.metrics.event(f"starts from the weights of {origin}", event="begun", weights_of=origin)
+        if (rounding := state.cfg.model.fp8_error) is not None:
+            self.metrics.event(
+                f"the base is in fp8: its weights differ by {rounding.relative:.2%}, at most by {rounding.largest:.2%} "
+                f"({rounding.name})",
+                event="fp8_base", step=done, relative=rounding.relative, largest=rounding.largest,
+            )  # fmt: skip
         if state.cfg.train.exit_signal_handler:
             state.signal_handler.__enter__()  # Bridge queries it for signals but never installs it
         guard_gradient(context.optimizer, self.step, lambda: state.train_state.step)

@@ -66,8 +66,8 @@ class _ColumnLinear(AdaptableLinear, ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[S, in] -> [S, out / ranks]."""
         # There is no communication here, and torch fuses the bias. A frozen weight has no gradient to accumulate.
-        if self.lora is not None or not self.config.gradient_accumulation_fusion:
-            return self.with_adapter(F.linear(x, self.weight, self.bias), x)
+        if not (self.is_plain and self.config.gradient_accumulation_fusion):
+            return self.with_adapter(self.product(x, self.bias), x)
         out: Tensor = super().forward(x)[0]
         return out
 
@@ -86,14 +86,20 @@ class _RowLinear(AdaptableLinear, RowParallelLinear):
         """B gets from each rank what its part of A has made."""
         return _summed_over_ranks(matrix) if is_up else matrix
 
+    def over_columns(self, largest_O1: Tensor) -> Tensor:
+        """Those of all ranks, so that a weight in fp8 is the same however it is split."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_reduce(largest_O1, op=torch.distributed.ReduceOp.MAX, group=group)
+        return largest_O1
+
     def forward(self, x: Tensor) -> Tensor:
         """[S, in / ranks] -> this rank's rows [S, out]."""
         alone = self.input_size_per_partition == self.input_size
-        if alone and (self.lora is not None or not self.config.gradient_accumulation_fusion):
-            return self.with_adapter(F.linear(x, self.weight, self.bias), x)
-        if self.lora is not None:
+        if alone and not (self.is_plain and self.config.gradient_accumulation_fusion):
+            return self.with_adapter(self.product(x, self.bias), x)
+        if not self.is_plain:
             # Not the product that may be saved: the all-reduce overwrites its argument.
-            partial = self.with_adapter(F.linear(x, self.weight), x)
+            partial = self.with_adapter(self.product(x, None), x)
             if self.config.sequence_parallel:
                 whole: Tensor = reduce_scatter_to_sequence_parallel_region(partial)
             else:

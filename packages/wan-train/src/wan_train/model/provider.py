@@ -19,6 +19,7 @@ from wan_model import WAN_1_3B, LatentSpec, PackLayout, Stage, WanConfig, WanDiT
 from wan_model.config import TEXT_LENGTH_KEY
 from wan_model.dit.adapters import add_adapters
 from wan_model.dit.attention import AttentionKind
+from wan_model.dit.frozen import QuantizationError, StreamedWeights, materialize, to_fp8
 from wan_model.dit.lora import LoraSettings
 from wan_model.dit.recompute import Recompute
 from wan_model.flow import FlowMatching
@@ -99,6 +100,22 @@ def _ops(provider: "WanModelProvider") -> MegatronOps:
     return MegatronOps(provider, provider.attention)
 
 
+def _dit(provider: "WanModelProvider", stage: Stage) -> WanDiT:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if provider.lora is None:
+        with device:
+            return WanDiT(provider.wan_config, _ops(provider), stage)
+    # Not in fp32 at first, and not on the device if its weights will not stay there as they are read.
+    with torch.device("meta"):
+        dit = WanDiT(provider.wan_config, _ops(provider), stage)
+    add_adapters(dit, provider.lora)
+    dit.to_precision(provider.params_dtype)
+    elsewhere = provider.fp8_base or provider.offload_base
+    frozen = torch.device("cpu") if elsewhere else device
+    materialize(dit, lambda key, weight: device if weight.requires_grad or not key.startswith("blocks.") else frozen)
+    return dit
+
+
 class MegatronWanDiT(MegatronModule):
     """The layers of one pipeline stage.
 
@@ -112,10 +129,7 @@ class MegatronWanDiT(MegatronModule):
     def __init__(self, provider: "WanModelProvider", stage: Stage) -> None:
         super().__init__(config=provider)
         self.pre_process, self.post_process = stage.is_first, stage.is_last
-        with torch.device("cuda", torch.cuda.current_device()):
-            self.dit = WanDiT(provider.wan_config, _ops(provider), stage)
-            if provider.lora is not None:
-                add_adapters(self.dit, provider.lora)
+        self.dit = _dit(provider, stage)
         self.dit.recompute = provider.recompute
         self.lora = provider.lora
         self._received: Tensor | None = None
@@ -266,6 +280,9 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     initial_weights = cast(InitialWeights | None, None)
     # Set from the ``lora`` section.
     lora = cast(LoraSettings | None, None)
+    fp8_base = offload_base = False
+    # That rounding the base to fp8 has made, of this rank's part.
+    fp8_error = cast(QuantizationError | None, None)
     # That of the checkpoint, at a resume.
     recorded_digest = cast(str | None, None)
 
@@ -359,6 +376,11 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
             )
         if not self.resumes:
             init_adapters(dit, seed=self.init_seed)
+        device = dit.condition_embedder.time_proj.weight.device
+        if self.fp8_base:
+            self.fp8_error = to_fp8(dit, device)
+        if self.offload_base:
+            dit.streamed = StreamedWeights(dict(dit.blocks.items()), device)
 
     def _get_num_floating_point_operations(self, batch_size: int) -> int:
         # Without this hook Bridge would apply its formula for language models. A pack's FLOPs depend on its samples.
