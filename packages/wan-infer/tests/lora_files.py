@@ -94,8 +94,8 @@ def diffusers_transformer(weights: Tensors) -> Any:
     return model
 
 
-def fused_by_diffusers(weights: Tensors, paths: Sequence[Path], scales: Sequence[float] = (1.0,)) -> Tensors:
-    """What diffusers' ``load_lora_weights`` and ``fuse_lora`` make of the weights; needs peft."""
+def pipeline_with_adapters(weights: Tensors, paths: Sequence[Path], scales: Sequence[float] = (1.0,)) -> Any:
+    """diffusers' pipeline after ``load_lora_weights`` and ``set_adapters``; needs peft."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     pipeline = WanPipeline(
@@ -110,7 +110,13 @@ def fused_by_diffusers(weights: Tensors, paths: Sequence[Path], scales: Sequence
         for name, path in zip(names, paths, strict=True):
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
     pipeline.set_adapters(names, list(scales))
-    pipeline.fuse_lora(adapter_names=names)
+    return pipeline
+
+
+def fused_by_diffusers(weights: Tensors, paths: Sequence[Path], scales: Sequence[float] = (1.0,)) -> Tensors:
+    """What diffusers' ``fuse_lora`` makes of the weights; needs peft."""
+    pipeline = pipeline_with_adapters(weights, paths, scales)
+    pipeline.fuse_lora(adapter_names=[f"own{i}" for i in range(len(paths))])
     pipeline.unload_lora_weights()
     return pipeline.transformer.state_dict()
 
