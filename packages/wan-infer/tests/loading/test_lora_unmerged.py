@@ -184,9 +184,7 @@ def test_what_is_no_product_of_a_linear_is_refused_by_name(tmp_path: Path) -> No
         if key is None:
             check_unmerged(lora, TINY_CONFIG, path)
             continue
-        with pytest.raises(
-            ValueError, match=rf"the LoRA .*style\.safetensors changes {key} by what is no product .*; merge it"
-        ):
+        with pytest.raises(ValueError, match=rf"style\.safetensors changes {key} by what is no product .*; merge it"):
             check_unmerged(lora, TINY_CONFIG, path)
 
 

@@ -37,8 +37,8 @@ def check_unmerged(lora: LoraWeights, config: WanConfig, path: str | os.PathLike
     refused += [key for key, (difference, _) in lora.differences.items() if difference.any()]
     if refused:
         raise ValueError(
-            f"the LoRA {os.fspath(path)} changes {refused[0]} by what is no product of two matrices for a linear, so it "
-            "cannot be computed beside the weights; merge it (--lora-mode merged, the default)"
+            f"the LoRA {os.fspath(path)} changes {refused[0]} by what is no product of two matrices for a linear, so "
+            "it cannot be computed beside the weights; merge it (--lora-mode merged, the default)"
         )
 
 
