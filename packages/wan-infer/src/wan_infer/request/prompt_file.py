@@ -86,7 +86,7 @@ def _parse_scales(value: object, default: VideoRequest) -> tuple[float, ...]:
         raise ValueError(f"{_LORA_SCALE} is {value!r:.60}; expected a number, or a list of them")
     if default.lora_scales is None:
         raise ValueError(f"{_LORA_SCALE} needs LoRA files that are not merged: give --lora and --lora-mode unmerged")
-    return scales_of(several, len(default.lora_scales))
+    return scales_of([float(one) for one in several], len(default.lora_scales))
 
 
 def _is_kind(value: object, kind: type) -> bool:
