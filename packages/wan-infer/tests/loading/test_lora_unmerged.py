@@ -23,6 +23,7 @@ from wan_infer.loading.lora_unmerged import UnmergedLoras, check_unmerged
 from wan_infer.runtime.placement import Placement
 from wan_infer.sampling.sampler import WanSampler
 from wan_model import PackLayout, WanDiT, patchify
+from wan_model.dit.lora import AdaptableLinear
 from wan_model.sampling.settings import Settings
 from wan_model.testing import assert_all_within, rounding_scale, seeds
 from wan_model.tiny import TINY_CONFIG
@@ -155,15 +156,21 @@ def test_bfloat16_differs_by_rounding(tmp_path: Path, case: str, seed: int) -> N
     assert_all_within(inputs.ours(model), inputs.ours(double), scale)
 
 
-def test_scales_of_zero_are_the_weights_alone_to_the_bit(tmp_path: Path) -> None:
+def test_scales_of_zero_are_the_weights_alone_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(kohya(), tmp_path / "a.safetensors")
     model, loras = unmerged([tmp_path / "a.safetensors"] * 2)
     inputs, plain = Inputs(1), WanDiT(TINY_CONFIG)
     plain.load_state_dict(WEIGHTS)
-    wanted = inputs.ours(plain)["velocity"]
+    wanted, used = inputs.ours(plain)["velocity"], []
+    matrix = AdaptableLinear.whole_gradient
+    monkeypatch.setattr(
+        AdaptableLinear, "whole_gradient", lambda *given, **more: used.append(given) or matrix(*given, **more)
+    )
     for scales in ((0.0, 0.0), (0.5, 0.0), (0.0, -0.0)):
         loras.set_scales(scales, CPU)
+        used.clear()
         assert torch.equal(inputs.ours(model)["velocity"], wanted) == (not any(scales))
+        assert bool(used) == any(scales), "no product is computed in vain"
 
 
 def test_what_is_no_product_of_a_linear_is_refused_by_name(tmp_path: Path) -> None:
