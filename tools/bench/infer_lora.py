@@ -16,7 +16,7 @@ from wan_model.dit.lora import DOWN, LoraSettings, adapter_shapes
 from wan_model.sampling.settings import Settings
 from wan_model.tiny import write_tiny_wan
 
-RANK, STEPS = 32, 4
+RANK, STEPS = 32, 2
 PROMPT = "A rabbit wakes in a meadow and looks up at a butterfly."
 
 
@@ -44,7 +44,7 @@ _TEXT: dict[str, Any] = {"text_dim": 512, "text_length": 512}
 REAL = (
     LoraShape(WanConfig(num_heads=8, head_dim=64, ffn_dim=2304, num_layers=8, **_TEXT)),
     # The width of the 1.3B model.
-    LoraShape(WanConfig(num_heads=12, head_dim=128, ffn_dim=8960, num_layers=2, **_TEXT)),
+    LoraShape(WanConfig(num_heads=12, head_dim=128, ffn_dim=8960, num_layers=1, **_TEXT)),
 )
 QUICK = (
     LoraShape(
