@@ -128,9 +128,9 @@ def _row(shape: LoraShape, folder: Path, quick: bool) -> list[str]:
     off = float((found["one"] - found["merged"]).norm() / found["merged"].norm())
     assert off < 1e-4, f"the two sample different latents: {off}"
     config = shape.config
-    tokens = PackLayout((shape.grid,)).total
+    layers = f"{config.num_layers} layer{'s' if config.num_layers > 1 else ''}"
     return [
-        f"width {config.hidden_size}, {config.num_layers} layer{'s' if config.num_layers > 1 else ''}, {tokens:,} tokens",
+        f"width {config.hidden_size}, {layers}, {PackLayout((shape.grid,)).total:,} tokens",
         seconds(median(times["merged"]) / STEPS),
         seconds(median(times["one"]) / STEPS),
         f"{ratio(times['one'], times['merged']):.3f}",
