@@ -60,13 +60,17 @@ def test_data_tables(tmp_path):
 
 def test_infer_tables(tmp_path):
     _python("-m", "bench", "--quick", "--of", "infer", "--folder", str(tmp_path))
-    step, whole, several, decoding, precision, needs = json.loads((tmp_path / "infer.json").read_text())["tables"]
+    step, whole, several, decoding, precision, lora, needs = json.loads((tmp_path / "infer.json").read_text())["tables"]
     assert float(step["rows"][0][3]) < 1e-4, "both sides sample the same"
     assert all(0.01 < float(table["rows"][0][2]) < 100 for table in (step, whole))
     assert len(several["rows"]) == len(decoding["rows"]) == 2, "the quick ones"
     assert several["rows"][0][2] == "1.00"
     assert len({row[3] for row in decoding["rows"]}) == 1, "every way decodes the same pixels"
     assert 0 < float(precision["rows"][0][0]) < 0.05
+    # Both ways sample the same.
+    assert float(lora["rows"][0][7]) < 1e-4
+    assert all(0.01 < float(lora["rows"][0][column]) < 100 for column in (3, 5))
+    assert float(lora["rows"][0][6].removesuffix(" %")) > 1
     # A hundred forward passes of 283.0 and 1,678.4 TFLOP.
     assert [row[5] for row in needs["rows"][:2]] == ["28.3", "167.8"]
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from transformers import UMT5Config, UMT5EncoderModel
 
+from bench.infer_lora import adapters
 from bench.measure import median, ratio, run_process, time_rounds
 from bench.report import Table, gigabytes, seconds
 from wan_infer.sampling.sampler import WanSampler
@@ -369,4 +370,5 @@ def tables(*, quick: bool) -> Iterator[Table]:
         yield two_processes(shape, model, folder, quick)
         yield decoding(folder, quick)
         yield precision(folder, quick)
+        yield adapters(folder, quick)
         yield requirements()

@@ -33,6 +33,12 @@ MUTATIONS = (
         "loading/test_lora.py",
     ),
     _of(
+        "unmerged-lora-of-the-first-scale", "loading/lora_unmerged.py",
+        "factor * scales[number] for", "factor * scales[0] for",
+        "all LoRA files beside the weights have the scale of the first",
+        "loading/test_lora_unmerged.py",
+    ),
+    _of(
         "rank-stabilisation-ignored", "loading/lora_config.py",
         "math.sqrt(rank) if self.rank_stabilised else rank", "rank",
         "the change of an adapter with rsLoRA is too small by a factor of the root of its rank",

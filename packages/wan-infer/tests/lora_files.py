@@ -15,6 +15,7 @@ Tensors = dict[str, Tensor]
 # Of the tiny transformer.
 base_weights = functools.partial(lora_reference.drawn_weights, TINY_CONFIG)
 diffusers_transformer = functools.partial(lora_reference.diffusers_transformer, TINY_CONFIG)
+pipeline_with_adapters = functools.partial(lora_reference.pipeline_with_adapters, TINY_CONFIG)
 fused_by_diffusers = functools.partial(lora_reference.fused_by_diffusers, TINY_CONFIG)
 
 _WIDTH, _INNER = TINY_CONFIG.hidden_size, TINY_CONFIG.ffn_dim

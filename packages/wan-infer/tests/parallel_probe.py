@@ -26,7 +26,7 @@ def samples(model: str, source: Source, seeds: list[int], parallelism: Paralleli
     """By seed: latents and frames of two videos, the tokens that the first block is given for one, the weights held."""
     options: dict[str, Any] = {"device": "cpu", "parallelism": parallelism, "tiles": tiles}
     if source["lora"] is not None:
-        options["lora"] = (source["lora"], 0.1)
+        options |= {"lora": (source["lora"], 0.1), "lora_mode": source["lora_mode"]}
     if source["checkpoint"] is None:
         sampler = WanSampler.from_pretrained(model, **options)
     else:

@@ -1,6 +1,7 @@
 """The names that users import, and the README's Python code."""
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from safetensors.torch import save_file
+from tiny_sources import tiny_lora
 
 import wan_infer
 from wan_infer import WanSampler, read_video
@@ -57,8 +60,12 @@ def test_too_few_tiles_are_refused() -> None:
         ComputeOptions(tiles=0)
 
 
+def python_of_the_readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_python_code_of_the_readme_runs(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    block, _ = python_of_the_readme()
     # The same calls at a size for a CPU.
     for written, small in (
         ('"Wan-AI/Wan2.1-T2V-1.3B-Diffusers"', repr(str(model_folder))),
@@ -71,3 +78,24 @@ def test_python_code_of_the_readme_runs(model_folder: Path, tmp_path: Path, monk
     exec(block, names)
     assert names["videos"].shape == (2, 3, 5, 32, 48)  # type: ignore[attr-defined]
     assert read_video(tmp_path / "rabbit.mp4")[0].shape == (5, 32, 48, 3)
+
+
+def test_python_code_of_the_readme_for_scales_of_lora_runs(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, block = python_of_the_readme()
+    for written, small in (
+        ('"FOLDER"', f'{str(model_folder)!r}, device="cpu"'),
+        ('["a red bicycle"], ', '["a red bicycle"], width=48, height=32, frames=1, steps=1, '),
+    ):
+        assert block.count(written) == 1
+        block = block.replace(written, small)
+    for seed, name in enumerate(("style", "motion")):
+        save_file(tiny_lora(seed=seed), tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"WanSampler": WanSampler}
+    exec(block, names)
+    videos = names["videos"]
+    assert isinstance(videos, list)
+    assert len(videos) == 3
+    assert not any((one == other).all() for one, other in itertools.combinations(videos, 2))

@@ -10,8 +10,11 @@ import yaml
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights.transformer import expected_shapes
 
-# Linears that the LoRA changes.
-CHANGED = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj")
+# Linears that the LoRA changes, of the blocks and outside of them.
+CHANGED = (
+    *("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj"),
+    *("condition_embedder.text_embedder.linear_2", "proj_out"),
+)
 
 
 def write_checkpoint_of(

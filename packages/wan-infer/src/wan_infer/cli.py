@@ -1,5 +1,6 @@
 """The command ``wan-infer``. torch is imported only after the arguments are checked, so that ``--help`` is fast."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ import click
 from wan_infer import __version__
 from wan_infer.request.flags import ARGUMENTS, SeveralValues, flag
 from wan_infer.request.job import Job, check_outputs
-from wan_infer.request.options import ComputeOptions, ModelSources, ParallelOptions
+from wan_infer.request.options import LORA_MODES, ComputeOptions, ModelSources, ParallelOptions
 from wan_infer.request.prompt_file import read_prompt_file
 from wan_infer.request.settings import TASK_SIZES, VideoRequest, check_task, pair_requests
 from wan_infer.runtime.launch import launch
@@ -37,8 +38,11 @@ from wan_model.system.versions import check_dependencies
 @flag("checkpoint-step", type=int, help="Its step.  [default: the newest complete checkpoint]")
 @flag("ema", is_flag=True, help="Use the EMA of the checkpoint's weights instead of the weights.")
 @flag("lora", multiple=True, type=click.Path(readable=False),
-      help="A LoRA to merge into the transformer: a safetensors file of any trainer; several are added.")  # fmt: skip
+      help="A LoRA for the transformer: a safetensors file of any trainer; several are added.")  # fmt: skip
 @flag("lora-scale", multiple=True, type=float, show_default="1", help="Scale of the LoRA, for all or one each.")
+@flag("lora-mode", type=click.Choice(LORA_MODES), default="merged",
+      help="merged: added to the weights when these are loaded; unmerged: computed beside them, so that lines of "
+      "--prompts-file may have a lora_scale of their own.")  # fmt: skip
 @flag("t5-checkpoint-dir", help="Another model to take text_encoder and tokenizer from.")
 @flag("vae-checkpoint-dir", help="Another model to take vae from.")
 @flag("task", type=click.Choice(list(TASK_SIZES)), help="Require this released model's shape and sizes.")
@@ -124,6 +128,12 @@ def _parse_requests(given: dict[str, Any]) -> list[VideoRequest]:
     requests = pair_requests(
         given["prompts"] or [""], given["sizes"], given["frame_nums"], given["base_seed"], settings
     )
+    loras = _pair_loras(given["lora"], given["lora_scale"])
+    if given["lora_mode"] == "unmerged":
+        if not loras:
+            raise ValueError("--lora-mode unmerged needs --lora, the files that are kept beside the weights")
+        scales = tuple(scale for _, scale in loras)
+        requests = [dataclasses.replace(request, lora_scales=scales) for request in requests]
     if file is not None:
         # The values of lines that have none of their own.
         if len(requests) > 1:
@@ -191,6 +201,7 @@ def _run(given: dict[str, Any], requests: list[VideoRequest]) -> dict[str, Any] 
         vae_model=given["vae_checkpoint_dir"],
         text_model=given["t5_checkpoint_dir"],
         lora=_pair_loras(given["lora"], given["lora_scale"]),
+        lora_mode=given["lora_mode"],
     )
     options = ComputeOptions(
         device=given["device"],

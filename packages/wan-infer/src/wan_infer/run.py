@@ -160,7 +160,7 @@ def _make(
 
     request = job.requests[index]
     fields = dataclasses.asdict(request)
-    settings = fields.pop("settings")
+    settings, lora_scales = fields.pop("settings"), fields.pop("lora_scales")
     # Everything that defines the video; generated names contain its digest.
     record = {
         **fields,
@@ -171,7 +171,8 @@ def _make(
         "transformer": sampler.source.origin,
         "checkpoint_step": sampler.source.step,
         "ema": sampler.source.ema,
-        "lora": sampler.lora_record,
+        "lora": sampler.describe_loras(lora_scales),
+        "lora_mode": sampler.lora_mode if sampler.lora_record else None,
         "latent_space": sampler.spec.fingerprint,
     }
     path = job.save_file or job.output_folder / output_name(index, record, request.frames)
@@ -184,6 +185,7 @@ def _make(
             frames=request.frames,
             seed=request.seed,
             settings=request.settings,
+            lora_scale=request.lora_scales,
             on_step=progress.step,
         )
     made = _Made(path, record, [])

@@ -10,10 +10,10 @@ from wan_model.sampling.settings import Settings
 DEFAULT = VideoRequest("", 64, 48, 5, 7, Settings(steps=3))
 
 
-def read(tmp_path: Path, name: str, content: str | bytes) -> list[VideoRequest]:
+def read(tmp_path: Path, name: str, content: str | bytes, default: VideoRequest = DEFAULT) -> list[VideoRequest]:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_prompt_file(path, DEFAULT)
+    return read_prompt_file(path, default)
 
 
 def test_a_prompt_a_line(tmp_path: Path) -> None:
@@ -30,6 +30,32 @@ def test_an_object_a_line_says_what_differs(tmp_path: Path) -> None:
     )
     assert first == dataclasses.replace(DEFAULT, prompt="a")
     assert second == VideoRequest("b", 832, 480, 1, 0, Settings(9, 3.0, 1.5, "dpm++", ""))
+
+
+UNMERGED = dataclasses.replace(DEFAULT, lora_scales=(0.8, 0.5))
+
+
+def test_scales_of_loras_that_are_not_merged(tmp_path: Path) -> None:
+    lines = ('{"prompt": "a"}', '{"prompt": "a", "lora_scale": 0}', '{"prompt": "a", "lora_scale": [1, -0.5]}')
+    requests = read(tmp_path, "a.jsonl", "\n".join(lines), UNMERGED)
+    assert [request.lora_scales for request in requests] == [(0.8, 0.5), (0.0, 0.0), (1.0, -0.5)]
+
+
+@pytest.mark.parametrize(
+    ("scale", "default", "said"),
+    [
+        ("1", DEFAULT, "line 1: lora_scale needs LoRA files that are not merged: give --lora and --lora-mode unmerged"),
+        ("[1, 2, 3]", UNMERGED, "line 1: got 3 scales of 2 LoRA; expected one for all or one each"),
+        ("[]", UNMERGED, "line 1: got 0 scales of 2 LoRA; expected one for all or one each"),
+        ('"1"', UNMERGED, "line 1: lora_scale is '1'; expected a number, or a list of them"),
+        ("null", UNMERGED, "line 1: lora_scale is None; expected a number, or a list of them"),
+        ("[true, 1]", UNMERGED, r"line 1: lora_scale is \[True, 1\]; expected a number, or a list of them"),
+        ("1e999", UNMERGED, "line 1: .*expected a finite number|line 1: .*not JSON"),
+    ],
+)
+def test_scales_that_cannot_be_meant(tmp_path: Path, scale: str, default: VideoRequest, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path, "a.jsonl", f'{{"prompt": "a", "lora_scale": {scale}}}', default)
 
 
 @pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e"])

@@ -32,6 +32,8 @@ CASES = {
         case("tokens, weights", shard=True, tiles=2),
         case("weights of a checkpoint", shard=True, source="checkpoint"),
         case("weights with a LoRA", shard=True, source="lora"),
+        case("a LoRA beside the weights", source="unmerged"),
+        case("weights and a LoRA beside them", cfg=True, shard=True, source="unmerged"),
     ],
     3: [case("tokens, heads that do not divide"), case("the same, weights", shard=True)],
     4: [case("guidance x tokens", cfg=True), case("guidance x tokens, weights", cfg=True, shard=True)],
@@ -49,7 +51,10 @@ def sources(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {
         "released": {"checkpoint": None, "lora": None},
         "checkpoint": {"checkpoint": str(folder / "run"), "lora": None},
-        "lora": {"checkpoint": None, "lora": str(folder / "lora.safetensors")},
+        **{
+            name: {"checkpoint": None, "lora": str(folder / "lora.safetensors"), "lora_mode": mode}
+            for name, mode in (("lora", "merged"), ("unmerged", "unmerged"))
+        },
     }
 
 
@@ -121,6 +126,7 @@ def test_sources_differ(alone: dict[str, dict[int, Sample]]) -> None:
     released, checkpoint, lora = (alone[name][SEEDS[0]][0] for name in ("released", "checkpoint", "lora"))
     assert off_by(checkpoint, released) > 0.01
     assert off_by(lora, released) > 0.01
+    assert off_by(alone["unmerged"][SEEDS[0]][0], lora) < 1e-4
 
 
 @pytest.mark.rounding

@@ -94,7 +94,7 @@ def test_the_command_frees_the_text_encoder_before_it_loads_the_transformer(
 
 
 @pytest.mark.usefixtures("_new_objects_only")
-@pytest.mark.parametrize("source", ["released", "checkpoint", "lora"])
+@pytest.mark.parametrize("source", ["released", "checkpoint", "lora", "unmerged LoRA"])
 def test_each_part_is_held_once(
     source: str, model_folder: Path, write_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -108,6 +108,11 @@ def test_each_part_is_held_once(
         case "lora":
             save_file(tiny_lora(), tmp_path / "lora.safetensors")
             sampler = WanSampler.from_pretrained(model_folder, device="cpu", lora=(tmp_path / "lora.safetensors", 1.0))
+        case "unmerged LoRA":
+            save_file(tiny_lora(), tmp_path / "lora.safetensors")
+            sampler = WanSampler.from_pretrained(
+                model_folder, device="cpu", lora=tmp_path / "lora.safetensors", lora_mode="unmerged"
+            )
     transformer = sampler.model
     assert live_bytes() == before + size(transformer)
     decoder = sampler.codec.decoder

@@ -193,6 +193,21 @@ def test_the_base_is_filled_around_adapters(small_model: WanDiT) -> None:
     assert all(torch.equal(value, state[key]) for key, value in plain.state_dict().items())
 
 
+@pytest.mark.rounding
+@pytest.mark.parametrize("joined", [False, True])
+def test_without_gradients_the_result_is_the_same(joined: bool, small_model: WanDiT) -> None:
+    settings = LoraSettings(rank=4, alpha=3.0)
+    model, run = random_adapters(small_model, settings), Run(small_model.config, 1)
+    wanted = run.ours(model).detach()
+    if joined:  # the same factor, given for each row of A
+        for linear in adapted_linears(model).values():
+            linear.lora.factor = torch.full((4,), settings.factor)  # type: ignore[union-attr]
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        scale = rounding_scale(lambda: {"output": run.ours(double)})
+        assert_all_within({"output": run.ours(model)}, {"output": wanted}, scale)
+
+
 TARGETS = [
     (("*",), [f"blocks.{layer}.{name}" for layer in range(2) for name in LINEARS]),
     (("attn1.to_q",), ["blocks.0.attn1.to_q", "blocks.1.attn1.to_q"]),

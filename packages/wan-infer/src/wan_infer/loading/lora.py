@@ -1,4 +1,4 @@
-"""LoRA of every dialect that diffusers reads for Wan, merged into the weights when they are loaded.
+"""LoRA of every dialect that diffusers reads for Wan: reading, and merging into the weights when they are loaded.
 
 A file holds, for some linears of the transformer, A [r, in] and B [out, r], and in some files an alpha, a change of the
 bias, or whole changes of weights and biases (``diff``, ``diff_b``). The merged weight is W + scale * factor * B A, or
@@ -7,7 +7,7 @@ keys, ``lora_config`` the factors that peft's configuration gives.
 
 Everything in a file is merged or the file is refused. That includes what diffusers leaves out (at least to version
 0.42): a ``diff`` or ``diff_b`` of norms and of the patch embedding, and the ``diff_b`` of ``time_projection`` without a
-change of its weight.
+change of its weight. ``lora_unmerged`` keeps products beside the weights instead.
 
 Source: peft's ``LoraLayer``, diffusers' ``load_lora_weights`` and ``lora_conversion_utils.py``.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 from wan_infer.loading.lora_config import CONFIG_NAME, LoraConfig
 from wan_infer.loading.lora_names import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.config import WanConfig
+from wan_model.dit.lora import merged_weight, weight_change
 from wan_model.dit.model import WanDiT
 from wan_model.weights.model_folder import FLOATS, open_weights
 from wan_model.weights.transformer import expected_shapes, full_shape, local_slices, local_tensor
@@ -54,7 +55,7 @@ class LoraWeights:
         """The change of one weight or bias, fp32, of its shape; zeros if there is none."""
         if key in self.products:
             up, down, factor = self.products[key]
-            return (up.float() @ down.float()).view(shape) * factor
+            return weight_change(down, up, factor).view(shape)
         if key in self.differences:
             difference, factor = self.differences[key]
             return difference.float() * factor
@@ -75,7 +76,7 @@ def merge_loras(loras: Sequence[LoraWeights], model: WanDiT) -> None:
         if not torch.isfinite(change).all():
             raise ValueError(f"the LoRA changes {key} to values beyond those of float32; check its scale and its alpha")
         held = local_tensor(parameter)
-        held.copy_(held.float() + change[local_slices(model, parameter)].to(held.device))
+        held.copy_(merged_weight(held, change[local_slices(model, parameter)]))
 
 
 def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.0) -> LoraWeights:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from wan_infer.loading.lora import LoraWeights, merge_loras
+from wan_infer.loading.lora_unmerged import UnmergedLoras
 from wan_infer.request.options import ModelName, ModelSources
 from wan_infer.runtime.parallelism import Parallelism
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
+from wan_model.dit.lora import is_adapter_key
 from wan_model.dit.model import WanDiT
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import MissingPartsError, resolve_folder
@@ -83,7 +85,7 @@ class TransformerSource:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         parallelism: Parallelism | None = None,
-        loras: Sequence[LoraWeights] = (),
+        loras: Sequence[LoraWeights] | UnmergedLoras = (),
     ) -> WanDiT:
         """The model in evaluation mode; weights are read tensor by tensor.
 
@@ -91,7 +93,7 @@ class TransformerSource:
             dtype: see ``WanDiT.to_precision``.
             device: of the weights.
             parallelism: of the model, and of its weights.
-            loras: merged into the weights.
+            loras: merged into the weights, or added beside them.
 
         Raises:
             ValueError: damaged files, or other weights than the model's.
@@ -99,17 +101,24 @@ class TransformerSource:
         parallelism = parallelism or Parallelism()
         with torch.device("meta"):
             model = WanDiT(self.config, parallelism.ops)
-        model.to_precision(dtype).requires_grad_(False)
+        model.to_precision(dtype)
+        if isinstance(loras, UnmergedLoras):
+            loras.add_to(model)
+        model.requires_grad_(False)
         parallelism.shard(model, torch.device(device))
         model.to_empty(device=device)
         if self.from_training:
             from wan_model.weights.training_checkpoint import read_training_checkpoint
 
-            read_training_checkpoint(self.path, into=dict(model.named_parameters()), ema=self.ema)
+            base = {key: parameter for key, parameter in model.named_parameters() if not is_adapter_key(key)}
+            read_training_checkpoint(self.path, into=base, ema=self.ema)
         else:
             with naming_models(self.path.parent):
                 load_weights(model, self.path)
-        merge_loras(loras, model)
+        if isinstance(loras, UnmergedLoras):
+            loras.fill(model)
+        else:
+            merge_loras(loras, model)
         return model.eval()
 
 

@@ -10,6 +10,26 @@ from wan_model.precision import VAE_PRECISIONS
 
 ModelName = str | os.PathLike[str]
 Lora = ModelName | tuple[ModelName, float]
+LORA_MODES = ("merged", "unmerged")
+
+
+def scales_of(given: float | Sequence[float], files: int) -> tuple[float, ...]:
+    """The scale of each LoRA file.
+
+    Args:
+        given: one for all, or one each.
+        files: their number.
+
+    Raises:
+        ValueError: another number of scales, or one that is not finite.
+    """
+    scales = [given] if isinstance(given, int | float) else list(given)
+    if len(scales) not in (1, files):
+        raise ValueError(f"got {len(scales)} scales of {files} LoRA; expected one for all or one each")
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale of a LoRA is {scale}; expected a finite number")
+    return tuple(float(scales[i % len(scales)]) for i in range(files))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +45,12 @@ class ModelSources:
         revision: of hub ids.
         vae_model: another model to take the autoencoder from.
         text_model: another model to take the text encoder and the tokenizer from.
-        lora: a LoRA to merge into the transformer, or several: a file, or a file and its scale (1 by default).
+        lora: a LoRA for the transformer, or several: a file, or a file and its scale (1 by default).
+        lora_mode: ``merged`` adds them to the weights when these are loaded; ``unmerged`` computes them beside the
+            weights, so that the scales of each call may differ.
 
     Raises:
-        ValueError: the scale of a LoRA is not finite.
+        ValueError: the scale of a LoRA is not finite, or an unknown mode.
     """
 
     model: ModelName | None = None
@@ -39,8 +61,11 @@ class ModelSources:
     vae_model: ModelName | None = None
     text_model: ModelName | None = None
     lora: Lora | Sequence[Lora] | None = None
+    lora_mode: str = "merged"
 
     def __post_init__(self) -> None:
+        if self.lora_mode not in LORA_MODES:
+            raise ValueError(f"there is no LoRA mode {self.lora_mode!r}; expected {' or '.join(LORA_MODES)}")
         for path, scale in self.loras:
             if not math.isfinite(scale):
                 raise ValueError(f"the scale of the LoRA {os.fspath(path)} is {scale}; expected a finite number")
@@ -97,6 +122,7 @@ class SamplerOptions(TypedDict, total=False):
     vae_model: ModelName | None
     text_model: ModelName | None
     lora: Lora | Sequence[Lora] | None
+    lora_mode: str
     device: str
     dtype: str
     vae_dtype: str

@@ -28,6 +28,7 @@ class VideoRequest:
         frames: 4n+1; one frame is a picture.
         seed: of its noise; the same seed and settings give the same video, independent of other requests.
         settings: sampling settings.
+        lora_scales: of each LoRA file, where they are not merged into the weights; else None.
 
     Raises:
         ValueError: a size or a frame count that the model does not support, naming the nearest.
@@ -39,6 +40,7 @@ class VideoRequest:
     frames: int = 81
     seed: int = 0
     settings: Settings = dataclasses.field(default_factory=Settings)
+    lora_scales: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_frames("the number of frames", self.frames)

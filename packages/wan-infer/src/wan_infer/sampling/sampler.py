@@ -14,8 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wan_infer.loading.lora import LoraWeights, read_lora
+from wan_infer.loading.lora_unmerged import UnmergedLoras, check_unmerged
 from wan_infer.loading.sources import CodecSource, TransformerSource, check_latent_space
-from wan_infer.request.options import ComputeOptions, ModelName, ModelSources, SamplerOptions, parse_options
+from wan_infer.request.options import (
+    ComputeOptions,
+    ModelName,
+    ModelSources,
+    SamplerOptions,
+    parse_options,
+    scales_of,
+)
 from wan_infer.request.settings import check_size
 from wan_infer.runtime.parallelism import Parallelism
 from wan_infer.runtime.placement import Placement, onload
@@ -47,6 +55,7 @@ class WanSampler:
 
     Attributes:
         spec: the latent space of the autoencoder and the text encoder.
+        lora_mode: whether LoRA files are merged; see ``ModelSources``.
         lora_record: names and scales of the LoRA files, or None.
         token_counts: tokens of every embedded prompt, with the end token; those beyond ``spec.text_length`` were cut.
 
@@ -64,8 +73,8 @@ class WanSampler:
         self.source = TransformerSource.find(sources)
         self._codec_source = CodecSource(sources)
         self.spec = check_latent_space(self.source, self._codec_source)
-        self._loras = sources.loras
-        self.lora_record = ", ".join(f"{Path(path).name} x {scale:g}" for path, scale in self._loras) or None
+        self._loras, self.lora_mode = sources.loras, sources.lora_mode
+        self.lora_record = self.describe_loras(None)
         self._read_loras()  # to refuse an invalid file before large ones are read
         self._embeddings: dict[str, Tensor] = {}
         self.token_counts: dict[str, int] = {}
@@ -114,18 +123,51 @@ class WanSampler:
         return cls(sources, compute, parallelism=parallelism)
 
     def _read_loras(self) -> list[LoraWeights]:
-        return [read_lora(path, self.source.config, scale) for path, scale in self._loras]
+        if self.lora_mode == "merged":
+            return [read_lora(path, self.source.config, scale) for path, scale in self._loras]
+        found = []
+        for path, _ in self._loras:
+            found.append(lora := read_lora(path, self.source.config))
+            check_unmerged(lora, self.source.config, path)
+        return found
+
+    def describe_loras(self, lora_scale: float | Sequence[float] | None) -> str | None:
+        """Names and scales of the LoRA files, or None.
+
+        Args:
+            lora_scale: see ``sample_latents``.
+
+        Raises:
+            ValueError: see ``sample_latents``.
+        """
+        pairs = zip(self._loras, self._scales(lora_scale), strict=True)
+        return ", ".join(f"{Path(path).name} x {scale:g}" for (path, _), scale in pairs) or None
+
+    def _scales(self, lora_scale: float | Sequence[float] | None) -> tuple[float, ...]:
+        if lora_scale is None:
+            return tuple(scale for _, scale in self._loras)
+        if self.lora_mode == "merged" or not self._loras:
+            raise ValueError(
+                f"a call has the LoRA scale {lora_scale} and "
+                + ("the LoRA is merged into the weights" if self._loras else "there is no LoRA")
+                + "; make the sampler with LoRA files and the LoRA mode unmerged"
+            )
+        return scales_of(lora_scale, len(self._loras))
 
     @functools.cached_property
     def model(self) -> WanDiT:
         """The transformer."""
-        # They are read again, so that their tensors are not kept beside the weights that they are merged into.
         return self.source.load(
             dtype=self.placement.dtype,
             device=self._model_offload_device,
             parallelism=self.parallelism,
-            loras=self._read_loras(),
+            # They are read again, so that their tensors are not kept beside the weights that they are merged into.
+            loras=self._read_loras() if self.lora_mode == "merged" else self._unmerged,
         )
+
+    @functools.cached_property
+    def _unmerged(self) -> UnmergedLoras:
+        return UnmergedLoras(self._read_loras() if self.lora_mode == "unmerged" else ())
 
     @property
     def _model_offload_device(self) -> torch.device:
@@ -186,6 +228,7 @@ class WanSampler:
         seed: int | Sequence[int] = 0,
         settings: Settings | None = None,
         noise: Float[Tensor, "B C F h w"] | None = None,
+        lora_scale: float | Sequence[float] | None = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, "B C F h w"]:
         """Normalised latents of videos of one size, fp32 on the CPU.
@@ -197,12 +240,14 @@ class WanSampler:
             seed: one for all, or one a video; a video does not depend on the seeds of others.
             settings: of sampling; the official ones by default.
             noise: instead of noise drawn from the seeds.
+            lora_scale: of this call's videos, for all LoRA files or one each; by default those that were given with the
+                files. With the mode ``unmerged``; 0 for all gives the videos without LoRA.
             on_step: called with (steps done, steps) after each.
 
         Raises:
-            ValueError: sizes that the model does not support, or counts that differ.
+            ValueError: sizes that the model does not support, or counts that differ; scales of LoRA that is merged.
         """
-        settings = settings or Settings()
+        settings, scales = settings or Settings(), self._scales(lora_scale)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if not prompts or len(seeds) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds; expected one seed a prompt")
@@ -216,6 +261,7 @@ class WanSampler:
         texts = self.embed(prompts)
         negative = self.embed([settings.negative_prompt])[0] if settings.guidance != 1 else None
         with onload(self.model, self.placement.device, self._model_offload_device):
+            self._unmerged.set_scales(scales, self.placement.device)
             latents = denoise(
                 self.model,
                 noise.to(self.placement.device),
@@ -254,6 +300,7 @@ class WanSampler:
         seed: int | Sequence[int] = 0,
         negative_prompt: str = NEGATIVE_PROMPT,
         solver: SolverName = "unipc",
+        lora_scale: float | Sequence[float] | None = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, "B 3 T H W"]:
         """Videos of one size: RGB in [-1, 1], fp32 on the CPU.
@@ -264,6 +311,7 @@ class WanSampler:
             frames: 4n+1; 1 makes a picture.
             steps, shift, guidance, negative_prompt, solver: see ``wan_model.sampling.settings.Settings``.
             seed: one for all, or one a video; a video does not depend on the seeds of others.
+            lora_scale: see ``sample_latents``.
             on_step: called with (steps done, steps) after each.
 
         Raises:
@@ -271,6 +319,13 @@ class WanSampler:
         """
         settings = Settings(steps, shift, guidance, solver, negative_prompt)
         latents = self.sample_latents(
-            prompts, width=width, height=height, frames=frames, seed=seed, settings=settings, on_step=on_step
+            prompts,
+            width=width,
+            height=height,
+            frames=frames,
+            seed=seed,
+            settings=settings,
+            lora_scale=lora_scale,
+            on_step=on_step,
         )
         return self.decode(latents)

@@ -178,7 +178,7 @@ class AdaptableLinear(nn.Module):
         return fp8_linear(x_SI, self.weight, self.weight_scale, bias_O)
 
     def with_adapter(self, product_SO: Tensor, x_SI: Tensor) -> Tensor:
-        """Add factor * B A x to W x, or to this rank's part of it."""
+        """Add factor * B A x to W x, or to this rank's part of it. Without gradients W x is overwritten."""
         if self.lora is None:
             return product_SO
         factor = self.lora.factor
@@ -187,8 +187,12 @@ class AdaptableLinear(nn.Module):
             up_OR = self.whole_gradient(self.lora_B.weight, is_up=True).to(x_SI.dtype)
             low_SR = F.linear(_drop(x_SI, self.lora), down_RI)
             if isinstance(factor, Tensor):
-                return torch.addmm(product_SO, low_SR * factor, up_OR.t())
-            return torch.addmm(product_SO, low_SR, up_OR.t(), alpha=factor)
+                # A product in 16 bits has factors in fp32.
+                low_SR, factor = (low_SR * factor).to(low_SR.dtype), 1.0
+            if torch.is_grad_enabled():
+                return torch.addmm(product_SO, low_SR, up_OR.t(), alpha=factor)
+            # W x is needed no more; a copy of it would take as long as the adapter's products of a narrow model.
+            return product_SO.addmm_(low_SR, up_OR.t(), alpha=factor)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------

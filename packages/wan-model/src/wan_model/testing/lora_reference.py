@@ -1,6 +1,6 @@
 """What other programs make of LoRA files: diffusers with peft, and the plain formula in float64.
 
-Only tests import this; diffusers and peft are needed for ``diffusers_transformer`` and ``fused_by_diffusers``.
+Only tests import this; diffusers and peft are needed for the functions that are named after them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,10 +60,10 @@ def diffusers_transformer(config: WanConfig, weights: Mapping[str, Tensor]) -> A
     return model
 
 
-def fused_by_diffusers(
+def pipeline_with_adapters(
     config: WanConfig, weights: Mapping[str, Tensor], paths: Sequence[Path], scales: Sequence[float] = (1.0,)
-) -> Tensors:
-    """What diffusers' ``load_lora_weights`` and ``fuse_lora`` make of the weights; needs peft."""
+) -> Any:
+    """diffusers' pipeline after ``load_lora_weights`` and ``set_adapters``; needs peft."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     pipeline = WanPipeline(
@@ -78,7 +78,15 @@ def fused_by_diffusers(
         for name, path in zip(names, paths, strict=True):
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
     pipeline.set_adapters(names, list(scales))
-    pipeline.fuse_lora(adapter_names=names)
+    return pipeline
+
+
+def fused_by_diffusers(
+    config: WanConfig, weights: Mapping[str, Tensor], paths: Sequence[Path], scales: Sequence[float] = (1.0,)
+) -> Tensors:
+    """What diffusers' ``fuse_lora`` makes of the weights; needs peft."""
+    pipeline = pipeline_with_adapters(config, weights, paths, scales)
+    pipeline.fuse_lora(adapter_names=[f"own{i}" for i in range(len(paths))])
     pipeline.unload_lora_weights()
     state: Tensors = pipeline.transformer.state_dict()
     return state
