@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from wan_infer.loading.lora_config import CONFIG_NAME, LoraConfig
 from wan_infer.loading.lora_names import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.config import WanConfig
-from wan_model.dit.lora import merged_weight, weight_change
+from wan_model.dit.lora import DOWN, UP, merged_weight, weight_change
 from wan_model.dit.model import WanDiT
 from wan_model.weights.model_folder import FLOATS, open_weights
 from wan_model.weights.transformer import expected_shapes, full_shape, local_slices, local_tensor
@@ -50,6 +51,16 @@ class LoraWeights:
 
     products: dict[str, tuple[Tensor, Tensor, float]]
     differences: dict[str, tuple[Tensor, float]]
+
+    @classmethod
+    def of_adapters(cls, adapters: Mapping[str, Tensor], factor: float) -> Self:
+        """A LoRA of wan-train's: A and B of linears by diffusers' key, with the factor of all."""
+        names = [key.removesuffix(f".{DOWN}.weight") for key in adapters if key.endswith(f".{DOWN}.weight")]
+        products = {
+            f"{name}.weight": (adapters[f"{name}.{UP}.weight"], adapters[f"{name}.{DOWN}.weight"], factor)
+            for name in names
+        }
+        return cls(products, {})
 
     def change(self, key: str, shape: Shape) -> Tensor:
         """The change of one weight or bias, fp32, of its shape; zeros if there is none."""

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -38,6 +38,7 @@ class TransformerSource:
         step: of the training checkpoint; None for released weights.
         spec: the latent space that it was trained in, where that is recorded.
         ema: load the EMA of the weights instead of the weights.
+        adapters: a training checkpoint of a LoRA, which is merged into the weights at ``path``.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class TransformerSource:
     step: int | None = None
     spec: LatentSpec | None = None
     ema: bool = False
+    adapters: Path | None = None
 
     @classmethod
     def find(cls, sources: ModelSources) -> "TransformerSource":
@@ -56,12 +58,15 @@ class TransformerSource:
         """
         if sources.checkpoint is not None:
             # Half a second of imports that released weights do not need.
+            from wan_model.weights.training_adapters import has_adapters
             from wan_model.weights.training_checkpoint import find_checkpoint, read_run_config
 
             path = find_checkpoint(Path(sources.checkpoint), sources.step)
-            config, spec = read_run_config(path)
             name = path.name.removeprefix("iter_")
             step = int(name) if name.isdecimal() else None
+            if has_adapters(path):
+                return cls._with_adapters(path, step, sources)
+            config, spec = read_run_config(path)
             return cls(path, config, _origin(sources.checkpoint), step, spec, sources.ema)
         if sources.model is None:
             raise ValueError("no model was given to take the transformer from")
@@ -69,10 +74,46 @@ class TransformerSource:
             folder = resolve_folder(sources.model, ["transformer"], revision=sources.revision) / "transformer"
             return cls(folder, read_config(folder), _origin(sources.model), spec=read_trained_spec(folder))
 
+    @classmethod
+    def _with_adapters(cls, checkpoint: Path, step: int | None, sources: ModelSources) -> Self:
+        """A model's transformer, changed by the LoRA of a checkpoint."""
+        from wan_model.weights.training_adapters import find_adapters
+
+        found = find_adapters(checkpoint)
+        if sources.model is None:
+            raise ValueError(
+                f"{checkpoint} holds a LoRA, which was trained on {found.base}; give that model as --model, from which "
+                "the transformer is taken"
+            )
+        with naming_models(sources.model):
+            folder = resolve_folder(sources.model, ["transformer"], revision=sources.revision) / "transformer"
+            base = read_config(folder)
+        # Texts are padded as in the training of the LoRA.
+        if dataclasses.replace(base, text_length=found.config.text_length) != found.config:
+            raise ValueError(
+                f"the LoRA in {checkpoint} was trained on {found.base}, whose transformer has other sizes than that of "
+                f"{os.fspath(sources.model)}; give the model that it was trained on as --model"
+            )
+        assert sources.checkpoint is not None, "the caller has found it"
+        origin = f"{_origin(sources.checkpoint)} on {_origin(sources.model)}"
+        return cls(folder, found.config, origin, step, found.spec, sources.ema, checkpoint)
+
     @property
     def from_training(self) -> bool:
-        """Whether it is a training checkpoint."""
+        """Whether all weights are those of a training checkpoint."""
         return self.path.name != "transformer"
+
+    def own_lora(self) -> LoraWeights:
+        """The LoRA of the checkpoint.
+
+        Raises:
+            ValueError: its files are damaged.
+        """
+        from wan_model.weights.training_adapters import find_adapters, read_adapters
+
+        assert self.adapters is not None, "there is one"
+        factor = find_adapters(self.adapters).settings.factor
+        return LoraWeights.of_adapters(read_adapters(self.adapters, ema=self.ema), factor)
 
     @property
     def text_length(self) -> int:
@@ -115,6 +156,8 @@ class TransformerSource:
         else:
             with naming_models(self.path.parent):
                 load_weights(model, self.path)
+        if self.adapters is not None:
+            merge_loras([self.own_lora()], model)
         if isinstance(loras, UnmergedLoras):
             loras.fill(model)
         else:
