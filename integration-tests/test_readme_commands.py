@@ -22,8 +22,9 @@ import json, sys
 from wan_train.config.options import RunOptions
 from wan_train.planning.dry_run import describe
 found = []
-for recipe, mode, file, overrides, world in json.loads(sys.argv[1]):
-    options = RunOptions(recipe, training_mode=mode, config_file=file, overrides=tuple(overrides), mock=True)
+for command, recipe, mode, file, overrides, world in json.loads(sys.argv[1]):
+    given = dict(training_mode=mode, config_file=file, overrides=tuple(overrides), mock=True, command=command)
+    options = RunOptions(recipe, **given)
     found.append(describe(options, world))
 with open(sys.argv[2], "w") as results:
     json.dump(found, results)
@@ -151,13 +152,14 @@ def test_every_training_command_has_known_settings_and_fits_80_gb(run, tmp_path)
     runs, of = [], []
     for command in COMMANDS:
         name, params = command.parsed()
-        if command.words[0] == "wan-train" and name == "pretrain":
+        if command.words[0] == "wan-train" and name in ("pretrain", "finetune"):
             recipe, file = params["recipe"], params["config_file"]
             overrides = [word for word in params["overrides"] if not word.startswith("dataset.path=")]
             full = [] if "tiny" in (recipe, file) else _full_pack(overrides)
-            runs.append((recipe, params["training_mode"], file, [*overrides, *full], command.processes(params)))
+            runs.append((name, recipe, params["training_mode"], file, [*overrides, *full], command.processes(params)))
             of.append(" ".join(command.words))
-    assert any(overrides for _, _, _, overrides, _ in runs)
+    assert {name for name, *_ in runs} == {"pretrain", "finetune"}
+    assert any(overrides for *_, overrides, _ in runs)
     assert any(world > 64 for *_, world in runs)
     run("python", "-c", DESCRIBE, json.dumps(runs), str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())
