@@ -144,7 +144,9 @@ def test_memory_of_adapters_is_what_a_run_really_holds(case: str, start_weights:
         layers, in_flight = TINY_CONFIG.num_layers // layout.pipeline, min(layout.pipeline - stage, PACKS)
         kept = activations.kept(recompute, layers, **ends)
         peak = activations.peak(recompute, layers, in_flight, **ends, piped=layout.pipeline > 1)
-        print(case, rank, {name: round(size / (held[name] or 1), 4) for name, size in dataclasses.asdict(state).items()})
+        print(
+            case, rank, {name: round(size / (held[name] or 1), 4) for name, size in dataclasses.asdict(state).items()}
+        )
         print(case, rank, round(kept / held["kept"], 3), round(peak / held["peak"], 3))
         for name, size in dataclasses.asdict(state).items():
             assert held[name] == pytest.approx(size, rel=0.01), name

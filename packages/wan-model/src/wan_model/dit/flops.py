@@ -5,6 +5,7 @@ sample, not for the whole pack, and padding is not counted.
 """
 
 import dataclasses
+import functools
 
 from wan_model.config import WanConfig
 from wan_model.dit.lora import LoraSettings
@@ -96,12 +97,17 @@ def training_flops(config: WanConfig, layout: PackLayout, lora: LoraSettings | N
     return flops.training if lora is None else flops.forward + _Adapters(config, layout, lora).beside_forward()
 
 
+@functools.cache
+def _adapted(config: WanConfig, lora: LoraSettings) -> frozenset[str]:
+    return frozenset(lora.linears(config))
+
+
 class _Adapters:
     """Counts, linear by linear, what a step needs beside the forward pass of the frozen model."""
 
     def __init__(self, config: WanConfig, layout: PackLayout, lora: LoraSettings) -> None:
         self.config, self.tokens, self.text = config, layout.valid, layout.num_samples * config.text_length
-        self.rank, self.adapted = lora.rank, set(lora.linears(config))
+        self.rank, self.adapted = lora.rank, _adapted(config, lora)
         flops = pack_flops(config, layout)
         self.of_attention = {"attn1": flops.self_attention, "attn2": flops.cross_attention}
         self.count = 0

@@ -111,9 +111,7 @@ def layers_of_stages(layers: int, stages: int) -> list[int]:
     return sizes
 
 
-_ROW_PARALLEL = tuple(
-    f"{linear}{matrix}.weight" for linear in (".to_out.0", "ffn.net.2") for matrix in ("", ".lora_A")
-)
+_ROW_PARALLEL = tuple(f"{linear}{matrix}.weight" for linear in (".to_out.0", "ffn.net.2") for matrix in ("", ".lora_A"))
 
 
 def shard_of(key: str) -> int | None:
