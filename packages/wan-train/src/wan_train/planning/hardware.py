@@ -104,8 +104,8 @@ class Card:
     reserved: float
 
 
-# Beside those that are planned with, a card of 24 GB (NVIDIA's Ada architecture paper: 24 GB of GDDR6X), as the only GPU
-# of a run: nothing is reserved for communication.
+# Beside those that are planned with, a card of 24 GB (NVIDIA's Ada architecture paper: 24 GB of GDDR6X), as the only
+# GPU of a run: nothing is reserved for communication.
 CARDS = {
     "rtx4090": Card(24e9, 2e9),
     **{name: Card(gpu.memory, gpu.reserved) for name, gpu in KNOWN.items()},

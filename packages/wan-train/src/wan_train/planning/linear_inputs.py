@@ -47,7 +47,7 @@ class TrainedLinears:
         """Of a rank; the arguments are those of ``ActivationBytes.of``, and the bytes of an activation."""
         h, ffn, tensor = model.hidden_size, model.ffn_dim, layout.tensor
         entered, texts = pack.total / layout.context, pack.num_samples * model.text_length
-        shapes = {}
+        shapes = dict[str, tuple[float, float, float]]()
         for name in LINEARS:
             rows = texts if name in _SAME_INPUT[3] else entered
             wide_in, wide_out = ffn if name == "ffn.net.2" else h, ffn if name == "ffn.net.0.proj" else h
@@ -85,6 +85,12 @@ class TrainedLinears:
                 for name in chosen:
                     total += self._of_adapter(*self.shapes[name], gradient_of_input=not on_text)
         return total
+
+    def first_masks(self) -> float:
+        """Bytes of the dropout masks of linears that read the block's input, which matter if that has a gradient."""
+        if self.lora is None or not self.lora.dropout:
+            return 0.0
+        return sum(self.of_pack[0] * self.shapes[name][1] for name in _SAME_INPUT[0] if name in self.adapted)
 
     def _of_adapter(self, rows: float, wide_in: float, wide_out: float, *, gradient_of_input: bool) -> float:
         assert self.lora is not None

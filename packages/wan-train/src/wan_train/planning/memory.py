@@ -194,11 +194,10 @@ class ActivationBytes:
             + entered * model.head_dim * FP32  # the rotary table
         )
         rows = held * h * size
-        head = pack.total * model.token_out * FP32  # velocity
-        if lora is None:
-            head += rows  # output of the last norm
+        # Velocity, and the output of the last norm.
+        head = pack.total * model.token_out * FP32 + (rows if lora is None else 0.0)
         transient = max(2 * held * h, entered * ffn) * size
-        absent = 0.0 if lora is None else rows
+        absent = 0.0 if lora is None else rows + trained.first_masks()
         return cls(block, rows, attention, products, ends, head, rows, transient, absent)
 
     def _kept_by_block(self, recompute: Recompute) -> float:
@@ -297,8 +296,8 @@ def rank_bytes(
         gathered = 0.0
         if layout.fully_sharded:  # the current block and the next one, and the gradients of one
             weights = parameters * (2 if bf16 else FP32) + (adapters or 0) * FP32
-            gradients = (parameters if adapters is None else adapters) * FP32
-            gathered = (2 * weights + gradients) / model.num_layers
+            trained = parameters if adapters is None else adapters
+            gathered = (2 * weights + trained * FP32) / model.num_layers
         peak = activations.peak(
             recompute, layers, in_flight, first=stage == 0, last=stage == layout.pipeline - 1, piped=layout.pipeline > 1
         )
