@@ -22,7 +22,7 @@ MUTATIONS = (
     ),
     _of(
         "modulation-tables-in-bfloat16", "dit/model.py",
-        '(".time_embedder.", ".scale_shift_table", ".norm2.",', '(".time_embedder.", ".norm2.",',
+        '(".time_embedder.", ".scale_shift_table", ".norm2.", ', '(".time_embedder.", ".norm2.", ',
         "bfloat16 models round the modulation tables, which diffusers keeps in fp32; other videos than diffusers'",
         "weights/test_weights.py", "dit/test_transformer_parity.py",
     ),

@@ -5,6 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from wan_model import WAN_1_3B, WAN_14B, PackLayout, WanConfig, WanDiT, pack_flops
+from wan_model.dit.adapters import add_adapters
+from wan_model.dit.flops import training_flops
+from wan_model.dit.lora import LoraSettings
 
 P480, RECIPE, P720 = (21, 30, 52), (24, 52, 30), (21, 45, 80)
 
@@ -36,14 +39,56 @@ def test_worked_table(
     assert f"{50 * 2 * flops.forward / 1e15:.1f}" == f"{sampling:.1f}"
 
 
+CONFIG = WanConfig(num_heads=3, head_dim=20, num_layers=2, ffn_dim=112, text_dim=28, text_length=16, freq_dim=32)
+LAYOUT = PackLayout(((2, 3, 4), (1, 5, 2), (1, 1, 1)))
+
+
+def counted(lora: LoraSettings | None, *, backward: bool) -> int:
+    """What torch multiplies; the inputs of the model have no gradient."""
+    model = WanDiT(CONFIG, None).to("meta")
+    if lora is not None:
+        add_adapters(model, lora)
+    arguments = (torch.empty(LAYOUT.total, 64), torch.empty(3), torch.empty(3, 16, 28))
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        out = model(*(x.to("meta") for x in arguments), LAYOUT)
+        if backward:
+            out.sum().backward()
+    return int(counter.get_total_flops())
+
+
 def test_it_is_what_torch_multiplies() -> None:
-    config = WanConfig(num_heads=3, head_dim=20, num_layers=2, ffn_dim=112, text_dim=28, text_length=16, freq_dim=32)
-    layout = PackLayout(((2, 3, 4), (1, 5, 2), (1, 1, 1)))
-    model = WanDiT(config, None).to("meta")
-    arguments = (torch.empty(layout.total, 64), torch.empty(3), torch.empty(3, 16, 28))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*(x.to("meta") for x in arguments), layout)
-    assert counter.get_total_flops() == pack_flops(config, layout).forward
+    assert counted(None, backward=False) == pack_flops(CONFIG, LAYOUT).forward
+
+
+LORAS = {
+    "everything": ("*",),
+    "the last linear of all": ("blocks.1.ffn.net.2",),
+    "queries": ("attn1.to_q",),
+    "values of the text": ("attn2.to_v", "blocks.1.attn1.to_v"),
+    "what is often adapted": ("to_q", "to_k", "to_v", "to_out.0"),
+    "the second block": ("blocks.1.*",),
+}
+
+
+@pytest.mark.parametrize("targets", LORAS.values(), ids=LORAS.keys())
+def test_a_step_of_adapters_is_what_torch_multiplies(targets: tuple[str, ...]) -> None:
+    lora = LoraSettings(4, targets=targets)
+    assert counted(lora, backward=True) == training_flops(CONFIG, LAYOUT, lora)
+
+
+def test_a_step_of_adapters_in_closed_form() -> None:
+    s, t, h, f, layers, r = 32_760, 512, 5120, 13824, 40, 32
+    wanted = (
+        pack_flops(WAN_14B, PackLayout((P480,))).forward
+        + layers * (8 * s * s * h + 8 * s * t * h + 12 * s * h * h + 4 * s * h * f)
+        + 2 * s * h * 64
+        + layers * r * (6 * (12 * s * h + 2 * s * (h + f) + 4 * t * h) - 4 * t * h)
+        - 6 * s * h * h
+        - 6 * s * h * r
+    )
+    found = training_flops(WAN_14B, PackLayout((P480,)), LoraSettings(r))
+    assert found == wanted
+    assert 0.8 < found / training_flops(WAN_14B, PackLayout((P480,))) < 0.9, "attention has all of its gradients"
 
 
 def test_squares_are_taken_per_sample_and_padding_is_free() -> None:

@@ -69,13 +69,16 @@ def split(rows: TokenRows, rotated: bool, seed: int) -> dict[str, Any]:
     mine, its_weight = x[:, :own].clone().requires_grad_(), weight[:own].clone().requires_grad_()
     out = split_rms_norm_rotate(mine, its_weight, 1e-6, table, WIDTH, lambda values: values.add_(next(added)))
     gradients = torch.autograd.grad((out * probe[:, :own]).sum(), (mine, its_weight))
-    return {"inputs": [x, weight], "probe": probe, "value": out.detach(), "gradients": gradients}
+    added = iter([theirs.square().sum(-1), products])
+    out = split_rms_norm_rotate(mine, weight[:own], 1e-6, table, WIDTH, lambda values: values.add_(next(added)))
+    frozen = torch.autograd.grad((out * probe[:, :own]).sum(), mine)
+    return {"inputs": [x, weight], "probe": probe, "value": out.detach(), "gradients": gradients, "frozen": frozen}
 
 
 def run(
     function: Callable[..., Tensor], shapes: list[tuple[int, ...]], count: int, dtype: torch.dtype, seed: int
 ) -> dict[str, Any]:
-    """Inputs, the value with and without gradients, and the gradients."""
+    """Inputs, the value with and without gradients, the gradients, and those of the rows alone (frozen weights)."""
     rng = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(shape, generator=rng) for shape in shapes]
     leaves = [leaf.to(dtype) if leaf.shape == (count, WIDTH) else leaf for leaf in leaves]
@@ -83,10 +86,14 @@ def run(
     out = function(*inputs)
     probe = torch.randn(out.shape, generator=rng).to(dtype)
     gradients = torch.autograd.grad((out * probe).sum(), inputs)
+    of_rows = [leaf for leaf in inputs if leaf.shape == (count, WIDTH)]
+    alone = function(*(leaf.detach() if leaf.shape != (count, WIDTH) else leaf for leaf in inputs))
+    frozen = torch.autograd.grad((alone * probe).sum(), of_rows)
     with torch.no_grad():
         again = function(*(leaf.clone() for leaf in leaves))
     return {
-        "inputs": leaves, "probe": probe, "value": out.detach(), "without gradients": again, "gradients": gradients
+        "inputs": leaves, "probe": probe, "value": out.detach(), "without gradients": again, "gradients": gradients,
+        "frozen": frozen,
     }  # fmt: skip
 
 

@@ -23,33 +23,48 @@ SPLIT = {"x": BF16, "weights": BF16, "sums": FP32, "chunks": INT, "eps": "fp32",
 RMS_NORM = {"x": BF16, "weights": BF16, "chunks": INT, "eps": "fp32"}
 RMS_NORM_FORWARD = {"out": BF16, "sums": BF16, "full_width": "i32", **RMS_NORM}
 # Kernel, types of its arguments, constants besides the width, and the most registers of a thread: with 64, half of a
-# multiprocessor's threads are resident; the sums over rows of the backward pass are worth a quarter.
+# multiprocessor's threads are resident; the sums over rows of the backward pass are worth a quarter. There are
+# none with frozen weights.
 KERNELS: dict[str, tuple[Kernel, dict[str, str], dict[str, Any], int]] = {
     "layer norm": (
         layer_norm.FORWARD, {"x": BF16, "out": BF16, "offsets": FP32, **LAYER_NORM}, {"PLUS_ONE": 1.0}, 64
     ),
     "layer norm, backward": (
         layer_norm.BACKWARD, {"grad": BF16, "x": BF16, "grad_x": BF16, "partial": FP32, **LAYER_NORM},
-        {"PLUS_ONE": 1.0}, 128,
+        {"PLUS_ONE": 1.0, "SUMS": True}, 128,
+    ),
+    "layer norm, backward, frozen": (
+        layer_norm.BACKWARD, {"grad": BF16, "x": BF16, "grad_x": BF16, "partial": FP32, **LAYER_NORM},
+        {"PLUS_ONE": 1.0, "SUMS": False}, 96,
     ),
     "gate": (gate.FORWARD, {"x": BF16, "update": BF16, "out": BF16, "gates": FP32, **BY_SAMPLE}, {}, 64),
     "gate, backward": (
         gate.BACKWARD,
-        {"grad": BF16, "update": BF16, "gates": FP32, "grad_update": BF16, "partial": FP32, **BY_SAMPLE}, {}, 64,
+        {"grad": BF16, "update": BF16, "gates": FP32, "grad_update": BF16, "partial": FP32, **BY_SAMPLE},
+        {"GATES": True}, 64,
+    ),
+    "gate, backward, frozen": (
+        gate.BACKWARD,
+        {"grad": BF16, "update": FP32, "gates": FP32, "grad_update": BF16, "partial": FP32, **BY_SAMPLE},
+        {"GATES": False}, 64,
     ),
     "rms norm": (
         rms_norm.FORWARD, {"table": BF16, **RMS_NORM_FORWARD}, {"HEAD": 1, "ROTATED": False, "SPLIT": False}, 64
     ),
     "rms norm, backward": (
         rms_norm.BACKWARD, {"grad": BF16, "table": BF16, "grad_x": BF16, "partial": FP32, **RMS_NORM},
-        {"HEAD": 1, "ROTATED": False}, 128,
+        {"HEAD": 1, "ROTATED": False, "SUMS": True}, 128,
     ),
     "rms norm, rotated": (
         rms_norm.FORWARD, {"table": FP32, **RMS_NORM_FORWARD}, {"HEAD": 128, "ROTATED": True, "SPLIT": False}, 64
     ),
     "rms norm, rotated, backward": (
         rms_norm.BACKWARD, {"grad": BF16, "table": FP32, "grad_x": BF16, "partial": FP32, **RMS_NORM},
-        {"HEAD": 128, "ROTATED": True}, 128,
+        {"HEAD": 128, "ROTATED": True, "SUMS": True}, 128,
+    ),
+    "rms norm, rotated, backward, frozen": (
+        rms_norm.BACKWARD, {"grad": BF16, "table": FP32, "grad_x": BF16, "partial": BF16, **RMS_NORM},
+        {"HEAD": 128, "ROTATED": True, "SUMS": False}, 96,
     ),
     "split rms norm, squares": (split_rms_norm.SQUARES, {"x": BF16, "sums": FP32, "chunks": INT}, {}, 64),
     "split rms norm": (
@@ -57,7 +72,11 @@ KERNELS: dict[str, tuple[Kernel, dict[str, str], dict[str, Any], int]] = {
     ),
     "split rms norm, products": (
         split_rms_norm.BACKWARD_PRODUCTS, {"grad": BF16, "table": FP32, "products": FP32, "partial": FP32, **SPLIT},
-        {"HEAD": 128, "ROTATED": True}, 128,
+        {"HEAD": 128, "ROTATED": True, "SUMS": True}, 128,
+    ),
+    "split rms norm, products, frozen": (
+        split_rms_norm.BACKWARD_PRODUCTS, {"grad": BF16, "table": FP32, "products": FP32, "partial": BF16, **SPLIT},
+        {"HEAD": 128, "ROTATED": True, "SUMS": False}, 96,
     ),
     "split rms norm, backward": (
         split_rms_norm.BACKWARD, {"grad": BF16, "table": FP32, "products": FP32, "grad_x": BF16, **SPLIT},
@@ -65,7 +84,12 @@ KERNELS: dict[str, tuple[Kernel, dict[str, str], dict[str, Any], int]] = {
     ),
 }  # fmt: skip
 # Numbers that a program reads or writes one at a time: of its chunk, and of each row.
-NUMBERS = {"split rms norm, squares": 3, "split rms norm": 3, "split rms norm, products": 4}
+NUMBERS = {
+    "split rms norm, squares": 3,
+    "split rms norm": 3,
+    "split rms norm, products": 4,
+    "split rms norm, products, frozen": 4,
+}
 
 
 def compile_kernel(

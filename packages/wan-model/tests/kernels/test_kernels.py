@@ -91,6 +91,10 @@ def test_a_kernel_is_its_formula(name: str, rows: str, dtype: str, seed: int, in
     assert torch.equal(found["without gradients"], found["value"])
     leaves, gradients = found["inputs"], found["gradients"]
     assert [one.dtype for one in gradients] == [leaf.dtype for leaf in leaves]
+    # With frozen weights or modulation the rows have the same gradients.
+    of_rows = [one for one in gradients if one.shape == found["value"].shape]
+    assert len(found["frozen"]) == len(of_rows) > 0
+    assert all(torch.equal(one, other) for one, other in zip(found["frozen"], of_rows, strict=True))
 
 
 @pytest.mark.rounding
@@ -110,6 +114,7 @@ def test_a_norm_that_is_split_over_ranks_is_the_whole(
         return {"value": out[:, :own], "gradient of x": of_x[:, :own], "gradient of weight": of_weight[:own]}
 
     of_x, of_weight = found["gradients"]
+    assert torch.equal(found["frozen"][0], of_x), "with a frozen weight"
     got = {"value": found["value"], "gradient of x": of_x, "gradient of weight": of_weight}
     assert_all_within(got, {key: value.float() for key, value in exact().items()}, rounding_scale(exact))
 

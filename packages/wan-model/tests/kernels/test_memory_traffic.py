@@ -5,6 +5,7 @@ import torch
 
 from wan_model import PackLayout, TokenRows
 from wan_model.dit.elementwise import gate_add_
+from wan_model.dit.lora import LoraSettings
 from wan_model.testing.memory_traffic import BLOCK, PACKS, BlockStep, block_step, counted
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -24,6 +25,19 @@ def test_a_block_moves_and_keeps_half(name: str) -> None:
     assert without.forward.kept[torch.float32] > 15 * without.unit
     assert with_kernels.forward.kept[torch.float32] < 0.1 * without.forward.kept[torch.float32]
     assert sum(with_kernels.forward.kept.values()) < 0.75 * sum(without.forward.kept.values())
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_frozen_block_pays_for_no_gradient_that_nobody_reads(kernels: bool) -> None:
+    layout, rank = PACKS["a video"], 2
+    trained = step(layout, kernels=kernels)
+    frozen = block_step(BLOCK, layout, kernels=kernels, adapters=LoraSettings(rank, targets=("attn1.to_q",)))
+    kept = sum(frozen.forward.kept.values())
+    # Neither the two gated updates nor the inputs of frozen linears, which neither attention nor a norm keeps anyway.
+    units = 9 if kernels else 17
+    assert kept < sum(trained.forward.kept.values()) - units * frozen.unit
+    assert frozen.backward.bytes < (0.75 if kernels else 0.8) * trained.backward.bytes
+    assert frozen.backward.launches < (0.45 if kernels else 0.65) * trained.backward.launches
 
 
 def test_launches_do_not_depend_on_the_number_of_samples() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from wan_model import PackLayout, WanConfig
+from wan_model.dit.lora import LoraSettings
 from wan_train.model.layout import Layout
 from wan_train.planning.memory import ActivationBytes
 
@@ -37,6 +38,33 @@ def test_a_block_keeps_what_the_formula_counts(model: WanConfig, pack: PackLayou
     block = ActivationBytes.of(model, Layout(1), pack, bf16=True).block
     # Attention has no output for padding, which the formula does not leave out.
     assert kept == pytest.approx(block + rotary_table + embedded_text, rel=3e-3 if pack.padding else 1e-4)
+
+
+ADAPTED = {
+    "everything": LoraSettings(4),
+    "one linear": LoraSettings(8, targets=("attn1.to_q",)),
+    "what is often adapted": LoraSettings(4, targets=("to_q", "to_k", "to_v", "to_out.0")),
+    "the feed-forward": LoraSettings(4, targets=("ffn.*",)),
+    "the text": LoraSettings(4, targets=("attn2.to_k", "attn2.to_v", "attn2.to_out.0")),
+}
+
+
+@pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS.keys())
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
+@pytest.mark.parametrize("lora", ADAPTED.values(), ids=ADAPTED.keys())
+def test_a_frozen_block_with_adapters_keeps_what_the_formula_counts(
+    lora: LoraSettings, dropout: float, pack: PackLayout
+) -> None:
+    lora = dataclasses.replace(lora, dropout=dropout)
+    step = block_step(NARROW, pack, kernels=True, adapters=lora, dropped=dropout > 0)
+    kept = sum(step.forward.kept.values())
+    rotary_table = pack.total * NARROW.head_dim * 4
+    of_text = {"attn2.to_k", "attn2.to_v"} & {name.split(".", 2)[2] for name in lora.linears(NARROW)}
+    embedded_text = pack.num_samples * NARROW.text_length * NARROW.hidden_size * 2 if of_text and not dropout else 0
+    block = ActivationBytes.of(NARROW, Layout(1), pack, bf16=True, lora=lora).block
+    # Attention has no output for padding, which the formula does not leave out.
+    without_output = 2 * pack.padding * (NARROW.hidden_size * 2 + NARROW.num_heads * 4)
+    assert kept == block + rotary_table + embedded_text - without_output
 
 
 @pytest.mark.parametrize("width", [48, 96])

@@ -191,10 +191,11 @@ class _RMSNormRotate(torch.autograd.Function):
         return out_SD
 
     @staticmethod
-    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x_SD, weight_D, scale_S1, table_S1P = ctx.saved_tensors
         width = x_SD.shape[1]
-        grad_x_SD, grad_weight_D = torch.empty_like(x_SD), torch.zeros_like(weight_D)
+        grad_x_SD = torch.empty_like(x_SD)
+        grad_weight_D = torch.zeros_like(weight_D) if ctx.needs_input_grad[1] else None
         back_S1P = None if table_S1P is None else table_S1P.conj().resolve_conj()
         for x, grad, scale, out, back in _chunks(x_SD, grad_SD.contiguous(), scale_S1, grad_x_SD, back_S1P):
             if back is not None:
@@ -202,7 +203,8 @@ class _RMSNormRotate(torch.autograd.Function):
             normed = x * scale
             # With n the normed row: dx = scale (g w - n mean(g w n)), dw = sum of g n over rows.
             torch.mul(grad, normed, out=out)
-            grad_weight_D += out.sum(dim=0)
+            if grad_weight_D is not None:
+                grad_weight_D += out.sum(dim=0)
             dots = torch.mv(out, weight_D).unsqueeze(-1)
             torch.mul(grad, weight_D, out=out).addcmul_(normed, dots, value=-1 / width).mul_(scale)
         return grad_x_SD, grad_weight_D, None, None

@@ -2,7 +2,8 @@
 
     out = (x - mean) / sqrt(variance + eps) * (plus_one + factor) + offset
 
-The backward pass computes the statistics again from the input, which it reads anyway, so nothing else is kept.
+The backward pass computes the statistics again from the input, which it reads anyway, so nothing else is kept. It
+computes no gradients of factor and offset where neither needs one, as of frozen weights.
 
 Legend: S rows, B samples, D width.
 """
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wan_model.kernels.launch import Kernel, block_of, warps_of
-from wan_model.kernels.reduction import sum_over_chunks
+from wan_model.kernels.reduction import empty_sums, or_unread, sum_over_chunks
 from wan_model.kernels.row_chunks import RowChunks
 
 
@@ -38,7 +39,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 def _backward(  # type: ignore[no-untyped-def]
     grad, x, factors, grad_x, partial, stride, chunks, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr, SUMS: tl.constexpr,
 ) -> None:  # fmt: skip
     chunk = tl.program_id(0)
     first, end, sample = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1), tl.load(chunks + 3 * chunk + 2)
@@ -54,13 +55,15 @@ def _backward(  # type: ignore[no-untyped-def]
         centred = tl.where(inside, value - tl.sum(value, axis=0) / WIDTH, 0.0)
         scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
         normed = centred * scale
-        grad_factor += slope * normed
-        grad_offset += slope
+        if SUMS:
+            grad_factor += slope * normed
+            grad_offset += slope
         slope = tl.where(inside, slope * factor, 0.0)
         slope -= tl.sum(slope, axis=0) / WIDTH + normed * (tl.sum(slope * normed, axis=0) / WIDTH)
         tl.store(grad_x + places, (slope * scale).to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(partial + (2 * chunk) * WIDTH + columns, grad_factor, mask=inside)
-    tl.store(partial + (2 * chunk + 1) * WIDTH + columns, grad_offset, mask=inside)
+    if SUMS:
+        tl.store(partial + (2 * chunk) * WIDTH + columns, grad_factor, mask=inside)
+        tl.store(partial + (2 * chunk + 1) * WIDTH + columns, grad_offset, mask=inside)
 
 
 FORWARD, BACKWARD = Kernel(_forward), Kernel(_backward)
@@ -89,11 +92,13 @@ class _LayerNorm(torch.autograd.Function):
         x_SD, factor_BD = ctx.saved_tensors
         chunks, eps, constants = ctx.rest
         width, grad_x_SD = x_SD.shape[1], torch.empty_like(x_SD)
-        partial = torch.empty(chunks.count, 2, width, dtype=torch.float32, device=x_SD.device)
+        partial = empty_sums(chunks, 2, width) if any(ctx.needs_input_grad[1:3]) else None
         BACKWARD.launch(
-            (chunks.count,), grad_SD.contiguous(), x_SD, factor_BD, grad_x_SD, partial, factor_BD.stride(0),
-            chunks.table, eps, warps=warps_of(width), **constants,
+            (chunks.count,), grad_SD.contiguous(), x_SD, factor_BD, grad_x_SD, or_unread(partial, factor_BD),
+            factor_BD.stride(0), chunks.table, eps, warps=warps_of(width), SUMS=partial is not None, **constants,
         )  # fmt: skip
+        if partial is None:
+            return grad_x_SD, None, None, None, None, None
         grad_factor_BD, grad_offset_BD = sum_over_chunks(partial, chunks).unbind(1)
         return grad_x_SD, grad_factor_BD, grad_offset_BD, None, None, None
 

@@ -30,6 +30,16 @@ def _sum_chunks(  # type: ignore[no-untyped-def]
 SUM_CHUNKS = Kernel(_sum_chunks)
 
 
+def empty_sums(chunks: RowChunks, *shape: int) -> Tensor:
+    """Memory for the sums of each chunk, [chunks, *shape] fp32."""
+    return torch.empty(chunks.count, *shape, dtype=torch.float32, device=chunks.table.device)
+
+
+def or_unread(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An argument of a kernel: the tensor, or another in its place where the kernel does not touch it."""
+    return other if tensor is None else tensor
+
+
 def sum_over_chunks(partial: Tensor, chunks: RowChunks) -> Tensor:
     """The sum of each sample's chunks.
 

@@ -3,7 +3,8 @@
     normed = x / sqrt(mean(x^2) + eps);  out = rotate(normed * weight)
 
 Values 2i and 2i + 1 of a head are a pair, which is rotated by the angle of its token and i. The backward pass computes
-the statistics again from the input, which it reads anyway, so nothing else is kept.
+the statistics again from the input, which it reads anyway, so nothing else is kept. The gradient of a frozen weight is
+not computed.
 
 Legend: S rows, D width, P pairs of a head.
 """
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wan_model.kernels.launch import Kernel, block_of, warps_of
-from wan_model.kernels.reduction import sum_over_chunks
+from wan_model.kernels.reduction import empty_sums, or_unread, sum_over_chunks
 from wan_model.kernels.rotation import rotate
 from wan_model.kernels.row_chunks import RowChunks, chunks_of_all
 
@@ -42,7 +43,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 def _backward(  # type: ignore[no-untyped-def]
     grad, x, weights, table, grad_x, partial, chunks, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr, SUMS: tl.constexpr,
 ) -> None:  # fmt: skip
     chunk = tl.program_id(0)
     first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
@@ -58,11 +59,13 @@ def _backward(  # type: ignore[no-untyped-def]
             slope = rotate(slope, table, row, columns, inside, HEAD, BLOCK, -1.0)
         scale = tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
         normed = value * scale
-        grad_weight += slope * normed
+        if SUMS:
+            grad_weight += slope * normed
         slope *= weight
         slope -= normed * (tl.sum(slope * normed, axis=0) / WIDTH)
         tl.store(grad_x + places, (slope * scale).to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(partial + chunk * WIDTH + columns, grad_weight, mask=inside)
+    if SUMS:
+        tl.store(partial + chunk * WIDTH + columns, grad_weight, mask=inside)
 
 
 FORWARD, BACKWARD = Kernel(_forward), Kernel(_backward)
@@ -100,6 +103,11 @@ def rms_norm_rotate_(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Ten
     return x_SD
 
 
+def weight_gradient(partial: Tensor | None, chunks: RowChunks, weight_D: Tensor) -> Tensor | None:
+    """From the sums of each chunk; None of a frozen weight."""
+    return None if partial is None else sum_over_chunks(partial, chunks)[0].to(weight_D.dtype)
+
+
 class _RMSNormRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Tensor | None) -> Tensor:
@@ -117,12 +125,12 @@ class _RMSNormRotate(torch.autograd.Function):
         x_SD, weight_D, table = ctx.saved_tensors
         chunks, eps, constants = ctx.rest
         width, grad_x_SD = x_SD.shape[1], torch.empty_like(x_SD)
-        partial = torch.empty(chunks.count, width, dtype=torch.float32, device=x_SD.device)
+        partial = empty_sums(chunks, width) if ctx.needs_input_grad[1] else None
         BACKWARD.launch(
-            (chunks.count,), grad_SD.contiguous(), x_SD, weight_D, table, grad_x_SD, partial, chunks.table, eps,
-            warps=warps_of(width), **constants,
+            (chunks.count,), grad_SD.contiguous(), x_SD, weight_D, table, grad_x_SD, or_unread(partial, weight_D),
+            chunks.table, eps, warps=warps_of(width), SUMS=partial is not None, **constants,
         )  # fmt: skip
-        return grad_x_SD, sum_over_chunks(partial, chunks)[0].to(weight_D.dtype), None, None
+        return grad_x_SD, weight_gradient(partial, chunks, weight_D), None, None
 
 
 def rms_norm_rotate(x_SD: Tensor, weight_D: Tensor, eps: float, table_S1P2: Tensor | None) -> Tensor:

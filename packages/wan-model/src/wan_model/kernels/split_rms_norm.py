@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wan_model.kernels.launch import Kernel, block_of, warps_of
-from wan_model.kernels.reduction import sum_over_chunks
-from wan_model.kernels.rms_norm import FORWARD, constants_of
+from wan_model.kernels.reduction import empty_sums, or_unread
+from wan_model.kernels.rms_norm import FORWARD, constants_of, weight_gradient
 from wan_model.kernels.rotation import rotate
 from wan_model.kernels.row_chunks import chunks_of_all
 
@@ -33,7 +33,7 @@ def _squares(x, sums, chunks, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
 
 def _backward_products(  # type: ignore[no-untyped-def]
     grad, x, weights, table, sums, products, partial, chunks, eps, full_width,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr, SUMS: tl.constexpr,
 ) -> None:  # fmt: skip
     chunk = tl.program_id(0)
     first, end = tl.load(chunks + 3 * chunk), tl.load(chunks + 3 * chunk + 1)
@@ -48,9 +48,11 @@ def _backward_products(  # type: ignore[no-untyped-def]
         if ROTATED:
             slope = rotate(slope, table, row, columns, inside, HEAD, BLOCK, -1.0)
         normed = value * tl.rsqrt(tl.load(sums + row) / full_width + eps)
-        grad_weight += slope * normed
+        if SUMS:
+            grad_weight += slope * normed
         tl.store(products + row, tl.sum(slope * weight * normed, axis=0))
-    tl.store(partial + chunk * WIDTH + columns, grad_weight, mask=inside)
+    if SUMS:
+        tl.store(partial + chunk * WIDTH + columns, grad_weight, mask=inside)
 
 
 def _backward(  # type: ignore[no-untyped-def]
@@ -111,17 +113,17 @@ class _SplitRMSNormRotate(torch.autograd.Function):
         chunks, eps, full_width, add_over_ranks, warps, constants = ctx.rest
         grid, grad_SD = (chunks.count,), grad_SD.contiguous()
         products_S, grad_x_SD = torch.empty_like(sums_S), torch.empty_like(x_SD)
-        partial = torch.empty(chunks.count, x_SD.shape[1], dtype=torch.float32, device=x_SD.device)
+        partial = empty_sums(chunks, x_SD.shape[1]) if ctx.needs_input_grad[1] else None
         BACKWARD_PRODUCTS.launch(
-            grid, grad_SD, x_SD, weight_D, table, sums_S, products_S, partial, chunks.table, eps, full_width,
-            warps=warps, **constants,
+            grid, grad_SD, x_SD, weight_D, table, sums_S, products_S, or_unread(partial, weight_D), chunks.table, eps,
+            full_width, warps=warps, SUMS=partial is not None, **constants,
         )  # fmt: skip
         add_over_ranks(products_S)
         BACKWARD.launch(
             grid, grad_SD, x_SD, weight_D, table, sums_S, products_S, grad_x_SD, chunks.table, eps, full_width,
             warps=warps, **constants,
         )  # fmt: skip
-        return grad_x_SD, sum_over_chunks(partial, chunks)[0].to(weight_D.dtype), None, None, None, None
+        return grad_x_SD, weight_gradient(partial, chunks, weight_D), None, None, None, None
 
 
 def split_rms_norm_rotate(

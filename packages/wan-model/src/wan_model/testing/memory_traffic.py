@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wan_model.config import WanConfig
+from wan_model.dit.lora import LoraSettings
 from wan_model.pack import PackLayout
 
 _aten = torch.ops.aten
@@ -122,29 +123,39 @@ class BlockStep:
     unit: int
 
 
-def block_step(config: WanConfig, layout: PackLayout, *, kernels: bool) -> BlockStep:
+def block_step(
+    config: WanConfig, layout: PackLayout, *, kernels: bool, adapters: LoraSettings | None = None, dropped: bool = False
+) -> BlockStep:
     """Count a training step of one block on a pack.
 
     Args:
         config: sizes.
         layout: of the pack.
         kernels: whether the kernels for CUDA are used.
+        adapters: trained on a frozen block, which is not the first: its rows have a gradient, text and time have none.
+        dropped: whether adapters drop values of their inputs.
     """
     from wan_model import TokenRows, WanDiT
+    from wan_model.dit.adapters import add_adapters
     from wan_model.dit.rope import rotary_table
 
     model, rng = WanDiT(dataclasses.replace(config, num_layers=1)), torch.Generator().manual_seed(1)
+    if adapters is not None:
+        add_adapters(model, adapters)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=rng) * 0.02
     block = model.to_precision(torch.bfloat16).blocks["0"]
     samples, width, rows = layout.num_samples, config.hidden_size, TokenRows.whole(layout)
     x, text = (
-        torch.randn(count, width, generator=rng).bfloat16().requires_grad_()
-        for count in (layout.total, samples * config.text_length)
+        torch.randn(count, width, generator=rng).bfloat16() for count in (layout.total, samples * config.text_length)
     )
-    time = torch.randn(samples, 6, width, generator=rng).requires_grad_()
+    time = torch.randn(samples, 6, width, generator=rng)
+    x.requires_grad_()
+    text.requires_grad_(adapters is None)
+    time.requires_grad_(adapters is None)
     offsets = tuple(i * config.text_length for i in range(samples + 1))
-    arguments = (x, time, text, rows, rotary_table(rows, config.head_dim, torch.device("cpu")), offsets)
+    table = rotary_table(rows, config.head_dim, torch.device("cpu"))
+    arguments = (x, time, text, rows, table, offsets, 1 if dropped else None)
     with counted(kernels=kernels) as forward:
         out = block(*arguments)
     with counted(kernels=kernels) as backward:

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from wan_model import PackLayout
-from wan_model.dit.flops import pack_flops
+from wan_model.dit.flops import training_flops
 from wan_model.flow import FlowMatching, NoisyPack, loss_sum, sample_losses
 from wan_train.data.pack_iterator import NumberedPack
 from wan_train.data.seeds import generator_for, seed_for
@@ -80,12 +80,12 @@ class WanForwardStep:
         self.counts.samples += pack.layout.num_samples
         self.counts.tokens += pack.layout.valid
         self.counts.tokens_padded += pack.layout.total
-        self.counts.flops += pack_flops(state.cfg.model.wan_config, pack.layout).training
+        lora = state.cfg.model.lora
+        self.counts.flops += training_flops(state.cfg.model.wan_config, pack.layout, lora)
 
         flow: FlowMatching = state.cfg.model.flow
         generator = generator_for("noise", state.cfg.rng.seed, numbered.number, device=self.device)
         noisy = flow.corrupt(pack, generator, self.empty_caption)
-        lora = state.cfg.model.lora
         dropped = None if lora is None or not lora.dropout else seed_for("lora", state.cfg.rng.seed, numbered.number)
         out = model(
             tokens_SC=noisy.tokens_SC, timesteps_B=noisy.timesteps_B, text_BTD=noisy.text_BTD, layout=pack.layout,

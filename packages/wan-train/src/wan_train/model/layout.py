@@ -111,18 +111,22 @@ def layers_of_stages(layers: int, stages: int) -> list[int]:
     return sizes
 
 
+_ROW_PARALLEL = tuple(f"{linear}{matrix}.weight" for linear in (".to_out.0", "ffn.net.2") for matrix in ("", ".lora_A"))
+
+
 def shard_of(key: str) -> int | None:
     """The axis along which tensor parallelism splits a tensor, by its diffusers key; None for replicated tensors.
 
     The projections of both attentions and the first layer of the feed-forward are column-parallel, with their biases
-    and the norms across heads; the layers that follow them are row-parallel.
+    and the norms across heads; the layers that follow them are row-parallel. Of their adapters, B of a column-parallel
+    layer and A of a row-parallel one are split as the weight is, and the other matrix is whole on every rank.
     """
     if not key.startswith("blocks."):
         return None
     name = key.split(".", 2)[2]
     if any(part in name for part in (".to_q.", ".to_k.", ".to_v.", ".norm_q.", ".norm_k.", "ffn.net.0.proj.")):
-        return 0
-    if name.endswith((".to_out.0.weight", "ffn.net.2.weight")):
+        return None if name.endswith(".lora_A.weight") else 0
+    if name.endswith(_ROW_PARALLEL):
         return 1
     return None
 

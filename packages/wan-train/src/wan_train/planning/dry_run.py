@@ -4,14 +4,14 @@ import dataclasses
 import json
 from typing import Any, get_args
 
-from wan_model.dit.flops import pack_flops
+from wan_model.dit.flops import training_flops
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
 from wan_train import engine
 from wan_train.config.options import DEFAULT_RECIPE, RunOptions
 from wan_train.loop.run import build_config, check_layout, configure_data
-from wan_train.planning.hardware import KNOWN
-from wan_train.planning.memory import parameters_of_model, rank_bytes
+from wan_train.planning.hardware import CARDS
+from wan_train.planning.memory import adapter_parameters_of_model, parameters_of_model, rank_bytes
 from wan_train.planning.plan import SETTING
 
 
@@ -19,8 +19,9 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
     """Describe a run of ``world`` processes.
 
     Returns:
-        Plain values: ``layout``, ``parameters`` (of the model, and of the rank that needs most memory),
-        ``state_bytes`` of that rank, ``recompute`` and ``activation_bytes`` (peak, with each kind of recomputation),
+        Plain values: ``layout``, ``parameters`` (of the model, and of the rank that needs most memory), ``lora`` (rank,
+        and ``parameters`` of the adapters in the same two ways; null if the weights are trained), ``state_bytes`` of
+        that rank, ``recompute`` and ``activation_bytes`` (peak, with each kind of recomputation),
         ``total_bytes`` with the chosen one, ``fits`` (by GPU, whether that fits), ``packs``, ``tokens`` and
         ``training_flops`` of a step. For a dataset, a pack is assumed to hold one sample: an upper bound of the FLOPs,
         and of activations except for the text of further samples.
@@ -46,30 +47,35 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
     else:
         # A pack of one sample needs most: attention grows with the square of a sample's tokens.
         pack = PackLayout(((config.dataset.capacity, 1, 1),))
+    lora = config.lora.settings()
     needed = {
         mode: rank_bytes(
             model, layout, pack.padded_to(layout.pad_multiple), mode, packs=packs // layout.data, bf16=bf16,
-            fp32_gradients=not bf16 or _reduces_in_fp32(config), ema=config.ema.decay > 0,
+            fp32_gradients=not bf16 or _reduces_in_fp32(config), ema=config.ema.decay > 0, lora=lora,
         )
         for mode in get_args(Recompute)
     }  # fmt: skip
     recompute = config.model.recompute
     largest = needed[recompute]
-    state = largest.state
+    state, adapters = largest.state, None
+    if lora is not None:
+        of_adapters = {"model": adapter_parameters_of_model(model, lora), "largest_rank": largest.adapters}
+        adapters = {"rank": lora.rank, "parameters": of_adapters}
     return {
         "recipe": options.recipe or options.config_file or DEFAULT_RECIPE,
         "layout": {**dataclasses.asdict(layout), "data": layout.data},
         "parameters": {"model": parameters_of_model(model), "largest_rank": largest.parameters},
+        "lora": adapters,
         "state_bytes": {**dataclasses.asdict(state), "total": state.total},
         "recompute": recompute,
         "activation_bytes": {mode: found.activations + found.gathered for mode, found in needed.items()},
         "total_bytes": largest.total,
-        "fits": {name: largest.total <= gpu.memory - gpu.reserved for name, gpu in KNOWN.items()},
+        "fits": {name: largest.total <= card.memory - card.reserved for name, card in CARDS.items()},
         "precision": "bf16" if bf16 else "fp32",
         "packs": packs,
         "packs_a_rank": packs // layout.data,
         "tokens": packs * pack.valid,
-        "training_flops": packs * pack_flops(model, pack).training,
+        "training_flops": packs * training_flops(model, pack, lora),
         "exact": config.dataset.mock,
     }
 
@@ -93,13 +99,18 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     chosen = found["recompute"]
     others = ", ".join(f"{size:.2f} with {SETTING[mode]}" for mode, size in activations.items() if mode != chosen)
     tflop = found["training_flops"] / 1e12
+    trained, of_rank = "", ""
+    if (lora := found["lora"]) is not None:
+        adapters = lora["parameters"]
+        trained = f", frozen; a LoRA of rank {lora['rank']} with {adapters['model']:,} parameters, fp32"
+        of_rank = f" and {adapters['largest_rank']:,} of the LoRA," if layout["world"] > 1 else ""
     return [
-        f"{found['recipe']}: {parameters['model']:,} parameters, {found['precision']}",
+        f"{found['recipe']}: {parameters['model']:,} parameters, {found['precision']}{trained}",
         f"{layout['world']} processes: data {layout['data']} x tensor {layout['tensor']}"
         f"{' with sequence' if layout['sequence'] else ''} x context {layout['context']} x pipeline "
         f"{layout['pipeline']}{sharded}",
-        f"the largest rank has {parameters['largest_rank']:,} parameters and {gib['total']:.2f} GiB of model state "
-        f"(weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer "
+        f"the largest rank has {parameters['largest_rank']:,} parameters{of_rank} and {gib['total']:.2f} GiB of model "
+        f"state (weights {gib['weights']:.2f}, gradients {gib['gradients']:.2f}, optimizer "
         f"{gib['optimizer']:.2f}, EMA {gib['average']:.2f})",
         f"plus about {activations[chosen]:.2f} GiB of activations with model.recompute_granularity={SETTING[chosen]} "
         f"({others})",
@@ -110,13 +121,12 @@ def lines_of(found: dict[str, Any]) -> list[str]:
 
 
 def _verdict(found: dict[str, Any]) -> str:
-    enough = ", ".join(
-        f"an {name} ({KNOWN[name].memory / 1e9:.0f} GB) is {'enough' if fits else 'not enough'}"
+    cards = ", ".join(
+        f"an {name} ({CARDS[name].memory / 1e9:.0f} - {CARDS[name].reserved / 1e9:.0f} GB) is "
+        f"{'enough' if fits else 'not enough'}"
         for name, fits in found["fits"].items()
     )
-    reserved = max(gpu.reserved for gpu in KNOWN.values()) / 1e9
-    total = found["total_bytes"] / 1e9
-    return f"in all {total:.1f} GB, and about {reserved:.0f} GB for driver and communication: {enough}"
+    return f"in all {found['total_bytes'] / 1e9:.1f} GB, beside what driver and communication take: {cards}"
 
 
 def main(options: RunOptions, world: int, *, as_json: bool) -> list[str]:

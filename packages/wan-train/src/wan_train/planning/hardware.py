@@ -89,3 +89,24 @@ _HOPPER = Hardware(
 # (cuBLAS, cuDNN with heads of 128). Published rates of attention's backward pass count 2.5 times the forward pass,
 # because scores are computed again. BENCHMARKS.md compares the estimate with a measured step.
 KNOWN = {"h100": _HOPPER, "h200": dataclasses.replace(_HOPPER, name="h200", memory=141e9, bandwidth=4.8e12)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """The memory of a GPU that a run is compared with.
+
+    Attributes:
+        memory: bytes.
+        reserved: bytes for the driver, communication buffers and fragmentation.
+    """
+
+    memory: float
+    reserved: float
+
+
+# Beside those that are planned with, a card of 24 GB (NVIDIA's Ada architecture paper: 24 GB of GDDR6X), as the only
+# GPU of a run: nothing is reserved for communication.
+CARDS = {
+    "rtx4090": Card(24e9, 2e9),
+    **{name: Card(gpu.memory, gpu.reserved) for name, gpu in KNOWN.items()},
+}

@@ -10,12 +10,12 @@ from typing import Self
 
 from wan_model.config import WanConfig
 from wan_model.dit.attention import equal_segments
+from wan_model.dit.lora import LoraSettings, adapter_shapes
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
 from wan_model.weights.transformer import expected_shapes
 from wan_train.model.layout import Layout, layers_of_stages, parameters_of_rank
-
-FP32 = 4
+from wan_train.planning.linear_inputs import FP32, TrainedLinears
 
 
 @functools.cache
@@ -31,6 +31,19 @@ def parameters_of_model(model: WanConfig) -> int:
 
 
 @functools.cache
+def adapter_parameters_of_stages(model: WanConfig, lora: LoraSettings, tensor: int, pipeline: int) -> tuple[int, ...]:
+    """Number of parameters of a rank's adapters, of each pipeline stage."""
+    layout, shapes = Layout(tensor * pipeline, tensor, pipeline=pipeline), dict[str, tuple[int, ...]]()
+    shapes.update(adapter_shapes(model, lora))
+    return tuple(parameters_of_rank(shapes, model.num_layers, layout, stage) for stage in range(pipeline))
+
+
+def adapter_parameters_of_model(model: WanConfig, lora: LoraSettings) -> int:
+    """Number of parameters of all adapters."""
+    return sum(math.prod(shape) for shape in adapter_shapes(model, lora).values())
+
+
+@functools.cache
 def _shapes(model: WanConfig) -> dict[str, tuple[int, ...]]:
     return expected_shapes(model)
 
@@ -40,7 +53,8 @@ class StateBytes:
     """Bytes of model state of a rank: everything that persists between steps.
 
     Megatron keeps gradients in one buffer of the reduction's precision. The optimizer state is sharded over the
-    data-parallel ranks: two moments in fp32 and, for bf16 weights, a copy of them in fp32.
+    data-parallel ranks: two moments in fp32 and, for bf16 weights, a copy of them in fp32. Frozen weights have neither.
+    FSDP keeps that copy of adapters too, which are fp32 already.
 
     Attributes:
         weights, gradients, optimizer: bytes of a rank.
@@ -53,12 +67,29 @@ class StateBytes:
     average: float
 
     @classmethod
-    def of(cls, parameters: int, layout: Layout, *, bf16: bool, fp32_gradients: bool = True, ema: bool = False) -> Self:
-        """Of a rank with that many parameters."""
+    def of(
+        cls,
+        parameters: int,
+        layout: Layout,
+        *,
+        bf16: bool,
+        fp32_gradients: bool = True,
+        ema: bool = False,
+        adapters: int | None = None,
+    ) -> Self:
+        """Of a rank with that many parameters; they are frozen if those of adapters are given, which are fp32."""
         replicas = layout.data * layout.context
         shards = replicas if layout.fully_sharded else 1
+        weights = parameters * (2 if bf16 else FP32)
+        if adapters is not None:
+            return cls(
+                weights=(weights + adapters * FP32) / shards,
+                gradients=adapters * FP32 / shards,
+                optimizer=adapters * (12 if layout.fully_sharded else 8) / replicas,
+                average=adapters * FP32 / replicas if ema else 0.0,
+            )
         return cls(
-            weights=parameters * (2 if bf16 else 4) / shards,
+            weights=weights / shards,
             gradients=parameters * (4 if fp32_gradients or not bf16 else 2) / shards,
             optimizer=parameters * (12 if bf16 else 8) / replicas,
             average=parameters * 4 / replicas if ema else 0.0,
@@ -83,6 +114,7 @@ class ActivationBytes:
         head: saved additionally by the last stage, for the last norm and the velocity.
         rows: sent between stages.
         transient: temporary peak of the backward pass.
+        absent: not saved by the first block of the model, whose input has no gradient if what makes it is frozen.
     """
 
     block: float
@@ -93,9 +125,19 @@ class ActivationBytes:
     head: float
     rows: float
     transient: float
+    absent: float = 0.0
 
     @classmethod
-    def of(cls, model: WanConfig, layout: Layout, pack: PackLayout, *, bf16: bool, kernels: bool = True) -> Self:
+    def of(
+        cls,
+        model: WanConfig,
+        layout: Layout,
+        pack: PackLayout,
+        *,
+        bf16: bool,
+        kernels: bool = True,
+        lora: LoraSettings | None = None,
+    ) -> Self:
         """Of a pack, padding included.
 
         Args:
@@ -104,6 +146,7 @@ class ActivationBytes:
             pack: padded for the layout.
             bf16: activations in bf16; fp32 otherwise.
             kernels: with the kernels of ``wan_model.kernels``, as on CUDA; if not, in fp32 only.
+            lora: adapters that are trained on frozen weights; None if all weights are trained.
         """
         assert kernels or not bf16, "torch's operations keep copies in fp32, which are not counted"
         size = 2 if bf16 else FP32
@@ -118,24 +161,25 @@ class ActivationBytes:
         copies = concatenated + (layout.context > 1)
         attention = entered * (part * size + heads * FP32)
         block = (
-            5 * held * h * size  # inputs of the three norms of rows, and both gated updates
-            + 3 * entered * h * size  # inputs of the projections
-            + (3 * entered + texts) * part * size  # inputs of the norms of queries and keys
-            + (3 + copies)
-            * entered
-            * part
-            * size  # self-attention's queries, keys and values, and copies of its output
-            + (1 + concatenated) * entered * part * size  # cross-attention's queries, and the copy of its output
+            3 * held * h * size  # inputs of the three norms of rows
+            + 3 * entered * part * size  # inputs of the norms of queries and of the tokens' keys
+            + 4 * entered * part * size  # self-attention's queries, keys and values, cross-attention's queries
             + 2 * texts * part * size  # its keys and values
             + 2 * attention  # outputs of both attentions
-            + 2 * entered * ffn * size  # input and output of the activation
+            + entered * ffn * size  # input of the activation
             + samples * 6 * h * FP32  # modulation
         )
+        trained = TrainedLinears.of(model, layout, pack, lora, size)
+        block += trained.inputs(own_copies={"attn1.to_out.0": copies, "attn2.to_out.0": int(concatenated)})
+        if lora is None:
+            block += 2 * held * h * size  # both gated updates
+        if trained.texts_have_keys:
+            block += texts * part * size  # input of the norm of the text's keys
         # The kernels compute the statistics of norms again, except those of which each rank has a part.
         if not kernels:
             block += (6 * held + 3 * entered + texts) * FP32 + samples * 2 * h * FP32  # statistics; 1 + scale
-        if layout.tensor > 1:
-            block += (3 * entered + texts) * (1 if kernels else part) * FP32  # sums of squares; normalised values
+        if layout.tensor > 1:  # sums of squares; normalised values, for the gradients of weights
+            block += (3 * entered + texts) * (1 if kernels or lora is not None else part) * FP32
         products = (
             (4 * entered + 2 * texts) * part * size  # queries, keys and values of both attentions
             + 3 * entered * h * size  # the two projections of attended values, and the feed-forward output
@@ -145,13 +189,16 @@ class ActivationBytes:
         ends = (
             held * h * size  # the last block's output
             + pack.total * model.token_in * 2 * FP32  # noisy tokens and target
-            + texts * (model.text_dim + 3 * h) * size  # the text embedder
+            + texts * (model.text_dim + (3 if lora is None else 1) * h) * size  # the text embedder
             + samples * 8 * h * FP32  # the timestep's
             + entered * model.head_dim * FP32  # the rotary table
         )
         rows = held * h * size
-        head = rows + pack.total * model.token_out * FP32  # output of the last norm, velocity
-        return cls(block, rows, attention, products, ends, head, rows, max(2 * held * h, entered * ffn) * size)
+        # Velocity, and the output of the last norm.
+        head = pack.total * model.token_out * FP32 + (rows if lora is None else 0.0)
+        transient = max(2 * held * h, entered * ffn) * size
+        absent = 0.0 if lora is None else rows + trained.first_masks()
+        return cls(block, rows, attention, products, ends, head, rows, transient, absent)
 
     def _kept_by_block(self, recompute: Recompute) -> float:
         return {
@@ -161,18 +208,27 @@ class ActivationBytes:
             "block": self.block_input,
         }[recompute]
 
-    def kept(self, recompute: Recompute, layers: int, *, last: bool = True) -> float:
-        """Saved between the two passes of one pack, with that many layers; on the last stage or another."""
-        return layers * self._kept_by_block(recompute) + self.ends + (self.head if last else 0.0)
+    def kept(self, recompute: Recompute, layers: int, *, first: bool = True, last: bool = True) -> float:
+        """Saved between the two passes of one pack, with that many layers; on the first stage, the last or another."""
+        absent = self.absent if first and recompute == "none" else 0.0
+        return layers * self._kept_by_block(recompute) - absent + self.ends + (self.head if last else 0.0)
 
     def peak(
-        self, recompute: Recompute, layers: int, in_flight: int = 1, *, last: bool = True, piped: bool = False
+        self,
+        recompute: Recompute,
+        layers: int,
+        in_flight: int = 1,
+        *,
+        first: bool = True,
+        last: bool = True,
+        piped: bool = False,
     ) -> float:
         """Peak with ``in_flight`` packs between their passes; ``piped``: with several pipeline stages."""
-        recomputed = self.block - self._kept_by_block(recompute)
+        recomputed = max(0.0, self.block - self._kept_by_block(recompute))
         # One pack's rows are received and another's sent while a third is computed.
         transferred = 2 * self.rows if piped else 0.0
-        return in_flight * self.kept(recompute, layers, last=last) + recomputed + self.transient + transferred
+        kept = self.kept(recompute, layers, first=first, last=last)
+        return in_flight * kept + recomputed + self.transient + transferred
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +236,15 @@ class RankBytes:
     """Memory of the rank that needs most.
 
     Attributes:
-        parameters: number of its parameters.
+        parameters: number of its parameters, without adapters.
+        adapters: number of parameters of its adapters.
         state: model state.
         activations: peak.
         gathered: with FSDP, the gathered weights and gradients of blocks.
     """
 
     parameters: int
+    adapters: int
     state: StateBytes
     activations: float
     gathered: float
@@ -207,6 +265,7 @@ def rank_bytes(
     bf16: bool = True,
     fp32_gradients: bool = True,
     ema: bool = False,
+    lora: LoraSettings | None = None,
 ) -> RankBytes:
     """Memory of the rank that needs most.
 
@@ -219,20 +278,28 @@ def rank_bytes(
         bf16: weights and activations in bf16; fp32 otherwise.
         fp32_gradients: whether gradients are accumulated in fp32.
         ema: whether an EMA is kept.
+        lora: adapters that are trained on frozen weights; None if all weights are trained.
     """
-    activations = ActivationBytes.of(model, layout, pack, bf16=bf16)
+    activations = ActivationBytes.of(model, layout, pack, bf16=bf16, lora=lora)
     found = []
     of_stages = parameters_of_stages(model, layout.tensor, layout.pipeline)
+    adapters_of: tuple[int | None, ...] = (None,) * layout.pipeline
+    if lora is not None:
+        adapters_of = adapter_parameters_of_stages(model, lora, layout.tensor, layout.pipeline)
     layers_of = layers_of_stages(model.num_layers, layout.pipeline)
-    for stage, (layers, parameters) in enumerate(zip(layers_of, of_stages, strict=True)):
-        state = StateBytes.of(parameters, layout, bf16=bf16, fp32_gradients=fp32_gradients, ema=ema)
+    for stage, (layers, parameters, adapters) in enumerate(zip(layers_of, of_stages, adapters_of, strict=True)):
+        state = StateBytes.of(
+            parameters, layout, bf16=bf16, fp32_gradients=fp32_gradients, ema=ema, adapters=adapters
+        )  # fmt: skip
         # One-forward-one-backward: the first stage has as many packs in flight as there are stages.
         in_flight = min(layout.pipeline - stage, packs)
         gathered = 0.0
         if layout.fully_sharded:  # the current block and the next one, and the gradients of one
-            gathered = parameters / model.num_layers * (2 * (2 if bf16 else FP32) + FP32)
+            weights = parameters * (2 if bf16 else FP32) + (adapters or 0) * FP32
+            trained = parameters if adapters is None else adapters
+            gathered = (2 * weights + trained * FP32) / model.num_layers
         peak = activations.peak(
-            recompute, layers, in_flight, last=stage == layout.pipeline - 1, piped=layout.pipeline > 1
+            recompute, layers, in_flight, first=stage == 0, last=stage == layout.pipeline - 1, piped=layout.pipeline > 1
         )
-        found.append(RankBytes(parameters, state, peak, gathered))
+        found.append(RankBytes(parameters, adapters or 0, state, peak, gathered))
     return max(found, key=lambda rank: rank.total)
