@@ -52,6 +52,7 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         mode: rank_bytes(
             model, layout, pack.padded_to(layout.pad_multiple), mode, packs=packs // layout.data, bf16=bf16,
             fp32_gradients=not bf16 or _reduces_in_fp32(config), ema=config.ema.decay > 0, lora=lora,
+            fp8_base=config.lora.fp8_base, offload_base=config.lora.offload_base,
         )
         for mode in get_args(Recompute)
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Self
 
 from wan_model.config import WanConfig
 from wan_model.dit.attention import equal_segments
-from wan_model.dit.lora import LoraSettings, adapter_shapes
+from wan_model.dit.lora import LINEARS, LoraSettings, adapter_shapes
 from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
 from wan_model.weights.transformer import expected_shapes
@@ -76,14 +76,19 @@ class StateBytes:
         fp32_gradients: bool = True,
         ema: bool = False,
         adapters: int | None = None,
+        frozen: float | None = None,
     ) -> Self:
-        """Of a rank with that many parameters; they are frozen if those of adapters are given, which are fp32."""
+        """Of a rank with that many parameters; they are frozen if those of adapters are given, which are fp32.
+
+        ``frozen`` is the bytes of frozen weights that are not all on the device in their precision.
+        """
         replicas = layout.data * layout.context
         shards = replicas if layout.fully_sharded else 1
         weights = parameters * (2 if bf16 else FP32)
         if adapters is not None:
+            of_base = weights if frozen is None else frozen
             return cls(
-                weights=(weights + adapters * FP32) / shards,
+                weights=(of_base + adapters * FP32) / shards,
                 gradients=adapters * FP32 / shards,
                 optimizer=adapters * (12 if layout.fully_sharded else 8) / replicas,
                 average=adapters * FP32 / replicas if ema else 0.0,
@@ -255,6 +260,34 @@ class RankBytes:
         return self.state.total + self.activations + self.gathered
 
 
+def frozen_bytes(model: WanConfig, layout: Layout, stage: int, size: int, *, fp8: bool, offload: bool) -> float:
+    """Bytes on the device of the frozen weights of a rank of a pipeline stage, without sharding.
+
+    Args:
+        model: sizes.
+        layout: of the run.
+        stage: the pipeline stage.
+        size: bytes of a weight in the precision of the run.
+        fp8: whether the weights of the blocks' linears take a byte, and each of their rows a scale in fp32.
+        offload: whether the blocks are in main memory, but for the one that computes and the one that follows.
+    """
+
+    def count(endings: tuple[str, ...]) -> int:
+        """Parameters whose keys end so, in the blocks."""
+        shapes = {key: shape for key, shape in _shapes(model).items() if key[:7] == "blocks." and key.endswith(endings)}
+        return parameters_of_rank(shapes, model.num_layers, layout, stage)
+
+    every = parameters_of_stages(model, layout.tensor, layout.pipeline)[stage]
+    blocks = count(("",))
+    linears, rows = (count(tuple(f".{name}.{kind}" for name in LINEARS)) for kind in ("weight", "bias"))
+    of_blocks = float(blocks * size)
+    if fp8:
+        of_blocks += linears * (1 - size) + rows * FP32
+    if offload:
+        of_blocks *= min(1.0, 2 / layers_of_stages(model.num_layers, layout.pipeline)[stage])
+    return (every - blocks) * size + of_blocks
+
+
 def rank_bytes(
     model: WanConfig,
     layout: Layout,
@@ -266,6 +299,8 @@ def rank_bytes(
     fp32_gradients: bool = True,
     ema: bool = False,
     lora: LoraSettings | None = None,
+    fp8_base: bool = False,
+    offload_base: bool = False,
 ) -> RankBytes:
     """Memory of the rank that needs most.
 
@@ -279,6 +314,7 @@ def rank_bytes(
         fp32_gradients: whether gradients are accumulated in fp32.
         ema: whether an EMA is kept.
         lora: adapters that are trained on frozen weights; None if all weights are trained.
+        fp8_base, offload_base: see ``wan_train.config.lora``.
     """
     activations = ActivationBytes.of(model, layout, pack, bf16=bf16, lora=lora)
     found = []
@@ -289,7 +325,8 @@ def rank_bytes(
     layers_of = layers_of_stages(model.num_layers, layout.pipeline)
     for stage, (layers, parameters, adapters) in enumerate(zip(layers_of, of_stages, adapters_of, strict=True)):
         state = StateBytes.of(
-            parameters, layout, bf16=bf16, fp32_gradients=fp32_gradients, ema=ema, adapters=adapters
+            parameters, layout, bf16=bf16, fp32_gradients=fp32_gradients, ema=ema, adapters=adapters,
+            frozen=frozen_bytes(model, layout, stage, 2 if bf16 else FP32, fp8=fp8_base, offload=offload_base),
         )  # fmt: skip
         # One-forward-one-backward: the first stage has as many packs in flight as there are stages.
         in_flight = min(layout.pipeline - stage, packs)
