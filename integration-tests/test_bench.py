@@ -37,15 +37,16 @@ def test_cpu_tables(tmp_path):
     report = json.loads((tmp_path / "model.json").read_text())
     assert report["conditions"]["threads"] == "1"
     titles = [table["title"] for table in report["tables"]]
-    assert len(titles) == 6
+    assert len(titles) == 7
     markdown = (tmp_path / "model.md").read_text()
     for table in report["tables"]:
         assert table["title"] in printed
         assert table["title"] in markdown
         assert table["rows"]
         assert all(len(row) == len(table["columns"]) and all(row) for row in table["rows"])
-    limit, small, _, recompute, traffic, _ = report["tables"]
-    for table, columns in ((limit, range(4, 7)), (small, [4]), (recompute, [3]), (traffic, [4])):
+    limit, small, _, recompute, traffic, _, lora = report["tables"]
+    assert float(lora["rows"][0][4]) == 3, "gradients and two moments of the adapters, and nothing of the base"
+    for table, columns in ((limit, range(4, 7)), (small, [4]), (recompute, [3]), (traffic, [4]), (lora, [3])):
         assert all(0.01 < float(row[i].split()[0]) < 100 for row in table["rows"] for i in columns)
 
 

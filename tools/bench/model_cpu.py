@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.lower_bound import products_only
 from bench.measure import median, ratio, run_process, time_rounds
+from bench.model_lora import lora_step
 from bench.models import Samples, ours_and_diffusers
 from bench.report import Table, gigabytes, seconds
 from wan_model import WAN_1_3B, WanConfig, WanDiT, save_transformer
@@ -295,5 +296,5 @@ def loading(quick: bool) -> Table:
 
 def tables(*, quick: bool) -> Iterator[Table]:
     """Yield each table when it is measured."""
-    for measure in (one_layer, small_models, mixed_pack, recompute, kernel_traffic, loading):
+    for measure in (one_layer, small_models, mixed_pack, recompute, kernel_traffic, loading, lora_step):
         yield measure(quick)
