@@ -21,6 +21,18 @@ MUTATIONS = (
         "dit/test_elementwise.py",
     ),
     _of(
+        "base-beside-adapters-trained", "dit/adapters.py",
+        "model.requires_grad_(False)", "pass",
+        "the weights below a LoRA are trained with it, and the file that is written does not have what was learnt",
+        "dit/test_lora.py",
+    ),
+    _of(
+        "adapter-factor-left-out", "dit/lora.py",
+        "torch.addmm(product_SO, low_SR, up_OR.t(), alpha=factor)", "torch.addmm(product_SO, low_SR, up_OR.t())",
+        "a LoRA is trained and sampled with a factor of 1, whatever its alpha",
+        "dit/test_lora.py",
+    ),
+    _of(
         "modulation-tables-in-bfloat16", "dit/model.py",
         '(".time_embedder.", ".scale_shift_table", ".norm2.", ', '(".time_embedder.", ".norm2.", ',
         "bfloat16 models round the modulation tables, which diffusers keeps in fp32; other videos than diffusers'",

@@ -3,6 +3,7 @@
 from mutations.mutation import Mutation
 
 _EQUAL = "loop/test_parallel_equality.py::test_equals_one_process"
+_LORA_EQUAL = "loop/test_lora_equality.py::test_equals_one_process"
 
 
 def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
@@ -15,6 +16,24 @@ MUTATIONS = (
         "number = self.drawn * self.ranks + self.rank", "number = self.drawn",
         "data-parallel ranks draw the same noise and timesteps: a step sees far fewer of them than it should",
         f"{_EQUAL}[data, communication overlapped]",
+    ),
+    _of(
+        "adapter-gradient-of-one-tensor-rank", "model/megatron_ops.py",
+        "return matrix if is_up else _summed_over_ranks(matrix)", "return matrix",
+        "under tensor parallelism A of queries, keys and values is trained from some of the heads",
+        f"{_LORA_EQUAL}[tensor, recomputing]",
+    ),
+    _of(
+        "same-adapter-dropout-for-every-pack", "loop/step.py",
+        'seed_for("lora", state.cfg.rng.seed, numbered.number)', 'seed_for("lora", state.cfg.rng.seed)',
+        "the same values of an adapter's input are dropped in every step",
+        "loop/test_lora_equality.py::test_one_process_of_the_engine_is_plain_torch",
+    ),
+    _of(
+        "base-of-an-adapter-not-compared", "model/provider.py",
+        "if self.recorded_digest not in (None, self.base_digest):", "if False:",
+        "a run of adapters goes on with other weights below them",
+        "checkpoint/test_adapters.py::test_other_weights_than_those_of_the_checkpoint_are_refused",
     ),
     _of(
         "same-noise-for-every-pack", "loop/step.py",
