@@ -370,6 +370,8 @@ def test_a_lora_is_trained_on_a_base_of_the_session_and_what_stands_is_kept(prog
     # What stands in the report are commands that the programs take.
     lines = [shlex.split(line, comments=True) for line in text.split("```sh\n")[1].split("```")[0].splitlines()]
     assert [line[1] for line in lines if line[0] == "wan-train"] == ["pretrain", "export", "finetune", "export"]
+    exported, trained = lines[1][3], dict(itertools.pairwise(lines[2]))
+    assert trained["--init-from"] == exported == "world/lora/base-model"
     for line in lines:
         _words(line)
     with pytest.raises(ToolFailure, match=r"was made with lora\.rank of 16, and now it is 4; "):
