@@ -161,7 +161,7 @@ PATTERNS = World(
     sizes=((32, 32), (32, 48), (48, 32)),
 )
 
-# The autoencoder was trained on all events; with a new colour or pattern its clips cannot be recognised any more.
+# The autoencoder was trained on all events; what it makes of a new colour or a new pattern is not recognised.
 VANISHING = dataclasses.replace(
     PATTERNS,
     name="vanishing",

@@ -62,9 +62,8 @@ class Settings:
     base: str | None = None
 
 
-def _training(sizes: Mapping[str, str], settings: Mapping[str, str], steps: int) -> dict[str, str]:
+def _training(settings: Mapping[str, str], steps: int) -> dict[str, str]:
     return {
-        **sizes,
         **settings,
         "dataset.capacity": str(commands.CAPACITY),
         "train.global_batch_size": str(PACKS),
@@ -109,7 +108,7 @@ class Session:
         if self.settings.base is not None:
             return self.settings.base, None
         data = prepare(self.place, [(PATTERNS, self.settings.clips)])
-        training = _training(data.sizes, commands.TRAINING, STEPS_OF_BASE)
+        training = _training({**data.sizes, **commands.TRAINING}, STEPS_OF_BASE)
         checkpoints = self.place.argument(FOLDER, "base")
         claim(self.place.path(FOLDER, "base"), {**training, "data": data.digest})
         line = commands.pretrain(data.dataset, checkpoints, training, processes=self.settings.processes)
@@ -144,7 +143,7 @@ class Session:
         """
         settings = self.settings
         data = prepare(self.place, [(VANISHING, NEW_CLIPS), (PATTERNS, OLD_CLIPS)])
-        training = _training(data.sizes, {**TRAINING, **settings.overrides}, settings.steps)
+        training = _training({**TRAINING, **settings.overrides}, settings.steps)
         chosen = settings.base or "trained here"
         facts = {"base": chosen, "requests": settings.requests, "processes": settings.processes, "data": data.digest}
         claim(self.place.path(FOLDER), {**training, **{name: str(value) for name, value in facts.items()}})
