@@ -180,7 +180,7 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def world(session: nox.Session) -> None:
-    """An hour of training on the small world: the curve of adherence over time (-- --compare: settings compared)."""
+    """Training on the small world: the curve of adherence over time (-- --compare: settings, -- --lora: a LoRA)."""
     prepare_environment(session)
     run(session, "python", "-m", "world", "--folder", "world", *session.posargs, **SMALL_WORLD)
 

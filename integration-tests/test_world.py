@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import world.__main__ as command_line
 from quickstart.pictures import check_picture
-from world import comparison, curve, place, sampling
+from world import comparison, curve, lora, place, sampling
 from world.variants import BASE, VARIANTS, shared_runs
 
 from common.failure import ToolFailure
@@ -21,7 +21,7 @@ from common.training_log import counted, seconds_until
 from small_world import commands
 from small_world.adherence import requests
 from small_world.clips import write_video
-from small_world.scenes import OBJECTS, PATTERNS, WORLDS
+from small_world.scenes import OBJECTS, PATTERNS, VANISHING, WORLDS, World
 
 SIZES = {"model.transformer.num_layers": "3", "model.transformer.text_dim": "64"}
 # Of each: the settings of the objective and of the optimizer, as a run has them.
@@ -117,6 +117,7 @@ def test_the_commands_of_the_data_are_understood(world):
         (["--set", "optimizer.lr"], "'optimizer.lr' is no setting of wan-train; expected KEY.PATH=VALUE"),
         (["--requests", "2"], "'2'; expected a whole number, at least 3"),
         (["--compare", "--only", "unknown"], "invalid choice: 'unknown'"),
+        (["--compare", "--lora"], "argument --lora: not allowed with argument --compare"),
     ],
 )
 def test_a_wrong_option_ends_the_session_before_it_begins(words, message, capsys):
@@ -159,16 +160,20 @@ class Programs:
         ran: programs, in order.
         stops: training ends with an error after so many steps of its interval.
         fails: a setting of a training that ends with an error.
+        forgets: with a LoRA the videos of this world show another colour.
     """
 
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.stops: int | None = None
         self.fails = "nothing"
+        self.forgets: World | None = None
 
     def __call__(self, *arguments: str, folder: Path, output: Path | None = None, **_: Any) -> None:
         self.ran.append(arguments[0])
         match arguments[0]:
+            case "wan-train" if arguments[1] == "export":
+                (folder / arguments[arguments.index("--lora") + 1 if "--lora" in arguments else 3]).touch()
             case "wan-train":
                 values = dict(word.split("=", 1) for word in arguments if "=" in word)
                 if self.fails in arguments:
@@ -212,7 +217,10 @@ class Programs:
             world, scene = scenes[json.loads(line)["prompt"]]
             request = next(one for one in requests(world, 4) if one.scene == scene)
             path = videos / f"{number}.mp4"
-            write_video(world.frames(scene, request.size, random.Random(number)), path)
+            shown = world.values(scene)
+            if world is self.forgets if "--lora" in options else world is VANISHING:  # the base never saw these
+                shown["colour"] = "red" if shown["colour"] != "red" else "blue"
+            write_video(world.frames(tuple(shown.values()), request.size, random.Random(number)), path)
             found.append({"file": str(path.relative_to(root))})
         return found
 
@@ -220,7 +228,7 @@ class Programs:
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
     programs = Programs()
-    for module in (place, sampling, curve, comparison):
+    for module in (place, sampling, curve, comparison, lora):
         monkeypatch.setattr(module, "run_command", programs)
     return programs
 
@@ -325,3 +333,69 @@ def test_a_row_of_a_variant_that_was_changed_since_is_made_again(session, tmp_pa
     rows = json.loads((tmp_path / "world" / "compare.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == [BASE]
     assert session(*options, "lr-1e-3") == ["wan-train", "wan-infer"]
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+PREPARED = ["python", "python", "python", "wan-data"]  # two kinds of clips, and the model
+
+
+def test_a_lora_is_trained_on_a_base_of_the_session_and_what_stands_is_kept(programs, session, tmp_path):
+    """The base is trained on clips of its own, then all videos are sampled twice."""
+    options = ["--lora", "--steps", "20"]
+    programs.stops = 15
+    with pytest.raises(ToolFailure, match=r"^stopped$"):
+        session(*options)
+    assert programs.ran == [*PREPARED, "python", "python", "wan-data", "wan-train"]
+    programs.stops = None
+    assert session(*options) == ["wan-train"] * 4 + ["wan-infer"] * 4  # base, its export, LoRA, its export
+    assert session(*options) == []
+    result = json.loads((tmp_path / "world" / "lora.json").read_text())
+    assert result["training"]["LoRA"] == {"steps": 20, "seconds": 40.0, "loss": 0.15}
+    assert result["training"]["base"]["steps"] == lora.STEPS_OF_BASE
+    shares = {
+        (group, weights): found["all"]["all"]
+        for group, of_group in result["adherence"].items()
+        for weights, found in of_group.items()
+    }
+    assert shares == {
+        ("new", "base"): 0.0, ("new", "with the LoRA"): 1.0, ("old", "base"): 1.0, ("old", "with the LoRA"): 1.0,
+    }  # fmt: skip
+    text = (tmp_path / "world" / "lora.md").read_text()
+    rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("| new")]
+    assert rows == [
+        ["new: vanish", "base", "0 %", "100 %", "100 %", "100 %", "0 %", "0 %"],
+        ["new: vanish", "with the LoRA", *["100 %"] * 6],
+    ]
+    # What stands in the report are commands that the programs take.
+    lines = [shlex.split(line, comments=True) for line in text.split("```sh\n")[1].split("```")[0].splitlines()]
+    assert [line[1] for line in lines if line[0] == "wan-train"] == ["pretrain", "export", "finetune", "export"]
+    exported, trained = lines[1][3], dict(itertools.pairwise(lines[2]))
+    assert trained["--init-from"] == exported == "world/lora/base-model"
+    for line in lines:
+        _words(line)
+    with pytest.raises(ToolFailure, match=r"was made with lora\.rank of 16, and now it is 4; "):
+        session(*options, "--set", "lora.rank=4")
+
+
+def test_a_lora_is_trained_on_a_base_that_is_given(session):
+    assert session("--lora", "--steps", "20", "--base", "run") == [*PREPARED, *["wan-train"] * 3, *["wan-infer"] * 4]
+    with pytest.raises(ToolFailure, match=r"was made with base of run, and now it is other; "):
+        session("--lora", "--steps", "20", "--base", "other")
+
+
+@pytest.mark.parametrize(
+    ("world", "message"),
+    [
+        (VANISHING, r"^0\.0% of the new videos show all .*; expected at least 90%; see world/lora\.md$"),
+        (PATTERNS, r"^0\.0% of the old videos show .*, and 100\.0% without; expected a fall of at most 2%; see \S+$"),
+    ],
+    ids=["nothing learnt", "all forgotten"],
+)
+def test_a_lora_that_learns_nothing_or_forgets_fails_with_its_table_written(
+    world, message, programs, session, tmp_path
+):
+    programs.forgets = world
+    with pytest.raises(ToolFailure, match=message):
+        session("--lora", "--steps", "20", "--base", "run")
+    assert "| 0 %" in (tmp_path / "world" / "lora.md").read_text()

@@ -71,11 +71,37 @@ def pretrain(
         processes: on this machine.
         options: others of the command.
     """
+    return _train("pretrain", dataset, checkpoints, settings, processes, options)
+
+
+def finetune(dataset: str, checkpoints: str, settings: Mapping[str, str], *, base: str, processes: int) -> list[str]:
+    """Train from the weights of a model folder, with ``lora.rank`` a LoRA on them; see ``pretrain``."""
+    return _train("finetune", dataset, checkpoints, settings, processes, ["--init-from", base])
+
+
+def _train(
+    command: str,
+    dataset: str,
+    checkpoints: str,
+    settings: Mapping[str, str],
+    processes: int,
+    options: Sequence[str],
+) -> list[str]:
     return [
-        "wan-train", "pretrain", "--recipe", "tiny", "--nproc-per-node", str(processes), *options,
+        "wan-train", command, "--recipe", "tiny", "--nproc-per-node", str(processes), *options,
         f"dataset.path={dataset}", f"checkpoint.save={checkpoints}",
         *(f"{key}={value}" for key, value in settings.items()),
     ]  # fmt: skip
+
+
+def export(checkpoints: str, model: str) -> list[str]:
+    """Write the EMA of a run's weights as a model folder."""
+    return ["wan-train", "export", checkpoints, model, "--ema"]
+
+
+def export_lora(checkpoints: str, file: str) -> list[str]:
+    """Write the EMA of a run's LoRA as a file."""
+    return ["wan-train", "export", checkpoints, "--lora", file, "--ema"]
 
 
 def write_requests(world: World, asked: Sequence[Request], path: Path) -> None:
@@ -96,6 +122,7 @@ def sample(
     *,
     step: int | None = None,
     ema: bool = True,
+    lora: str | None = None,
     settings: Mapping[str, str] = SAMPLING,
 ) -> list[str]:
     """Sample the requests; the result is printed as JSON.
@@ -107,11 +134,13 @@ def sample(
         videos: folder for the videos.
         step: of the checkpoint; None for the newest.
         ema: of the weights, instead of the weights.
+        lora: a file that is merged into them.
         settings: values by their options.
     """
     return [
         "wan-infer", "--checkpoint-dir", checkpoints, *(["--checkpoint-step", str(step)] if step is not None else []),
         "--model", model, "--prompts-file", requests, *(["--ema"] if ema else []),
+        *(["--lora", lora] if lora is not None else []),
         *(part for option in settings.items() for part in option), "--output-folder", videos, "--json",
     ]  # fmt: skip
 

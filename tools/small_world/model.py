@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from small_world.scenes import WORLDS
+from small_world.scenes import OBJECTS, PATTERNS
 from wan_model import WanConfig
 from wan_model.system.files import sha256_of
 from wan_model.tiny import write_tiny_wan
@@ -45,7 +45,8 @@ def write_model(folder: Path, *, seed: int = 0, config: WanConfig = CONFIG) -> P
             raise ValueError(
                 f"{AUTOENCODER / name} has the sha256 {digest}; expected {expected}: check the file out again"
             )
-    corpus = [world.caption(scene) for world in WORLDS.values() for scene in world.scenes]
+    # Of further captions the tokenizer would be another, and with it what a model of these has learnt.
+    corpus = [world.caption(scene) for world in (PATTERNS, OBJECTS) for scene in world.scenes]
     write_tiny_wan(folder, seed=seed, config=config, corpus=corpus * 5)
     text_encoder = folder / "text_encoder" / "model.safetensors"
     weights = load_file(text_encoder)

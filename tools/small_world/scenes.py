@@ -1,8 +1,9 @@
-"""What the clips show: two worlds of captioned scenes, drawn from a seed.
+"""What the clips show: worlds of captioned scenes, drawn from a seed.
 
 Every scene has four attributes, of which one is seen only over time. In ``PATTERNS`` a pattern fills the frame and
 repeats every 16 pixels, the size of a token of the transformer: all tokens of a frame see the same, so nothing about
 positions must be learnt, and minutes suffice. In ``OBJECTS`` one object moves over the frame, which takes hours.
+In ``VANISHING`` the patterns of ``PATTERNS`` do what none of them does there: what a LoRA adds to a model of them.
 """
 
 import dataclasses
@@ -160,6 +161,14 @@ PATTERNS = World(
     sizes=((32, 32), (32, 48), (48, 32)),
 )
 
+# The autoencoder was trained on all events; what it makes of a new colour or a new pattern is not recognised.
+VANISHING = dataclasses.replace(
+    PATTERNS,
+    name="vanishing",
+    attributes={**PATTERNS.attributes, "event": ("vanish",)},
+    held_out_count=6,
+)
+
 # -- objects ----------------------------------------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle")
@@ -219,4 +228,4 @@ OBJECTS = World(
     held_out_count=24,
 )
 
-WORLDS = {world.name: world for world in (PATTERNS, OBJECTS)}
+WORLDS = {world.name: world for world in (PATTERNS, OBJECTS, VANISHING)}

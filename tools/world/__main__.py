@@ -1,4 +1,4 @@
-"""Command line of the longer session: ``python -m world --folder world [--compare]``."""
+"""Command line of the longer session: ``python -m world --folder world [--compare | --lora]``."""
 
 import argparse
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 from common.failure import ToolFailure
 from small_world.adherence import COUNT
 from small_world.commands import CLIPS
-from small_world.scenes import WORLDS
-from world import comparison, curve
+from small_world.scenes import OBJECTS, PATTERNS, WORLDS
+from world import comparison, curve, lora
 from world.place import Place, prepare
 from world.variants import VARIANTS
 
@@ -37,22 +37,28 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(prog="nox -s world --", description=__doc__)
     options.add_argument("--folder", type=Path, default=Path("world"), help="folder for all results")
-    options.add_argument("--world", choices=sorted(WORLDS), help="objects; patterns with --compare")
+    options.add_argument("--world", choices=sorted(WORLDS), help="objects; patterns with --compare and --lora")
     options.add_argument(
-        "--steps", type=_count(), help=f"of training: {STEPS_OF_CURVE}; {STEPS_OF_COMPARISON} with --compare"
-    )
+        "--steps", type=_count(),
+        help=f"of training: {STEPS_OF_CURVE}; {STEPS_OF_COMPARISON} with --compare, {lora.STEPS} with --lora",
+    )  # fmt: skip
     options.add_argument("--points", type=_count(), default=12, help="checkpoints that are sampled (default: 12)")
     options.add_argument("--clips", type=_count(), default=CLIPS, help=f"to train on (default: {CLIPS})")
     options.add_argument(
-        "--requests", type=_count(LEAST_REQUESTS), default=COUNT,
-        help=f"videos that are sampled, a third of them held out (default: {COUNT})",
+        "--requests", type=_count(LEAST_REQUESTS),
+        help=f"videos that are sampled, a third of them held out: {COUNT}; {lora.REQUESTS} of each group with --lora",
     )  # fmt: skip
     options.add_argument("--processes", type=_count(), help="of each training: 2; 1 with --compare")
     options.add_argument(
         "--set", type=_override, nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="settings of wan-train over the small world's",
     )  # fmt: skip
-    options.add_argument("--compare", action="store_true", help="compare settings over short runs")
+    kinds = options.add_mutually_exclusive_group()
+    kinds.add_argument("--compare", action="store_true", help="compare settings over short runs")
+    kinds.add_argument("--lora", action="store_true", help="train a LoRA for clips that the world of patterns has not")
+    options.add_argument(
+        "--base", metavar="CHECKPOINTS", help="with --lora: of a training on patterns, such as the quickstart's"
+    )
     options.add_argument(
         "--only", choices=VARIANTS, nargs="+", metavar="NAME", help=f"with --compare: some of {', '.join(VARIANTS)}"
     )
@@ -73,37 +79,49 @@ def options_of(chosen: argparse.Namespace) -> list[str]:
 
 
 def run(chosen: argparse.Namespace) -> list[str]:
-    """Make the curve or the comparison.
+    """Make the curve, the comparison or the LoRA.
 
     Returns:
         Names of the files that were written, first that with the table.
 
     Raises:
-        ToolFailure: a command failed, or the folder holds results of other settings.
+        ToolFailure: a command failed, the folder holds results of other settings, or the LoRA has not learnt.
     """
     place = Place(Path.cwd(), chosen.folder)
-    world = WORLDS[chosen.world or ("patterns" if chosen.compare else "objects")]
-    data = prepare(place, world, chosen.clips)
+    if chosen.lora:
+        settings = lora.Settings(
+            chosen.steps or lora.STEPS,
+            chosen.requests or lora.REQUESTS,
+            chosen.processes or 2,
+            chosen.clips,
+            dict(chosen.set),
+            chosen.base,
+        )
+        lora.check(lora.Session(place, settings).run(), place.argument("lora.md"))
+        return ["lora.md", "lora.json"]
+    requests = chosen.requests or COUNT
+    world = WORLDS[chosen.world or (PATTERNS if chosen.compare else OBJECTS).name]
+    data = prepare(place, [(world, chosen.clips)])
     if chosen.compare:
-        settings = comparison.Settings(
+        compared = comparison.Settings(
             world,
             chosen.steps or STEPS_OF_COMPARISON,
-            chosen.requests,
+            requests,
             chosen.seeds,
             chosen.processes or 1,
             chosen.jobs,
             dict(chosen.set),
             options_of(chosen),
         )
-        comparison.Comparison(place, data, settings).run(chosen.only or list(VARIANTS))
+        comparison.Comparison(place, data, compared).run(chosen.only or list(VARIANTS))
         return ["compare.md", "compare.json"]
     steps, processes = chosen.steps or STEPS_OF_CURVE, chosen.processes or 2
-    curve.run(place, data, curve.Settings(world, steps, chosen.points, chosen.requests, processes, dict(chosen.set)))
+    curve.run(place, data, curve.Settings(world, steps, chosen.points, requests, processes, dict(chosen.set)))
     return ["curve.md", "curve.json", "curve.png"]
 
 
 def main() -> None:
-    """Make the curve or the comparison, and print the table and where it is."""
+    """Make the results, and print the table and where it is."""
     chosen = parser().parse_args()
     try:
         written = run(chosen)

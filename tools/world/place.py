@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import small_world
@@ -73,7 +73,7 @@ def write_made_from(folder: Path, settings: Mapping[str, str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A prepared world.
+    """Prepared clips.
 
     Attributes:
         dataset, model: folders, as arguments of commands.
@@ -87,18 +87,22 @@ class Data:
     digest: str
 
 
-def prepare(place: Place, world: World, clips: int) -> Data:
+def prepare(place: Place, clips: Sequence[tuple[World, int]]) -> Data:
     """Draw the clips, write the model folder and prepare the dataset, unless all three are there from these settings.
+
+    Args:
+        place: of the session.
+        clips: of each world as many.
 
     Raises:
         ToolFailure: a command failed.
     """
-    name = f"data-{world.name}-{clips}"
+    name = "-".join(["data", *(f"{world.name}-{count}" for world, count in clips)])
     parts = {part: place.argument(name, part) for part in ("clips", "model", "dataset")}
     lines = [
-        commands.draw_clips(world, parts["clips"], clips),
+        *(commands.draw_clips(world, parts["clips"], count) for world, count in clips),
         commands.write_model(parts["model"]),
-        commands.prepare(world, parts["clips"], parts["dataset"], parts["model"]),
+        commands.prepare(clips[0][0], parts["clips"], parts["dataset"], parts["model"]),
     ]
     drawn_by = Path(small_world.__file__).parent
     words = [word for line in lines for word in line if word not in parts.values()]

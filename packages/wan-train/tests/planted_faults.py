@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from wan_model.dit.lora import LoraSettings
 from wan_model.flow import TIMESTEPS, FlowMatching, NoisyPack
 from wan_model.pack import LatentPack, sample_index
 
@@ -53,3 +54,21 @@ def pad_texts(length: int) -> None:
         return dataclasses.replace(noisy, text_BTD=text_BTD)
 
     _replace_corrupt(padded)
+
+
+def ignore_factor() -> None:
+    """The change of an adapter is B A, whatever its alpha."""
+    LoraSettings.factor = property(lambda self: 1.0)  # type: ignore[assignment]
+
+
+def thaw_base() -> None:
+    """The weights under the adapters are trained with them."""
+    from wan_train.model import provider
+
+    add = provider.add_adapters
+
+    def thawed(model: Any, settings: LoraSettings) -> None:
+        add(model, settings)
+        model.requires_grad_(True)
+
+    provider.add_adapters = thawed

@@ -37,6 +37,27 @@ def alive_adapters() -> None:
     transformer.initial_tensor = drawn
 
 
+def note_base(path: str) -> None:
+    """Write down, after every step, the digests of all weights but adapters, by key, of a model that no rank splits."""
+    import hashlib
+
+    from wan_model.dit.lora import is_adapter_key
+    from wan_train.loop.callback import WanCallback
+
+    end = WanCallback.on_train_step_end
+
+    def noting_end(self: Any, context: Any) -> None:
+        end(self, context)
+        digests = {
+            key.split("dit.", 1)[1]: hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
+            for key, weight in context.model[0].named_parameters()
+            if not is_adapter_key(key)
+        }
+        Path(path).write_text(json.dumps(digests))
+
+    WanCallback.on_train_step_end = noting_end  # type: ignore[method-assign]
+
+
 def note_commands(path: str) -> None:
     """Write down every command that this process runs by ``os.system``."""
 
