@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import (
+    FULL,
     FULLY_SHARDED,
     RUN_OPTIONS,
     STEPS,
@@ -110,14 +111,7 @@ def test_a_base_in_main_memory_changes_nothing_and_one_in_fp8_is_the_same_in_eve
     lora_run: Path, start_weights: Path, tmp_path: Path
 ) -> None:
     """Resident and fetched weights are equal to the bit; in fp8 those of two tensor ranks are those of one process."""
-    base = (
-        "--init-from",
-        str(start_weights),
-        *LORA,
-        SAVED[0],
-        "train.train_iters=4",
-        "model.recompute_granularity=full",
-    )
+    base = ("--init-from", str(start_weights), *LORA, SAVED[0], "train.train_iters=4", FULL)
     fetched = train(tmp_path / "fetched", *base, "lora.offload_base=true", "ema.decay=0.5", "validation.interval=4")
     resident = train(tmp_path / "resident", *base, "ema.decay=0.5", "validation.interval=4")
     assert trajectory(tmp_path / "fetched") == trajectory(tmp_path / "resident")
@@ -144,6 +138,18 @@ def test_dropout_of_a_resumed_run(stopped_run: Path, lora_run: Path) -> None:
     assert ended.codes == [0], ended.errors
     assert trajectory(stopped_run)[STOPPED] == trajectory(lora_run)[STOPPED]
     assert trajectory(stopped_run)[STOPPED + 1] != trajectory(lora_run)[STOPPED + 1]
+
+
+def test_where_the_base_of_a_resumed_run_is(stopped_run: Path, lora_run: Path, tmp_path: Path) -> None:
+    rounded = shutil.copytree(stopped_run, tmp_path / "rounded")
+    ended = run((*RUN_OPTIONS, *LORA, *SAVED, "lora.offload_base=true", FULL), stopped_run)
+    assert ended.codes == [0], ended.errors
+    assert same_adapters(stopped_run, lora_run, STEPS), "in main memory it is the same base"
+    ended = run((*RUN_OPTIONS, *LORA, *SAVED, "lora.fp8_base=true"), rounded)
+    assert ended.codes == [0], ended.errors
+    assert [entry["step"] for entry in read_log(rounded) if entry.get("event") == "fp8_base"] == [STOPPED]
+    assert trajectory(rounded)[STOPPED] == trajectory(lora_run)[STOPPED]
+    assert trajectory(rounded)[STOPPED + 1] != trajectory(lora_run)[STOPPED + 1]
 
 
 @pytest.mark.parametrize(

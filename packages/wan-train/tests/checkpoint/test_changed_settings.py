@@ -127,6 +127,9 @@ ELSEWHERE = {
         ("lora.rank", "lora.targets", "lora.alpha", "lora.use_rslora"), "test_adapters.py::test_another_lora_is_refused"
     ),
     "lora.dropout": "test_adapters.py::test_dropout_of_a_resumed_run",
+    **dict.fromkeys(
+        ("lora.fp8_base", "lora.offload_base"), "test_adapters.py::test_where_the_base_of_a_resumed_run_is"
+    ),
     "model.transformer.text_len": "../loop/test_agreement.py::test_every_quantity_that_differs_is_refused_by_name",
     "model.transformer": "test_resume.py::test_weights_of_another_latent_space_or_other_sizes_are_refused",
 }

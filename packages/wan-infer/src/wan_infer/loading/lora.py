@@ -17,7 +17,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ class LoraWeights:
     differences: dict[str, tuple[Tensor, float]]
 
     @classmethod
-    def of_adapters(cls, adapters: Mapping[str, Tensor], factor: float) -> Self:
+    def of_adapters(cls, adapters: Mapping[str, Tensor], factor: float) -> "LoraWeights":
         """A LoRA of wan-train's: A and B of linears by diffusers' key, with the factor of all."""
         names = [key.removesuffix(f".{DOWN}.weight") for key in adapters if key.endswith(f".{DOWN}.weight")]
         products = {

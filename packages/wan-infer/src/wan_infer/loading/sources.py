@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -75,7 +75,7 @@ class TransformerSource:
             return cls(folder, read_config(folder), _origin(sources.model), spec=read_trained_spec(folder))
 
     @classmethod
-    def _with_adapters(cls, checkpoint: Path, step: int | None, sources: ModelSources) -> Self:
+    def _with_adapters(cls, checkpoint: Path, step: int | None, sources: ModelSources) -> "TransformerSource":
         """A model's transformer, changed by the LoRA of a checkpoint."""
         from wan_model.weights.training_adapters import find_adapters
 
