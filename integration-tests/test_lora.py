@@ -36,7 +36,7 @@ def made(run, once: Once) -> Path:
             export_lora(folder / "run", folder / f"{kind}.safetensors", format=kind)
         export_lora(folder / "run", folder / "ema.safetensors", ema=True)
 
-    return once("lora", make)
+    return once("lora-files", make)
 
 
 def latents(sampler: WanSampler, **options: Any) -> torch.Tensor:
