@@ -93,8 +93,8 @@ def test_files_that_wan_model_writes(tmp_path: Path, format: str, targets: tuple
     adapters = drawn_adapters(TINY_CONFIG, settings)
     origin = LoraOrigin(base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", base_digest="0f3a", run="rabbits", step=40)
     save_lora(adapters, settings, TINY_CONFIG, tmp_path / "style.safetensors", format=format, origin=origin)
-    factor = 6 if use_rslora else 3
-    assert_same_weights(merged(tmp_path / "style.safetensors"), changed_by(WEIGHTS, adapters, float(factor)))
+    factor = 6.0 if use_rslora else 3.0
+    assert_same_weights(merged(tmp_path / "style.safetensors"), changed_by(WEIGHTS, adapters, factor))
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
