@@ -24,7 +24,7 @@ from torch import Tensor
 from wan_infer.loading.lora_config import CONFIG_NAME, LoraConfig
 from wan_infer.loading.lora_names import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.config import WanConfig
-from wan_model.dit.lora import DOWN, UP, merged_weight, weight_change
+from wan_model.dit.lora import DOWN, UP, adapted_names, merged_weight, weight_change
 from wan_model.dit.model import WanDiT
 from wan_model.weights.model_folder import FLOATS, open_weights
 from wan_model.weights.transformer import expected_shapes, full_shape, local_slices, local_tensor
@@ -54,10 +54,9 @@ class LoraWeights:
     @classmethod
     def of_adapters(cls, adapters: Mapping[str, Tensor], factor: float) -> "LoraWeights":
         """A LoRA of wan-train's: A and B of linears by diffusers' key, with the factor of all."""
-        names = [key.removesuffix(f".{DOWN}.weight") for key in adapters if key.endswith(f".{DOWN}.weight")]
         products = {
             f"{name}.weight": (adapters[f"{name}.{UP}.weight"], adapters[f"{name}.{DOWN}.weight"], factor)
-            for name in names
+            for name in adapted_names(adapters)
         }
         return cls(products, {})
 

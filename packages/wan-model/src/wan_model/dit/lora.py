@@ -20,7 +20,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,11 @@ def _matches(name: str, pattern: str) -> bool:
 def is_adapter_key(key: str) -> bool:
     """Whether a parameter's key is that of an adapter."""
     return key.endswith((f".{DOWN}.weight", f".{UP}.weight"))
+
+
+def adapted_names(keys: Iterable[str]) -> list[str]:
+    """The linears whose adapters are among keys, in their order."""
+    return [key.removesuffix(f".{DOWN}.weight") for key in keys if key.endswith(f".{DOWN}.weight")]
 
 
 def adapter_shapes(config: WanConfig, settings: LoraSettings) -> dict[str, tuple[int, int]]:

@@ -199,30 +199,18 @@ class Block(nn.Module):
             rows = self.ops.entered_rows(held.layout)
             dropped = DropoutRows(dropout_seed, rows.start, rows.stop, held.layout.total)
         with dropout_over(dropped):
-            return self._forward(x_SD, time_B6D, text, held, table_S1P, text_offsets, dropout_seed)
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, time_B6D)
+            offsets = held.layout.offsets
 
-    def _forward(
-        self,
-        x_SD: Tensor,
-        time_B6D: Tensor,
-        text: Tensor | tuple[Tensor, Tensor],
-        held: TokenRows,
-        table_S1P: Tensor,
-        text_offsets: Offsets,
-        dropout_seed: int | None,
-    ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, time_B6D)
-        offsets = held.layout.offsets
+            entered = self.ops.enter_tokens(norm_modulate(x_SD, shift1, scale1, held, self.eps))
+            x_SD = gate_add_(x_SD, self.attn1.attend_to_tokens(entered, table_S1P, offsets), gate1, held)
 
-        entered = self.ops.enter_tokens(norm_modulate(x_SD, shift1, scale1, held, self.eps))
-        x_SD = gate_add_(x_SD, self.attn1.attend_to_tokens(entered, table_S1P, offsets), gate1, held)
+            entered = self.ops.enter_tokens(self.norm2(x_SD))
+            keys_values = self.text_keys(text, dropout_seed) if isinstance(text, Tensor) else text
+            x_SD = add_(x_SD, self.attn2.attend_to_text(entered, keys_values, offsets, text_offsets))
 
-        entered = self.ops.enter_tokens(self.norm2(x_SD))
-        keys_values = self.text_keys(text, dropout_seed) if isinstance(text, Tensor) else text
-        x_SD = add_(x_SD, self.attn2.attend_to_text(entered, keys_values, offsets, text_offsets))
-
-        entered = self.ops.enter_tokens(norm_modulate(x_SD, shift2, scale2, held, self.eps))
-        return gate_add_(x_SD, self.ffn(entered), gate2, held)
+            entered = self.ops.enter_tokens(norm_modulate(x_SD, shift2, scale2, held, self.eps))
+            return gate_add_(x_SD, self.ffn(entered), gate2, held)
 
 
 class TwoLayers(nn.Module):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from wan_model import __version__
 from wan_model.config import WanConfig
-from wan_model.dit.lora import DOWN, UP, LoraSettings, adapter_shapes
+from wan_model.dit.lora import DOWN, UP, LoraSettings, adapted_names, adapter_shapes
 from wan_model.system.files import write_bytes
 from wan_model.weights.lora_names import (
     COMFYUI_PREFIX,
@@ -190,10 +190,6 @@ Tensors = dict[str, Tensor]
 Format = Callable[[Tensors, LoraSettings, Mapping[str, str]], tuple[Tensors, dict[str, str]]]
 
 
-def _linears(own: Tensors) -> list[str]:
-    return [key.removesuffix(f".{DOWN}.weight") for key in own if key.endswith(f".{DOWN}.weight")]
-
-
 def _diffusers(own: Tensors, settings: LoraSettings, known: Mapping[str, str]) -> tuple[Tensors, dict[str, str]]:
     del known
     # Only fields that every version of peft has: it refuses a configuration with one that it does not know.
@@ -205,7 +201,7 @@ def _diffusers(own: Tensors, settings: LoraSettings, known: Mapping[str, str]) -
         # Not that of the training: diffusers would drop values when it samples, as it leaves new layers in training.
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": _linears(own),
+        "target_modules": adapted_names(own),
         "rank_pattern": {},
         "alpha_pattern": {},
     }
@@ -218,7 +214,7 @@ def _with_alphas(
     own: Tensors, settings: LoraSettings, spelling: Callable[[str], str], down: str, up: str
 ) -> dict[str, Tensor]:
     parts = {}
-    for name in _linears(own):
+    for name in adapted_names(own):
         spelt = spelling(official_name(name))
         parts[f"{spelt}.{down}.weight"] = own[f"{name}.{DOWN}.weight"]
         parts[f"{spelt}.{up}.weight"] = own[f"{name}.{UP}.weight"]

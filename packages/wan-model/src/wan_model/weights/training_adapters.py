@@ -39,8 +39,13 @@ def has_adapters(path: Path) -> bool:
     Raises:
         ValueError: they cannot be read.
     """
-    section = read_run_settings(path).get("lora")
-    return isinstance(section, dict) and section.get("rank") not in (None, 0)
+    return _section(read_run_settings(path)) is not None
+
+
+def _section(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The ``lora`` section of a run's settings; None if it trained the weights."""
+    section = record.get("lora")
+    return section if isinstance(section, dict) and section.get("rank") else None
 
 
 def find_adapters(path: Path) -> TrainedAdapters:
@@ -51,9 +56,13 @@ def find_adapters(path: Path) -> TrainedAdapters:
     """
     path = Path(path)
     _, config, spec = open_checkpoint(path)
+    return _described(path, config, spec)
+
+
+def _described(path: Path, config: WanConfig, spec: LatentSpec | None) -> TrainedAdapters:
     record = read_run_settings(path)
-    section, model = record.get("lora"), record.get("model")
-    if not isinstance(section, dict) or not section.get("rank"):
+    section, model = _section(record), record.get("model")
+    if section is None:
         raise ValueError(f"{path} holds the weights of a model, not a LoRA; export it with wan-train export")
     try:
         settings = LoraSettings(
@@ -89,8 +98,8 @@ def read_adapters(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
             EMA.
     """
     path = Path(path)
-    index, config, _ = open_checkpoint(path)
-    settings = find_adapters(path).settings
+    index, config, spec = open_checkpoint(path)
+    settings = _described(path, config, spec).settings
     prefix = prefix_of_model(index, config, path, ema=ema, masters=False)
     entries = entries_of_model(index, config, path, prefix, adapter_shapes(config, settings))
     state = {key: torch.empty(entry.size, dtype=torch.float32) for key, entry in entries.items()}
