@@ -55,7 +55,8 @@ def write_patches(
     if peak is not None:
         display = f"G(8500,39850)B(6550,2300)R(35400,14600)WP(15635,16450)L({round(peak * 10_000)},1)"
         colours = f"colorprim=bt2020:transfer={names[transfer]}:colormatrix=bt2020nc:master-display={display}"
-        options = {"x265-params": f"log-level=none:pools=none:frame-threads=1:lossless=1:{colours}"}
+        # With B-frames and fewer frames than their delay, x265 takes the first DTS from memory it never wrote.
+        options = {"x265-params": f"log-level=none:pools=none:frame-threads=1:lossless=1:bframes=0:{colours}"}
     height, width = 64, PATCH * len(signals)
     matrix = np.array([[0.2627, 0.6780, 0.0593], [-0.13963, -0.36037, 0.5], [0.5, -0.459786, -0.040214]])
     planes = (signals @ matrix.T) * [876, 896, 896] + [64, 512, 512]
