@@ -92,9 +92,10 @@ class LoraConfig:
             return
         adapted, first = {int(name.split(".")[1]) for name in settings.linears(model)}, 0
         for stage, size in enumerate(layers_of_stages(model.num_layers, stages)):
-            if adapted.isdisjoint(range(first, first + size)):
+            end = first + size
+            if adapted.isdisjoint(range(first, end)):
                 raise ValueError(
-                    f"lora.targets is {self.targets!r}, which adapts nothing in the blocks {first} to {first + size - 1} "
-                    f"of pipeline stage {stage}; add targets there, or lower model.pipeline_model_parallel_size"
+                    f"lora.targets is {self.targets!r}, which adapts nothing in the blocks {first} to {end - 1} of "
+                    f"pipeline stage {stage}; add targets there, or lower model.pipeline_model_parallel_size"
                 )
-            first += size
+            first = end
