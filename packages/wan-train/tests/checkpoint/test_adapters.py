@@ -175,6 +175,15 @@ def test_another_lora_is_refused(setting: str, said: str, stopped_run: Path) -> 
 def test_a_lora_is_not_resumed_as_a_run_of_weights(stopped_run: Path) -> None:
     sentence = refused(stopped_run, *SAVED)
     assert f"{find_checkpoint(stopped_run)} holds a LoRA of rank 3 and lora.rank is 0" in sentence
+    sentence = refused(stopped_run, *LORA, SAVED[0], FULLY_SHARDED)
+    assert f"start anew from what it trained: wan-train merge {stopped_run} MODEL" in sentence
+
+
+def test_an_alpha_of_the_rank_may_be_left_out(start_weights: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", "--init-from", str(start_weights), "lora.rank=3", "train.train_iters=1")
+    log = train(tmp_path / "run", "lora.rank=3", "lora.alpha=3", "train.train_iters=2")
+    assert [entry["step"] for entry in steps_of(log)] == [1, 2]
+    train(tmp_path / "run", "lora.rank=3", "train.train_iters=3")
 
 
 def test_a_pipeline_stage_without_adapters_is_refused(start_weights: Path, tmp_path: Path) -> None:
