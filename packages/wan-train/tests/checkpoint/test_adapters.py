@@ -108,6 +108,17 @@ def test_fully_sharded_resumes_to_the_bit(start_weights: Path, tmp_path: Path) -
     assert not [name for name in names if "attn2" in name], "nothing of the base is saved"
 
 
+def test_few_adapters_leave_a_rank_without_optimizer_state(start_weights: Path, tmp_path: Path) -> None:
+    """Of three data-parallel ranks the last has no part of the 192 values; each rank's buffer has 128."""
+    small = ("lora.rank=1", "lora.targets=[blocks.0.attn1.to_k]", *SAVED, "train.train_iters=4")
+    options = ("--init-from", str(start_weights), *small, "--nproc-per-node", "3", "train.global_batch_size=3")
+    train(tmp_path / "whole", *options)
+    resumed = stopped_after(STOPPED, tmp_path / "whole", tmp_path / "resumed")
+    train(resumed, *options)
+    assert trajectory(resumed) == trajectory(tmp_path / "whole")
+    assert same_adapters(resumed, tmp_path / "whole", 4)
+
+
 def test_a_base_in_main_memory_changes_nothing_and_one_in_fp8_is_the_same_in_every_layout(
     lora_run: Path, start_weights: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +198,7 @@ def test_an_alpha_of_the_rank_may_be_left_out(start_weights: Path, tmp_path: Pat
 
 
 def test_a_pipeline_stage_without_adapters_is_refused(start_weights: Path, tmp_path: Path) -> None:
-    """Its optimizer has no parameters, which Megatron cannot save."""
+    """It has nothing to save, and Megatron resumes no such stage."""
     given = ("--nproc-per-node", "2", PIPELINE, "--init-from", str(start_weights), "lora.rank=3")
     sentence = refused(tmp_path / "run", *given, "lora.targets=[blocks.0.*]")
     assert "which adapts nothing in the blocks 1 to 1 of pipeline stage 1; add targets there" in sentence

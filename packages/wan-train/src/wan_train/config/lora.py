@@ -79,7 +79,7 @@ class LoraConfig:
                 )
 
     def check_stages(self, model: WanConfig, stages: int) -> None:
-        """Refuse targets that leave a pipeline stage without adapters: Megatron saves no optimizer without parameters.
+        """Refuse targets that leave a pipeline stage without adapters: Megatron resumes no stage without parameters.
 
         Args:
             model: sizes of the transformer.
