@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +74,9 @@ def name_of_model(model: str) -> str:
 
 def _writable(field: str, name: str) -> str | None:
     """A name for a file's metadata; None for one that these cannot have, such as one with a line break."""
+    given: dict[str, Any] = {field: name}
     try:
-        LoraOrigin(**{field: name})
+        LoraOrigin(**given)
     except ValueError:
         return None
     return name

@@ -53,13 +53,15 @@ def _save_without_parameters() -> None:
     state_dict = DistributedOptimizer.state_dict
 
     def state_dict_with_step(self: Any) -> Any:
-        if not isinstance(self.optimizer, torch.optim.Adam) or self.optimizer.state:
+        adam: Any = self.optimizer
+        if not isinstance(adam, torch.optim.Adam) or adam.state:
             return state_dict(self)
-        self.optimizer.state[_NO_PARAMETER] = {"step": torch.tensor(getattr(self.optimizer, "steps_taken", 0.0))}
+        states: dict[Any, Any] = adam.state
+        states[_NO_PARAMETER] = {"step": torch.tensor(getattr(adam, "steps_taken", 0.0))}
         try:
             return state_dict(self)
         finally:
-            del self.optimizer.state[_NO_PARAMETER]
+            del states[_NO_PARAMETER]
 
     DistributedOptimizer.state_dict = state_dict_with_step
 
@@ -110,8 +112,9 @@ def synchronize_steps(optimizer: Any) -> None:
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
     for step in steps:
         step.fill_(float(most))
-    for adam in adams:
-        adam.steps_taken = float(most)  # type: ignore[attr-defined]  read where it has no parameter
+    inner: Any
+    for inner in adams:
+        inner.steps_taken = float(most)  # for a rank that has no parameter
 
 
 def patch_optimizer() -> None:
