@@ -236,6 +236,8 @@ def test_targets(targets: tuple[str, ...], wanted: list[str], small_model: WanDi
         ({"rank": 0}, "the rank of the LoRA is 0; expected a whole number from 1"),
         ({"alpha": 0.0}, "the alpha of the LoRA is 0.0; expected a number above 0"),
         ({"alpha": math.inf}, "the alpha of the LoRA is inf"),
+        ({"alpha": 1e39}, "the alpha of the LoRA is 1e+39; expected a number above 0, from 1e-30 to 1e+30"),
+        ({"alpha": 1e-46}, "the alpha of the LoRA is 1e-46"),
         ({"alpha": math.nan}, "the alpha of the LoRA is nan"),
         ({"dropout": 1.0}, "the dropout of the LoRA is 1.0; expected 0 or more and below 1"),
         ({"targets": ()}, "the LoRA has no targets"),

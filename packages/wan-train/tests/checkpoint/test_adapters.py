@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from training_runs import (
     FULL,
     FULLY_SHARDED,
+    PIPELINE,
     RUN_OPTIONS,
     STEPS,
     call,
@@ -107,6 +108,17 @@ def test_fully_sharded_resumes_to_the_bit(start_weights: Path, tmp_path: Path) -
     assert not [name for name in names if "attn2" in name], "nothing of the base is saved"
 
 
+def test_few_adapters_leave_a_rank_without_optimizer_state(start_weights: Path, tmp_path: Path) -> None:
+    """Of three data-parallel ranks the last has no part of the 192 values; each rank's buffer has 128."""
+    small = ("lora.rank=1", "lora.targets=[blocks.0.attn1.to_k]", *SAVED, "train.train_iters=4")
+    options = ("--init-from", str(start_weights), *small, "--nproc-per-node", "3", "train.global_batch_size=3")
+    train(tmp_path / "whole", *options)
+    resumed = stopped_after(STOPPED, tmp_path / "whole", tmp_path / "resumed")
+    train(resumed, *options)
+    assert trajectory(resumed) == trajectory(tmp_path / "whole")
+    assert same_adapters(resumed, tmp_path / "whole", 4)
+
+
 def test_a_base_in_main_memory_changes_nothing_and_one_in_fp8_is_the_same_in_every_layout(
     lora_run: Path, start_weights: Path, tmp_path: Path
 ) -> None:
@@ -159,7 +171,7 @@ def test_where_the_base_of_a_resumed_run_is(stopped_run: Path, lora_run: Path, t
         ("lora.targets=[attn1.*]", "lora.targets is ['attn1.*'] where {} has ['attn1.*', 'ffn.net.2']"),
         ("lora.alpha=3", "lora.alpha is 3 where {} has 6"),
         ("lora.use_rslora=true", "lora.use_rslora is True where {} has False"),
-        ("lora.rank=0", "{} holds a LoRA of rank 3 and lora.rank is 0"),
+        ("lora.rank=0", "lora.alpha is 6 and lora.rank is 0, which trains the weights themselves; set lora.rank"),
         ("lora.targets=[to_z]", "the LoRA's target 'to_z' is no linear of the model's 2 blocks"),
         ("lora.offload_base=true", "lora.offload_base needs model.recompute_granularity=full"),
         ("lora.rank=-1", "the rank of the LoRA is -1; expected a whole number from 1"),
@@ -169,6 +181,27 @@ def test_another_lora_is_refused(setting: str, said: str, stopped_run: Path) -> 
     sentence = refused(stopped_run, *LORA, *SAVED, setting)
     assert said.format(find_checkpoint(stopped_run)) in sentence
     assert len(read_log(stopped_run)) == STOPPED
+
+
+def test_a_lora_is_not_resumed_as_a_run_of_weights(stopped_run: Path) -> None:
+    sentence = refused(stopped_run, *SAVED)
+    assert f"{find_checkpoint(stopped_run)} holds a LoRA of rank 3 and lora.rank is 0" in sentence
+    sentence = refused(stopped_run, *LORA, SAVED[0], FULLY_SHARDED)
+    assert f"start anew from what it trained: wan-train merge {stopped_run} MODEL" in sentence
+
+
+def test_an_alpha_of_the_rank_may_be_left_out(start_weights: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", "--init-from", str(start_weights), "lora.rank=3", "train.train_iters=1")
+    log = train(tmp_path / "run", "lora.rank=3", "lora.alpha=3", "train.train_iters=2")
+    assert [entry["step"] for entry in steps_of(log)] == [1, 2]
+    train(tmp_path / "run", "lora.rank=3", "train.train_iters=3")
+
+
+def test_a_pipeline_stage_without_adapters_is_refused(start_weights: Path, tmp_path: Path) -> None:
+    """It has nothing to save, and Megatron resumes no such stage."""
+    given = ("--nproc-per-node", "2", PIPELINE, "--init-from", str(start_weights), "lora.rank=3")
+    sentence = refused(tmp_path / "run", *given, "lora.targets=[blocks.0.*]")
+    assert "which adapts nothing in the blocks 1 to 1 of pipeline stage 1; add targets there" in sentence
 
 
 def test_a_checkpoint_of_weights_is_no_start_of_a_lora(
@@ -197,6 +230,19 @@ def test_other_weights_than_those_of_the_checkpoint_are_refused(
     rewrite(record.parent, record.name, moved)
     sentence = refused(stopped_run, *LORA, *SAVED)
     assert f"the weights of {tmp_path / 'other'} are not those that the checkpoint's LoRA was trained on" in sentence
+
+
+def test_a_base_that_has_moved(stopped_run: Path, lora_run: Path, start_weights: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(start_weights, tmp_path / "moved")
+    record = find_checkpoint(stopped_run) / "run_config.yaml"
+    rewrite(record.parent, record.name, record.read_text().replace(str(start_weights), str(tmp_path / "gone")))
+    sentence = refused(stopped_run, *LORA, *SAVED)
+    assert f"the base of the LoRA is not found (no model at {tmp_path / 'gone'}" in sentence
+    assert "give it with --init-from MODEL" in sentence
+    ended = run((*RUN_OPTIONS, "--init-from", str(moved), *LORA, *SAVED), stopped_run)
+    assert ended.codes == [0], ended.errors
+    assert same_adapters(stopped_run, lora_run, STEPS)
+    assert find_adapters(find_checkpoint(stopped_run)).base == str(moved)
 
 
 def test_a_run_begins_with_the_adapters_of_another(lora_run: Path, start_weights: Path, tmp_path: Path) -> None:
@@ -232,6 +278,31 @@ def test_merged_weights_are_the_base_and_the_change(
             torch.testing.assert_close(merged[key], value + added[key], rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(merged[key], value), key
+
+
+def test_merged_weights_in_another_precision_are_rounded_once(
+    lora_run: Path, start_weights: Path, tmp_path: Path
+) -> None:
+    merge(lora_run, tmp_path / "model", dtype="bfloat16")
+    merged = load_file(tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    base = load_transformer(start_weights / "transformer").state_dict()
+    for key, change in changes(read_adapters(find_checkpoint(lora_run))).items():
+        assert torch.equal(merged[key], (base[key] + change).bfloat16()), key
+
+
+@pytest.mark.parametrize("base", ["./models/wan", "my/models/wan", "/models/wan"])
+@pytest.mark.parametrize("run_name", ["tuned", "two\nlines", "back\\slash"])
+def test_a_file_names_its_base_and_run_wherever_it_is_written(
+    base: str, run_name: str, lora_run: Path, start_weights: Path, tmp_path: Path
+) -> None:
+    """A base may have been given relative to another folder, and a run's name may be no text for metadata."""
+    folder = shutil.copytree(lora_run, tmp_path / run_name)
+    record = find_checkpoint(folder) / "run_config.yaml"
+    rewrite(record.parent, record.name, record.read_text().replace(str(start_weights), base))
+    export_lora(folder, tmp_path / "my.safetensors")
+    metadata = _metadata(tmp_path / "my.safetensors")
+    assert metadata["wan.base"] == "wan"
+    assert metadata.get("wan.run") == (run_name if run_name == "tuned" else None)
 
 
 @pytest.mark.parametrize("format", ["diffusers", "comfyui", "kohya"])

@@ -83,6 +83,13 @@ REFUSED = [
         ["--recipe", "tiny", "optimizer.use_distributed_optimizer=false"],
         "ddp.use_distributed_optimizer is True; set both",
     ),
+    (
+        [
+            *("--recipe", "tiny", "mixed_precision=bf16_mixed", "checkpoint.save=unused"),
+            *("optimizer.use_distributed_optimizer=false", "ddp.use_distributed_optimizer=false"),
+        ],
+        "Megatron cannot save that optimizer's state, because some weights are fp32",
+    ),
     (["--recipe", "tiny", "ddp.use_megatron_fsdp=true"], "ddp.use_megatron_fsdp is True; use dist.use_megatron_fsdp"),
     (["--recipe", "tiny", "ddp.num_distributed_optimizer_instances=2"], "is 2; the optimizer's state has one part"),
     (["--recipe", "tiny", "checkpoint.load_main_params_from_ckpt=true"], "is True; the optimizer's weights follow"),

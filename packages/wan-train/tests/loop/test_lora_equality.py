@@ -44,6 +44,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tensor and sequence x context, recomputing": (4, [TENSOR, SEQUENCE, CONTEXT, SELECTIVE]),
     "context x pipeline": (4, [CONTEXT, PIPELINE, FULL]),
     "fully sharded x context": (4, [FULLY_SHARDED, CONTEXT]),
+    # Nothing is sharded, and Megatron-FSDP asks frozen weights for gradients.
+    "fully sharded, alone": (1, [FULLY_SHARDED]),
+    "fully sharded, alone x tensor": (2, [FULLY_SHARDED, TENSOR, SEQUENCE]),
     "fully sharded x tensor, recomputing": (4, [FULLY_SHARDED, TENSOR, SEQUENCE, SELECTIVE]),
 }
 

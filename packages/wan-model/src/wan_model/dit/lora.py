@@ -38,6 +38,8 @@ LINEARS = (
     "ffn.net.2",
 )
 _LARGEST_RANK = 1 << 14
+# Beyond, a factor in fp32 could be zero or infinite.
+_SMALLEST_ALPHA, _LARGEST_ALPHA = 1e-30, 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,11 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= _LARGEST_RANK:
             raise ValueError(f"the rank of the LoRA is {self.rank}; expected a whole number from 1 to {_LARGEST_RANK}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"the alpha of the LoRA is {self.alpha}; expected a number above 0, or none for the rank")
+        if self.alpha is not None and not _SMALLEST_ALPHA <= self.alpha <= _LARGEST_ALPHA:
+            raise ValueError(
+                f"the alpha of the LoRA is {self.alpha}; expected a number above 0, from {_SMALLEST_ALPHA:g} to "
+                f"{_LARGEST_ALPHA:g}, or none for the rank"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"the dropout of the LoRA is {self.dropout}; expected 0 or more and below 1")
         if not self.targets:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,9 @@ def export_lora(
     found = find_adapters(checkpoint)
     require_undamaged(checkpoint)
     origin = LoraOrigin(
-        base=name_of_model(found.base),
+        base=_writable("base", name_of_model(found.base)),
         base_digest=found.base_digest,
-        run=checkpoint.resolve().parent.name,
+        run=_writable("run", checkpoint.resolve().parent.name),
         step=step_of(checkpoint),
         software=f"wan-train {version('wan-train')}",
     )
@@ -63,8 +64,22 @@ def export_lora(
 
 
 def name_of_model(model: str) -> str:
-    """A hub id, or the last part of a path."""
-    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
+    """A hub id, or the last part of a path, which may be relative to another folder than the current one."""
+    path = Path(model)
+    if path.exists():
+        return path.resolve().name
+    is_path = path.is_absolute() or model.startswith(".") or model.count("/") != 1
+    return path.name if is_path else model
+
+
+def _writable(field: str, name: str) -> str | None:
+    """A name for a file's metadata; None for one that these cannot have, such as one with a line break."""
+    given: dict[str, Any] = {field: name}
+    try:
+        LoraOrigin(**given)
+    except ValueError:
+        return None
+    return name
 
 
 def merge(
@@ -144,11 +159,11 @@ def merged_state(base: Path, adapters: Mapping[str, Tensor], factor: float, dtyp
         with open_weights(path) as file:
             for key in (key for key, place in files.items() if place == path):
                 weight, name = file.get_tensor(key), key.removesuffix(".weight")
-                if dtype != "stored":
-                    weight = weight.to(precision_of(key, getattr(torch, dtype)))
+                precision = weight.dtype if dtype == "stored" else precision_of(key, getattr(torch, dtype))
                 if (down := adapters.get(f"{name}.{DOWN}.weight")) is not None:
-                    weight = merged_weight(weight, weight_change(down, adapters[f"{name}.{UP}.weight"], factor))
-                    if not torch.isfinite(weight).all():
-                        raise ValueError(f"the LoRA changes {key} to values that are not finite; the training diverged")
-                state[key] = weight
+                    change = weight_change(down, adapters[f"{name}.{UP}.weight"], factor)
+                    weight = merged_weight(weight.float(), change)
+                state[key] = weight.to(precision)
+                if down is not None and not torch.isfinite(state[key]).all():
+                    raise ValueError(f"the LoRA changes {key} to values that are not finite; the training diverged")
     return state

@@ -77,6 +77,8 @@ def _changed(config: Any, record: Mapping[str, Any]) -> list[tuple[FixedSetting,
     mock = config.dataset.mock and _at(record, "dataset.mock") is True
     found = []
     for setting in FIXED:
+        if setting.key == "model.init_from" and config.model.recorded_digest is not None:
+            continue  # the base of adapters, which may have moved: its digest is compared when it is read
         ours, theirs = _of_config(config, setting.key), _of_record(record, setting.key)
         # A record of another version of Megatron may lack the key.
         if theirs is _MISSING or ours is _MISSING or (setting.with_data and mock) or ours == theirs:
@@ -156,7 +158,10 @@ def _check_adapters(config: Any, point: ResumePoint, record: dict[str, Any]) -> 
     if not config.lora.rank:
         return
     for key in ("lora.rank", "lora.targets", "lora.alpha", "lora.use_rslora"):
-        if (ours := _at(config, key)) != (its := _at(record, key)):
+        ours, its = _at(config, key), _at(record, key)
+        if key == "lora.alpha" and theirs in (ours, its) and None in (ours, its):
+            continue  # left out, it is the rank
+        if ours != its:
             raise ValueError(
                 f"{key} is {ours!r} where {point.step_folder} has {its!r}, which would be another LoRA; set it as it "
                 "was, or set checkpoint.save to another folder"
@@ -170,9 +175,10 @@ def _check_weights(config: Any, point: ResumePoint, record: dict[str, Any]) -> N
     transformer, spec = read_run_config(point.step_folder, record)
     theirs = _at(record, "dist.use_megatron_fsdp") is True
     if theirs != bool(config.dist.use_megatron_fsdp):
+        write = "merge" if _at(record, "lora.rank") not in (0, _MISSING) else "export"
         raise ValueError(
             f"{point.step_folder} was saved with dist.use_megatron_fsdp={str(theirs).lower()}, whose format the other "
-            f"cannot read; set it so, or start anew from an export: wan-train export {point.folder} MODEL, then "
+            f"cannot read; set it so, or start anew from what it trained: wan-train {write} {point.folder} MODEL, then "
             "--init-from MODEL"
         )
     ours = config.model.wan_config

@@ -4,6 +4,7 @@ import dataclasses
 
 from wan_model.config import WanConfig
 from wan_model.dit.lora import LoraSettings
+from wan_train.model.layout import layers_of_stages
 
 
 @dataclasses.dataclass
@@ -56,15 +57,45 @@ class LoraConfig:
         settings = self.settings()
         if settings is not None:
             settings.linears(model)
+        else:
+            self._check_unset()
         for name in ("fp8_base", "offload_base"):
-            if not getattr(self, name):
-                continue
-            if settings is None:
-                raise ValueError(f"lora.{name} is true and lora.rank is 0; set lora.rank, or leave lora.{name} out")
-            if fully_sharded:
+            if getattr(self, name) and fully_sharded:
                 raise ValueError(f"lora.{name} is not supported with dist.use_megatron_fsdp; leave one of them out")
         if self.offload_base and recompute != "block":
             raise ValueError(
                 "lora.offload_base needs model.recompute_granularity=full: without it the weights of every block would "
                 "stay on the device until the backward pass; set it"
             )
+
+    def _check_unset(self) -> None:
+        """Refuse a section without its rank, with which all weights would be trained."""
+        fresh = LoraConfig()
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) != getattr(fresh, field.name):
+                raise ValueError(
+                    f"lora.{field.name} is {value!r} and lora.rank is 0, which trains the weights themselves; set "
+                    f"lora.rank, or leave lora.{field.name} out"
+                )
+
+    def check_stages(self, model: WanConfig, stages: int) -> None:
+        """Refuse targets that leave a pipeline stage without adapters: Megatron resumes no stage without parameters.
+
+        Args:
+            model: sizes of the transformer.
+            stages: number of pipeline stages.
+
+        Raises:
+            ValueError: naming the first such stage.
+        """
+        if (settings := self.settings()) is None:
+            return
+        adapted, first = {int(name.split(".")[1]) for name in settings.linears(model)}, 0
+        for stage, size in enumerate(layers_of_stages(model.num_layers, stages)):
+            end = first + size
+            if adapted.isdisjoint(range(first, end)):
+                raise ValueError(
+                    f"lora.targets is {self.targets!r}, which adapts nothing in the blocks {first} to {end - 1} of "
+                    f"pipeline stage {stage}; add targets there, or lower model.pipeline_model_parallel_size"
+                )
+            first = end

@@ -125,6 +125,12 @@ def check_settings(config: Any) -> None:
         raise ValueError(
             f"optimizer.use_distributed_optimizer is {ours} and ddp.use_distributed_optimizer is {theirs}; set both"
         )
+    if config.mixed_precision is not None and not ours and config.checkpoint.save is not None:
+        raise ValueError(
+            "optimizer.use_distributed_optimizer is false and mixed_precision is set: Megatron cannot save that "
+            "optimizer's state, because some weights are fp32 beside others in bf16; set it and "
+            "ddp.use_distributed_optimizer to true"
+        )
     _check_schedule(config.optimizer, config.scheduler)
     if config.model.deterministic_mode:
         _check_deterministic(config)

@@ -42,10 +42,34 @@ def _seed_state() -> None:
     replace(f"{setup}:setup_optimizer", building_and_seeding, _PURPOSE, called_by=(f"{setup}:setup",))
 
 
+# Key of the state of a rank that has no part of any parameter; those of parameters are tensors.
+_NO_PARAMETER = "no parameter"
+
+
+def _save_without_parameters() -> None:
+    """Few parameters, as of adapters, may leave a rank without a part of any; Core asserts that one has a step."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict = DistributedOptimizer.state_dict
+
+    def state_dict_with_step(self: Any) -> Any:
+        adam: Any = self.optimizer
+        if not isinstance(adam, torch.optim.Adam) or adam.state:
+            return state_dict(self)
+        states: dict[Any, Any] = adam.state
+        states[_NO_PARAMETER] = {"step": torch.tensor(getattr(adam, "steps_taken", 0.0))}
+        try:
+            return state_dict(self)
+        finally:
+            del states[_NO_PARAMETER]
+
+    DistributedOptimizer.state_dict = state_dict_with_step
+
+
 def _load_steps_apart() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    for name in ("_set_main_param_and_optimizer_states", "load_state_dict"):
+    for name in ("_set_main_param_and_optimizer_states", "load_state_dict", "state_dict"):
         if name not in vars(DistributedOptimizer):
             raise changed(f"Megatron-Core's DistributedOptimizer has no {name}", _PURPOSE)
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -88,9 +112,13 @@ def synchronize_steps(optimizer: Any) -> None:
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
     for step in steps:
         step.fill_(float(most))
+    inner: Any
+    for inner in adams:
+        inner.steps_taken = float(most)  # for a rank that has no parameter
 
 
 def patch_optimizer() -> None:
     """Make the distributed optimizer save and resume exactly with torch's AdamW; process-wide."""
     _seed_state()
     _load_steps_apart()
+    _save_without_parameters()

@@ -76,6 +76,7 @@ def check_layout(config: Any, world: int) -> Layout:
     check_settings(config)
     layout = Layout.of(config, world)
     layout.check(config.model.wan_config, packs=config.train.global_batch_size, capacity=config.dataset.capacity)
+    config.lora.check_stages(config.model.wan_config, layout.pipeline)
     return layout
 
 
@@ -148,7 +149,12 @@ def _find_base(config: Any) -> None:
             f"lora.rank is {rank} and there are no weights to adapt; give --init-from MODEL, or lora.rank=0"
         )
     if model.initial_weights is None:
-        model.initial_weights = InitialWeights.find(model.init_from)
+        try:
+            model.initial_weights = InitialWeights.find(model.init_from)
+        except ValueError as error:
+            raise ValueError(
+                f"the base of the LoRA is not found ({error}); give it with --init-from MODEL, wherever it is now"
+            ) from error
 
 
 def _make_validator(config: Any, device: Any) -> Any:

@@ -123,6 +123,26 @@ def _chosen(state_of: Callable[..., dict[str, Any]], saved: Callable[[str], bool
     return chosen_state
 
 
+def _reduce_what_has_gradients() -> None:
+    """Where nothing is sharded, Megatron-FSDP asks every group of parameters for its gradients, frozen ones too."""
+    import megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer as buffers
+
+    reduce = vars(buffers.ParamAndGradBuffer).get("reduce_scatter_gradients")
+    if reduce is None:
+        raise changed(f"{buffers.__name__} reduces no gradients", "training adapters with Megatron-FSDP")
+
+    @functools.wraps(reduce)
+    def reduce_trained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        groups = self.parameter_groups
+        self.parameter_groups = [group for group in groups if group.main_grad_buffer is not None]
+        try:
+            return reduce(self, *args, **kwargs)
+        finally:
+            self.parameter_groups = groups
+
+    buffers.ParamAndGradBuffer.reduce_scatter_gradients = reduce_trained
+
+
 def use_fsdp_units(*modules: type, saved: Callable[[str], bool] | None = None) -> None:
     """Make Megatron-FSDP shard these modules one by one; its default unit is Megatron's own ``TransformerLayer``.
 
@@ -153,3 +173,5 @@ def use_fsdp_units(*modules: type, saved: Callable[[str], bool] | None = None) -
                 module.state_dict_for_save_checkpoint = _chosen(module.state_dict_for_save_checkpoint, saved)
 
     adapter.FullyShardedDataParallel.__init__ = create_with_units
+    if saved is not None:
+        _reduce_what_has_gradients()
