@@ -13,11 +13,11 @@ import pytest
 from infer_command import QUICK, refused, run
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_sources import tiny_lora
 
 from wan_infer.cli import main
 from wan_infer.output.video_file import read_video
 from wan_model.sampling.settings import NEGATIVE_PROMPT
+from wan_model.testing.lora_files import tiny_lora
 
 HOSTILE = ["../../evil\n; rm -rf /", "/etc/passwd", "$(touch marker)", "兔子 \U0001f430"]
 

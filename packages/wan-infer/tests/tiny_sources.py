@@ -1,4 +1,4 @@
-"""Sources of a transformer for tests: training checkpoints and a LoRA, of the tiny model."""
+"""Training checkpoints of the tiny model for tests."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,13 +8,6 @@ import torch
 import yaml
 
 from wan_model.tiny import TINY_CONFIG
-from wan_model.weights.transformer import expected_shapes
-
-# Linears that the LoRA changes, of the blocks and outside of them.
-CHANGED = (
-    *("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj"),
-    *("condition_embedder.text_embedder.linear_2", "proj_out"),
-)
 
 
 def write_checkpoint_of(
@@ -34,7 +27,6 @@ def write_checkpoint_of(
     from torch.distributed.checkpoint.state_dict_saver import save
 
     from wan_model.dit.model import WanDiT
-    from wan_model.tiny import TINY_CONFIG
     from wan_model.weights.model_folder import latent_spec_of
     from wan_model.weights.transformer import init_weights
 
@@ -56,16 +48,3 @@ def write_checkpoint_of(
     config = {"model": {"transformer": {**TINY_CONFIG.to_diffusers(), **(transformer or {})}, "latent_spec": spec}}
     (path / "run_config.yaml").write_text(yaml.safe_dump(config))
     return path
-
-
-def tiny_lora(rank: int = 3, *, alpha: float | None = None, seed: int = 2) -> dict[str, torch.Tensor]:
-    """Random changes of some linears, in diffusers' format."""
-    generator, shapes = torch.Generator().manual_seed(seed), expected_shapes(TINY_CONFIG)
-    tensors = {}
-    for name in CHANGED:
-        out, width = shapes[f"{name}.weight"]
-        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator)
-        if alpha is not None:
-            tensors[f"transformer.{name}.alpha"] = torch.tensor(alpha)
-    return tensors

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from wan_infer.loading.lora import LoraWeights, merge_loras
 from wan_infer.loading.lora_unmerged import UnmergedLoras
 from wan_infer.request.options import ModelName, ModelSources
 from wan_infer.runtime.parallelism import Parallelism
@@ -21,6 +20,7 @@ from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.dit.lora import is_adapter_key
 from wan_model.dit.model import WanDiT
 from wan_model.latent_spec import LatentSpec
+from wan_model.weights.lora_reading import LoraWeights, merge_loras
 from wan_model.weights.model_folder import MissingPartsError, resolve_folder
 from wan_model.weights.transformer import load_weights, read_config, read_trained_spec
 

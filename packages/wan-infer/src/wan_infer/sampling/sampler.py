@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_infer.loading.lora import LoraWeights, read_lora
 from wan_infer.loading.lora_unmerged import UnmergedLoras, check_unmerged
 from wan_infer.loading.sources import CodecSource, TransformerSource, check_latent_space
 from wan_infer.request.options import (
@@ -34,6 +33,7 @@ from wan_model.dit.model import WanDiT
 from wan_model.sampling.denoising import OnStep, draw_noise
 from wan_model.sampling.settings import NEGATIVE_PROMPT, Settings, SolverName
 from wan_model.video_shape import check_frames
+from wan_model.weights.lora_reading import LoraWeights, read_lora
 
 
 class WanSampler:

@@ -1,13 +1,13 @@
-"""LoRA of every dialect that diffusers reads for Wan: reading, and merging into the weights when they are loaded.
+"""LoRA of every dialect that diffusers reads for Wan, and of wan-train's checkpoints: reading, merging into weights.
 
 A file holds, for some linears of the transformer, A [r, in] and B [out, r], and in some files an alpha, a change of the
 bias, or whole changes of weights and biases (``diff``, ``diff_b``). The merged weight is W + scale * factor * B A, or
-W + scale * diff; the factor is alpha / r, or 1 where the file gives no alpha. ``lora_names`` has the spellings of the
+W + scale * diff; the factor is alpha / r, or 1 where the file gives no alpha. ``lora_keys`` has the spellings of the
 keys, ``lora_config`` the factors that peft's configuration gives.
 
 Everything in a file is merged or the file is refused. That includes what diffusers leaves out (at least to version
 0.42): a ``diff`` or ``diff_b`` of norms and of the patch embedding, and the ``diff_b`` of ``time_projection`` without a
-change of its weight. ``lora_unmerged`` keeps products beside the weights instead.
+change of its weight.
 
 Source: peft's ``LoraLayer``, diffusers' ``load_lora_weights`` and ``lora_conversion_utils.py``.
 """
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_infer.loading.lora_config import CONFIG_NAME, LoraConfig
-from wan_infer.loading.lora_names import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.config import WanConfig
 from wan_model.dit.lora import DOWN, UP, adapted_names, merged_weight, weight_change
 from wan_model.dit.model import WanDiT
+from wan_model.weights.lora_config import CONFIG_NAME, LoraConfig
+from wan_model.weights.lora_keys import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.weights.model_folder import FLOATS, open_weights
 from wan_model.weights.transformer import expected_shapes, full_shape, local_slices, local_tensor
 
