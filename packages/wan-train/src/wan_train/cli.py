@@ -265,25 +265,40 @@ def export_command(
 
 
 @main.command("merge")
-@click.argument("checkpoints", type=click.Path(path_type=Path))
+@click.argument("lora", metavar="CHECKPOINTS|FILE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--model", metavar="MODEL", help="The base, if it is not where it was in training: a folder or hub id.")
+@click.option("--model", metavar="MODEL", help="The base: a folder or hub id. Default: that of the run.")
 @_OF_STEP
 @_OF_EMA
 @click.option(
     "--dtype", type=click.Choice(["stored", *DTYPES]), default="stored", show_default=True,
     help="Precision of the weights; stored: that of the base.",
 )  # fmt: skip
-def merge_command(checkpoints: Path, out: Path, model: str | None, step: int | None, ema: bool, dtype: str) -> None:
-    """Merge the LoRA of a run into its base: a model in diffusers' layout, OUT/transformer.
+def merge_command(lora: Path, out: Path, model: str | None, step: int | None, ema: bool, dtype: str) -> None:
+    """Merge the LoRA of a run, or a LoRA file of any trainer, into its base.
+
+    OUT/transformer is a model in diffusers' layout.
 
     \b
-    wan-train merge CHECKPOINTS MODEL
+    wan-train merge CHECKPOINTS OUT
+    wan-train merge my_lora.safetensors OUT --model MODEL
     """
-    from wan_train.checkpoint.adapters import merge
-
     try:
-        read = merge(checkpoints, out, model=model, step=step, ema=ema, dtype=dtype)
+        if lora.is_file():
+            if model is None or step is not None or ema:
+                raise ValueError(
+                    f"{lora} is a LoRA file, which names no base and has no steps and no EMA; give --model MODEL, and "
+                    "neither --step nor --ema"
+                )
+            from wan_train.checkpoint.adapters import merge_file
+
+            if sentence := merge_file(lora, out, model, dtype=dtype):
+                click.echo(f"Warning: {sentence}; it is merged all the same", err=True)
+            click.echo(f"{out / 'transformer'}: {model} with the LoRA {lora}")
+            return
+        from wan_train.checkpoint.adapters import merge
+
+        read = merge(lora, out, model=model, step=step, ema=ema, dtype=dtype)
     except ValueError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)

@@ -126,6 +126,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("lora.rank", "lora.targets", "lora.alpha", "lora.use_rslora"), "test_adapters.py::test_another_lora_is_refused"
     ),
+    "lora.init_from": "test_lora_start.py::test_a_resume_goes_on_from_the_checkpoint_and_does_not_read_the_file",
     "lora.dropout": "test_adapters.py::test_dropout_of_a_resumed_run",
     **dict.fromkeys(
         ("lora.fp8_base", "lora.offload_base"), "test_adapters.py::test_where_the_base_of_a_resumed_run_is"
