@@ -3,10 +3,24 @@
 import dataclasses
 
 from wan_model.config import WanConfig
-from wan_model.dit.lora import LoraSettings, adapted_names
+from wan_model.dit.lora import LINEARS, LoraSettings, adapted_names
 from wan_model.weights.lora_adapters import FoundAdapters
+from wan_model.weights.lora_names import official_name
 
 _ALL = ["*"]
+
+
+def _official_names() -> dict[str, list[str]]:
+    """Our names of the linears by the official ones, whole or from a dot on, as programs of others take them."""
+    found: dict[str, list[str]] = {}
+    for ours in LINEARS:
+        parts = official_name(f"blocks.0.{ours}").split(".")[2:]
+        for start in range(len(parts)):
+            found.setdefault(".".join(parts[start:]), []).append(ours)
+    return {name: ours for name, ours in found.items() if not name.isdigit()}
+
+
+_OFFICIAL = _official_names()
 
 
 @dataclasses.dataclass
@@ -88,6 +102,11 @@ class LoraConfig:
             return None
         if strange := [target for target in self.targets if not isinstance(target, str)]:
             raise ValueError(f"lora.targets has {strange[0]!r}; expected names such as attn1.to_q")
+        for target in self.targets:
+            if ours := _OFFICIAL.get(target):
+                raise ValueError(
+                    f"lora.targets has {target!r}, which is a name of the official release; write {' and '.join(ours)}"
+                )
         alpha = None if self.alpha is None else float(self.alpha)
         return LoraSettings(self.rank, alpha, self.use_rslora, float(self.dropout), tuple(self.targets))
 
