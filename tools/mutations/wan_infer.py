@@ -33,6 +33,12 @@ MUTATIONS = (
         "loading/test_lora_unmerged.py",
     ),
     _of(
+        "lora-on-another-base-not-said", "sampling/sampler.py",
+        "if base.digest != digest", "if False",
+        "a LoRA is applied to weights that it was not trained on, and nobody is told why the videos are bad",
+        "loading/test_lora_base.py",
+    ),
+    _of(
         "metadata-always-kept", "cli.py",
         'metadata=not given["no_metadata"]', "metadata=True",
         "--no-metadata has no effect: published files contain the prompts",
