@@ -283,8 +283,10 @@ def merge_command(lora: Path, out: Path, model: str | None, step: int | None, em
     wan-train merge CHECKPOINTS OUT
     wan-train merge my_lora.safetensors OUT --model MODEL
     """
+    from wan_model.weights.lora_reading import find_lora
+
     try:
-        if lora.is_file():
+        if find_lora(lora).is_file():
             if model is None or step is not None or ema:
                 raise ValueError(
                     f"{lora} is a LoRA file, which names no base and has no steps and no EMA; give --model MODEL, and "

@@ -280,6 +280,7 @@ def test_the_commands(
     foreign = tmp_path / "foreign.safetensors"
     origin = LoraOrigin(base="other-model", base_digest="0f3a")
     save_lora(adapters, SETTINGS, TINY_CONFIG, foreign, origin=origin, format="kohya")
+    _of_peft(adapters, tmp_path / "peft")
     lines = {
         "dry": [
             *("finetune", "--recipe", "tiny", "--mock", "--init-from", str(start_weights), "--dry-run", "--json"),
@@ -287,6 +288,7 @@ def test_the_commands(
         ],
         "merge": ["merge", str(file), str(tmp_path / "merged"), "--model", str(start_weights)],
         "foreign": ["merge", str(foreign), str(tmp_path / "foreign"), "--model", str(start_weights)],
+        "folder": ["merge", str(tmp_path / "peft"), str(tmp_path / "of-peft"), "--model", str(start_weights)],
         "no model": ["merge", str(file), str(tmp_path / "out")],
     }
     call("rank_calls:command_lines", str(tmp_path / "results"), lines)
@@ -300,7 +302,7 @@ def test_the_commands(
         0, f"{tmp_path / 'merged' / 'transformer'}: {start_weights} with the LoRA {file}\n", "",
     ]  # fmt: skip
     wanted = changed_by(base_weights, adapters, FACTOR)
-    for name in ("merged", "foreign"):
+    for name in ("merged", "foreign", "of-peft"):
         for key, value in load_transformer(tmp_path / name / "transformer").state_dict().items():
             torch.testing.assert_close(value.double(), wanted[key], rtol=1e-5, atol=1e-6)
     assert found["foreign"][2] == (
