@@ -42,8 +42,7 @@ def _with_run_options(*, init_from_required: bool, training_mode: str) -> Callab
             show_default=True, help="Preset of timestep density and shift.",
         ),
         click.option(
-            *option_names("config-file"),
-            metavar="FILE",
+            *option_names("config-file"), metavar="FILE",
             help="YAML file applied over the recipe, or a name from `config list`.",
         ),
         click.option(
@@ -56,18 +55,15 @@ def _with_run_options(*, init_from_required: bool, training_mode: str) -> Callab
             help="Processes to start on this machine. Omit it under torchrun.",
         ),
         click.option(
-            "--verbose",
-            is_flag=True,
+            "--verbose", is_flag=True,
             help="Print Megatron's own output, which is otherwise written to a file beside the log.",
         ),
         click.option(
-            *option_names("dry-run"),
-            is_flag=True,
+            *option_names("dry-run"), is_flag=True,
             help="Validate the configuration and print layout, memory and FLOPs, without training.",
         ),
         click.option(
-            *option_names("world-size"),
-            type=click.IntRange(1),
+            *option_names("world-size"), type=click.IntRange(1),
             help="With --dry-run: number of processes of the planned cluster.",
         ),
         click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON."),
@@ -178,19 +174,14 @@ def _dry_run(options: RunOptions, world: int, as_json: bool) -> int:
     help="h100, h200, or a YAML file with the values that differ from an h100.",
 )  # fmt: skip
 @click.option(
-    "--shape",
-    default="81x480x832",
-    show_default=True,
-    metavar="FRAMESxHEIGHTxWIDTH",
+    "--shape", default="81x480x832", show_default=True, metavar="FRAMESxHEIGHTxWIDTH",
     help="Shape of the training videos.",
-)
+)  # fmt: skip
 @click.option("--capacity", type=click.IntRange(1), default=43008, show_default=True, help="Tokens of a pack.")
 @click.option(
-    "--packs",
-    type=click.IntRange(1),
-    metavar="N",
+    "--packs", type=click.IntRange(1), metavar="N",
     help="Minimum packs per step. Default: one per 8 GPUs, at least 8.",
-)
+)  # fmt: skip
 @click.option(
     "--best", type=click.IntRange(1), default=1, show_default=True, help="Layouts to print per number of GPUs."
 )
@@ -316,12 +307,9 @@ def merge_command(lora: Path, out: Path, model: str | None, step: int | None, em
 @click.option("--out", type=click.Path(path_type=Path), help="HTML file. Default: report.html in CHECKPOINTS.")
 @click.option("--follow", is_flag=True, help="Serve the page to this machine while the run goes on; write no file.")
 @click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=0,
-    metavar="N",
+    "--port", type=click.IntRange(0, 65535), default=0, metavar="N",
     help="With --follow: port. Default: a free one.",
-)
+)  # fmt: skip
 @click.option(
     "--max-video-mb", type=click.IntRange(0), default=20, show_default=True, metavar="MB",
     help="Megabytes of sampled videos in the page.",
