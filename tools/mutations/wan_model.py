@@ -33,6 +33,24 @@ MUTATIONS = (
         "dit/test_lora.py",
     ),
     _of(
+        "lora-not-divided-by-its-rank", "weights/lora_reading.py",
+        "name: alpha / ranks[name] for", "name: alpha for",
+        "the change of an adapter with an alpha is too large by a factor of its rank",
+        "weights/test_lora_dialects.py",
+    ),
+    _of(
+        "rank-stabilisation-ignored", "weights/lora_config.py",
+        "math.sqrt(rank) if self.rank_stabilised else rank", "rank",
+        "the change of an adapter with rsLoRA is too small by a factor of the root of its rank",
+        "weights/test_lora_dialects.py",
+    ),
+    _of(
+        "alpha-pattern-ignored", "weights/lora_config.py",
+        "own_alpha.get(name, self.alpha)", "self.alpha",
+        "linears with an alpha of their own get that of the others",
+        "weights/test_lora_dialects.py",
+    ),
+    _of(
         "modulation-tables-in-bfloat16", "dit/model.py",
         '(".time_embedder.", ".scale_shift_table", ".norm2.", ', '(".time_embedder.", ".norm2.", ',
         "bfloat16 models round the modulation tables, which diffusers keeps in fp32; other videos than diffusers'",

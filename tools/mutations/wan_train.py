@@ -193,4 +193,16 @@ MUTATIONS = (
         "each time of sampling replaces the weights by their EMA",
         "sampling/test_samples.py::test_training_is_the_same_to_the_bit",
     ),
+    _of(
+        "lora-file-not-started-from", "model/provider.py",
+        "load_adapters(dit, self.initial_adapters.tensors)", "init_adapters(dit, seed=self.init_seed)",
+        "a training that should go on from a LoRA file starts anew, and says that it starts from it",
+        "checkpoint/test_lora_start.py::test_the_first_step_is_that_of_the_base_with_the_file",
+    ),
+    _of(
+        "alpha-of-the-lora-file-ignored", "config/lora.py",
+        "alpha if self.alpha is None else self.alpha", "self.rank if self.alpha is None else self.alpha",
+        "a LoRA file whose alpha is not its rank is refused, or starts with another change",
+        "checkpoint/test_lora_start.py::test_the_first_step_is_that_of_the_base_with_the_file",
+    ),
 )  # fmt: skip

@@ -13,11 +13,11 @@ import pytest
 from infer_command import QUICK, refused, run
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_sources import tiny_lora
 
 from wan_infer.cli import main
 from wan_infer.output.video_file import read_video
 from wan_model.sampling.settings import NEGATIVE_PROMPT
+from wan_model.testing.lora_files import tiny_lora
 
 HOSTILE = ["../../evil\n; rm -rf /", "/etc/passwd", "$(touch marker)", "兔子 \U0001f430"]
 
@@ -275,7 +275,7 @@ def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tm
         (["--lora", "{tmp}/none"], r"no LoRA at .*none"),
         (["--lora", "{tmp}/none", "--lora-scale", "nan"], r"the scale of the LoRA .*none is nan"),
         (["--lora", "a", "b", "--lora-scale", "1", "2", "3"], r"got 2 --lora and 3 --lora-scale; give one scale"),
-        (["--lora-scale", "0.5"], r"got 0 --lora and 1 --lora-scale"),
+        (["--lora-scale", "0.5"], r"--lora-scale needs --lora, which it scales"),
         (["--vae-tiles", "97"], r"cannot be cut into 1\*97 tiles"),
     ],
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from infer_command import QUICK, refused
 from safetensors.torch import load_file, save_file
-from tiny_sources import tiny_lora
 
+from wan_model.testing.lora_files import tiny_lora
 from wan_model.testing.permissions import permissions_apply
 
 DAMAGES: dict[str, tuple[str, bytes]] = {

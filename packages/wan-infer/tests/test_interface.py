@@ -10,11 +10,11 @@ from typing import get_type_hints
 
 import pytest
 from safetensors.torch import save_file
-from tiny_sources import tiny_lora
 
 import wan_infer
 from wan_infer import WanSampler, read_video
 from wan_infer.request.options import ComputeOptions, ModelSources, SamplerOptions, parse_options
+from wan_model.testing.lora_files import tiny_lora
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -1,20 +1,22 @@
-"""Sources of a transformer for tests: training checkpoints and a LoRA, of the tiny model."""
+"""Training checkpoints of the tiny model for tests."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from wan_model.dit.lora import LoraSettings
+from wan_model.dit.model import WanDiT
+from wan_model.testing.lora_reference import drawn_adapters
 from wan_model.tiny import TINY_CONFIG
-from wan_model.weights.transformer import expected_shapes
-
-# Linears that the LoRA changes, of the blocks and outside of them.
-CHANGED = (
-    *("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj"),
-    *("condition_embedder.text_embedder.linear_2", "proj_out"),
-)
+from wan_model.weights.base_digest import joint_digest, tensor_digests
+from wan_model.weights.model_folder import latent_spec_of
+from wan_model.weights.transformer import init_weights
 
 
 def write_checkpoint_of(
@@ -31,14 +33,8 @@ def write_checkpoint_of(
 
     ``transformer`` is added to the record of the transformer.
     """
-    from torch.distributed.checkpoint.state_dict_saver import save
 
-    from wan_model.dit.model import WanDiT
-    from wan_model.tiny import TINY_CONFIG
-    from wan_model.weights.model_folder import latent_spec_of
-    from wan_model.weights.transformer import init_weights
-
-    def weights(seed: int) -> dict[str, torch.Tensor]:
+    def weights(seed: int) -> dict[str, Tensor]:
         model = WanDiT(TINY_CONFIG)
         init_weights(model, seed=seed)
         torch.nn.init.normal_(model.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
@@ -49,23 +45,28 @@ def write_checkpoint_of(
     state = {**weights(seed), "optimizer.state": torch.ones(3)}
     if average is not None:
         state |= {f"ema.{key}": value for key, value in weights(average).items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(state, checkpoint_id=path, no_dist=True)
+    _save(state, path)
     spec = latent_spec_of(model_folder).to_dict() if spec == "own" else spec
     config = {"model": {"transformer": {**TINY_CONFIG.to_diffusers(), **(transformer or {})}, "latent_spec": spec}}
     (path / "run_config.yaml").write_text(yaml.safe_dump(config))
     return path
 
 
-def tiny_lora(rank: int = 3, *, alpha: float | None = None, seed: int = 2) -> dict[str, torch.Tensor]:
-    """Random changes of some linears, in diffusers' format."""
-    generator, shapes = torch.Generator().manual_seed(seed), expected_shapes(TINY_CONFIG)
-    tensors = {}
-    for name in CHANGED:
-        out, width = shapes[f"{name}.weight"]
-        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
-        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator)
-        if alpha is not None:
-            tensors[f"transformer.{name}.alpha"] = torch.tensor(alpha)
-    return tensors
+def write_adapters(base: Path, run: Path, step: int, settings: LoraSettings, *, seed: int = 1) -> dict[str, Tensor]:
+    """Write one checkpoint as a run of a LoRA on the model in ``base`` does; returns A and B."""
+    adapters = drawn_adapters(TINY_CONFIG, settings, seed)
+    path = run / f"iter_{step:07d}"
+    _save(adapters, path)
+    model = {
+        "transformer": TINY_CONFIG.to_diffusers(), "latent_spec": latent_spec_of(base).to_dict(),
+        "init_from": str(base), "base_digest": joint_digest(tensor_digests(base / "transformer")),
+    }  # fmt: skip
+    section = {**dataclasses.asdict(settings), "targets": list(settings.targets)}
+    (path / "run_config.yaml").write_text(yaml.safe_dump({"model": model, "lora": section}))
+    return adapters
+
+
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(dict(state), checkpoint_id=path, no_dist=True)

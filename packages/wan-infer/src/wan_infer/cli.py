@@ -38,7 +38,8 @@ from wan_model.system.versions import check_dependencies
 @flag("checkpoint-step", type=int, help="Its step.  [default: the newest complete checkpoint]")
 @flag("ema", is_flag=True, help="Use the EMA of the checkpoint's weights instead of the weights.")
 @flag("lora", multiple=True, type=click.Path(readable=False),
-      help="A LoRA for the transformer: a safetensors file of any trainer; several are added.")  # fmt: skip
+      help="A LoRA for the transformer: a safetensors file of any trainer, or the checkpoints of a LoRA run; "
+      "several are added.")  # fmt: skip
 @flag("lora-scale", multiple=True, type=float, show_default="1", help="Scale of the LoRA, for all or one each.")
 @flag("lora-mode", type=click.Choice(LORA_MODES), default="merged",
       help="merged: added to the weights when these are loaded; unmerged: computed beside them, so that lines of "
@@ -131,7 +132,10 @@ def _parse_requests(given: dict[str, Any]) -> list[VideoRequest]:
     loras = _pair_loras(given["lora"], given["lora_scale"])
     if given["lora_mode"] == "unmerged":
         if not loras:
-            raise ValueError("--lora-mode unmerged needs --lora, the files that are kept beside the weights")
+            raise ValueError(
+                "--lora-mode unmerged needs --lora, the files (or the checkpoints of LoRA runs) that are kept beside "
+                "the weights"
+            )
         scales = tuple(scale for _, scale in loras)
         requests = [dataclasses.replace(request, lora_scales=scales) for request in requests]
     if file is not None:
@@ -173,7 +177,12 @@ def _check(given: dict[str, Any], requests: list[VideoRequest], nproc_per_node: 
 
 
 def _pair_loras(files: Sequence[str], scales: Sequence[float]) -> list[tuple[str, float]]:
-    if scales and (not files or len(scales) not in (1, len(files))):
+    if scales and not files:
+        raise ValueError(
+            "--lora-scale needs --lora, which it scales: files, or the checkpoints of LoRA runs (in place of "
+            "--checkpoint-dir)"
+        )
+    if scales and len(scales) not in (1, len(files)):
         raise ValueError(f"got {len(files)} --lora and {len(scales)} --lora-scale; give one scale for all or one each")
     scales = scales or [1.0]
     return [(file, scales[i % len(scales)]) for i, file in enumerate(files)]

@@ -93,6 +93,9 @@ def run(
     with stages.timed("load"):
         device = sampler.model.patch_embedding.weight.device
         sampler.codec  # noqa: B018  a damaged file is refused before the videos are sampled
+        if parallelism.rank == 0:
+            for sentence in sampler.foreign_loras():
+                progress.line(f"Warning: {sentence}")
     step = f", step {source.step}" if source.step is not None else ""
     lora = f" with {sampler.lora_record}" if sampler.lora_record else ""
     progress.line(f"loaded {source.origin}{step}{lora} on {device} in {stages.seconds['load']:.1f} s")

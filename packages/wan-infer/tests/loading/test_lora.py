@@ -1,20 +1,16 @@
 """LoRA merged when the weights are loaded: the plain formula, scales, precision, and what the sampler records."""
 
 import json
-import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_sources import CHANGED, tiny_lora
 
-from wan_infer.loading.lora import WEIGHTS_NAME, read_lora
 from wan_infer.sampling.sampler import WanSampler
 from wan_model.sampling.settings import Settings
-from wan_model.tiny import TINY_CONFIG
+from wan_model.testing.lora_files import CHANGED, tiny_lora
+from wan_model.weights.lora_reading import WEIGHTS_NAME
 
 SMALL = {"width": 32, "height": 48, "frames": 5}
 
@@ -86,39 +82,3 @@ def test_a_change_that_overflows_is_refused(model_folder: Path, tmp_path: Path) 
     save_file({key: torch.full_like(tensor, 1e30) for key, tensor in tiny_lora().items()}, tmp_path / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=r"the LoRA changes \S+ to values beyond those of float32; check its scale"):
         _ = WanSampler.from_pretrained(model_folder, device="cpu", lora=(tmp_path, 1.0)).model
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is one of Linux")
-def test_patterns_are_matched_under_a_limit_of_the_system() -> None:
-    """A scheduler's limit of the address space (``ulimit -v``) may be below that of the matching process."""
-    program = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (900 << 20,) * 2)\n"
-        "from wan_infer.loading.lora_patterns import match_patterns\n"
-        "print(match_patterns(['(to_q)+', 'b'], ['blocks.0.to_q', 'c'], 'a file'))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("[0, None]\n", "")
-
-
-def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    torch.save({"a": torch.zeros(3)}, tmp_path / "pickled.pt")
-    for content, said in {
-        b"": r"is empty \(0 bytes\); download or copy it again",
-        b"no": r"is a text and no safetensors file; name the file",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n": r"pointer of a file in Git LFS; .*git lfs pull",
-        (tmp_path / "pickled.pt").read_bytes(): r"is a pickled file of PyTorch .*convert it to safetensors",
-        b"\x80\x02}q\x00.": r"is a pickled file of PyTorch",
-        b"\x10" + bytes(7) + b"no header": r"is not a complete safetensors file \(.*; download or copy it again",
-    }.items():
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=said):
-            read_lora(path, TINY_CONFIG)
-    length = 17 << 20
-    path.write_bytes(length.to_bytes(8, "little") + b"{}" + b" " * length)
-    with pytest.raises(ValueError, match=r"has a header of 17,825,792 bytes; at most 16,777,216 are read"):
-        read_lora(path, TINY_CONFIG)
-    with pytest.raises(ValueError, match=r"the scale of the LoRA .* is nan; expected a finite number"):
-        read_lora(path, TINY_CONFIG, math.nan)
-    with pytest.raises(ValueError, match=r"no LoRA at .*absent"):
-        read_lora(tmp_path / "absent", TINY_CONFIG)

@@ -11,14 +11,11 @@ from typing import Any
 import pytest
 import torch
 from infer_command import QUICK, refused, run
-from lora_files import Tensors, base_weights, comfy, kohya, lightx2v, pipeline_with_adapters
 from safetensors.torch import save_file
-from tiny_sources import tiny_lora, write_checkpoint_of
+from tiny_sources import write_checkpoint_of
 from torch import Tensor
 
 from wan_infer.loading import lora_unmerged, sources
-from wan_infer.loading.lora import merge_loras, read_lora
-from wan_infer.loading.lora_config import METADATA_KEY
 from wan_infer.loading.lora_unmerged import UnmergedLoras, check_unmerged
 from wan_infer.runtime.placement import Placement
 from wan_infer.sampling.sampler import WanSampler
@@ -26,7 +23,18 @@ from wan_model import PackLayout, WanDiT, patchify
 from wan_model.dit.lora import AdaptableLinear
 from wan_model.sampling.settings import Settings
 from wan_model.testing import assert_all_within, rounding_scale, seeds
+from wan_model.testing.lora_files import (
+    Tensors,
+    base_weights,
+    comfy,
+    kohya,
+    lightx2v,
+    pipeline_with_adapters,
+    tiny_lora,
+)
 from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.lora_config import METADATA_KEY
+from wan_model.weights.lora_reading import merge_loras, read_lora
 
 pytestmark = [
     # peft about the second adapter of a model.

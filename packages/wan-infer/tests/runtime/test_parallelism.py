@@ -10,10 +10,11 @@ import pytest
 import torch
 from parallel_probe import Sample, Source, run_rank, samples
 from safetensors.torch import save_file
-from tiny_sources import tiny_lora, write_checkpoint_of
+from tiny_sources import write_checkpoint_of
 
 from wan_infer.runtime.parallelism import Parallelism
 from wan_model.testing import seeds
+from wan_model.testing.lora_files import tiny_lora
 from wan_model.testing.once import Once
 
 

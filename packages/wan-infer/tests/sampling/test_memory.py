@@ -11,7 +11,6 @@ import pytest
 import torch
 from infer_command import QUICK, run
 from safetensors.torch import save_file
-from tiny_sources import tiny_lora
 from torch import Tensor, nn
 
 from wan_infer.loading import sources
@@ -20,6 +19,7 @@ from wan_infer.sampling import sampler as sampler_module
 from wan_infer.sampling.sampler import WanSampler
 from wan_model.codec.text_encoder import TextEncoder
 from wan_model.sampling.settings import Settings
+from wan_model.testing.lora_files import tiny_lora
 
 SMALL: dict[str, Any] = {"width": 32, "height": 48, "frames": 5}
 FAST = Settings(steps=2, negative_prompt="grey")

@@ -42,8 +42,7 @@ def _with_run_options(*, init_from_required: bool, training_mode: str) -> Callab
             show_default=True, help="Preset of timestep density and shift.",
         ),
         click.option(
-            *option_names("config-file"),
-            metavar="FILE",
+            *option_names("config-file"), metavar="FILE",
             help="YAML file applied over the recipe, or a name from `config list`.",
         ),
         click.option(
@@ -56,18 +55,15 @@ def _with_run_options(*, init_from_required: bool, training_mode: str) -> Callab
             help="Processes to start on this machine. Omit it under torchrun.",
         ),
         click.option(
-            "--verbose",
-            is_flag=True,
+            "--verbose", is_flag=True,
             help="Print Megatron's own output, which is otherwise written to a file beside the log.",
         ),
         click.option(
-            *option_names("dry-run"),
-            is_flag=True,
+            *option_names("dry-run"), is_flag=True,
             help="Validate the configuration and print layout, memory and FLOPs, without training.",
         ),
         click.option(
-            *option_names("world-size"),
-            type=click.IntRange(1),
+            *option_names("world-size"), type=click.IntRange(1),
             help="With --dry-run: number of processes of the planned cluster.",
         ),
         click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON."),
@@ -178,19 +174,14 @@ def _dry_run(options: RunOptions, world: int, as_json: bool) -> int:
     help="h100, h200, or a YAML file with the values that differ from an h100.",
 )  # fmt: skip
 @click.option(
-    "--shape",
-    default="81x480x832",
-    show_default=True,
-    metavar="FRAMESxHEIGHTxWIDTH",
+    "--shape", default="81x480x832", show_default=True, metavar="FRAMESxHEIGHTxWIDTH",
     help="Shape of the training videos.",
-)
+)  # fmt: skip
 @click.option("--capacity", type=click.IntRange(1), default=43008, show_default=True, help="Tokens of a pack.")
 @click.option(
-    "--packs",
-    type=click.IntRange(1),
-    metavar="N",
+    "--packs", type=click.IntRange(1), metavar="N",
     help="Minimum packs per step. Default: one per 8 GPUs, at least 8.",
-)
+)  # fmt: skip
 @click.option(
     "--best", type=click.IntRange(1), default=1, show_default=True, help="Layouts to print per number of GPUs."
 )
@@ -265,25 +256,42 @@ def export_command(
 
 
 @main.command("merge")
-@click.argument("checkpoints", type=click.Path(path_type=Path))
+@click.argument("lora", metavar="CHECKPOINTS|FILE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--model", metavar="MODEL", help="The base, if it is not where it was in training: a folder or hub id.")
+@click.option("--model", metavar="MODEL", help="The base: a folder or hub id. Default: that of the run.")
 @_OF_STEP
 @_OF_EMA
 @click.option(
     "--dtype", type=click.Choice(["stored", *DTYPES]), default="stored", show_default=True,
     help="Precision of the weights; stored: that of the base.",
 )  # fmt: skip
-def merge_command(checkpoints: Path, out: Path, model: str | None, step: int | None, ema: bool, dtype: str) -> None:
-    """Merge the LoRA of a run into its base: a model in diffusers' layout, OUT/transformer.
+def merge_command(lora: Path, out: Path, model: str | None, step: int | None, ema: bool, dtype: str) -> None:
+    """Merge the LoRA of a run, or a LoRA file of any trainer, into its base.
+
+    OUT/transformer is a model in diffusers' layout.
 
     \b
-    wan-train merge CHECKPOINTS MODEL
+    wan-train merge CHECKPOINTS OUT
+    wan-train merge my_lora.safetensors OUT --model MODEL
     """
-    from wan_train.checkpoint.adapters import merge
+    from wan_model.weights.lora_reading import find_lora
 
     try:
-        read = merge(checkpoints, out, model=model, step=step, ema=ema, dtype=dtype)
+        if find_lora(lora).is_file():
+            if model is None or step is not None or ema:
+                raise ValueError(
+                    f"{lora} is a LoRA file, which names no base and has no steps and no EMA; give --model MODEL, and "
+                    "neither --step nor --ema"
+                )
+            from wan_train.checkpoint.adapters import merge_file
+
+            if sentence := merge_file(lora, out, model, dtype=dtype):
+                click.echo(f"Warning: {sentence}; it is merged all the same", err=True)
+            click.echo(f"{out / 'transformer'}: {model} with the LoRA {lora}")
+            return
+        from wan_train.checkpoint.adapters import merge
+
+        read = merge(lora, out, model=model, step=step, ema=ema, dtype=dtype)
     except ValueError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
@@ -299,12 +307,9 @@ def merge_command(checkpoints: Path, out: Path, model: str | None, step: int | N
 @click.option("--out", type=click.Path(path_type=Path), help="HTML file. Default: report.html in CHECKPOINTS.")
 @click.option("--follow", is_flag=True, help="Serve the page to this machine while the run goes on; write no file.")
 @click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=0,
-    metavar="N",
+    "--port", type=click.IntRange(0, 65535), default=0, metavar="N",
     help="With --follow: port. Default: a free one.",
-)
+)  # fmt: skip
 @click.option(
     "--max-video-mb", type=click.IntRange(0), default=20, show_default=True, metavar="MB",
     help="Megabytes of sampled videos in the page.",

@@ -173,6 +173,15 @@ def test_where_the_base_of_a_resumed_run_is(stopped_run: Path, lora_run: Path, t
         ("lora.use_rslora=true", "lora.use_rslora is True where {} has False"),
         ("lora.rank=0", "lora.alpha is 6 and lora.rank is 0, which trains the weights themselves; set lora.rank"),
         ("lora.targets=[to_z]", "the LoRA's target 'to_z' is no linear of the model's 2 blocks"),
+        ("lora.targets=attn1.to_q", "lora.targets is 'attn1.to_q'; expected a list, such as [a, b]"),
+        (
+            "lora.targets=[ffn.0]",
+            "lora.targets has 'ffn.0', which is a name of the official release; write ffn.net.0.proj",
+        ),
+        (
+            "lora.targets=[attn1.*,q]",
+            "lora.targets has 'q', which is a name of the official release; write attn1.to_q and attn2.to_q",
+        ),
         ("lora.offload_base=true", "lora.offload_base needs model.recompute_granularity=full"),
         ("lora.rank=-1", "the rank of the LoRA is -1; expected a whole number from 1"),
     ],
@@ -202,6 +211,21 @@ def test_a_pipeline_stage_without_adapters_is_refused(start_weights: Path, tmp_p
     given = ("--nproc-per-node", "2", PIPELINE, "--init-from", str(start_weights), "lora.rank=3")
     sentence = refused(tmp_path / "run", *given, "lora.targets=[blocks.0.*]")
     assert "which adapts nothing in the blocks 1 to 1 of pipeline stage 1; add targets there" in sentence
+
+
+@pytest.mark.parametrize(("setting", "said"), [("lora.alpha=3", True), ("lora.alpha=6.0", False)])
+def test_another_spelling_of_the_same_lora_resumes(
+    setting: str, said: bool, start_weights: Path, tmp_path: Path
+) -> None:
+    """An alpha that is the rank is that of none."""
+    start = ("--init-from", str(start_weights), "lora.targets=[attn1.*]", "train.train_iters=1")
+    train(tmp_path / "run", *start, "lora.rank=6")
+    if said:
+        sentence = refused(tmp_path / "run", *start, "lora.rank=6", setting)
+        assert f"lora.alpha is 3 where {find_checkpoint(tmp_path / 'run')} has null, which would be" in sentence
+    else:
+        ended = run((*RUN_OPTIONS, *start, "lora.rank=6", setting), tmp_path / "run")
+        assert ended.codes == [0], ended.errors
 
 
 def test_a_checkpoint_of_weights_is_no_start_of_a_lora(

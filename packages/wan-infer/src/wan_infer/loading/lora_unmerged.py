@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import torch
 
-from wan_infer.loading.lora import LoraWeights
 from wan_model.config import WanConfig
 from wan_model.dit.lora import AdaptableLinear, Adapter
 from wan_model.dit.model import WanDiT
+from wan_model.weights.lora_reading import LoraWeights
 from wan_model.weights.transformer import local_slices, local_tensor
 
 _LARGEST = torch.finfo(torch.float32).max

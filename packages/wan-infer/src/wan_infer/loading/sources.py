@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from wan_infer.loading.lora import LoraWeights, merge_loras
 from wan_infer.loading.lora_unmerged import UnmergedLoras
 from wan_infer.request.options import ModelName, ModelSources
 from wan_infer.runtime.parallelism import Parallelism
@@ -21,9 +20,13 @@ from wan_model.config import WAN_1_3B, WAN_14B, WanConfig
 from wan_model.dit.lora import is_adapter_key
 from wan_model.dit.model import WanDiT
 from wan_model.latent_spec import LatentSpec
+from wan_model.weights.base_digest import joint_digest, tensor_digests
+from wan_model.weights.lora_reading import LoraBase, LoraWeights, merge_loras
 from wan_model.weights.model_folder import MissingPartsError, resolve_folder
 from wan_model.weights.transformer import load_weights, read_config, read_trained_spec
 
+# Each computes some 1 to 2 GB/s; a disk has not more for more of them.
+_HASHING_THREADS = 8
 _TASKS = {"t2v-1.3B": WAN_1_3B, "t2v-14B": WAN_14B}
 
 
@@ -39,6 +42,7 @@ class TransformerSource:
         spec: the latent space that it was trained in, where that is recorded.
         ema: load the EMA of the weights instead of the weights.
         adapters: a training checkpoint of a LoRA, which is merged into the weights at ``path``.
+        base_name: the name of these weights.
     """
 
     path: Path
@@ -48,6 +52,7 @@ class TransformerSource:
     spec: LatentSpec | None = None
     ema: bool = False
     adapters: Path | None = None
+    base_name: str = ""
 
     @classmethod
     def find(cls, sources: ModelSources) -> "TransformerSource":
@@ -72,7 +77,8 @@ class TransformerSource:
             raise ValueError("no model was given to take the transformer from")
         with naming_models(sources.model):
             folder = resolve_folder(sources.model, ["transformer"], revision=sources.revision) / "transformer"
-            return cls(folder, read_config(folder), _origin(sources.model), spec=read_trained_spec(folder))
+            name = _origin(sources.model)
+            return cls(folder, read_config(folder), name, spec=read_trained_spec(folder), base_name=name)
 
     @classmethod
     def _with_adapters(cls, checkpoint: Path, step: int | None, sources: ModelSources) -> "TransformerSource":
@@ -95,13 +101,34 @@ class TransformerSource:
                 f"{os.fspath(sources.model)}; give the model that it was trained on as --model"
             )
         assert sources.checkpoint is not None, "the caller has found it"
-        origin = f"{_origin(sources.checkpoint)} on {_origin(sources.model)}"
-        return cls(folder, found.config, origin, step, found.spec, sources.ema, checkpoint)
+        name = _origin(sources.model)
+        origin = f"{_origin(sources.checkpoint)} on {name}"
+        return cls(folder, found.config, origin, step, found.spec, sources.ema, checkpoint, name)
 
     @property
     def from_training(self) -> bool:
         """Whether all weights are those of a training checkpoint."""
         return self.path.name != "transformer"
+
+    def own_base(self) -> tuple[Path, LoraBase] | None:
+        """The checkpoint of the LoRA and what it was trained on; None if there is none."""
+        from wan_model.weights.training_adapters import find_adapters
+
+        if self.adapters is None:
+            return None
+        found = find_adapters(self.adapters)
+        return self.adapters, LoraBase(_origin(found.base), found.base_digest)
+
+    def base_digest(self) -> str | None:
+        """The digest of all weights that a LoRA changes; None if they are those of a training checkpoint.
+
+        Raises:
+            ValueError: damaged files.
+        """
+        if self.from_training:
+            return None
+        with naming_models(self.path.parent):
+            return joint_digest(tensor_digests(self.path, threads=min(_HASHING_THREADS, os.cpu_count() or 1)))
 
     def own_lora(self) -> LoraWeights:
         """The LoRA of the checkpoint.

@@ -6,14 +6,12 @@ that come at once.
 
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wan_infer.loading.lora import LoraWeights, read_lora
 from wan_infer.loading.lora_unmerged import UnmergedLoras, check_unmerged
 from wan_infer.loading.sources import CodecSource, TransformerSource, check_latent_space
 from wan_infer.request.options import (
@@ -34,6 +32,7 @@ from wan_model.dit.model import WanDiT
 from wan_model.sampling.denoising import OnStep, draw_noise
 from wan_model.sampling.settings import NEGATIVE_PROMPT, Settings, SolverName
 from wan_model.video_shape import check_frames
+from wan_model.weights.lora_reading import LoraWeights, find_lora, lora_name, read_lora
 
 
 class WanSampler:
@@ -73,9 +72,12 @@ class WanSampler:
         self.source = TransformerSource.find(sources)
         self._codec_source = CodecSource(sources)
         self.spec = check_latent_space(self.source, self._codec_source)
-        self._loras, self.lora_mode = sources.loras, sources.lora_mode
+        # Found once: a run that goes on writes newer checkpoints.
+        self._loras = [(find_lora(path), scale) for path, scale in sources.loras]
+        self.lora_mode = sources.lora_mode
         self.lora_record = self.describe_loras(None)
-        self._read_loras()  # to refuse an invalid file before large ones are read
+        # They are read to refuse an invalid file before large ones are read.
+        self._lora_bases = [lora.base for lora in self._read_loras()]
         self._embeddings: dict[str, Tensor] = {}
         self.token_counts: dict[str, int] = {}
 
@@ -141,7 +143,27 @@ class WanSampler:
             ValueError: see ``sample_latents``.
         """
         pairs = zip(self._loras, self._scales(lora_scale), strict=True)
-        return ", ".join(f"{Path(path).name} x {scale:g}" for (path, _), scale in pairs) or None
+        return ", ".join(f"{lora_name(path)} x {scale:g}" for (path, _), scale in pairs) or None
+
+    def foreign_loras(self) -> list[str]:
+        """A sentence for each LoRA that was trained on other weights than it changes here, where it records them.
+
+        This reads the whole base where one does. LoRA are applied to other models on purpose, so it is no error.
+        """
+        named = [
+            (f"the LoRA {lora_name(path)}", base) for (path, _), base in zip(self._loras, self._lora_bases, strict=True)
+        ]
+        if (own := self.source.own_base()) is not None:
+            named.insert(0, (f"the LoRA of the checkpoint {lora_name(own[0])}", own[1]))
+        known = [(name, base) for name, base in named if base is not None]
+        if not known or (digest := self.source.base_digest()) is None:
+            return []
+        return [
+            f"{name} was trained on {base.name}, whose weights are not those of {self.source.base_name} (digest "
+            f"{base.digest[:12]} where they have {digest[:12]}); it is applied all the same"
+            for name, base in known
+            if base.digest != digest
+        ]
 
     def _scales(self, lora_scale: float | Sequence[float] | None) -> tuple[float, ...]:
         if lora_scale is None:

@@ -2,19 +2,22 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from wan_model.weights.model_folder import DIFFUSERS_STEM, open_weights, weight_files
 
 
-def tensor_digests(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, str]:
+def tensor_digests(folder: Path, rank: int = 0, ranks: int = 1, *, threads: int = 1) -> dict[str, str]:
     """SHA-256 of type, shape and bytes of each tensor of a ``transformer`` folder, hexadecimal, by key.
 
     Args:
         folder: in diffusers' layout.
         rank, ranks: compute every ``ranks``-th of them, from ``rank`` on.
+        threads: that compute; each holds a tensor.
 
     Raises:
         ValueError: the files are missing or damaged.
@@ -22,14 +25,21 @@ def tensor_digests(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, str
     files = weight_files(Path(folder), DIFFUSERS_STEM)
     digests: dict[str, str] = {}
     mine: Sequence[str] = sorted(files)[rank::ranks]
-    for path in sorted({files[key] for key in mine}):
-        with open_weights(path) as file:
-            for key in (key for key in mine if files[key] == path):
-                tensor = file.get_tensor(key).contiguous()
-                digest = hashlib.sha256(f"{tensor.dtype}/{list(tensor.shape)}/".encode())
-                digest.update(tensor.flatten().view(torch.uint8).numpy())
-                digests[key] = digest.hexdigest()
+    with ThreadPoolExecutor(threads) as pool:
+        for path in sorted({files[key] for key in mine}):
+            with open_weights(path) as file:
+                keys = [key for key in mine if files[key] == path]
+                digests.update(
+                    zip(keys, pool.map(lambda key, file=file: _digest(file.get_tensor(key)), keys), strict=True)
+                )
     return digests
+
+
+def _digest(tensor: Tensor) -> str:
+    tensor = tensor.contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype}/{list(tensor.shape)}/".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def joint_digest(digests: Mapping[str, str]) -> str:

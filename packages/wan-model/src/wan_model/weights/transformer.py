@@ -112,6 +112,13 @@ def init_adapters(model: WanDiT, *, seed: int) -> None:
     _draw(model, adapter_parameters(model), seed)
 
 
+@torch.no_grad()
+def load_adapters(model: WanDiT, adapters: Mapping[str, Tensor]) -> None:
+    """Copy A and B of a whole model, by diffusers' key, into the adapters of a model, or of a rank's shard of it."""
+    for key, parameter in adapter_parameters(model).items():
+        local_tensor(parameter).copy_(adapters[key][local_slices(model, parameter)])
+
+
 def _draw(model: WanDiT, parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     shapes = {key: full_shape(model, parameter) for key, parameter in parameters.items()}
     workers = _drawing_threads()

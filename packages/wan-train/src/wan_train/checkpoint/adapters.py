@@ -1,6 +1,5 @@
-"""Adapters of a training checkpoint, written as a LoRA file or merged into their base. Needs no Megatron."""
+"""Adapters of a training checkpoint as a LoRA file, and LoRA merged into weights. Needs no Megatron."""
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_model.dit.lora import DOWN, UP, merged_weight, weight_change
+from wan_model.dit.lora import merged_weight
 from wan_model.dit.model import precision_of
 from wan_model.weights.base_digest import joint_digest, tensor_digests
 from wan_model.weights.lora_file import LoraOrigin, save_lora
+from wan_model.weights.lora_reading import LoraWeights, read_lora
 from wan_model.weights.model_folder import DIFFUSERS_STEM, open_weights, resolve_folder, weight_files
 from wan_model.weights.training_adapters import TrainedAdapters, find_adapters, read_adapters
 from wan_model.weights.training_checkpoint import find_checkpoint
-from wan_model.weights.transformer import save_transformer
+from wan_model.weights.transformer import read_config, read_trained_spec, save_transformer
 from wan_train.checkpoint.export import require_empty, require_undamaged, step_of
 
 
@@ -113,9 +113,35 @@ def merge(
     found = find_adapters(checkpoint)
     require_undamaged(checkpoint)
     base = base_folder(found, model, checkpoint)
-    state = merged_state(base, read_adapters(checkpoint, ema=ema), found.settings.factor, dtype)
+    lora = LoraWeights.of_adapters(read_adapters(checkpoint, ema=ema), found.settings.factor)
+    state = changed_state(base, lora, dtype)
     save_transformer(state, found.config, out / "transformer", spec=found.spec)
     return checkpoint
+
+
+def merge_file(lora: Path, out: Path, model: str, *, dtype: str = "stored") -> str | None:
+    """Write ``OUT/transformer``: a model with the changes of a LoRA file of any dialect, summed in fp32, rounded once.
+
+    Args:
+        lora: see ``wan_model.weights.lora_reading.read_lora``.
+        out: a new or empty folder.
+        model: whose transformer is changed: a folder or hub id.
+        dtype: of the weights; ``stored`` for those of the model.
+
+    Returns:
+        A sentence if the file records that it was trained on other weights.
+
+    Raises:
+        ValueError: the output folder is not empty, the model is not found, or the file is no LoRA of its transformer.
+    """
+    require_empty(out)
+    base = resolve_folder(model, ["transformer"]) / "transformer"
+    config = read_config(base)
+    found = read_lora(lora, config)
+    save_transformer(changed_state(base, found, dtype), config, out / "transformer", spec=read_trained_spec(base))
+    if found.base is None or found.base.digest == joint_digest(tensor_digests(base)):
+        return None
+    return f"{lora.name} was trained on {found.base.name}, whose weights are not those of {name_of_model(model)}"
 
 
 def base_folder(found: TrainedAdapters, model: str | None, checkpoint: Path) -> Path:
@@ -141,13 +167,12 @@ def base_folder(found: TrainedAdapters, model: str | None, checkpoint: Path) -> 
 
 
 @torch.no_grad()
-def merged_state(base: Path, adapters: Mapping[str, Tensor], factor: float, dtype: str) -> dict[str, Tensor]:
-    """All tensors of a base with the changes of adapters, by key.
+def changed_state(base: Path, lora: LoraWeights, dtype: str) -> dict[str, Tensor]:
+    """All tensors of a base with the changes of a LoRA, by key.
 
     Args:
         base: a ``transformer`` folder.
-        adapters: A and B by key.
-        factor: of B A.
+        lora: of this transformer.
         dtype: of the result; ``stored`` for that of each tensor.
 
     Raises:
@@ -158,12 +183,12 @@ def merged_state(base: Path, adapters: Mapping[str, Tensor], factor: float, dtyp
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
             for key in (key for key, place in files.items() if place == path):
-                weight, name = file.get_tensor(key), key.removesuffix(".weight")
+                weight = file.get_tensor(key)
                 precision = weight.dtype if dtype == "stored" else precision_of(key, getattr(torch, dtype))
-                if (down := adapters.get(f"{name}.{DOWN}.weight")) is not None:
-                    change = weight_change(down, adapters[f"{name}.{UP}.weight"], factor)
-                    weight = merged_weight(weight.float(), change)
+                changed = key in lora.products or key in lora.differences
+                if changed:  # rounded once
+                    weight = merged_weight(weight.float(), lora.change(key, tuple(weight.shape)))
                 state[key] = weight.to(precision)
-                if down is not None and not torch.isfinite(state[key]).all():
+                if changed and not torch.isfinite(state[key]).all():
                     raise ValueError(f"the LoRA changes {key} to values that are not finite; the training diverged")
     return state

@@ -48,6 +48,7 @@ FIXED = (
     FixedSetting("optimizer.use_distributed_optimizer", _STATE),
     FixedSetting("optimizer.use_precision_aware_optimizer", _STATE),
     FixedSetting("model.init_from", "the run has begun, and the weights continue from the checkpoint"),
+    FixedSetting("lora.init_from", "the run has begun, and the LoRA continues from the checkpoint"),
     FixedSetting("model.init_seed", "the run has begun, and the weights continue from the checkpoint"),
 )
 
@@ -69,6 +70,8 @@ def _of_config(config: Any, key: str) -> Any:
 def _of_record(record: Mapping[str, Any], key: str) -> Any:
     if key == "mixed_precision":  # Megatron has made a section of it
         return "bf16_mixed" if _at(record, "model.bf16") is True else None
+    if key == "lora.init_from":  # runs of earlier versions began without
+        return None if (began := _at(record, key)) is _MISSING else began
     return _at(record, key)
 
 
@@ -111,7 +114,12 @@ def check_resume(config: Any, layout: Layout, point: ResumePoint) -> None:
     _check_weights(config, point, record)
     _check_adapters(config, point, record)
     if config.checkpoint.finetune:
-        if config.model.init_from is not None and not config.lora.rank:
+        if config.lora.init_from is not None:
+            raise ValueError(
+                f"lora.init_from is {config.lora.init_from} and checkpoint.finetune takes the LoRA of "
+                f"{point.step_folder}; leave one of them out"
+            )
+        if config.model.init_from is not None and not config.lora.trains:
             raise ValueError(
                 f"model.init_from is {config.model.init_from} and checkpoint.finetune takes the weights of "
                 f"{point.step_folder}; leave one of them out"
@@ -125,6 +133,8 @@ def check_resume(config: Any, layout: Layout, point: ResumePoint) -> None:
         )
     if config.model.init_from is None and isinstance(began := _at(record, "model.init_from"), str):
         config.model.init_from = began  # recorded in the checkpoints of this run too
+    if config.lora.init_from is None and isinstance(began := _at(record, "lora.init_from"), str):
+        config.lora.init_from = began
     if changed := _changed(config, record):
         setting, ours, theirs = changed[0]
         others = "".join(f"; {also.key} is {mine!r} where it has {its!r}" for also, mine, its in changed[1:])
@@ -143,31 +153,45 @@ def check_resume(config: Any, layout: Layout, point: ResumePoint) -> None:
 
 def _check_adapters(config: Any, point: ResumePoint, record: dict[str, Any]) -> None:
     """Refuse a checkpoint of weights where adapters are trained, and of adapters otherwise or of another form."""
-    theirs = _at(record, "lora.rank")
+    lora, theirs = config.lora, _at(record, "lora.rank")
     theirs = 0 if theirs is _MISSING else theirs
-    if not config.lora.rank and theirs:
+    if not lora.trains and theirs:
         raise ValueError(
             f"{point.step_folder} holds a LoRA of rank {theirs} and lora.rank is 0; set the lora section as it was, or "
             f"merge it first: wan-train merge {point.folder} MODEL, then --init-from MODEL"
         )
-    if config.lora.rank and not theirs:
+    if lora.trains and not theirs:
+        trained = f"lora.rank is {lora.rank}" if lora.rank else f"lora.init_from is {lora.init_from}"
         raise ValueError(
-            f"{point.step_folder} holds the weights of a model and lora.rank is {config.lora.rank}; export them first: "
+            f"{point.step_folder} holds the weights of a model and {trained}; export them first: "
             f"wan-train export {point.folder} MODEL, then --init-from MODEL and another checkpoint.save"
         )
-    if not config.lora.rank:
+    if not lora.trains:
         return
-    for key in ("lora.rank", "lora.targets", "lora.alpha", "lora.use_rslora"):
-        ours, its = _at(config, key), _at(record, key)
-        if key == "lora.alpha" and theirs in (ours, its) and None in (ours, its):
-            continue  # left out, it is the rank
-        if ours != its:
-            raise ValueError(
-                f"{key} is {ours!r} where {point.step_folder} has {its!r}, which would be another LoRA; set it as it "
-                "was, or set checkpoint.save to another folder"
-            )
+    if lora.init_from is not None:
+        _complete_lora(lora, record)
+    for key in ("rank", "targets", "alpha", "use_rslora"):
+        ours, its = getattr(lora, key), _at(record, f"lora.{key}")
+        if ours == its or (key == "alpha" and (ours or lora.rank) == (its or theirs)):
+            continue
+        raise ValueError(
+            f"lora.{key} is {_yaml(ours)} where {point.step_folder} has {_yaml(its)}, which would be another LoRA; set "
+            "it as it was, or set checkpoint.save to another folder"
+        )
     recorded = _at(record, "model.base_digest")
     config.model.recorded_digest = recorded if isinstance(recorded, str) else None
+
+
+def _complete_lora(lora: Any, record: dict[str, Any]) -> None:
+    """What the run took from the LoRA that it began with, the checkpoint has; the file is not read again."""
+    fresh = type(lora)()
+    for key in ("rank", "targets", "alpha"):
+        if getattr(lora, key) == getattr(fresh, key) and (its := _at(record, f"lora.{key}")) is not _MISSING:
+            setattr(lora, key, its)
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _check_weights(config: Any, point: ResumePoint, record: dict[str, Any]) -> None:

@@ -52,6 +52,8 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(map(_describe, typing.get_args(kind)))
+    if (typing.get_origin(kind) or kind) is list:
+        return "a list, such as [a, b]"
     return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
 
 

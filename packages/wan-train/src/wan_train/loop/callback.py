@@ -12,6 +12,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 
+from wan_model.weights.lora_adapters import FoundAdapters
 from wan_train.checkpoint.changes import new_run_from
 from wan_train.checkpoint.file_checks import loader_state_path, read_loader_state, wrong_form_refused
 from wan_train.checkpoint.folder import ResumePoint
@@ -28,6 +29,7 @@ from wan_train.loop.metrics import MetricsWriter, StepMetrics, peak_of_device, r
 from wan_train.loop.nan_guard import guard_gradient
 from wan_train.loop.step import LOSS, WanForwardStep
 from wan_train.loop.validation import Validator
+from wan_train.model.provider import WanModelProvider
 
 if TYPE_CHECKING:  # a run that samples no videos does not wait for the codec
     from wan_train.sampling.sampler import TrainingSampler
@@ -82,6 +84,16 @@ class WanCallback(Callback):
         elif self.resume is not None:
             origin = f"step {self.resume.step} in {self.resume.folder}"
             self.metrics.event(f"starts from the weights of {origin}", event="begun", weights_of=origin)
+        if done == 0 and (lora := state.cfg.model.initial_adapters) is not None:
+            self.metrics.event(
+                _starts_from(lora, state.cfg.model),
+                event="lora_begun",
+                step=done,
+                lora=lora.where,
+                rank=lora.rank,
+                base=None if lora.base is None else lora.base.name,
+            )
+            state.cfg.model.initial_adapters = None  # the model has them
         if (rounding := state.cfg.model.fp8_error) is not None:
             self.metrics.event(
                 f"the base is in fp8: its weights differ by {rounding.relative:.2%}, at most by {rounding.largest:.2%} "
@@ -185,6 +197,15 @@ class WanCallback(Callback):
         """End the output line."""
         del context
         self.metrics.terminal.close()
+
+
+def _starts_from(lora: FoundAdapters, model: WanModelProvider) -> str:
+    text = (
+        f"starts from the LoRA {lora.where}: rank {lora.rank}, factor {lora.factor:g}, {len(lora.tensors) // 2} linears"
+    )
+    if lora.base is not None and lora.base.digest != model.base_digest:
+        text += f"; it was trained on {lora.base.name}, whose weights are not those of {model.init_from}"
+    return text
 
 
 def _gather_weights(context: CallbackContext) -> None:

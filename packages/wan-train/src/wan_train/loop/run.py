@@ -48,7 +48,7 @@ def build_config(options: RunOptions) -> Any:
     apply_sections(config, sections)
     apply_overrides(config, options.overrides)
     if options.command == "finetune":
-        lora = config.lora.rank > 0  # as the file and the overrides say
+        lora = config.lora.trains  # as the file and the overrides say
         config = RECIPE_FUNCTIONS[recipe](options.training_mode)
         fine_tuning(config, lora=lora)
         apply_sections(config, sections)
@@ -141,13 +141,13 @@ def _find_base(config: Any) -> None:
     """Find the weights that adapters are added to; a resumed run need not name them again."""
     from wan_train.model.provider import InitialWeights
 
-    rank, model = config.lora.rank, config.model
-    if not rank:
+    lora, model = config.lora, config.model
+    if not lora.trains:
         return
     if model.init_from is None:
-        raise ValueError(
-            f"lora.rank is {rank} and there are no weights to adapt; give --init-from MODEL, or lora.rank=0"
-        )
+        given = f"lora.init_from is {lora.init_from}" if lora.init_from else f"lora.rank is {lora.rank}"
+        out = "leave it out" if lora.init_from else "lora.rank=0"
+        raise ValueError(f"{given} and there are no weights to adapt; give --init-from MODEL, or {out}")
     if model.initial_weights is None:
         try:
             model.initial_weights = InitialWeights.find(model.init_from)
@@ -155,6 +155,22 @@ def _find_base(config: Any) -> None:
             raise ValueError(
                 f"the base of the LoRA is not found ({error}); give it with --init-from MODEL, wherever it is now"
             ) from error
+
+
+def read_initial_adapters(config: Any) -> None:
+    """Read the LoRA that a new training starts from, and complete the ``lora`` section from it.
+
+    Raises:
+        ValueError: it cannot be trained further, or is not what the section says.
+    """
+    lora, model = config.lora, config.model
+    if lora.init_from is None or model.resumes:
+        return
+    from wan_model.weights.lora_adapters import read_found_adapters
+
+    model.initial_adapters = read_found_adapters(lora.init_from, model.wan_config)
+    lora.take_over(model.initial_adapters, model.wan_config)
+    lora.check_stages(model.wan_config, model.pipeline_model_parallel_size)
 
 
 def _make_validator(config: Any, device: Any) -> Any:
@@ -309,6 +325,7 @@ def pretrain(options: RunOptions) -> None:
                 )
             return
     _find_base(config)
+    read_initial_adapters(config)
     logger = config.logger
     if config.checkpoint.save is not None:
         _require_writable(Path(config.checkpoint.save))

@@ -24,8 +24,9 @@ from wan_model.dit.lora import LoraSettings
 from wan_model.dit.recompute import Recompute
 from wan_model.flow import FlowMatching
 from wan_model.weights.base_digest import joint_digest, tensor_digests
+from wan_model.weights.lora_adapters import FoundAdapters
 from wan_model.weights.model_folder import resolve_folder
-from wan_model.weights.transformer import init_adapters, load_weights, read_config
+from wan_model.weights.transformer import init_adapters, load_adapters, load_weights, read_config
 from wan_train import engine
 from wan_train.engine.upstream.loop import ModelProviderMixin, TransformerConfig
 from wan_train.model.ema import PREFIX as EMA_PREFIX
@@ -283,6 +284,8 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
     fp8_base = offload_base = False
     # That rounding the base to fp8 has made, of this rank's part.
     fp8_error = cast(QuantizationError | None, None)
+    # That a training starts from, instead of A at random and B at zero.
+    initial_adapters = cast(FoundAdapters | None, None)
     # That of the checkpoint, at a resume.
     recorded_digest = cast(str | None, None)
 
@@ -374,7 +377,9 @@ class WanModelProvider(TransformerConfig, ModelProviderMixin[MegatronWanDiT]):
                 f"{self.base_digest[:12]} where it has {self.recorded_digest[:12]}); give the model that it was begun "
                 "with as --init-from"
             )
-        if not self.resumes:
+        if self.initial_adapters is not None:
+            load_adapters(dit, self.initial_adapters.tensors)
+        elif not self.resumes:
             init_adapters(dit, seed=self.init_seed)
         device = dit.condition_embedder.time_proj.weight.device
         if self.fp8_base:

@@ -9,7 +9,7 @@ from wan_model.dit.recompute import Recompute
 from wan_model.pack import PackLayout
 from wan_train import engine
 from wan_train.config.options import DEFAULT_RECIPE, RunOptions
-from wan_train.loop.run import build_config, check_layout, configure_data
+from wan_train.loop.run import build_config, check_layout, configure_data, read_initial_adapters
 from wan_train.planning.hardware import CARDS
 from wan_train.planning.memory import adapter_parameters_of_model, parameters_of_model, rank_bytes
 from wan_train.planning.plan import SETTING
@@ -33,6 +33,7 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
     config = build_config(options)
     layout = check_layout(config, world)
     configure_data(config, layout)
+    read_initial_adapters(config)
     model = config.model.wan_config
     bf16 = config.mixed_precision is not None
     packs = config.train.global_batch_size

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from wan_infer.loading.lora_names import shown
+from wan_model.weights.lora_keys import shown
 
 # Without groups and repetitions the time of a match is bounded by the length of pattern and name.
 _PLAIN = re.compile(r"(?:[\w.^$|-]|\\\.|\[\^?(?:\w(?:-\w)?)+\])*")

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wan_infer.loading.lora_names import refuse_stated_models, shown
-from wan_infer.loading.lora_patterns import match_patterns
 from wan_model.system.safe_reading import parse_json, read_text
+from wan_model.weights.lora_keys import refuse_stated_models, shown
 from wan_model.weights.lora_names import DIFFUSERS_PREFIX, METADATA_KEY
+from wan_model.weights.lora_patterns import match_patterns
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -1,4 +1,4 @@
-"""LoRA files of the tiny model as trainers write them, and what diffusers makes of them."""
+"""LoRA files of the tiny model as trainers write them, and what diffusers makes of them. Only tests import this."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wan_model.testing import lora_reference
 from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.transformer import expected_shapes
 
 Tensors = dict[str, Tensor]
 
@@ -35,6 +36,12 @@ OTHER_LINEARS = {
 }
 HEAD = (TINY_CONFIG.token_out, _WIDTH)
 
+# Linears that the LoRA changes, of the blocks and outside of them.
+CHANGED = (
+    *("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj"),
+    *("condition_embedder.text_embedder.linear_2", "proj_out"),
+)
+
 
 class Drawn:
     """Random tensors of a seed."""
@@ -43,7 +50,21 @@ class Drawn:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, *shape: int) -> Tensor:
+        """The next one."""
         return torch.randn(shape, generator=self._generator) * 0.1
+
+
+def tiny_lora(rank: int = 3, *, alpha: float | None = None, seed: int = 2) -> Tensors:
+    """Random changes of some linears, in diffusers' format."""
+    generator, shapes = torch.Generator().manual_seed(seed), expected_shapes(TINY_CONFIG)
+    tensors = {}
+    for name in CHANGED:
+        out, width = shapes[f"{name}.weight"]
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator)
+        if alpha is not None:
+            tensors[f"transformer.{name}.alpha"] = torch.tensor(alpha)
+    return tensors
 
 
 def comfy(*, ab: bool, alpha: float | None, ranks: Sequence[int] = (4,)) -> Tensors:

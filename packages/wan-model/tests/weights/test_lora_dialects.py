@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lora_files import (
+from safetensors.torch import load_file, save_file
+
+from wan_model.dit.lora import LoraSettings
+from wan_model.dit.model import WanDiT
+from wan_model.testing.lora_files import (
     Drawn,
     Tensors,
     base_weights,
@@ -18,15 +22,11 @@ from lora_files import (
     lightx2v,
     train_with_peft,
 )
-from safetensors.torch import load_file, save_file
-
-from wan_infer.loading.lora import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, merge_loras, read_lora
-from wan_model.dit.lora import LoraSettings
-from wan_model.dit.model import WanDiT
 from wan_model.testing.lora_reference import assert_same_weights, changed_by, drawn_adapters
 from wan_model.tiny import TINY_CONFIG
 from wan_model.weights.lora_file import FORMATS, LoraOrigin, save_lora
 from wan_model.weights.lora_names import METADATA_KEY
+from wan_model.weights.lora_reading import PEFT_WEIGHTS_NAME, WEIGHTS_NAME, merge_loras, read_lora
 
 pytestmark = [
     # peft about the second adapter of a model, and about the biases that it saves itself.

@@ -1,23 +1,25 @@
 """Files that are no LoRA of the transformer, and hostile ones: each is refused in one sentence that names it."""
 
 import json
+import math
 import re
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lora_files import Tensors, comfy
 from safetensors.torch import save_file
-from tiny_sources import CHANGED, tiny_lora
 
-from wan_infer.loading.lora import read_lora
-from wan_infer.loading.lora_config import CONFIG_NAME
-from wan_infer.loading.lora_patterns import match_patterns
+from wan_model.testing.lora_files import CHANGED, Tensors, comfy, tiny_lora
 from wan_model.tiny import TINY_CONFIG
+from wan_model.weights.lora_config import CONFIG_NAME
 from wan_model.weights.lora_names import METADATA_KEY
+from wan_model.weights.lora_patterns import match_patterns
+from wan_model.weights.lora_reading import read_lora
 
 Q = "transformer.blocks.0.attn1.to_q"
 OFFICIAL_Q = "diffusion_model.blocks.0.self_attn.q"
@@ -246,3 +248,39 @@ def test_folders(tmp_path: Path) -> None:
         save_file(comfy(ab=True, alpha=None), tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"has 2 safetensors files \(a.safetensors, b.safetensors\); give one of them"):
         read_lora(tmp_path, TINY_CONFIG)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is one of Linux")
+def test_patterns_are_matched_under_a_limit_of_the_system() -> None:
+    """A scheduler's limit of the address space (``ulimit -v``) may be below that of the matching process."""
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (900 << 20,) * 2)\n"
+        "from wan_model.weights.lora_patterns import match_patterns\n"
+        "print(match_patterns(['(to_q)+', 'b'], ['blocks.0.to_q', 'c'], 'a file'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[0, None]\n", "")
+
+
+def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    torch.save({"a": torch.zeros(3)}, tmp_path / "pickled.pt")
+    for content, said in {
+        b"": r"is empty \(0 bytes\); download or copy it again",
+        b"no": r"is a text and no safetensors file; name the file",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n": r"pointer of a file in Git LFS; .*git lfs pull",
+        (tmp_path / "pickled.pt").read_bytes(): r"is a pickled file of PyTorch .*convert it to safetensors",
+        b"\x80\x02}q\x00.": r"is a pickled file of PyTorch",
+        b"\x10" + bytes(7) + b"no header": r"is not a complete safetensors file \(.*; download or copy it again",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            read_lora(path, TINY_CONFIG)
+    length = 17 << 20
+    path.write_bytes(length.to_bytes(8, "little") + b"{}" + b" " * length)
+    with pytest.raises(ValueError, match=r"has a header of 17,825,792 bytes; at most 16,777,216 are read"):
+        read_lora(path, TINY_CONFIG)
+    with pytest.raises(ValueError, match=r"the scale of the LoRA .* is nan; expected a finite number"):
+        read_lora(path, TINY_CONFIG, math.nan)
+    with pytest.raises(ValueError, match=r"no LoRA at .*absent"):
+        read_lora(tmp_path / "absent", TINY_CONFIG)

@@ -1,13 +1,13 @@
-"""LoRA of every dialect that diffusers reads for Wan: reading, and merging into the weights when they are loaded.
+"""LoRA of every dialect that diffusers reads for Wan, and of wan-train's checkpoints: reading, merging into weights.
 
 A file holds, for some linears of the transformer, A [r, in] and B [out, r], and in some files an alpha, a change of the
 bias, or whole changes of weights and biases (``diff``, ``diff_b``). The merged weight is W + scale * factor * B A, or
-W + scale * diff; the factor is alpha / r, or 1 where the file gives no alpha. ``lora_names`` has the spellings of the
+W + scale * diff; the factor is alpha / r, or 1 where the file gives no alpha. ``lora_keys`` has the spellings of the
 keys, ``lora_config`` the factors that peft's configuration gives.
 
 Everything in a file is merged or the file is refused. That includes what diffusers leaves out (at least to version
 0.42): a ``diff`` or ``diff_b`` of norms and of the patch embedding, and the ``diff_b`` of ``time_projection`` without a
-change of its weight. ``lora_unmerged`` keeps products beside the weights instead.
+change of its weight.
 
 Source: peft's ``LoraLayer``, diffusers' ``load_lora_weights`` and ``lora_conversion_utils.py``.
 """
@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_infer.loading.lora_config import CONFIG_NAME, LoraConfig
-from wan_infer.loading.lora_names import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.config import WanConfig
 from wan_model.dit.lora import DOWN, UP, adapted_names, merged_weight, weight_change
 from wan_model.dit.model import WanDiT
+from wan_model.weights.lora_config import CONFIG_NAME, LoraConfig
+from wan_model.weights.lora_keys import Part, made_by_peft, refuse_other_kinds, shown, spellings, split_key
 from wan_model.weights.model_folder import FLOATS, open_weights
+from wan_model.weights.run_settings import RUN_CONFIG
 from wan_model.weights.transformer import expected_shapes, full_shape, local_slices, local_tensor
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -40,25 +41,40 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraBase:
+    """The model that a LoRA was trained on.
+
+    Attributes:
+        name: of its folder, or its hub id.
+        digest: of its weights, see ``wan_model.weights.base_digest``.
+    """
+
+    name: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraWeights:
     """The changes of one file, by the key of the weight or bias that each is added to.
 
     Attributes:
         products: B [out, r], A [r, in] and the factor of B A.
         differences: a tensor of the weight's or bias's shape, and its factor.
+        base: the model that it was trained on, where that is recorded, as wan-train does.
     """
 
     products: dict[str, tuple[Tensor, Tensor, float]]
     differences: dict[str, tuple[Tensor, float]]
+    base: LoraBase | None = None
 
     @classmethod
-    def of_adapters(cls, adapters: Mapping[str, Tensor], factor: float) -> "LoraWeights":
+    def of_adapters(cls, adapters: Mapping[str, Tensor], factor: float, base: LoraBase | None = None) -> "LoraWeights":
         """A LoRA of wan-train's: A and B of linears by diffusers' key, with the factor of all."""
         products = {
             f"{name}.weight": (adapters[f"{name}.{UP}.weight"], adapters[f"{name}.{DOWN}.weight"], factor)
             for name in adapted_names(adapters)
         }
-        return cls(products, {})
+        return cls(products, {}, base)
 
     def change(self, key: str, shape: Shape) -> Tensor:
         """The change of one weight or bias, fp32, of its shape; zeros if there is none."""
@@ -89,11 +105,12 @@ def merge_loras(loras: Sequence[LoraWeights], model: WanDiT) -> None:
 
 
 def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.0) -> LoraWeights:
-    """Read a safetensors file, or a folder that has one.
+    """Read a safetensors file, a folder that has one, or a checkpoint of a LoRA run of wan-train's.
 
     Args:
-        path: of either. In a folder the file is ``pytorch_lora_weights.safetensors``, ``adapter_model.safetensors``, or
-            the only safetensors file.
+        path: of one of these. In a folder the file is ``pytorch_lora_weights.safetensors``,
+            ``adapter_model.safetensors``, or the only safetensors file; in that of a run it is the newest complete
+            checkpoint.
         config: of the transformer.
         scale: factor of all changes in addition to alpha / r; 0 leaves the weights unchanged.
 
@@ -102,7 +119,9 @@ def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.
     """
     if not math.isfinite(scale):
         raise ValueError(f"the scale of the LoRA {path} is {scale}; expected a finite number")
-    path = _find(Path(path))
+    path = find_lora(path)
+    if path.is_dir():
+        return _read_checkpoint(path, config, scale)
     with open_weights(path) as file:
         keys = sorted(file.keys())
         metadata = file.metadata() or {}
@@ -118,10 +137,26 @@ def read_lora(path: str | os.PathLike[str], config: WanConfig, scale: float = 1.
         for key in keys:
             _check_type(key, stored[key].get_dtype(), str(path))
         tensors = {key: _finite(file.get_tensor(key), key, str(path)) for key in keys}
-    return _assemble(file_keys, own_names, tensors, wanted, lora_config, scale)
+    return _assemble(file_keys, own_names, tensors, wanted, lora_config, scale, _stated_base(metadata))
 
 
-def _find(path: Path) -> Path:
+def _stated_base(metadata: Mapping[str, str]) -> LoraBase | None:
+    digest = metadata.get("wan.base_digest")
+    return LoraBase(shown(metadata.get("wan.base", "a model without a name")), shown(digest)) if digest else None
+
+
+def find_lora(path: str | os.PathLike[str]) -> Path:
+    """The safetensors file, or the training checkpoint, that ``read_lora`` reads.
+
+    Raises:
+        ValueError: there is none, or a folder has several files.
+    """
+    path = Path(path)
+    if path.is_dir() and ((path / RUN_CONFIG).exists() or any(path.glob("iter_*"))):
+        # Half a second of imports that files do not need.
+        from wan_model.weights.training_checkpoint import find_checkpoint
+
+        return find_checkpoint(path)
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
         for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
@@ -132,8 +167,27 @@ def _find(path: Path) -> Path:
             raise ValueError(f"{path} has {len(found)} safetensors files ({names}); give one of them")
         path = found[0] if found else path / WEIGHTS_NAME
     if not path.exists():
-        raise ValueError(f"no LoRA at {path}: expected a safetensors file")
+        raise ValueError(f"no LoRA at {path}: expected a safetensors file, or the checkpoints of a LoRA run")
     return path
+
+
+def lora_name(path: Path) -> str:
+    """How records and messages call what ``find_lora`` has found: without the rest of its path."""
+    return f"{path.resolve().parent.name}/{path.name}" if path.is_dir() else path.name
+
+
+def _read_checkpoint(path: Path, config: WanConfig, scale: float) -> LoraWeights:
+    from wan_model.weights.training_adapters import find_adapters, read_adapters
+
+    found = find_adapters(path)
+    # Texts may be padded to another length than in the training of the LoRA, as with its file.
+    if dataclasses.replace(found.config, text_length=config.text_length) != config:
+        raise ValueError(
+            f"the LoRA in {path} was trained on {found.base}, whose transformer has other sizes than this one of "
+            f"{config.num_layers} layers and a width of {config.hidden_size}; give that model"
+        )
+    base = LoraBase(Path(found.base).name if Path(found.base).is_absolute() else found.base, found.base_digest)
+    return LoraWeights.of_adapters(read_adapters(path), scale * found.settings.factor, base)
 
 
 def _by_weight(keys: Sequence[str], config: WanConfig, where: str) -> tuple[dict[str, dict[Part, str]], dict[str, str]]:
@@ -260,13 +314,14 @@ def _assemble(
     wanted: Mapping[str, Shape],
     config: LoraConfig | None,
     scale: float,
+    base: LoraBase | None,
 ) -> LoraWeights:
     ranks = {name: tensors[parts["down"]].shape[0] for name, parts in file_keys.items() if "down" in parts}
     # A file's own alphas count before a configuration's.
     stated = {name: float(tensors[parts["alpha"]]) for name, parts in file_keys.items() if "alpha" in parts}
     factors: dict[str, float] = {} if config is None else config.factors(ranks, own_names)
     factors |= {name: alpha / ranks[name] for name, alpha in stated.items()}
-    found = LoraWeights({}, {})
+    found = LoraWeights({}, {}, base)
     for name, parts in file_keys.items():
         weight = f"{name}.weight" if f"{name}.weight" in wanted else name
         factor = scale * factors.get(name, 1.0)
