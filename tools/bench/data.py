@@ -18,10 +18,10 @@ from diffusers import AutoencoderKLWan
 
 from bench.measure import median, ratio, run_process, time_rounds
 from bench.report import Table, seconds
+from wan_data.index.manifest import MANIFEST_NAME
 from wan_data.prepare.encoding.encoder import encode_batch
 from wan_data.reading.loader import LoaderConfig, PackLoader
 from wan_data.shards.energon_metadata import write_metadata
-from wan_data.shards.manifest import MANIFEST_NAME
 from wan_data.shards.writer import Sample, ShardWriter
 from wan_data.video.buckets import Size
 from wan_data.video.decode import read_windows

@@ -3,9 +3,9 @@
 import shutil
 import tarfile
 
+from wan_data.index.manifest import read_manifest
 from wan_data.inspect.verify import verify
 from wan_data.prepare.output_folder import WORK_FOLDER
-from wan_data.shards.manifest import read_manifest
 from wan_data.sources.changes import captions_of
 
 

@@ -32,9 +32,9 @@ from disk_writes import recorded_writes, save_events  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from reused_decoder import ReusedDecoder, end_idle_decoders  # noqa: E402
 
+from wan_data.index.manifest import Manifest  # noqa: E402
 from wan_data.prepare.results import PrepareResult  # noqa: E402
 from wan_data.prepare.settings import PrepareSettings  # noqa: E402
-from wan_data.shards.manifest import Manifest  # noqa: E402
 
 torch.set_num_threads(1)
 # Machines differ in speed and tests run side by side: a slow example is no failure, and the examples are the same.

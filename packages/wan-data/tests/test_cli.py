@@ -5,9 +5,10 @@ import shutil
 import pytest
 import torch
 from data_command import run
+from dataset_sources import records_of
 
 from wan_data.cli import main
-from wan_data.shards.manifest import read_manifest
+from wan_data.index.manifest import read_manifest
 from wan_model.codec.latent_codec import LatentCodec
 
 
@@ -55,7 +56,7 @@ def test_dropped_windows_of_an_accepted_clip_decide_the_exit_code(clip, tiny_mod
         assert "1 samples (1 train)" in done.stdout
         assert "Windows of accepted files that could not be encoded (1):\n  a.mkv window 2: the autoenc" in done.stdout
         assert "Rejected files" not in done.stdout
-    (record,) = read_manifest(tmp_path / "out").sources
+    (record,) = records_of(tmp_path / "out")
     assert (record.verdict, record.samples, len(record.dropped)) == ("accepted", 1, 1)
     assert run(*arguments, "--allow-rejects").exit_code == 0
 
@@ -140,7 +141,7 @@ def test_a_listing_instead_of_a_folder(clips, tiny_model, tmp_path):
     done = run("prepare", *options, "--output-folder", tmp_path / "out", "--model", tiny_model, *SMALL)
     assert done.exit_code == 1
     assert "absent.mkv: it cannot be read: No such file or directory" in done.output
-    (wide,) = (record for record in read_manifest(tmp_path / "out").sources if record.verdict == "accepted")
+    (wide,) = (record for record in records_of(tmp_path / "out") if record.verdict == "accepted")
     assert (wide.path, wide.samples) == ("wide.mkv", 3)
     nothing = run("prepare", "--output-folder", tmp_path / "x", "--model", tiny_model)
     assert nothing.exit_code == 1

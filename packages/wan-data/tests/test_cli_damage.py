@@ -7,6 +7,7 @@ import time
 
 import pytest
 from data_command import run
+from earlier_format import as_format_1
 
 from wan_model.testing.permissions import permissions_apply
 
@@ -62,15 +63,15 @@ def without(name):
 
 
 MANIFESTS = {
-    "text for a number": (changed_first("sources", samples="x"), "text at sources[0].samples; expected a whole number"),
+    "another index": (changed(index={"parts": 3}), "the number 3 at index.parts; expected a list"),
+    "a part elsewhere": (
+        changed(index={"parts": [["../x.sqlite", 1, "0"]], "next_part": 1, "counts": {}}),
+        "'../x.sqlite', which is no name of a file of the index",
+    ),
+    "another format": (changed(format_version=3), "of format 3; this version reads 2 and 1"),
     "a fraction": (changed_first("shards", bytes=1.5), "the number 1.5 at shards[0].bytes; expected a whole number"),
     "true for a number": (changed_first("shapes", tokens=True), "true or false at shapes[0].tokens; expected a whole"),
-    "no number": (changed_first("sources", source_fps=float("nan")), "nan at sources[0].source_fps; expected a number"),
-    "a short row": (changed_first("sources", dropped=[[1]]), "a list of 1 at sources[0].dropped[0]; expected one of 2"),
-    "an unknown field": (changed_first("sources", other=1), "the unknown field 'other' at sources[0]; expected path"),
     "another folder": (changed_first("shards", name="../../x.tar"), "'../../x.tar', which is no name of a shard"),
-    "half a letter": (changed_first("sources", path="\ud800"), "half of a surrogate pair at sources[0].path; expected"),
-    "a list": (changed(sources=3), "the number 3 at sources; expected a list"),
     "an object": (changed(settings=[]), "a list at settings; expected an object"),
     "a text": (changed(next_shard="7"), "text at next_shard; expected a whole number"),
     "null": (changed(latent_spec=None), "null at latent_spec; expected an object"),
@@ -89,10 +90,37 @@ def test_a_damaged_manifest(refused, dataset, tmp_path, name):
             (tmp_path / path.name).symlink_to(path)
     shutil.copy(dataset / "wan-data.json", tmp_path)
     damage(tmp_path / "wan-data.json")
+    named(refused, tmp_path, said)
+
+
+def named(refused, folder, said):
     for command in ("verify", "inspect"):
-        found = refused(command, tmp_path)
+        found = refused(command, folder)
         assert "wan-data.json" in found
         assert said in found
+
+
+SOURCES = {
+    "text for a number": (changed_first("sources", samples="x"), "text at sources[0].samples; expected a whole number"),
+    "no number": (changed_first("sources", source_fps=float("nan")), "nan at sources[0].source_fps; expected a number"),
+    "a short row": (changed_first("sources", dropped=[[1]]), "a list of 1 at sources[0].dropped[0]; expected one of 2"),
+    "an unknown field": (changed_first("sources", other=1), "the unknown field 'other' at sources[0]; expected path"),
+    "half a letter": (changed_first("sources", path="\ud800"), "half of a surrogate pair at sources[0].path; expected"),
+    "another verdict": (
+        changed_first("sources", verdict="removed"),
+        "a source of the verdict 'removed'; expected accep",
+    ),
+    "a list": (changed(sources=3), "the number 3 at sources; expected a list"),
+    "none": (without("sources"), "has no sources"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_damaged_manifest_of_the_first_format(refused, dataset, tmp_path, name):
+    damage, said = SOURCES[name]
+    folder = as_format_1(dataset, tmp_path / "earlier")
+    damage(folder / "wan-data.json")
+    named(refused, folder, said)
 
 
 def test_a_pipe_for_a_manifest(refused, dataset, tiny_model, clips, tmp_path):
@@ -106,7 +134,7 @@ def test_a_pipe_for_a_manifest(refused, dataset, tiny_model, clips, tmp_path):
 
 def test_a_damaged_manifest_is_not_added_to(refused, dataset, tiny_model, clips, tmp_path):
     out = shutil.copytree(dataset, tmp_path / "out")
-    changed_first("sources", samples="x")(out / "wan-data.json")
+    changed_first("shards", samples="x")(out / "wan-data.json")
     said = refused("prepare", "--video-folder", clips, "--output-folder", out, "--model", tiny_model)
     assert "expected a whole number; restore the file, or prepare the dataset again with --overwrite" in said
 

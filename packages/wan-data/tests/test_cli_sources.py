@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from changed_sources import change_a_byte
 from data_command import run
+from dataset_sources import records_of
 from PIL import Image
 
-from wan_data.shards.manifest import read_manifest
 from wan_data.shards.reader import samples_of
 
 # The options that the dataset of the tests was prepared with.
@@ -68,7 +68,7 @@ def test_missing_files_alone_are_no_failure_and_kept_ones_are(copies, tiny_model
             "cannot be used as they are now, and keep their samples (1):\n  deep/tall.mkv: it has no c" in done.stdout
         )
     assert run(*prepare_options(out, folder, tiny_model), "--update", "--allow-rejects").exit_code == 0
-    assert {record.path: record.samples for record in read_manifest(out).sources}["deep/tall.mkv"] > 0
+    assert {record.path: record.samples for record in records_of(out)}["deep/tall.mkv"] > 0
 
 
 def test_verify_compares_sources_and_listings(dataset, copies, tmp_path):

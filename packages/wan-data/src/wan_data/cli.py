@@ -107,7 +107,8 @@ def prepare(
     if ranks.rank == 0:
         for line in (*summary_lines(result, output_folder), *left_out()):
             click.echo(line)
-    incomplete = any(source.verdict == "rejected" or source.dropped for source in result.manifest.sources)
+    counts = result.manifest.index.counts
+    incomplete = counts.rejected or counts.dropped
     if not allow_rejects and (incomplete or result.changed or result.kept):
         sys.exit(1)
 
@@ -145,13 +146,15 @@ def plan(
 
         settings = settings_of(values)
         sources, left_out = sources_of(video_folder, listing, settings)
-        with make_report() as report:
-            results = probe_only(sources, settings, report=report, decoders=num_decoders, output=output_folder)
+        with (
+            make_report() as report,
+            probe_only(sources, settings, report=report, decoders=num_decoders, output=output_folder) as results,
+        ):
             rate = None
             if model is not None:
                 report.log(f"measuring {model}")
                 rate = measured_rate(model, settings, device)
-        found = {**make_plan(results, settings, rate=rate), "left_out": left_out()}
+            found = {**make_plan(results, settings, rate=rate), "left_out": left_out()}
     if as_json:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
@@ -186,6 +189,29 @@ def inspect(
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
         print_tables(found)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def upgrade(path: Path) -> None:
+    """Turn a dataset that an earlier version has prepared into the format of today; the shards stay as they are.
+
+    Earlier formats are read as they are, but one file of theirs lists all sources and is read whole. prepare does this
+    too when it adds to such a dataset.
+    """
+    from wan_data.index.manifest import FORMAT_VERSION, read_manifest
+    from wan_data.prepare.upgrade import upgrade as run
+    from wan_data.shards.lock import writer_lock
+
+    with errors_as_messages(path):
+        before = read_manifest(path)
+        if before.format_version == FORMAT_VERSION:
+            click.echo(f"{path} is of format {FORMAT_VERSION} already")
+            return
+        with writer_lock(path):
+            after = run(path, before, lambda name: click.echo(f"read {name}", err=True))
+        counts = after.index.counts
+    click.echo(f"{path}: {counts.total} sources, {len(after.shards)} shards, now of format {FORMAT_VERSION}")
 
 
 @main.command()

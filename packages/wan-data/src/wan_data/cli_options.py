@@ -16,7 +16,7 @@ from wan_model.system.option_names import option_names
 from wan_model.system.versions import check_dependencies
 
 if TYPE_CHECKING:
-    from wan_data.sources.source import SourceFile
+    from wan_data.sources.source import Sources
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _DEFAULT = PrepareSettings()
@@ -56,7 +56,7 @@ def settings_of(values: dict[str, Any]) -> PrepareSettings:
 
 def sources_of(
     video_folder: Path | None, listing: Path | None, settings: PrepareSettings
-) -> tuple[list["SourceFile"], Callable[[], list[str]]]:
+) -> tuple["Sources", Callable[[], list[str]]]:
     """The sources that the options of ``input_options`` name.
 
     Returns:

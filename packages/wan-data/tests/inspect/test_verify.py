@@ -1,13 +1,17 @@
+import contextlib
 import io
 import json
+import re
 import shutil
+import sqlite3
 import tarfile
 import zipfile
 
 import pytest
+from dataset_sources import records_of
 
+from wan_data.index.manifest import MANIFEST_NAME
 from wan_data.inspect.verify import verify
-from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_data.shards.reader import members_of
 from wan_data.shards.writer import ShardWriter
 from wan_data.sources.changes import captions_of
@@ -34,9 +38,6 @@ def test_a_whole_dataset_has_no_problems(dataset, clips):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda value: value["sources"][0].update(samples=99), r"has \d samples; wan-data.json says 99"),
-        (lambda value: value["sources"].pop(0), "is not among those of the manifest"),
-        (lambda value: value["sources"][0].update(sha256="0" * 64), "another digest in the manifest"),
         (lambda value: value["shapes"][0].update(samples=99), "wan-data.json says 99"),
         (lambda value: value["shards"].pop(), r".info.json and wan-data.json do not agree on shard-rank00-000004.tar"),
         (lambda value: value["shards"][0].update(split="val"), "split.yaml lists other shards for"),
@@ -45,11 +46,46 @@ def test_a_whole_dataset_has_no_problems(dataset, clips):
     ],
 )
 def test_a_manifest_that_says_something_else(copy, change, message):
-    import re
-
     change_manifest(copy, change)
     _, problems = verify(copy)
     assert any(re.search(message, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("UPDATE sources SET samples = 99 WHERE path = 'wide.mkv'", r"wide.mkv has \d samples; the index says 99"),
+        ("DELETE FROM sources WHERE path = 'wide.mkv'", "is not among those of the index"),
+        ("UPDATE sources SET sha256 = zeroblob(32) WHERE path = 'wide.mkv'", "another digest in the index"),
+        ("UPDATE sources SET frames = 1 WHERE path = 'wide.mkv'", "holds other records than wan-data.json says"),
+        ("UPDATE sources SET shards = '[' WHERE path = 'wide.mkv'", "sources-000000.sqlite is damaged: .*; restore"),
+        (
+            "UPDATE sources SET bytes = 'x' WHERE path = 'wide.mkv'",
+            "sources-000000.sqlite is damaged: .*expected a who",
+        ),
+        ("CREATE TABLE more (x)", "sources-000000.sqlite is damaged: it has other tables than wan-data writes"),
+        ("DROP TABLE sources", "sources-000000.sqlite is damaged: it has other tables than wan-data writes"),
+    ],
+)
+def test_an_index_that_says_something_else(copy, change, message):
+    with contextlib.closing(sqlite3.connect(copy / "sources-000000.sqlite")) as database:
+        database.execute(change)
+        database.commit()
+    _, problems = verify(copy)
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+def test_a_file_of_the_index_that_is_missing_cut_or_left_over(copy):
+    part = copy / "sources-000000.sqlite"
+    content = part.read_bytes()
+    (copy / "sources-000007.sqlite").write_bytes(content)
+    assert verify(copy)[1] == [
+        "sources-000007.sqlite is no file of wan-data.json: delete it, an interrupted run has left it"
+    ]
+    part.write_bytes(content[:9000])
+    assert "sources-000000.sqlite is damaged" in verify(copy)[1][0]
+    part.unlink()
+    assert "sources-000000.sqlite is missing; restore the file" in verify(copy)[1][0]
 
 
 def test_a_shard_that_was_written_anew_but_is_not_the_one(copy):
@@ -115,7 +151,7 @@ def test_captions_that_have_changed(dataset, clips, tmp_path):
     assert "wide.mkv has another caption than its samples were encoded with" in problems
     assert any(problem.startswith("deep/tall.mkv has lost its caption: ") for problem in problems)
     # Of a listing, which overrides what is beside the clips.
-    names = [record.path for record in read_manifest(dataset).sources if record.verdict == "accepted"]
+    names = [record.path for record in records_of(dataset) if record.verdict == "accepted"]
     old = {name: captions_of(dataset, clips, None)(name) for name in names}
     listing = tmp_path / "list.jsonl"
     listing.write_text("\n".join(json.dumps({"video": name, "caption": old[name]}) for name in names[1:]))

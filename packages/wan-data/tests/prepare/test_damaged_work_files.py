@@ -1,29 +1,37 @@
 """The files of an unfinished preparation, damaged: one sentence that names the file and what to do, or no matter."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
+import sqlite3
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from thread_ranks import ThreadRanks
 
+from wan_data.index.lengths import LengthCounts
+from wan_data.index.manifest import Manifest
 from wan_data.prepare import run as preparation
+from wan_data.prepare import shard_encoding
 from wan_data.prepare.output_folder import output_folder
-from wan_data.prepare.probe import ProbeCache
+from wan_data.prepare.probe import PlannedSource, ProbeCache, RejectedSource
+from wan_data.prepare.probe_results import ProbeResults, write_results
 from wan_data.prepare.probe_stage import gathered, probe_only
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.removal import RewrittenShard, delete_superseded, note_superseded
 from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.shard_batches import ShardBatch
+from wan_data.prepare.shard_batches import ShardBatch, plan_shard_batch
 from wan_data.prepare.work_files import check_work_folder, read_work_file
 from wan_data.shards.lock import writer_lock
-from wan_data.shards.manifest import Manifest
 from wan_data.shards.writer import ShardRecord
 from wan_data.sources.changes import SourceChanges
+from wan_data.video.buckets import Size
 from wan_data.video.decode import ClipInfo
+from wan_data.video.windows import Window
 from wan_model.latent_spec import LatentSpec
 
 SPEC = LatentSpec(1, 4, 8, (0.0,), (1.0,), 8, 8, "model")
@@ -38,19 +46,46 @@ class TwoRanks(ThreadRanks):
         pass
 
 
+def source(name):
+    info = ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)
+    return PlannedSource(name, Path(name), 1, "0", "A clip.", info, Size(16, 16), (Window(0, 5),))
+
+
 READERS = {
     "superseded.json": lambda work: delete_superseded(work.parent, work, MANIFEST),
     "shard-000000.json": lambda work: FinishedShard.read(work / "shard-000000.json"),
     "rewritten-000001.json": lambda work: RewrittenShard.read(work / "rewritten-000001.json"),
     "changes.json": lambda work: read_work_file(work / "changes.json", SourceChanges),
-    "round.json": ShardBatch.read,
-    "verdicts-00001.json": lambda work: gathered([], work, TwoRanks()),
 }
+DATABASES = {
+    "round.sqlite": lambda work: everything_of(work),
+    "results-00001.sqlite": lambda work: [
+        *gathered(work, TwoRanks()).accepted(),
+        *gathered(work, TwoRanks()).rejected(),
+    ],
+}
+
+
+def everything_of(work):
+    with contextlib.closing(ShardBatch.open(work)) as batch:
+        return [*batch.accepted(), *batch.rejected(), *map(batch.shard, batch.numbers), batch.replaced]
+
+
+def results_of(work):
+    results = gathered(work, TwoRanks())
+    return [*results.accepted(), *results.rejected()]
+
+
+def two_results(work):
+    results = [source("a"), RejectedSource("b", "too short")]
+    for rank in (0, 1):
+        write_results(work / f"results-{rank:05d}.sqlite", results)
+    found = ProbeResults([work / "results-00000.sqlite"])
+    plan_shard_batch(work, found, PrepareSettings(validation_fraction=0), first_shard=0)
+
+
 RECORD = {"name": "shard-rank00-000001.tar", "split": "train", "samples": 1, "bytes": 1, "sha256": "0"}
 SHARD = {"record": RECORD, "samples": {}, "shapes": [], "dropped": [], "cut": {}}
-PLANNED = {"name": "a", "path": "/a", "bytes": 1, "sha256": "0", "caption": "x", "info": [1, 1, 1.0, 16.0, 16.0, 1]}
-PLANNED |= {"size": {"height": 16, "width": 16}, "windows": [[0, 5]], "mtime_ns": 0}
-BATCH = {"first_shard": 0, "accepted": [{**PLANNED, "split": "train"}], "rejected": [], "replaced": [], "removed": []}
 # One value each is of another type than the readers expect.
 WRONG = {
     "superseded.json": [{"shards": [1]}, {"shards": "x"}, {"shards": ["../../other.tar"]}, {"shards": ["other.tar"]}],
@@ -62,16 +97,31 @@ WRONG = {
     ],
     "rewritten-000001.json": [{"old": "a", "record": None, "removed": [[1, 2, 3]]}],
     "changes.json": [{"changed": ["a"], "missing": []}, {"changed": {}, "missing": [None]}],
-    "round.json": [
-        {**BATCH, "first_shard": 1.5},
-        {**BATCH, "accepted": [PLANNED]},
-        {**BATCH, "accepted": [{**PLANNED, "split": "train", "windows": [[0]]}]},
-        {**BATCH, "accepted": [{**PLANNED, "split": "train", "caption": "\ud800"}]},
-        {**BATCH, "accepted": [{**PLANNED, "split": "train", "path": "\0"}]},
-        {**BATCH, "accepted": [{**PLANNED, "split": "train", "size": {"height": 16}}]},
-        {**BATCH, "accepted": [{**PLANNED, "split": "train", "size": {"height": 16, "width": 16, "depth": 1}}]},
+}
+# Each makes a value that the readers do not expect, or none.
+SQL = {
+    "round.sqlite": [
+        "DELETE FROM about",
+        "UPDATE about SET first_shard = 1.5",
+        "UPDATE shards SET samples = 'x'",
+        "UPDATE accepted SET source = '['",
+        "UPDATE accepted SET source = x'ff'",
+        "UPDATE accepted SET source = json_set(source, '$.windows', json('[[0]]'))",
+        "UPDATE accepted SET source = json_set(source, '$.caption', 3)",
+        "UPDATE accepted SET source = json_set(source, '$.path', char(0))",
+        "UPDATE accepted SET source = json_set(source, '$.size.depth', 1)",
+        "UPDATE accepted SET source = (SELECT source FROM rejected)",
+        "UPDATE rejected SET source = (SELECT source FROM accepted)",
+        "CREATE VIEW more AS SELECT 1",
+        "DROP TABLE shards",
     ],
-    "verdicts-00001.json": [[{"reason": 3, "name": "a"}], [3], [{**PLANNED, "bytes": None}]],
+    "results-00001.sqlite": [
+        "UPDATE results SET value = '[3]'",
+        "UPDATE results SET windows = 'x'",
+        "UPDATE results SET windows = 1 WHERE name = 'b'",
+        "UPDATE results SET value = json_set(value, '$.bytes', NULL)",
+        "DROP TABLE results",
+    ],
 }
 
 
@@ -83,8 +133,31 @@ def work(tmp_path):
 
 def refused(name, work):
     with pytest.raises(ValueError, match=f"{name}.* remove .*run .*again") as error:
-        READERS[name](work)
+        {**READERS, **DATABASES}[name](work)
     assert "\n" not in str(error.value)
+    assert str(error.value).count("run the same command again") <= 1
+
+
+@pytest.mark.parametrize(("name", "statement"), [(name, one) for name, all_of in SQL.items() for one in all_of])
+def test_a_damaged_database_is_a_sentence_with_a_remedy(work, name, statement):
+    two_results(work)
+    DATABASES[name](work)
+    with contextlib.closing(sqlite3.connect(work / name)) as database:
+        database.execute(statement)
+        database.commit()
+    refused(name, work)
+
+
+@pytest.mark.parametrize("name", DATABASES)
+def test_what_is_no_database_is_a_sentence_with_a_remedy(work, name):
+    two_results(work)
+    content = (work / name).read_bytes()
+    for bad in (b"x", b"[" * 100_000, content[:9_000], content[:100] + bytes(len(content) - 100)):
+        (work / name).write_bytes(bad)
+        refused(name, work)
+    (work / name).unlink()
+    os.mkfifo(work / name)
+    refused(name, work)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -106,7 +179,7 @@ def test_damage_is_a_sentence_with_a_remedy(work, name):
 
 def test_what_is_no_file_is_refused_before_anything_is_written(work):
     check_work_folder(work)
-    for name in (*READERS, "00000-examined.jsonl"):
+    for name in (*READERS, *DATABASES, "00000-examined.sqlite"):
         os.mkfifo(work / name)
         with pytest.raises(
             ValueError, match=f"{name} is a named pipe; expected a file; remove it and run the same com"
@@ -119,37 +192,65 @@ def test_what_is_no_file_is_refused_before_anything_is_written(work):
 
 def test_good_files_are_read_as_they_were_written(work):
     shard = FinishedShard(
-        ShardRecord(**RECORD), {"a": 1}, ((5, 32, 32, (16, 2, 4, 4), 1),), (("a", 1, "why"),), {"a": 9}
+        ShardRecord(**RECORD),
+        {"a": 1},
+        ((5, 32, 32, (16, 2, 4, 4), 1),),
+        (("a", 1, "why"),),
+        {"a": 9},
+        LengthCounts(((3, 1),)),
     )
     shard.write(work / "shard-000000.json")
     assert FinishedShard.read(work / "shard-000000.json") == shard
-    rewritten = RewrittenShard("old.tar", None, ((5, 32, 32, 1),))
+    rewritten = RewrittenShard("old.tar", None, ((5, 32, 32, 1),), ("a.mp4",), LengthCounts(((3, 1),), ((9, 1),)))
     rewritten.write(work / "rewritten-000001.json")
     assert RewrittenShard.read(work / "rewritten-000001.json") == rewritten
-    changes = SourceChanges({"a": "a has changed"}, ("b",))
+    changes = SourceChanges({"a": "a has changed"}, 2, ("b",), 5)
     (work / "changes.json").write_text(json.dumps(dataclasses.asdict(changes)))
     assert read_work_file(work / "changes.json", SourceChanges) == changes
     (work.parent / RECORD["name"]).touch()
     note_superseded(work, [RECORD["name"]])
     delete_superseded(work.parent, work, MANIFEST)
     assert not (work.parent / RECORD["name"]).exists()
-    (work / "round.json").write_text(json.dumps(BATCH))
-    ((source, split),) = ShardBatch.read(work).accepted
-    assert (source.windows[0].stop, source.size.height, split) == (5, 16, "train")
 
 
-def test_damaged_lines_of_the_probe_cache_are_of_no_matter(work):
-    path, settings, info = work / "00000-examined.jsonl", PrepareSettings(), ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)
-    ProbeCache(path, settings).add("a.mp4", 1, 2, "0" * 64, info)
-    good = path.read_bytes().strip()
-    bad = [b"[" * 100_000, b"\xff", b"3", b"null", b'{"name": []}', b'{"name": "b.mp4"}', good[:-9]]
-    for old, new in ((b'"frames": 5', b'"frames": "5"'), (b'"frames": 5,', b""), (b'"0000', b'0,"x":"0000')):
-        bad.append(good.replace(b"a.mp4", b"c.mp4").replace(old, new))
-        path.write_bytes(b"\n".join([*bad, good, *bad]))
-        cache = ProbeCache(path, settings)
-        assert cache.find("a.mp4", 1, 2) == ("0" * 64, info)
-        assert cache.find("b.mp4", 1, 2) is None
-        assert cache.find("c.mp4", 1, 2) is None
+def test_a_damaged_probe_cache_is_of_no_matter(work):
+    path, settings, info = work / "00000-examined.sqlite", PrepareSettings(), ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)
+
+    def found(name="a.mp4", of=settings):
+        with contextlib.closing(ProbeCache(path, of)) as cache:
+            return cache.find(name, 1, 2)
+
+    def filled():
+        with contextlib.closing(ProbeCache(path, settings)) as cache:
+            for name in ("a.mp4", "b.mp4"):
+                cache.add(name, 1, 2, "0" * 64, info)
+        assert found() == found("b.mp4") == ("0" * 64, info)
+
+    filled()
+    content = path.read_bytes()
+    assert found(of=PrepareSettings(fps=Fraction(8))) is None
+    for bad in (b"x", b"[" * 100_000, content[: len(content) // 2], content[:100] + bytes(len(content) - 100)):
+        path.write_bytes(bad)
+        assert found() is None
+        filled()
+    for statement in (
+        "UPDATE remembered SET value = '[' WHERE name = 'a.mp4'",
+        "UPDATE remembered SET value = json_set(value, '$.info.frames', '5') WHERE name = 'a.mp4'",
+        "UPDATE remembered SET value = json_set(value, '$.sha256', 0) WHERE name = 'a.mp4'",
+        "UPDATE remembered SET value = '[]' WHERE name = 'a.mp4'",
+    ):
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute(statement)
+            database.commit()
+        assert found() is None
+        assert found("b.mp4") == ("0" * 64, info), statement
+        filled()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TABLE remembered")
+        database.execute("CREATE VIEW remembered AS SELECT 'a.mp4' AS name, '{}' AS value")
+        database.commit()
+    assert found() is None
+    filled()
 
 
 def test_a_run_refuses_them_at_once(copies, prepared, tiny_model, settings, silent, monkeypatch):
@@ -157,19 +258,19 @@ def test_a_run_refuses_them_at_once(copies, prepared, tiny_model, settings, sile
     work = out / ".wan-data"
     work.mkdir()
     for name, make, said in (
-        ("round.json", lambda path: path.write_text("[" * 100_000), "nested more than 100 levels"),
+        ("round.sqlite", lambda path: path.write_text("[" * 100_000), "file is not a database"),
         ("superseded.json", os.mkfifo, "is a named pipe"),
         ("superseded.json", lambda path: path.write_text('{"shards": ["../x"]}'), "no name of a shard"),
-        ("00000-examined.jsonl", os.mkfifo, "is a named pipe"),
+        ("00000-examined.sqlite", os.mkfifo, "is a named pipe"),
     ):
         make(work / name)
         with pytest.raises(ValueError, match=f"{name}.*{said}.* remove .*run .*again"):
             prepared(clips, out, tiny_model, settings)
         (work / name).unlink()
-    os.mkfifo(work / "00000-examined.jsonl")
-    with pytest.raises(ValueError, match="is a named pipe"):
-        probe_only([], settings, report=silent, output=out)
-    (work / "00000-examined.jsonl").unlink()
+    os.mkfifo(work / "00000-examined.sqlite")
+    with pytest.raises(ValueError, match="is a named pipe"), probe_only([], settings, report=silent, output=out):
+        pass
+    (work / "00000-examined.sqlite").unlink()
     prepared(clips, out, tiny_model, settings)
 
     # An unfinished batch with a damaged record: no process encodes anything before it is named.
@@ -182,7 +283,7 @@ def test_a_run_refuses_them_at_once(copies, prepared, tiny_model, settings, sile
     (again / ".wan-data" / "shard-000003.json").write_text('{"record": 3}')
     (again / ".wan-data" / "shard-000000.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "EncoderPool", None)
+        patch.setattr(shard_encoding, "EncoderPool", None)
         with pytest.raises(ValueError, match=r"shard-000003\.json has no .*; remove it and run the same command again"):
             prepared(clips, again, tiny_model, settings)
     (again / ".wan-data" / "shard-000003.json").unlink()

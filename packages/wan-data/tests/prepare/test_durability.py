@@ -1,12 +1,18 @@
 """A file that is visible under its name is complete on the disk, even after a power failure."""
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
-from disk_writes import load_events, recorded_writes
+from disk_writes import load_events
 
+from wan_data.index.records import PART_GLOB
 from wan_data.prepare.probe import ProbeCache
 from wan_data.prepare.settings import PrepareSettings
+from wan_data.sources.modification_times import TIMES_NAME
 from wan_data.video.decode import ClipInfo
 
 
@@ -41,7 +47,8 @@ def test_every_file_of_the_dataset_got_its_name_by_a_rename(dataset, renames):
     kinds = {os.path.basename(path).split("0000")[0] if "shard" in path else os.path.basename(path) for path in files}
     assert {"wan-data.json", "index.sqlite", "split.yaml", "empty-caption.safetensors"} < kinds
     assert sum(path.endswith(".idx") for path in files) == sum(path.endswith(".tar") for path in files) == 5
-    assert files <= {rename.target for rename in renames}
+    # Without the file of times all contents are compared; a damaged one is begun anew.
+    assert files - {str(dataset / TIMES_NAME)} <= {rename.target for rename in renames}
 
 
 def test_the_manifest_comes_after_all_that_it_lists(dataset, renames):
@@ -52,7 +59,12 @@ def test_the_manifest_comes_after_all_that_it_lists(dataset, renames):
     first_complete = next(
         index for index, target in enumerate(targets) if index > 2 and target == str(dataset / "wan-data.json")
     )
-    for path in [*dataset.glob("*.tar"), *dataset.glob("*.idx"), *(dataset / ".nv-meta").iterdir()]:
+    for path in [
+        *dataset.glob("*.tar"),
+        *dataset.glob("*.idx"),
+        *dataset.glob(PART_GLOB),
+        *(dataset / ".nv-meta").iterdir(),
+    ]:
         assert targets.index(str(path)) < first_complete, path
 
 
@@ -66,21 +78,29 @@ def test_every_new_folder_is_flushed_into_its_parent(dataset, events):
 
 def test_what_a_resumed_run_needs_is_flushed_too(events, renames):
     names = [os.path.basename(rename.target) for rename in renames]
-    assert names.index("round.json") < names.index("shard-rank00-000000.tar")
+    assert names.index("results-00000.sqlite") < names.index("round.sqlite") < names.index("shard-rank00-000000.tar")
     assert {f"shard-{number:06d}.json" for number in range(5)} < set(names)
     for number in range(5):
         assert names.index(f"shard-rank00-{number:06d}.tar") < names.index(f"shard-{number:06d}.json")
-    (planned,) = (event for event in events if event.target.endswith("round.json"))
-    probed = [event.lines for event in events[: events.index(planned)] if event.path.endswith("examined.jsonl")]
-    assert probed == [6], "the results of all six sources, before the shards are planned"
 
 
-def test_a_probe_cache_is_flushed_with_its_folder(tmp_path):
-    cache = ProbeCache(tmp_path / "cache.jsonl", PrepareSettings())
-    with recorded_writes() as events:
-        cache.sync()
-        assert events == [], "there is no file yet"
-        cache.add("a.mp4", 1, 2, "0" * 64, ClipInfo(5, 5, 16.0, 32.0, 48.0, 1))
-        cache.sync()
-    assert [event.path for event in events] == [str(tmp_path / "cache.jsonl"), str(tmp_path)]
-    assert ProbeCache(tmp_path / "cache.jsonl", PrepareSettings()).find("a.mp4", 1, 2) is not None
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from wan_data.prepare.probe import ProbeCache
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.video.decode import ClipInfo
+cache = ProbeCache(Path(sys.argv[1]), PrepareSettings())
+for number in range(50):
+    cache.add(f"{number}.mp4", 1, 2, "0" * 64, ClipInfo(5, 5, 16.0, 32.0, 48.0, 1))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_all_that_it_has_probed(tmp_path):
+    path = tmp_path / "examined.sqlite"
+    assert subprocess.run([sys.executable, "-c", KILLED, path], check=False).returncode == -signal.SIGKILL
+    info = ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)
+    with contextlib.closing(ProbeCache(path, PrepareSettings())) as cache:
+        assert all(cache.find(f"{number}.mp4", 1, 2) == ("0" * 64, info) for number in range(50))
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]

@@ -25,10 +25,10 @@ import torch
 torch.set_num_threads(1)
 from wan_data import cli
 from wan_data.prepare import probe
-from wan_data.prepare.run import _Preparation
+from wan_data.prepare.shard_encoding import ShardEncoder
 
 log = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.jsonl"
-probe_source, finish = probe._probe_source, _Preparation._write_shard
+probe_source, finish = probe._probe_source, ShardEncoder._write_shard
 
 def note(**what):
     with log.open("a") as file:
@@ -42,7 +42,7 @@ def logged_finish(self, plan, *more):
     note(wrote=plan.number)
     return finish(self, plan, *more)
 
-probe._probe_source, _Preparation._write_shard = logged_probe, logged_finish
+probe._probe_source, ShardEncoder._write_shard = logged_probe, logged_finish
 cli.main(sys.argv[2:])
 """
 

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dataset_sources import records_of
 from folder_digests import digests, without_index
 from tokenizers import Tokenizer
 
+from wan_data.index.manifest import MANIFEST_NAME, read_manifest
 from wan_data.inspect.verify import verify
 from wan_data.prepare.encoding import encoder_pool
 from wan_data.prepare.output_folder import WORK_FOLDER
@@ -27,7 +29,6 @@ from wan_data.prepare.settings import PrepareSettings
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.shards.energon_metadata import DATASET_YAML
 from wan_data.shards.lock import writer_lock
-from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.files import sha256_of
 from wan_model.testing import assert_rounds_to
@@ -109,8 +110,7 @@ def test_the_manifest_tells_what_is_there(dataset):
     for shard in manifest.shards:
         path = dataset / shard.name
         assert (path.stat().st_size, sha256_of(path)) == (shard.bytes, shard.sha256)
-    assert [source.path for source in manifest.sources] == sorted(source.path for source in manifest.sources)
-    assert {source.verdict for source in manifest.sources} == {"accepted"}
+    assert {source.verdict for source in records_of(dataset)} == {"accepted"}
 
 
 def test_validation_shares_no_source_with_training(dataset):
@@ -142,7 +142,7 @@ def test_bad_files_are_rejected_by_name_and_the_others_go_on(prepared, clip, tin
     (folder / "broken.json").write_text('{"caption": "x"}')
     settings = PrepareSettings(**small)
     manifest = prepared(folder, tmp_path / "out", tiny_model, settings, report=silent)
-    reasons = {source.path: source.reason for source in manifest.sources}
+    reasons = {source.path: source.reason for source in records_of(tmp_path / "out")}
     assert reasons.pop("good.mkv") is None
     assert set(reasons) == {"short.mkv", "little.mkv", "mute.mkv", "broken.mp4"}
     assert "3 frames at the target rate; the shortest window is 5" in reasons["short.mkv"]
@@ -253,7 +253,7 @@ def test_captions_beyond_the_text_encoder_are_counted_and_named(prepared, clip, 
     manifest = prepared(tmp_path / "clips", tmp_path / "out", tiny_model, PrepareSettings(**small))
     whole = len(tokenizer.encode(captions["long"].strip()).ids)
     assert whole > 512
-    assert {one.path: one.caption_tokens for one in manifest.sources} == {
+    assert {one.path: one.caption_tokens for one in records_of(tmp_path / "out")} == {
         "long.mkv": whole, "fits.mkv": None, "full.mkv": None,
     }  # fmt: skip
     assert read_manifest(tmp_path / "out") == manifest
@@ -379,7 +379,7 @@ def test_a_window_that_cannot_be_encoded_is_dropped_and_named(
     settings = PrepareSettings(**small, batch_size=batch_size)
     manifest = prepared(clips, tmp_path / "out", tiny_model, settings, report=silent)
     assert sum(manifest.samples.values()) == sum(shard.samples for shard in manifest.shards) == 11
-    records = {record.path: record for record in manifest.sources}
+    records = {record.path: record for record in records_of(tmp_path / "out")}
     half, none = records["many/clip 2.v1.mkv"], records["many/clip 3.v1.mkv"]
     assert (half.verdict, half.samples, [number for number, _ in half.dropped]) == ("accepted", 1, [1])
     assert (none.verdict, none.samples, none.shards) == ("rejected", 0, ())

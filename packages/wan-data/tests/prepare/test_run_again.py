@@ -3,10 +3,11 @@ import json
 import shutil
 
 import pytest
+from dataset_sources import records_of
 from folder_digests import digests
 
+from wan_data.index.manifest import read_manifest
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.shards.manifest import read_manifest
 from wan_model.system.files import sha256_of
 
 
@@ -58,7 +59,7 @@ def test_new_files_are_added_and_finished_shards_stay(
     (more / "a new one.txt").write_text("New.\n")
     (more / "wide copy.mkv").write_bytes((more / "wide.mkv").read_bytes())
     (more / "wide copy.txt").write_text("The same frames.")
-    (held_out,) = (record.path for record in read_manifest(dataset).sources if record.split == "val")
+    (held_out,) = (record.path for record in records_of(dataset) if record.split == "val")
     shutil.copy(more / held_out, more / "val copy.mkv")
     (more / "val copy.txt").write_text("The frames of the validation clip.")
     clip(more / "mute.mkv", range(9))
@@ -67,7 +68,7 @@ def test_new_files_are_added_and_finished_shards_stay(
     assert {name: (sha256_of(out / name), (out / name).stat().st_mtime_ns) for name in before} == before
     assert manifest.shards[: len(before)] == read_manifest(dataset).shards
     assert len(manifest.shards) > len(before)
-    records = {record.path: record for record in manifest.sources}
+    records = {record.path: record for record in records_of(out)}
     assert records["a new one.mkv"].samples == 2
     assert records["mute.mkv"].verdict == "rejected"
     assert records["wide copy.mkv"].split == records["wide.mkv"].split == "train"
@@ -81,15 +82,15 @@ def test_new_files_are_added_and_finished_shards_stay(
     shutil.copy(more / held_out, more / "another val copy.mkv")
     (more / "another val copy.txt").write_text("Again the frames of the validation clip.")
     again = prepared(more, out, tiny_model, PrepareSettings(**small))
-    assert {record.path: record.verdict for record in again.sources}["mute.mkv"] == "accepted"
-    assert {record.path: record.split for record in again.sources}["another val copy.mkv"] == "val"
+    assert {record.path: record.verdict for record in records_of(out)}["mute.mkv"] == "accepted"
+    assert {record.path: record.split for record in records_of(out)}["another val copy.mkv"] == "val"
     assert again.shards[: len(manifest.shards)] == manifest.shards
 
 
 def test_cached_probe_results_are_used_again(prepared, clips, tiny_model, small, tmp_path, monkeypatch):
     settings, out = PrepareSettings(**small), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("wan_data.prepare.run.plan_shard_batch", lambda *_, **__: 1 / 0)
+        patch.setattr("wan_data.prepare.planning.plan_shard_batch", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepared(clips, out, tiny_model, settings)
     with monkeypatch.context() as patch:
@@ -107,8 +108,8 @@ def test_a_source_that_breaks_between_probing_and_encoding(
     prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(clips, tmp_path / "in")
-    load = "wan_data.prepare.run.load_codec"
-    original = importlib.import_module("wan_data.prepare.run").load_codec
+    load = "wan_data.prepare.shard_encoding.load_codec"
+    original = importlib.import_module("wan_data.prepare.shard_encoding").load_codec
 
     def cut_a_file(*arguments, **more):
         wide = folder / "wide.mkv"
@@ -117,7 +118,7 @@ def test_a_source_that_breaks_between_probing_and_encoding(
 
     monkeypatch.setattr(load, cut_a_file)
     manifest = prepared(folder, tmp_path / "out", tiny_model, PrepareSettings(**small), report=silent)
-    wide = next(record for record in manifest.sources if record.path == "wide.mkv")
+    wide = next(record for record in records_of(tmp_path / "out") if record.path == "wide.mkv")
     assert wide.samples < 3
     assert all("although it could be decoded before" in reason for _, reason in wide.dropped)
     assert sum(manifest.samples.values()) == 11 + wide.samples

@@ -1,13 +1,16 @@
 """Planning shards: splits that follow from the content, and a plan that a resumed run reads back."""
 
+import contextlib
+import dataclasses
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from wan_data.prepare.probe import PlannedSource, RejectedSource
+from wan_data.prepare.probe_results import ProbeResults, write_results
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.shard_batches import ShardBatch, encode_tasks, plan_shard_batch
+from wan_data.prepare.shard_batches import ShardBatch, encode_tasks, plan_shard_batch, with_splits
 from wan_data.video.buckets import Size
 from wan_data.video.decode import ClipInfo
 from wan_data.video.windows import Window
@@ -23,8 +26,17 @@ def source(name, content=None, windows=2, size=SIZE):
 
 
 def splits(results, known=None, settings=SETTINGS):
-    batch = plan_shard_batch(results, settings, first_shard=0, known=known or {})
-    return {one.name: split for one, split in batch.accepted}
+    return {
+        one.name: split for one, split in with_splits(results, settings, None if known is None else lambda _: known)
+    }
+
+
+@contextlib.contextmanager
+def planned(folder, results, settings=SETTINGS, **more):
+    write_results(folder / "results.sqlite", results)
+    plan_shard_batch(folder, ProbeResults([folder / "results.sqlite"]), settings, **{"first_shard": 0, **more})
+    with contextlib.closing(ShardBatch.open(folder)) as batch:
+        yield batch
 
 
 def test_both_splits_get_a_source_where_there_are_two():
@@ -58,37 +70,47 @@ def test_equal_contents_are_in_one_split_and_new_files_move_none():
     assert sum(alone[name] != before[name] for name in alone) <= 2, "the first batch may move one source to each side"
 
 
-def test_shards_hold_every_window_once_and_split_by_split():
-    sources = [source(f"s{number:02d}", windows=1 + number % 5) for number in range(20)]
-    batch = plan_shard_batch(sources, SETTINGS, first_shard=7, known={})
-    plans = batch.shards(SETTINGS.samples_per_shard)
+@pytest.mark.parametrize("most", [1, 3, 4, 100])
+def test_shards_hold_every_window_once_and_split_by_split(tmp_path, most):
+    settings = dataclasses.replace(SETTINGS, samples_per_shard=most)
+    sources = [source(f"s{number:02d}", windows=1 + 3 * number % 11) for number in range(20)]
+    with planned(tmp_path, sources, settings, first_shard=7) as batch:
+        plans = [batch.shard(number) for number in batch.numbers]
+        accepted = list(batch.accepted())
+        assert batch.samples(batch.numbers) == sum(len(one.windows) for one in sources)
+        for split in ("train", "val"):
+            assert batch.numbers_of(split) == [plan.number for plan in plans if plan.split == split]
     assert [plan.number for plan in plans] == list(range(7, 7 + len(plans)))
     windows = [(plan.split, one.name, number) for plan in plans for one, number in plan.windows()]
-    wanted = {(split, one.name, number) for one, split in batch.accepted for number in range(len(one.windows))}
+    wanted = {(split, one.name, number) for one, split in accepted for number in range(len(one.windows))}
     assert len(windows) == len(set(windows))
     assert set(windows) == wanted
     for split in ("train", "val"):
-        assert [plan.samples for plan in plans if plan.split == split][:-1] == [4] * (
+        assert [plan.samples for plan in plans if plan.split == split][:-1] == [most] * (
             sum(plan.split == split for plan in plans) - 1
         )
 
 
 def test_a_plan_is_read_back_as_it_was_written(tmp_path):
     results = [source("a"), source("b"), RejectedSource("c", "too short")]
-    batch = plan_shard_batch(results, SETTINGS, first_shard=3, known={})
-    assert ShardBatch.read(tmp_path) is None
-    batch.write(tmp_path)
-    assert ShardBatch.read(tmp_path) == batch
-    (tmp_path / "round.json").write_text('{"first_shard": 3}')
-    with pytest.raises(ValueError, match=r"round\.json has no accepted, rejected; .*remove the folder"):
-        ShardBatch.read(tmp_path)
+    assert ShardBatch.open(tmp_path) is None
+    with planned(tmp_path, results, first_shard=3, replaced=["a"], removed=["x", "y"]) as batch:
+        assert {one for one, _ in batch.accepted()} == {*results[:2]}
+        assert list(batch.rejected()) == results[2:]
+        assert (batch.numbers, batch.replaced, batch.removed) == (range(3, 5), ("a",), ("x", "y"))
+    (tmp_path / "round.sqlite").write_text('{"first_shard": 3}')
+    with pytest.raises(
+        ValueError, match=r"round\.sqlite is damaged: file is not a database; remove the folder .*again"
+    ):
+        ShardBatch.open(tmp_path)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_tasks_hold_one_frame_size_and_every_window_once(batch_size):
+def test_tasks_hold_one_frame_size_and_every_window_once(tmp_path, batch_size):
     sizes = [Size(32, 48), Size(48, 32)]
     sources = [source(f"s{number}", windows=1 + number % 3, size=sizes[number % 2]) for number in range(12)]
-    (plan,) = plan_shard_batch(sources, PrepareSettings(validation_fraction=0), first_shard=0, known={}).shards(100)
+    with planned(tmp_path, sources, PrepareSettings(validation_fraction=0)) as batch:
+        plan = batch.shard(0)
     tasks = encode_tasks(plan, batch_size)
     for task in tasks:
         assert len({part.source.size for part in task.parts}) == 1

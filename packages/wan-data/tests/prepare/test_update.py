@@ -10,25 +10,33 @@ import time
 
 import pytest
 from changed_sources import change, is_intact, samples
+from dataset_sources import records_of
 from folder_digests import without_index
 from thread_ranks import ThreadRanks
 from torch.distributed import HashStore
 
+from wan_data.index.manifest import read_manifest
+from wan_data.index.part import Part
+from wan_data.index.sources import SourceIndex
 from wan_data.inspect.verify import verify
-from wan_data.prepare import run
+from wan_data.prepare import run, shard_encoding
 from wan_data.prepare.results import summary_lines
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.shards.manifest import read_manifest
 from wan_data.shards.writer import source_key
 from wan_data.sources.changes import captions_of, find_changes
 from wan_data.sources.folder import SourceFolder
-from wan_data.sources.modification_times import TIMES_NAME, read_times
+from wan_data.sources.modification_times import TIMES_NAME, SourceTimes, source_times
+
+
+def times_of(folder):
+    with source_times(folder) as times:
+        return times.find([record.path for record in records_of(folder)])
 
 
 def test_changes_are_named_and_left(prepare_again, copies, settings, tiny_model):
     out, folder = copies
     before = read_manifest(out)
-    size = {record.path: record.bytes for record in before.sources}["wide.mkv"]
+    size = {record.path: record.bytes for record in records_of(out)}["wide.mkv"]
     change(folder)
     (folder / "many" / "clip 2.v1.mkv").unlink()
     result = prepare_again(folder, out, tiny_model, settings)
@@ -51,25 +59,22 @@ def test_changes_are_named_and_left(prepare_again, copies, settings, tiny_model)
     result = prepare_again(folder, out, tiny_model, settings)
     assert result.changed[0].startswith("deep/tall.mkv has lost its caption: it has no caption: expected tall.json")
     # A dataset of a version that recorded neither captions nor times: contents are compared.
-    old = dataclasses.replace(
-        before, sources=tuple(dataclasses.replace(one, caption_sha256=None) for one in before.sources)
-    )
-    found = find_changes(SourceFolder(folder).files(), old, {})
+    old = [dataclasses.replace(one, caption_sha256=None) for one in records_of(out)]
+    index = SourceIndex([Part.of_records(old, "it")])
+    found = find_changes(SourceFolder(folder).files(), index, before.index.counts, SourceTimes(None))
     assert list(found.changed) == ["many/clip 1.v1.mkv", "wide.mkv"]
 
 
 def test_a_content_is_read_again_only_when_its_time_has_changed(prepare_again, copies, settings, tiny_model, silent):
     out, folder = copies
     clip = folder / "wide.mkv"
-    known = read_times(out)
-    assert known == {
-        name: (folder / name).stat().st_mtime_ns for name in [record.path for record in read_manifest(out).sources]
-    }
+    known = times_of(out)
+    assert known == {name: (folder / name).stat().st_mtime_ns for name in [record.path for record in records_of(out)]}
     # The same content at another time, as a copy has it, is read once.
     os.utime(clip, ns=(0, 7))
     result = prepare_again(folder, out, tiny_model, settings, report=silent)
     assert (result.changed, silent.lines) == ((), ["comparing 1", "wide.mkv"])
-    assert read_times(out) == {**known, "wide.mkv": 7}
+    assert times_of(out) == {**known, "wide.mkv": 7}
     silent.lines.clear()
     prepare_again(folder, out, tiny_model, settings, report=silent)
     assert silent.lines == []
@@ -77,7 +82,7 @@ def test_a_content_is_read_again_only_when_its_time_has_changed(prepare_again, c
     (out / TIMES_NAME).write_text("[1")
     prepare_again(folder, out, tiny_model, settings, report=silent)
     assert silent.lines[0] == "comparing 6"
-    assert read_times(out) == {**known, "wide.mkv": 7}
+    assert times_of(out) == {**known, "wide.mkv": 7}
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +102,8 @@ def test_an_updated_dataset_has_the_samples_of_a_new_one(updated, prepare_again,
     new = prepare_again(folder, tmp_path / "new", tiny_model, PrepareSettings(**small))
     assert samples(out) == samples(tmp_path / "new")
     facts = [
-        {record.path: dataclasses.replace(record, shards=(), split=None) for record in one.manifest.sources}
-        for one in (result, new)
+        {record.path: dataclasses.replace(record, shards=(), split=None) for record in records_of(one)}
+        for one in (out, tmp_path / "new")
     ]
     assert facts[0] == facts[1]
     counts = collections.Counter()
@@ -137,16 +142,16 @@ def test_missing_files_are_removed_on_request_only(prepare_again, copies, datase
     assert samples(out) == {
         name: content for name, content in samples(dataset).items() if name.partition("_")[0] not in keys
     }
-    assert not {record.path for record in result.manifest.sources} & set(gone)
+    assert not {record.path for record in records_of(out)} & set(gone)
 
 
 STOPS = {
-    "before the shards": ("wan_data.prepare.run", "_Preparation._write_shard"),
+    "before the shards": ("wan_data.prepare.shard_encoding", "ShardEncoder._write_shard"),
     "before a shard is rewritten": ("wan_data.prepare.run", "rewrite_shard"),
     "before the metadata": ("wan_data.prepare.run", "write_metadata"),
     "before the manifest": ("wan_data.prepare.run", "Manifest.write"),
     "before old shards are deleted": ("wan_data.prepare.run", "delete_superseded"),
-    "before the times": ("wan_data.prepare.run", "write_times"),
+    "before the times": ("wan_data.prepare.run", "_Run._remember_times"),
 }
 
 
@@ -178,9 +183,7 @@ def test_an_interrupted_update_is_taken_up(stop, updated, prepare_again, copies,
     _, as_planned, _ = updated
     is_intact(out, folder)
     assert result.changed == ()
-    # The clips of the other dataset have other times.
-    assert set(read_times(out)) == set(read_times(as_planned))
-    (out / TIMES_NAME).write_bytes((as_planned / TIMES_NAME).read_bytes())
+    assert set(times_of(out)) == set(times_of(as_planned))
     assert without_index(out) == without_index(as_planned)
 
 
@@ -201,13 +204,13 @@ def by_both(of_rank):
 def test_an_update_by_two_ranks_gives_the_same_bytes(updated, prepare_again, copies, settings, tiny_model, monkeypatch):
     out, folder = copies
     # The libraries that load a model change torch for all threads meanwhile.
-    load, one_at_a_time = run.load_codec, threading.Lock()
+    load, one_at_a_time = shard_encoding.load_codec, threading.Lock()
 
     def load_alone(*arguments, **more):
         with one_at_a_time:
             return load(*arguments, **more)
 
-    monkeypatch.setattr(run, "load_codec", load_alone)
+    monkeypatch.setattr(shard_encoding, "load_codec", load_alone)
     change(folder)
     store = HashStore()
 

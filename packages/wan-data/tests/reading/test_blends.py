@@ -8,10 +8,10 @@ import pytest
 import torch
 from latent_shards import write_latent_shards
 
+from wan_data.index.manifest import MANIFEST_NAME
 from wan_data.reading.blends import parts_of
 from wan_data.reading.datasets import read_latent_spec, splits
 from wan_data.reading.loader import LoaderConfig, PackLoader
-from wan_data.shards.manifest import MANIFEST_NAME
 
 BLEND = """
 __module__: megatron.energon

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from latent_shards import write_latent_shards
 
+from wan_data.index.manifest import MANIFEST_NAME
 from wan_data.reading.datasets import open_split
 from wan_data.reading.fingerprint import digest_without_manifest
-from wan_data.shards.manifest import MANIFEST_NAME
 
 
 def write(folder: Path, value: float) -> Path:

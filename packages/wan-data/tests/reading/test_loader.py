@@ -14,10 +14,10 @@ from latent_shards import write_latent_shards
 from safetensors.torch import load_file, save_file
 
 from wan_data.energon.worker_processes import WorkerContext
+from wan_data.index.manifest import MANIFEST_NAME, read_manifest
 from wan_data.reading.datasets import read_latent_spec, splits
 from wan_data.reading.loader import LoaderConfig, PackLoader
 from wan_data.shards.energon_metadata import write_metadata
-from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_data.shards.writer import ShardRecord
 from wan_model.codec.latent_codec import LatentCodec
 

@@ -45,7 +45,7 @@ def test_listings(tmp_path, kind):
     assert (b.name, b.caption, b.problem) == ("b.mp4", "größer, with a comma", None)
     assert c.caption is None
     assert "caption" in c.problem
-    elsewhere = files_of_listing(listing, tmp_path / "videos")
+    elsewhere = list(files_of_listing(listing, tmp_path / "videos"))
     assert elsewhere[0].path == tmp_path / "videos" / "b.mp4"
     assert [source.name for source in elsewhere] == ["b.mp4", "c.mp4", "deep/a.mp4"]
     assert caption_of(a, CaptionFinder()) == "two\nlines", "nothing beside the file is looked for"
@@ -72,7 +72,7 @@ def test_every_row_is_accounted_for(tmp_path):
         '{"video": "d.mp4", "text": "another key"}',
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    sources = files_of_listing(tmp_path / "list.jsonl")
+    sources = list(files_of_listing(tmp_path / "list.jsonl"))
     assert len(sources) == len(rows)
     problems = {source.name: source.problem for source in sources}
     assert problems.pop("a.mp4") is None

@@ -99,13 +99,14 @@ def plot_statistics(found: dict[str, Any], path: Path, *, pad_multiple: int = 1,
         row[0].bar([str(count) for count in tokens], [by_tokens[count] for count in tokens])
         row[0].set(title=f"{name}: {values['samples']} samples", xlabel="tokens of a sample", ylabel="samples")
         row[0].tick_params(axis="x", rotation=90)
-        row[1].hist(values["text_lengths"], bins=min(40, max(values["text_lengths"])))
+        lengths, counts = zip(*values["text_lengths"], strict=True)
+        row[1].hist(lengths, weights=counts, bins=min(40, max(lengths)))
         row[1].set(title="texts", xlabel="text tokens of a sample", ylabel="samples")
-        lengths = values["drawn_tokens"]
+        drawn = values["drawn_tokens"]
         least = max(tokens) + -max(tokens) % pad_multiple
         capacities = [least * factor for factor in (1, 1.5, 2, 3, 4, 6, 8)]
         fills = [
-            simulate_packing(lengths, int(one), pad_multiple=pad_multiple, packing_buffer=packing_buffer).fill
+            simulate_packing(drawn, int(one), pad_multiple=pad_multiple, packing_buffer=packing_buffer).fill
             for one in capacities
         ]
         row[2].plot(capacities, [100 * fill for fill in fills], marker="o")

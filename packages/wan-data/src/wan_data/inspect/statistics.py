@@ -1,9 +1,11 @@
 """``wan-data inspect``: statistics of a dataset and of its packs."""
 
+import bisect
 import collections
+import dataclasses
 import functools
-import statistics
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from wan_data.reading.blends import parts_of
+from wan_data.index.lengths import Counts, LengthCounts
+from wan_data.index.manifest import MANIFEST_NAME, Manifest, read_manifest
+from wan_data.reading.blends import Part, parts_of
 from wan_data.reading.datasets import read_latent_spec
 from wan_data.reading.packing import Efficiency, efficiency, full_packs, latent_tokens, usable_capacity
-from wan_data.shards.energon_metadata import check_metadata
-from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_data.shards.reader import samples_of
+
+# Samples whose packing is simulated.
+MOST_DRAWN = 100_000
 
 
 def simulate_packing(
@@ -46,17 +51,68 @@ def simulate_packing(
     return efficiency(packs, capacity, pad_multiple)
 
 
-def _drawn(parts: Sequence[Sequence[int]], weights: Sequence[float], seed: int = 0) -> list[int]:
-    """Tokens of as many draws as there are samples: datasets by weight, the samples of each in permutations."""
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """What is known of the samples of a part.
+
+    Attributes:
+        shards: number of its shards.
+        shapes: numbers of samples by the shapes of their latents, [C, F, H, W].
+        lengths: of their texts.
+    """
+
+    shards: int
+    shapes: Mapping[tuple[int, ...], int]
+    lengths: LengthCounts
+
+
+def _samples_of(part: Part, manifest: Manifest | None) -> _Samples:
+    """From the manifest if it has them, else from the shards."""
+    shards = [name for name, _ in part.shards]
+    shapes: collections.Counter[tuple[int, ...]] = collections.Counter()
+    # Of the manifest only if the splits were not changed by hand.
+    if (
+        manifest is not None
+        and manifest.lengths is not None
+        and {*shards} == {shard.name for shard in manifest.shards if shard.split == part.split}
+    ):
+        for shape in manifest.shapes:
+            shapes[tuple(shape.latent)] += shape.samples if shape.split == part.split else 0
+        counts = {one.split: one.counts for one in manifest.lengths}
+        return _Samples(len(shards), +shapes, counts.get(part.split, LengthCounts()))
+    texts: collections.Counter[int] = collections.Counter()
+    captions: collections.Counter[int] = collections.Counter()
+    for shard in shards:
+        for sample in samples_of(part.folder / shard):
+            shapes[tuple(sample.latent.shape)] += 1
+            texts[sample.text.shape[0]] += 1
+            captions[len(str(sample.info.get("caption", "")))] += 1
+    return _Samples(len(shards), shapes, LengthCounts(tuple(sorted(texts.items())), tuple(sorted(captions.items()))))
+
+
+def _drawn(parts: Sequence[Mapping[int, int]], weights: Sequence[float], seed: int = 0) -> list[int]:
+    """Tokens of as many draws as there are samples, or ``MOST_DRAWN``: datasets by weight, each in permutations.
+
+    Args:
+        parts: numbers of samples of each dataset by their tokens.
+        weights: of the datasets.
+        seed: of the draws.
+    """
     generator = torch.Generator().manual_seed(seed)
-    count = sum(map(len, parts))
+    count = min(MOST_DRAWN, sum(sum(one.values()) for one in parts))
     chosen = torch.multinomial(torch.tensor(weights), count, replacement=True, generator=generator).tolist()
 
-    def endless(values: Sequence[int]) -> Iterator[int]:
+    def endless(samples: Mapping[int, int]) -> Iterator[int]:
+        tokens = torch.tensor(sorted(samples), dtype=torch.int32)
+        numbers = torch.tensor([samples[one] for one in sorted(samples)])
+        while sum(samples.values()) > MOST_DRAWN:  # a permutation of more than is drawn
+            places = torch.multinomial(numbers.double(), MOST_DRAWN, replacement=True, generator=generator)
+            yield from tokens[places].tolist()
+        values = tokens.repeat_interleave(numbers)
         while True:
-            yield from (values[index] for index in torch.randperm(len(values), generator=generator).tolist())
+            yield from values[torch.randperm(len(values), generator=generator)].tolist()
 
-    streams = [endless(values) for values in parts]
+    streams = [endless(one) for one in parts]
     return [next(streams[part]) for part in chosen]
 
 
@@ -68,7 +124,9 @@ def inspect(
     packing_buffer: int = 64,
     patch_size: tuple[int, int, int] = (1, 2, 2),
 ) -> dict[str, Any]:
-    """Read every sample of a dataset, or of a blend of several, and collect statistics.
+    """Collect statistics of a dataset, or of a blend of several.
+
+    They are those that the manifest counts; the samples of a dataset without such a manifest are read.
 
     Args:
         path: the dataset's folder, or the YAML file of a blend.
@@ -79,51 +137,53 @@ def inspect(
 
     Returns:
         Plain values: ``splits`` -> name -> samples, shapes, text tokens, caption characters, packing of as many
-        draws as there are samples, and the tokens of these draws.
+        draws as there are samples, at most ``MOST_DRAWN``, and the tokens of these draws.
 
     Raises:
         ValueError: the path is no dataset, or a sample is invalid.
     """
     splits = parts_of(path)
     folders = dict.fromkeys(part.folder for parts in splits.values() for part in parts)
-    manifests = [read_manifest(folder) for folder in folders if (folder / MANIFEST_NAME).exists()]
+    manifests = {folder: read_manifest(folder) for folder in folders if (folder / MANIFEST_NAME).exists()}
     found: dict[str, Any] = {
         "path": str(path),
         "latent_fingerprint": read_latent_spec(path).fingerprint if len(manifests) == len(folders) else None,
-        "rejected": [source.path for one in manifests for source in one.sources if source.verdict == "rejected"],
+        "rejected": sum(one.index.counts.rejected for one in manifests.values()),
         "splits": {},
     }
     for split, parts in splits.items():
-        shards = [(part, shard) for part in parts for shard in check_metadata(part.folder)[part.split]]
-        samples = [
-            (part, tuple(sample.latent.shape), sample.text.shape[0], len(str(sample.info.get("caption", ""))))
-            for part, shard in shards
-            for sample in samples_of(part.folder / shard)
-        ]
-        if not samples:
+        samples = [_samples_of(part, manifests.get(part.folder)) for part in parts]
+        count = sum(sum(one.shapes.values()) for one in samples)
+        if not count:
             continue
-        tokens = {shape: latent_tokens(shape, patch_size) for _, shape, _, _ in samples}
-        shapes = collections.Counter((part.name, shape) for part, shape, _, _ in samples)
-        pack_capacity = capacity or max(tokens.values()) + -max(tokens.values()) % pad_multiple
-        drawn = _drawn(
-            [[tokens[shape] for of, shape, _, _ in samples if of == part] for part in parts],
-            [part.weight for part in parts],
-        )
+        tokens = {shape: latent_tokens(shape, patch_size) for one in samples for shape in one.shapes}
+        shapes = collections.Counter[tuple[str, tuple[int, ...]]]()
+        for part, one in zip(parts, samples, strict=True):
+            for shape, number in one.shapes.items():
+                shapes[part.name, shape] += number
+        largest = max(tokens.values())
+        pack_capacity = capacity or largest + -largest % pad_multiple
+        by_tokens: list[collections.Counter[int]] = []
+        for one in samples:
+            by_tokens.append(collections.Counter())
+            for shape, number in one.shapes.items():
+                by_tokens[-1][tokens[shape]] += number
+        drawn = _drawn(by_tokens, [part.weight for part in parts])
         packs = simulate_packing(drawn, pack_capacity, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
-        text, caption = [length for _, _, length, _ in samples], [length for *_, length in samples]
+        texts, captions = _total(one.lengths.texts for one in samples), _total(one.lengths.captions for one in samples)
         found["splits"][split] = {
-            "samples": len(samples),
-            "shards": len(shards),
+            "samples": count,
+            "shards": sum(one.shards for one in samples),
             "weights": {part.name: part.weight for part in parts if part.name},
-            "tokens": sum(tokens[shape] for _, shape, _, _ in samples),
+            "tokens": sum(tokens[shape] * number for (_, shape), number in shapes.items()),
             "shapes": [
-                {"dataset": name, "latent": list(shape), "tokens": tokens[shape], "samples": count}
-                for (name, shape), count in sorted(shapes.items())
+                {"dataset": name, "latent": list(shape), "tokens": tokens[shape], "samples": number}
+                for (name, shape), number in sorted(shapes.items())
             ],
             "drawn_tokens": drawn,
-            "text_lengths": sorted(text),
-            "text_tokens": _spread(text),
-            "caption_characters": _spread(caption),
+            "text_lengths": texts,
+            "text_tokens": _spread(texts),
+            "caption_characters": _spread(captions),
             "packing": {
                 "capacity": pack_capacity,
                 "packs": packs.packs,
@@ -134,8 +194,19 @@ def inspect(
     return found
 
 
-def _spread(values: Sequence[int]) -> dict[str, float]:
-    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+def _total(counts: Iterable[Counts]) -> Counts:
+    total: collections.Counter[int] = collections.Counter()
+    for pairs in counts:
+        for length, number in pairs:
+            total[length] += number
+    return tuple(sorted(total.items()))
+
+
+def _spread(counts: Counts) -> dict[str, float]:
+    """Of lengths, each with the number of samples that have it, ascending."""
+    ends = list(itertools.accumulate(number for _, number in counts))
+    low, high = (counts[bisect.bisect_right(ends, place)][0] for place in ((ends[-1] - 1) // 2, ends[-1] // 2))
+    return {"least": counts[0][0], "median": (low + high) / 2, "most": counts[-1][0]}
 
 
 def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
@@ -163,4 +234,4 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
             f"{packing['valid_of_total']:.1%} of computed tokens valid (packing efficiency)"
         )
     if found["rejected"]:
-        say(f"files rejected when it was prepared: {len(found['rejected'])}")
+        say(f"files rejected when it was prepared: {found['rejected']}")

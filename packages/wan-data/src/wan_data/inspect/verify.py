@@ -1,13 +1,18 @@
 """``wan-data verify``: compare a dataset with its manifest, byte by byte and value by value."""
 
 import collections
-from collections.abc import Callable, Iterator
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from wan_data.index.manifest import MANIFEST_NAME, Manifest, caption_digest, open_sources, read_manifest
+from wan_data.index.part import Part
+from wan_data.index.records import PART_GLOB
+from wan_data.index.sources import SourceIndex
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME, read_empty_caption
 from wan_data.shards.energon_index import index_problems
 from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
-from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, caption_digest, read_manifest
 from wan_data.shards.reader import StoredSample, samples_of
 from wan_data.shards.writer import SHARD_GLOB, sample_key
 from wan_model.system.files import sha256_of
@@ -41,33 +46,53 @@ def verify(
     """
     problems: list[str] = []
     checked: collections.Counter[str] = collections.Counter()
-    try:
-        manifest = read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
-        splits = check_metadata(folder)
-        counts = shard_counts(folder)
-    except ValueError as error:
-        return {}, [str(error)]
-    if manifest is not None:
-        problems += _metadata_problems(folder, manifest, splits, counts)
-    found = _Comparison(manifest)
-    problems += index_problems(folder, folder / META_FOLDER, list(counts.items()))
-    for name in sorted(counts):
-        checked["shards"] += 1
-        problems += _shard_problems(folder / name, counts[name], found)
-        step(name)
-    checked["samples"] = found.samples
-    if manifest is not None:
-        problems += found.problems()
-        problems += _empty_caption_problems(folder, manifest)
-        if sources is not None:
-            for found_problems in _source_problems(manifest, sources, found.captions, caption_of, step):
-                checked["sources"] += 1
-                problems += found_problems
+    with contextlib.ExitStack() as stack:
+        try:
+            manifest = read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
+            splits = check_metadata(folder)
+            counts = shard_counts(folder)
+            index = None if manifest is None else stack.enter_context(open_sources(folder, manifest))
+        except ValueError as error:
+            return {}, [str(error)]
+        if manifest is not None:
+            problems += _metadata_problems(folder, manifest, splits, counts)
+            problems += _index_problems(folder, manifest)
+        found = stack.enter_context(contextlib.closing(_Comparison(manifest, index)))
+        problems += index_problems(folder, folder / META_FOLDER, list(counts.items()))
+        for name in sorted(counts):
+            checked["shards"] += 1
+            problems += _shard_problems(folder / name, counts[name], found)
+            step(name)
+        checked["samples"] = found.samples
+        if manifest is not None and index is not None:
+            problems += _empty_caption_problems(folder, manifest)
+            try:
+                problems += found.problems()
+                if sources is not None:
+                    for found_problems in _source_problems(index, sources, found.captions_of, caption_of, step):
+                        checked["sources"] += 1
+                        problems += found_problems
+            except ValueError as error:  # the index is damaged
+                problems.append(str(error))
     return dict(checked), problems
 
 
+def _index_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What of the index is not as it was written; one of an earlier format has no digests."""
+    for record in manifest.index.parts:
+        try:
+            with contextlib.closing(Part.open(folder, record)) as part:
+                if part.digest() != (record.records, record.digest):
+                    yield f"{folder / record.name} holds other records than {MANIFEST_NAME} says: it is damaged"
+        except ValueError as error:
+            yield str(error)
+    for path in sorted(folder.glob(PART_GLOB)):
+        if path.name not in {part.name for part in manifest.index.parts}:
+            yield f"{path.name} is no file of {MANIFEST_NAME}: delete it, an interrupted run has left it"
+
+
 def _metadata_problems(
-    folder: Path, manifest: Manifest, splits: dict[str, list[str]], counts: dict[str, int]
+    folder: Path, manifest: Manifest, splits: Mapping[str, Sequence[str]], counts: Mapping[str, int]
 ) -> Iterator[str]:
     wanted = {shard.name: shard.samples for shard in manifest.shards}
     if counts != wanted:
@@ -85,34 +110,52 @@ def _metadata_problems(
             yield f"{META_FOLDER}/split.yaml lists other shards for {split} than {MANIFEST_NAME}"
 
 
-class _Comparison:
-    """Collects the samples of the shards and compares them with the manifest."""
+_TABLES = (
+    "CREATE TABLE samples (key TEXT PRIMARY KEY, source TEXT, caption TEXT) WITHOUT ROWID",
+    "CREATE INDEX by_source ON samples (source, caption)",
+)
 
-    def __init__(self, manifest: Manifest | None) -> None:
-        self.manifest = manifest
+
+class _Comparison:
+    """Collects the samples of the shards, in a temporary file because there may be many, and compares them."""
+
+    def __init__(self, manifest: Manifest | None, index: SourceIndex | None) -> None:
+        self.manifest, self._index = manifest, index
         self.samples = 0
-        self.records = {record.path: record for record in manifest.sources} if manifest else {}
         self.shards = {shard.name: shard for shard in manifest.shards} if manifest else {}
-        self.keys: set[str] = set()
-        # Digests of the captions that the samples were encoded with.
-        self.captions: dict[str, set[str]] = collections.defaultdict(set)
-        self.by_source: collections.Counter[str] = collections.Counter()
         self.by_shape: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
+        # Without a name, SQLite keeps it in its cache, and what is more in a file that it deletes.
+        self._seen = sqlite3.connect("", isolation_level=None)
+        self._seen.execute("PRAGMA synchronous = OFF")
+        self._seen.execute("BEGIN")
+        for statement in _TABLES:
+            self._seen.execute(statement)
+
+    def close(self) -> None:
+        """Delete the temporary file."""
+        self._seen.close()
+
+    def captions_of(self, source: str) -> set[str]:
+        """Digests of the captions that the samples of a source were encoded with."""
+        query = "SELECT DISTINCT caption FROM samples WHERE source = ?"
+        return {caption for (caption,) in self._seen.execute(query, [source])}
 
     def add(self, shard: str, sample: StoredSample) -> Iterator[str]:
         """Count a sample; yields its problems."""
         self.samples += 1
         where = f"shard {shard}, sample {sample.key}"
-        if sample.key in self.keys:
+        caption = caption_digest(str(sample.info.get("caption")))
+        try:
+            self._seen.execute("INSERT INTO samples VALUES (?, NULL, ?)", (sample.key, caption))
+        except sqlite3.IntegrityError:
             yield f"{where}: its key is in another shard too"
-        self.keys.add(sample.key)
         info = sample.info
-        if self.manifest is None:
+        if self.manifest is None or self._index is None:
             return
         source = str(info.get("video_path"))
-        record: SourceRecord | None = self.records.get(source)
+        record = self._index.find([source]).get(source)
         if record is None or record.verdict != "accepted":
-            yield f"{where}: its source {source!r} is not among those of the manifest"
+            yield f"{where}: its source {source!r} is not among those of the index"
             return
         if wrong := [name for name in _NUMBERS if type(info.get(name)) is not int]:
             yield f"{where}: its side information has no whole number for {', '.join(wrong)}"
@@ -120,7 +163,7 @@ class _Comparison:
         if sample.key != sample_key(source, info["frame_start"]):
             yield f"{where}: its key is not that of its source and window"
         if info.get("source_sha256") != record.sha256:
-            yield f"{where}: its source has another digest in the manifest"
+            yield f"{where}: its source has another digest in the index"
         if info.get("latent_fingerprint") != self.manifest.latent_spec.fingerprint:
             yield f"{where}: it is of the latent space {info.get('latent_fingerprint')}"
         size = info["processed_frames"], info["processed_height"], info["processed_width"]
@@ -134,17 +177,19 @@ class _Comparison:
         if info.get("text_tokens") != sample.text.shape[0]:
             says = info.get("text_tokens")
             yield f"{where}: its text has {sample.text.shape[0]} tokens; its side information says {says}"
-        self.by_source[source] += 1
-        self.captions[source].add(caption_digest(str(info.get("caption"))))
+        self._seen.execute("UPDATE samples SET source = ? WHERE key = ?", (source, sample.key))
         if shard in self.shards:
             self.by_shape[self.shards[shard].split, tuple(sample.latent.shape)] += 1
 
     def problems(self) -> Iterator[str]:
         """Counts that differ from the manifest."""
         assert self.manifest is not None
-        for record in self.manifest.sources:
-            if record.samples != self.by_source[record.path]:
-                yield f"{record.path} has {self.by_source[record.path]} samples; {MANIFEST_NAME} says {record.samples}"
+        assert self._index is not None
+        for record in self._index.records():
+            query = "SELECT count(*) FROM samples WHERE source = ?"
+            ((found,),) = self._seen.execute(query, [record.path])
+            if record.samples != found:
+                yield f"{record.path} has {found} samples; the index says {record.samples}"
         wanted: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
         for shape in self.manifest.shapes:
             wanted[shape.split, shape.latent] += shape.samples
@@ -192,16 +237,14 @@ def _empty_caption_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _source_problems(
-    manifest: Manifest,
+    index: SourceIndex,
     folder: Path,
-    captions: dict[str, set[str]],
+    captions_of: Callable[[str], set[str]],
     caption_of: Callable[[str], str] | None,
     step: Callable[[str], None],
 ) -> Iterator[list[str]]:
     """Yield the changes of each accepted source since it was encoded."""
-    for record in manifest.sources:
-        if record.verdict != "accepted":
-            continue
+    for record in index.accepted():
         problems = []
         try:
             require_file(folder / record.path)
@@ -214,7 +257,7 @@ def _source_problems(
         if caption_of is not None and (folder / record.path).exists():
             try:
                 now = caption_digest(caption_of(record.path))
-                if captions[record.path] - {now}:
+                if captions_of(record.path) - {now}:
                     problems.append(f"{record.path} has another caption than its samples were encoded with")
             except ValueError as error:
                 problems.append(f"{record.path} has lost its caption: {error}")

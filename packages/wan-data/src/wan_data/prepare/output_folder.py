@@ -5,16 +5,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from wan_data.index.manifest import MANIFEST_NAME
+from wan_data.index.records import PART_GLOB
 from wan_data.prepare.ranks import Ranks
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME
 from wan_data.shards.energon_metadata import META_FOLDER
 from wan_data.shards.lock import LOCK_NAME, writer_lock
-from wan_data.shards.manifest import MANIFEST_NAME
 from wan_data.sources.modification_times import TIMES_NAME
 from wan_model.system.files import PARTIAL_SUFFIX, sync_folder
 
 # The state of an unfinished preparation: the next run resumes from it, the end of a run removes it.
 WORK_FOLDER = ".wan-data"
+_EARLIER_TIMES = "source-times.json"
 
 
 @contextlib.contextmanager
@@ -47,7 +49,8 @@ def clear(folder: Path) -> None:
     # The manifest goes last: it marks the folder as ours if this is interrupted.
     for name in (META_FOLDER, WORK_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("shard-rank*.tar", "shard-rank*.tar.idx", f"*{PARTIAL_SUFFIX}", EMPTY_CAPTION_NAME, TIMES_NAME):
+    ours = ("shard-rank*.tar", "shard-rank*.tar.idx", f"*{PARTIAL_SUFFIX}", EMPTY_CAPTION_NAME, f"{TIMES_NAME}*")
+    for pattern in (*ours, PART_GLOB, _EARLIER_TIMES):
         for path in folder.glob(pattern):
             path.unlink()
     (folder / MANIFEST_NAME).unlink(missing_ok=True)

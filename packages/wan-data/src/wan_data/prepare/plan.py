@@ -5,15 +5,15 @@ import functools
 import math
 import re
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
+from wan_data.prepare.probe import RejectedSource
+from wan_data.prepare.probe_results import Again, ProbeResults
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.shard_batches import plan_shard_batch
+from wan_data.prepare.shard_batches import with_splits
 from wan_data.reading.packing import latent_tokens
 from wan_model.system.units import format_bytes, format_seconds
 from wan_model.video_shape import TEMPORAL_STRIDE
@@ -24,9 +24,7 @@ _TEXT_WIDTH = 4096
 _CHANNELS, _SPATIAL_STRIDE = 16, 8  # of the latents of Wan 2.1
 
 
-def make_plan(
-    results: Sequence[ProbeResult], settings: PrepareSettings, *, rate: float | None = None
-) -> dict[str, Any]:
+def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float | None = None) -> dict[str, Any]:
     """Summarise what ``prepare`` would make of probed sources.
 
     Args:
@@ -38,12 +36,11 @@ def make_plan(
         Plain values: ``buckets`` (one row per split and shape), ``rejected`` (reasons with their sources), totals,
         bytes and, given a rate, seconds.
     """
-    accepted = [result for result in results if isinstance(result, PlannedSource)]
-    rejected = [result for result in results if isinstance(result, RejectedSource)]
     buckets: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
-    text_bytes = unused = pixels = 0
-    batch = plan_shard_batch(results, settings, first_shard=0, known={}) if accepted else None
-    for source, split in batch.accepted if batch else ():
+    text_bytes = unused = pixels = accepted = frames_of_all = 0
+    for source, split in with_splits(Again(results.accepted), settings, None):
+        accepted += 1
+        frames_of_all += source.info.frames
         unused += source.info.frames - sum(window.length for window in source.windows)
         tokens = min(settings.text_length, len(source.caption) // _LETTERS_PER_TOKEN + 2)
         text_bytes += 4 * _TEXT_WIDTH * tokens * len(source.windows)
@@ -65,16 +62,19 @@ def make_plan(
             }
         )
     kinds: dict[str, list[RejectedSource]] = collections.defaultdict(list)
-    for result in rejected:
-        kinds[_kind(result.reason)].append(result)
+    for rejected in results.rejected():
+        kinds[_kind(rejected.reason)].append(rejected)
+    by_split: collections.Counter[str] = collections.Counter()
+    for (split, *_), count in buckets.items():
+        by_split[split] += count
     return {
-        "sources": len(results),
-        "accepted": len(accepted),
+        "sources": accepted + sum(map(len, kinds.values())),
+        "accepted": accepted,
         "samples": sum(row["samples"] for row in rows),
-        "shards": len(batch.shards(settings.samples_per_shard)) if batch else 0,
+        "shards": sum(-(-count // settings.samples_per_shard) for count in by_split.values()),
         "tokens": sum(row["samples"] * row["tokens"] for row in rows),
         "buckets": rows,
-        "frames": sum(source.info.frames for source in accepted),
+        "frames": frames_of_all,
         "frames_unused": unused,
         "rejected": [
             {

@@ -9,12 +9,12 @@ import contextlib
 import dataclasses
 import json
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.work_files import LARGEST, remedy_named
+from wan_data.shards.database import ValueFile
 from wan_data.shards.json_records import from_json
 from wan_data.sources.captions import CaptionFinder
 from wan_data.sources.source import SourceFile, caption_of
@@ -24,8 +24,7 @@ from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.limits import READING_VERSION
 from wan_data.video.source_file import Rejected, check_bytes, check_regular
 from wan_data.video.windows import Window, plan_windows
-from wan_model.system.files import naming, sha256_of, sync_file, sync_folder
-from wan_model.system.safe_reading import parse_json, read_bytes
+from wan_model.system.files import sha256_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +73,22 @@ ProbeResult = PlannedSource | RejectedSource
 
 
 class ProbeCache:
-    """A file of probe results, so that a resumed preparation does not decode unchanged sources again.
-
-    It holds one line of JSON per source. Incomplete and damaged lines, which a crash may leave, are skipped.
+    """Probe results of earlier runs, so that a resumed preparation does not decode unchanged sources again.
 
     Args:
-        path: the file; None disables the cache.
+        path: the file; None disables the cache. A damaged one is begun anew.
         settings: entries that were made with another rate, other limits or another version are ignored.
     """
 
     def __init__(self, path: Path | None, settings: PrepareSettings) -> None:
-        self.path = path
-        self._conditions = [READING_VERSION, str(settings.fps), settings.hdr, *dataclasses.astuple(settings.limits)]
-        self._entries: dict[str, dict[str, Any]] = {}
-        for line in _lines(path) if path is not None else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                value = parse_json(line.decode(), "a line")
-                self._entries[value["name"]] = value
+        self._file = None if path is None else ValueFile(path)
+        conditions = [READING_VERSION, str(settings.fps), settings.hdr, *dataclasses.astuple(settings.limits)]
+        self._conditions = json.loads(json.dumps(conditions))
 
     def find(self, name: str, size: int, mtime_ns: int) -> tuple[str, ClipInfo] | None:
         """Digest and properties of a source, or None if it is unknown or has changed."""
-        value = self._entries.get(name)
-        if value is None or [value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]:
+        value = None if self._file is None else self._file.find([name]).get(name)
+        if not isinstance(value, dict) or [value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]:
             return None
         with contextlib.suppress(ValueError, KeyError):
             if value["about"] == self._conditions:
@@ -103,52 +96,37 @@ class ProbeCache:
         return None
 
     def add(self, name: str, size: int, mtime_ns: int, sha256: str, info: ClipInfo) -> None:
-        """Append the result of a source."""
-        if self.path is None:
-            return
-        value = {"name": name, "bytes": size, "mtime_ns": mtime_ns, "sha256": sha256, "about": self._conditions}
-        # The newline comes first: it ends a line that a crash has left incomplete.
-        with naming(self.path), self.path.open("ab") as file:
-            file.write(b"\n" + json.dumps({**value, "info": dataclasses.asdict(info)}).encode())
+        """Remember the result of a source."""
+        if self._file is not None:
+            value = {"bytes": size, "mtime_ns": mtime_ns, "sha256": sha256, "about": self._conditions}
+            self._file.put({name: {**value, "info": dataclasses.asdict(info)}})
 
-    def sync(self) -> None:
-        """Flush the entries to the disk; one that is lost before costs a decode, so not every ``add`` does."""
-        if self.path is not None and self.path.is_file():
-            sync_file(self.path)
-            sync_folder(self.path.parent)
-
-
-def _lines(path: Path) -> list[bytes]:
-    try:
-        with remedy_named():
-            return read_bytes(path, LARGEST).split(b"\n")
-    except FileNotFoundError:
-        return []
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 def probe_sources(
-    sources: Sequence[SourceFile],
+    sources: Iterable[SourceFile],
     settings: PrepareSettings,
-    report: Callable[[ProbeResult], None],
     *,
     decoders: int,
     cache: ProbeCache,
-) -> list[ProbeResult]:
+) -> Iterator[ProbeResult]:
     """Decode every source to its end in decoder processes, and plan its windows.
 
     Args:
         sources: the files to probe.
         settings: of the preparation.
-        report: called with each result, in the order of the sources.
         decoders: number of decoder processes.
         cache: results of earlier runs; new results are added to it.
 
-    Returns:
+    Yields:
         One result per source, in order.
     """
     captions = CaptionFinder(settings.caption_key)
     resolutions = settings.resolutions()
-    results: list[ProbeResult] = []
     idle: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
 
     def probe(source: SourceFile) -> tuple[ProbeResult, tuple[int, str, ClipInfo] | None]:
@@ -170,13 +148,10 @@ def probe_sources(
                 if new is not None and source.path is not None:
                     mtime_ns, digest, info = new
                     cache.add(source.name, result.bytes, mtime_ns, digest, info)
-                results.append(result)
-                report(result)
+                yield result
         finally:
             pool.shutdown(cancel_futures=True)
             close_decoders()
-            cache.sync()
-    return results
 
 
 def map_in_order(

@@ -1,32 +1,33 @@
 """Probing as the first stage of ``wan-data prepare``, and all of ``wan-data plan``: with progress and a cache."""
 
-import dataclasses
-from collections.abc import Sequence
+import contextlib
+import tempfile
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from wan_data.prepare.output_folder import WORK_FOLDER, output_folder
-from wan_data.prepare.probe import PlannedSource, ProbeCache, ProbeResult, RejectedSource, probe_sources
+from wan_data.prepare.probe import ProbeCache, ProbeResult, probe_sources
+from wan_data.prepare.probe_results import ProbeResults, write_results
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report, describe
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.work_files import check_work_folder, read_work_file, remedy_named
-from wan_data.shards.json_records import from_json
-from wan_data.sources.source import SourceFile
-from wan_model.system.files import write_json
+from wan_data.prepare.work_files import check_work_folder
+from wan_data.sources.source import SourceFile, Sources
 from wan_model.system.torchrun import processors
 
-_CACHE_NAME = "examined.jsonl"
+_CACHE_NAME = "examined.sqlite"
+_RESULTS_GLOB = "results-*.sqlite"
 
 
+@contextlib.contextmanager
 def probe_only(
-    sources: Sequence[SourceFile],
+    sources: Sources,
     settings: PrepareSettings,
     *,
     report: Report,
     decoders: int | None = None,
     output: Path | None = None,
-) -> list[ProbeResult]:
+) -> Iterator[ProbeResults]:
     """Probe the sources as ``prepare`` does, without encoding anything.
 
     Args:
@@ -34,72 +35,71 @@ def probe_only(
         output: the folder that ``prepare`` will write to; the results are cached there, so that ``prepare`` does not
             probe again. None caches nothing.
 
+    Yields:
+        The results, which can be read in the block.
+
     Raises:
         ValueError: the output folder is in use, or holds files of another program.
     """
-    if output is None:
-        return probe(sources, settings, report, decoders, None)
-    ranks = Ranks()
-    with output_folder(output, ranks, overwrite=False):
-        (output / WORK_FOLDER).mkdir(exist_ok=True)
-        check_work_folder(output / WORK_FOLDER)
-        return probe(sources, settings, report, decoders, cache_path(output / WORK_FOLDER, ranks))
+    with contextlib.ExitStack() as stack:
+        ranks, cache = Ranks(), None
+        if output is not None:
+            stack.enter_context(output_folder(output, ranks, overwrite=False))
+            (output / WORK_FOLDER).mkdir(exist_ok=True)
+            check_work_folder(output / WORK_FOLDER)
+            cache = cache_path(output / WORK_FOLDER, ranks)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-data-")))
+        yield probe(sources, len(sources), settings, report, decoders, cache, results_path(folder, ranks))
 
 
 def cache_path(work: Path, ranks: Ranks) -> Path:
-    """The file with the probe results of this rank, in the folder of an unfinished preparation."""
+    """The file with what this rank has found of each source, in the folder of an unfinished preparation."""
     return work / f"{ranks.rank:05d}-{_CACHE_NAME}"
 
 
+def results_path(work: Path, ranks: Ranks, rank: int | None = None) -> Path:
+    """The file with the probe results of a rank, this one if None."""
+    return work / _RESULTS_GLOB.replace("*", f"{ranks.rank if rank is None else rank:05d}")
+
+
+def delete_results(work: Path) -> None:
+    """Delete the results of an earlier run, which may have had more ranks."""
+    for path in work.glob(_RESULTS_GLOB):
+        path.unlink()
+
+
 def probe(
-    sources: Sequence[SourceFile],
+    sources: Iterable[SourceFile],
+    total: int,
     settings: PrepareSettings,
     report: Report,
     decoders: int | None,
     cache: Path | None,
-) -> list[ProbeResult]:
+    results: Path,
+) -> ProbeResults:
     """Probe sources and report each result; see ``wan_data.prepare.probe.probe_sources``.
 
     Args:
         sources, settings: as there.
+        total: number of the sources.
         report: receives the progress.
         decoders: number of decoder processes; one per core if None.
-        cache: file of the results of earlier runs; None if there is none.
+        cache: file of what earlier runs have found; None if there is none.
+        results: file to write.
     """
-    if not sources:
-        return []
-    report.stage("probing", len(sources))
-    return probe_sources(
-        sources,
-        settings,
-        lambda result: report.step(describe(result)),
-        decoders=decoders or processors(),
-        cache=ProbeCache(cache, settings),
-    )
+    if total:
+        report.stage("probing", total)
+
+    def reported(known: ProbeCache) -> Generator[ProbeResult, None, None]:
+        for result in probe_sources(sources, settings, decoders=decoders or processors(), cache=known) if total else ():
+            report.step(describe(result))
+            yield result
+
+    with contextlib.closing(ProbeCache(cache, settings)) as known, contextlib.closing(reported(known)) as found:
+        write_results(results, found)
+    return ProbeResults([results])
 
 
-def gathered(results: Sequence[ProbeResult], work: Path, ranks: Ranks) -> list[ProbeResult]:
-    """All ranks' results on rank 0, by name; nothing on the others.
-
-    Args:
-        results: of this rank.
-        work: the folder of the unfinished preparation.
-        ranks: of the preparation.
-    """
-    plain = [
-        result.to_dict() if isinstance(result, PlannedSource) else dataclasses.asdict(result) for result in results
-    ]
-    write_json(work / f"verdicts-{ranks.rank:05d}.json", plain)
-    ranks.barrier("results")
-    if ranks.rank:
-        return []
-    found: list[ProbeResult] = []
-    for rank in range(ranks.world_size):
-        path = work / f"verdicts-{rank:05d}.json"
-        for value in read_work_file(path, tuple[dict[str, Any], ...]):
-            with remedy_named():
-                if "reason" in value:
-                    found.append(from_json(RejectedSource, value, str(path)))
-                else:
-                    found.append(from_json(PlannedSource, value, str(path)))
-    return sorted(found, key=lambda result: result.name)
+def gathered(work: Path, ranks: Ranks) -> ProbeResults:
+    """The results of all ranks, after a barrier."""
+    return ProbeResults([results_path(work, ranks, rank) for rank in range(ranks.world_size)])

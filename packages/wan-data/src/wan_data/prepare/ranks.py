@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from wan_model.system import torchrun
@@ -30,9 +30,9 @@ class Ranks:
 
     rank, world_size, local_rank = 0, 1, 0
 
-    def partition(self, items: Sequence[T]) -> list[T]:
+    def partition(self, items: Iterable[T]) -> Iterator[T]:
         """The items of this rank; every item belongs to exactly one rank."""
-        return list(items[self.rank :: self.world_size])
+        return itertools.islice(items, self.rank, None, self.world_size)
 
     def claim(self, items: Sequence[T], name: str) -> Iterator[T]:
         """Yield items that no other rank has claimed; over all ranks every item is yielded exactly once.

@@ -9,10 +9,13 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from wan_data.index.lengths import LengthCounts, with_lengths
+from wan_data.index.manifest import Manifest
+from wan_data.index.records import SourceRecord
+from wan_data.index.sources import SourceIndex
 from wan_data.prepare.work_files import WorkRecord, read_work_file
 from wan_data.shards.energon_index import OFFSETS_SUFFIX
-from wan_data.shards.manifest import Manifest
-from wan_data.shards.reader import members_of
+from wan_data.shards.reader import members_of, text_lengths
 from wan_data.shards.serialization import info_from_json
 from wan_data.shards.writer import ShardRecord, ShardWriter, is_shard_name, source_key
 from wan_model.system.files import sha256_of, write_json
@@ -28,16 +31,20 @@ class RewrittenShard(WorkRecord):
         old: its name.
         record: the shard with the other samples; None if there are none.
         removed: frames, height, width and number of the removed samples.
+        kept: names of the sources of the other samples.
+        lengths: of the texts of the removed samples; None if an earlier version has written this.
     """
 
     old: str
     record: ShardRecord | None
     removed: tuple[tuple[int, int, int, int], ...]
+    kept: tuple[str, ...]
+    lengths: LengthCounts | None = None
 
 
-def shards_of(manifest: Manifest, sources: Collection[str]) -> list[ShardRecord]:
+def shards_of(manifest: Manifest, index: SourceIndex, sources: Collection[str]) -> list[ShardRecord]:
     """The shards that hold samples of these sources, in the manifest's order."""
-    names = {name for record in manifest.sources if record.path in sources for name in record.shards}
+    names = {name for record in index.find(sources).values() for name in record.shards}
     return [shard for shard in manifest.shards if shard.name in names]
 
 
@@ -71,27 +78,44 @@ def rewrite_shard(folder: Path, shard: ShardRecord, number: int, sources: Collec
     path = folder / shard.name
     keys = {source_key(name) for name in sources}
     removed: collections.Counter[tuple[int, int, int]] = collections.Counter()
+    lengths: list[tuple[int, int] | None] = []
+    kept: set[str] = set()
     with ShardWriter(folder, number, shard.split) as new:
         for key, members in members_of(path):
+            info = info_from_json(members["json"])
             if key.partition("_")[0] not in keys:
                 new.write_members(key, members)
+                kept.add(str(info.get("video_path")))
                 continue
-            info = info_from_json(members["json"])
             removed[info["processed_frames"], info["processed_height"], info["processed_width"]] += 1
-    return RewrittenShard(shard.name, new.record, tuple((*shape, count) for shape, count in sorted(removed.items())))
+            lengths.append(text_lengths(info))
+    counts = tuple((*shape, count) for shape, count in sorted(removed.items()))
+    return RewrittenShard(shard.name, new.record, counts, tuple(sorted(kept)), LengthCounts.of_samples(lengths))
 
 
-def without_sources(manifest: Manifest, sources: Collection[str], rewritten: Sequence[RewrittenShard]) -> Manifest:
-    """The manifest without some sources and their samples.
+def moved_sources(
+    index: SourceIndex, sources: Collection[str], rewritten: Sequence[RewrittenShard]
+) -> list[SourceRecord]:
+    """The records of sources whose samples have moved to other shards, by path.
 
     Args:
-        manifest: of the dataset.
-        sources: the names of the sources.
+        index: of the dataset.
+        sources: the names of the sources whose samples were removed.
         rewritten: the results of ``rewrite_shard`` for each of ``shards_of``.
     """
+    names = {shard.old: shard.record.name for shard in rewritten if shard.record is not None}
+    kept = {name for shard in rewritten for name in shard.kept} - {*sources}
+    return [
+        dataclasses.replace(record, shards=tuple(names.get(name, name) for name in record.shards))
+        for _, record in sorted(index.find(sorted(kept)).items())
+    ]
+
+
+def without_shards(manifest: Manifest, rewritten: Sequence[RewrittenShard]) -> Manifest:
+    """The manifest with the rewritten shards, and without the samples that were removed from them."""
     by_old = {shard.old: shard for shard in rewritten}
     removed: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
-    shards = []
+    shards, lengths = [], []
     for shard in manifest.shards:
         if shard.name not in by_old:
             shards.append(shard)
@@ -101,22 +125,18 @@ def without_sources(manifest: Manifest, sources: Collection[str], rewritten: Seq
             shards.append(new.record)
         for frames, height, width, count in new.removed:
             removed[shard.split, frames, height, width] += count
+        lengths.append((shard.split, new.lengths, -1))
     shapes = [
         dataclasses.replace(
             shape, samples=shape.samples - removed[shape.split, shape.frames, shape.height, shape.width]
         )
         for shape in manifest.shapes
     ]
-    names = {shard.old: shard.record.name for shard in rewritten if shard.record is not None}
     return dataclasses.replace(
         manifest,
-        sources=tuple(
-            dataclasses.replace(record, shards=tuple(names.get(name, name) for name in record.shards))
-            for record in manifest.sources
-            if record.path not in sources
-        ),
         shards=tuple(shards),
         shapes=tuple(shape for shape in shapes if shape.samples),
+        lengths=with_lengths(manifest.lengths, lengths),
         # A number is never used twice, also if nothing remains of a shard.
         next_shard=manifest.next_shard + len(rewritten),
     )

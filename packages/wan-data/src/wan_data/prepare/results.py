@@ -2,16 +2,22 @@
 
 import collections
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import heapq
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
-from wan_data.prepare.shard_batches import ShardBatch, ShardPlan
+from wan_data.index.lengths import LengthCounts, with_lengths
+from wan_data.index.manifest import Manifest, ShapeCount, caption_digest, open_sources
+from wan_data.index.records import ACCEPTED, REJECTED, REMOVED, SourceRecord
+from wan_data.index.sources import SourceIndex
+from wan_data.prepare.probe import PlannedSource, RejectedSource
+from wan_data.prepare.probe_results import ProbeResults
+from wan_data.prepare.shard_batches import SPLITS, KnownSplits, ShardBatch
 from wan_data.prepare.work_files import WorkRecord
 from wan_data.reading.packing import latent_tokens
-from wan_data.shards.manifest import Manifest, ShapeCount, SourceRecord, caption_digest
 from wan_data.shards.writer import ShardRecord
+from wan_data.sources.source import SourceFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +30,7 @@ class FinishedShard(WorkRecord):
         shapes: frames, height, width, latent shape and number of samples.
         dropped: source, window number and reason of each window that could not be encoded.
         cut: tokens of each caption that is longer than the text encoder takes, by the name of its source.
+        lengths: of the texts of its samples; None if an earlier version has written this.
     """
 
     record: ShardRecord | None
@@ -31,6 +38,7 @@ class FinishedShard(WorkRecord):
     shapes: tuple[tuple[int, int, int, tuple[int, ...], int], ...]
     dropped: tuple[tuple[str, int, str], ...]
     cut: dict[str, int] = dataclasses.field(default_factory=dict)
+    lengths: LengthCounts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +49,8 @@ class PrepareResult:
         manifest: as written beside the shards.
         changed: a sentence for each source that has changed and is not encoded again, without ``update``.
         kept: why a changed source cannot be used as it is now, by name; its samples stay.
-        missing: names of sources that are no longer there and whose samples stay.
+        missing_count: number of the sources that are no longer there and whose samples stay.
+        missing: names of these, or of the first thousand.
         updated: names of changed sources that were encoded again.
         removed: names of sources that are no longer there and whose samples were removed.
     """
@@ -49,177 +58,264 @@ class PrepareResult:
     manifest: Manifest
     changed: tuple[str, ...] = ()
     kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    missing_count: int = 0
     missing: tuple[str, ...] = ()
     updated: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
 
 
-def with_rejected(manifest: Manifest, results: Sequence[ProbeResult]) -> Manifest:
-    """The manifest with the rejected sources of this run added."""
-    records = {record.path: record for record in manifest.sources}
-    for result in results:
-        if isinstance(result, RejectedSource):
-            records[result.name] = _rejected(result)
-    return dataclasses.replace(manifest, sources=tuple(sorted(records.values(), key=lambda record: record.path)))
+# -- sources -----------------------------------------------------------------------------------------------------------
 
 
-def with_current_rejects(manifest: Manifest, names: Collection[str]) -> Manifest:
-    """The manifest without the files that an earlier run rejected and that are not among these any more."""
-    left = tuple(one for one in manifest.sources if one.verdict == "accepted" or one.path in names)
-    return dataclasses.replace(manifest, sources=left)
+def rejected_record(source: RejectedSource) -> SourceRecord:
+    """The record of a source that cannot be used."""
+    return SourceRecord(source.name, REJECTED, source.reason, sha256=source.sha256, bytes=source.bytes)
 
 
-def known_splits(manifest: Manifest, results: Sequence[ProbeResult]) -> dict[str, str]:
-    """The split of each content (by sha256) that a dataset has, or that replaces what it has.
+def outdated_rejects(index: SourceIndex, sources: Iterable[SourceFile]) -> Iterator[SourceRecord]:
+    """Records that hide the files that an earlier run rejected and that are not among these any more, by path.
+
+    Args:
+        index: of the dataset.
+        sources: by name.
+    """
+    names = (source.name for source in sources)
+    name = next(names, None)
+    for record in index.rejects():
+        while name is not None and name < record.path:
+            name = next(names, None)
+        if name != record.path:
+            yield SourceRecord(record.path, REMOVED)
+
+
+def known_splits(index: SourceIndex, results: ProbeResults, changed: Collection[str]) -> KnownSplits:
+    """The splits of contents (by sha256) that a dataset has, or that replace what it has.
 
     What replaces a file stays in its split, because it may show the same.
+
+    Args:
+        index: of the dataset.
+        results: of probing the sources.
+        changed: names of those whose samples the dataset has.
     """
-    by_name = {record.path: record.split for record in manifest.sources if record.split is not None}
-    splits = {record.sha256: record.split for record in manifest.sources if record.sha256 and record.split is not None}
-    for result in results:
-        if isinstance(result, PlannedSource) and result.name in by_name:
-            splits.setdefault(result.sha256, by_name[result.name])
-    return splits
+    of_changed: dict[str, str] = {}
+    if changed:
+        records = index.find(changed)
+        for entry in results.entries(accepted=True):
+            record = records.get(entry.name)
+            if record is not None and record.split is not None:
+                of_changed.setdefault(entry.sha256, record.split)
+    return lambda contents: {**of_changed, **index.splits_of(contents)}
 
 
-def _rejected(source: RejectedSource) -> SourceRecord:
-    return SourceRecord(source.name, "rejected", source.reason, sha256=source.sha256, bytes=source.bytes)
+Finished = Callable[[int], FinishedShard]
 
 
-def without_failed(
-    batch: ShardBatch, finished: Sequence[FinishedShard]
-) -> tuple[ShardBatch, tuple[str, ...], dict[str, str]]:
-    """A batch without the changed sources of which no window could be encoded: they keep the samples that they have.
+def failed_replacements(batch: ShardBatch, finished: Finished) -> dict[str, str]:
+    """The changed sources of which no window could be encoded, each with the reason: they keep their samples.
 
-    Returns:
-        The batch; the sources whose samples are to be removed; the reason for each source that keeps its samples.
+    Args:
+        batch: that is encoded.
+        finished: reads the record of a finished shard, by its number.
     """
-    encoded = {name for shard in finished for name, count in shard.samples.items() if count}
-    dropped = {name: reason for shard in finished for name, _, reason in shard.dropped}
-    kept = {name: dropped[name] for name in batch.replaced if name not in encoded}
-    accepted = tuple((source, split) for source, split in batch.accepted if source.name not in kept)
-    removed = (*(name for name in batch.replaced if name not in kept), *batch.removed)
-    return dataclasses.replace(batch, accepted=accepted), removed, kept
+    replaced = {*batch.replaced}
+    encoded: set[str] = set()
+    dropped: dict[str, str] = {}
+    for shard in map(finished, batch.numbers if replaced else ()):
+        encoded |= {name for name, count in shard.samples.items() if count} & replaced
+        dropped |= {name: reason for name, _, reason in shard.dropped if name in replaced}
+    return {name: dropped[name] for name in batch.replaced if name not in encoded}
 
 
-def with_shard_batch(
-    manifest: Manifest, batch: ShardBatch, plans: Sequence[ShardPlan], finished: Sequence[FinishedShard]
-) -> Manifest:
-    """The manifest with a finished batch of shards added."""
-    shards_of: dict[str, dict[str, int]] = collections.defaultdict(dict)
-    dropped: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
-    cut: dict[str, int] = {}
+def batch_records(
+    batch: ShardBatch, finished: Finished, kept: Collection[str], moved: Iterable[SourceRecord]
+) -> Iterator[SourceRecord]:
+    """The records of all sources that a finished batch has changed, by path.
+
+    Args:
+        batch, finished: see ``failed_replacements``.
+        kept: names of its sources that keep the samples that they have.
+        moved: records of sources whose samples are in other shards now.
+    """
+    accepted = [
+        (record for record in _accepted_records(batch, finished, split) if record.path not in kept) for split in SPLITS
+    ]
+    rejected = map(rejected_record, batch.rejected())
+    removed = (SourceRecord(name, REMOVED) for name in batch.removed)
+    return heapq.merge(*accepted, rejected, removed, moved, key=lambda record: record.path)
+
+
+def _accepted_records(batch: ShardBatch, finished: Finished, split: str) -> Iterator[SourceRecord]:
+    """The records of the sources of a split, which shards may share."""
+    open_source: _OpenRecord | None = None
+    for number in batch.numbers_of(split):
+        shard = finished(number)
+        for part in batch.shard(number).parts:
+            if open_source is None or open_source.source.name != part.source.name:
+                if open_source is not None:
+                    yield open_source.record(split)
+                open_source = _OpenRecord(part.source)
+            open_source.add(shard)
+    if open_source is not None:
+        yield open_source.record(split)
+
+
+class _OpenRecord:
+    """A source whose shards are being read."""
+
+    def __init__(self, source: PlannedSource) -> None:
+        self.source = source
+        self._samples: dict[str, int] = {}
+        self._dropped: list[tuple[int, str]] = []
+        self._cut: int | None = None
+
+    def add(self, shard: FinishedShard) -> None:
+        name = self.source.name
+        if count := shard.samples.get(name):
+            assert shard.record is not None, "a shard with samples was written"
+            self._samples[shard.record.name] = count
+        self._dropped += [(window, reason) for of, window, reason in shard.dropped if of == name]
+        self._cut = shard.cut.get(name, self._cut)
+
+    def record(self, split: str) -> SourceRecord:
+        source = self.source
+        record = SourceRecord(
+            path=source.name,
+            verdict=ACCEPTED,
+            split=split,
+            sha256=source.sha256,
+            bytes=source.bytes,
+            samples=sum(self._samples.values()),
+            shards=tuple(sorted(self._samples)),
+            dropped=tuple(self._dropped),
+            frames=source.info.frames,
+            source_fps=source.info.source_fps,
+            height=source.info.height,
+            width=source.info.width,
+            caption_sha256=caption_digest(source.caption),
+            caption_tokens=self._cut,
+        )
+        if record.samples:
+            return record
+        reason = self._dropped[0][1]
+        return dataclasses.replace(record, verdict=REJECTED, reason=reason, split=None, caption_sha256=None)
+
+
+# -- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def with_shard_batch(manifest: Manifest, batch: ShardBatch, finished: Finished) -> Manifest:
+    """The manifest with the shards of a finished batch added; its index stays."""
     shapes: collections.Counter[tuple[Any, ...]] = collections.Counter()
     for shape in manifest.shapes:
         shapes[shape.split, shape.frames, shape.height, shape.width, shape.latent] += shape.samples
-    for plan, shard in zip(plans, finished, strict=True):
+    shards, lengths = [*manifest.shards], list[tuple[str, LengthCounts | None, int]]()
+    for number in batch.numbers:
+        shard = finished(number)
+        if shard.record is None:
+            continue
+        split = shard.record.split
         for frames, height, width, latent, count in shard.shapes:
-            shapes[plan.split, frames, height, width, latent] += count
-        for name, count in shard.samples.items():
-            assert shard.record is not None, "a shard with samples was written"
-            shards_of[name][shard.record.name] = count
-        for name, window, reason in shard.dropped:
-            dropped[name].append((window, reason))
-        cut |= shard.cut
-    sources = {record.path: record for record in with_rejected(manifest, batch.rejected).sources}
-    for source, split in batch.accepted:
-        sources[source.name] = _accepted(
-            source, split, shards_of[source.name], dropped[source.name], cut.get(source.name)
-        )
+            shapes[split, frames, height, width, latent] += count
+        shards.append(shard.record)
+        lengths.append((split, shard.lengths, 1))
     return dataclasses.replace(
         manifest,
         complete=True,
-        sources=tuple(sorted(sources.values(), key=lambda record: record.path)),
-        shards=tuple(
-            sorted(
-                [*manifest.shards, *(shard.record for shard in finished if shard.record is not None)],
-                key=lambda shard: shard.name,
-            )
-        ),
+        shards=tuple(sorted(shards, key=lambda shard: shard.name)),
         shapes=tuple(
             ShapeCount(split, frames, height, width, latent, latent_tokens(latent), count)
             for (split, frames, height, width, latent), count in sorted(shapes.items())
         ),
-        next_shard=manifest.next_shard + len(plans),
+        lengths=with_lengths(manifest.lengths, lengths),
+        next_shard=manifest.next_shard + len(batch.numbers),
     )
 
 
-def _accepted(
-    source: PlannedSource,
-    split: str,
-    samples: Mapping[str, int],
-    dropped: Sequence[tuple[int, str]],
-    cut: int | None,
-) -> SourceRecord:
-    record = SourceRecord(
-        path=source.name,
-        verdict="accepted",
-        split=split,
-        sha256=source.sha256,
-        bytes=source.bytes,
-        samples=sum(samples.values()),
-        shards=tuple(sorted(samples)),
-        dropped=tuple(dropped),
-        frames=source.info.frames,
-        source_fps=source.info.source_fps,
-        height=source.info.height,
-        width=source.info.width,
-        caption_sha256=caption_digest(source.caption),
-        caption_tokens=cut,
-    )
-    if record.samples:
-        return record
-    return dataclasses.replace(record, verdict="rejected", reason=dropped[0][1], split=None, caption_sha256=None)
+# -- the summary -------------------------------------------------------------------------------------------------------
+
+# Lines of each kind.
+_MOST_LINES = 1_000
 
 
 def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
     """The summary that ``wan-data prepare`` prints: samples, shapes, what was left out and why, what changed."""
-    manifest = result.manifest
-    rejected = [source for source in manifest.sources if source.verdict == "rejected"]
+    manifest, counts = result.manifest, result.manifest.index.counts
     splits = ", ".join(f"{count} {split}" for split, count in manifest.samples.items())
     sizes = {shape.latent for shape in manifest.shapes}
     lines = [
         f"{sum(manifest.samples.values())} samples ({splits}) of {len(sizes)} shapes in {len(manifest.shards)} shards "
-        f"from {len(manifest.sources) - len(rejected)} of {len(manifest.sources)} files: {folder}"
+        f"from {counts.total - counts.rejected} of {counts.total} files: {folder}"
     ]
     for shape in manifest.shapes:
         lines.append(
             f"  {shape.split:5} {shape.frames}x{shape.height}x{shape.width}: "
             f"{shape.samples} samples of {shape.tokens} tokens"
         )
-    if rejected:
-        lines.append(f"Rejected files ({len(rejected)}):")
-        lines += [f"  {source.path}: {source.reason}" for source in rejected]
-    dropped = [
-        f"  {source.path} window {number + 1}: {reason}"
-        for source in manifest.sources
-        if source.verdict == "accepted"
-        for number, reason in source.dropped
-    ]
-    if dropped:
-        lines += [f"Windows of accepted files that could not be encoded ({len(dropped)}):", *dropped]
-    cut = [f"  {one.path}: {one.caption_tokens} tokens" for one in manifest.sources if one.caption_tokens is not None]
-    if cut:
-        lines += [f"Captions cut to {manifest.settings['text_length']} tokens ({len(cut)}):", *cut]
-    if result.updated:
-        lines.append(f"Changed files, encoded again in place of the samples that they had ({len(result.updated)}):")
-        lines += [f"  {name}" for name in result.updated]
-    if result.removed:
-        lines.append(f"Files that are no longer there, whose samples are removed ({len(result.removed)}):")
-        lines += [f"  {name}" for name in result.removed]
-    if result.changed:
-        lines.append(
-            f"Files that have changed since they were encoded, whose samples stay as they are ({len(result.changed)}; "
-            "--update encodes them again):"
-        )
-        lines += [f"  {change}" for change in result.changed]
-    if result.kept:
-        lines.append(f"Changed files that cannot be used as they are now, and keep their samples ({len(result.kept)}):")
-        lines += [f"  {name}: {reason}" for name, reason in result.kept.items()]
-    if result.missing:
-        lines.append(
-            f"Files of the dataset that are not among these any more, whose samples stay ({len(result.missing)}; "
-            "--remove-missing removes them):"
-        )
-        lines += [f"  {name}" for name in result.missing]
+    rejected, dropped, cut = _Lines(), _Lines(), _Lines()
+    with open_sources(folder, manifest) as index:
+        for source in index.notable():
+            if source.verdict == REJECTED:
+                rejected.add(f"{source.path}: {source.reason}")
+                continue
+            for number, reason in source.dropped:
+                dropped.add(f"{source.path} window {number + 1}: {reason}")
+            if source.caption_tokens is not None:
+                cut.add(f"{source.path}: {source.caption_tokens} tokens")
+    lines += rejected.under("Rejected files ({}):")
+    lines += dropped.under("Windows of accepted files that could not be encoded ({}):")
+    lines += cut.under(f"Captions cut to {manifest.settings['text_length']} tokens ({{}}):")
+    for title, found, count in (
+        (
+            "Changed files, encoded again in place of the samples that they had ({}):",
+            result.updated,
+            len(result.updated),
+        ),
+        (
+            "Files that are no longer there, whose samples are removed ({}):",
+            result.removed,
+            len(result.removed),
+        ),
+        (
+            "Files that have changed since they were encoded, whose samples stay as they are ({}; --update encodes "
+            "them again):",
+            result.changed,
+            len(result.changed),
+        ),
+        (
+            "Changed files that cannot be used as they are now, and keep their samples ({}):",
+            [f"{name}: {reason}" for name, reason in result.kept.items()],
+            len(result.kept),
+        ),
+        (
+            "Files of the dataset that are not among these any more, whose samples stay ({}; --remove-missing removes "
+            "them):",
+            result.missing,
+            result.missing_count,
+        ),
+    ):
+        lines += _Lines(found, count).under(title)
     return lines
+
+
+class _Lines:
+    """Lines of one kind, of which the first are printed."""
+
+    def __init__(self, lines: Sequence[str] = (), count: int = 0) -> None:
+        self._lines, self._count = [*lines[:_MOST_LINES]], count
+
+    def add(self, line: str) -> None:
+        self._count += 1
+        if len(self._lines) < _MOST_LINES:
+            self._lines.append(line)
+
+    def under(self, title: str) -> list[str]:
+        """The lines with a title, in which ``{}`` stands for their number; nothing if there are none."""
+        if not self._count:
+            return []
+        more = self._count - len(self._lines)
+        return [
+            title.format(self._count),
+            *(f"  {line}" for line in self._lines),
+            *([f"  and {more} more"] * (more > 0)),
+        ]

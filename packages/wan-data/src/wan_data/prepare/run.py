@@ -1,50 +1,48 @@
 """``wan-data prepare``: from a folder of clips, or a listing, to a dataset; start, resume and addition of files."""
 
-import collections
+import contextlib
 import dataclasses
-import itertools
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from wan_data import __version__
 from wan_data.energon.version import energon_version
-from wan_data.prepare.encoding.encoder import EncodedWindow, TextEmbeddings, choose_device, load_codec, make_sample
-from wan_data.prepare.encoding.encoder_pool import EncoderPool
-from wan_data.prepare.encoding.preload import preload_encoders
-from wan_data.prepare.output_folder import WORK_FOLDER, clear, output_folder
-from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
-from wan_data.prepare.probe_stage import cache_path, gathered, probe
+from wan_data.index.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, open_sources, read_manifest
+from wan_data.index.sources import SourceIndex, added, batched, delete_unlisted
+from wan_data.prepare.output_folder import output_folder
+from wan_data.prepare.planning import plan_new_batch
+from wan_data.prepare.preparation import Preparation
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.removal import (
     RewrittenShard,
-    check_shard,
     delete_superseded,
+    moved_sources,
     note_superseded,
     rewrite_shard,
     shards_of,
-    without_sources,
+    without_shards,
 )
 from wan_data.prepare.report import Report
 from wan_data.prepare.results import (
-    FinishedShard,
     PrepareResult,
-    known_splits,
-    with_current_rejects,
-    with_rejected,
+    batch_records,
+    failed_replacements,
+    outdated_rejects,
     with_shard_batch,
-    without_failed,
 )
 from wan_data.prepare.settings import PrepareSettings, require_same_settings
-from wan_data.prepare.shard_batches import BATCH_NAME, EncodeTask, ShardBatch, ShardPlan, encode_tasks, plan_shard_batch
+from wan_data.prepare.shard_batches import BATCH_NAME, ShardBatch
+from wan_data.prepare.shard_encoding import ShardEncoder
+from wan_data.prepare.upgrade import upgrade
 from wan_data.prepare.work_files import check_work_folder, read_work_file
 from wan_data.reading.empty_caption import write_empty_caption
 from wan_data.shards.energon_metadata import restore_metadata, write_metadata
-from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
-from wan_data.shards.writer import ShardRecord, ShardWriter
+from wan_data.shards.writer import ShardRecord
 from wan_data.sources.changes import SourceChanges, find_changes
-from wan_data.sources.modification_times import read_times, write_times
-from wan_data.sources.source import SourceFile
+from wan_data.sources.modification_times import source_times
+from wan_data.sources.source import SourceFile, Sources
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import write_json
@@ -53,7 +51,7 @@ from wan_model.video_shape import SIDE_MULTIPLE, TEMPORAL_STRIDE
 
 
 def prepare(
-    sources: Sequence[SourceFile],
+    sources: Sources,
     output: Path,
     model: str,
     settings: PrepareSettings,
@@ -103,9 +101,10 @@ def prepare(
         raise ValueError(
             "--overwrite replaces the whole dataset; pass it without --update and --remove-missing, which keep a part"
         )
-    return _Preparation(Path(output), model, settings, report, device, processes, decoders, ranks or Ranks()).run(
-        sources, overwrite=overwrite, update=update, remove_missing=remove_missing
-    )
+    spec = LatentCodec.from_pretrained(model, load_vae=False, load_text=False, text_length=settings.text_length).spec
+    _check_strides(spec, model)
+    of = Preparation(Path(output), model, spec, settings, report, device, processes, decoders, ranks or Ranks())
+    return _Run(of).run(sources, overwrite=overwrite, update=update, remove_missing=remove_missing)
 
 
 def _check_strides(spec: LatentSpec, model: str) -> None:
@@ -118,41 +117,23 @@ def _check_strides(spec: LatentSpec, model: str) -> None:
         )
 
 
-class _Preparation:
-    def __init__(
-        self,
-        output: Path,
-        model: str,
-        settings: PrepareSettings,
-        report: Report,
-        device: str,
-        processes: int,
-        decoders: int | None,
-        ranks: Ranks,
-    ) -> None:
-        self.output, self.model, self.settings, self.report = output, model, settings, report
-        self.device, self.processes, self.decoders, self.ranks = device, processes, decoders, ranks
-        self.work = output / WORK_FOLDER
-        # Modification times of the sources, and why the new version of a changed source cannot be used; on rank 0.
-        self._times: dict[str, int] = {}
+class _Run:
+    def __init__(self, preparation: Preparation) -> None:
+        self.of, self.output, self.ranks = preparation, preparation.output, preparation.ranks
+        self.work, self.report = preparation.work, preparation.report
+        self._encoder = ShardEncoder(preparation)
+        # Why the new version of a changed source cannot be used; on rank 0.
         self._kept: dict[str, str] = {}
-        self._codec: LatentCodec | None = None
-        self.spec = LatentCodec.from_pretrained(
-            model, load_vae=False, load_text=False, text_length=settings.text_length
-        ).spec
-        _check_strides(self.spec, model)
 
-    def run(
-        self, sources: Sequence[SourceFile], *, overwrite: bool, update: bool, remove_missing: bool
-    ) -> PrepareResult:
+    def run(self, sources: Sources, *, overwrite: bool, update: bool, remove_missing: bool) -> PrepareResult:
         with output_folder(self.output, self.ranks, overwrite=overwrite):
             manifest = self._begin()
-            if (unfinished := ShardBatch.read(self.work)) is not None:
+            if (unfinished := ShardBatch.open(self.work)) is not None:
                 self.report.log("resuming the shards that an earlier run has planned")
                 manifest = self._encode(unfinished, manifest, "unfinished")
             elif self.ranks.rank == 0 and manifest.complete and restore_metadata(self.output, manifest.shards):
                 self.report.log("Energon's metadata was damaged and has been written anew")
-            changes = self._changes(sources, manifest)
+            changes = self._changes(sources, manifest, all_missing=remove_missing)
             if remove_missing and changes.missing and (rows := [one for one in sources if one.path is None]):
                 raise ValueError(
                     f"--remove-missing cannot tell which files are missing while {len(rows)} rows name none "
@@ -160,51 +141,49 @@ class _Preparation:
                 )
             again = changes.changed if update else {}
             gone = changes.missing if remove_missing else ()
-            new, manifest = self._plan_new_batch(sources, manifest, again, gone)
+            new, manifest, kept = plan_new_batch(self.of, sources, manifest, changes.new, again, gone)
+            self._kept |= kept
             if new is not None:
                 manifest = self._encode(new, manifest, "new")
             if self.ranks.rank == 0:
-                current = with_current_rejects(manifest, {source.name for source in sources})
-                if current != manifest and current.complete:
-                    current.write(self.output)
-                manifest = self._with_empty_caption(current)
+                manifest = self._with_empty_caption(self._without_outdated_rejects(sources, manifest))
                 delete_superseded(self.output, self.work, manifest)
-                self._write_times(manifest)
+                delete_unlisted(self.output, manifest.index.parts)
                 shutil.rmtree(self.work, ignore_errors=True)
             self.ranks.barrier("end")
         return PrepareResult(
             manifest,
             changed=() if update else tuple(changes.changed.values()),
             kept=dict(sorted(self._kept.items())),
+            missing_count=0 if remove_missing else changes.missing_count,
             missing=() if remove_missing else changes.missing,
             updated=tuple(name for name in again if name not in self._kept),
             removed=gone,
         )
 
-    def _changes(self, sources: Sequence[SourceFile], manifest: Manifest) -> SourceChanges:
+    def _changes(self, sources: Sources, manifest: Manifest, *, all_missing: bool) -> SourceChanges:
         """What has changed of the sources of a finished dataset; the same on every rank."""
         path = self.work / "changes.json"
         if not self.ranks.rank:
-            found = find_changes(
-                sources,
-                manifest,
-                self._times,
-                readers=self.decoders or processors(),
-                begin=lambda total: self.report.stage("comparing", total),
-                step=self.report.step,
-            )
-            self._times |= found.times
+            with open_sources(self.output, manifest) as index, source_times(self.output) as times:
+                found = find_changes(
+                    sources,
+                    index,
+                    manifest.index.counts,
+                    times,
+                    caption_key=self.of.settings.caption_key,
+                    readers=self.of.decoders or processors(),
+                    all_missing=all_missing,
+                    begin=lambda total: self.report.stage("comparing", total),
+                    step=self.report.step,
+                )
             if self.ranks.world_size > 1:
-                write_json(path, {"changed": found.changed, "missing": found.missing})  # only this rank needs the times
+                write_json(path, dataclasses.asdict(found))
         self.ranks.barrier("compared")
         if self.ranks.rank:
             found = read_work_file(path, SourceChanges)
         self.ranks.barrier("changes-read")  # the first rank may remove the file at once
         return found
-
-    def _write_times(self, manifest: Manifest) -> None:
-        accepted = manifest.accepted
-        write_times(self.output, {name: time for name, time in self._times.items() if name in accepted and time})
 
     def _begin(self) -> Manifest:
         """The existing manifest, or a new one; the same on every rank."""
@@ -212,138 +191,91 @@ class _Preparation:
             self.work.mkdir(exist_ok=True)
             check_work_folder(self.work)
             if not (self.output / MANIFEST_NAME).is_file():
-                Manifest(False, __version__, self.spec, self.settings.to_dict()).write(self.output)
-            self._times = read_times(self.output)
+                Manifest(False, __version__, self.of.spec, self.of.settings.to_dict()).write(self.output)
+            manifest = read_manifest(self.output, allow_incomplete=True)
+            if manifest.format_version != FORMAT_VERSION:
+                self.report.log(f"turning the dataset into format {FORMAT_VERSION}, as wan-data upgrade does")
+                self.report.stage("reading", len(manifest.shards))
+                manifest = upgrade(self.output, manifest, self.report.step)
         self.ranks.barrier("begin")
-        manifest = read_manifest(self.output, allow_incomplete=True)
-        require_same_settings(manifest.settings, self.settings, self.output)
-        manifest.latent_spec.require_same(self.spec, f"the dataset in {self.output}", f"the model {self.model}")
+        if self.ranks.rank:
+            manifest = read_manifest(self.output, allow_incomplete=True)
+        require_same_settings(manifest.settings, self.of.settings, self.output)
+        manifest.latent_spec.require_same(self.of.spec, f"the dataset in {self.output}", f"the model {self.of.model}")
         return manifest
 
-    def _plan_new_batch(
-        self, sources: Sequence[SourceFile], manifest: Manifest, changed: Mapping[str, str], missing: Sequence[str]
-    ) -> tuple[ShardBatch | None, Manifest]:
-        """Plan shards for new and changed sources, and the removal of missing ones.
-
-        Returns:
-            The batch, None if nothing is to be done; and the manifest, with newly rejected files if there is no batch.
-        """
-        known = manifest.accepted.keys() - changed.keys()
-        new = [source for source in sources if source.name not in known]
-        if not new and not missing:
-            return None, manifest
-        if self.ranks.rank == 0:
-            # A run that ended after it had planned a batch leaves the results of its own probing.
-            for path in self.work.glob("verdicts-*.json"):
-                path.unlink()
-        self.ranks.barrier("probing")
-        if self.processes > 1:
-            preload_encoders()  # while the sources are probed
-        mine = self.ranks.partition(new)
-        results = probe(mine, self.settings, self.report, self.decoders, cache_path(self.work, self.ranks))
-        if self.ranks.world_size > 1:
-            results = gathered(results, self.work, self.ranks)
-        if self.ranks.rank == 0:
-            self._write_batch(results, manifest, changed, missing)
-        self.ranks.barrier("planned")
-        if (batch := ShardBatch.read(self.work)) is None:
-            manifest = read_manifest(self.output)
-        return batch, manifest
-
-    def _write_batch(
-        self, results: list[ProbeResult], manifest: Manifest, changed: Mapping[str, str], missing: Sequence[str]
-    ) -> None:
-        # A changed source that cannot be used now keeps what it has: the reason may be temporary.
-        self._kept |= {
-            result.name: result.reason
-            for result in results
-            if isinstance(result, RejectedSource) and result.name in changed
-        }
-        results = [result for result in results if result.name not in self._kept]
-        if not missing and not any(isinstance(result, PlannedSource) for result in results):
-            if manifest.complete:
-                with_rejected(manifest, results).write(self.output)
-                return
-            clear(self.output)
-            rejected = [result for result in results if isinstance(result, RejectedSource)]
-            reasons = "; ".join(f"{source.name}: {source.reason}" for source in rejected[:3])
-            raise ValueError(f"none of the {len(results)} files can be used: {reasons}")
-        splits = known_splits(manifest, results)
-        batch = plan_shard_batch(results, self.settings, first_shard=manifest.next_shard, known=splits)
-        replaced = tuple(source.name for source, _ in batch.accepted if source.name in changed)
-        batch = dataclasses.replace(batch, replaced=replaced, removed=tuple(missing))
-        stay = [record for record in manifest.sources if record.path not in {*replaced, *missing}]
-        if not any(split == "train" for split in [*(record.split for record in stay), *dict(batch.accepted).values()]):
-            raise ValueError(
-                f"no sample for training would be left in {self.output} without the {len(replaced)} changed and the "
-                f"{len(missing)} missing files; check the folder of the clips, or pass --overwrite"
-            )
-        for shard in shards_of(manifest, {*replaced, *missing}):  # before anything is encoded
-            check_shard(self.output, shard)
-        if manifest.samples.get("val") and "val" not in {
-            *(record.split for record in stay),
-            *dict(batch.accepted).values(),
-        }:
-            self.report.log("no sample for validation will be left: its files are among those that are missing")
-        no_validation = {split for _, split in batch.accepted} == {"train"} and not manifest.complete
-        if no_validation and self.settings.validation_fraction > 0:
-            self.report.log("one content is too few for a validation split: all samples are for training")
-        batch.write(self.work)
-
-    def _load_codec(self) -> LatentCodec:
-        if self._codec is None:
-            self.report.log(f"loading {self.model}")
-            device = choose_device(self.device, self.ranks.local_rank)
-            self._codec = load_codec(self.model, self.settings, device, vae=self.processes == 1, text=True)
-        return self._codec
+    def _without_outdated_rejects(self, sources: Iterable[SourceFile], manifest: Manifest) -> Manifest:
+        if not manifest.complete:
+            return manifest
+        with open_sources(self.output, manifest) as index:
+            outdated = list(outdated_rejects(index, sources))
+        return self.of.commit(manifest, added(self.output, manifest.index, outdated)) if outdated else manifest
 
     def _encode(self, batch: ShardBatch, manifest: Manifest, name: str) -> Manifest:
         """Write the missing shards of a batch, and then the manifest that lists them."""
-        if batch.first_shard < manifest.next_shard:
-            if self.ranks.rank == 0:
-                delete_superseded(self.output, self.work, manifest)
-            return manifest  # it lists this batch; only the last steps of that run are missing
-        plans = batch.shards(self.settings.samples_per_shard)
-        missing = [plan for plan in plans if not self._finished(plan.number).is_file()]
-        for plan in plans:
-            if plan not in missing:  # a damaged record is found before anything is encoded
-                FinishedShard.read(self._finished(plan.number))
-        self.ranks.barrier(f"{name}-listed")
-        if missing:
-            self._write_shards(missing, name)
-        self.ranks.barrier(f"{name}-written")
-        finished = [FinishedShard.read(self._finished(plan.number)) for plan in plans]
-        batch, removed, kept = without_failed(batch, finished)
-        old = shards_of(manifest, removed)
-        numbers = range(batch.first_shard + len(plans), batch.first_shard + len(plans) + len(old))
-        self._rewrite_shards(old, numbers, removed, name)
-        self.ranks.barrier(f"{name}-rewritten")
-        if self.ranks.rank == 0:
-            self._kept |= kept
-            rewritten = [RewrittenShard.read(self._rewritten(number)) for number in numbers]
-            complete = with_shard_batch(without_sources(manifest, removed, rewritten), batch, plans, finished)
-            if "train" not in complete.samples:
-                reasons = "; ".join(f"{name}: {reason}" for shard in finished for name, _, reason in shard.dropped[:1])
-                raise ValueError(f"no window for training could be encoded: {reasons}")
-            note_superseded(self.work, [shard.name for shard in old])
-            write_metadata(self.output, complete.shards)
-            complete.write(self.output)
-            self._times |= {source.name: source.mtime_ns for source, _ in batch.accepted}
-            (self.work / BATCH_NAME).unlink()
-            delete_superseded(self.output, self.work, complete)
-        self.ranks.barrier(f"{name}-done")
+        with contextlib.closing(batch):
+            if batch.numbers.start < manifest.next_shard:
+                if self.ranks.rank == 0:
+                    delete_superseded(self.output, self.work, manifest)
+                return manifest  # it lists this batch; only the last steps of that run are missing
+            missing = [number for number in batch.numbers if not self.of.finished(number).is_file()]
+            for number in {*batch.numbers} - {*missing}:  # a damaged record is found before anything is encoded
+                self.of.read_finished(number)
+            self.ranks.barrier(f"{name}-listed")
+            if missing:
+                self._encoder.write(batch, missing, name)
+            self.ranks.barrier(f"{name}-written")
+            kept = failed_replacements(batch, self.of.read_finished)
+            removed = (*(name for name in batch.replaced if name not in kept), *batch.removed)
+            with open_sources(self.output, manifest) as index:
+                old = shards_of(manifest, index, removed)
+                numbers = range(batch.numbers.stop, batch.numbers.stop + len(old))
+                self._rewrite_shards(old, numbers, removed, name)
+                self.ranks.barrier(f"{name}-rewritten")
+                if self.ranks.rank == 0:
+                    self._kept |= kept
+                    rewritten = [RewrittenShard.read(self._rewritten(number)) for number in numbers]
+                    self._finish(batch, manifest, index, old, rewritten, removed)
+            self.ranks.barrier(f"{name}-done")
         return read_manifest(self.output)
+
+    def _finish(
+        self,
+        batch: ShardBatch,
+        manifest: Manifest,
+        index: SourceIndex,
+        old: Sequence[ShardRecord],
+        rewritten: Sequence[RewrittenShard],
+        removed: Collection[str],
+    ) -> None:
+        """Write metadata, index and manifest of a batch whose shards are there."""
+        complete = with_shard_batch(without_shards(manifest, rewritten), batch, self.of.read_finished)
+        if "train" not in complete.samples:
+            dropped = (one for number in batch.numbers for one in self.of.read_finished(number).dropped[:1])
+            reasons = "; ".join(f"{name}: {reason}" for name, _, reason in islice(dropped, 10))
+            raise ValueError(f"no window for training could be encoded: {reasons}")
+        moved = moved_sources(index, removed, rewritten)
+        records = batch_records(batch, self.of.read_finished, self._kept, moved)
+        complete = dataclasses.replace(complete, index=added(self.output, manifest.index, records))
+        note_superseded(self.work, [shard.name for shard in old])
+        write_metadata(self.output, complete.shards, manifest.shards)
+        complete.write(self.output)
+        self._remember_times(batch)
+        (self.work / BATCH_NAME).unlink()
+        delete_superseded(self.output, self.work, complete)
+
+    def _remember_times(self, batch: ShardBatch) -> None:
+        with source_times(self.output) as times:
+            for some in batched(batch.accepted()):
+                times.put({source.name: source.mtime_ns for source, _ in some if source.mtime_ns})
 
     def _with_empty_caption(self, manifest: Manifest) -> Manifest:
         if manifest.empty_caption is not None or not manifest.complete:
             return manifest
-        (text,) = self._load_codec().encode_text([""])
+        (text,) = self._encoder.load_codec().encode_text([""])
         manifest = dataclasses.replace(manifest, empty_caption=write_empty_caption(self.output, text.cpu()))
         manifest.write(self.output)
         return manifest
-
-    def _finished(self, number: int) -> Path:
-        return self.work / f"shard-{number:06d}.json"
 
     def _rewritten(self, number: int) -> Path:
         return self.work / f"rewritten-{number:06d}.json"
@@ -359,52 +291,3 @@ class _Preparation:
             rewritten = rewrite_shard(self.output, shard, number, removed)
             rewritten.write(self._rewritten(number))
             self.report.step(f"{shard.name}: {sum(count for *_, count in rewritten.removed)} samples removed")
-
-    def _write_shards(self, missing: Sequence[ShardPlan], name: str) -> None:
-        pending: collections.deque[tuple[ShardPlan, int]] = collections.deque()
-
-        def tasks() -> Iterator[EncodeTask]:
-            for plan in self.ranks.claim(missing, name):
-                of_shard = encode_tasks(plan, self.settings.batch_size)
-                pending.append((plan, len(of_shard)))
-                yield from of_shard
-
-        with EncoderPool(self.model, self.settings, self.device, self.processes, self.ranks.local_rank) as pool:
-            codec = self._load_codec()
-            captions = (part.source.caption for plan in missing for part in plan.parts for _ in part.windows)
-            text = TextEmbeddings(codec, captions)
-            self.report.stage("encoding", sum(plan.samples for plan in missing))
-            encoded = pool.encode(tasks(), codec)
-            for first in encoded:
-                plan, count = pending.popleft()
-                results = itertools.islice(itertools.chain([first], encoded), count)
-                self._write_shard(plan, (one for _, windows in results for one in windows), text)
-
-    def _write_shard(self, plan: ShardPlan, windows: Iterator[EncodedWindow], text: TextEmbeddings) -> None:
-        fingerprint = self.spec.fingerprint
-        done: dict[tuple[str, int], EncodedWindow] = {}
-        samples: collections.Counter[str] = collections.Counter()
-        shapes: collections.Counter[tuple[int, int, int, tuple[int, ...]]] = collections.Counter()
-        dropped: list[tuple[str, int, str]] = []
-        cut: dict[str, int] = {}
-        with ShardWriter(self.output, plan.number, plan.split) as shard:
-            for source, number in plan.windows():
-                while (source.name, number) not in done:
-                    one = next(windows)
-                    done[one.source, one.window] = one
-                one = done.pop((source.name, number))
-                window, size = source.windows[number], source.size
-                if one.latent is None:
-                    dropped.append((source.name, number, str(one.problem)))
-                    self.report.step(f"REJECTED {source.name} window {number + 1}: {one.problem}")
-                    continue
-                embedding, tokens = text.get(source.caption)
-                if tokens > self.settings.text_length:
-                    cut[source.name] = tokens
-                shard.write(make_sample(source, number, one.latent, embedding, self.settings, fingerprint))
-                samples[source.name] += 1
-                shapes[window.length, size.height, size.width, tuple(one.latent.shape)] += 1
-                self.report.step(f"{source.name} window {number + 1} of {len(source.windows)}: {window.length}x{size}")
-        assert next(windows, None) is None, "every window of the shard was written or dropped"
-        counts = tuple((*shape, count) for shape, count in sorted(shapes.items()))
-        FinishedShard(shard.record, dict(samples), counts, tuple(dropped), cut).write(self._finished(plan.number))

@@ -13,6 +13,7 @@ from wan_model.system.safe_reading import read_json, require_file
 # Bytes; those that list the sources have up to a thousand for each.
 LARGEST = 4 << 30
 T = TypeVar("T")
+_EARLIER_PLAN = "round.json"
 
 
 def read_work_file(path: Path, kind: type[T]) -> T:
@@ -57,11 +58,16 @@ def remedy_named(remedy: str = "remove it") -> Iterator[None]:
 
 
 def check_work_folder(folder: Path) -> None:
-    """Refuse what is no file: named pipes, devices and folders, from which nothing can be resumed.
+    """Refuse what is no file, such as named pipes and folders, and the plan of a version that wrote it differently.
 
     Raises:
         ValueError: there is such a thing; the message says what to do.
     """
+    if (folder / _EARLIER_PLAN).exists():
+        raise ValueError(
+            f"{folder / _EARLIER_PLAN} is the plan of an earlier version; finish the preparation with that version, or "
+            f"remove the folder {folder} and run the same command again"
+        )
     for path in sorted(folder.iterdir()):
         with remedy_named(), contextlib.suppress(FileNotFoundError):
             require_file(path)

@@ -1,13 +1,14 @@
 """Blends of datasets: YAML files in the form of Energon's MetadatasetV2, read without instantiating their classes."""
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wan_data.shards.energon_metadata import check_metadata
+from wan_data.shards.energon_metadata import Metadata, read_metadata
 from wan_model.system.safe_reading import read_yaml
 
 _HEAD = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
@@ -25,13 +26,20 @@ class Part:
         name: its path as the blend spells it; empty if a dataset is read without a blend.
         folder: folder of the dataset.
         split: split of that dataset.
+        metadata: of the dataset, all splits.
         weight: relative frequency with which samples are drawn from it.
     """
 
     name: str
     folder: Path
     split: str
+    metadata: Metadata = dataclasses.field(repr=False, compare=False)
     weight: float = 1.0
+
+    @property
+    def shards(self) -> tuple[tuple[str, int], ...]:
+        """Names and numbers of samples of the split's shards, in order."""
+        return tuple((name, self.metadata.counts[name]) for name in self.metadata.splits[self.split])
 
 
 def parts_of(path: str | os.PathLike[str]) -> dict[str, tuple[Part, ...]]:
@@ -45,7 +53,8 @@ def parts_of(path: str | os.PathLike[str]) -> dict[str, tuple[Part, ...]]:
     """
     path = Path(path)
     if path.is_dir():
-        return {split: (Part("", path, split),) for split in check_metadata(path)}
+        metadata = read_metadata(path)
+        return {split: (Part("", path, split, metadata),) for split in metadata.splits}
     if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
         return _read(path)
     raise ValueError(
@@ -60,15 +69,19 @@ def _read(path: Path) -> dict[str, tuple[Part, ...]]:
     splits = value.get("splits")
     if not isinstance(splits, dict) or not splits:
         raise ValueError(f"{path} has no splits; {_EXPECTED}")
-    return {str(name): _parts(path, str(name), part) for name, part in splits.items()}
+    metadata_of = functools.cache(read_metadata)  # of a dataset that is in several splits
+    return {str(name): _parts(path, str(name), part, metadata_of) for name, part in splits.items()}
 
 
-def _parts(path: Path, split: str, value: Any) -> tuple[Part, ...]:
+_MetadataOf = Callable[[Path], Metadata]
+
+
+def _parts(path: Path, split: str, value: Any, metadata_of: _MetadataOf) -> tuple[Part, ...]:
     blended = isinstance(value, dict) and set(value) == {"blend"}
     items = value["blend"] if blended else [value]
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path}, split {split}: it names no dataset; {_EXPECTED}")
-    parts = tuple(_part(path, split, item, weighted=blended) for item in items)
+    parts = tuple(_part(path, split, item, metadata_of, weighted=blended) for item in items)
     datasets = [(part.folder.resolve(), part.split) for part in parts]
     for number, dataset in enumerate(datasets):
         if dataset in datasets[:number]:
@@ -76,7 +89,7 @@ def _parts(path: Path, split: str, value: Any) -> tuple[Part, ...]:
     return parts
 
 
-def _part(path: Path, split: str, value: Any, *, weighted: bool) -> Part:
+def _part(path: Path, split: str, value: Any, metadata_of: _MetadataOf, *, weighted: bool) -> Part:
     known = {"path", "split_part", *(("weight",) if weighted else ())}
     if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
         raise ValueError(f"{path}, split {split}: {value!r} names no path; {_EXPECTED}")
@@ -91,6 +104,7 @@ def _part(path: Path, split: str, value: Any, *, weighted: bool) -> Part:
         raise ValueError(
             f"{path}, split {split}: {folder} is no folder; expected a dataset that wan-data prepare wrote"
         )
-    if own not in (there := check_metadata(folder)):
+    metadata = metadata_of(folder)
+    if own not in (there := metadata.splits):
         raise ValueError(f"{path}, split {split}: {folder} has no split {own!r}; it has {', '.join(there) or 'none'}")
-    return Part(name, folder, own, float(weight))
+    return Part(name, folder, own, metadata, float(weight))

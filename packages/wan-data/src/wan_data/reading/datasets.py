@@ -2,15 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from wan_data.index.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.reading.blends import Part, parts_of
-from wan_data.reading.fingerprint import fingerprint_of
+from wan_data.reading.fingerprint import fingerprint_of, sizes_of
 from wan_data.reading.packing import latent_tokens
-from wan_data.shards.energon_index import check_offsets
-from wan_data.shards.energon_metadata import check_metadata, shard_counts
-from wan_data.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from wan_data.shards.energon_index import check_all_offsets
 from wan_model.config import OFFICIAL_TEXT_LENGTH, PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import latent_spec_of as spec_of_model
@@ -42,9 +41,11 @@ def splits(path: str | os.PathLike[str]) -> dict[str, int]:
     Raises:
         ValueError: the path is no dataset, or its metadata could run code.
     """
-    totals = {
-        name: sum(count for part in parts for _, count in _shards(part)) for name, parts in parts_of(path).items()
-    }
+    return _splits(parts_of(path))
+
+
+def _splits(found: Mapping[str, Sequence[Part]]) -> dict[str, int]:
+    totals = {name: sum(count for part in parts for _, count in part.shards) for name, parts in found.items()}
     return {name: total for name, total in totals.items() if total}
 
 
@@ -100,18 +101,19 @@ def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
         ValueError: there is no such split, or a dataset is damaged or unsafe.
     """
     parts = parts_of(path)
-    available = splits(path)
+    available = _splits(parts)
     if split not in available:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(available) or 'none'}")
     opened = []
     for part in parts[split]:
-        shards = _shards(part)
+        shards = part.shards
         if not (samples := sum(count for _, count in shards)):
             raise ValueError(f"{path}, split {split}: {part.folder} has no sample in its split {part.split!r}")
-        manifest = _manifest_of(part.folder)
-        for name, count in shards:
-            check_offsets(part.folder / name, count)
-        opened.append(OpenPart(part, shards, samples, manifest, fingerprint_of(part, manifest)))
+        manifest, sizes = _manifest_of(part.folder), sizes_of(part)
+        if manifest is not None:
+            _check_sizes(part.folder, manifest, sizes)
+        check_all_offsets(part.folder, shards)
+        opened.append(OpenPart(part, shards, samples, manifest, fingerprint_of(part, manifest, sizes)))
     return opened
 
 
@@ -151,11 +153,6 @@ def check_sizes(parts: Sequence[OpenPart], usable: int, patch_size: PatchSize) -
                 )
 
 
-def _shards(part: Part) -> tuple[tuple[str, int], ...]:
-    counts = shard_counts(part.folder)
-    return tuple((shard, counts[shard]) for shard in check_metadata(part.folder)[part.split])
-
-
 def _common(specs: Sequence[tuple[str, LatentSpec]]) -> LatentSpec:
     spec = specs[0][1]
     for number, (name, other) in enumerate(specs):
@@ -168,11 +165,18 @@ def _common(specs: Sequence[tuple[str, LatentSpec]]) -> LatentSpec:
 def _manifest_of(folder: Path) -> Manifest | None:
     if not (folder / MANIFEST_NAME).exists():
         return None  # shards of NVIDIA's own script
-    manifest = read_manifest(folder)
+    return read_manifest(folder)
+
+
+def _check_sizes(folder: Path, manifest: Manifest, sizes: Mapping[str, int]) -> None:
+    """Refuse shards that are not as the manifest has them, for each that it lists."""
     for shard in manifest.shards:
-        path = folder / shard.name
-        size = path.stat().st_size if path.is_file() else None
+        size = sizes.get(shard.name)
+        if size is None:
+            path = folder / shard.name
+            size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise ValueError(f"{path} {found}; {MANIFEST_NAME} says {shard.bytes} bytes: the dataset is damaged")
-    return manifest
+            raise ValueError(
+                f"{folder / shard.name} {found}; {MANIFEST_NAME} says {shard.bytes} bytes: the dataset is damaged"
+            )

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from wan_data.index.manifest import MANIFEST_NAME, read_manifest
 from wan_data.reading.blends import parts_of
-from wan_data.shards.manifest import MANIFEST_NAME, read_manifest
 from wan_model.system.files import write_bytes
 from wan_model.system.safe_reading import read_bytes
 

@@ -8,24 +8,30 @@ digest of samples of their bytes, which is saved separately and is not compared 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
+from wan_data.index.manifest import MANIFEST_NAME, Manifest
 from wan_data.reading.blends import Part, parts_of
-from wan_data.shards.energon_metadata import check_metadata, shard_counts
-from wan_data.shards.manifest import MANIFEST_NAME, Manifest
+from wan_data.shards.energon_metadata import shard_counts
 
 # Of data without digests: shards that are looked into, and bytes that are read in each of two places.
 _SHARDS, _BYTES = 64, 1 << 15
 
 
-def fingerprint_of(part: Part, manifest: Manifest | None) -> str:
-    """Identifies the order of a part's samples, and their content if it has a manifest."""
+def sizes_of(part: Part) -> dict[str, int]:
+    """Bytes of each shard of a part's dataset, whatever split it is in."""
+    folder = str(part.folder)
+    return {name: os.stat(os.path.join(folder, name)).st_size for name in part.metadata.counts}
+
+
+def fingerprint_of(part: Part, manifest: Manifest | None, sizes: Mapping[str, int]) -> str:
+    """Identifies the order of a part's samples, and their content if it has a manifest; for the sizes see above."""
     hashes = {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
     shards: dict[str, Any] = {
-        name: [count, (part.folder / name).stat().st_size, hashes.get(name, "")]
-        for name, count in shard_counts(part.folder).items()
+        name: [count, sizes[name], hashes.get(name, "")] for name, count in part.metadata.counts.items()
     }
-    text = json.dumps([shards, check_metadata(part.folder)[part.split], part.weight], sort_keys=True)
+    text = json.dumps([shards, part.metadata.splits[part.split], part.weight], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -9,7 +9,9 @@ import array
 import contextlib
 import errno
 import itertools
+import os
 import sqlite3
+import stat
 import struct
 import sys
 import time
@@ -29,7 +31,7 @@ _SECONDS_A_GIGABYTE = 60.0
 OFFSETS_SUFFIX = ".idx"
 REMEDY = "run wan-data prepare again with the same arguments, or energon prepare --tar-index-only, to write it anew"
 # The tables of Energon 7.4; 6.0 reads the first of them.
-_TABLES = """
+TABLES = """
 CREATE TABLE samples (
     tar_file_id INTEGER NOT NULL,
     sample_key TEXT NOT NULL UNIQUE,
@@ -67,31 +69,73 @@ def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None
         for leftover in (partial, *meta.glob(f"{INDEX_NAME}*-journal")):
             leftover.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(partial)) as database:
-            database.executescript(_TABLES)
+            database.executescript(TABLES)
             for number, shard in enumerate(shards):
-                samples, end = _samples_of(folder / shard.name)
-                if len(samples) != shard.samples:
-                    reason = f"it holds {len(samples)} samples instead of {shard.samples}"
-                    raise OSError(errno.EIO, reason, str(folder / shard.name))
-                offsets = [members[0].offset for _, members in samples] + [end]
-                content = struct.pack(f"<{len(offsets)}Q", *offsets)
-                write_bytes(folder / (shard.name + OFFSETS_SUFFIX), content)
-                database.executemany(
-                    "INSERT INTO samples VALUES (?, ?, ?, ?, ?)",
-                    [
-                        (number, key, index, offsets[index], offsets[index + 1] - offsets[index])
-                        for index, (key, _) in enumerate(samples)
-                    ],
-                )
-                database.executemany(
-                    "INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)",
-                    [
-                        (number, index, member.kind, member.content, member.size)
-                        for index, (_, members) in enumerate(samples)
-                        for member in members
-                    ],
-                )
+                _add_shard(database, folder, number, shard)
             database.commit()
+
+
+def extend_index(folder: Path, meta: Path, before: Sequence[ShardRecord], shards: Sequence[ShardRecord]) -> bool:
+    """Add to an index in place the shards that follow those that it is of; see ``write_index``.
+
+    An interruption is undone by the next process that opens the database to write.
+
+    Returns:
+        Whether that was possible; if not, the index has to be written anew.
+
+    Raises:
+        OSError: see ``write_index``.
+    """
+    path = meta / INDEX_NAME
+    if tuple(shards[: len(before)]) != tuple(before) or not path.is_file():
+        return False
+    uri = f"file:{urllib.parse.quote(str(path.resolve()))}?mode=rw"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as database:
+            database.execute("PRAGMA trusted_schema = OFF")
+            found = {sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+            if found != {statement.strip() for statement in TABLES.split(";") if statement.strip()}:
+                return False
+            database.execute("BEGIN IMMEDIATE")
+            # A run that ended before its manifest may have added them.
+            for table in ("samples", "sample_parts"):
+                database.execute(f"DELETE FROM {table} WHERE tar_file_id >= ?", [len(before)])
+            last = database.execute("SELECT max(tar_file_id) FROM samples").fetchone()[0]
+            of_last = database.execute("SELECT count(*) FROM samples WHERE tar_file_id = ?", [last]).fetchone()[0]
+            if (last, of_last) != (len(before) - 1, before[-1].samples):
+                return False
+            for number in range(len(before), len(shards)):
+                _add_shard(database, folder, number, shards[number])
+            database.execute("COMMIT")
+    except (sqlite3.DatabaseError, OverflowError) as error:
+        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+            raise
+        return False  # damaged, or a file system without locks
+    return True
+
+
+def _add_shard(database: sqlite3.Connection, folder: Path, number: int, shard: ShardRecord) -> None:
+    samples, end = _samples_of(folder / shard.name)
+    if len(samples) != shard.samples:
+        reason = f"it holds {len(samples)} samples instead of {shard.samples}"
+        raise OSError(errno.EIO, reason, str(folder / shard.name))
+    offsets = [members[0].offset for _, members in samples] + [end]
+    write_bytes(folder / (shard.name + OFFSETS_SUFFIX), struct.pack(f"<{len(offsets)}Q", *offsets))
+    database.executemany(
+        "INSERT INTO samples VALUES (?, ?, ?, ?, ?)",
+        [
+            (number, key, index, offsets[index], offsets[index + 1] - offsets[index])
+            for index, (key, _) in enumerate(samples)
+        ],
+    )
+    database.executemany(
+        "INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)",
+        [
+            (number, index, member.kind, member.content, member.size)
+            for index, (_, members) in enumerate(samples)
+            for member in members
+        ],
+    )
 
 
 def _samples_of(shard: Path) -> tuple[list[tuple[str, list[Member]]], int]:
@@ -121,6 +165,23 @@ def check_offsets(shard: Path, samples: int) -> None:
         raise ValueError(f"{path} has {size} bytes; expected {8 * (samples + 1)} for {samples} samples; {REMEDY}")
 
 
+def check_all_offsets(folder: Path, shards: Sequence[tuple[str, int]]) -> None:
+    """``check_offsets`` for many shards, of which each takes some microseconds.
+
+    Args:
+        folder: of the dataset.
+        shards: names and numbers of samples.
+    """
+    base = str(folder)
+    for name, samples in shards:
+        try:
+            found = os.stat(os.path.join(base, name + OFFSETS_SUFFIX))
+        except OSError:
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != 8 * (samples + 1):
+            check_offsets(folder / name, samples)
+
+
 def read_offsets(shard: Path, samples: int) -> Sequence[int]:
     """The offset of each sample in a shard, and that of the end of the last one, from its ``.idx`` file.
 
@@ -145,8 +206,7 @@ def check_index(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> 
     Raises:
         ValueError: a file is missing, damaged, or of another number of samples.
     """
-    for name, samples in shards:
-        check_offsets(folder / name, samples)
+    check_all_offsets(folder, shards)
     path = meta / INDEX_NAME
     try:
         with _open_index(path, sum(samples for _, samples in shards)):

@@ -125,7 +125,10 @@ def _list(value: Any) -> list[Any]:
 
 def _sequence(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def read(value: Any) -> tuple[Any, ...]:
-        return tuple(_at(f"[{number}]", inner, one) for number, one in enumerate(_list(value)))
+        try:
+            return tuple(map(inner, _list(value)))
+        except _MismatchError:  # again, for its place: one in millions
+            return tuple(_at(f"[{number}]", inner, one) for number, one in enumerate(value))
 
     return read
 
@@ -164,6 +167,9 @@ def _dataclass(kind: Any) -> Callable[[Any], Any]:
             raise _MismatchError(f"no {', '.join(sorted(missing))}", "all fields")
         if unknown := value.keys() - readers.keys():
             raise _MismatchError(f"the unknown field {min(unknown)[:80]!r}", f"{', '.join(readers)}")
-        return kind(**{name: _at(f".{name}", readers[name], one) for name, one in value.items()})
+        try:
+            return kind(**{name: readers[name](one) for name, one in value.items()})
+        except _MismatchError:
+            return kind(**{name: _at(f".{name}", readers[name], one) for name, one in value.items()})
 
     return read

@@ -101,6 +101,26 @@ def samples_of(shard: Path) -> Iterator[StoredSample]:
             raise RefusedMember(f"shard {shard.name}, sample {key}: {error}") from None
 
 
+def infos_of(shard: Path) -> Iterator[dict[str, Any]]:
+    """The side information of each sample of a shard, in order; latents and texts are not read.
+
+    Raises:
+        ValueError: the file is no complete tar file, or a sample has no side information.
+    """
+    with open_file(shard) as file:
+        for key, members in grouped(tar_members(file)):
+            found = [member for member in members if member.kind == "json"]
+            if not found:
+                raise RefusedMember(f"shard {shard.name}, sample {key}: it has no json member")
+            yield info_from_json(read_member(file, found[0]))
+
+
+def text_lengths(info: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Text tokens and characters of the caption of a sample; None if its side information does not say them."""
+    tokens, caption = info.get("text_tokens"), info.get("caption")
+    return (tokens, len(caption)) if type(tokens) is int and tokens >= 0 and isinstance(caption, str) else None
+
+
 def members_of(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key of each sample and the content of its members by their kinds, in order.
 

@@ -43,7 +43,7 @@ class Sample:
     info: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ShardRecord:
     """The entry of a finished shard in the manifest."""
 

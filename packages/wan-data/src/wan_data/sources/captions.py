@@ -1,5 +1,6 @@
 """Captions of clips: finding them in the files beside a clip, and validating them."""
 
+import codecs
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,15 @@ from wan_model.system import safe_reading
 NAME_KEYS = ("video_path", "file_name", "filename", "video", "path", "name", "file", "image", "image_path")
 
 
-# Bytes of a list of captions, which is read as a whole: some ten million lines.
-LARGEST_LISTING = 4 << 30
+# Bytes of a list of captions: some ten million lines.
+LARGEST_LISTING = 64 << 30
+LONGEST_LINE = 16 << 20
 # A compressed listing of a megabyte can have any number.
 MOST_ROWS = 20_000_000
 # Characters; a text encoder takes 512 tokens of it.
 LONGEST_CAPTION = 100_000
 _NAMED = 5
+_FOLDERS = 16  # whose lists are kept
 
 
 def read_text(path: Path, limit: int = safe_reading.SMALL_FILE) -> str:
@@ -39,7 +42,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         ValueError: the file cannot be read, or is not UTF-8.
     """
     rows = 0
-    for number, line in enumerate(_lines(read_text(path, LARGEST_LISTING)), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         if not line.strip():
             continue
         rows += 1
@@ -52,13 +55,33 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def _lines(text: str) -> Iterator[str]:
-    # One at a time: gigabytes of empty lines would be as many objects. Not splitlines: JSON text may hold U+2028.
-    start = 0
-    while (end := text.find("\n", start)) >= 0:
-        yield text[start:end]
-        start = end + 1
-    yield text[start:]
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends, one at a time, with or without a byte order mark.
+
+    Raises:
+        ValueError: it cannot be read, is not UTF-8, or has a line of over ``LONGEST_LINE`` bytes.
+    """
+    try:
+        file = safe_reading.open_file(path, LARGEST_LISTING)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    place, last = 0, b"\n"
+    with file:
+        # Not splitlines: JSON text may hold U+2028.
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{path} has a line of over {LONGEST_LINE:,} bytes at byte {place}")
+            if not place:
+                line = line.removeprefix(codecs.BOM_UTF8)
+                place = file.tell() - len(line)
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {place + error.start}") from None
+            yield text.removesuffix("\n")
+            place, last = place + len(line), line
+    if last.endswith(b"\n"):
+        yield ""  # what follows the last end
 
 
 def check_rows(path: Path, rows: int) -> None:
@@ -177,8 +200,8 @@ class CaptionFinder:
         return caption_in(value, self.caption_key, path.name)
 
     def _listed(self, folder: Path) -> tuple[dict[str, list[tuple[str, Any]]], list[str]]:
-        if folder in self._lists:
-            return self._lists[folder]
+        if (known := self._lists.get(folder)) is not None:
+            return known
         listed: dict[str, list[tuple[str, Any]]] = {}
         broken: list[str] = []
         for path in sorted(folder.glob("*.jsonl")):
@@ -193,5 +216,8 @@ class CaptionFinder:
                 else:
                     for name in names_in(value):
                         listed.setdefault(name, []).append((where, value))
+        # Sources come by name, and so folder by folder; some threads are still at the one before.
+        if len(self._lists) >= _FOLDERS:
+            self._lists.pop(next(iter(self._lists)), None)
         self._lists[folder] = listed, broken
-        return self._lists[folder]
+        return listed, broken

@@ -2,14 +2,21 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from wan_data.shards.manifest import MANIFEST_NAME, Manifest, SourceRecord, caption_digest, read_manifest
+from wan_data.index.manifest import MANIFEST_NAME, caption_digest, read_manifest
+from wan_data.index.records import ACCEPTED, SourceCounts, SourceRecord
+from wan_data.index.sources import SourceIndex, batched
 from wan_data.sources.captions import CaptionFinder
 from wan_data.sources.listing import files_of_listing
+from wan_data.sources.modification_times import SourceTimes
 from wan_data.sources.source import SourceFile, caption_of
 from wan_model.system.files import sha256_of
+
+# Missing sources that are named, unless all are asked for.
+_NAMED = 1_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +25,26 @@ class SourceChanges:
 
     Attributes:
         changed: what has changed, in a sentence, by the name of each accepted source that is still there.
-        missing: names of the accepted sources that are no longer there.
-        times: modification time in ns of each source whose content is known to be unchanged.
+        missing_count: number of the accepted sources that are no longer there.
+        missing: names of these, or of the first.
+        new: number of sources that have no samples in the dataset.
     """
 
     changed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    missing_count: int = 0
     missing: tuple[str, ...] = ()
-    times: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    new: int = 0
 
 
 def find_changes(
-    sources: Sequence[SourceFile],
-    manifest: Manifest,
-    times: Mapping[str, int],
+    sources: Iterable[SourceFile],
+    index: SourceIndex,
+    counts: SourceCounts,
+    times: SourceTimes,
     *,
+    caption_key: str = "caption",
     readers: int = 1,
+    all_missing: bool = False,
     begin: Callable[[int], None] = lambda total: None,
     step: Callable[[str], None] = lambda name: None,
 ) -> SourceChanges:
@@ -41,54 +53,76 @@ def find_changes(
     The content of a file is read only if its modification time is another one than is known of it.
 
     Args:
-        sources: as ``prepare`` gets them.
-        manifest: of the dataset.
-        times: of ``wan_data.sources.modification_times``.
+        sources: as ``prepare`` gets them; read several times.
+        index: of the dataset.
+        counts: of its sources.
+        times: of the dataset; those of sources that have not changed are added.
+        caption_key: of captions in JSON.
         readers: number of files that are read at a time.
+        all_missing: name all missing sources, not only the first.
         begin: called with the number of files to read, if there are any.
         step: called with the name of each file that has been read.
     """
-    records = manifest.accepted
-    captions = CaptionFinder(str(manifest.settings.get("caption_key", "caption")))
+    captions = CaptionFinder(caption_key)
     changed: dict[str, list[str]] = {}
-    present: set[str] = set()
-    same: dict[str, int] = {}
-    unknown: list[tuple[SourceFile, int]] = []
-    for source in sources:
-        record = records.get(source.name)
-        if record is None or source.path is None:
-            continue
-        present.add(source.name)
-        found = changed.setdefault(source.name, [])
-        try:
-            status = source.path.stat()
-        except OSError as error:
-            found.append(f"cannot be read: {error.strerror or error}")
-            continue
-        found += _changed_caption(source, record, captions)
-        if status.st_size != record.bytes:
-            found.append(f"has {status.st_size} bytes instead of {record.bytes}")
-        elif times.get(source.name) == status.st_mtime_ns:
-            same[source.name] = status.st_mtime_ns
-        else:
-            unknown.append((source, status.st_mtime_ns))
+    unknown: list[tuple[SourceFile, int, str | None]] = []
+    present = new = 0
+    for chunk in batched(sources):
+        records = {name: one for name, one in index.find(one.name for one in chunk).items() if one.verdict == ACCEPTED}
+        known = times.find(records)
+        for source in chunk:
+            record = records.get(source.name)
+            new += record is None
+            if record is None or source.path is None:
+                continue
+            present += 1
+            found: list[str] = []
+            try:
+                status = source.path.stat()
+            except OSError as error:
+                changed[source.name] = [f"cannot be read: {error.strerror or error}"]
+                continue
+            found += _changed_caption(source, record, captions)
+            if status.st_size != record.bytes:
+                found.append(f"has {status.st_size} bytes instead of {record.bytes}")
+            elif known.get(source.name) != status.st_mtime_ns:
+                unknown.append((source, status.st_mtime_ns, record.sha256))
+            if found:
+                changed[source.name] = found
     if unknown:
         begin(len(unknown))
     with concurrent.futures.ThreadPoolExecutor(readers) as pool:
-        digests = pool.map(_digest_or_problem, [source.path for source, _ in unknown])
-        for (source, time), digest in zip(unknown, digests, strict=True):
-            if digest == records[source.name].sha256:
-                same[source.name] = time
-            elif digest.startswith("cannot"):
-                changed[source.name].append(digest)
-            else:
-                changed[source.name].append("has another content of the same size")
-            step(source.name)
+        for some in batched(unknown):
+            digests = pool.map(_digest_or_problem, [source.path for source, _, _ in some])
+            same: dict[str, int] = {}
+            for (source, time, before), digest in zip(some, digests, strict=True):
+                if digest == before:
+                    same[source.name] = time
+                elif digest.startswith("cannot"):
+                    changed.setdefault(source.name, []).append(digest)
+                else:
+                    changed.setdefault(source.name, []).append("has another content of the same size")
+                step(source.name)
+            times.put(same)
+    missing = sum(counts.accepted.values()) - present
+    most = missing if all_missing else min(missing, _NAMED)
     return SourceChanges(
-        {name: f"{name} {' and '.join(found)}" for name, found in changed.items() if found},
-        tuple(sorted(records.keys() - present)),
-        same,
+        {name: f"{name} {' and '.join(found)}" for name, found in sorted(changed.items())},
+        missing,
+        tuple(itertools.islice(_missing(sources, index), most)) if most else (),
+        new,
     )
+
+
+def _missing(sources: Iterable[SourceFile], index: SourceIndex) -> Iterator[str]:
+    """The accepted sources of a dataset that are not among these, both by name."""
+    here = (source.name for source in sources if source.path is not None)
+    name = next(here, None)
+    for record in index.accepted():
+        while name is not None and name < record.path:
+            name = next(here, None)
+        if name != record.path:
+            yield record.path
 
 
 def _changed_caption(source: SourceFile, record: SourceRecord, captions: CaptionFinder) -> Iterator[str]:
@@ -129,10 +163,10 @@ def captions_of(dataset: Path, folder: Path, listing: Path | None) -> Callable[[
     finder = CaptionFinder(key)
     if listing is None:
         return lambda name: finder.find(folder / name)
-    listed = {source.name: source for source in files_of_listing(listing, folder, images=images, caption_key=key)}
+    listed = files_of_listing(listing, folder, images=images, caption_key=key)
 
     def of_listing(name: str) -> str:
-        source = listed.get(name)
+        source = listed.find(name)
         if source is None or source.problem is not None or source.path is None:
             raise ValueError(f"{listing} does not name it" if source is None else source.problem)
         return caption_of(source, finder)

@@ -1,12 +1,13 @@
 """The sources that a folder holds, and what else is in it."""
 
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import NoReturn
 
 from wan_data.sources.captions import json_lines, names_in
 from wan_data.sources.source import NO_UNICODE, SourceFile, source_suffixes
+from wan_data.sources.source_table import SourceTable
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 _CAPTION_SUFFIXES = (".txt", ".json")
@@ -33,65 +34,76 @@ class SourceFolder:
             raise ValueError(f"{folder} is no folder; expected one with videos and captions")
         self._folder = folder
         self._suffixes = source_suffixes(images=images)
-        self._places = list(_walk(folder))
+        self._sources = SourceTable(folder)
+        self._left_out = {kind: _Few(folder) for kind in _KINDS}
+        for place, skipped, names in _walk(folder):
+            self._add(place, skipped, names)
 
-    def files(self) -> list[SourceFile]:
-        """The sources, sorted by name.
+    def files(self) -> SourceTable:
+        """The sources, by name.
 
         Raises:
             ValueError: there are none.
         """
-        found = [
-            place / name
-            for place, _, names in self._places
-            for name in names
-            if _suffix(name) in self._suffixes and not name.startswith(".")
-        ]
-        if not found:
+        if not len(self._sources):
             raise ValueError(f"{self._folder} holds no files ending in {', '.join(self._suffixes)}")
-        return sorted((_named(path, self._folder) for path in found), key=lambda source: source.name)
+        return self._sources
 
     def left_out(self) -> list[str]:
         """What of the folder is not read, one line a kind; empty if all of it is."""
-        hidden: list[Path] = []
-        again: list[Path] = []
-        other: list[Path] = []
-        images: list[Path] = []
-        texts: list[Path] = []
-        lines: list[Path] = []
-        broken: list[Path] = []
-        for place, folders, names in self._places:
-            shown = [name for name in names if not name.startswith(".")]
-            hidden += [place / name for name in {*names} - {*shown}]
-            for name, reason in folders.items():
-                (hidden if reason == "hidden" else again).append(place / name)
-            files = {name for name in shown if _suffix(name) in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
-            media = {Path(name).stem for name in files}
-            for name in shown:
-                kind = _suffix(name)
-                if kind in _CAPTION_SUFFIXES:
-                    texts += [] if Path(name).stem in media else [place / name]
-                elif kind == _LIST_SUFFIX:
-                    unused, unread, used = _unused_lines(place / name, files | media)
-                    broken += unread
-                    if used or Path(name).stem in media:
-                        lines += unused
-                    elif unused:
-                        texts.append(place / name)
-                elif kind in IMAGE_SUFFIXES and kind not in self._suffixes:
-                    images.append(place / name)
-                elif kind not in self._suffixes:
-                    other.append(place / name)
-        kinds = {
-            "hidden": hidden,
-            "linked a second time": again,
-            "of a kind that is not read": other,
-            "images, which --mode frames reads": images,
-            "texts without a clip of their name": texts,
-            "lines that name no clip beside them": lines,
-            "captions that cannot be read": broken,
-        }
-        return [f"{len(paths)} left out, {kind}: {_few(paths, self._folder)}" for kind, paths in kinds.items() if paths]
+        return [f"{few.count} left out, {kind}: {few}" for kind, few in self._left_out.items() if few.count]
+
+    def _add(self, place: Path, skipped: dict[str, str], names: list[str]) -> None:
+        shown = [name for name in names if not name.startswith(".")]
+        for name in {*names} - {*shown}:
+            self._left_out[_HIDDEN].add(place / name)
+        for name, reason in skipped.items():
+            self._left_out[_HIDDEN if reason == "hidden" else _AGAIN].add(place / name)
+        files = {name for name in shown if _suffix(name) in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
+        media = {Path(name).stem for name in files}
+        for name in shown:
+            kind, path = _suffix(name), place / name
+            if kind in self._suffixes:
+                self._sources.add(_named(path, self._folder))
+            elif kind in _CAPTION_SUFFIXES:
+                if Path(name).stem not in media:
+                    self._left_out[_TEXTS].add(path)
+            elif kind == _LIST_SUFFIX:
+                self._add_list(path, files | media, Path(name).stem in media)
+            else:
+                self._left_out[_IMAGES if kind in IMAGE_SUFFIXES else _OTHER].add(path)
+
+    def _add_list(self, path: Path, clips: Set[str], of_a_clip: bool) -> None:
+        unused, unread, used = _unused_lines(path, clips)
+        for line in unread:
+            self._left_out[_BROKEN].add(line)
+        if used or of_a_clip:
+            for line in unused:
+                self._left_out[_LINES].add(line)
+        elif unused:
+            self._left_out[_TEXTS].add(path)
+
+
+_HIDDEN, _AGAIN, _OTHER = "hidden", "linked a second time", "of a kind that is not read"
+_IMAGES, _TEXTS = "images, which --mode frames reads", "texts without a clip of their name"
+_LINES, _BROKEN = "lines that name no clip beside them", "captions that cannot be read"
+_KINDS = (_HIDDEN, _AGAIN, _OTHER, _IMAGES, _TEXTS, _LINES, _BROKEN)
+
+
+class _Few:
+    """Counts paths, and keeps the first of them by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._first, self.count = folder, list[str](), 0
+
+    def add(self, path: Path) -> None:
+        self.count += 1
+        self._first = sorted([*self._first, path.relative_to(self._folder).as_posix()])[:_NAMED]
+
+    def __str__(self) -> str:
+        more = f" and {self.count - _NAMED} more" if self.count > _NAMED else ""
+        # A name that is not valid Unicode cannot be printed.
+        return (", ".join(self._first) + more).encode("utf-8", "backslashreplace").decode()
 
 
 def _unused_lines(path: Path, clips: Set[str]) -> tuple[list[Path], list[Path], bool]:
@@ -120,13 +132,6 @@ def _unused_lines(path: Path, clips: Set[str]) -> tuple[list[Path], list[Path], 
 
 def _suffix(name: str) -> str:
     return Path(name).suffix.lower()
-
-
-def _few(paths: Sequence[Path], folder: Path) -> str:
-    names = sorted(path.relative_to(folder).as_posix() for path in paths)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    # A name that is not valid Unicode cannot be printed.
-    return (", ".join(names[:_NAMED]) + more).encode("utf-8", "backslashreplace").decode()
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, dict[str, str], list[str]]]:

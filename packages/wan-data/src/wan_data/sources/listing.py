@@ -1,7 +1,6 @@
 """The sources that a listing names: a table of paths and captions."""
 
 import csv
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,10 @@ from wan_data.sources.captions import (
     caption_in,
     check_rows,
     json_lines,
-    read_text,
+    text_lines,
 )
 from wan_data.sources.source import NO_UNICODE, SourceFile, source_suffixes
+from wan_data.sources.source_table import SourceTable
 from wan_model.system.safe_reading import require_file
 
 LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -25,8 +25,8 @@ _BATCH_ROWS = 4096
 
 def files_of_listing(
     listing: Path, folder: Path | None = None, *, images: bool = False, caption_key: str = "caption"
-) -> list[SourceFile]:
-    """The rows of a .jsonl, .csv or .parquet file, sorted by name.
+) -> SourceTable:
+    """The rows of a .jsonl, .csv or .parquet file, by name.
 
     A row has a path under one of ``wan_data.sources.captions.NAME_KEYS``, relative to ``folder`` or absolute, and the
     caption under ``caption_key``; other columns are ignored.
@@ -48,24 +48,24 @@ def files_of_listing(
         raise ValueError(f"{listing} does not exist; expected a listing of paths and captions") from None
     read = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[listing.suffix.lower()]
     folder = listing.parent if folder is None else folder
-    sources: dict[str, SourceFile] = {}
+    sources = SourceTable(folder)
     repeated: dict[str, tuple[str, int]] = {}  # where a file is listed for the second time, and how often in all
     for number, (where, row) in enumerate(read(listing, caption_key), start=1):
         check_rows(listing, number)
         if number == 1 and listing.suffix.lower() != ".jsonl":
             _check_columns(listing, row)
         source = _row(where, row, folder, source_suffixes(images=images), caption_key)
-        if source.name in sources:
+        if not sources.add(source):
             first, times = repeated.get(source.name, (where, 1))
             repeated[source.name] = first, times + 1
-        else:
-            sources[source.name] = source
-    if not sources:
+    if not len(sources):
         raise ValueError(f"{listing} has no rows; expected one a video, with its path and its caption")
     for name, (where, times) in repeated.items():
         problem = f"it is listed {'twice' if times == 2 else f'{times:,} times'}; keep one row"
-        sources[f"{name} ({where})"] = SourceFile(f"{name} ({where})", sources[name].path, problem=problem)
-    return sorted(sources.values(), key=lambda source: source.name)
+        first_row = sources.find(name)
+        assert first_row is not None, "it is listed more than once"
+        sources.add(SourceFile(f"{name} ({where})", first_row.path, problem=problem))
+    return sources
 
 
 def _check_columns(listing: Path, row: Any) -> None:
@@ -108,7 +108,7 @@ def _rows_of_jsonl(listing: Path, caption_key: str) -> Iterator[tuple[str, Any]]
 
 
 def _rows_of_csv(listing: Path, caption_key: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(read_text(listing, LARGEST_LISTING), newline=""), strict=True)
+    reader = csv.DictReader((text + "\n" for text in text_lines(listing)), strict=True)
     try:
         for row in reader:
             where = f"{listing.name} line {reader.line_num}"

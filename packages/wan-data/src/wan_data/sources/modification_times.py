@@ -1,35 +1,46 @@
 """The modification times of a dataset's sources, from which ``wan-data prepare`` sees which of them to read again.
 
-They stand beside the manifest and not in it, because they differ between copies of the same files. Without them, or
-where a time differs, the digest of a file is compared.
+They stand beside the index and not in it, because they differ between copies of the same files. Without them, or where
+a time differs, the digest of a file is compared.
 """
 
-import json
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from wan_model.system.files import write_bytes
-from wan_model.system.safe_reading import read_json
+from wan_data.shards.database import ValueFile
 
-TIMES_NAME = "source-times.json"
-# Bytes; a source has its name and some thirty more.
-_LARGEST = 4 << 30
+TIMES_NAME = "source-times.sqlite"
 
 
-def read_times(folder: Path) -> dict[str, int]:
-    """Modification time of each source in ns, by its name; empty if the file is missing or damaged."""
-    try:
-        value = read_json(folder / TIMES_NAME, _LARGEST)
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(value, dict):
-        return {}
-    return {name: time for name, time in value.items() if isinstance(time, int)}
+class SourceTimes:
+    """The times, in a file that only saves time.
+
+    Args:
+        file: None if something else has its name, and nothing is remembered.
+    """
+
+    def __init__(self, file: ValueFile | None) -> None:
+        self._file = file
+
+    def find(self, names: Iterable[str]) -> dict[str, int]:
+        """Modification time in ns of those sources that it is known of, by name."""
+        found = {} if self._file is None else self._file.find(names)
+        return {name: time for name, time in found.items() if type(time) is int}
+
+    def put(self, times: Mapping[str, int]) -> None:
+        """Remember these times too."""
+        if self._file is not None and times:
+            self._file.put(times)
 
 
-def write_times(folder: Path, times: Mapping[str, int]) -> None:
-    """Write the times, if they are not in the folder already, and nothing else has their name."""
+@contextlib.contextmanager
+def source_times(folder: Path) -> Iterator[SourceTimes]:
+    """The times of the sources of a dataset, whose folder no other process writes."""
     path = folder / TIMES_NAME
-    if read_times(folder) != times and (path.is_file() or not os.path.lexists(path)):
-        write_bytes(path, json.dumps(times, sort_keys=True, indent=0, ensure_ascii=False).encode())
+    if os.path.lexists(path) and not path.is_file():
+        yield SourceTimes(None)
+        return
+    with contextlib.closing(ValueFile(path)) as file:
+        yield SourceTimes(file)

@@ -1,7 +1,9 @@
 """A source, which is a video or an image to prepare, and its caption."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from wan_data.sources.captions import CaptionFinder
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -24,6 +26,16 @@ class SourceFile:
     path: Path | None
     caption: str | None = None
     problem: str | None = None
+
+
+class Sources(Protocol):
+    """Sources that can be read any number of times, by ascending names; a list is one."""
+
+    def __len__(self) -> int:
+        """Their number."""
+
+    def __iter__(self) -> Iterator[SourceFile]:
+        """The sources, by name."""
 
 
 def source_suffixes(*, images: bool) -> tuple[str, ...]:

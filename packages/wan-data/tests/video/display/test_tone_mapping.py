@@ -7,6 +7,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from dataset_sources import records_of
 from media_files import COLOURS, HEIGHT, WIDTH, quarters, write_video
 
 from wan_data.prepare.settings import PrepareSettings
@@ -171,13 +172,13 @@ def test_a_preparation_refuses_or_maps_tones_as_it_is_told(prepared, clip, tiny_
         probe(folder / name, Fraction(16))
     clip(folder / "plain.mkv", range(17))
     (folder / "plain.json").write_text('{"caption": "y"}')
-    refused = prepared(folder, tmp_path / "refused", tiny_model, PrepareSettings(**small))
-    verdicts = {record.path: record for record in refused.sources}
+    prepared(folder, tmp_path / "refused", tiny_model, PrepareSettings(**small))
+    verdicts = {record.path: record for record in records_of(tmp_path / "refused")}
     assert verdicts[name].verdict == "rejected"
     assert "--hdr tone-map" in verdicts[name].reason
     settings = PrepareSettings(**small, hdr=TONE_MAP)
     mapped = prepared(folder, tmp_path / "mapped", tiny_model, settings)
-    assert [record.verdict for record in mapped.sources] == ["accepted"] * 2
+    assert [record.verdict for record in records_of(tmp_path / "mapped")] == ["accepted"] * 2
     assert mapped.settings["hdr"] == TONE_MAP
     # The colours are those of the picture, brighter or darker.
     shown = quarters(read(folder / name)[0])

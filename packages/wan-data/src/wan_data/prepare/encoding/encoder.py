@@ -6,7 +6,7 @@ Shapes: T frames, H rows, W columns, 3 colours; a latent is [C, F, h, w]; L text
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,31 +180,28 @@ def _problem(latent: Tensor) -> str | None:
 
 
 class TextEmbeddings:
-    """A cache of text embeddings: equal captions are encoded once and evicted after their last use.
+    """A cache of text embeddings: equal captions are encoded once, unless too many others came between.
 
     Args:
         codec: a codec with its text encoder.
-        captions: every caption that will be requested, once for each request.
+        most: bytes of the embeddings that are kept.
     """
 
-    def __init__(self, codec: LatentCodec, captions: Iterable[str]) -> None:
-        self._codec = codec
-        self._remaining = collections.Counter(captions)
-        self._cache: dict[str, tuple[Tensor, int]] = {}
+    def __init__(self, codec: LatentCodec, most: int = 1 << 30) -> None:
+        self._codec, self._most, self._bytes = codec, most, 0
+        self._cache: collections.OrderedDict[str, tuple[Tensor, int]] = collections.OrderedDict()
 
     def get(self, caption: str) -> tuple[Float[Tensor, "L D"], int]:
         """The embedding of a caption, fp32 on the CPU, and the tokens of the whole caption, which may be more."""
-        found = self._cache.get(caption)
-        if found is None:
+        if caption not in self._cache:
             # One at a time: the other captions of a batch change the last digits of an embedding.
             embedding, tokens = self._codec.encode_prompt(caption)
-            found = embedding.cpu(), tokens
-        self._remaining[caption] -= 1
-        if self._remaining[caption] > 0:
-            self._cache[caption] = found
-        else:
-            self._cache.pop(caption, None)
-        return found
+            self._cache[caption] = embedding.cpu(), tokens
+            self._bytes += embedding.nbytes
+            while self._bytes > self._most and len(self._cache) > 1:
+                self._bytes -= self._cache.popitem(last=False)[1][0].nbytes
+        self._cache.move_to_end(caption)
+        return self._cache[caption]
 
 
 def make_sample(
