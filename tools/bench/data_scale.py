@@ -7,6 +7,7 @@ its own, less what a process costs that only imports the same modules.
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -19,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from bench.report import Table, seconds
 from wan_data.index.lengths import LengthCounts, SplitLengths
@@ -44,7 +44,7 @@ from wan_model.system.files import sha256_of
 from wan_model.system.safe_reading import open_file
 
 SCALES = (10_000, 100_000, 1_000_000, 10_000_000)
-QUICK = (300, 900)
+QUICK = (300,)
 A_SHARD = 100
 ADDED = 1_000
 SETTINGS = PrepareSettings(samples_per_shard=A_SHARD)
@@ -68,33 +68,39 @@ def tables(*, quick: bool) -> Iterator[Table]:
         f"{ADDED // A_SHARD} new shards. Targets: opening <= 3 s and 100 MB, inspect <= 20 s and 500 MB, planning <= 2 "
         "GB, nothing grows faster than the number of sources, adding does not grow with it.",
     )
-    imports = {name: _measured(name, Path(), 0) for name in ("open", "inspect", "list", "plan", "add")}
+    run = _here if quick else _in_child  # the time to start ten processes says nothing
+    imports = {name: run(name, Path(), 0) for name in ("open", "inspect", "list", "plan", "add")}
     for sources in QUICK if quick else SCALES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            _in_child("write", folder, sources)
-            _in_child("probe", folder, sources)
+            run("write", folder, sources)
+            run("probe", folder, sources)
             row = [f"{sources:,}", f"{sources // A_SHARD:,}"]
             for action, base in imports.items():
-                took, peak = _measured(action, folder, sources)
+                took, peak = run(action, folder, sources)
                 row.append(f"{seconds(took - base[0])}, {max(0.0, peak - base[1]):.0f} MB")
             table.rows.append(row)
     yield table
 
 
-def _measured(action: str, folder: Path, sources: int) -> tuple[float, float]:
-    found = _in_child(action, folder, sources)
-    return found["seconds"], found["megabytes"]
-
-
-def _in_child(action: str, folder: Path, sources: int) -> dict[str, Any]:
+def _in_child(action: str, folder: Path, sources: int) -> tuple[float, float]:
+    """Seconds and the most memory in MB of a process; without ``sources`` it only imports what it needs."""
     command = [sys.executable, "-m", "bench.data_scale", action, str(folder), str(sources)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    found = json.loads(done.stdout.splitlines()[-1])
+    return float(found["seconds"]), float(found["megabytes"])
+
+
+def _here(action: str, folder: Path, sources: int) -> tuple[float, float]:
+    start = time.perf_counter()
+    if sources:
+        with contextlib.redirect_stdout(io.StringIO()):
+            ACTIONS[action](folder, sources)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # -- the made-up dataset -----------------------------------------------------------------------------------------------
@@ -211,14 +217,14 @@ def _offsets(folder: Path, shard: ShardRecord) -> tuple[list[int], list[tuple[st
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def open_it(folder: Path) -> None:
+def open_it(folder: Path, sources: int) -> None:
     """As a training rank does, with its first pack."""
     from wan_data.reading.loader import LoaderConfig, PackLoader
 
     next(iter(PackLoader(LoaderConfig(str(folder), capacity=64), rank=3, world_size=8)))
 
 
-def inspect_it(folder: Path) -> None:
+def inspect_it(folder: Path, sources: int) -> None:
     """``wan-data inspect``."""
     from wan_data.cli import main
 
@@ -234,13 +240,13 @@ def probe_it(folder: Path, sources: int) -> None:
             file.write(json.dumps({"video": _path(number), "caption": _CAPTION}) + "\n")
 
 
-def list_it(folder: Path) -> None:
+def list_it(folder: Path, sources: int) -> None:
     """Read the listing that names the clips, and go over them once."""
     for _ in files_of_listing(folder / _LISTING):
         pass
 
 
-def plan_it(folder: Path) -> None:
+def plan_it(folder: Path, sources: int) -> None:
     """Plan the shards of a first batch."""
     results = ProbeResults([folder / _RESULTS])
     plan_shard_batch(folder, results, SETTINGS, first_shard=0)
@@ -265,32 +271,30 @@ def add_it(folder: Path, sources: int) -> None:
     dataclasses.replace(manifest, index=state, shards=together, next_shard=len(together)).write(folder)
 
 
+ACTIONS: dict[str, Callable[[Path, int], None]] = {
+    "write": write,
+    "probe": probe_it,
+    "open": open_it,
+    "inspect": inspect_it,
+    "list": list_it,
+    "plan": plan_it,
+    "add": add_it,
+}
+
+
 def main() -> None:
     """One action in this process; prints its seconds and the most memory that the process took."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=["write", "probe", "open", "inspect", "list", "plan", "add"])
+    parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("sources", type=int)
     given = parser.parse_args()
-    actions: dict[str, Callable[[], None]] = {
-        "write": lambda: write(given.folder, given.sources),
-        "probe": lambda: probe_it(given.folder, given.sources),
-        "open": lambda: open_it(given.folder),
-        "inspect": lambda: inspect_it(given.folder),
-        "list": lambda: list_it(given.folder),
-        "plan": lambda: plan_it(given.folder),
-        "add": lambda: add_it(given.folder, given.sources),
-    }
     # What each of them imports.
     import wan_data.cli
     import wan_data.inspect.statistics
     import wan_data.reading.loader  # noqa: F401
 
-    start = time.perf_counter()
-    if given.sources:
-        actions[given.action]()
-    took = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    took, peak = _here(given.action, given.folder, given.sources)
     print(json.dumps({"seconds": took, "megabytes": peak}))
 
 
