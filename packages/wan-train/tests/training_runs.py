@@ -230,8 +230,8 @@ def write_dataset(
         records.append(shard.record)
     write_metadata(data, records)
     if manifest:
-        from wan_data.reading.datasets import read_latent_spec
         from wan_data.index.manifest import Manifest
+        from wan_data.reading.datasets import read_latent_spec
 
         spec = read_latent_spec(data, encoded_by=str(folder / "model"))
         spec, settings = dataclasses.replace(spec, text_length=text_length), {"mode": "video", "fps": "16"}
