@@ -98,6 +98,7 @@ STEP = {
 }
 # Keys that other tests try.
 _IN_ANOTHER_FOLDER = "test_changed_start.py::test_a_run_goes_on_in_another_folder_by_its_own_schedule"
+_MOVED_DATA = "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit"
 _ANOTHER_OBJECTIVE = "test_changed_start.py::test_averages_data_and_objective_change"
 ELSEWHERE = {
     **dict.fromkeys(
@@ -112,8 +113,7 @@ ELSEWHERE = {
     "samples": "../sampling/test_samples.py::test_training_is_the_same_to_the_bit",
     "checkpoint.finetune": "test_resume.py::test_a_run_begins_with_the_weights_of_another_and_resumes_its_own",
     "train.exit_signal_handler": "test_resume.py::test_a_signal_ends_a_run_in_order",
-    "dataset.path": "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit",
-    "dataset.encoded_by": "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit",
+    **dict.fromkeys(("dataset.path", "dataset.encoded_by"), _MOVED_DATA),
     **dict.fromkeys(
         (
             *("model.tensor_model_parallel_size", "model.sequence_parallel"),
