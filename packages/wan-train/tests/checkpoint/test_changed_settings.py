@@ -275,8 +275,7 @@ def test_what_cannot_change_is_refused_with_both_values(
 ) -> None:
     folder = stopped_after(STOPPED, one_process_run, tmp_path / "run")
     on_data = stopped_after(STOPPED, one_process_run, tmp_path / "on-data")
-    checkpoint = find_checkpoint(on_data)
-    record = read_run_settings(checkpoint)
+    record = read_run_settings(checkpoint := find_checkpoint(on_data))
     record["dataset"].update(mock=False, path="DATA")
     record["model"]["init_from"] = "FIRST"
     rewrite(checkpoint, "run_config.yaml", yaml.safe_dump(record))
@@ -290,8 +289,8 @@ def test_what_cannot_change_is_refused_with_both_values(
     said = errors(folder, {"the same": [*RUN_OPTIONS], **{key: [*RUN_OPTIONS, *row[0]] for key, row in OTHERS.items()}})
     wanted = {key: (row[0] if "--mock" in row[0] else [*DATA, *row[0]]) for key, row in (OF_DATA | from_others).items()}
     on = errors(on_data, {"the same data": DATA, **wanted})
-    assert said.pop("the same") is None
-    assert on.pop("the same data") is None, "a path that has moved, and initial weights that are not named again"
+    # A path that has moved, and initial weights that are not named again.
+    assert [said.pop("the same"), on.pop("the same data")] == [None, None]
     for key, sentence in (said | on).items():
         _, ours, theirs = (OTHERS | OF_DATA | from_others)[key]
         where = find_checkpoint(folder if key in OTHERS else on_data)
