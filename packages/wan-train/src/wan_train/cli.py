@@ -33,8 +33,7 @@ def _with_run_options(*, init_from_required: bool, training_mode: str) -> Callab
     """The options of the commands that train."""
     options = [
         click.option(
-            "--recipe",
-            type=click.Choice(RECIPES),
+            "--recipe", type=click.Choice(RECIPES),
             help="Model and default settings; wan_1_3b if neither this nor --config-file sets it.",
         ),
         click.option(

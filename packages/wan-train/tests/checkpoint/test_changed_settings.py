@@ -98,6 +98,7 @@ STEP = {
 }
 # Keys that other tests try.
 _IN_ANOTHER_FOLDER = "test_changed_start.py::test_a_run_goes_on_in_another_folder_by_its_own_schedule"
+_MOVED_DATA = "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit"
 _ANOTHER_OBJECTIVE = "test_changed_start.py::test_averages_data_and_objective_change"
 ELSEWHERE = {
     **dict.fromkeys(
@@ -112,8 +113,7 @@ ELSEWHERE = {
     "samples": "../sampling/test_samples.py::test_training_is_the_same_to_the_bit",
     "checkpoint.finetune": "test_resume.py::test_a_run_begins_with_the_weights_of_another_and_resumes_its_own",
     "train.exit_signal_handler": "test_resume.py::test_a_signal_ends_a_run_in_order",
-    "dataset.path": "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit",
-    "dataset.encoded_by": "test_changed_data.py::test_a_dataset_that_has_moved_is_continued_to_the_bit",
+    **dict.fromkeys(("dataset.path", "dataset.encoded_by"), _MOVED_DATA),
     **dict.fromkeys(
         (
             *("model.tensor_model_parallel_size", "model.sequence_parallel"),
@@ -275,8 +275,7 @@ def test_what_cannot_change_is_refused_with_both_values(
 ) -> None:
     folder = stopped_after(STOPPED, one_process_run, tmp_path / "run")
     on_data = stopped_after(STOPPED, one_process_run, tmp_path / "on-data")
-    checkpoint = find_checkpoint(on_data)
-    record = read_run_settings(checkpoint)
+    record = read_run_settings(checkpoint := find_checkpoint(on_data))
     record["dataset"].update(mock=False, path="DATA")
     record["model"]["init_from"] = "FIRST"
     rewrite(checkpoint, "run_config.yaml", yaml.safe_dump(record))
@@ -290,8 +289,8 @@ def test_what_cannot_change_is_refused_with_both_values(
     said = errors(folder, {"the same": [*RUN_OPTIONS], **{key: [*RUN_OPTIONS, *row[0]] for key, row in OTHERS.items()}})
     wanted = {key: (row[0] if "--mock" in row[0] else [*DATA, *row[0]]) for key, row in (OF_DATA | from_others).items()}
     on = errors(on_data, {"the same data": DATA, **wanted})
-    assert said.pop("the same") is None
-    assert on.pop("the same data") is None, "a path that has moved, and initial weights that are not named again"
+    # A path that has moved, and initial weights that are not named again.
+    assert [said.pop("the same"), on.pop("the same data")] == [None, None]
     for key, sentence in (said | on).items():
         _, ours, theirs = (OTHERS | OF_DATA | from_others)[key]
         where = find_checkpoint(folder if key in OTHERS else on_data)
