@@ -19,6 +19,7 @@ def as_format_1(dataset: Path, folder: Path) -> Path:
     value = json.loads((folder / MANIFEST_NAME).read_text())
     for key in ("index", "lengths"):
         del value[key]
+    value["shards"] = [dataclasses.asdict(shard) for shard in manifest.shards]
     sources = [dataclasses.asdict(record) for record in records]
     value |= {"format_version": 1, "sources": sources, "next_shard": manifest.next_shard}
     (folder / MANIFEST_NAME).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

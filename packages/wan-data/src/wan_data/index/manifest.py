@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,8 @@ class Manifest:
             "samples": self.samples,
         }
         lines = {key: json.dumps(one, ensure_ascii=False, indent=1, sort_keys=True) for key, one in value.items()}
-        # A line each: there may be a hundred thousand.
-        names = sorted(field.name for field in dataclasses.fields(ShardRecord))
-        shards = [json.dumps({name: getattr(shard, name) for name in names}) for shard in self.shards]
+        # A line each, without the names of the fields: there may be a hundred thousand.
+        shards = [json.dumps(_shard_row(shard)) for shard in self.shards]
         lines["shards"] = "[\n" + ",\n".join(shards) + "\n]" if shards else "[]"
         text = ",\n".join(f"{json.dumps(key)}: {line}" for key, line in sorted(lines.items()))
         write_bytes(folder / MANIFEST_NAME, f"{{\n{text}\n}}\n".encode())
@@ -137,7 +137,9 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
             value |= {"index": {"counts": dataclasses.asdict(counts)}, "lengths": None}
         if missing := [name for name in names if name not in value]:
             raise ValueError(f"it has no {', '.join(missing)}")
-        manifest = from_json(Manifest, {name: value[name] for name in names}, "it")
+        shards = _shards_of(value["shards"])
+        manifest = from_json(Manifest, {**{name: value[name] for name in names}, "shards": []}, "it")
+        manifest = dataclasses.replace(manifest, shards=shards)
         if strange := [shard.name for shard in manifest.shards if not is_shard_name(shard.name)]:
             raise ValueError(f"it has {strange[0][:80]!r}, which is no name of a shard")
         if strange := [part.name for part in manifest.index.parts if not is_part_name(part.name)]:
@@ -145,6 +147,34 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
     if not (manifest.complete or allow_incomplete):
         raise ValueError(f"{folder} is incomplete: wan-data prepare did not finish; run it again")
     return manifest
+
+
+def _shard_row(shard: ShardRecord) -> list[Any]:
+    return [shard.name, shard.split, shard.samples, shard.bytes, shard.sha256]
+
+
+def _shards_of(value: Any) -> tuple[ShardRecord, ...]:
+    """The shards, as ``from_json`` reads them, in a tenth of its time and with names that other readers share."""
+    shards = []
+    for row in value if isinstance(value, list) else ():
+        match row:
+            case [str(name), str(split), int(samples), int(size), str(digest)] if (name + split + digest).isascii():
+                if not (isinstance(samples, bool) or isinstance(size, bool)):
+                    shards.append(ShardRecord(sys.intern(name), sys.intern(split), samples, size, digest))
+                    continue
+        break
+    else:
+        if isinstance(value, list):
+            return tuple(shards)
+    # Damaged, or of format 1.
+    return from_json(_Shards, {"shards": value}, "it").shards
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+    """What is in the file under this name."""
+
+    shards: tuple[ShardRecord, ...]
 
 
 def open_sources(folder: Path, manifest: Manifest) -> SourceIndex:

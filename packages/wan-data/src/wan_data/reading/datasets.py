@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wan_data.index.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.reading.blends import Part, parts_of
-from wan_data.reading.fingerprint import fingerprint_of, sizes_of
+from wan_data.reading.fingerprint import fingerprint_of
 from wan_data.reading.packing import latent_tokens
 from wan_data.shards.energon_index import check_all_offsets
 from wan_model.config import OFFICIAL_TEXT_LENGTH, PatchSize
@@ -109,11 +109,11 @@ def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
         shards = part.shards
         if not (samples := sum(count for _, count in shards)):
             raise ValueError(f"{path}, split {split}: {part.folder} has no sample in its split {part.split!r}")
-        manifest, sizes = _manifest_of(part.folder), sizes_of(part)
+        manifest = _manifest_of(part.folder)
         if manifest is not None:
-            _check_sizes(part.folder, manifest, sizes)
+            _check_sizes(part.folder, manifest, part.metadata.sizes)
         check_all_offsets(part.folder, shards)
-        opened.append(OpenPart(part, shards, samples, manifest, fingerprint_of(part, manifest, sizes)))
+        opened.append(OpenPart(part, shards, samples, manifest, fingerprint_of(part, manifest)))
     return opened
 
 

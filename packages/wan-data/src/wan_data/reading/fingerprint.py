@@ -8,8 +8,6 @@ digest of samples of their bytes, which is saved separately and is not compared 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from wan_data.index.manifest import MANIFEST_NAME, Manifest
 from wan_data.reading.blends import Part, parts_of
@@ -19,20 +17,18 @@ from wan_data.shards.energon_metadata import shard_counts
 _SHARDS, _BYTES = 64, 1 << 15
 
 
-def sizes_of(part: Part) -> dict[str, int]:
-    """Bytes of each shard of a part's dataset, whatever split it is in."""
-    folder = str(part.folder)
-    return {name: os.stat(os.path.join(folder, name)).st_size for name in part.metadata.counts}
-
-
-def fingerprint_of(part: Part, manifest: Manifest | None, sizes: Mapping[str, int]) -> str:
-    """Identifies the order of a part's samples, and their content if it has a manifest; for the sizes see above."""
+def fingerprint_of(part: Part, manifest: Manifest | None) -> str:
+    """Identifies the order of a part's samples, and their content if it has a manifest."""
     hashes = {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
-    shards: dict[str, Any] = {
-        name: [count, sizes[name], hashes.get(name, "")] for name, count in part.metadata.counts.items()
-    }
-    text = json.dumps([shards, part.metadata.splits[part.split], part.weight], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    counts, sizes = part.metadata.counts, part.metadata.sizes
+    # As json.dumps would write [{name: [count, bytes, digest], ...}, names, weight], but a shard at a time.
+    digest, comma = hashlib.sha256(b"[{"), ""
+    for name in sorted(counts):
+        row = json.dumps([counts[name], sizes[name], hashes.get(name, "")])
+        digest.update(f"{comma}{json.dumps(name)}: {row}".encode())
+        comma = ", "
+    digest.update(f"}}, {json.dumps(part.metadata.splits[part.split])}, {json.dumps(part.weight)}]".encode())
+    return digest.hexdigest()[:16]
 
 
 def digest_without_manifest(path: str | os.PathLike[str]) -> str | None:

@@ -15,6 +15,8 @@ import os
 import re
 import shutil
 import sqlite3
+import stat
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -133,8 +135,13 @@ def _as_os_errors(path: Path) -> Iterator[None]:
         raise OSError(errno.EIO, f"the index cannot be written: {error}", str(path)) from error
 
 
-def shard_counts(folder: Path) -> dict[str, int]:
-    """Number of samples of each shard, from Energon's metadata.
+def shard_counts(folder: Path) -> Mapping[str, int]:
+    """Number of samples of each shard, from Energon's metadata; see below."""
+    return _counts_and_sizes(folder)[0]
+
+
+def _counts_and_sizes(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Number of samples of each shard, from Energon's metadata, and its bytes.
 
     Raises:
         ValueError: the file is missing, or names anything but shards of this folder.
@@ -155,14 +162,18 @@ def shard_counts(folder: Path) -> dict[str, int]:
     for name, count in counts.items():
         if type(count) is not int or not 0 <= count <= _MOST_SAMPLES:
             raise ValueError(f"{path} says that {name!r:.100} has {count!r:.40} samples; {_REMEDY}")
-    with os.scandir(folder) as entries:  # in one go: there may be a hundred thousand
-        files = {entry.name for entry in entries if entry.is_file()}
+    base, sizes = str(folder), dict[str, int]()
     for name in counts:
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise ValueError(f"{path} names {name!r}; expected the plain name of a .tar file beside {META_FOLDER}")
-        if name not in files:
+        try:
+            found = os.stat(os.path.join(base, name))
+        except OSError:
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path} names {name}, which is missing from {folder}; restore it, or {_REMEDY}")
-    return counts
+        sizes[sys.intern(name)] = found.st_size
+    return {name: counts[name] for name in sizes}, sizes
 
 
 def _names_of(pattern: str, most: int, where: Path) -> Iterator[str]:
@@ -221,10 +232,12 @@ class Metadata:
 
     Attributes:
         counts: number of samples of each shard.
+        sizes: bytes of each shard.
         splits: the shards of each split.
     """
 
     counts: Mapping[str, int]
+    sizes: Mapping[str, int]
     splits: Mapping[str, Sequence[str]]
 
 
@@ -250,7 +263,7 @@ def read_metadata(folder: Path) -> Metadata:
             f"{dataset_yaml} is not what wan-data writes and could run code when it is loaded; "
             f"expected exactly {DATASET_YAML.decode()!r}; {_REMEDY}"
         )
-    counts = shard_counts(folder)
+    counts, sizes = _counts_and_sizes(folder)
     split_yaml = meta / "split.yaml"
     data = read_bytes(split_yaml, _LARGEST_INFO) if split_yaml.is_file() else b""
     # Two underscores would name a class or module to Energon's reader.
@@ -272,7 +285,7 @@ def read_metadata(folder: Path) -> Metadata:
     for split, patterns in parts.items():
         if not isinstance(split, str) or not isinstance(patterns, list):
             raise ValueError(f"{split_yaml} must list the shards of each split; {_REMEDY}")
-        names = []
+        names: list[str] = []
         for pattern in patterns:
             for name in _names_of(str(pattern), len(counts), split_yaml):
                 if name not in counts:
@@ -280,6 +293,6 @@ def read_metadata(folder: Path) -> Metadata:
                 if name in seen:
                     raise ValueError(f"{split_yaml} names {name!r:.100} twice; {_REMEDY}")
                 seen.add(name)
-                names.append(name)
+                names.append(sys.intern(name))
         splits[split] = names
-    return Metadata(counts, splits)
+    return Metadata(counts, sizes, splits)

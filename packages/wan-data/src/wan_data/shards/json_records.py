@@ -128,7 +128,7 @@ def _sequence(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return tuple(map(inner, _list(value)))
         except _MismatchError:  # again, for its place: one in millions
-            return tuple(_at(f"[{number}]", inner, one) for number, one in enumerate(value))
+            return tuple(_at(f"[{number}]", inner, one) for number, one in enumerate(_list(value)))
 
     return read
 
