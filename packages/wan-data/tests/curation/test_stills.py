@@ -26,8 +26,8 @@ def photograph(height=480, width=832, slope=1.2):
 
 @pytest.mark.parametrize("period", [6, 8, 16])
 def test_sharpness_of_waves_is_that_of_the_formula(period):
-    # A wave of the angular frequency w keeps exp(-w^2 / 2) of its amplitude when it is smoothed by 1 pixel; its Laplacian
-    # is 2 cos w - 2 times itself; the variance of a wave is half the square of its amplitude.
+    # A wave of the angular frequency w keeps exp(-w^2 / 2) of its amplitude when it is smoothed by 1 pixel; its
+    # Laplacian is 2 cos w - 2 times itself; the variance of a wave is half the square of its amplitude.
     angle = 2 * np.pi / period
     waves = np.tile((128 + 100 * np.sin(angle * np.arange(960))).round().astype(np.uint8), (416, 1))
     amplitude = 100 * np.exp(-(angle**2) / 2) * (2 - 2 * np.cos(angle))

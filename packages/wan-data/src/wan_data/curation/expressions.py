@@ -1,8 +1,8 @@
 """The expressions by which clips are selected, such as ``motion > 0.2 and seconds >= 2``.
 
-They are written as in Python, and nothing of Python is run: numbers, columns, ``+ - * /``, comparisons (also in chains),
-``and``, ``or``, ``not`` and parentheses, and nothing else. An expression is compiled both to a function and to a
-condition of SQLite, which select the same.
+They are written as in Python, and nothing of Python is run: numbers, columns, ``+ - * /``, comparisons (also in
+chains), ``and``, ``or``, ``not`` and parentheses, and nothing else. An expression is compiled both to a function and to
+a condition of SQLite, which select the same.
 """
 
 import ast
@@ -51,8 +51,8 @@ _COMPARISONS: dict[type[ast.cmpop], tuple[str, Callable[[float, float], bool]]] 
 class Where:
     """A compiled expression.
 
-    A value that was not measured (None, NULL) makes comparisons with it neither true nor false, and ``not`` of them too;
-    so does a division by zero. A clip is selected if the whole is true.
+    A value that was not measured (None, NULL) makes comparisons with it neither true nor false, and ``not`` of them
+    too; so does a division by zero. A clip is selected if the whole is true.
 
     Attributes:
         text: as it was given.
@@ -162,7 +162,7 @@ class _Compiler:
                     raise self._wrong(node, f"{name!r} is no column")
                 self._used.add(name)
                 return _column(name)
-            case ast.Constant(value) if type(value) in (int, float):
+            case ast.Constant(value) if isinstance(value, int | float) and not isinstance(value, bool):
                 try:
                     number = float(value)
                 except OverflowError:
@@ -215,7 +215,7 @@ def _arithmetic(sign: str, function: Callable[[float, float], float], left: _Par
         return None if math.isnan(value) else value
 
     sql = f"({left.sql} {sign} {right.sql})"
-    return _Part(_of_two(calculate, left, right), sql, left.parameters + right.parameters)  # type: ignore[arg-type]
+    return _Part(_of_two(calculate, left, right), sql, left.parameters + right.parameters)
 
 
 def _negated(part: _Part) -> _Part:

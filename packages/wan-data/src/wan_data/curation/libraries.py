@@ -36,6 +36,15 @@ def frame_timecode() -> Any:
     return _imported("scenedetect.common", "PySceneDetect").FrameTimecode
 
 
+def check_libraries() -> None:
+    """Refuse to begin without the libraries: for a command, before it starts processes that need them.
+
+    Raises:
+        ValueError: one is not installed, or cannot be loaded.
+    """
+    scene_detectors()
+
+
 def use_one_thread() -> None:
     """Keep OpenCV's threads out of this process, for a decoder process: there is one for each core.
 
@@ -50,7 +59,7 @@ def _imported(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:  # one that it needs
             raise ValueError(f"{name} cannot be loaded ({error}): {INSTALL}") from None
         raise ValueError(f"{name} is not installed, and curation needs it: {INSTALL}") from None
     except ImportError as error:  # such as a build of OpenCV for windows on the screen, without their libraries

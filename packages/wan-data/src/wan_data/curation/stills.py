@@ -42,8 +42,8 @@ class Box:
 class Stills:
     """Accumulates ``sharpness`` and ``black_borders`` of a clip from some of its frames, in the memory of one frame.
 
-    Sharpness is the variance of the Laplacian (the kernel 0 1 0, 1 -4 1, 0 1 0) of the luma within the borders, scaled so
-    that the frame has the area of 480 x 832, and smoothed by a Gaussian of 1 pixel; the mean of the frames. Blur and
+    Sharpness is the variance of the Laplacian (the kernel 0 1 0, 1 -4 1, 0 1 0) of the luma within the borders, scaled
+    so that the frame has the area of 480 x 832, and smoothed by a Gaussian of 1 pixel; the mean of the frames. Blur and
     enlargement lower it; it grows with the square of the contrast. Without smoothing it would depend by half on how a
     picture was made smaller.
 
