@@ -14,7 +14,7 @@ from wan_data.curation.fingerprints import BITS, PARTS, unpacked
 
 # Bits of 256 in which near-duplicates differ at most, in the mean of their parts.
 DISTANCE = 48.0
-# A clip of which fewer of its eighths show anything is not compared.
+# A clip of which fewer of its eight parts show anything is not compared.
 LEAST_PARTS = 4
 # Every second bit of a row is of a frequency that is odd from left to right, whose sign a mirror changes.
 _MIRROR = 0x55

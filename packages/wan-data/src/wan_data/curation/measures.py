@@ -17,7 +17,7 @@ class Measures:
             255; see ``stills.Stills``.
         black_borders: share of the area, 0 to 1, in letterbox and pillarbox; see ``stills.Stills``.
         cuts: the frames that begin a scene, in order, without that at 0; None if scenes are off.
-        hashes: perceptual hashes of the eighths of the clip, in order, as 64 hexadecimal digits each; "" for one that
+        hashes: perceptual hashes of eight parts of the clip, in order, as 64 hexadecimal digits each; "" for one that
             shows too little to be recognised; see ``fingerprints.Fingerprinter``.
     """
 
