@@ -75,8 +75,9 @@ def write_frames(
     """A video of frames, shown at ``times`` in milliseconds; lossless, or H.264 of a quality."""
     path.parent.mkdir(parents=True, exist_ok=True)
     codec, stored = ("ffv1", "bgr0") if crf is None else ("libx264", "yuv420p")
+    options = {} if crf is None else {"crf": str(crf), "preset": "veryfast"}
     with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:
-        stream = container.add_stream(codec, rate=rate, options={} if crf is None else {"crf": str(crf)})
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = stored
         if times is not None:

@@ -58,7 +58,7 @@ class Fingerprinter:
                 self._sums = [one + other for one, other in zip(self._sums[::2], self._sums[1::2], strict=True)]
                 self._span *= 2
 
-    def hashes(self, top: float = 0, bottom: float = 1, left: float = 0, right: float = 1) -> tuple[str, ...]:
+    def hashes(self, top: float = 0.0, bottom: float = 1.0, left: float = 0.0, right: float = 1.0) -> tuple[str, ...]:
         """The hashes of the eight parts, in order, as 64 hexadecimal digits; "" for one that shows too little.
 
         Args:

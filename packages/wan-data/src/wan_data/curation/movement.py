@@ -18,7 +18,7 @@ _LEAST_SIDE = 32
 _BLOCK, _NOISE = 8, 2.0
 
 
-def reduced(luma: Luma) -> Luma:
+def reduced(luma: Luma) -> UInt8[np.ndarray, "rows columns"]:
     """The luma of a frame with the longer side nearest to 256, by the mean of blocks of pixels."""
     cv2 = opencv()
     height, width = luma.shape
