@@ -174,6 +174,6 @@ def test_bad_values_are_refused_in_one_sentence():
         ValueError, match=r"bad: of the hashes .* one is not of 64 hexadecimal digits; measure it again"
     ):
         near_duplicates([good, Candidate("bad", ("xyz",) * 8, 9.0)])
-    with pytest.raises(ValueError, match="distance of near-duplicates is 65.0; expected 0 to 64 of 256 bits"):
+    with pytest.raises(ValueError, match=r"distance of near-duplicates is 65\.0; expected 0 to 64 of 256 bits"):
         near_duplicates([good], 65.0)
     assert near_duplicates([]) == []

@@ -17,8 +17,8 @@ from wan_data.curation.movement import Movement, reduced
 from wan_data.curation.scenes import SCENE_KINDS, CutDetector
 from wan_data.curation.stills import Stills
 
-# Sharpness and borders are those of so many frames a second.
-_STILLS_PER_SECOND = 2
+# Sharpness and borders are those of so many frames a second: one costs as much as the rest of several.
+_STILLS_PER_SECOND = 1
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 
@@ -41,8 +41,8 @@ class MeasuringOptions:
 class MeasuringPass:
     """Measures a clip while its frames go by, each seen once; its memory does not grow with the clip.
 
-    Every frame is measured for cuts, motion, stillness and hashes; two of each second, and the first, for sharpness and
-    black borders. A frame that is only repeated costs nothing, if it is the same object.
+    Every frame is measured for cuts, motion, stillness and hashes; one of each second, the first among them, for
+    sharpness and black borders. A frame that is only repeated costs nothing, if it is the same object.
 
     Args:
         fps: the rate of the frames.

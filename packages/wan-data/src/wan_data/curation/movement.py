@@ -11,15 +11,15 @@ from wan_data.curation.libraries import opencv
 Luma = UInt8[np.ndarray, "H W"]
 
 # Flow is computed with the longer side nearest to this, reduced by a whole factor, which is fast and exact.
-_LONGER_SIDE = 256
+_LONGER_SIDE = 200
 # The algorithm needs some pixels: smaller pictures are enlarged.
 _LEAST_SIDE = 32
 # Pictures are equal if no block of the reduced picture differs by more than this many levels in the mean.
-_BLOCK, _NOISE = 8, 2.0
+_BLOCK, _NOISE = 8, 2
 
 
 def reduced(luma: Luma) -> UInt8[np.ndarray, "rows columns"]:
-    """The luma of a frame with the longer side nearest to 256, by the mean of blocks of pixels."""
+    """The luma of a frame with the longer side nearest to 200, by the mean of blocks of pixels."""
     cv2 = opencv()
     height, width = luma.shape
     factor = max(1, round(max(height, width) / _LONGER_SIDE))
@@ -40,7 +40,7 @@ class Movement:
     before. It is given per second, as a share of the diagonal: a camera that pans over a whole diagonal in a second has
     a motion of 1, whatever the size and the rate. Flow, because a difference of pixels grows with contrast and texture
     and stops growing after a few pixels of movement. It is OpenCV's dense inverse search (DIS, preset "ultrafast") of
-    the luma with a longer side of about 256 pixels. Between the pictures on both sides of a cut nothing moves: such a
+    the luma with a longer side of about 200 pixels. Between the pictures on both sides of a cut nothing moves: such a
     pair is left out.
 
     Stillness is the share of the frames after the first that are equal to the one before: the reduced luma differs by
@@ -75,14 +75,14 @@ class Movement:
         rows, columns = picture.shape
         whole = picture[: rows - rows % _BLOCK, : columns - columns % _BLOCK]
         size = whole.shape[1] // _BLOCK, whole.shape[0] // _BLOCK
-        blocks = cv2.resize(whole.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+        blocks = cv2.resize(whole, size, interpolation=cv2.INTER_AREA)
         if self._picture is not None and self._blocks is not None:
             shown = number - self._number
             flow = self._flow.calc(self._picture, picture, None)
             length = float(cv2.magnitude(flow[..., 0] * (width / columns), flow[..., 1] * (height / rows)).mean())
             self._undecided.append((number, length / float(np.hypot(height, width)), shown))
             self._pairs += shown
-            self._still += shown - 1 + bool(np.abs(blocks - self._blocks).max() <= _NOISE)
+            self._still += shown - 1 + bool(cv2.absdiff(blocks, self._blocks).max() <= _NOISE)
         self._picture, self._blocks, self._number = picture, blocks, number
 
     def repeated(self, number: int) -> None:

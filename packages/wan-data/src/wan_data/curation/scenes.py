@@ -157,7 +157,7 @@ def _small(frame: Rgb) -> np.ndarray:
     if width > _WIDTH:
         size = _WIDTH, max(1, round(height * _WIDTH / width))
         frame = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
-    return np.ascontiguousarray(frame[:, :, ::-1])
+    return np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
 
 def scenes_of(total: int, cuts: Sequence[int]) -> list[Window]:
