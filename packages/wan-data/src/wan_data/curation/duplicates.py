@@ -102,7 +102,7 @@ def find_duplicates(
 ) -> tuple[Int[np.ndarray, " clips"], Float[np.ndarray, " clips"], Bool[np.ndarray, " clips"]]:
     """The search of ``near_duplicates`` on arrays.
 
-    Memory: some 600 bytes a clip, the 256 of ``hashes`` (which may be mapped from a file) among them. A group of many
+    Memory: some 600 bytes a clip beside the 256 of ``hashes``, which may be mapped from a file. A group of many
     duplicates is reduced in rounds, so that it costs no more than others.
 
     Args:
@@ -157,8 +157,7 @@ def _candidates(
         pairs = [seen[:0]]
         entries, clips = _entries(hashes, known, chosen, place)
         for following in range(1, _FOLLOWING + 1):
-            same = (entries[following:] ^ entries[:-following]) >> np.uint64(32) == 0
-            (where,) = np.nonzero(same)
+            where = _same_keys(entries, following)
             if not where.size:
                 break
             one, other = (entries[at].astype(np.uint32) for at in (where, where + following))
@@ -182,12 +181,26 @@ def _entries(hashes: Hashes, known: Known, chosen: np.ndarray, place: int) -> tu
     words = np.ascontiguousarray(words[chosen]).view(np.uint32)[..., 0]
     valid = known[chosen]
     clips = np.broadcast_to(chosen[:, None], valid.shape)[valid]
-    keys = words[valid].astype(np.uint64) << np.uint64(32)
-    numbers = np.arange(len(keys), dtype=np.uint64) << np.uint64(1)
+    count = len(clips)
+    entries = np.empty(2 * count, np.uint64)
+    entries[:count] = words[valid]
+    entries[:count] <<= np.uint64(32)
+    entries[:count] |= np.arange(count, dtype=np.uint64) << np.uint64(1)
     mirror = np.uint64(int.from_bytes(bytes([_MIRROR] * 4), "big") << 32)
-    entries = np.concatenate([keys | numbers, (keys ^ mirror) | numbers | np.uint64(1)])
+    np.bitwise_xor(entries[:count], mirror | np.uint64(1), out=entries[count:])
     entries.sort()
     return entries, clips
+
+
+def _same_keys(entries: np.ndarray, following: int) -> np.ndarray:
+    """The places of entries whose key is that of the one so many places later."""
+    found = [np.zeros(0, np.int64)]
+    # In parts, so that nothing as large as the entries is made.
+    for start in range(0, len(entries) - following, _CHUNK << 5):
+        part = entries[start : min(start + (_CHUNK << 5), len(entries) - following)]
+        later = entries[start + following : start + following + len(part)]
+        found.append(np.flatnonzero((part ^ later) >> np.uint64(32) == 0) + start)
+    return np.concatenate(found)
 
 
 def clip_distances(

@@ -115,9 +115,10 @@ def _box(lit: Bool[np.ndarray, "H W"]) -> Box:
 
 def _edge(lit: np.ndarray) -> int:
     """The number of rows of the border at the top; 0 if there is none."""
-    shares = lit.mean(1)
-    picture = np.flatnonzero(shares > 1 - _ALWAYS)
-    if not picture.size or picture[0] == 0:
+    if lit[0].mean() > 1 - _ALWAYS:  # as of most clips
+        return 0
+    picture = np.flatnonzero(lit.mean(1) > 1 - _ALWAYS)
+    if not picture.size:
         return 0
     first = int(picture[0])
     reached = lit[first : first + _EDGE_ROWS].any(0).mean()
