@@ -103,6 +103,7 @@ KERNELS = {
 # Tests that run many cases in ``soak`` and few in ``tests``.
 SOAK = [
     "packages/wan-data/tests/test_reliability.py",
+    "packages/wan-data/tests/curation/test_duplicates.py",
     "packages/wan-train/tests/checkpoint/test_training_reliability.py",
 ]
 BY_NAME = {package.name: package for package in PACKAGES}

@@ -9,6 +9,30 @@ def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mut
 
 MUTATIONS = (
     _of(
+        "windows-cross-cuts", "curation/scenes.py",
+        "Window(scene.start + window.start, scene.start + window.stop)", "window",
+        "samples of a clip with several scenes show two of them",
+        "curation/test_scenes.py::test_no_window_crosses_a_cut",
+    ),
+    _of(
+        "mirrored-copies-missed", "curation/duplicates.py",
+        "_MIRROR * mirrored.astype", "0 * mirrored.astype",
+        "mirrored copies of clips stay in the training set",
+        "curation/test_duplicates.py::test_hashes_that_differ_in_less_than_eight_bits_are_always_candidates",
+    ),
+    _of(
+        "unmeasured-clips-selected", "curation/expressions.py",
+        "return None if found is None else not found", "return not found",
+        "clips without a measure are selected, in Python but not in SQLite",
+        "curation/test_expressions.py::test_what_was_not_measured_is_not_selected",
+    ),
+    _of(
+        "cuts-count-as-motion", "curation/movement.py",
+        "        if not cut:", "        if True:",
+        "clips of stills that are cut together have motion",
+        "curation/test_movement.py::test_cuts_are_not_motion",
+    ),
+    _of(
         "loader-state-without-waiting-samples", "energon/pipeline.py",
         '(*PackingDataset._savable_fields, "_carried")', "PackingDataset._savable_fields",
         "a resumed run packs the carried-over samples differently from the uninterrupted run",

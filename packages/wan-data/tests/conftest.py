@@ -18,6 +18,8 @@ from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, sess
 # Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
 # Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
 _CHECKED = (
+    *("curation.duplicates", "curation.fingerprints", "curation.measuring_pass", "curation.movement"),
+    *("curation.scenes", "curation.stills"),
     *("sources.captions", "prepare.encoding.encoder", "reading.packing", "shards.serialization", "shards.writer"),
     *("video.buckets", "video.containers.transport_stream", "video.decode", "video.display.colours"),
     *("video.display.picture", "video.images", "video.windows"),

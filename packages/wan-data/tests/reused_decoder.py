@@ -8,24 +8,25 @@ from wan_data.video.decoder_process import Decoder
 class ReusedDecoder(Decoder):
     """A decoder that takes over the idle process of an earlier one: starting a process takes seconds."""
 
-    idle: ClassVar[list[tuple[Any, Any]]] = []
+    idle: ClassVar[dict[str, list[tuple[Any, Any]]]] = {}  # by the program that they run
 
     def _start(self) -> None:
-        if not self.idle:
+        if not self.idle.get(self._program):
             super()._start()
             return
-        self._child, self._connection = self.idle.pop()
+        self._child, self._connection = self.idle[self._program].pop()
         self._ready = True
 
     def __exit__(self, *error: object) -> None:
         if self._child is not None and self._connection is not None and self._ready and not self._jobs:
-            self.idle.append((self._child, self._connection))
+            self.idle.setdefault(self._program, []).append((self._child, self._connection))
             self._child = self._connection = None
         self._kill()
 
 
 def end_idle_decoders() -> None:
-    while ReusedDecoder.idle:
-        decoder = ReusedDecoder()
-        decoder.start()
-        decoder._kill()
+    for program, idle in ReusedDecoder.idle.items():
+        while idle:
+            decoder = ReusedDecoder(program=program)
+            decoder.start()
+            decoder._kill()

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -17,7 +18,7 @@ from torch import Tensor
 from wan_data.video.buckets import Size
 from wan_data.video.containers.video_reader import VideoReader
 from wan_data.video.display.options import DisplayOptions
-from wan_data.video.display.picture import Picture
+from wan_data.video.display.picture import Picture, Rgb
 from wan_data.video.images import read_image
 from wan_data.video.limits import Limits
 from wan_data.video.media_types import IMAGE_SUFFIXES
@@ -46,6 +47,17 @@ class ClipInfo:
     height: float
     width: float
     orientation: int
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """What sees the frames of a clip while it is decoded: ``wan_data.curation.measuring_pass.MeasuringPass``."""
+
+    def add(self, frame: Rgb, number: int) -> None:
+        """The next frame at the target rate; the same object again if it is only repeated."""
+
+    def result(self) -> Any:
+        """What was measured, after the last frame."""
 
 
 class _Source:
@@ -95,6 +107,7 @@ def probe(
     limits: Limits = _DEFAULT_LIMITS,
     display: DisplayOptions = _DEFAULT_DISPLAY,
     on_frame: Callable[[int], None] = _ignore,
+    measuring: Measuring | None = None,
 ) -> ClipInfo:
     """Decode a source to its end and return its properties.
 
@@ -104,12 +117,19 @@ def probe(
         limits: limits of the source.
         display: how it is displayed.
         on_frame: called after each decoded frame with the number of frames so far.
+        measuring: is given every frame at the target rate, upright, with colours that are a few levels off.
 
     Raises:
         Rejected: the source exceeds a limit, cannot be decoded completely, or disagrees with its header.
     """
     source = _Source(path, limits, display, on_frame)
-    frames = sum(1 for _ in source.resampled(fps))
+    frames, last, pixels = 0, None, None
+    for picture in source.resampled(fps):
+        if measuring is not None:
+            if picture is not last or pixels is None:
+                last, pixels = picture, picture.quick_rgb()
+            measuring.add(pixels, frames)
+        frames += 1
     assert source.first is not None, "a file without frames is refused"
     return ClipInfo(frames, source.frames, source.fps, source.first.height, source.first.width, source.orientation)
 

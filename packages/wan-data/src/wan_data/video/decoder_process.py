@@ -17,11 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wan_data.video.buckets import Size
 from wan_data.video.display.options import DisplayOptions
@@ -29,11 +29,18 @@ from wan_data.video.limits import Limits
 from wan_data.video.windows import Window
 from wan_model.system.child_process import follow_parent
 
+if TYPE_CHECKING:  # it imports torch, which the parent may not need
+    from wan_data.video.decode import Measuring
+
+Measure = Callable[[str, Fraction], "Measuring"]
+
 _HEARTBEAT_SECONDS = 1.0
 # Without a heartbeat for this long, the decoder is in an endless loop.
 _TIMEOUT_SECONDS = 60.0
 # Starting a process imports torch, which takes much longer than a heartbeat on a busy machine.
 _START_TIMEOUT_SECONDS = 600.0
+# Measures list the cuts of a clip, which may be as many as its frames.
+_LARGEST_RESPONSE = 1 << 24
 # Address space of a child beyond that of its libraries; enough for all buffers of the largest allowed frame.
 _MEMORY = 8 * 2**30
 
@@ -50,6 +57,8 @@ class Job:
         size: of the returned frames; None if ``windows`` is None.
         resize_mode, center_crop: see ``wan_data.video.decode.to_size``.
         display: how the source is displayed.
+        measuring: what the program of the process measures of a source without ``windows``, as JSON of its own; None
+            measures nothing.
     """
 
     path: Path
@@ -60,6 +69,7 @@ class Job:
     resize_mode: str = "bicubic"
     center_crop: bool = True
     display: DisplayOptions = dataclasses.field(default_factory=DisplayOptions)
+    measuring: str | None = None
 
     def to_json(self) -> bytes:
         """The job as JSON."""
@@ -73,6 +83,7 @@ class Job:
                 "resize_mode": self.resize_mode,
                 "center_crop": self.center_crop,
                 "display": dataclasses.astuple(self.display),
+                "measuring": self.measuring,
             }
         ).encode()
 
@@ -89,6 +100,7 @@ class Job:
             resize_mode=value["resize_mode"],
             center_crop=value["center_crop"],
             display=DisplayOptions(*value["display"]),
+            measuring=value["measuring"],
         )
 
 
@@ -99,16 +111,19 @@ class Decoder:
         memory: bytes of address space that the process may use beyond its libraries.
         timeout: seconds without a heartbeat after which the process is killed.
         start_timeout: the same for a process that is still starting.
+        program: the module that the process runs: this one, or one whose ``main`` gives measures to that here.
     """
 
     def __init__(
         self,
         *,
+        program: str = "wan_data.video.decoder_process",
         memory: int = _MEMORY,
         timeout: float = _TIMEOUT_SECONDS,
         start_timeout: float = _START_TIMEOUT_SECONDS,
     ) -> None:
         self._memory, self._timeout, self._start_timeout = memory, timeout, start_timeout
+        self._program = program
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._ready = False
@@ -136,8 +151,9 @@ class Decoder:
         """The results of the oldest job.
 
         Yields:
-            One ``decode.ClipInfo`` for a job without windows, else the frames [T, H, W, 3] of each window, uint8. After
-            an error one ``source_file.Rejected`` and nothing more of that job.
+            One ``decode.ClipInfo`` for a job without windows, and what was measured, as values of JSON, if something is
+            to be; else the frames [T, H, W, 3] of each window, uint8. After an error one ``source_file.Rejected`` and
+            nothing more of that job.
         """
         assert self._jobs, "submit a job first"
         complete = False
@@ -188,6 +204,8 @@ class Decoder:
                 continue
             if "info" in response:
                 yield ClipInfo(**response["info"])
+                if job.measuring is not None:
+                    yield response["measures"]
             elif "rejected" in response:
                 yield Rejected(str(response["rejected"]))
             elif "done" not in response:
@@ -205,7 +223,7 @@ class Decoder:
         ours, theirs = Pipe()  # blocks, whatever socket.setdefaulttimeout says, which some libraries call
         arguments = [str(theirs.fileno()), str(self._memory)]
         # -P: a module of the working folder, where the clips may be, is not to be imported.
-        command = [sys.executable, "-P", "-m", "wan_data.video.decoder_process", *arguments]
+        command = [sys.executable, "-P", "-m", self._program, *arguments]
         with theirs:
             self._child = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=None
@@ -217,7 +235,7 @@ class Decoder:
         assert self._connection is not None
         if not self._connection.poll(self._timeout if self._ready else self._start_timeout):
             raise TimeoutError
-        response = json.loads(self._connection.recv_bytes(1 << 20))
+        response = json.loads(self._connection.recv_bytes(_LARGEST_RESPONSE))
         assert isinstance(response, dict)
         self._ready = True
         return response
@@ -278,14 +296,24 @@ class _Responder:
             self.send(decoded=decoded)
 
 
-def _run(job: Job, responder: _Responder) -> None:
+def _run(job: Job, responder: _Responder, measure: Measure | None) -> None:
     from wan_data.video.decode import probe, read_windows
     from wan_data.video.source_file import Rejected
 
     try:
         if job.windows is None:
-            info = probe(job.path, job.fps, limits=job.limits, display=job.display, on_frame=responder.heartbeat)
-            responder.send(info=dataclasses.asdict(info))
+            assert measure is not None or job.measuring is None, "another program measures"
+            measuring = measure(job.measuring, job.fps) if measure is not None and job.measuring is not None else None
+            info = probe(
+                job.path,
+                job.fps,
+                limits=job.limits,
+                display=job.display,
+                on_frame=responder.heartbeat,
+                measuring=measuring,
+            )
+            measures = None if measuring is None else measuring.result()
+            responder.send(info=dataclasses.asdict(info), measures=measures)
             return
         assert job.size is not None, "windows have a size"
         for frames in read_windows(
@@ -326,8 +354,13 @@ def _limit_address_space(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def main() -> None:
-    """Entry point of the child: ``python -m wan_data.video.decoder_process FD MEMORY``."""
+def main(load: Callable[[], Measure] | None = None) -> None:
+    """Entry point of the child: ``python -m wan_data.video.decoder_process FD MEMORY``.
+
+    Args:
+        load: of a program that measures: imports its libraries, and returns what begins to measure a clip from
+            ``Job.measuring`` and the rate; the result is values of JSON.
+    """
     connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl+C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -338,6 +371,7 @@ def main() -> None:
     from wan_data.video import decode  # memory that is allocated after this import counts as the job's
 
     del decode
+    measure = load() if load is not None else None
     if Path("/proc/self/statm").exists():
         _limit_address_space(_address_space_in_use() + memory)
     # A thread reads the jobs; otherwise parent and child could block on sending to each other.
@@ -347,7 +381,7 @@ def main() -> None:
     responder.send(started=True)
     while (job := jobs.get()) is not None:
         try:
-            _run(job, responder)
+            _run(job, responder, measure)
         except (BrokenPipeError, ConnectionResetError):
             return
 

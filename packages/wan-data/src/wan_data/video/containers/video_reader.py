@@ -11,7 +11,7 @@ from wan_data.video.containers.ffv1 import SliceChecksums
 from wan_data.video.containers.timing import Clock
 from wan_data.video.containers.transport_stream import CounterBreak, counter_breaks
 from wan_data.video.containers.truncation import missing_end
-from wan_data.video.display.colours import check_colours, colours_of_frame, rgb_of_frame
+from wan_data.video.display.colours import check_colours, colours_of_frame, quick_rgb_of_frame, rgb_of_frame
 from wan_data.video.display.options import DisplayOptions
 from wan_data.video.display.picture import Orientation, Picture, orientation_of_frame, picture_of
 from wan_data.video.limits import Limits
@@ -144,6 +144,7 @@ class VideoReader:
             frame.width,
             orientation,
             self._pixel_aspect,
+            lambda: quick_rgb_of_frame(frame, colours, self._display),
         )
         return TimedFrame(time, duration, picture)
 

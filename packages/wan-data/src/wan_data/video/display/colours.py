@@ -17,6 +17,7 @@ from wan_data.video.source_file import Rejected
 # Flags of libswscale (bicubic, ACCURATE_RND, FULL_CHR_H_INT, FULL_CHR_H_INP). As numbers, because PyAV names them from
 # version 18 on only. The fast conversion, its default, makes pixels darker by 0.5 to 1.7 levels of 255.
 _EXACT = 4 | 0x40000 | 0x2000 | 0x4000
+_FAST = 1  # FAST_BILINEAR
 
 # Transfer characteristics (ITU-T H.273) that are not those of standard dynamic range.
 _PQ, _HLG = 16, 18
@@ -99,6 +100,14 @@ def rgb_of_frame(frame: Any, colours: Colours, display: DisplayOptions) -> Rgb:
         # Where YUV has fewer than 16 bits, libswscale shifts them: its white is a little less than 65535.
         pixels = eight_bits(pixels, 0xFFFF if stored.is_rgb else (1 << bits) - 1 << 16 - bits)
     return over_background(pixels, display.rgb) if alpha else pixels
+
+
+def quick_rgb_of_frame(frame: Any, colours: Colours, display: DisplayOptions) -> Rgb:
+    """As ``rgb_of_frame``, by libswscale's fast conversion where it suffices to be a few levels off."""
+    if colours.transfer in HDR or frame.format.has_palette or any(one.is_alpha for one in frame.format.components):
+        return rgb_of_frame(frame, colours, display)
+    pixels: Rgb = frame.to_ndarray(format="rgb24", interpolation=_FAST)
+    return pixels
 
 
 def eight_bits(pixels: UInt16[np.ndarray, "H W *colours"], white: int = 0xFFFF) -> UInt8[np.ndarray, "H W *colours"]:

@@ -125,15 +125,22 @@ class Picture:
     Attributes:
         height, width: in square pixels.
         rgb: gives the pixels, upright, before their aspect is applied; costly, so it is called for those that are used.
+        quick_rgb: the same for measuring: some levels off, in a tenth of the time.
     """
 
     height: float
     width: float
     rgb: Callable[[], Rgb]
+    quick_rgb: Callable[[], Rgb]
 
 
 def picture_of(
-    pixels: Callable[[], Rgb], height: int, width: int, orientation: Orientation, pixel_aspect: Fraction = Fraction(1)
+    pixels: Callable[[], Rgb],
+    height: int,
+    width: int,
+    orientation: Orientation,
+    pixel_aspect: Fraction = Fraction(1),
+    quick_pixels: Callable[[], Rgb] | None = None,
 ) -> Picture:
     """A picture from what its file holds.
 
@@ -142,8 +149,10 @@ def picture_of(
         height, width: of the stored pixels.
         orientation: of the display.
         pixel_aspect: width over height of a stored pixel.
+        quick_pixels: gives nearly the same pixels, sooner; None if there is no quicker way.
     """
     shown = float(height), float(width * pixel_aspect)
     if orientation.exchanged:
         shown = shown[::-1]
-    return Picture(*shown, lambda: orientation.apply(pixels()))
+    quick = quick_pixels or pixels
+    return Picture(*shown, lambda: orientation.apply(pixels()), lambda: orientation.apply(quick()))

@@ -1,0 +1,238 @@
+"""Near-duplicates among the fingerprints of a whole set, without comparing every clip with every other.
+
+Candidates are clips of which any two hashes have the same 32 bits at one of eight places, as any two have that differ
+in fewer than eight bits; sorting finds them. Candidates are then compared by all of their hashes.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from wan_data.curation.fingerprints import BITS, PARTS, unpacked
+
+# Bits of 256 in which near-duplicates differ at most, in the mean of their parts.
+DISTANCE = 48.0
+# A clip of which fewer of its eight parts show anything is not compared.
+LEAST_PARTS = 4
+# Every second bit of a row is of a frequency that is odd from left to right, whose sign a mirror changes.
+_MIRROR = 0x55
+_PLACES = 8
+# Entries of one key are compared with so many that follow them; see ``find_duplicates`` for larger groups.
+_FOLLOWING = 32
+_CHUNK = 1 << 15
+
+Hashes = UInt8[np.ndarray, "clips 8 32"]
+Known = Bool[np.ndarray, "clips 8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A clip that may be a duplicate.
+
+    Attributes:
+        name: of the clip.
+        hashes: see ``wan_data.curation.measures.Measures``.
+        area: of a frame in pixels.
+    """
+
+    name: str
+    hashes: tuple[str, ...]
+    area: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Duplicate:
+    """A clip that is a near-duplicate of one that is kept.
+
+    Attributes:
+        name: of the clip.
+        kept: the name of the other.
+        distance: bits of 256 in which their hashes differ, in the mean.
+        mirrored: whether it is the other's mirror image.
+    """
+
+    name: str
+    kept: str
+    distance: float
+    mirrored: bool
+
+
+def near_duplicates(clips: Sequence[Candidate], distance: float = DISTANCE) -> list[Duplicate]:
+    """The near-duplicates of a set, each with the clip that is kept instead of it.
+
+    The clip with the most pixels is kept, of those the one whose name comes first. Every duplicate is itself near the
+    clip that is kept: a chain of clips, each near the next, does not make its ends duplicates.
+
+    Args:
+        clips: of the whole set, of different names.
+        distance: bits of 256 in which duplicates differ at most, in the mean.
+
+    Returns:
+        By name. The result does not depend on the order of ``clips``.
+
+    Raises:
+        ValueError: hashes are damaged, or the distance is not from 0 to 64.
+    """
+    if not 0 <= distance <= BITS / 4:
+        raise ValueError(f"the distance of near-duplicates is {distance}; expected 0 to {BITS // 4} of {BITS} bits")
+    ordered = sorted(clips, key=lambda clip: (-clip.area, clip.name))
+    hashes = np.zeros((len(ordered), PARTS, BITS // 8), np.uint8)
+    known = np.zeros((len(ordered), PARTS), bool)
+    for number, clip in enumerate(ordered):
+        if len(clip.hashes) != PARTS:
+            raise ValueError(f"{clip.name} has {len(clip.hashes)} hashes; expected {PARTS}: measure it again")
+        known[number] = [bool(one) for one in clip.hashes]
+        try:
+            hashes[number, known[number]] = unpacked([one for one in clip.hashes if one])
+        except ValueError as error:
+            raise ValueError(f"{clip.name}: {error}; measure it again") from None
+    kept, distances, mirrored = find_duplicates(hashes, known, distance)
+    found = [
+        Duplicate(ordered[number].name, ordered[int(other)].name, float(distances[number]), bool(mirrored[number]))
+        for number, other in enumerate(kept)
+        if other != number
+    ]
+    return sorted(found, key=lambda one: one.name)
+
+
+def find_duplicates(
+    hashes: Hashes, known: Known, distance: float = DISTANCE
+) -> tuple[Int[np.ndarray, " clips"], Float[np.ndarray, " clips"], Bool[np.ndarray, " clips"]]:
+    """The search of ``near_duplicates`` on arrays.
+
+    Memory: some 600 bytes a clip beside the 256 of ``hashes``, which may be mapped from a file. A group of many
+    duplicates is reduced in rounds, so that it costs no more than others.
+
+    Args:
+        hashes: of all clips, those that are preferred first.
+        known: which of them are hashes.
+        distance: as there.
+
+    Returns:
+        For each clip the number of the one that is kept instead of it, or its own number; the distance to it; and
+        whether it is that one's mirror image.
+    """
+    count = len(hashes)
+    kept = np.arange(count)
+    distances, mirrored = np.zeros(count), np.zeros(count, bool)
+    left = np.flatnonzero(known.sum(1) >= LEAST_PARTS)
+    while True:
+        first, second, between, mirror = _near_pairs(hashes, known, left, distance)
+        removed = 0
+        # By the preference of the first clip of each pair: whether it is kept is known when its turn comes.
+        for one, other, bits, flipped in zip(first.tolist(), second.tolist(), between, mirror, strict=True):
+            if kept[one] == one and kept[other] == other:
+                kept[other], distances[other], mirrored[other] = one, bits, flipped
+                removed += 1
+        if not removed:
+            return kept, distances, mirrored
+        left = left[kept[left] == left]
+
+
+def _near_pairs(
+    hashes: Hashes, known: Known, chosen: np.ndarray, distance: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of the chosen clips within the distance, the lower number first, in order; and whether mirrored."""
+    rows = []
+    for first, second, mirror in _candidates(hashes, known, chosen):
+        between = clip_distances(hashes, known, first, second, mirror)
+        near = between <= distance
+        rows.append((first[near], second[near], between[near], mirror[near]))
+    first, second, between, mirror = (np.concatenate(part) for part in zip(*rows, strict=True)) if rows else (
+        np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool)
+    )  # fmt: skip
+    # The nearer of the two ways round comes first.
+    order = np.lexsort((mirror, between, second, first))
+    return first[order], second[order], between[order], mirror[order]
+
+
+def _candidates(
+    hashes: Hashes, known: Known, chosen: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs of clips that have a key in common, the lower number first, and whether one of them was mirrored."""
+    seen = np.zeros(0, np.uint64)
+    for place in range(_PLACES):
+        pairs = [seen[:0]]
+        entries, clips = _entries(hashes, known, chosen, place)
+        for following in range(1, _FOLLOWING + 1):
+            where = _same_keys(entries, following)
+            if not where.size:
+                break
+            one, other = (entries[at].astype(np.uint32) for at in (where, where + following))
+            mirror = (one ^ other) & 1
+            one, other = clips[one >> 1], clips[other >> 1]
+            low, high = np.minimum(one, other), np.maximum(one, other)
+            # Two mirrored hashes are alike where the two upright ones are.
+            packed = (low.astype(np.uint64) << np.uint64(33)) | (high.astype(np.uint64) << np.uint64(1)) | mirror
+            pairs.append(np.unique(packed[low != high]))
+        new = np.setdiff1d(np.concatenate(pairs), seen)
+        seen = np.union1d(seen, new)
+        for start in range(0, len(new), _CHUNK):
+            part = new[start : start + _CHUNK]
+            first, second = (part >> np.uint64(33)).astype(np.int64), (part >> np.uint64(1)).astype(np.uint32)
+            yield first, second.astype(np.int64), (part & np.uint64(1)).astype(bool)
+
+
+def _entries(hashes: Hashes, known: Known, chosen: np.ndarray, place: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted: 32 bits of the key, then the number of the hash, then whether it was mirrored; and each hash's clip."""
+    words = hashes.reshape(*hashes.shape[:2], 4, _PLACES)[..., place]
+    words = np.ascontiguousarray(words[chosen]).view(np.uint32)[..., 0]
+    valid = known[chosen]
+    clips = np.broadcast_to(chosen[:, None], valid.shape)[valid]
+    count = len(clips)
+    entries = np.empty(2 * count, np.uint64)
+    entries[:count] = words[valid]
+    entries[:count] <<= np.uint64(32)
+    entries[:count] |= np.arange(count, dtype=np.uint64) << np.uint64(1)
+    mirror = np.uint64(int.from_bytes(bytes([_MIRROR] * 4), "big") << 32)
+    np.bitwise_xor(entries[:count], mirror | np.uint64(1), out=entries[count:])
+    entries.sort()
+    return entries, clips
+
+
+def _same_keys(entries: np.ndarray, following: int) -> np.ndarray:
+    """The places of entries whose key is that of the one so many places later."""
+    found = [np.zeros(0, np.int64)]
+    # In parts, so that nothing as large as the entries is made.
+    for start in range(0, len(entries) - following, _CHUNK << 5):
+        part = entries[start : min(start + (_CHUNK << 5), len(entries) - following)]
+        later = entries[start + following : start + following + len(part)]
+        found.append(np.flatnonzero((part ^ later) >> np.uint64(32) == 0) + start)
+    return np.concatenate(found)
+
+
+def clip_distances(
+    hashes: Hashes,
+    known: Known,
+    first: Int[np.ndarray, " pairs"],
+    second: Int[np.ndarray, " pairs"],
+    mirrored: Bool[np.ndarray, " pairs"],
+) -> Float[np.ndarray, " pairs"]:
+    """Distances of pairs of clips in bits of 256.
+
+    Each part of a clip is compared with the same part of the other, the one before and the one after, of which the
+    nearest counts. The distance is the mean over the parts that are known, in the direction in which it is larger. A
+    part with nothing to compare with counts as half of the bits, as one of another picture.
+
+    Args:
+        hashes, known: of all clips.
+        first, second: numbers of the clips.
+        mirrored: whether the second is compared as its mirror image.
+    """
+    one = hashes[first].view(np.uint64)
+    other = (hashes[second] ^ (_MIRROR * mirrored.astype(np.uint8))[:, None, None]).view(np.uint64)
+    one_known, other_known = known[first], known[second]
+    nearest = np.full((2, len(first), PARTS), BITS / 2, np.float32)
+    for shift in (-1, 0, 1):
+        here, there = slice(max(0, -shift), PARTS - max(0, shift)), slice(max(0, shift), PARTS + min(0, shift))
+        bits = np.bitwise_count(one[:, here] ^ other[:, there]).sum(2).astype(np.float32)
+        bits[~(one_known[:, here] & other_known[:, there])] = BITS / 2
+        nearest[0][:, here] = np.minimum(nearest[0][:, here], bits)
+        nearest[1][:, there] = np.minimum(nearest[1][:, there], bits)
+    means = [
+        (part * valid).sum(1) / np.maximum(valid.sum(1), 1)
+        for part, valid in zip(nearest, (one_known, other_known), strict=True)
+    ]
+    return np.maximum(*means).astype(np.float64)
