@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.index.lengths import SplitLengths
-from wan_data.index.part import Part
+from wan_data.index.part import Part, remedy_named
 from wan_data.index.records import (
     ACCEPTED,
     REJECTED,
@@ -22,6 +22,7 @@ from wan_data.index.records import (
     is_part_name,
 )
 from wan_data.index.sources import IndexState, SourceIndex, counted
+from wan_data.shards.database import damage_named
 from wan_data.shards.json_records import from_json
 from wan_data.shards.writer import ShardRecord, is_shard_name
 from wan_model.latent_spec import LatentSpec
@@ -225,9 +226,5 @@ class _Sources:
 
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    try:
+    with remedy_named(), damage_named(str(path)):
         yield
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; restore the file, or prepare the dataset again with --overwrite"
-        ) from None

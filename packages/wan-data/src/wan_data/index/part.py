@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.index.records import PART_PATTERN, REJECTED, PartRecord, SourceRecord
-from wan_data.shards.database import MEMORY, create, damage_named, new_database, open_database
+from wan_data.shards.database import MEMORY, create, damage_named, in_queries, new_database, open_database
 from wan_data.shards.json_records import from_json
 
 # The order of the columns is that of the fields of a SourceRecord.
@@ -40,8 +39,6 @@ _INDICES = (
 )
 _SCHEMA = {_TABLE, *_INDICES}
 _COLUMNS = len(SourceRecord.__dataclass_fields__)
-# Names that one query looks for; SQLite takes at least 999 values.
-_NAMES = 500
 
 Row = tuple[Any, ...]
 
@@ -134,7 +131,7 @@ class Part:
             ValueError: it is missing or damaged, or holds anything but this table.
         """
         path = folder / record.name
-        with _remedy_named():
+        with remedy_named():
             try:
                 return cls(open_database(path, _SCHEMA), str(path))
             except FileNotFoundError:
@@ -153,12 +150,12 @@ class Part:
 
     def find(self, paths: Sequence[str]) -> Iterator[SourceRecord]:
         """The records of these paths, as many as there are."""
-        for chunk in _chunks(paths):
+        for chunk in in_queries(paths):
             yield from self._records(f"SELECT * FROM sources WHERE path IN ({', '.join('?' * len(chunk))})", chunk)
 
     def find_contents(self, contents: Sequence[str]) -> Iterator[SourceRecord]:
         """The records of sources with samples that have one of these digests."""
-        for chunk in _chunks([_packed(content) for content in contents]):
+        for chunk in in_queries([_packed(content) for content in contents]):
             marks = ", ".join("?" * len(chunk))
             starts = [one[:8] for one in chunk if one is not None]
             yield from self._records(
@@ -173,7 +170,7 @@ class Part:
 
     def rows(self) -> Iterator[Row]:
         """All rows, by path."""
-        with _remedy_named(), damage_named(self._where):
+        with remedy_named(), damage_named(self._where):
             # Not yield from, which would close the cursor, perhaps after the database.
             for row in self._database.execute("SELECT * FROM sources ORDER BY path"):  # noqa: UP028
                 yield row
@@ -184,7 +181,7 @@ class Part:
         Raises:
             ValueError: the row is damaged.
         """
-        with _remedy_named(), damage_named(self._where):
+        with remedy_named(), damage_named(self._where):
             values = [one.hex() if isinstance(one, bytes) else one for one in row]
             for column in (7, 8):  # lists
                 values[column] = json.loads(values[column])
@@ -199,18 +196,14 @@ class Part:
         return count, digest.hexdigest()
 
     def _records(self, query: str, values: Sequence[Any]) -> Iterator[SourceRecord]:
-        with _remedy_named(), damage_named(self._where):
+        with remedy_named(), damage_named(self._where):
             for row in self._database.execute(query, values):
                 yield self.record_of(row)
 
 
-def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in itertools.takewhile(lambda start: start < len(values), itertools.count(0, _NAMES)):
-        yield values[start : start + _NAMES]
-
-
 @contextlib.contextmanager
-def _remedy_named() -> Iterator[None]:
+def remedy_named() -> Iterator[None]:
+    """Add to a ``ValueError`` about a damaged file of a dataset what to do."""
     try:
         yield
     except ValueError as error:

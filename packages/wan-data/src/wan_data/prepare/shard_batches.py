@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from wan_data.index.sources import batched
 from wan_data.prepare.probe import PlannedSource, RejectedSource
 from wan_data.prepare.probe_results import Again, ProbeResults, planned_of_json, rejected_of_json
 from wan_data.prepare.settings import PrepareSettings
@@ -20,7 +21,6 @@ from wan_data.shards.database import damage_named, new_database, open_database
 
 BATCH_NAME = "round.sqlite"
 SPLITS = ("train", "val")
-_TOGETHER = 5_000  # contents whose splits are looked up together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,7 @@ def with_splits(
     fixed: Mapping[str, str] = {}
     if known is None:
         fixed = _extremes((one.sha256 for one in accepted), settings)
-    sources = iter(accepted)
-    while chunk := list(itertools.islice(sources, _TOGETHER)):
+    for chunk in batched(accepted):
         splits = fixed if known is None else known({source.sha256 for source in chunk})
         for source in chunk:
             content = source.sha256
@@ -146,10 +145,9 @@ class ShardBatch:
         (first,) = self._one("SELECT first_shard FROM about", int)
         (count,) = self._one("SELECT count(*) FROM shards", int)
         self.numbers = range(first, first + count)
-        self.replaced = tuple(name for name, of in self._rows("SELECT name, replaced FROM removed ORDER BY name") if of)
-        self.removed = tuple(
-            name for name, of in self._rows("SELECT name, replaced FROM removed ORDER BY name") if not of
-        )
+        gone = list(self._rows("SELECT name, replaced FROM removed ORDER BY name"))
+        self.replaced = tuple(name for name, replaced in gone if replaced)
+        self.removed = tuple(name for name, replaced in gone if not replaced)
 
     @classmethod
     def open(cls, folder: Path) -> "ShardBatch | None":

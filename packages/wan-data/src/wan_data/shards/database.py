@@ -7,9 +7,9 @@ import json
 import sqlite3
 import threading
 import urllib.parse
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wan_model.system.files import atomic_path, naming
 from wan_model.system.safe_reading import require_file
@@ -17,6 +17,8 @@ from wan_model.system.safe_reading import require_file
 # Bytes of a value, such as the reasons of a source whose windows were dropped.
 _LONGEST = 64 << 20
 MEMORY = ":memory:"
+_IN_A_QUERY = 400  # SQLite takes at least 999 values, and some need two for each
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -81,6 +83,11 @@ def open_database(path: Path, statements: Collection[str]) -> sqlite3.Connection
     return database
 
 
+def in_queries(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    """The values in parts of which each is few enough for one query."""
+    return (values[start : start + _IN_A_QUERY] for start in range(0, len(values), _IN_A_QUERY))
+
+
 @contextlib.contextmanager
 def damage_named(where: str) -> Iterator[None]:
     """Raise what a damaged database or row leads to as a ``ValueError`` that names the file."""
@@ -102,7 +109,6 @@ def sqlite_as_os_errors(path: Path) -> Iterator[None]:
 
 
 _VALUES = "CREATE TABLE remembered (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
-_NAMES = 500  # that one query looks for; SQLite takes at least 999 values
 
 
 class ValueFile:
@@ -149,9 +155,8 @@ class ValueFile:
 
     def find(self, names: Iterable[str]) -> dict[str, Any]:
         """The values of those names that have one."""
-        wanted, found = list(names), dict[str, Any]()
-        for start in range(0, len(wanted), _NAMES):
-            some = wanted[start : start + _NAMES]
+        found: dict[str, Any] = {}
+        for some in in_queries(list(names)):
             query = f"SELECT name, value FROM remembered WHERE name IN ({', '.join('?' * len(some))})"
             with self._lock, contextlib.suppress(sqlite3.DatabaseError, ValueError, RecursionError):
                 for name, value in self._database.execute(query, some):
