@@ -6,7 +6,6 @@ path. Therefore only metadata of exactly the form that is written here is accept
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
@@ -14,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import sqlite3
 import stat
 import sys
 import uuid
@@ -23,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.energon.version import energon_version
-from wan_data.shards.energon_index import OFFSETS_SUFFIX, check_index, extend_index, write_index
+from wan_data.shards.database import sqlite_as_os_errors
+from wan_data.shards.energon_index import INDEX_NAME, OFFSETS_SUFFIX, check_index, extend_index, write_index
 from wan_data.shards.writer import ShardRecord
-from wan_model.system.files import naming, write_bytes
+from wan_model.system.files import write_bytes
 from wan_model.system.safe_reading import SMALL_YAML, parse_yaml, read_bytes, read_json, read_yaml
 
 META_FOLDER = ".nv-meta"
@@ -70,7 +69,7 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord], before: Sequence
     names = {split: [shard.name for shard in shards if shard.split == split] for split in splits}
     meta = folder / META_FOLDER
     meta.mkdir(exist_ok=True)
-    with _as_os_errors(meta):
+    with sqlite_as_os_errors(meta / INDEX_NAME):
         if not (before and extend_index(folder, meta, before, shards)):
             write_index(folder, meta, shards)
     # Energon draws this UUID at random; ours is the same in every run.
@@ -123,16 +122,6 @@ def restore_metadata(folder: Path, shards: Sequence[ShardRecord]) -> bool:
             path.unlink(missing_ok=True)
     write_metadata(folder, shards)
     return True
-
-
-@contextlib.contextmanager
-def _as_os_errors(path: Path) -> Iterator[None]:
-    # The index is an SQLite database, which raises its own error if the disk is full.
-    try:
-        with naming(path):
-            yield
-    except sqlite3.OperationalError as error:
-        raise OSError(errno.EIO, f"the index cannot be written: {error}", str(path)) from error
 
 
 def shard_counts(folder: Path) -> Mapping[str, int]:
