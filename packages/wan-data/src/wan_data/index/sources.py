@@ -127,6 +127,17 @@ def batched(values: Iterable[T]) -> Iterator[list[T]]:
         yield chunk
 
 
+def not_among(records: Iterable[SourceRecord], names: Iterable[str]) -> Iterator[SourceRecord]:
+    """The records of other paths than these; both come by ascending names, and none is kept."""
+    rest = iter(names)
+    name = next(rest, None)
+    for record in records:
+        while name is not None and name < record.path:
+            name = next(rest, None)
+        if name != record.path:
+            yield record
+
+
 @dataclasses.dataclass(frozen=True)
 class IndexState:
     """What a manifest says of its index.

@@ -11,12 +11,11 @@ from wan_data.prepare.ranks import Ranks
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME
 from wan_data.shards.energon_metadata import META_FOLDER
 from wan_data.shards.lock import LOCK_NAME, writer_lock
-from wan_data.sources.modification_times import TIMES_NAME
+from wan_data.sources.modification_times import EARLIER_TIMES_NAME, TIMES_NAME
 from wan_model.system.files import PARTIAL_SUFFIX, sync_folder
 
 # The state of an unfinished preparation: the next run resumes from it, the end of a run removes it.
 WORK_FOLDER = ".wan-data"
-_EARLIER_TIMES = "source-times.json"
 
 
 @contextlib.contextmanager
@@ -50,7 +49,7 @@ def clear(folder: Path) -> None:
     for name in (META_FOLDER, WORK_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     ours = ("shard-rank*.tar", "shard-rank*.tar.idx", f"*{PARTIAL_SUFFIX}", EMPTY_CAPTION_NAME, f"{TIMES_NAME}*")
-    for pattern in (*ours, PART_GLOB, _EARLIER_TIMES):
+    for pattern in (*ours, PART_GLOB, EARLIER_TIMES_NAME):
         for path in folder.glob(pattern):
             path.unlink()
     (folder / MANIFEST_NAME).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 from wan_data.index.lengths import LengthCounts, with_lengths
 from wan_data.index.manifest import Manifest, ShapeCount, caption_digest, open_sources
 from wan_data.index.records import ACCEPTED, REJECTED, REMOVED, SourceRecord
-from wan_data.index.sources import SourceIndex
+from wan_data.index.sources import SourceIndex, not_among
 from wan_data.prepare.probe import PlannedSource, RejectedSource
 from wan_data.prepare.probe_results import ProbeResults
 from wan_data.prepare.shard_batches import SPLITS, KnownSplits, ShardBatch
@@ -79,13 +79,8 @@ def outdated_rejects(index: SourceIndex, sources: Iterable[SourceFile]) -> Itera
         index: of the dataset.
         sources: by name.
     """
-    names = (source.name for source in sources)
-    name = next(names, None)
-    for record in index.rejects():
-        while name is not None and name < record.path:
-            name = next(names, None)
-        if name != record.path:
-            yield SourceRecord(record.path, REMOVED)
+    gone = not_among(index.rejects(), (source.name for source in sources))
+    return (SourceRecord(record.path, REMOVED) for record in gone)
 
 
 def known_splits(index: SourceIndex, results: ProbeResults, changed: Collection[str]) -> KnownSplits:

@@ -9,10 +9,9 @@ from wan_data.index.lengths import LengthCounts, SplitLengths, with_lengths
 from wan_data.index.manifest import FORMAT_VERSION, Manifest, open_sources
 from wan_data.index.sources import IndexState, added
 from wan_data.shards.reader import infos_of, text_lengths
-from wan_data.sources.modification_times import source_times
+from wan_data.sources.modification_times import EARLIER_TIMES_NAME, source_times
 from wan_model.system.safe_reading import read_json
 
-_EARLIER_TIMES = "source-times.json"
 _LARGEST_TIMES = 4 << 30
 
 
@@ -41,7 +40,7 @@ def upgrade(folder: Path, manifest: Manifest, step: Callable[[str], None] = lamb
     )
     _keep_times(folder)
     new.write(folder)
-    (folder / _EARLIER_TIMES).unlink(missing_ok=True)
+    (folder / EARLIER_TIMES_NAME).unlink(missing_ok=True)
     return new
 
 
@@ -61,7 +60,7 @@ def _lengths(folder: Path, manifest: Manifest, step: Callable[[str], None]) -> t
 def _keep_times(folder: Path) -> None:
     # Without them all contents are compared.
     with contextlib.suppress(OSError, ValueError):
-        times = read_json(folder / _EARLIER_TIMES, _LARGEST_TIMES)
+        times = read_json(folder / EARLIER_TIMES_NAME, _LARGEST_TIMES)
         if isinstance(times, dict):
             with source_times(folder) as known:
                 known.put({name: time for name, time in times.items() if type(time) is int})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wan_data.index.manifest import MANIFEST_NAME, caption_digest, read_manifest
 from wan_data.index.records import ACCEPTED, SourceCounts, SourceRecord
-from wan_data.index.sources import SourceIndex, batched
+from wan_data.index.sources import SourceIndex, batched, not_among
 from wan_data.sources.captions import CaptionFinder
 from wan_data.sources.listing import files_of_listing
 from wan_data.sources.modification_times import SourceTimes
@@ -117,12 +117,7 @@ def find_changes(
 def _missing(sources: Iterable[SourceFile], index: SourceIndex) -> Iterator[str]:
     """The accepted sources of a dataset that are not among these, both by name."""
     here = (source.name for source in sources if source.path is not None)
-    name = next(here, None)
-    for record in index.accepted():
-        while name is not None and name < record.path:
-            name = next(here, None)
-        if name != record.path:
-            yield record.path
+    return (record.path for record in not_among(index.accepted(), here))
 
 
 def _changed_caption(source: SourceFile, record: SourceRecord, captions: CaptionFinder) -> Iterator[str]:

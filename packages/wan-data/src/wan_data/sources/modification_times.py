@@ -12,6 +12,7 @@ from pathlib import Path
 from wan_data.shards.database import ValueFile
 
 TIMES_NAME = "source-times.sqlite"
+EARLIER_TIMES_NAME = "source-times.json"  # of datasets of format 1
 
 
 class SourceTimes:
