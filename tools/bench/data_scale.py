@@ -26,8 +26,8 @@ from wan_data.index.lengths import LengthCounts, SplitLengths
 from wan_data.index.manifest import Manifest, ShapeCount, open_sources, read_manifest
 from wan_data.index.records import ACCEPTED, SourceRecord
 from wan_data.index.sources import IndexState, added
-from wan_data.prepare.probe import PlannedSource
-from wan_data.prepare.probe_results import ProbeResults, write_results
+from wan_data.prepare.planned_source import PlannedSource
+from wan_data.prepare.probing.results import ProbeResults, write_results
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import plan_shard_batch
 from wan_data.shards.energon_index import INDEX_NAME, OFFSETS_SUFFIX, TABLES

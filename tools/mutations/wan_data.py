@@ -117,8 +117,8 @@ MUTATIONS = (
         "test_cli.py::test_dropped_windows_of_an_accepted_clip_decide_the_exit_code",
     ),
     _of(
-        "replaced-clip-of-equal-size", "prepare/probe.py",
-        '[value.get("bytes"), value.get("mtime_ns")] != [size, mtime_ns]', 'value.get("bytes") != size',
+        "replaced-clip-of-equal-size", "prepare/probing/source_probe.py",
+        '[known.bytes, known.mtime_ns] != [size, status.st_mtime_ns]', 'known.bytes != size',
         "a clip that was replaced by one of equal size keeps the old digest and frame count",
         "prepare/test_run_again.py::test_cached_probe_results_are_used_again",
     ),

@@ -124,11 +124,11 @@ def tiny_model(once: Once) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def reused_decoders() -> Iterator[None]:
     """Preparations in this process share decoder processes; processes that they start have their own."""
-    from wan_data.prepare import probe
     from wan_data.prepare.encoding import encoder_pool
+    from wan_data.prepare.probing import pool
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "Decoder", ReusedDecoder)
+        patch.setattr(pool, "Decoder", ReusedDecoder)
         patch.setattr(encoder_pool, "Decoder", ReusedDecoder)
         yield
     end_idle_decoders()

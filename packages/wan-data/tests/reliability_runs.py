@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from folder_digests import without_index
 
-from wan_data.prepare import probe as probing
 from wan_data.prepare import run as running
 from wan_data.prepare.encoding import encoder_pool
+from wan_data.prepare.probing import pool
 from wan_data.prepare.run import prepare
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.shards.lock import writer_lock
@@ -176,7 +176,7 @@ def main() -> None:
     torch.set_num_threads(1)
     codec = LatentCodec.from_pretrained(model)
     LatentCodec.from_pretrained = classmethod(lambda cls, *_, **__: codec)  # type: ignore[method-assign]
-    probing.Decoder = encoder_pool.Decoder = HereDecoder  # type: ignore[assignment,misc]
+    pool.Decoder = encoder_pool.Decoder = HereDecoder  # type: ignore[assignment,misc]
     start = time.monotonic()
     assert wait(fork(clips, work / "reference", model)) == 0
     seconds, wanted = time.monotonic() - start, without_index(work / "reference")

@@ -141,7 +141,7 @@ def plan(
     as_json = values.pop("json")
     with errors_as_messages(output_folder or Path()):
         from wan_data.prepare.plan import make_plan, measured_rate, print_plan
-        from wan_data.prepare.probe_stage import probe_only
+        from wan_data.prepare.probing.stage import probe_only
         from wan_data.progress import make_report
 
         settings = settings_of(values)

@@ -17,9 +17,10 @@ from wan_data.index.manifest import Manifest
 from wan_data.prepare import run as preparation
 from wan_data.prepare import shard_encoding
 from wan_data.prepare.output_folder import output_folder
-from wan_data.prepare.probe import PlannedSource, ProbeCache, RejectedSource
-from wan_data.prepare.probe_results import ProbeResults, write_results
-from wan_data.prepare.probe_stage import gathered, probe_only
+from wan_data.prepare.planned_source import PlannedSource, RejectedSource
+from wan_data.prepare.probing.cache import Found, ProbeCache
+from wan_data.prepare.probing.results import ProbeResults, write_results
+from wan_data.prepare.probing.stage import gathered, probe_only
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.removal import RewrittenShard, delete_superseded, note_superseded
 from wan_data.prepare.results import FinishedShard
@@ -214,17 +215,18 @@ def test_good_files_are_read_as_they_were_written(work):
 
 
 def test_a_damaged_probe_cache_is_of_no_matter(work):
-    path, settings, info = work / "00000-examined.sqlite", PrepareSettings(), ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)
+    path, settings = work / "00000-examined.sqlite", PrepareSettings()
+    one = Found(1, 2, "0" * 64, ClipInfo(5, 5, 16.0, 32.0, 48.0, 1))
 
     def found(name="a.mp4", of=settings):
         with contextlib.closing(ProbeCache(path, of)) as cache:
-            return cache.find(name, 1, 2)
+            return cache.find([name]).get(name)
 
     def filled():
         with contextlib.closing(ProbeCache(path, settings)) as cache:
             for name in ("a.mp4", "b.mp4"):
-                cache.add(name, 1, 2, "0" * 64, info)
-        assert found() == found("b.mp4") == ("0" * 64, info)
+                cache.add(name, one)
+        assert found() == found("b.mp4") == one
 
     filled()
     content = path.read_bytes()
@@ -243,7 +245,7 @@ def test_a_damaged_probe_cache_is_of_no_matter(work):
             database.execute(statement)
             database.commit()
         assert found() is None
-        assert found("b.mp4") == ("0" * 64, info), statement
+        assert found("b.mp4") == one, statement
         filled()
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("DROP TABLE remembered")

@@ -10,7 +10,7 @@ import pytest
 from disk_writes import load_events
 
 from wan_data.index.records import PART_GLOB
-from wan_data.prepare.probe import ProbeCache
+from wan_data.prepare.probing.cache import Found, ProbeCache
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.sources.modification_times import TIMES_NAME
 from wan_data.video.decode import ClipInfo
@@ -87,12 +87,12 @@ def test_what_a_resumed_run_needs_is_flushed_too(events, renames):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from wan_data.prepare.probe import ProbeCache
+from wan_data.prepare.probing.cache import Found, ProbeCache
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.video.decode import ClipInfo
 cache = ProbeCache(Path(sys.argv[1]), PrepareSettings())
 for number in range(50):
-    cache.add(f"{number}.mp4", 1, 2, "0" * 64, ClipInfo(5, 5, 16.0, 32.0, 48.0, 1))
+    cache.add(f"{number}.mp4", Found(1, 2, "0" * 64, ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -100,7 +100,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_killed_process_leaves_all_that_it_has_probed(tmp_path):
     path = tmp_path / "examined.sqlite"
     assert subprocess.run([sys.executable, "-c", KILLED, path], check=False).returncode == -signal.SIGKILL
-    info = ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)
+    found, names = Found(1, 2, "0" * 64, ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)), [f"{number}.mp4" for number in range(50)]
     with contextlib.closing(ProbeCache(path, PrepareSettings())) as cache:
-        assert all(cache.find(f"{number}.mp4", 1, 2) == ("0" * 64, info) for number in range(50))
+        assert cache.find(names) == dict.fromkeys(names, found)
     assert [one.name for one in tmp_path.iterdir()] == [path.name]

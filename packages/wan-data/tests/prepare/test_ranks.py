@@ -24,25 +24,25 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from wan_data import cli
-from wan_data.prepare import probe
+from wan_data.prepare.probing.source_probe import SourceProbe
 from wan_data.prepare.shard_encoding import ShardEncoder
 
 log = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.jsonl"
-probe_source, finish = probe._probe_source, ShardEncoder._write_shard
+probe, finish = SourceProbe.probe, ShardEncoder._write_shard
 
 def note(**what):
     with log.open("a") as file:
         file.write(json.dumps(what) + "\\n")
 
-def logged_probe(source, *more):
+def logged_probe(self, source, *more):
     note(probed=source.name)
-    return probe_source(source, *more)
+    return probe(self, source, *more)
 
 def logged_finish(self, plan, *more):
     note(wrote=plan.number)
     return finish(self, plan, *more)
 
-probe._probe_source, ShardEncoder._write_shard = logged_probe, logged_finish
+SourceProbe.probe, ShardEncoder._write_shard = logged_probe, logged_finish
 cli.main(sys.argv[2:])
 """
 

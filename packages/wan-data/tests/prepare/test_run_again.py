@@ -95,7 +95,8 @@ def test_cached_probe_results_are_used_again(prepared, clips, tiny_model, small,
             prepared(clips, out, tiny_model, settings)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "wan_data.prepare.probe._decode_completely", lambda path, *_: pytest.fail(f"{path} is decoded again")
+            "wan_data.prepare.probing.source_probe.SourceProbe._decode_completely",
+            lambda self, path, *_: pytest.fail(f"{path} is decoded again"),
         )
         touched, copy = shutil.copytree(clips, tmp_path / "touched"), shutil.copytree(out, tmp_path / "copy")
         (touched / "wide.mkv").touch()

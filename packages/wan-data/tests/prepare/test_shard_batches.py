@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from wan_data.prepare.probe import PlannedSource, RejectedSource
-from wan_data.prepare.probe_results import ProbeResults, write_results
+from wan_data.prepare.planned_source import PlannedSource, RejectedSource
+from wan_data.prepare.probing.results import ProbeResults, write_results
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import ShardBatch, encode_tasks, plan_shard_batch, with_splits
 from wan_data.video.buckets import Size

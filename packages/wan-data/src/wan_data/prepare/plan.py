@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wan_data.prepare.probe import RejectedSource
-from wan_data.prepare.probe_results import Again, ProbeResults
+from wan_data.prepare.planned_source import RejectedSource
+from wan_data.prepare.probing.results import Again, ProbeResults
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import with_splits
 from wan_data.reading.packing import latent_tokens

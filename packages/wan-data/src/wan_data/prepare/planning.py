@@ -10,8 +10,8 @@ from wan_data.index.sources import SourceIndex, added, batched
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.prepare.output_folder import clear
 from wan_data.prepare.preparation import Preparation
-from wan_data.prepare.probe_results import ProbeResults
-from wan_data.prepare.probe_stage import cache_path, delete_results, gathered, probe, results_path
+from wan_data.prepare.probing.results import ProbeResults
+from wan_data.prepare.probing.stage import cache_path, delete_results, gathered, probe, results_path
 from wan_data.prepare.removal import check_shard, shards_of
 from wan_data.prepare.results import known_splits, rejected_record
 from wan_data.prepare.shard_batches import ShardBatch, plan_shard_batch

@@ -4,7 +4,7 @@ import collections
 from collections.abc import Sequence
 from typing import Protocol
 
-from wan_data.prepare.probe import ProbeResult, RejectedSource
+from wan_data.prepare.planned_source import ProbeResult, RejectedSource
 from wan_data.video.windows import Window
 
 

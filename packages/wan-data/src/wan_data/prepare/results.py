@@ -11,8 +11,8 @@ from wan_data.index.lengths import LengthCounts, with_lengths
 from wan_data.index.manifest import Manifest, ShapeCount, caption_digest, open_sources
 from wan_data.index.records import ACCEPTED, REJECTED, REMOVED, SourceRecord
 from wan_data.index.sources import SourceIndex, not_among
-from wan_data.prepare.probe import PlannedSource, RejectedSource
-from wan_data.prepare.probe_results import ProbeResults
+from wan_data.prepare.planned_source import PlannedSource, RejectedSource
+from wan_data.prepare.probing.results import ProbeResults
 from wan_data.prepare.shard_batches import SPLITS, KnownSplits, ShardBatch
 from wan_data.prepare.work_files import WorkRecord
 from wan_data.reading.packing import latent_tokens

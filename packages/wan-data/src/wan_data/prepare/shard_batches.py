@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from wan_data.index.sources import batched
-from wan_data.prepare.probe import PlannedSource, RejectedSource
-from wan_data.prepare.probe_results import Again, ProbeResults, planned_of_json, rejected_of_json
+from wan_data.prepare.planned_source import PlannedSource, RejectedSource
+from wan_data.prepare.probing.results import Again, ProbeResults, planned_of_json, rejected_of_json
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.work_files import remedy_named
 from wan_data.shards.database import damage_named, new_database, open_database

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from wan_data.prepare.probe import PlannedSource
+from wan_data.prepare.planned_source import PlannedSource
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask, SourceWindows
 from wan_data.shards.serialization import LARGEST_LATENT

@@ -6,8 +6,10 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 from wan_data.prepare.output_folder import WORK_FOLDER, output_folder
-from wan_data.prepare.probe import ProbeCache, ProbeResult, probe_sources
-from wan_data.prepare.probe_results import ProbeResults, write_results
+from wan_data.prepare.planned_source import ProbeResult
+from wan_data.prepare.probing.cache import ProbeCache
+from wan_data.prepare.probing.pool import probe_sources
+from wan_data.prepare.probing.results import ProbeResults, write_results
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report, describe
 from wan_data.prepare.settings import PrepareSettings
@@ -77,7 +79,7 @@ def probe(
     cache: Path | None,
     results: Path,
 ) -> ProbeResults:
-    """Probe sources and report each result; see ``wan_data.prepare.probe.probe_sources``.
+    """Probe sources and report each result; see ``wan_data.prepare.probing.pool.probe_sources``.
 
     Args:
         sources, settings: as there.

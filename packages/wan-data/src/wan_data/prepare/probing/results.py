@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from wan_data.prepare.probe import PlannedSource, ProbeResult, RejectedSource
+from wan_data.prepare.planned_source import PlannedSource, ProbeResult, RejectedSource
 from wan_data.prepare.work_files import remedy_named
 from wan_data.shards.database import damage_named, new_database, open_database
 from wan_data.shards.json_records import from_json

@@ -1,0 +1,1 @@
+"""Probing sources before anything is encoded: every one is decoded to its end."""

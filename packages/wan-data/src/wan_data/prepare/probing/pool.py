@@ -1,0 +1,83 @@
+"""Probing many sources in decoder processes of this machine, with results in the order of the sources."""
+
+import collections
+import concurrent.futures
+import queue
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from wan_data.index.sources import batched
+from wan_data.prepare.planned_source import ProbeResult
+from wan_data.prepare.probing.cache import Found, ProbeCache
+from wan_data.prepare.probing.source_probe import Probed, SourceProbe
+from wan_data.prepare.settings import PrepareSettings
+from wan_data.sources.source import SourceFile
+from wan_data.video.decoder_process import Decoder
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+def probe_sources(
+    sources: Iterable[SourceFile],
+    settings: PrepareSettings,
+    *,
+    decoders: int,
+    cache: ProbeCache,
+) -> Iterator[ProbeResult]:
+    """Decode every source to its end in decoder processes, and plan its windows.
+
+    Args:
+        sources: the files to probe.
+        settings: of the preparation.
+        decoders: number of decoder processes.
+        cache: results of earlier runs; new results are added to it.
+
+    Yields:
+        One result per source, in order.
+    """
+    one, idle = SourceProbe(settings), queue.SimpleQueue[Decoder]()
+
+    def probe(item: tuple[SourceFile, Found | None]) -> Probed:
+        decoder = idle.get()
+        try:
+            return one.probe(*item, decoder)
+        finally:
+            idle.put(decoder)
+
+    def close_decoders() -> None:
+        while not idle.empty():
+            idle.get().__exit__()
+
+    for _ in range(decoders):
+        idle.put(Decoder())
+    with concurrent.futures.ThreadPoolExecutor(decoders) as pool:
+        try:
+            for (source, _), probed in map_in_order(pool, probe, with_known(sources, cache), 4 * decoders):
+                if probed.found is not None:
+                    cache.add(source.name, probed.found)
+                yield probed.result
+        finally:
+            pool.shutdown(cancel_futures=True)
+            close_decoders()
+
+
+def with_known(sources: Iterable[SourceFile], cache: ProbeCache) -> Iterator[tuple[SourceFile, Found | None]]:
+    """Each source with what earlier runs have found of it."""
+    for some in batched(sources):
+        known = cache.find([source.name for source in some])
+        yield from ((source, known.get(source.name)) for source in some)
+
+
+def map_in_order(
+    pool: concurrent.futures.Executor, function: Callable[[Item], Value], items: Iterable[Item], in_flight: int
+) -> Iterator[tuple[Item, Value]]:
+    """Yield each item with the function's result, in the order of the items; at most ``in_flight`` are submitted."""
+    submitted: collections.deque[tuple[Item, concurrent.futures.Future[Value]]] = collections.deque()
+    for item in items:
+        submitted.append((item, pool.submit(function, item)))
+        if len(submitted) >= in_flight:
+            first, future = submitted.popleft()
+            yield first, future.result()
+    for item, future in submitted:
+        yield item, future.result()
