@@ -14,6 +14,7 @@ from wan_data.index.sources import SourceIndex, added, batched, delete_unlisted
 from wan_data.prepare.output_folder import output_folder
 from wan_data.prepare.planning import plan_new_batch
 from wan_data.prepare.preparation import Preparation
+from wan_data.prepare.probing.stage import check_measuring
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.removal import (
     RewrittenShard,
@@ -94,6 +95,7 @@ def prepare(
             cannot be loaded, a version of Energon that wan-data does not work with, or no sample for training would
             be left.
     """
+    check_measuring(settings)
     energon_version()  # an Energon that cannot read the dataset is refused before anything is encoded
     if processes < 1:
         raise ValueError(f"{processes} processes cannot encode; it must be at least 1")

@@ -50,7 +50,7 @@ def probe_sources(
             idle.get().__exit__()
 
     for _ in range(decoders):
-        idle.put(Decoder())
+        idle.put(Decoder(program=one.program))
     with concurrent.futures.ThreadPoolExecutor(decoders) as pool:
         try:
             for (source, _), probed in map_in_order(pool, probe, with_known(sources, cache), 4 * decoders):
