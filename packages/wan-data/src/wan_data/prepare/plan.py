@@ -4,15 +4,18 @@ import collections
 import functools
 import math
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from wan_data.index.records import DUPLICATE, LEFT_OUT, UNSELECTED
+from wan_data.prepare.near_duplicates import without_duplicates
 from wan_data.prepare.planned_source import RejectedSource
-from wan_data.prepare.probing.results import Again, ProbeResults
+from wan_data.prepare.probing.results import Again, ProbeResults, planned_of_json
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import with_splits
 from wan_data.reading.packing import latent_tokens
@@ -38,10 +41,19 @@ def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float |
         ``unselected`` and ``duplicates`` (what ``--where`` and ``--duplicates drop`` leave out), ``named_duplicates``,
         totals, bytes and, given a rate, seconds.
     """
+    with (
+        tempfile.TemporaryDirectory(prefix="wan-data-") as folder,
+        without_duplicates(results, settings, Path(folder)) as decided,
+    ):
+        return _plan_of(decided, settings, rate)
+
+
+def _plan_of(results: ProbeResults, settings: PrepareSettings, rate: float | None) -> dict[str, Any]:
     buckets: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
     text_bytes = unused = pixels = accepted = frames_of_all = 0
     named: list[str] = []
-    for source, split in with_splits(Again(results.accepted), settings, None):
+    for entry, split in with_splits(Again(lambda: results.entries(accepted=True)), settings, None):
+        source = planned_of_json(entry.value, entry.file)
         accepted += 1
         if source.duplicate_of is not None:
             named.append(f"{source.name}: of {source.duplicate_of}")
