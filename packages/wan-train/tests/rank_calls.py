@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.machinery
 import json
 import os
 import sys
@@ -139,6 +140,7 @@ def note_wandb(path: str) -> None:
             file.write(json.dumps(entry) + "\n")
 
     wandb = mock.MagicMock()
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)  # Bridge 0.6 looks for it
     wandb.init.side_effect = lambda **given: note(begun={key: given[key] for key in ("project", "name", "dir")})
     wandb.log.side_effect = lambda values, step: note(step=step, curves=sorted(values))
     sys.modules["wandb"] = wandb

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from wan_data.index.manifest import Manifest, open_sources, read_manifest
 from wan_data.index.records import ACCEPTED, LEFT_OUT
 from wan_data.index.sources import SourceIndex, added, batched
-from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.prepare.near_duplicates import without_duplicates
 from wan_data.prepare.output_folder import clear
 from wan_data.prepare.preparation import Preparation
@@ -47,15 +46,14 @@ def plan_new_batch(
     if of.ranks.rank == 0:
         delete_results(of.work)
     of.ranks.barrier("probing")
-    if of.processes > 1:
-        preload_encoders()  # while the sources are probed
+    of.workers.warm_up()
     with open_sources(of.output, manifest) as index, known_indices(of.work, of.settings, index) as indices:
         probe(
             of.ranks.partition(_new_sources(sources, index, changed)),
             len(range(of.ranks.rank, total, of.ranks.world_size)),
             of.settings,
             of.report,
-            of.decoders,
+            of.workers.probe,
             cache_path(of.work, of.ranks),
             results_path(of.work, of.ranks),
             indices,

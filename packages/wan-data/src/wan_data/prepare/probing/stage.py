@@ -1,8 +1,9 @@
 """Probing as the first stage of ``wan-data prepare``, and all of ``wan-data plan``: with progress and a cache."""
 
 import contextlib
+import functools
 import tempfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from wan_data.curation.libraries import check_libraries
@@ -13,8 +14,9 @@ from wan_data.prepare.output_folder import CACHE_GLOB, WORK_FOLDER, output_folde
 from wan_data.prepare.planned_source import ProbeResult
 from wan_data.prepare.probing.cache import ProbeCache
 from wan_data.prepare.probing.known_index import KnownSources, holds
-from wan_data.prepare.probing.pool import probe_sources
+from wan_data.prepare.probing.pool import KnownSource, probe_sources, with_known
 from wan_data.prepare.probing.results import ProbeResults, write_results
+from wan_data.prepare.probing.source_probe import Probed
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report, describe
 from wan_data.prepare.settings import PrepareSettings
@@ -57,7 +59,8 @@ def probe_only(
             cache = cache_path(output / WORK_FOLDER, ranks)
             indices += stack.enter_context(_known_indices(output, settings))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-data-")))
-        yield probe(sources, len(sources), settings, report, decoders, cache, results_path(folder, ranks), indices)
+        run = functools.partial(probe_sources, settings=settings, decoders=decoders or processors())
+        yield probe(sources, len(sources), settings, report, run, cache, results_path(folder, ranks), indices)
 
 
 @contextlib.contextmanager
@@ -117,18 +120,19 @@ def probe(
     total: int,
     settings: PrepareSettings,
     report: Report,
-    decoders: int | None,
+    run: Callable[[Iterable[KnownSource]], Generator[tuple[SourceFile, Probed], None, None]],
     cache: Path | None,
     results: Path,
     indices: Sequence[SourceIndex] = (),
 ) -> ProbeResults:
-    """Probe sources and report each result; see ``wan_data.prepare.probing.pool.probe_sources``.
+    """Probe sources, report each result, and remember it.
 
     Args:
-        sources, settings: as there.
+        sources: the files to probe.
         total: number of the sources.
+        settings: of the preparation.
         report: receives the progress.
-        decoders: number of decoder processes; one per core if None.
+        run: probes, as ``wan_data.prepare.probing.pool.probe_sources`` does.
         cache: file of what earlier runs have found; None if there is none.
         results: file to write.
         indices: that know sources too; see ``KnownSources``.
@@ -137,9 +141,14 @@ def probe(
         report.stage("probing", total)
 
     def reported(known: ProbeCache) -> Generator[ProbeResult, None, None]:
-        for result in probe_sources(sources, settings, decoders=decoders or processors(), cache=known) if total else ():
-            report.step(describe(result))
-            yield result
+        if not total:
+            return
+        with contextlib.closing(run(with_known(sources, known))) as probing:
+            for source, probed in probing:
+                if probed.found is not None:
+                    known.add(source.name, probed.found)
+                report.step(describe(probed.result))
+                yield probed.result
 
     with (
         contextlib.closing(KnownSources(cache, settings, indices)) as known,

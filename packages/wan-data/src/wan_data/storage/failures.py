@@ -1,0 +1,143 @@
+"""What a failed request to a store means: the object is missing or denied, the request is wrong, or it may pass.
+
+Messages are made here and repeat nothing of the answer but its number and its code: requests hold credentials.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from wan_data.storage.location import StorePath
+
+PATIENCE_VARIABLE = "WAN_DATA_STORE_PATIENCE"
+_DEFAULT_PATIENCE = 120.0
+# Requests that may succeed later, beside those that the server failed at (5xx).
+_PASSING = {408, 409, 425, 429}
+_NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "TokenRetrievalError",
+    "UnauthorizedSSOTokenError",
+    "SSOTokenLoadError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+    "RefreshError",
+}
+
+
+class StoreUnavailableError(OSError):
+    """A store fails, or answers no request, and went on doing so; this is the store's state and not the object's."""
+
+
+class ChangedObjectError(OSError):
+    """An object was replaced while it was read."""
+
+
+class UnusableStoreError(ValueError):
+    """No request can be made: a package or a profile is missing. The message is a sentence for users."""
+
+
+# Of this machine, where the copy is written.
+_LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE}
+
+
+def patience() -> float:
+    """Seconds for which a failing store is asked again.
+
+    Raises:
+        ValueError: the variable is no number of seconds.
+    """
+    text = os.environ.get(PATIENCE_VARIABLE, "")
+    try:
+        seconds = float(text) if text else _DEFAULT_PATIENCE
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise ValueError(f"{PATIENCE_VARIABLE} is {text!r}; expected a number of seconds")
+    return seconds
+
+
+def final_error(error: BaseException, path: StorePath, doing: str) -> Exception | None:
+    """The error of a request that will not succeed later; None if it may.
+
+    Args:
+        error: of multi-storage-client.
+        path: the object, or the folder.
+        doing: what was tried, such as ``reading``.
+    """
+    if isinstance(error, ChangedObjectError | UnusableStoreError):
+        return error
+    for one in _chain(error):
+        if isinstance(one, OSError) and one.errno in _LOCAL:
+            return OSError(one.errno, os.strerror(one.errno), one.filename)
+    status, code = _answer(error)
+    names = {type(one).__name__ for one in _chain(error)}
+    if names & _NO_CREDENTIALS:
+        return PermissionError(
+            errno.EACCES,
+            f"no credentials for {path.root} were found ({', '.join(sorted(names & _NO_CREDENTIALS))}); set those of "
+            "the store in the environment, in its configuration file or in the profile",
+            str(path),
+        )
+    if isinstance(error, FileNotFoundError) or status == 404:
+        what = "there is no such bucket" if code == "NoSuchBucket" else "it does not exist"
+        return FileNotFoundError(errno.ENOENT, what, str(path))
+    if isinstance(error, PermissionError) or status in (401, 403):
+        why = f" ({code})" if code else ""
+        return PermissionError(
+            errno.EACCES, f"{doing} was denied{why}; check the credentials and what they allow", str(path)
+        )
+    if status is not None and 400 <= status < 500 and status not in _PASSING:
+        return OSError(
+            errno.EIO, f"{doing} failed: the store answered {status}{f' ({code})' if code else ''}", str(path)
+        )
+    return None
+
+
+def unavailable(error: BaseException, path: StorePath, doing: str, seconds: float, attempts: int) -> OSError:
+    """The error of a store that has failed for too long."""
+    status, code = _answer(error)
+    answer = (
+        f"it answered {status}{f' ({code})' if code else ''}" if status else f"no whole answer came ({_cause(error)})"
+    )
+    return StoreUnavailableError(
+        errno.EIO,
+        f"{doing} failed {attempts} times in {seconds:.0f} s: {answer}; run the same command again when the store "
+        f"answers ({PATIENCE_VARIABLE} is the number of seconds that are waited for it)",
+        str(path),
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    for _ in range(10):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _cause(error: BaseException) -> str:
+    """The first error of a chain, by the name of its type: it says most."""
+    return type([*_chain(error)][-1]).__name__
+
+
+def _said(status: int, code: str | None) -> str:
+    return f"{status} ({code})" if code else f"{status}"
+
+
+def _answer(error: BaseException) -> tuple[int | None, str | None]:
+    """The number and the code of the answer that an error is of."""
+    for one in _chain(error):
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):  # of botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            code = response.get("Error", {}).get("Code")
+            if isinstance(status, int):
+                return status, code if isinstance(code, str) and re.fullmatch(r"[A-Za-z.]{1,60}", code) else None
+        if isinstance(code := getattr(one, "code", None), int) and not isinstance(code, bool):  # of google.api_core
+            return int(code), None
+    # multi-storage-client leaves the answer of a missing object out of the chain.
+    found = re.search(r"status_code: (\d{3})\b", str(error))
+    return (int(found[1]) if found else None), None

@@ -1,0 +1,217 @@
+"""Objects of a store: listing, looking, reading, downloading, uploading and deleting, with retries.
+
+All functions raise ``FileNotFoundError``, ``PermissionError`` or another ``OSError`` whose ``strerror`` is a sentence
+for users and whose ``filename`` is the URL; a store that fails for longer than ``wan_data.storage.failures.patience``
+raises ``StoreUnavailableError``.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import random
+import secrets
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wan_data.storage.failures import ChangedObjectError, UnusableStoreError, final_error, patience, unavailable
+from wan_data.storage.location import StorePath
+
+T = TypeVar("T")
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 15.0
+_EXTRAS = {"s3": "s3", "gs": "gs", "msc": "s3"}
+_DELETED_TOGETHER = 1_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object of a store.
+
+    Attributes:
+        path: its name.
+        bytes: its size.
+        mtime_ns: time of its last change; below the second a checksum of its entity tag, so that an object of the
+            same size that replaces it within the second has another value.
+    """
+
+    path: StorePath
+    bytes: int
+    mtime_ns: int
+
+
+def list_objects(folder: StorePath) -> Iterator[StoredObject]:
+    """All objects below a folder, by ascending keys (in the order of their UTF-8 bytes).
+
+    Markers of folders, and objects with a part that is empty, ``.`` or ``..``, are left out.
+    """
+    last = None
+    while True:
+        try:
+            # After a failure the list goes on after the last object that came.
+            for found in _attempt(folder, "listing", _listing, folder, last):
+                last = found.key
+                with contextlib.suppress(ValueError):
+                    yield _object(folder, found)
+            return
+        except _InterruptedListing:
+            continue
+
+
+class _InterruptedListing(Exception):
+    """A list broke off after its first objects."""
+
+
+def _listing(folder: StorePath, after: str | None) -> Iterator[Any]:
+    """A list whose first object has come."""
+    objects = iter(_client(folder).list(path=folder.prefix, start_after=after))
+    first = next(objects, None)
+    return _rest(first, objects) if first is not None else iter(())
+
+
+def _rest(first: Any, objects: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    while True:
+        try:
+            found = next(objects)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _InterruptedListing from error
+        yield found
+
+
+def look(path: StorePath) -> StoredObject:
+    """Size and time of an object."""
+    found = _attempt(path, "looking", lambda: _client(path).info(path.key, strict=False))
+    if found.type != "file":
+        raise final_error(FileNotFoundError(), path, "looking") or AssertionError
+    return _object(path.parent, found, path)
+
+
+def exists(path: StorePath) -> bool:
+    """Whether there is such an object."""
+    try:
+        look(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read(path: StorePath, start: int = 0, length: int | None = None) -> bytes:
+    """Bytes of an object, all or from ``start`` on as many as it has of ``length``."""
+
+    def get() -> bytes:
+        from multistorageclient.types import Range
+
+        data = _client(path).read(path.key, None if length is None and not start else Range(start, length or 1 << 62))
+        return bytes(data)
+
+    if length == 0:
+        return b""
+    return _attempt(path, "reading", get)
+
+
+def download(found: StoredObject, target: Path) -> None:
+    """Copy an object into a file, which appears whole or not at all.
+
+    Raises:
+        OSError: also if the object has another size by now.
+    """
+    partial = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+
+    def get() -> None:
+        _client(found.path).download_file(found.path.key, str(partial))
+        if partial.stat().st_size != found.bytes:
+            _check_size(found.path, found.bytes)
+            raise _CutTransferError
+
+    try:
+        _attempt(found.path, "downloading", get)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _CutTransferError(Exception):
+    """Fewer bytes have come than the object has."""
+
+
+def _check_size(path: StorePath, size: int) -> None:
+    now = int(_client(path).info(path.key, strict=False).content_length)
+    if now != size:
+        raise ChangedObjectError(errno.EIO, f"it had {size} bytes and has {now}: it was replaced meanwhile", str(path))
+
+
+def upload(source: Path, path: StorePath) -> None:
+    """Copy a file into an object, which appears whole or not at all; an object of this name is replaced."""
+
+    def put() -> None:
+        _client(path).upload_file(path.key, str(source))
+        _check_size(path, source.stat().st_size)
+
+    _attempt(path, "uploading", put)
+
+
+def write(path: StorePath, content: bytes) -> None:
+    """Write an object, which appears whole or not at all; an object of this name is replaced."""
+    _attempt(path, "writing", lambda: _client(path).write(path.key, content))
+
+
+def delete(paths: Iterable[StorePath]) -> None:
+    """Delete objects of one bucket; those that are not there are of no matter."""
+    left = list(paths)
+    while left:
+        some, left = left[:_DELETED_TOGETHER], left[_DELETED_TOGETHER:]
+        keys = [one.key for one in some]
+        with contextlib.suppress(FileNotFoundError):
+            _attempt(some[0], "deleting", lambda keys=keys, one=some[0]: _client(one).delete_many(keys))
+
+
+def _object(folder: StorePath, found: Any, path: StorePath | None = None) -> StoredObject:
+    key = str(found.key)
+    path = path or folder / key.removeprefix(folder.prefix)
+    seconds = int(found.last_modified.timestamp())
+    tag = zlib.crc32(str(found.etag).encode()) % 10**9 if found.etag else 0
+    return StoredObject(path, int(found.content_length), max(seconds, 0) * 10**9 + tag)
+
+
+def _client(path: StorePath) -> Any:
+    """The client of a bucket or profile, which multi-storage-client keeps."""
+    try:
+        import multistorageclient
+
+        logger = logging.getLogger("multistorageclient")
+        if logger.level == logging.NOTSET:  # it logs with a traceback what is raised here in a sentence
+            logger.setLevel(logging.CRITICAL)
+        return multistorageclient.resolve_storage_client(path.root)[0]
+    except ImportError as error:
+        raise UnusableStoreError(
+            f"{path.root} needs {error.name or 'a package'}, which is not installed: pip install "
+            f"'wan-data[{_EXTRAS[path.scheme]}]'"
+        ) from None
+    except Exception as error:
+        # What it says may repeat the configuration, which has credentials.
+        raise UnusableStoreError(
+            f"{path.root} cannot be opened: multi-storage-client has no such profile, or its configuration "
+            f"(MSC_CONFIG) is damaged ({type(error).__name__})"
+        ) from None
+
+
+def _attempt(path: StorePath, doing: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function, again while it fails for a reason that may pass."""
+    limit, jitter = patience(), random.SystemRandom()
+    begin, delay, attempts = time.monotonic(), _FIRST_DELAY, 0
+    while True:
+        attempts += 1
+        try:
+            return function(*arguments)
+        except Exception as error:
+            if (final := final_error(error, path, doing)) is not None:
+                raise final from None
+            if (spent := time.monotonic() - begin) + delay > limit:
+                raise unavailable(error, path, doing, spent, attempts) from error
+        time.sleep(delay * jitter.uniform(0.5, 1.0))
+        delay = min(2 * delay, _LONGEST_DELAY)
