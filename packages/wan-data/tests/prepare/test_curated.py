@@ -248,3 +248,19 @@ def test_a_plan_says_what_would_be_left_out(copied_clips, tmp_path):
     assert "3 left out by --duplicates drop:\n  a mirrored.mkv: it is a near-duplicate" in done.stdout
     found = json.loads(run(*arguments, "--json").stdout)
     assert [found["accepted"], len(found["duplicates"]), len(found["unselected"])] == [2, 3, 1]
+
+
+# -- looking at what was measured --------------------------------------------------------------------------------------
+
+
+def test_a_plan_shows_the_measures_from_which_thresholds_are_chosen(prepare, chosen_clips, tmp_path, no_decoding):
+    arguments = ("plan", "--video-folder", chosen_clips, "--area", 1536, "--frames", 9, "--measures")
+    arguments += ("--output-folder", tmp_path / "out", "--json")
+    found = json.loads(run(*arguments, "--num-decoders", 1).stdout)["measures"]
+    motions = sorted([*found["motion"]["lowest"]])
+    assert [name for _, name in motions] == ["still.mkv", "slow.mkv", *(name for _, name in motions[2:])]
+    assert found["motion"]["clips"] == 4
+    no_decoding()
+    between = (motions[0][0] + motions[1][0]) / 2
+    assert prepare("--where", f"motion > {between}").exit_code == 0
+    assert [name for name, verdict in verdicts(tmp_path / "out").items() if verdict == "unselected"] == ["still.mkv"]

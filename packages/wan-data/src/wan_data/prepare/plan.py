@@ -1,20 +1,25 @@
 """``wan-data plan``: the samples, sizes and time of a preparation, before anything is encoded."""
 
 import collections
+import dataclasses
 import functools
+import itertools
 import math
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from wan_data.curation.distributions import distributions, measures_table
+from wan_data.curation.measures import MEASURE_NAMES
 from wan_data.index.records import DUPLICATE, LEFT_OUT, UNSELECTED
 from wan_data.prepare.near_duplicates import without_duplicates
-from wan_data.prepare.planned_source import RejectedSource
+from wan_data.prepare.planned_source import ProbeResult, RejectedSource
 from wan_data.prepare.probing.results import Again, ProbeResults, planned_of_json
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import with_splits
@@ -39,7 +44,7 @@ def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float |
     Returns:
         Plain values: ``buckets`` (one row per split and shape), ``rejected`` (reasons with their sources),
         ``unselected`` and ``duplicates`` (what ``--where`` and ``--duplicates drop`` leave out), ``named_duplicates``,
-        totals, bytes and, given a rate, seconds.
+        ``measures`` (their distributions), totals, bytes and, given a rate, seconds.
     """
     with (
         tempfile.TemporaryDirectory(prefix="wan-data-") as folder,
@@ -107,11 +112,23 @@ def _plan_of(results: ProbeResults, settings: PrepareSettings, rate: float | Non
         "unselected": curated[UNSELECTED],
         "duplicates": curated[DUPLICATE],
         "named_duplicates": named,
+        "measures": _measures(results) if settings.measuring else {},
         "latent_bytes": sum(row["latent_bytes"] for row in rows),
         "text_bytes_about": text_bytes,
         "pixels": pixels,
         "seconds_about": None if rate is None else pixels / rate,
     }
+
+
+def _measures(results: ProbeResults) -> dict[str, dict[str, Any]]:
+    """The distributions of the measures of all sources that could be decoded."""
+    sources: Iterator[ProbeResult] = itertools.chain(results.accepted(), results.rejected())
+    found = distributions(
+        (source.name, [getattr(source.measures, name) for name in MEASURE_NAMES])
+        for source in sources
+        if source.measures is not None
+    )
+    return {name: dataclasses.asdict(one) for name, one in found.items()}
 
 
 def _kind(reason: str) -> str:
@@ -162,6 +179,8 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         f"{plan['shards']} shards, {plan['tokens']:,} tokens, {format_bytes(plan['latent_bytes'])} of latents and "
         f"about {format_bytes(plan['text_bytes_about'])} of text embeddings"
     )
+    if plan["measures"]:
+        console.print(measures_table(plan["measures"]))
     if plan["seconds_about"] is not None:
         say(f"encoding the videos takes about {format_seconds(plan['seconds_about'])} on one such device")
     for kind in plan["rejected"]:
