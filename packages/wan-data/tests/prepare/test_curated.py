@@ -323,6 +323,21 @@ def test_if_all_is_left_out_another_expression_decodes_nothing_again(prepare, tm
     assert "4 of 4 files" in prepare("--where", "motion < 99").stdout
 
 
+def test_an_interrupted_replacement_does_not_forget_the_dataset_that_it_replaces(
+    prepare, tmp_path, monkeypatch, no_decoding
+):
+    assert prepare("--measures").exit_code == 0
+    no_decoding()
+    for place in ("wan_data.prepare.planning.probe", "wan_data.prepare.planning.plan_shard_batch"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                prepare("--where", "motion < 0.05", "--overwrite")
+    done = prepare("--where", "motion < 0.05", "--overwrite")
+    assert "from 1 of 4 files" in done.stdout, done.output
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
 def test_what_is_known_counts_only_where_the_same_was_measured(tmp_path):
     info = ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)
     measures = Measures(0.1, 0.0, 3.0, 0.0, (3,), ("",) * 8)
