@@ -95,6 +95,17 @@ class SourceIndex:
         """The records of sources without samples, rejected or left out, by path."""
         return (record for record in self.notable() if record.verdict in (REJECTED, *LEFT_OUT))
 
+    def selected(self, condition: str, parameters: Sequence[float], fps: float) -> Iterator[SourceRecord]:
+        """The records that fulfil a condition, by path; see ``Part.selected``."""
+        found = heapq.merge(
+            *(part.selected(condition, parameters, fps) for part in self._parts), key=lambda record: record.path
+        )
+        # Of a path the last one is that of the newest file, which another may hide.
+        newest = (list(records)[-1] for _, records in itertools.groupby(found, key=lambda record: record.path))
+        for chunk in batched(newest):
+            now = self.find(record.path for record in chunk)
+            yield from (record for record in chunk if now.get(record.path) == record)
+
     def accepted(self) -> Iterator[SourceRecord]:
         """The records of sources with samples, by path."""
         return (record for record in self.records() if record.verdict == ACCEPTED)
