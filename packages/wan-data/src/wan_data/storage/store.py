@@ -42,12 +42,16 @@ class StoredObject:
     mtime_ns: int
 
 
-def list_objects(folder: StorePath) -> Iterator[StoredObject]:
+def list_objects(folder: StorePath, after: str | None = None) -> Iterator[StoredObject]:
     """All objects below a folder, by ascending keys (in the order of their UTF-8 bytes).
 
     Markers of folders, and objects with a part that is empty, ``.`` or ``..``, are left out.
+
+    Args:
+        folder: of the objects.
+        after: only objects whose names below the folder are beyond this one.
     """
-    last = None
+    last = None if after is None else folder.prefix + after
     while True:
         try:
             # After a failure the list goes on after the last object that came.
