@@ -138,8 +138,11 @@ def open_for_reading(path: Location) -> BinaryIO:
 
 def sha256_of(path: Location) -> str:
     """SHA-256 of a file or an object, as hexadecimal digits."""
+    digest = hashlib.sha256()
     with open_for_reading(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while content := file.read(_CHUNK):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
