@@ -151,7 +151,7 @@ def inspect(
     manifests = {folder: read_manifest(folder) for folder in folders if is_there(folder / MANIFEST_NAME)}
     found: dict[str, Any] = {
         "path": str(path),
-        "latent_fingerprint": read_latent_spec(path).fingerprint if len(manifests) == len(folders) else None,
+        "latent_fingerprint": read_latent_spec(str(path)).fingerprint if len(manifests) == len(folders) else None,
         "rejected": sum(one.index.counts.rejected for one in manifests.values()),
         "unselected": sum(one.index.counts.unselected for one in manifests.values()),
         "duplicates": sum(one.index.counts.duplicates for one in manifests.values()),
