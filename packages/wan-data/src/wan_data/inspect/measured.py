@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -14,9 +13,10 @@ from wan_data.curation.expressions import compile_where
 from wan_data.curation.measures import MEASURE_NAMES
 from wan_data.index.manifest import Manifest, open_sources, read_manifest
 from wan_data.index.records import ACCEPTED, SourceRecord
+from wan_data.storage.location import Location
 
 
-def measured(datasets: Mapping[Path, Manifest]) -> dict[str, dict[str, Any]]:
+def measured(datasets: Mapping[Location, Manifest]) -> dict[str, dict[str, Any]]:
     """The distribution of each measure over the sources of datasets, those that were left out among them.
 
     Args:
@@ -34,12 +34,12 @@ def measured(datasets: Mapping[Path, Manifest]) -> dict[str, dict[str, Any]]:
     return {name: dataclasses.asdict(one) for name, one in found.items()}
 
 
-def _records(folder: Path, manifest: Manifest) -> Iterator[SourceRecord]:
+def _records(folder: Location, manifest: Manifest) -> Iterator[SourceRecord]:
     with open_sources(folder, manifest) as index:
         yield from index.records()
 
 
-def selected_sources(folder: Path, where: str | None, *, rejected: bool) -> Iterator[tuple[SourceRecord, float]]:
+def selected_sources(folder: Location, where: str | None, *, rejected: bool) -> Iterator[tuple[SourceRecord, float]]:
     """The sources of a dataset that fulfil an expression, by path, each with its length in seconds.
 
     Args:
