@@ -1,7 +1,9 @@
 """The actors of one stage: started, given calls, replaced when they are lost, and killed at the end."""
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from wan_data.prepare.report import Report
 MOST_LOSSES = 5
 _SECONDS_BEFORE_WAITING_IS_SAID = 30.0
 _LONGEST_REASON = 300
+# Of the actors of each stage: a name is taken while one that was killed is still ending.
+_numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 class Member:
@@ -68,7 +72,7 @@ class ActorPool:
 
     def __init__(self, stage: Stage, actor: type[StageActor], arguments: Sequence[Any], *, calls: int = 1) -> None:
         self.stage, self._actor, self._arguments, self._most_calls = stage, actor, arguments, calls
-        self._created = self._failed_starts = 0
+        self._failed_starts = 0
         self.members: list[Member] = []
         for _ in range(stage.actors):
             self._add()
@@ -157,6 +161,7 @@ class ActorPool:
 
     def _replace(self, member: Member, reason: str) -> Iterator[Outcome]:
         calls = [*member.calls.values()]
+        member.calls.clear()
         self.members.remove(member)
         _kill(member)
         self._add()
@@ -164,17 +169,19 @@ class ActorPool:
             yield Outcome(self, member, item, lost=reason, actor_lost=True)
 
     def _add(self) -> None:
+        self.members.append(Member(self._create()))
+
+    def _create(self) -> Any:
         stage = self.stage
         actor = ray.remote(self._actor).options(
-            name=f"{stage.name} {self._created}",
+            name=f"{stage.name} {next(_numbers[stage.name])}",
             num_cpus=stage.cpus,
             num_gpus=stage.gpus,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        self.members.append(Member(actor.remote(*self._arguments)))
-        self._created += 1
+        return actor.remote(*self._arguments)
 
     def close(self) -> None:
         """Kill the actors."""

@@ -66,8 +66,7 @@ def _connected(address: str | None, report: Report) -> Iterator[None]:
         )
     own = address in (None, "local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if own:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default, of which it would warn
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of its defaults, such as tokens
     handler = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(

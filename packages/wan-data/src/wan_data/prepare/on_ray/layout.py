@@ -33,12 +33,10 @@ class Layout:
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        threads: of torch in an actor that encodes on the CPU.
         probe, decode, encode, text, write: the stages; the first runs alone, the others together.
     """
 
     device: str
-    threads: int
     probe: Stage
     decode: Stage
     encode: Stage
@@ -88,7 +86,6 @@ def make_layout(
         encode, text = Stage("wan-data encode", encoders, share), Stage("wan-data text", texts, share)
     return Layout(
         "cuda" if on_gpu else "cpu",
-        max(1, cpus // encoders),
         Stage("wan-data probe", decoding, _share(decoding, cpus)),
         Stage("wan-data decode", decoding, share),
         encode,

@@ -52,7 +52,9 @@ class RayWorkers:
         self._settings = work.folder.settings
         path = Path(work.model)
         self._model = str(path.absolute()) if path.is_dir() else work.model
-        self._model_paths = (path.absolute(),) if path.is_dir() else ()
+        visible = (path.absolute(),) if path.is_dir() else ()
+        # On the CPU the last digits follow from the number of threads: every actor has as many as this process would.
+        self._codec = (visible, self._model, self._settings, layout.device, torch.get_num_threads())
         self._text: ActorPool | None = None
 
     def __enter__(self) -> "RayWorkers":
@@ -113,13 +115,11 @@ class RayWorkers:
         visible = _folders(SourceFile(part.source.name, part.source.path) for part in first.parts[:1])
         with contextlib.ExitStack() as stack:
             self._report.log(f"loading {self._model} on the Ray cluster")
-            codec = (self._model_paths, self._model, self._settings, layout.device, layout.threads)
-
             def pool(pool: ActorPool) -> ActorPool:
                 return stack.enter_context(contextlib.closing(pool))
 
             # In this order they get what they take of the nodes.
-            encode = pool(ActorPool(layout.encode, EncodeActor, codec, calls=CALLS_OF_ENCODERS))
+            encode = pool(ActorPool(layout.encode, EncodeActor, self._codec, calls=CALLS_OF_ENCODERS))
             text = self._texts()
             write = pool(ActorPool(layout.write, WriteActor, ((self._folder.path,), self._folder)))
             decode = pool(ActorPool(layout.decode, DecodeActor, (visible, self._settings)))
@@ -129,9 +129,7 @@ class RayWorkers:
 
     def _texts(self) -> ActorPool:
         if self._text is None:
-            layout = self._layout
-            arguments = (self._model_paths, self._model, self._settings, layout.device, layout.threads)
-            self._text = ActorPool(layout.text, TextActor, arguments)
+            self._text = ActorPool(self._layout.text, TextActor, self._codec)
         return self._text
 
     def empty_caption(self) -> Float[Tensor, "L D"]:
