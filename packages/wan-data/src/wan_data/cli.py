@@ -17,6 +17,7 @@ from wan_data.cli_options import (
     settings_of,
     settings_options,
     sources_of,
+    workers_on,
 )
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_model.system.standard_streams import CheckedCommand
@@ -46,6 +47,11 @@ def main() -> None:
 @flag("num-processes", type=int, help="Encoding processes; one per GPU if not given, one without a GPU.")
 @flag("num-decoders", type=int, help="Decoder processes that probe the clips; one per core if not given.")
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@flag("on", default="local", type=click.Choice(["local", "ray"]), help="Processes of this machine, or a Ray cluster.")
+@flag(
+    "ray-address",
+    help="With --on ray: address of the cluster, or auto; RAY_ADDRESS if not given, else a cluster on this machine.",
+)
 @flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only format.")
 @flag("allow-rejects", is_flag=True, help="Exit with code 0 although files were rejected.")
 @flag("overwrite", is_flag=True, help="Replace a dataset in the output folder.")
@@ -59,6 +65,8 @@ def prepare(
     num_processes: int | None,
     num_decoders: int | None,
     device: str,
+    on: str,
+    ray_address: str | None,
     output_format: str,
     allow_rejects: bool,
     overwrite: bool,
@@ -78,9 +86,12 @@ def prepare(
     with errors_as_messages(output_folder):
         from wan_data.progress import SilentReport, make_report
 
+        start_workers = workers_on(on, ray_address, device, num_processes, num_decoders)
         settings = settings_of(values)
         sources, left_out = sources_of(video_folder, listing, settings)
-        if num_processes is None:
+        if start_workers is not None:
+            num_processes = 1  # of this machine
+        elif num_processes is None:
             from wan_data.prepare.encoding.encoder import default_processes
 
             num_processes = default_processes(device)
@@ -105,6 +116,7 @@ def prepare(
                 processes=num_processes,
                 decoders=num_decoders,
                 ranks=ranks,
+                start_workers=start_workers,
             )
     if ranks.rank == 0:
         for line in (*summary_lines(result, output_folder), *left_out()):

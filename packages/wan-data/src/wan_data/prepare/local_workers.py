@@ -4,7 +4,7 @@ import collections
 import contextlib
 import itertools
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,12 +13,9 @@ from wan_data.prepare.encoding.encoder import TextEmbeddings, choose_device, loa
 from wan_data.prepare.encoding.encoder_pool import EncoderPool
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.prepare.probing.pool import KnownSource, probe_sources
-from wan_data.prepare.probing.source_probe import Probed
-from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.shard_batches import EncodeTask, ShardPlan, encode_tasks
 from wan_data.prepare.shard_writing import write_shard
-from wan_data.prepare.workers import Work
-from wan_data.sources.source import SourceFile
+from wan_data.prepare.workers import ProbedSources, Work, WrittenShards
 from wan_model.codec.latent_codec import LatentCodec, import_autoencoder
 from wan_model.system.torchrun import processors
 
@@ -59,13 +56,11 @@ class LocalWorkers:
             self._importing = threading.Thread(target=_import_autoencoder, name="imports the autoencoder")
             self._importing.start()
 
-    def probe(self, sources: Iterable[KnownSource]) -> Generator[tuple[SourceFile, Probed], None, None]:
+    def probe(self, sources: Iterable[KnownSource]) -> ProbedSources:
         """See ``Workers``."""
         return probe_sources(sources, self._work.folder.settings, decoders=self._decoders)
 
-    def write_shards(
-        self, plans: Iterable[ShardPlan], samples: int
-    ) -> Generator[tuple[ShardPlan, FinishedShard], None, None]:
+    def write_shards(self, plans: Iterable[ShardPlan], samples: int) -> WrittenShards:
         """See ``Workers``."""
         work, settings = self._work, self._work.folder.settings
         pending: collections.deque[tuple[ShardPlan, int]] = collections.deque()
