@@ -206,8 +206,9 @@ def test_killed_at_random_nothing_is_lost_or_twice(cluster, on_ray, dataset, cli
 
     def kill_one(pool, member, method):
         if member.handle not in processes:
-            processes[member.handle] = process_of(member)
-        if rng.random() < 0.1 and len(kills) < wanted:
+            with contextlib.suppress(ray.exceptions.RayError):  # it was killed just now
+                processes[member.handle] = process_of(member)
+        if processes and rng.random() < 0.1 and len(kills) < wanted:
             if rng.random() < 0.2:
                 kills.append(replace_node(cluster, 1))
             else:
