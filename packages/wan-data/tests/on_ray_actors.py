@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
-
-ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+import ray
 
 from wan_data.prepare.on_ray import ray_workers
 from wan_data.prepare.on_ray.actor_pool import ActorPool, Member

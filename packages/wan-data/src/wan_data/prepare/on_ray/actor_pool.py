@@ -221,7 +221,7 @@ class Waiting:
     """Waits for the calls of several pools.
 
     Args:
-        report: is told when a stage has no actor for long, because the cluster has no room for it.
+        report: is told of what is lost, and of stages that have no actor for long because the cluster has no room.
     """
 
     def __init__(self, report: Report) -> None:
@@ -237,7 +237,10 @@ class Waiting:
             return
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         for pool in pools:
-            yield from pool.outcomes(ready)
+            for outcome in pool.outcomes(ready):
+                if outcome.lost is not None:
+                    self._report.log(f"{pool.stage.name}: lost with its actor or node, done again ({outcome.lost})")
+                yield outcome
 
     def _say_missing(self, pools: Sequence[ActorPool]) -> None:
         for stage in (pool.stage for pool in pools if not pool.started):

@@ -59,11 +59,7 @@ def _connected(address: str | None, report: Report) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if address is not None and "://" in address:
-        raise ValueError(
-            f"{address} is an address of Ray Client, through which frames would pass; run the command on a node of the "
-            "cluster, and pass --ray-address auto"
-        )
+    check_address(address)
     own = address in (None, "local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of its defaults, such as tokens
@@ -90,6 +86,19 @@ def _connected(address: str | None, report: Report) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str | None) -> None:
+    """Refuse an address that the command cannot work with.
+
+    Raises:
+        ValueError: it is one of Ray Client.
+    """
+    if address is not None and address.startswith("ray://"):
+        raise ValueError(
+            f"{address} is an address of Ray Client, through which frames would pass; run the command on a node of the "
+            "cluster, and pass --ray-address auto"
+        )
 
 
 def _dashboard(url: str | None) -> str:

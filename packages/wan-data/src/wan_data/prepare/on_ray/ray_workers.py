@@ -115,6 +115,7 @@ class RayWorkers:
         visible = _folders(SourceFile(part.source.name, part.source.path) for part in first.parts[:1])
         with contextlib.ExitStack() as stack:
             self._report.log(f"loading {self._model} on the Ray cluster")
+
             def pool(pool: ActorPool) -> ActorPool:
                 return stack.enter_context(contextlib.closing(pool))
 
