@@ -179,7 +179,7 @@ class _Shards:
     shards: tuple[ShardRecord, ...]
 
 
-def open_sources(folder: Path, manifest: Manifest) -> SourceIndex:
+def open_sources(folder: Location, manifest: Manifest) -> SourceIndex:
     """Open the index of the sources of a dataset.
 
     Args:

@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from wan_data.curation.distributions import measures_table
 from wan_data.index.lengths import Counts, LengthCounts
 from wan_data.index.manifest import MANIFEST_NAME, Manifest, read_manifest
+from wan_data.inspect.measured import measured
 from wan_data.reading.blends import Part, parts_of
 from wan_data.reading.datasets import read_latent_spec
 from wan_data.reading.packing import Efficiency, efficiency, full_packs, latent_tokens, usable_capacity
@@ -138,7 +140,8 @@ def inspect(
 
     Returns:
         Plain values: ``splits`` -> name -> samples, shapes, text tokens, caption characters, packing of as many
-        draws as there are samples, at most ``MOST_DRAWN``, and the tokens of these draws.
+        draws as there are samples, at most ``MOST_DRAWN``, and the tokens of these draws; ``measures`` -> name ->
+        its distribution over the sources.
 
     Raises:
         ValueError: the path is no dataset, or a sample is invalid.
@@ -148,10 +151,11 @@ def inspect(
     manifests = {folder: read_manifest(folder) for folder in folders if is_there(folder / MANIFEST_NAME)}
     found: dict[str, Any] = {
         "path": str(path),
-        "latent_fingerprint": read_latent_spec(path).fingerprint if len(manifests) == len(folders) else None,
+        "latent_fingerprint": read_latent_spec(str(path)).fingerprint if len(manifests) == len(folders) else None,
         "rejected": sum(one.index.counts.rejected for one in manifests.values()),
         "unselected": sum(one.index.counts.unselected for one in manifests.values()),
         "duplicates": sum(one.index.counts.duplicates for one in manifests.values()),
+        "measures": measured(manifests),
         "splits": {},
     }
     for split, parts in splits.items():
@@ -236,6 +240,8 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
             f"{packing['valid_of_capacity']:.1%} of their capacity filled, "
             f"{packing['valid_of_total']:.1%} of computed tokens valid (packing efficiency)"
         )
+    if found["measures"]:
+        console.print(measures_table(found["measures"]))
     if found["rejected"]:
         say(f"files rejected when it was prepared: {found['rejected']}")
     if found["unselected"]:
