@@ -14,8 +14,8 @@ from thread_ranks import ThreadRanks
 
 from wan_data.index.lengths import LengthCounts
 from wan_data.index.manifest import Manifest
+from wan_data.prepare import local_workers
 from wan_data.prepare import run as preparation
-from wan_data.prepare import shard_encoding
 from wan_data.prepare.output_folder import output_folder
 from wan_data.prepare.planned_source import PlannedSource, RejectedSource
 from wan_data.prepare.probing.cache import Found, ProbeCache
@@ -285,7 +285,7 @@ def test_a_run_refuses_them_at_once(copies, prepared, tiny_model, settings, sile
     (again / ".wan-data" / "shard-000003.json").write_text('{"record": 3}')
     (again / ".wan-data" / "shard-000000.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(shard_encoding, "EncoderPool", None)
+        patch.setattr(local_workers, "EncoderPool", None)
         with pytest.raises(ValueError, match=r"shard-000003\.json has no .*; remove it and run the same command again"):
             prepared(clips, again, tiny_model, settings)
     (again / ".wan-data" / "shard-000003.json").unlink()

@@ -25,10 +25,10 @@ import torch
 torch.set_num_threads(1)
 from wan_data import cli
 from wan_data.prepare.probing.source_probe import SourceProbe
-from wan_data.prepare.shard_encoding import ShardEncoder
+from wan_data.prepare import local_workers
 
 log = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.jsonl"
-probe, finish = SourceProbe.probe, ShardEncoder._write_shard
+probe, finish = SourceProbe.probe, local_workers.write_shard
 
 def note(**what):
     with log.open("a") as file:
@@ -38,11 +38,11 @@ def logged_probe(self, source, *more):
     note(probed=source.name)
     return probe(self, source, *more)
 
-def logged_finish(self, plan, *more):
+def logged_finish(folder, plan, *more):
     note(wrote=plan.number)
-    return finish(self, plan, *more)
+    return finish(folder, plan, *more)
 
-SourceProbe.probe, ShardEncoder._write_shard = logged_probe, logged_finish
+SourceProbe.probe, local_workers.write_shard = logged_probe, logged_finish
 cli.main(sys.argv[2:])
 """
 

@@ -109,8 +109,8 @@ def test_a_source_that_breaks_between_probing_and_encoding(
     prepared, clips, tiny_model, small, silent, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(clips, tmp_path / "in")
-    load = "wan_data.prepare.shard_encoding.load_codec"
-    original = importlib.import_module("wan_data.prepare.shard_encoding").load_codec
+    load = "wan_data.prepare.local_workers.load_codec"
+    original = importlib.import_module("wan_data.prepare.local_workers").load_codec
 
     def cut_a_file(*arguments, **more):
         wide = folder / "wide.mkv"

@@ -19,7 +19,7 @@ from wan_data.index.manifest import read_manifest
 from wan_data.index.part import Part
 from wan_data.index.sources import SourceIndex
 from wan_data.inspect.verify import verify
-from wan_data.prepare import run, shard_encoding
+from wan_data.prepare import local_workers, run
 from wan_data.prepare.results import summary_lines
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.shards.writer import source_key
@@ -147,7 +147,7 @@ def test_missing_files_are_removed_on_request_only(prepare_again, copies, datase
 
 
 STOPS = {
-    "before the shards": ("wan_data.prepare.shard_encoding", "ShardEncoder._write_shard"),
+    "before the shards": ("wan_data.prepare.local_workers", "write_shard"),
     "before a shard is rewritten": ("wan_data.prepare.run", "rewrite_shard"),
     "before the metadata": ("wan_data.prepare.run", "write_metadata"),
     "before the manifest": ("wan_data.prepare.run", "Manifest.write"),
@@ -205,13 +205,13 @@ def by_both(of_rank):
 def test_an_update_by_two_ranks_gives_the_same_bytes(updated, prepare_again, copies, settings, tiny_model, monkeypatch):
     out, folder = copies
     # The libraries that load a model change torch for all threads meanwhile.
-    load, one_at_a_time = shard_encoding.load_codec, threading.Lock()
+    load, one_at_a_time = local_workers.load_codec, threading.Lock()
 
     def load_alone(*arguments, **more):
         with one_at_a_time:
             return load(*arguments, **more)
 
-    monkeypatch.setattr(shard_encoding, "load_codec", load_alone)
+    monkeypatch.setattr(local_workers, "load_codec", load_alone)
     change(folder)
     store = HashStore()
 

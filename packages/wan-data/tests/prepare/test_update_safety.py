@@ -12,7 +12,7 @@ from folder_digests import without_index
 
 from wan_data.index.manifest import read_manifest
 from wan_data.inspect.verify import verify
-from wan_data.prepare import run, shard_encoding
+from wan_data.prepare import local_workers, run
 from wan_data.prepare.output_folder import WORK_FOLDER
 from wan_data.prepare.results import summary_lines
 from wan_data.sources.folder import SourceFolder
@@ -63,14 +63,14 @@ def test_a_changed_source_of_which_nothing_can_be_encoded_keeps_its_samples(
 ):
     out, folder = copies
     change(folder)
-    load = shard_encoding.load_codec
+    load = local_workers.load_codec
 
     def cut_a_file(*arguments, **more):
         wide = folder / "wide.mkv"
         wide.write_bytes(b"")
         return load(*arguments, **more)
 
-    monkeypatch.setattr(shard_encoding, "load_codec", cut_a_file)
+    monkeypatch.setattr(local_workers, "load_codec", cut_a_file)
     result = prepare_again(folder, out, tiny_model, settings, update=True)
     assert result.updated == ("deep/tall.mkv", "many/clip 1.v1.mkv")
     assert list(result.kept) == ["wide.mkv"]
@@ -134,7 +134,7 @@ def test_a_broken_row_of_a_listing_removes_nothing(copies, settings, tiny_model,
 def test_a_clip_that_changes_after_it_was_probed_is_not_taken_for_the_old_one(
     prepare_again, clips, settings, tiny_model, tmp_path, monkeypatch
 ):
-    folder, load = shutil.copytree(clips, tmp_path / "in"), shard_encoding.load_codec
+    folder, load = shutil.copytree(clips, tmp_path / "in"), local_workers.load_codec
     again = folder / "many" / "clip 1.v1.mkv"
 
     def change_a_file(*arguments, **more):
@@ -143,7 +143,7 @@ def test_a_clip_that_changes_after_it_was_probed_is_not_taken_for_the_old_one(
         return load(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_encoding, "load_codec", change_a_file)
+        patch.setattr(local_workers, "load_codec", change_a_file)
         prepare_again(folder, tmp_path / "out", tiny_model, settings)
     records = {record.path: record for record in records_of(tmp_path / "out")}
     assert records["wide.mkv"].verdict == "rejected"

@@ -12,9 +12,12 @@ from typing import TypeVar
 from wan_data.index.part import Part, Row, row_of, write_part
 from wan_data.index.records import (
     ACCEPTED,
+    DUPLICATE,
+    LEFT_OUT,
     PART_GLOB,
     REJECTED,
     REMOVED,
+    UNSELECTED,
     PartRecord,
     SourceCounts,
     SourceRecord,
@@ -82,15 +85,15 @@ class SourceIndex:
         return splits
 
     def notable(self) -> Iterator[SourceRecord]:
-        """The records of rejected sources, of dropped windows and of cut captions, by path."""
+        """The records of which something is to be said (see ``is_notable``), by path."""
         found = heapq.merge(*(part.notable() for part in self._parts), key=lambda record: record.path)
         for chunk in batched(path for path, _ in itertools.groupby(found, key=lambda record: record.path)):
             now = self.find(chunk)
             yield from (record for _, record in sorted(now.items()) if is_notable(record))
 
     def rejects(self) -> Iterator[SourceRecord]:
-        """The records of rejected sources, by path."""
-        return (record for record in self.notable() if record.verdict == REJECTED)
+        """The records of sources without samples, rejected or left out, by path."""
+        return (record for record in self.notable() if record.verdict in (REJECTED, *LEFT_OUT))
 
     def accepted(self) -> Iterator[SourceRecord]:
         """The records of sources with samples, by path."""
@@ -206,19 +209,23 @@ class _Counts:
     def __init__(self, counts: SourceCounts) -> None:
         self._accepted, self._others = (
             collections.Counter(counts.accepted),
-            collections.Counter(rejected=counts.rejected, dropped=counts.dropped),
+            collections.Counter(
+                dropped=counts.dropped,
+                **{REJECTED: counts.rejected, UNSELECTED: counts.unselected, DUPLICATE: counts.duplicates},
+            ),
         )
 
     def add(self, record: SourceRecord | None, by: int) -> None:
         if record is not None and record.verdict == ACCEPTED and record.split is not None:
             self._accepted[record.split] += by
             self._others["dropped"] += by * bool(record.dropped)
-        elif record is not None and record.verdict == REJECTED:
-            self._others["rejected"] += by
+        elif record is not None and record.verdict in (REJECTED, *LEFT_OUT):
+            self._others[record.verdict] += by
 
     def now(self) -> SourceCounts:
         accepted = {split: number for split, number in sorted(self._accepted.items()) if number}
-        return SourceCounts(accepted, self._others["rejected"], self._others["dropped"])
+        others = self._others
+        return SourceCounts(accepted, others[REJECTED], others["dropped"], others[UNSELECTED], others[DUPLICATE])
 
 
 def counted(records: Iterable[SourceRecord]) -> SourceCounts:

@@ -149,6 +149,8 @@ def inspect(
         "path": str(path),
         "latent_fingerprint": read_latent_spec(path).fingerprint if len(manifests) == len(folders) else None,
         "rejected": sum(one.index.counts.rejected for one in manifests.values()),
+        "unselected": sum(one.index.counts.unselected for one in manifests.values()),
+        "duplicates": sum(one.index.counts.duplicates for one in manifests.values()),
         "splits": {},
     }
     for split, parts in splits.items():
@@ -235,3 +237,7 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
         )
     if found["rejected"]:
         say(f"files rejected when it was prepared: {found['rejected']}")
+    if found["unselected"]:
+        say(f"files left out by --where: {found['unselected']}")
+    if found["duplicates"]:
+        say(f"near-duplicates left out by --duplicates drop: {found['duplicates']}")

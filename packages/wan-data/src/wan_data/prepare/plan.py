@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from wan_data.index.records import DUPLICATE, LEFT_OUT, UNSELECTED
 from wan_data.prepare.planned_source import RejectedSource
 from wan_data.prepare.probing.results import Again, ProbeResults
 from wan_data.prepare.settings import PrepareSettings
@@ -33,13 +34,17 @@ def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float |
         rate: pixels (of all frames) that the autoencoder encodes per second; None if it was not measured.
 
     Returns:
-        Plain values: ``buckets`` (one row per split and shape), ``rejected`` (reasons with their sources), totals,
-        bytes and, given a rate, seconds.
+        Plain values: ``buckets`` (one row per split and shape), ``rejected`` (reasons with their sources),
+        ``unselected`` and ``duplicates`` (what ``--where`` and ``--duplicates drop`` leave out), ``named_duplicates``,
+        totals, bytes and, given a rate, seconds.
     """
     buckets: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
     text_bytes = unused = pixels = accepted = frames_of_all = 0
+    named: list[str] = []
     for source, split in with_splits(Again(results.accepted), settings, None):
         accepted += 1
+        if source.duplicate_of is not None:
+            named.append(f"{source.name}: of {source.duplicate_of}")
         frames_of_all += source.info.frames
         unused += source.info.frames - sum(window.length for window in source.windows)
         tokens = min(settings.text_length, len(source.caption) // _LETTERS_PER_TOKEN + 2)
@@ -62,13 +67,17 @@ def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float |
             }
         )
     kinds: dict[str, list[RejectedSource]] = collections.defaultdict(list)
+    curated: dict[str, list[str]] = {UNSELECTED: [], DUPLICATE: []}
     for rejected in results.rejected():
-        kinds[_kind(rejected.reason)].append(rejected)
+        if rejected.verdict in LEFT_OUT:
+            curated[rejected.verdict].append(f"{rejected.name}: {rejected.reason}")
+        else:
+            kinds[_kind(rejected.reason)].append(rejected)
     by_split: collections.Counter[str] = collections.Counter()
     for (split, *_), count in buckets.items():
         by_split[split] += count
     return {
-        "sources": accepted + sum(map(len, kinds.values())),
+        "sources": accepted + sum(len(one) for one in kinds.values()) + sum(len(one) for one in curated.values()),
         "accepted": accepted,
         "samples": sum(row["samples"] for row in rows),
         "shards": sum(-(-count // settings.samples_per_shard) for count in by_split.values()),
@@ -83,6 +92,9 @@ def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float |
             }
             for kind, sources in sorted(kinds.items())
         ],
+        "unselected": curated[UNSELECTED],
+        "duplicates": curated[DUPLICATE],
+        "named_duplicates": named,
         "latent_bytes": sum(row["latent_bytes"] for row in rows),
         "text_bytes_about": text_bytes,
         "pixels": pixels,
@@ -146,3 +158,14 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
             say(f"  {source.removesuffix(': ' + kind['reason'])}")
         if len(kind["sources"]) > 5:
             say(f"  and {len(kind['sources']) - 5} more (--json lists all)")
+    for key, title in (
+        ("unselected", "left out by --where"),
+        ("duplicates", "left out by --duplicates drop"),
+        ("named_duplicates", "near-duplicates, in the split of the file that they are like"),
+    ):
+        if lines := plan[key]:
+            say(f"\n{len(lines)} {title}:")
+            for line in lines[:5]:
+                say(f"  {line}")
+            if len(lines) > 5:
+                say(f"  and {len(lines) - 5} more (--json lists all)")

@@ -5,13 +5,12 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from wan_data.index.manifest import Manifest, open_sources, read_manifest
-from wan_data.index.records import ACCEPTED
+from wan_data.index.records import ACCEPTED, LEFT_OUT
 from wan_data.index.sources import SourceIndex, added, batched
-from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.prepare.output_folder import clear
 from wan_data.prepare.preparation import Preparation
 from wan_data.prepare.probing.results import ProbeResults
-from wan_data.prepare.probing.stage import cache_path, delete_results, gathered, probe, results_path
+from wan_data.prepare.probing.stage import cache_path, delete_results, gathered, known_indices, probe, results_path
 from wan_data.prepare.removal import check_shard, shards_of
 from wan_data.prepare.results import known_splits, rejected_record
 from wan_data.prepare.shard_batches import ShardBatch, plan_shard_batch
@@ -46,17 +45,17 @@ def plan_new_batch(
     if of.ranks.rank == 0:
         delete_results(of.work)
     of.ranks.barrier("probing")
-    if of.processes > 1:
-        preload_encoders()  # while the sources are probed
-    with open_sources(of.output, manifest) as index:
+    of.workers.warm_up()
+    with open_sources(of.output, manifest) as index, known_indices(of.work, of.settings, index) as indices:
         probe(
             of.ranks.partition(_new_sources(sources, index, changed)),
             len(range(of.ranks.rank, total, of.ranks.world_size)),
             of.settings,
             of.report,
-            of.decoders,
+            of.workers.probe,
             cache_path(of.work, of.ranks),
             results_path(of.work, of.ranks),
+            indices,
         )
         of.ranks.barrier("results")
         if of.ranks.rank == 0:
@@ -84,7 +83,7 @@ def _write_batch(
             of.commit(manifest, added(of.output, manifest.index, map(rejected_record, left.rejected())))
             return kept
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in itertools.islice(left.rejected(), 3))
-        clear(of.output)
+        clear(of.output, keep_known=any(one.verdict in LEFT_OUT for one in left.rejected()))
         raise ValueError(f"none of the {total} files can be used: {reasons}")
     replaced = tuple(entry.name for entry in (left.entries(accepted=True) if changed else ()) if entry.name in changed)
     first = not manifest.index.counts.accepted

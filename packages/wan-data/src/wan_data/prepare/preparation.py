@@ -10,6 +10,7 @@ from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report
 from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.workers import Workers
 from wan_model.latent_spec import LatentSpec
 
 
@@ -23,10 +24,9 @@ class Preparation:
         spec: latent space of the model.
         settings: determine the bytes of the shards.
         report: receives the progress.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        processes: number of encoding processes.
-        decoders: number of decoder processes; one per core if None.
+        readers: number of files that are read at a time, to compare them with what the dataset has.
         ranks: the processes that torchrun has started.
+        workers: probe, encode and write.
     """
 
     output: Path
@@ -34,10 +34,9 @@ class Preparation:
     spec: LatentSpec
     settings: PrepareSettings
     report: Report
-    device: str
-    processes: int
-    decoders: int | None
+    readers: int
     ranks: Ranks
+    workers: Workers
 
     @property
     def work(self) -> Path:

@@ -11,9 +11,11 @@ from wan_data import __version__
 from wan_data.energon.version import energon_version
 from wan_data.index.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, open_sources, read_manifest
 from wan_data.index.sources import SourceIndex, added, batched, delete_unlisted
+from wan_data.prepare.local_workers import LocalWorkers
 from wan_data.prepare.output_folder import output_folder
 from wan_data.prepare.planning import plan_new_batch
 from wan_data.prepare.preparation import Preparation
+from wan_data.prepare.probing.stage import check_measuring
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.removal import (
     RewrittenShard,
@@ -34,9 +36,10 @@ from wan_data.prepare.results import (
 )
 from wan_data.prepare.settings import PrepareSettings, require_same_settings
 from wan_data.prepare.shard_batches import BATCH_NAME, ShardBatch
-from wan_data.prepare.shard_encoding import ShardEncoder
+from wan_data.prepare.shard_writing import ShardFolder
 from wan_data.prepare.upgrade import upgrade
 from wan_data.prepare.work_files import check_work_folder, read_work_file
+from wan_data.prepare.workers import StartWorkers, Work
 from wan_data.reading.empty_caption import write_empty_caption
 from wan_data.shards.energon_metadata import restore_metadata, write_metadata
 from wan_data.shards.writer import ShardRecord
@@ -64,6 +67,7 @@ def prepare(
     processes: int = 1,
     decoders: int | None = None,
     ranks: Ranks | None = None,
+    start_workers: StartWorkers | None = None,
 ) -> PrepareResult:
     """Write a dataset, resume an interrupted preparation, or bring a finished dataset up to its sources.
 
@@ -84,6 +88,7 @@ def prepare(
         processes: number of encoding processes; the shards do not depend on it.
         decoders: number of decoder processes that probe the sources; one per core if None.
         ranks: the processes that torchrun has started; this process alone if None.
+        start_workers: starts those that probe, encode and write, elsewhere; the three above are for this machine.
 
     Returns:
         The manifest, as written beside the shards, whose sources list the rejected files with their reasons; and what
@@ -94,17 +99,23 @@ def prepare(
             cannot be loaded, a version of Energon that wan-data does not work with, or no sample for training would
             be left.
     """
+    check_measuring(settings)
     energon_version()  # an Energon that cannot read the dataset is refused before anything is encoded
-    if processes < 1:
-        raise ValueError(f"{processes} processes cannot encode; it must be at least 1")
     if overwrite and (update or remove_missing):
         raise ValueError(
             "--overwrite replaces the whole dataset; pass it without --update and --remove-missing, which keep a part"
         )
     spec = LatentCodec.from_pretrained(model, load_vae=False, load_text=False, text_length=settings.text_length).spec
     _check_strides(spec, model)
-    of = Preparation(Path(output), model, spec, settings, report, device, processes, decoders, ranks or Ranks())
-    return _Run(of).run(sources, overwrite=overwrite, update=update, remove_missing=remove_missing)
+    output, ranks = Path(output), ranks or Ranks()
+    work = Work(model, ShardFolder(output, settings, spec.fingerprint), report)
+    with (
+        start_workers(work)
+        if start_workers
+        else LocalWorkers(work, device, processes, decoders, ranks.local_rank) as workers
+    ):
+        of = Preparation(output, model, spec, settings, report, decoders or processors(), ranks, workers)
+        return _Run(of).run(sources, overwrite=overwrite, update=update, remove_missing=remove_missing)
 
 
 def _check_strides(spec: LatentSpec, model: str) -> None:
@@ -121,7 +132,6 @@ class _Run:
     def __init__(self, preparation: Preparation) -> None:
         self.of, self.output, self.ranks = preparation, preparation.output, preparation.ranks
         self.work, self.report = preparation.work, preparation.report
-        self._encoder = ShardEncoder(preparation)
         # Why the new version of a changed source cannot be used; on rank 0.
         self._kept: dict[str, str] = {}
 
@@ -172,7 +182,7 @@ class _Run:
                     manifest.index.counts,
                     times,
                     caption_key=self.of.settings.caption_key,
-                    readers=self.of.decoders or processors(),
+                    readers=self.of.readers,
                     all_missing=all_missing,
                     begin=lambda total: self.report.stage("comparing", total),
                     step=self.report.step,
@@ -223,7 +233,10 @@ class _Run:
                 self.of.read_finished(number)
             self.ranks.barrier(f"{name}-listed")
             if missing:
-                self._encoder.write(batch, missing, name)
+                plans = map(batch.shard, self.ranks.claim(missing, name))
+                with contextlib.closing(self.of.workers.write_shards(plans, batch.samples(missing))) as written:
+                    for plan, shard in written:
+                        shard.write(self.of.finished(plan.number))
             self.ranks.barrier(f"{name}-written")
             kept = failed_replacements(batch, self.of.read_finished)
             removed = (*(name for name in batch.replaced if name not in kept), *batch.removed)
@@ -272,8 +285,8 @@ class _Run:
     def _with_empty_caption(self, manifest: Manifest) -> Manifest:
         if manifest.empty_caption is not None or not manifest.complete:
             return manifest
-        (text,) = self._encoder.load_codec().encode_text([""])
-        manifest = dataclasses.replace(manifest, empty_caption=write_empty_caption(self.output, text.cpu()))
+        text = self.of.workers.empty_caption()
+        manifest = dataclasses.replace(manifest, empty_caption=write_empty_caption(self.output, text))
         manifest.write(self.output)
         return manifest
 

@@ -5,9 +5,7 @@ Shapes: T frames, H rows, W columns, 3 colours; a latent is [C, F, h, w]; L text
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +13,15 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from wan_data.prepare.encoding.task_decoder import FrameBatch, Problems, TaskDecoder, WindowKey
 from wan_data.prepare.planned_source import PlannedSource
 from wan_data.prepare.settings import PrepareSettings
-from wan_data.prepare.shard_batches import EncodeTask, SourceWindows
+from wan_data.prepare.shard_batches import EncodeTask
 from wan_data.shards.serialization import LARGEST_LATENT
 from wan_data.shards.writer import Sample, sample_key
-from wan_data.video.decoder_process import Decoder, Job
-from wan_data.video.source_file import Rejected
+from wan_data.video.decoder_process import Decoder
 from wan_model.codec.convolutions import PRECISIONS
 from wan_model.codec.latent_codec import LatentCodec
-from wan_model.system.files import sha256_of
 from wan_model.system.torchrun import local_world_size
 
 
@@ -84,22 +81,6 @@ class EncodedWindow:
     problem: str | None = None
 
 
-def _has_changed(source: PlannedSource) -> bool:
-    """Whether a file has another content than when it was probed."""
-    try:
-        status = source.path.stat()
-    except OSError:
-        return False  # it was there to be decoded
-    if status.st_size != source.bytes:
-        return True
-    return status.st_mtime_ns != source.mtime_ns and _digest(source.path, status.st_mtime_ns) != source.sha256
-
-
-@functools.lru_cache(maxsize=1024)
-def _digest(path: Path, mtime_ns: int) -> str:
-    return sha256_of(path)
-
-
 class WindowEncoder:
     """Encodes windows in this process, while a decoder process decodes the next ones.
 
@@ -110,64 +91,53 @@ class WindowEncoder:
     """
 
     def __init__(self, codec: LatentCodec, settings: PrepareSettings, decoder: Decoder) -> None:
-        self.codec, self.settings, self._decoder = codec, settings, decoder
+        self.codec, self._decoder = codec, TaskDecoder(settings, decoder)
 
     def submit(self, task: EncodeTask) -> None:
         """Queue a task's windows for decoding."""
-        for part in task.parts:
-            self._decoder.submit(self._job(part))
+        self._decoder.submit(task)
 
     def result(self, task: EncodeTask) -> list[EncodedWindow]:
         """The encoded windows of the oldest submitted task, in its order."""
-        return list(self._encode(task))
+        done: dict[WindowKey, EncodedWindow] = {}
+        problems: Problems = {}
+        for found in self._decoder.batches(task):
+            if isinstance(found, FrameBatch):
+                done |= {(one.source, one.window): one for one in encode_windows(self.codec, found)}
+            else:
+                problems = found
+        return list(windows_of(task, done, problems))
 
-    def _job(self, part: SourceWindows) -> Job:
-        settings, source = self.settings, part.source
-        return Job(
-            source.path,
-            settings.fps,
-            settings.limits,
-            tuple(source.windows[number] for number in part.windows),
-            source.size,
-            settings.resize_mode,
-            settings.center_crop,
-            settings.display,
-        )
 
-    def _encode(self, task: EncodeTask) -> Iterator[EncodedWindow]:
-        done: dict[tuple[str, int], EncodedWindow] = {}
-        waiting: dict[int, list[tuple[tuple[str, int], Tensor]]] = {}
-        for part in task.parts:
-            name = part.source.name
-            # results() comes first in zip, so that it is read to its end: one item per window, or a rejection.
-            for frames, number in zip(self._decoder.results(), part.windows, strict=False):
-                if isinstance(frames, Rejected):
-                    # The source was decoded to its end when it was probed.
-                    problem = f"{frames}, although it could be decoded before"
-                    for missing in range(number, part.windows.stop):
-                        done[name, missing] = EncodedWindow(name, missing, None, problem)
-                    continue
-                batch = waiting.setdefault(len(frames), [])
-                batch.append(((name, number), frames))
-                if len(batch) == self.settings.batch_size:
-                    done |= self._latents(waiting.pop(len(frames)))
-        for batch in waiting.values():
-            done |= self._latents(batch)
-        for part in task.parts:
-            changed = _has_changed(part.source)
-            for number in part.windows:
-                one = done[part.source.name, number]
-                if changed and one.latent is not None:
-                    one = EncodedWindow(one.source, number, None, "the file has changed since it was probed")
-                yield one
+def encode_windows(codec: LatentCodec, batch: FrameBatch) -> list[EncodedWindow]:
+    """Encode a batch."""
+    latents = encode_batch(codec, batch.frames)
+    return [encoded_window(key, latent) for key, latent in zip(batch.keys, latents, strict=True)]
 
-    def _latents(self, batch: list[tuple[tuple[str, int], Tensor]]) -> dict[tuple[str, int], EncodedWindow]:
-        latents = encode_batch(self.codec, [frames for _, frames in batch])
-        done = {}
-        for ((name, number), _), latent in zip(batch, latents, strict=True):
-            problem = _problem(latent)
-            done[name, number] = EncodedWindow(name, number, None if problem else latent, problem)
-        return done
+
+def encoded_window(key: WindowKey, latent: Tensor) -> EncodedWindow:
+    """The result for a latent, which no loader may be able to read."""
+    problem = _problem(latent)
+    return EncodedWindow(*key, None if problem else latent, problem)
+
+
+def windows_of(
+    task: EncodeTask, encoded: Mapping[WindowKey, EncodedWindow], problems: Problems
+) -> Iterator[EncodedWindow]:
+    """The results of a task in its order.
+
+    Args:
+        task: the task.
+        encoded: its windows that were encoded.
+        problems: see ``TaskDecoder.batches``.
+    """
+    for part in task.parts:
+        for number in part.windows:
+            key = part.source.name, number
+            if key in problems and (key not in encoded or encoded[key].problem is None):
+                yield EncodedWindow(*key, None, problems[key])
+            else:
+                yield encoded[key]
 
 
 def _problem(latent: Tensor) -> str | None:

@@ -3,11 +3,10 @@
 import collections
 import concurrent.futures
 import queue
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 from wan_data.index.sources import batched
-from wan_data.prepare.planned_source import ProbeResult
 from wan_data.prepare.probing.cache import Found, ProbeCache
 from wan_data.prepare.probing.source_probe import Probed, SourceProbe
 from wan_data.prepare.settings import PrepareSettings
@@ -18,27 +17,26 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
+# A source with what an earlier run has found of it.
+KnownSource = tuple[SourceFile, Found | None]
+
+
 def probe_sources(
-    sources: Iterable[SourceFile],
-    settings: PrepareSettings,
-    *,
-    decoders: int,
-    cache: ProbeCache,
-) -> Iterator[ProbeResult]:
+    sources: Iterable[KnownSource], settings: PrepareSettings, *, decoders: int
+) -> Generator[tuple[SourceFile, Probed], None, None]:
     """Decode every source to its end in decoder processes, and plan its windows.
 
     Args:
         sources: the files to probe.
         settings: of the preparation.
         decoders: number of decoder processes.
-        cache: results of earlier runs; new results are added to it.
 
     Yields:
-        One result per source, in order.
+        Each source with its result, in order.
     """
     one, idle = SourceProbe(settings), queue.SimpleQueue[Decoder]()
 
-    def probe(item: tuple[SourceFile, Found | None]) -> Probed:
+    def probe(item: KnownSource) -> Probed:
         decoder = idle.get()
         try:
             return one.probe(*item, decoder)
@@ -50,19 +48,17 @@ def probe_sources(
             idle.get().__exit__()
 
     for _ in range(decoders):
-        idle.put(Decoder())
+        idle.put(Decoder(program=one.program))
     with concurrent.futures.ThreadPoolExecutor(decoders) as pool:
         try:
-            for (source, _), probed in map_in_order(pool, probe, with_known(sources, cache), 4 * decoders):
-                if probed.found is not None:
-                    cache.add(source.name, probed.found)
-                yield probed.result
+            for (source, _), probed in map_in_order(pool, probe, sources, 4 * decoders):
+                yield source, probed
         finally:
             pool.shutdown(cancel_futures=True)
             close_decoders()
 
 
-def with_known(sources: Iterable[SourceFile], cache: ProbeCache) -> Iterator[tuple[SourceFile, Found | None]]:
+def with_known(sources: Iterable[SourceFile], cache: ProbeCache) -> Iterator[KnownSource]:
     """Each source with what earlier runs have found of it."""
     for some in batched(sources):
         known = cache.find([source.name for source in some])
