@@ -18,7 +18,9 @@ from wan_data.cli_options import (
     settings_options,
     sources_of,
 )
+from wan_data.cli_types import LocationType
 from wan_data.prepare.encoding.preload import preload_encoders
+from wan_data.storage.location import Location
 from wan_model.system.standard_streams import CheckedCommand
 
 
@@ -34,7 +36,13 @@ def main() -> None:
 
 @main.command()
 @input_options
-@flag("output-folder", "output-dir", required=True, type=click.Path(path_type=Path), help="Folder of the dataset.")
+@flag(
+    "output-folder",
+    "output-dir",
+    required=True,
+    type=LocationType(),
+    help="Folder of the dataset, or URL of one in a store.",
+)
 @flag(
     "model",
     default=DEFAULT_MODEL,
@@ -50,9 +58,11 @@ def main() -> None:
 @flag("update", is_flag=True, help="Encode changed files again, and remove the samples that they had.")
 @flag("remove-missing", is_flag=True, help="Remove the samples of files that are not there any more.")
 def prepare(
-    video_folder: Path | None,
-    listing: Path | None,
-    output_folder: Path,
+    video_folder: Location | None,
+    listing: Location | None,
+    local_copies: int | None,
+    work_folder: Path | None,
+    output_folder: Location,
     model: str,
     num_processes: int | None,
     num_decoders: int | None,
@@ -103,6 +113,8 @@ def prepare(
                 processes=num_processes,
                 decoders=num_decoders,
                 ranks=ranks,
+                local_copies=local_copies,
+                work_folder=work_folder,
             )
     if ranks.rank == 0:
         for line in (*summary_lines(result, output_folder), *left_out()):
@@ -115,9 +127,7 @@ def prepare(
 
 @main.command()
 @input_options
-@flag(
-    "output-folder", "output-dir", type=click.Path(path_type=Path), help="Cache the probe results there, for prepare."
-)
+@flag("output-folder", "output-dir", type=LocationType(), help="Cache the probe results there, for prepare.")
 @flag("model", help="Measure its autoencoder on this machine, to estimate the time.")
 @settings_options
 @flag("num-decoders", type=int, help="Decoder processes that probe the clips; one per core if not given.")
@@ -125,9 +135,11 @@ def prepare(
 @flag("allow-rejects", is_flag=True, help="Exit with code 0 although files would be rejected.")
 @flag("json", "as-json", is_flag=True, help="Print one JSON object instead of tables.")
 def plan(
-    video_folder: Path | None,
-    listing: Path | None,
-    output_folder: Path | None,
+    video_folder: Location | None,
+    listing: Location | None,
+    local_copies: int | None,
+    work_folder: Path | None,
+    output_folder: Location | None,
     model: str | None,
     num_decoders: int | None,
     device: str,
@@ -143,12 +155,16 @@ def plan(
         from wan_data.prepare.plan import make_plan, measured_rate, print_plan
         from wan_data.prepare.probing.stage import probe_only
         from wan_data.progress import make_report
+        from wan_data.storage.local_copies import LocalCopies
 
         settings = settings_of(values)
         sources, left_out = sources_of(video_folder, listing, settings)
         with (
             make_report() as report,
-            probe_only(sources, settings, report=report, decoders=num_decoders, output=output_folder) as results,
+            LocalCopies(local_copies, folder=work_folder) as copies,
+            probe_only(
+                sources, settings, report=report, decoders=num_decoders, output=output_folder, copies=copies
+            ) as results,
         ):
             rate = None
             if model is not None:

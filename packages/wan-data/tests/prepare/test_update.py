@@ -62,7 +62,9 @@ def test_changes_are_named_and_left(prepare_again, copies, settings, tiny_model)
     # A dataset of a version that recorded neither captions nor times: contents are compared.
     old = [dataclasses.replace(one, caption_sha256=None) for one in records_of(out)]
     index = SourceIndex([Part.of_records(old, "it")])
-    found = find_changes(SourceFolder(folder).files(), index, before.index.counts, SourceTimes(None), copies=LocalCopies())
+    found = find_changes(
+        SourceFolder(folder).files(), index, before.index.counts, SourceTimes(None), copies=LocalCopies()
+    )
     assert list(found.changed) == ["many/clip 1.v1.mkv", "wide.mkv"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import multistorageclient.shortcuts
 import pytest
 from object_store import Proxy, environment, object_server
+from stored_datasets import prepare_stored
 
 from wan_data.storage.location import StorePath
 
@@ -40,3 +41,14 @@ def bucket(served, proxy) -> Iterator[tuple[Path, StorePath]]:
     yield folder, StorePath("s3", name, "")
     # One client for each bucket is kept.
     multistorageclient.shortcuts._STORAGE_CLIENT_CACHE.pop(f"_s3-{name}", None)
+
+
+@pytest.fixture(scope="session")
+def from_disk(once, clips, tiny_model) -> Path:
+    """The dataset that the command makes of the clips on the disk."""
+
+    def build(folder: Path) -> None:
+        result = prepare_stored(tiny_model, "--video-folder", clips, "--output-folder", folder)
+        assert result.exit_code == 0, result.output
+
+    return once("stored-reference", build)

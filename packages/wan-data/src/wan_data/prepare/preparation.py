@@ -11,6 +11,7 @@ from wan_data.prepare.report import Report
 from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.workers import Workers
+from wan_data.storage.local_copies import LocalCopies
 from wan_model.latent_spec import LatentSpec
 
 
@@ -27,6 +28,7 @@ class Preparation:
         readers: number of files that are read at a time, to compare them with what the dataset has.
         ranks: the processes that torchrun has started.
         workers: probe, encode and write.
+        copies: of clips in a store.
     """
 
     output: Path
@@ -37,6 +39,7 @@ class Preparation:
     readers: int
     ranks: Ranks
     workers: Workers
+    copies: LocalCopies
 
     @property
     def work(self) -> Path:

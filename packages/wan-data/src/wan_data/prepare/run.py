@@ -46,6 +46,7 @@ from wan_data.shards.writer import ShardRecord
 from wan_data.sources.changes import SourceChanges, find_changes
 from wan_data.sources.modification_times import source_times
 from wan_data.sources.source import SourceFile, Sources
+from wan_data.storage.local_copies import LocalCopies
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import write_json
@@ -68,6 +69,8 @@ def prepare(
     decoders: int | None = None,
     ranks: Ranks | None = None,
     start_workers: StartWorkers | None = None,
+    local_copies: int | None = None,
+    work_folder: Path | None = None,
 ) -> PrepareResult:
     """Write a dataset, resume an interrupted preparation, or bring a finished dataset up to its sources.
 
@@ -89,6 +92,9 @@ def prepare(
         decoders: number of decoder processes that probe the sources; one per core if None.
         ranks: the processes that torchrun has started; this process alone if None.
         start_workers: starts those that probe, encode and write, elsewhere; the three above are for this machine.
+        local_copies: bytes of the local copies of clips that are in a store; see ``LocalCopies``.
+        work_folder: for these copies, and for the state of a dataset in a store; the system's temporary folder and the
+            user's cache folder if None.
 
     Returns:
         The manifest, as written beside the shards, whose sources list the rejected files with their reasons; and what
@@ -110,11 +116,12 @@ def prepare(
     output, ranks = Path(output), ranks or Ranks()
     work = Work(model, ShardFolder(output, settings, spec.fingerprint), report)
     with (
+        LocalCopies(local_copies, folder=work_folder) as copies,
         start_workers(work)
         if start_workers
-        else LocalWorkers(work, device, processes, decoders, ranks.local_rank) as workers
+        else LocalWorkers(work, device, processes, decoders, ranks.local_rank, copies=copies) as workers,
     ):
-        of = Preparation(output, model, spec, settings, report, decoders or processors(), ranks, workers)
+        of = Preparation(output, model, spec, settings, report, decoders or processors(), ranks, workers, copies)
         return _Run(of).run(sources, overwrite=overwrite, update=update, remove_missing=remove_missing)
 
 
@@ -181,6 +188,7 @@ class _Run:
                     index,
                     manifest.index.counts,
                     times,
+                    copies=self.of.copies,
                     caption_key=self.of.settings.caption_key,
                     readers=self.of.readers,
                     all_missing=all_missing,

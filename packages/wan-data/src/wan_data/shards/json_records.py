@@ -117,6 +117,24 @@ def _path(value: Any) -> Path:
 _PLAIN: dict[Any, Callable[[Any], Any]] = {int: _whole, float: _number, bool: _truth, str: _text, Path: _path}
 
 
+def register(kind: Any, of_text: Callable[[str], Any], expected: str) -> None:
+    """Let a type be read that stands as text.
+
+    Args:
+        kind: the type.
+        of_text: makes a value of it; raises ``ValueError``.
+        expected: what it is, for messages.
+    """
+
+    def read(value: Any) -> Any:
+        try:
+            return of_text(_text(value))
+        except ValueError:
+            raise _MismatchError(f"the text {value[:80]!r}", expected) from None
+
+    _PLAIN[kind] = read
+
+
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise _wrong(value, "a list")

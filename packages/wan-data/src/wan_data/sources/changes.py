@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -86,7 +87,7 @@ def find_changes(
             present += len(here)
             known = times.find([*records, *(one for source, _ in here if (one := _texts_name(source)))])
             stored = any(isinstance(source.path, StorePath) for source, _ in here)
-            looks = (pool.map if stored else map)(lambda one: _looked_at(*one, captions, known), here)
+            looks = (pool.map if stored else map)(functools.partial(_looked_at, captions=captions, known=known), here)
             same: dict[str, int] = {}
             for (source, record), look in zip(here, looks, strict=True):
                 if look.status is not None and not look.sizes and known.get(source.name) != look.status.mtime_ns:
@@ -100,7 +101,7 @@ def find_changes(
             begin(len(unknown))
         for some in batched(unknown):
             equal: dict[str, int] = {}
-            digests = pool.map(lambda one: _digest_or_problem(*one[:2], copies), some)
+            digests = pool.map(functools.partial(_digest_or_problem, copies=copies), some)
             for (source, status, before), digest in zip(some, digests, strict=True):
                 if digest == before:
                     equal[source.name] = status.mtime_ns
@@ -150,9 +151,8 @@ class _Look:
     sizes: list[str]
 
 
-def _looked_at(
-    source: SourceFile, record: SourceRecord, captions: CaptionFinder, known: Mapping[str, int]
-) -> _Look:
+def _looked_at(item: tuple[SourceFile, SourceRecord], captions: CaptionFinder, known: Mapping[str, int]) -> _Look:
+    source, record = item
     try:
         status = status_of(source)
     except (OSError, Rejected) as error:
@@ -196,7 +196,8 @@ def _changed_caption(source: SourceFile, record: SourceRecord, captions: Caption
         yield f"has a caption that {_unreadable(error)}"
 
 
-def _digest_or_problem(source: SourceFile, status: Status, copies: LocalCopies) -> str:
+def _digest_or_problem(item: tuple[SourceFile, Status, str | None], copies: LocalCopies) -> str:
+    source, status, _ = item
     assert source.path is not None
     try:
         with content_of(source.path, status, copies) as file:

@@ -11,6 +11,7 @@ from wan_data.storage.location import Location, StorePath
 from wan_data.storage.store import StoredObject, look
 from wan_data.video.source_file import check_regular
 
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
     """Size and modification time of a source; see ``wan_data.storage.store.StoredObject``."""

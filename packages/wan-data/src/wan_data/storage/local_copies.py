@@ -63,6 +63,10 @@ class Held:
         copy.done.result()
         return copy.file
 
+    def done(self) -> bool:
+        """Whether all downloads have ended."""
+        return all(copy.done.done() for copy in self._held.values())
+
     def release(self) -> None:
         """Let go of them."""
         self._copies._release(self._held)
@@ -244,4 +248,3 @@ class LocalCopies:
         if copy is not None:
             self._bytes -= copy.bytes
             copy.file.unlink(missing_ok=True)
-

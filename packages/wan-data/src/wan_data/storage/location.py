@@ -6,6 +6,8 @@ import posixpath
 import re
 from pathlib import Path
 
+from wan_data.shards.json_records import register
+
 SCHEMES = ("s3", "gs", "msc")
 # pathlib makes one slash of two.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)(.*)", re.DOTALL)
@@ -90,6 +92,8 @@ def location(name: str | os.PathLike[str] | StorePath) -> Location:
     if isinstance(name, StorePath):
         return name
     found = _URL.fullmatch(os.fspath(name))
+    if "\0" in os.fspath(name):
+        raise ValueError(f"{os.fspath(name)[:80]!r} has a zero byte; no file has such a name")
     if found is None:
         return Path(name)
     scheme, slashes, rest = found[1].lower(), found[2], found[3]
@@ -108,6 +112,9 @@ def location(name: str | os.PathLike[str] | StorePath) -> Location:
         what = "profile" if scheme == "msc" else "bucket"
         raise ValueError(f"{scheme}://{rest} names no {what}; expected {scheme}://{what.upper()}/FOLDER")
     return StorePath(scheme, bucket, _checked_key(key.strip("/"), f"{scheme}://{rest}") if key.strip("/") else "")
+
+
+register(Location, location, "a path or a URL")
 
 
 def _checked_key(key: str, url: str) -> str:
