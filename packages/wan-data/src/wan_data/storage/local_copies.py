@@ -4,14 +4,13 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import queue
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from wan_data.storage.background import Background, give_up
 from wan_data.storage.store import StoredObject, download
 from wan_model.system.files import locked
 
@@ -90,8 +89,7 @@ class LocalCopies:
         self._most = most or 0
         self._folder: Path | None = None
         self._stack = contextlib.ExitStack()
-        self._jobs: queue.SimpleQueue[tuple[StoredObject, _Copy] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._pool: Background | None = None
         self._copies: collections.OrderedDict[StoredObject, _Copy] = collections.OrderedDict()
         self._bytes, self._count = 0, 0
         self._changed = threading.Condition()
@@ -104,10 +102,8 @@ class LocalCopies:
     def __exit__(self, *error: object) -> None:
         """End the downloads and delete the copies."""
         self.stop()
-        until = time.monotonic() + _END_SECONDS
-        for thread in self._threads:
-            # A transfer that is stalled would hold up the end of the command.
-            thread.join(max(0.0, until - time.monotonic()))
+        if self._pool is not None:
+            self._pool.join(_END_SECONDS / self._downloads)  # not for transfers that are stalled
         self._stack.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -117,11 +113,9 @@ class LocalCopies:
         with self._changed:
             self._stopped = True
             for copy in self._copies.values():
-                if not copy.done.cancel() and not copy.done.done():
-                    with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has just ended
-                        copy.done.set_exception(concurrent.futures.CancelledError())
-            for _ in self._threads:
-                self._jobs.put(None)
+                give_up(copy.done)
+            if self._pool is not None:
+                self._pool.end()
             self._changed.notify_all()
 
     def ahead(self, found: StoredObject) -> None:
@@ -215,33 +209,22 @@ class LocalCopies:
         self._folder = folder
         if self._given is None:
             self._most = min(_MOST, int(_SHARE_OF_FREE * shutil.disk_usage(folder).free))
-        for number in range(self._downloads):
-            thread = threading.Thread(target=self._work, name=f"download {number}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._pool = Background(self._downloads, "downloads")
 
     def _begin(self, found: StoredObject) -> _Copy:
         assert self._folder is not None, "room was made"
+        assert self._pool is not None
         file = self._folder / f"{self._count}{found.path.suffix}"
         self._count += 1
         self._bytes += found.bytes
-        copy = self._copies[found] = _Copy(file, found.bytes, concurrent.futures.Future())
-        self._jobs.put((found, copy))
+        copy = self._copies[found] = _Copy(file, found.bytes, self._pool.submit(download, found, file))
+        copy.done.add_done_callback(self._tell)
         return copy
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            found, copy = job
-            if copy.done.set_running_or_notify_cancel():
-                with contextlib.suppress(concurrent.futures.InvalidStateError):  # nobody waits for it any more
-                    try:
-                        download(found, copy.file)
-                    except BaseException as error:
-                        copy.done.set_exception(error)
-                    else:
-                        copy.done.set_result(None)
-            with self._changed:
-                self._changed.notify_all()
+    def _tell(self, done: concurrent.futures.Future[None]) -> None:
+        del done
+        with self._changed:
+            self._changed.notify_all()
 
     def _forget(self, found: StoredObject) -> None:
         copy = self._copies.pop(found, None)

@@ -6,8 +6,6 @@ import posixpath
 import re
 from pathlib import Path
 
-from wan_data.shards.json_records import register
-
 SCHEMES = ("s3", "gs", "msc")
 # pathlib makes one slash of two.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)(.*)", re.DOTALL)
@@ -112,9 +110,6 @@ def location(name: str | os.PathLike[str] | StorePath) -> Location:
         what = "profile" if scheme == "msc" else "bucket"
         raise ValueError(f"{scheme}://{rest} names no {what}; expected {scheme}://{what.upper()}/FOLDER")
     return StorePath(scheme, bucket, _checked_key(key.strip("/"), f"{scheme}://{rest}") if key.strip("/") else "")
-
-
-register(Location, location, "a path or a URL")
 
 
 def _checked_key(key: str, url: str) -> str:
