@@ -1,5 +1,6 @@
 """The command line ``wan-data``. Heavy modules are imported inside the commands, so that ``--help`` is fast."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -97,6 +98,7 @@ def prepare(
         from wan_data.prepare.ranks import ranks_from_environment
         from wan_data.prepare.results import summary_lines
         from wan_data.prepare.run import prepare as run
+        from wan_data.prepare.store_output import output_at
 
         ranks = ranks_from_environment()
         with resumable(), make_report() if ranks.rank == 0 else SilentReport() as report:
@@ -117,7 +119,8 @@ def prepare(
                 work_folder=work_folder,
             )
     if ranks.rank == 0:
-        for line in (*summary_lines(result, output_folder), *left_out()):
+        made_in = output_at(output_folder, work_folder).folder
+        for line in (*summary_lines(result, made_in, str(output_folder)), *left_out()):
             click.echo(line)
     counts = result.manifest.index.counts
     incomplete = counts.rejected or counts.dropped
@@ -154,16 +157,25 @@ def plan(
     with errors_as_messages(output_folder or Path()):
         from wan_data.prepare.plan import make_plan, measured_rate, print_plan
         from wan_data.prepare.probing.stage import probe_only
+        from wan_data.prepare.ranks import Ranks
+        from wan_data.prepare.store_output import output_at
         from wan_data.progress import make_report
         from wan_data.storage.local_copies import LocalCopies
 
         settings = settings_of(values)
         sources, left_out = sources_of(video_folder, listing, settings)
+        output = None if output_folder is None else output_at(output_folder, work_folder)
         with (
             make_report() as report,
+            contextlib.nullcontext() if output is None else output.opened(Ranks()),
             LocalCopies(local_copies, folder=work_folder) as copies,
             probe_only(
-                sources, settings, report=report, decoders=num_decoders, output=output_folder, copies=copies
+                sources,
+                settings,
+                report=report,
+                decoders=num_decoders,
+                output=None if output is None else output.folder,
+                copies=copies,
             ) as results,
         ):
             rate = None

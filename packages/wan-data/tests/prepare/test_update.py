@@ -151,7 +151,7 @@ def test_missing_files_are_removed_on_request_only(prepare_again, copies, datase
 STOPS = {
     "before the shards": ("wan_data.prepare.local_workers", "write_shard"),
     "before a shard is rewritten": ("wan_data.prepare.run", "rewrite_shard"),
-    "before the metadata": ("wan_data.prepare.run", "write_metadata"),
+    "before the metadata": ("wan_data.prepare.outputs", "write_metadata"),
     "before the manifest": ("wan_data.prepare.run", "Manifest.write"),
     "before old shards are deleted": ("wan_data.prepare.run", "delete_superseded"),
     "before the times": ("wan_data.prepare.run", "_Run._remember_times"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from wan_data.index.manifest import Manifest
 from wan_data.index.sources import IndexState
 from wan_data.prepare.output_folder import WORK_FOLDER
+from wan_data.prepare.outputs import Output
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report
 from wan_data.prepare.results import FinishedShard
@@ -20,7 +21,7 @@ class Preparation:
     """The arguments of ``wan_data.prepare.run.prepare`` that all steps share.
 
     Attributes:
-        output: folder of the dataset.
+        target: where the dataset is written to.
         model: folder in diffusers' layout, or a hub id.
         spec: latent space of the model.
         settings: determine the bytes of the shards.
@@ -31,7 +32,7 @@ class Preparation:
         copies: of clips in a store.
     """
 
-    output: Path
+    target: Output
     model: str
     spec: LatentSpec
     settings: PrepareSettings
@@ -40,6 +41,11 @@ class Preparation:
     ranks: Ranks
     workers: Workers
     copies: LocalCopies
+
+    @property
+    def output(self) -> Path:
+        """The folder in which the dataset is made."""
+        return self.target.folder
 
     @property
     def work(self) -> Path:

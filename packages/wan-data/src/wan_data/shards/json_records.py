@@ -124,7 +124,11 @@ def _location(value: Any) -> Location:
 
 
 _PLAIN: dict[Any, Callable[[Any], Any]] = {
-    **{int: _whole, float: _number, bool: _truth, str: _text, Path: _path},
+    int: _whole,
+    float: _number,
+    bool: _truth,
+    str: _text,
+    Path: _path,
     Location: _location,
 }
 

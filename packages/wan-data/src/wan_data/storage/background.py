@@ -26,9 +26,7 @@ class Background:
         for thread in self._threads:
             thread.start()
 
-    def submit(
-        self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs
-    ) -> concurrent.futures.Future[T]:
+    def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> concurrent.futures.Future[T]:
         """Call a function when a thread is free."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         self._jobs.put((future, lambda: function(*arguments, **named)))
