@@ -22,6 +22,8 @@ from wan_data.cli_options import (
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_model.system.standard_streams import CheckedCommand
 
+_PIPE_WIDTH = 400
+
 
 class _Commands(CheckedCommand, click.Group):
     """A group whose commands end with a sentence at errors of the system, such as a full disk."""
@@ -183,11 +185,24 @@ def plan(
 @flag("pad-multiple", default=1, type=int, help="Packs are padded to a multiple of this many tokens.")
 @flag("packing-buffer", default=64, type=int, help="Number of samples that are packed together.")
 @flag("png", type=click.Path(path_type=Path), help="Plot the sizes and the packing into this file.")
+@flag(
+    "measures-png",
+    type=click.Path(path_type=Path),
+    help="With --video-folder: a contact sheet of the clips at both ends of each measure.",
+)
+@flag("video-folder", type=click.Path(path_type=Path), help="Folder of the clips, for --measures-png.")
 @flag("json", "as-json", is_flag=True, help="Print one JSON object instead of tables.")
 def inspect(
-    path: Path, capacity: int | None, pad_multiple: int, packing_buffer: int, png: Path | None, **flags: bool
+    path: Path,
+    capacity: int | None,
+    pad_multiple: int,
+    packing_buffer: int,
+    png: Path | None,
+    measures_png: Path | None,
+    video_folder: Path | None,
+    **flags: bool,
 ) -> None:
-    """Show the samples, shapes, tokens, captions and packing of a dataset, or of a blend of several."""
+    """Show the samples, shapes, tokens, captions, packing and measures of a dataset, or of a blend of several."""
     from wan_data.inspect.statistics import inspect as read_statistics
     from wan_data.inspect.statistics import print_tables
 
@@ -197,10 +212,44 @@ def inspect(
             from wan_data.inspect.plots import plot_statistics
 
             plot_statistics(found, png, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
+        if measures_png is not None:
+            if video_folder is None:
+                raise ValueError("--measures-png shows frames of the clips; pass their folder as --video-folder")
+            from wan_data.inspect.measures_sheet import measures_sheet
+
+            measures_sheet(path, video_folder, measures_png)
     if flags["json"]:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
         print_tables(found)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@flag("where", help="Only those that fulfil an expression, such as 'motion > 0.2 and seconds >= 2'.")
+@flag("rejected", is_flag=True, help="Only those that were rejected or left out, with the reasons.")
+@flag("limit", default=100, type=click.IntRange(min=1), help="Number of sources that are shown at most.")
+@flag("json", "as-json", is_flag=True, help="Print a line of JSON for each instead of a table.")
+def sources(path: Path, where: str | None, limit: int, **flags: bool) -> None:
+    """List the sources of a dataset, with what was measured of them, by name."""
+    from itertools import islice
+
+    from wan_data.inspect.measured import json_line, selected_sources, sources_table
+
+    with errors_as_messages(path):
+        found = selected_sources(path, where, rejected=flags["rejected"])
+        shown, more = list(islice(found, limit)), next(found, None) is not None
+    if flags["json"]:
+        for record, seconds in shown:
+            click.echo(json_line(record, seconds))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        # In a file or a pipe, a path is in one line.
+        (console if console.is_terminal else Console(width=_PIPE_WIDTH)).print(sources_table(shown))
+    if more:
+        click.echo(f"there are more than {limit}; pass a larger --limit", err=True)
 
 
 @main.command()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from wan_data.prepare.settings import DTYPES, MODES, RESIZE_MODES, PrepareSettings
+from wan_data.curation.measures import SCENE_KINDS
+from wan_data.prepare.settings import DTYPES, DUPLICATES, MODES, RESIZE_MODES, PrepareSettings
 from wan_data.video.display.options import HDR_CHOICES
 from wan_data.video.windows import WINDOW_KINDS
 from wan_model.system.option_names import option_names
@@ -204,4 +205,22 @@ settings_options = _all(
         help="Precision of the encoders; tf32 is float32 with convolutions that a GPU may round to TF32.",
     ),
     flag("seed", default=_DEFAULT.seed, type=int, help="Of the choice of validation clips."),
+    flag(
+        "scenes",
+        default=_DEFAULT.scenes,
+        type=click.Choice(SCENE_KINDS),
+        help="Find the cuts of clips, by which detector of PySceneDetect; no window crosses one.",
+    ),
+    flag(
+        "duplicates",
+        default=_DEFAULT.duplicates,
+        type=click.Choice(DUPLICATES),
+        help="Near-duplicates: not looked for, named and kept in one split, or all but one left out.",
+    ),
+    flag("where", help="Only clips that fulfil an expression, such as 'motion > 0.2 and seconds >= 2'."),
+    flag(
+        "measures",
+        is_flag=True,
+        help="Measure all clips for the index: motion, stillness, sharpness, black borders, fingerprints.",
+    ),
 )

@@ -115,7 +115,8 @@ def test_the_queries_use_the_indices(tmp_path):
 
 def test_a_row_holds_every_field_of_a_record():
     one = SourceRecord(
-        *("a", ACCEPTED, "r", "val", "0" * 64, 1, 2, ("s",), ((1, "x"),), 3, 24.5, 5.0, 6.0, "not a digest", 7)
+        *("a", ACCEPTED, "r", "val", "0" * 64, 1, 2, ("s",), ((1, "x"),), 3, 24.5, 5.0, 6.0, "not a digest", 7),
+        *(8, 1, 9, 0.1, 0.2, 3.0, 0.4, (5,), "0f", "b"),
     )
     assert None not in row_of(one)
     part = Part.of_records([one], "it")

@@ -124,3 +124,22 @@ def unpacked(hashes: Sequence[str]) -> UInt8[np.ndarray, "hashes 32"]:
     if any(len(row) != BITS // 8 for row in rows):
         raise ValueError(f"of the hashes {', '.join(map(repr, hashes))[:200]} one is not of 64 hexadecimal digits")
     return np.frombuffer(b"".join(rows), np.uint8).reshape(len(hashes), BITS // 8)
+
+
+def packed_fingerprint(hashes: Sequence[str]) -> str:
+    """A fingerprint of eight hashes as one text: 514 hexadecimal digits, which parts have a hash, then their bits."""
+    parts = [int(bool(one)) << number for number, one in enumerate(hashes)]
+    return f"{sum(parts):02x}" + "".join(one or "0" * (BITS // 4) for one in hashes)
+
+
+def unpacked_fingerprint(text: str) -> tuple[str, ...]:
+    """Inverse of ``packed_fingerprint``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    size = BITS // 4
+    if len(text) != 2 + PARTS * size or text.strip("0123456789abcdef"):
+        raise ValueError(f"a fingerprint is {text[:20]!r}...; expected {2 + PARTS * size} hexadecimal digits")
+    mask, bits = int(text[:2], 16), text[2:]
+    return tuple(bits[size * number : size * (number + 1)] * (mask >> number & 1) for number in range(PARTS))

@@ -2,6 +2,12 @@
 
 import dataclasses
 
+SCENE_KINDS = ("off", "content", "adaptive")
+# Raised when an unchanged clip gets other measures.
+MEASURES_VERSION = 1
+# The measures that are one number.
+MEASURE_NAMES = ("motion", "stillness", "sharpness", "black_borders")
+
 
 @dataclasses.dataclass(frozen=True)
 class Measures:

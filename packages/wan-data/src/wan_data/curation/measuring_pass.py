@@ -12,9 +12,9 @@ from jaxtyping import UInt8
 
 from wan_data.curation.fingerprints import KEPT, Fingerprinter
 from wan_data.curation.libraries import opencv
-from wan_data.curation.measures import Measures
+from wan_data.curation.measures import SCENE_KINDS, Measures
 from wan_data.curation.movement import Movement, reduced
-from wan_data.curation.scenes import SCENE_KINDS, CutDetector
+from wan_data.curation.scenes import CutDetector
 from wan_data.curation.stills import Stills
 
 # Sharpness and borders are those of so many frames a second: one costs as much as the rest of several.

@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from wan_data.curation.libraries import frame_timecode, opencv, scene_detectors
+from wan_data.curation.measures import SCENE_KINDS
 from wan_data.video.windows import Lengths, Window, plan_windows
-
-SCENE_KINDS = ("off", "content", "adaptive")
 
 Rgb = UInt8[np.ndarray, "H W 3"]
 

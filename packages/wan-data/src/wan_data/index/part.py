@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_data.index.records import PART_PATTERN, REJECTED, PartRecord, SourceRecord
+from wan_data.index.records import LEFT_OUT, PART_PATTERN, REJECTED, PartRecord, SourceRecord
 from wan_data.shards.database import MEMORY, create, damage_named, in_queries, new_database, open_database
 from wan_data.shards.json_records import from_json
 
@@ -28,17 +28,33 @@ _TABLE = """CREATE TABLE sources (
     height REAL NOT NULL,
     width REAL NOT NULL,
     caption_sha256 BLOB,
-    caption_tokens INTEGER
+    caption_tokens INTEGER,
+    source_frames INTEGER NOT NULL,
+    orientation INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    motion REAL,
+    stillness REAL,
+    sharpness REAL,
+    black_borders REAL,
+    cuts TEXT,
+    fingerprint BLOB,
+    duplicate_of TEXT
 ) WITHOUT ROWID"""
 # As wan_data.index.records.is_notable has it.
-_NOTABLE = f"(verdict = '{REJECTED}' OR dropped <> '[]' OR caption_tokens IS NOT NULL)"
+_NOTABLE = (
+    f"(verdict IN {(REJECTED, *LEFT_OUT)} OR dropped <> '[]' OR caption_tokens IS NOT NULL OR duplicate_of IS NOT NULL)"
+)
 # Made after the rows are there: sorting them is faster than a million insertions at random places.
 _INDICES = (
     "CREATE INDEX contents ON sources (substr(sha256, 1, 8)) WHERE split IS NOT NULL",
     f"CREATE INDEX notable ON sources (path) WHERE {_NOTABLE}",
 )
 _SCHEMA = {_TABLE, *_INDICES}
-_COLUMNS = len(SourceRecord.__dataclass_fields__)
+_NAMES = tuple(SourceRecord.__dataclass_fields__)
+_COLUMNS = len(_NAMES)
+_LISTS = [_NAMES.index(name) for name in ("shards", "dropped", "cuts")]
+# Columns of an expression that decoding finds; the question mark is the target rate.
+_DECODED = {"seconds": "frames / ?", "frames": "frames", "fps": "source_fps", "height": "height", "width": "width"}
 
 Row = tuple[Any, ...]
 
@@ -102,7 +118,18 @@ def row_of(record: SourceRecord) -> Row:
         float(record.width),
         _packed(record.caption_sha256),
         record.caption_tokens,
+        record.source_frames,
+        record.orientation,
+        record.mtime_ns,
+        *(_real(one) for one in (record.motion, record.stillness, record.sharpness, record.black_borders)),
+        None if record.cuts is None else json.dumps(record.cuts),
+        None if record.fingerprint is None else bytes.fromhex(record.fingerprint),
+        record.duplicate_of,
     )
+
+
+def _real(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _packed(digest: str | None) -> bytes | str | None:
@@ -168,6 +195,22 @@ class Part:
         """The records of which ``is_notable`` is true, by path."""
         return self._records(f"SELECT * FROM sources WHERE {_NOTABLE} ORDER BY path", [])
 
+    def selected(self, condition: str, parameters: Sequence[float], fps: float) -> Iterator[SourceRecord]:
+        """The records that fulfil a condition of ``wan_data.curation.expressions.Where``, by path.
+
+        Args:
+            condition, parameters: its ``sql``, and ``parameters``.
+            fps: the target rate.
+        """
+        # Of a file that could not be decoded, nothing of it is known.
+        known = [f"CASE WHEN frames THEN {value} END AS {name}" for name, value in _DECODED.items()]
+        stored = [f"stored_{name}" if name in _DECODED else name for name in _NAMES]
+        columns = [f"{name} AS {alias}" for name, alias in zip(_NAMES, stored, strict=True)]
+        query = f"SELECT {', '.join([*known, *columns])} FROM sources"
+        return self._records(
+            f"SELECT {', '.join(stored)} FROM ({query}) WHERE {condition} ORDER BY path", [fps, *parameters]
+        )
+
     def rows(self) -> Iterator[Row]:
         """All rows, by path."""
         with remedy_named(), damage_named(self._where):
@@ -183,8 +226,9 @@ class Part:
         """
         with remedy_named(), damage_named(self._where):
             values = [one.hex() if isinstance(one, bytes) else one for one in row]
-            for column in (7, 8):  # lists
-                values[column] = json.loads(values[column])
+            for column in _LISTS:
+                if values[column] is not None:
+                    values[column] = json.loads(values[column])
             return from_json(SourceRecord, values, "a record")
 
     def digest(self) -> tuple[int, str]:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import heapq
 import itertools
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,14 +13,19 @@ from typing import TypeVar
 from wan_data.index.part import Part, Row, row_of, write_part
 from wan_data.index.records import (
     ACCEPTED,
+    DUPLICATE,
+    LEFT_OUT,
     PART_GLOB,
     REJECTED,
     REMOVED,
+    UNSELECTED,
     PartRecord,
     SourceCounts,
     SourceRecord,
     is_notable,
 )
+from wan_data.storage.location import Location, StorePath
+from wan_data.storage.store import download, look
 
 T = TypeVar("T")
 # Paths that are looked up together.
@@ -33,22 +39,32 @@ class SourceIndex:
 
     Args:
         parts: the files, open, the oldest first.
+        copies: a folder of copies, which is deleted with this object; None if there is none.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[Part], copies: "tempfile.TemporaryDirectory[str] | None" = None) -> None:
+        self._parts, self._copies = parts, copies
 
     @classmethod
-    def open(cls, folder: Path, records: Sequence[PartRecord]) -> "SourceIndex":
-        """Open the files of an index.
+    def open(cls, folder: Location, records: Sequence[PartRecord]) -> "SourceIndex":
+        """Open the files of an index; those of a store are copied to the disk meanwhile.
 
         Raises:
             ValueError: one is missing or damaged.
         """
         with contextlib.ExitStack() as stack:
-            parts = [stack.enter_context(contextlib.closing(Part.open(folder, record))) for record in records]
+            copies = None
+            if isinstance(folder, StorePath):
+                copies = tempfile.TemporaryDirectory(prefix="wan-data-")
+                here = Path(stack.enter_context(copies))
+                for record in records:
+                    with contextlib.suppress(FileNotFoundError):  # said below
+                        download(look(folder / record.name), here / record.name)
+            else:
+                here = folder
+            parts = [stack.enter_context(contextlib.closing(Part.open(here, record))) for record in records]
             stack.pop_all()
-        return cls(parts)
+        return cls(parts, copies)
 
     def __enter__(self) -> "SourceIndex":
         """Nothing to do; the files are open."""
@@ -58,6 +74,8 @@ class SourceIndex:
         """Close the files."""
         for part in self._parts:
             part.close()
+        if self._copies is not None:
+            self._copies.cleanup()
 
     def find(self, paths: Iterable[str]) -> dict[str, SourceRecord]:
         """The records of those paths that the dataset knows."""
@@ -82,15 +100,26 @@ class SourceIndex:
         return splits
 
     def notable(self) -> Iterator[SourceRecord]:
-        """The records of rejected sources, of dropped windows and of cut captions, by path."""
+        """The records of which something is to be said (see ``is_notable``), by path."""
         found = heapq.merge(*(part.notable() for part in self._parts), key=lambda record: record.path)
         for chunk in batched(path for path, _ in itertools.groupby(found, key=lambda record: record.path)):
             now = self.find(chunk)
             yield from (record for _, record in sorted(now.items()) if is_notable(record))
 
     def rejects(self) -> Iterator[SourceRecord]:
-        """The records of rejected sources, by path."""
-        return (record for record in self.notable() if record.verdict == REJECTED)
+        """The records of sources without samples, rejected or left out, by path."""
+        return (record for record in self.notable() if record.verdict in (REJECTED, *LEFT_OUT))
+
+    def selected(self, condition: str, parameters: Sequence[float], fps: float) -> Iterator[SourceRecord]:
+        """The records that fulfil a condition, by path; see ``Part.selected``."""
+        found = heapq.merge(
+            *(part.selected(condition, parameters, fps) for part in self._parts), key=lambda record: record.path
+        )
+        # Of a path the last one is that of the newest file, which another may hide.
+        newest = (list(records)[-1] for _, records in itertools.groupby(found, key=lambda record: record.path))
+        for chunk in batched(newest):
+            now = self.find(record.path for record in chunk)
+            yield from (record for record in chunk if now.get(record.path) == record)
 
     def accepted(self) -> Iterator[SourceRecord]:
         """The records of sources with samples, by path."""
@@ -206,19 +235,23 @@ class _Counts:
     def __init__(self, counts: SourceCounts) -> None:
         self._accepted, self._others = (
             collections.Counter(counts.accepted),
-            collections.Counter(rejected=counts.rejected, dropped=counts.dropped),
+            collections.Counter(
+                dropped=counts.dropped,
+                **{REJECTED: counts.rejected, UNSELECTED: counts.unselected, DUPLICATE: counts.duplicates},
+            ),
         )
 
     def add(self, record: SourceRecord | None, by: int) -> None:
         if record is not None and record.verdict == ACCEPTED and record.split is not None:
             self._accepted[record.split] += by
             self._others["dropped"] += by * bool(record.dropped)
-        elif record is not None and record.verdict == REJECTED:
-            self._others["rejected"] += by
+        elif record is not None and record.verdict in (REJECTED, *LEFT_OUT):
+            self._others[record.verdict] += by
 
     def now(self) -> SourceCounts:
         accepted = {split: number for split, number in sorted(self._accepted.items()) if number}
-        return SourceCounts(accepted, self._others["rejected"], self._others["dropped"])
+        others = self._others
+        return SourceCounts(accepted, others[REJECTED], others["dropped"], others[UNSELECTED], others[DUPLICATE])
 
 
 def counted(records: Iterable[SourceRecord]) -> SourceCounts:

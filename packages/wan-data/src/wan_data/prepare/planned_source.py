@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from wan_data.curation.measures import Measures
+from wan_data.index.records import REJECTED
 from wan_data.video.buckets import Size
 from wan_data.video.decode import ClipInfo
 from wan_data.video.windows import Window
@@ -22,6 +24,8 @@ class PlannedSource:
         size: the bucket that its frames are resized to.
         windows: frame ranges at the target rate, one sample each.
         mtime_ns: modification time of the file before it was read; 0 if unknown.
+        measures: of the clip; None if it was not measured.
+        duplicate_of: the name of the source that it is a near-duplicate of, or None.
     """
 
     name: str
@@ -33,6 +37,8 @@ class PlannedSource:
     size: Size
     windows: tuple[Window, ...]
     mtime_ns: int = 0
+    measures: Measures | None = None
+    duplicate_of: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The source as plain JSON values, of which ``from_json`` makes it again."""
@@ -43,12 +49,25 @@ class PlannedSource:
 
 @dataclasses.dataclass(frozen=True)
 class RejectedSource:
-    """A source that cannot be used, with the reason."""
+    """A source that cannot be used, or is left out because the user asked for it.
+
+    Attributes:
+        name: see ``wan_data.sources.source.SourceFile``.
+        reason: why, as the end of a sentence about it.
+        bytes, sha256: size and digest of the file, as far as they are known.
+        verdict: of ``wan_data.index.records``: ``rejected``, or one of ``LEFT_OUT``.
+        info, mtime_ns, measures, duplicate_of: of one that is left out: see ``PlannedSource``.
+    """
 
     name: str
     reason: str
     bytes: int = 0
     sha256: str | None = None
+    verdict: str = REJECTED
+    info: ClipInfo | None = None
+    mtime_ns: int = 0
+    measures: Measures | None = None
+    duplicate_of: str | None = None
 
 
 ProbeResult = PlannedSource | RejectedSource

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Sequence
 from typing import Protocol
 
+from wan_data.index.records import LEFT_OUT
 from wan_data.prepare.planned_source import ProbeResult, RejectedSource
 from wan_data.video.windows import Window
 
@@ -30,7 +31,7 @@ def describe_windows(windows: Sequence[Window]) -> str:
 def describe(result: ProbeResult) -> str:
     """A probe result in a line."""
     if isinstance(result, RejectedSource):
-        return f"REJECTED {result.name}: {result.reason}"
+        return f"{'left out' if result.verdict in LEFT_OUT else 'REJECTED'} {result.name}: {result.reason}"
     return (
         f"{result.name}: {result.info.frames} frames at the target rate, {describe_windows(result.windows)} "
         f"in {result.size}"

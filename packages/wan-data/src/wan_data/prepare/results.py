@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
+from wan_data.curation.fingerprints import packed_fingerprint
+from wan_data.curation.measures import MEASURE_NAMES
 from wan_data.index.lengths import LengthCounts, with_lengths
 from wan_data.index.manifest import Manifest, ShapeCount, caption_digest, open_sources
-from wan_data.index.records import ACCEPTED, REJECTED, REMOVED, SourceRecord
+from wan_data.index.records import ACCEPTED, LEFT_OUT, REJECTED, REMOVED, UNSELECTED, SourceRecord
 from wan_data.index.sources import SourceIndex, not_among
 from wan_data.prepare.planned_source import PlannedSource, RejectedSource
 from wan_data.prepare.probing.results import ProbeResults
@@ -18,6 +20,7 @@ from wan_data.prepare.work_files import WorkRecord
 from wan_data.reading.packing import latent_tokens
 from wan_data.shards.writer import ShardRecord
 from wan_data.sources.source import SourceFile
+from wan_data.video.decode import ClipInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,34 @@ class PrepareResult:
 
 
 def rejected_record(source: RejectedSource) -> SourceRecord:
-    """The record of a source that cannot be used."""
-    return SourceRecord(source.name, REJECTED, source.reason, sha256=source.sha256, bytes=source.bytes)
+    """The record of a source that cannot be used, or is left out."""
+    record = SourceRecord(source.name, source.verdict, source.reason, sha256=source.sha256, bytes=source.bytes)
+    return record if source.info is None else with_found(record, source, source.info)
+
+
+def with_found(record: SourceRecord, source: PlannedSource | RejectedSource, info: ClipInfo) -> SourceRecord:
+    """The record with what decoding and measuring has found of the source."""
+    measures = source.measures
+    record = dataclasses.replace(
+        record,
+        frames=info.frames,
+        source_fps=info.source_fps,
+        height=info.height,
+        width=info.width,
+        source_frames=info.source_frames,
+        orientation=info.orientation,
+        # The index of what is neither measured nor left out does not depend on times.
+        mtime_ns=source.mtime_ns if measures is not None or isinstance(source, RejectedSource) else 0,
+        duplicate_of=source.duplicate_of,
+    )
+    if measures is None:
+        return record
+    return dataclasses.replace(
+        record,
+        **{name: getattr(measures, name) for name in MEASURE_NAMES},
+        cuts=measures.cuts,
+        fingerprint=packed_fingerprint(measures.hashes),
+    )
 
 
 def outdated_rejects(index: SourceIndex, sources: Iterable[SourceFile]) -> Iterator[SourceRecord]:
@@ -183,17 +212,16 @@ class _OpenRecord:
             samples=sum(self._samples.values()),
             shards=tuple(sorted(self._samples)),
             dropped=tuple(self._dropped),
-            frames=source.info.frames,
-            source_fps=source.info.source_fps,
-            height=source.info.height,
-            width=source.info.width,
             caption_sha256=caption_digest(source.caption),
             caption_tokens=self._cut,
         )
+        record = with_found(record, source, source.info)
         if record.samples:
             return record
         reason = self._dropped[0][1]
-        return dataclasses.replace(record, verdict=REJECTED, reason=reason, split=None, caption_sha256=None)
+        return dataclasses.replace(
+            record, verdict=REJECTED, reason=reason, split=None, caption_sha256=None, duplicate_of=None
+        )
 
 
 # -- the manifest ------------------------------------------------------------------------------------------------------
@@ -229,8 +257,8 @@ def with_shard_batch(manifest: Manifest, batch: ShardBatch, finished: Finished) 
 
 # -- the summary -------------------------------------------------------------------------------------------------------
 
-# Lines of each kind.
-_MOST_LINES = 1_000
+# Lines of each kind, and of what was left out as asked for.
+_MOST_LINES, _FEWER_LINES = 1_000, 20
 
 
 def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
@@ -240,7 +268,7 @@ def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
     sizes = {shape.latent for shape in manifest.shapes}
     lines = [
         f"{sum(manifest.samples.values())} samples ({splits}) of {len(sizes)} shapes in {len(manifest.shards)} shards "
-        f"from {counts.total - counts.rejected} of {counts.total} files: {folder}"
+        f"from {sum(counts.accepted.values())} of {counts.total} files: {folder}"
     ]
     for shape in manifest.shapes:
         lines.append(
@@ -248,17 +276,27 @@ def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
             f"{shape.samples} samples of {shape.tokens} tokens"
         )
     rejected, dropped, cut = _Lines(), _Lines(), _Lines()
+    unselected, duplicates, named = (_Lines(most=_FEWER_LINES) for _ in range(3))
     with open_sources(folder, manifest) as index:
         for source in index.notable():
             if source.verdict == REJECTED:
                 rejected.add(f"{source.path}: {source.reason}")
                 continue
+            if source.verdict in LEFT_OUT:
+                lines_of = unselected if source.verdict == UNSELECTED else duplicates
+                lines_of.add(f"{source.path}: {source.reason}")
+                continue
+            if source.duplicate_of is not None:
+                named.add(f"{source.path}: of {source.duplicate_of}")
             for number, reason in source.dropped:
                 dropped.add(f"{source.path} window {number + 1}: {reason}")
             if source.caption_tokens is not None:
                 cut.add(f"{source.path}: {source.caption_tokens} tokens")
     lines += rejected.under("Rejected files ({}):")
     lines += dropped.under("Windows of accepted files that could not be encoded ({}):")
+    lines += unselected.under("Files left out by --where ({}):")
+    lines += duplicates.under("Files left out by --duplicates drop ({}):")
+    lines += named.under("Near-duplicates, encoded in the split of the file that they are like ({}):")
     lines += cut.under(f"Captions cut to {manifest.settings['text_length']} tokens ({{}}):")
     for title, found, count in (
         (
@@ -296,12 +334,12 @@ def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
 class _Lines:
     """Lines of one kind, of which the first are printed."""
 
-    def __init__(self, lines: Sequence[str] = (), count: int = 0) -> None:
-        self._lines, self._count = [*lines[:_MOST_LINES]], count
+    def __init__(self, lines: Sequence[str] = (), count: int = 0, most: int = _MOST_LINES) -> None:
+        self._lines, self._count, self._most = [*lines[:most]], count, most
 
     def add(self, line: str) -> None:
         self._count += 1
-        if len(self._lines) < _MOST_LINES:
+        if len(self._lines) < self._most:
             self._lines.append(line)
 
     def under(self, title: str) -> list[str]:

@@ -15,6 +15,7 @@ from wan_data.prepare.local_workers import LocalWorkers
 from wan_data.prepare.output_folder import output_folder
 from wan_data.prepare.planning import plan_new_batch
 from wan_data.prepare.preparation import Preparation
+from wan_data.prepare.probing.stage import check_measuring
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.removal import (
     RewrittenShard,
@@ -98,6 +99,7 @@ def prepare(
             cannot be loaded, a version of Energon that wan-data does not work with, or no sample for training would
             be left.
     """
+    check_measuring(settings)
     energon_version()  # an Energon that cannot read the dataset is refused before anything is encoded
     if overwrite and (update or remove_missing):
         raise ValueError(

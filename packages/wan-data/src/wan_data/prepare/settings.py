@@ -6,6 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from wan_data.curation.expressions import Where, compile_where
+from wan_data.curation.measures import MEASURES_VERSION, SCENE_KINDS
 from wan_data.video.buckets import Size, buckets_of_area
 from wan_data.video.display.options import DisplayOptions
 from wan_data.video.limits import READING_VERSION, Limits
@@ -19,6 +21,9 @@ DEFAULT_FRAMES = 81
 MODES = ("video", "frames")
 RESIZE_MODES = ("bicubic", "bilinear", "nearest")
 DTYPES = tuple(VAE_PRECISIONS)
+DUPLICATES = ("keep", "name", "drop")
+# Columns of --where that are known without measuring.
+_UNMEASURED = {"seconds", "frames", "fps", "height", "width", "bytes", "samples"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,12 @@ class PrepareSettings:
             and text embeddings are stored as float32.
         text_length: number of tokens that captions are truncated to.
         seed: of the choice of validation sources.
+        scenes: ``off``, ``content`` or ``adaptive``: how the cuts are found that no window crosses (see
+            ``wan_data.curation.scenes.CutDetector``).
+        duplicates: of near-duplicates all are encoded (``keep``, ``name``), or one (``drop``); ``keep`` does not look
+            for them, ``name`` records them and keeps them in one split.
+        where: an expression that sources fulfil (see ``wan_data.curation.expressions``); None selects all.
+        measures: measure all sources, also if nothing above needs it.
     """
 
     mode: str = "video"
@@ -76,6 +87,10 @@ class PrepareSettings:
     dtype: str = "float32"
     text_length: int = OFFICIAL_TEXT_LENGTH
     seed: int = 0
+    scenes: str = "off"
+    duplicates: str = "keep"
+    where: str | None = None
+    measures: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -83,6 +98,8 @@ class PrepareSettings:
             ("windows", self.windows, WINDOW_KINDS),
             ("resize_mode", self.resize_mode, RESIZE_MODES),
             ("dtype", self.dtype, DTYPES),
+            ("scenes", self.scenes, SCENE_KINDS),
+            ("duplicates", self.duplicates, DUPLICATES),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
@@ -113,7 +130,7 @@ class PrepareSettings:
         if not self.areas:
             raise ValueError("areas holds none; name at least one")
         self.resolutions()
-        _ = self.limits, self.display
+        _ = self.limits, self.display, self.selection
 
     @property
     def images(self) -> bool:
@@ -129,6 +146,17 @@ class PrepareSettings:
     def display(self) -> DisplayOptions:
         """How sources are displayed."""
         return DisplayOptions(self.background, self.hdr)
+
+    @property
+    def selection(self) -> Where | None:
+        """The compiled expression of ``where``."""
+        return None if self.where is None else compile_where(self.where)
+
+    @property
+    def measuring(self) -> bool:
+        """Whether sources are measured while they are probed, for which the extra ``curation`` is needed."""
+        needed = self.selection is not None and bool(self.selection.columns - _UNMEASURED)
+        return self.measures or needed or self.scenes != "off" or self.duplicates != "keep"
 
     @property
     def window_lengths(self) -> Lengths:
@@ -149,6 +177,7 @@ class PrepareSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values, as the manifest holds them, with the version of how sources are read."""
         values = {**dataclasses.asdict(self), "fps": str(self.fps), "reading_version": READING_VERSION}
+        values["measures_version"] = MEASURES_VERSION if self.measuring else None
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

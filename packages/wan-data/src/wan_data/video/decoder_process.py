@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # it imports torch, which the parent may not need
     from wan_data.video.decode import Measuring
 
 Measure = Callable[[str, Fraction], "Measuring"]
+PROGRAM = "wan_data.video.decoder_process"
 
 _HEARTBEAT_SECONDS = 1.0
 # Without a heartbeat for this long, the decoder is in an endless loop.
@@ -117,7 +118,7 @@ class Decoder:
     def __init__(
         self,
         *,
-        program: str = "wan_data.video.decoder_process",
+        program: str = PROGRAM,
         memory: int = _MEMORY,
         timeout: float = _TIMEOUT_SECONDS,
         start_timeout: float = _START_TIMEOUT_SECONDS,

@@ -48,7 +48,7 @@ def probe_sources(
             idle.get().__exit__()
 
     for _ in range(decoders):
-        idle.put(Decoder())
+        idle.put(Decoder(program=one.program))
     with concurrent.futures.ThreadPoolExecutor(decoders) as pool:
         try:
             for (source, _), probed in map_in_order(pool, probe, sources, 4 * decoders):
