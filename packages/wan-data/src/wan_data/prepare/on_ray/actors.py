@@ -81,7 +81,8 @@ class ProbeActor(StageActor):
 
     def __init__(self, visible: Sequence[Path], settings: PrepareSettings) -> None:
         super().__init__(visible)
-        self._probe, self._decoder = SourceProbe(settings), Decoder()
+        self._probe = SourceProbe(settings)
+        self._decoder = Decoder(program=self._probe.program)
 
     def probe(self, source: SourceFile, known: Found | None) -> Probed:
         """See ``SourceProbe.probe``."""
