@@ -81,7 +81,7 @@ def mixed_clips(clips, tmp_path_factory):
 def test_rejected_files_and_dropped_windows_are_said_as_by_one_process(
     on_ray, prepare_again, mixed_clips, tiny_model, settings, silent, tmp_path
 ):
-    settings = dataclasses.replace(settings, batch_size=2)
+    settings = dataclasses.replace(settings, batch_size=2, where="sharpness >= 0", measures=True)
 
     # A report that makes a clip another one when all are probed: its windows cannot be encoded.
     class Changing(type(silent)):
