@@ -136,7 +136,7 @@ MUTATIONS = (
     ),
     _of(
         "changed-content-of-equal-size", "sources/changes.py",
-        "elif known.get(source.name) != status.st_mtime_ns:", "elif status.st_size != record.bytes:",
+        "known.get(source.name) != look.status.mtime_ns:", "False:",
         "a clip that was replaced by one of equal size keeps the samples of the other without a word",
         "prepare/test_update.py::test_changes_are_named_and_left",
     ),
@@ -154,7 +154,7 @@ MUTATIONS = (
     ),
     _of(
         "replaced-clip-of-equal-size", "prepare/probing/source_probe.py",
-        '[known.bytes, known.mtime_ns] != [size, status.st_mtime_ns]', 'known.bytes != size',
+        '[known.bytes, known.mtime_ns] != [size, status.mtime_ns]', 'known.bytes != size',
         "a clip that was replaced by one of equal size keeps the old digest and frame count",
         "prepare/test_run_again.py::test_cached_probe_results_are_used_again",
     ),
