@@ -28,11 +28,13 @@ class Work:
         model: folder in diffusers' layout, or a hub id.
         folder: of the dataset, with the settings.
         report: receives the progress, in the order of the sources and of the shards.
+        local_copies: bytes of the local copies of clips that are in a store; see ``LocalCopies``.
     """
 
     model: str
     folder: ShardFolder
     report: Report
+    local_copies: int | None = None
 
 
 class Workers(Protocol):

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from wan_data.reading.datasets import open_split
 from wan_data.shards.indexed_reader import IndexedShards
 from wan_data.shards.serialization import info_from_json
+from wan_data.storage.location import StorePath
 
 
-def captions_of(path: str | os.PathLike[str], split: str) -> Iterator[tuple[str, str]]:
+def captions_of(path: str | os.PathLike[str] | StorePath, split: str) -> Iterator[tuple[str, str]]:
     """Name and caption of each sample, in the order in which ``PackLoader`` reads a split that is no training split.
 
     Args:

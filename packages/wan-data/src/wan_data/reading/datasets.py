@@ -10,7 +10,7 @@ from wan_data.reading.fingerprint import fingerprint_of
 from wan_data.reading.packing import latent_tokens
 from wan_data.shards.energon_index import check_all_offsets
 from wan_data.storage.files import file_size, is_there
-from wan_data.storage.location import Location
+from wan_data.storage.location import Location, StorePath
 from wan_model.config import OFFICIAL_TEXT_LENGTH, PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import latent_spec_of as spec_of_model
@@ -36,7 +36,7 @@ class OpenPart:
     fingerprint: str
 
 
-def splits(path: str | os.PathLike[str]) -> dict[str, int]:
+def splits(path: str | os.PathLike[str] | StorePath) -> dict[str, int]:
     """Number of samples of each split of a dataset or blend; empty splits are omitted.
 
     Raises:
@@ -50,7 +50,7 @@ def _splits(found: Mapping[str, Sequence[Part]]) -> dict[str, int]:
     return {name: total for name, total in totals.items() if total}
 
 
-def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = None) -> LatentSpec:
+def read_latent_spec(path: str | os.PathLike[str] | StorePath, *, encoded_by: str | None = None) -> LatentSpec:
     """The latent space of a dataset, from its manifest, with the rate of its videos; for a blend, that of all datasets.
 
     Args:
@@ -95,7 +95,7 @@ def _spec_of_manifest(folder: Location, manifest: Manifest) -> LatentSpec:
         raise ValueError(f"the settings in {folder / MANIFEST_NAME} are damaged: {error}") from None
 
 
-def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
+def open_split(path: str | os.PathLike[str] | StorePath, split: str) -> list[OpenPart]:
     """Open the datasets of a split.
 
     Raises:

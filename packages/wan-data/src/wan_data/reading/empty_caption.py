@@ -13,7 +13,7 @@ from torch import Tensor
 from wan_data.index.manifest import MANIFEST_NAME, read_manifest
 from wan_data.reading.blends import parts_of
 from wan_data.storage.files import is_there, read_small
-from wan_data.storage.location import Location
+from wan_data.storage.location import Location, StorePath
 from wan_model.system.files import write_bytes
 
 EMPTY_CAPTION_NAME = "empty-caption.safetensors"
@@ -27,7 +27,7 @@ def write_empty_caption(folder: Path, text: Float[Tensor, "L D"]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_empty_caption(path: str | os.PathLike[str]) -> Float[Tensor, "L D"]:
+def read_empty_caption(path: str | os.PathLike[str] | StorePath) -> Float[Tensor, "L D"]:
     """Read the embedding of the empty caption of a dataset; for a blend, that of the first dataset that has one.
 
     The datasets of a blend have the same text encoder, so their embeddings are equal.

@@ -33,7 +33,7 @@ def fingerprint_of(part: Part, manifest: Manifest | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def digest_without_manifest(path: str | os.PathLike[str]) -> str | None:
+def digest_without_manifest(path: str | os.PathLike[str] | StorePath) -> str | None:
     """A digest of bytes of the shards that no manifest has digests of, in the train split of a dataset or blend.
 
     Returns:

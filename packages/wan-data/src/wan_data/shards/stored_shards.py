@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from wan_data.shards.energon_index import read_offsets
-from wan_data.storage.files import Listing
+from wan_data.storage.files import Listing, forget_listing
 from wan_data.storage.location import StorePath
 from wan_data.storage.range_cache import RangeCache
 from wan_data.storage.store import StoredObject, look, read
@@ -82,6 +82,7 @@ class StoredShards:
             return
         current = look(found.path)
         if not found.is_same(current):
+            forget_listing(self._folder)
             raise ValueError(
                 f"shard {found.path} was replaced while the dataset was read: it had {found.bytes} bytes and has "
                 f"{current.bytes}; restore it, or begin again with the dataset as it is now"

@@ -196,6 +196,11 @@ def listing_of(folder: StorePath, names: Collection[str], marker: StoredObject) 
     return listing
 
 
+def forget_listing(folder: StorePath) -> None:
+    """Let the folder be listed anew, because an object was not as it was listed."""
+    _listings.pop(folder, None)
+
+
 def sizes_of(folder: Path, names: Collection[str]) -> dict[str, int]:
     """Bytes of those of the names that are regular files of a folder; each takes some microseconds."""
     base, sizes = str(folder), dict[str, int]()

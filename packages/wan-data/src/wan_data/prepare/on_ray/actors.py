@@ -23,6 +23,7 @@ from wan_data.prepare.encoding.encoder import (
     encode_windows,
     load_codec,
 )
+from wan_data.prepare.encoding.fetching import TaskFetcher
 from wan_data.prepare.encoding.task_decoder import FrameBatch, Problems, TaskDecoder, WindowKey
 from wan_data.prepare.probing.cache import Found
 from wan_data.prepare.probing.source_probe import Probed, SourceProbe
@@ -31,6 +32,7 @@ from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask, ShardPlan
 from wan_data.prepare.shard_writing import ShardFolder, write_shard
 from wan_data.sources.source import SourceFile
+from wan_data.storage.local_copies import LocalCopies
 from wan_data.video.decoder_process import Decoder
 from wan_model.codec.latent_codec import LatentCodec
 
@@ -71,17 +73,35 @@ class StageActor:
         """Load what the calls need."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """The local copies of the actors of a stage.
+
+    Attributes:
+        most: bytes, see ``LocalCopies``.
+        actors: among which they are divided.
+    """
+
+    most: int | None
+    actors: int
+
+    def make(self) -> LocalCopies:
+        """Those of one actor."""
+        return LocalCopies(self.most, share=self.actors)
+
+
 class ProbeActor(StageActor):
     """Probes sources with a decoder process of its own.
 
     Args:
         visible: see ``StageActor``.
         settings: of the preparation.
+        copies: of clips in a store.
     """
 
-    def __init__(self, visible: Sequence[Path], settings: PrepareSettings) -> None:
+    def __init__(self, visible: Sequence[Path], settings: PrepareSettings, copies: Copies) -> None:
         super().__init__(visible)
-        self._probe = SourceProbe(settings)
+        self._probe = SourceProbe(settings, copies.make())
         self._decoder = Decoder(program=self._probe.program)
 
     def probe(self, source: SourceFile, known: Found | None) -> Probed:
@@ -95,11 +115,13 @@ class DecodeActor(StageActor):
     Args:
         visible: see ``StageActor``.
         settings: of the preparation.
+        copies: of clips in a store.
     """
 
-    def __init__(self, visible: Sequence[Path], settings: PrepareSettings) -> None:
+    def __init__(self, visible: Sequence[Path], settings: PrepareSettings, copies: Copies) -> None:
         super().__init__(visible)
         self._settings, self._decoder = settings, Decoder()
+        self._fetcher, self._fetched = TaskFetcher(copies.make()), EncodeTask(-1, ())
         self._batches: Iterator[FrameBatch | Problems] = iter(())
         self._complete = True
 
@@ -119,9 +141,12 @@ class DecodeActor(StageActor):
             if not self._complete:  # the rest is not wanted any more
                 self._decoder.__exit__()
                 self._decoder = Decoder()
-            decoder = TaskDecoder(self._settings, self._decoder)
-            decoder.submit(task)
-            self._batches, self._complete = decoder.batches(task), False
+            self._fetcher.end(self._fetched)
+            fetched = self._fetcher.begin(task)
+            assert fetched is not None, "it has waited for the clips"
+            self._fetched, decoder = fetched, TaskDecoder(self._settings, self._decoder)
+            decoder.submit(fetched)
+            self._batches, self._complete = decoder.batches(fetched), False
         found = next(self._batches)
         self._complete = not isinstance(found, FrameBatch)
         if isinstance(found, FrameBatch):

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wan_data.prepare.on_ray.actor_pool import ActorPool, Outcome, Waiting, count_loss
-from wan_data.prepare.on_ray.actors import DecodeActor, EncodeActor, ProbeActor, TextActor, WriteActor
-from wan_data.prepare.on_ray.layout import Layout
+from wan_data.prepare.on_ray.actors import Copies, DecodeActor, EncodeActor, ProbeActor, TextActor, WriteActor
+from wan_data.prepare.on_ray.layout import Layout, Stage
 from wan_data.prepare.on_ray.shard_pipeline import CALLS_OF_ENCODERS, Pools, ShardPipeline
 from wan_data.prepare.planned_source import PlannedSource
 from wan_data.prepare.probing.cache import Found
@@ -47,7 +47,7 @@ class RayWorkers:
     """
 
     def __init__(self, work: Work, layout: Layout) -> None:
-        self._layout, self._report = layout, work.report
+        self._layout, self._report, self._local_copies = layout, work.report, work.local_copies
         self._folder = dataclasses.replace(work.folder, path=work.folder.path.absolute())
         self._settings = work.folder.settings
         path = Path(work.model)
@@ -75,7 +75,7 @@ class RayWorkers:
         if (first := next(items, None)) is None:
             return
         stage, waiting = self._layout.probe, Waiting(self._report)
-        arguments = (_folders([first.source]), self._settings)
+        arguments = (_folders([first.source]), self._settings, self._copies_of(stage))
         with contextlib.closing(ActorPool(stage, ProbeActor, arguments, calls=_CALLS_OF_PROBES)) as pool:
             window, todo, more = collections.deque([first]), collections.deque([first]), True
             while window:
@@ -123,10 +123,14 @@ class RayWorkers:
             encode = pool(ActorPool(layout.encode, EncodeActor, self._codec, calls=CALLS_OF_ENCODERS))
             text = self._texts()
             write = pool(ActorPool(layout.write, WriteActor, ((self._folder.path,), self._folder)))
-            decode = pool(ActorPool(layout.decode, DecodeActor, (visible, self._settings)))
+            of_decoders = visible, self._settings, self._copies_of(layout.decode)
+            decode = pool(ActorPool(layout.decode, DecodeActor, of_decoders))
             self._report.stage("encoding", samples)
             pools = Pools(decode, encode, text, write)
             yield from ShardPipeline(_with_first(first, plans), pools, self._settings, self._report).run()
+
+    def _copies_of(self, stage: Stage) -> Copies:
+        return Copies(self._local_copies, stage.actors)
 
     def _texts(self) -> ActorPool:
         if self._text is None:
@@ -149,13 +153,13 @@ class RayWorkers:
 def _folders(sources: Iterable[SourceFile]) -> tuple[Path, ...]:
     """The folders of the clips, for a node to look for; a clip itself may be gone meanwhile."""
     return tuple(
-        {source.path.absolute().parent for source in sources if source.path is not None and source.path.exists()}
+        {source.path.absolute().parent for source in sources if isinstance(source.path, Path) and source.path.exists()}
     )
 
 
 def _with_absolute_path(source: SourceFile) -> SourceFile:
     """The source for a node, where the working folder is another one."""
-    return source if source.path is None else dataclasses.replace(source, path=source.path.absolute())
+    return dataclasses.replace(source, path=source.path.absolute()) if isinstance(source.path, Path) else source
 
 
 def _with_first(first: ShardPlan, others: Iterator[ShardPlan]) -> Iterator[ShardPlan]:

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from wan_data.prepare.encoding.task_decoder import Problems, WindowKey
@@ -308,7 +309,8 @@ def _with_absolute_paths(task: EncodeTask) -> EncodeTask:
 
     def parts() -> Iterator[Any]:
         for part in task.parts:
-            source = dataclasses.replace(part.source, path=part.source.path.absolute())
-            yield dataclasses.replace(part, source=source)
+            if isinstance(path := part.source.path, Path):
+                part = dataclasses.replace(part, source=dataclasses.replace(part.source, path=path.absolute()))
+            yield part
 
     return EncodeTask(task.shard, tuple(parts()))
