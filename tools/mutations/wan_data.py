@@ -165,6 +165,12 @@ MUTATIONS = (
         "prepare/test_run.py::test_a_failing_run_leaves_whole_shards_only_and_is_taken_up",
     ),
     _of(
+        "frames-on-ray-without-bound", "prepare/on_ray/shard_pipeline.py",
+        "pools.encode.calls >= self._most_frames", "pools.encode.calls >= 10**9",
+        "decoders on a Ray cluster run ahead of its GPUs and fill the memory",
+        "prepare/on_ray/test_shard_pipeline.py::test_decoding_waits_for_the_encoding_actors",
+    ),
+    _of(
         "pixels-from-0-to-2", "prepare/encoding/encoder.py",
         ".float() / 127.5 - 1", ".float() / 127.5",
         "all latents are of videos twice as bright as the autoencoder knows",
