@@ -11,6 +11,7 @@ import click
 
 from wan_data.curation.measures import SCENE_KINDS
 from wan_data.prepare.settings import DTYPES, DUPLICATES, MODES, RESIZE_MODES, PrepareSettings
+from wan_data.storage.location import Location
 from wan_data.video.display.options import HDR_CHOICES
 from wan_data.video.windows import WINDOW_KINDS
 from wan_model.system.option_names import option_names
@@ -79,7 +80,7 @@ def sources_of(
 
 
 @contextlib.contextmanager
-def errors_as_messages(folder: Path) -> Iterator[None]:
+def errors_as_messages(folder: Location) -> Iterator[None]:
     """Turn expected errors into a message without a traceback; ``folder`` is named if an ``OSError`` names no file.
 
     The versions of the dependencies are checked first.

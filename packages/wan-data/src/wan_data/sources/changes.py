@@ -13,6 +13,8 @@ from wan_data.sources.captions import CaptionFinder
 from wan_data.sources.listing import files_of_listing
 from wan_data.sources.modification_times import SourceTimes
 from wan_data.sources.source import SourceFile, caption_of
+from wan_data.storage.files import is_there
+from wan_data.storage.location import Location
 from wan_model.system.files import sha256_of
 
 # Missing sources that are named, unless all are asked for.
@@ -140,7 +142,7 @@ def _digest_or_problem(path: Path) -> str:
         return f"cannot be read: {error.strerror or error}"
 
 
-def captions_of(dataset: Path, folder: Path, listing: Path | None) -> Callable[[str], str]:
+def captions_of(dataset: Location, folder: Path, listing: Path | None) -> Callable[[str], str]:
     """The captions that the sources of a dataset have now, by their names.
 
     Args:
@@ -151,7 +153,7 @@ def captions_of(dataset: Path, folder: Path, listing: Path | None) -> Callable[[
     Raises:
         ValueError: the listing, or the manifest, cannot be read.
     """
-    if not (dataset / MANIFEST_NAME).exists():  # of NVIDIA's script, which names no sources
+    if not is_there(dataset / MANIFEST_NAME):  # of NVIDIA's script, which names no sources
         return lambda name: ""
     settings = read_manifest(dataset).settings
     key, images = str(settings.get("caption_key", "caption")), settings.get("mode") == "frames"
