@@ -52,11 +52,13 @@ def test_cpu_tables(tmp_path):
 
 def test_data_tables(tmp_path):
     _python("-m", "bench", "--quick", "--of", "data", "--folder", str(tmp_path))
-    whole, processes, loading, scale = json.loads((tmp_path / "data.json").read_text())["tables"]
+    whole, processes, loading, stored, scale = json.loads((tmp_path / "data.json").read_text())["tables"]
     assert float(whole["rows"][0][3]) > 1, "the program does more than its encoders"
     assert float(processes["rows"][0][2]) > 0.1
     assert [row[0] for row in loading["rows"]] == ["tarfile, bytes only", "loader, no worker", "loader, one worker"]
     assert all(float(row[1]) > 1 for row in loading["rows"])
+    assert [row[0] for row in stored["rows"]][:2] == ["disk", "store"]
+    assert all(float(row[1]) > 1 for row in stored["rows"])
     assert [row[:2] for row in scale["rows"]] == [["300", "3"]]
     assert all(cell.endswith(" MB") for cell in scale["rows"][0][2:])
 
@@ -108,3 +110,15 @@ def test_no_gpu_is_one_sentence(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().endswith("--device is cuda and there is no CUDA device here; leave it out")
     assert not (tmp_path / "none").exists()
+
+
+def test_the_plan_of_ten_million_clips_is_the_computed_one():
+    page = (TOOLS.parent / "packages/wan-data/PLANNING.md").read_text(encoding="utf-8")
+    computed = _python("-m", "bench.data_cost").strip()
+    assert computed.count("### ") == 3
+    assert computed.replace("### ", "## ") in page
+    rates = json.loads(
+        _python("-c", "import json; from bench.data_cost import Rates; print(json.dumps(vars(Rates())))")
+    )
+    for name, unit in (("probing", "ms of a core"), ("decoding", "ms of a core"), ("encoding", "s"), ("planning", "s")):
+        assert f"{rates[name]:g} {unit}" in page

@@ -1,5 +1,6 @@
 """The command line ``wan-data``. Heavy modules are imported inside the commands, so that ``--help`` is fast."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from wan_data.cli_options import (
     settings_of,
     settings_options,
     sources_of,
+    workers_on,
 )
 from wan_data.cli_types import LocationType
 from wan_data.prepare.encoding.preload import preload_encoders
@@ -38,7 +40,13 @@ def main() -> None:
 
 @main.command()
 @input_options
-@flag("output-folder", "output-dir", required=True, type=click.Path(path_type=Path), help="Folder of the dataset.")
+@flag(
+    "output-folder",
+    "output-dir",
+    required=True,
+    type=LocationType(),
+    help="Folder of the dataset, or URL of one in a store.",
+)
 @flag(
     "model",
     default=DEFAULT_MODEL,
@@ -48,19 +56,28 @@ def main() -> None:
 @flag("num-processes", type=int, help="Encoding processes; one per GPU if not given, one without a GPU.")
 @flag("num-decoders", type=int, help="Decoder processes that probe the clips; one per core if not given.")
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@flag("on", default="local", type=click.Choice(["local", "ray"]), help="Processes of this machine, or a Ray cluster.")
+@flag(
+    "ray-address",
+    help="With --on ray: address of the cluster, or auto; RAY_ADDRESS if not given, else a cluster on this machine.",
+)
 @flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only format.")
 @flag("allow-rejects", is_flag=True, help="Exit with code 0 although files were rejected.")
 @flag("overwrite", is_flag=True, help="Replace a dataset in the output folder.")
 @flag("update", is_flag=True, help="Encode changed files again, and remove the samples that they had.")
 @flag("remove-missing", is_flag=True, help="Remove the samples of files that are not there any more.")
 def prepare(
-    video_folder: Path | None,
-    listing: Path | None,
-    output_folder: Path,
+    video_folder: Location | None,
+    listing: Location | None,
+    local_copies: int | None,
+    work_folder: Path | None,
+    output_folder: Location,
     model: str,
     num_processes: int | None,
     num_decoders: int | None,
     device: str,
+    on: str,
+    ray_address: str | None,
     output_format: str,
     allow_rejects: bool,
     overwrite: bool,
@@ -80,9 +97,12 @@ def prepare(
     with errors_as_messages(output_folder):
         from wan_data.progress import SilentReport, make_report
 
+        start_workers = workers_on(on, ray_address, device, num_processes, num_decoders)
         settings = settings_of(values)
         sources, left_out = sources_of(video_folder, listing, settings)
-        if num_processes is None:
+        if start_workers is not None:
+            num_processes = 1  # of this machine
+        elif num_processes is None:
             from wan_data.prepare.encoding.encoder import default_processes
 
             num_processes = default_processes(device)
@@ -91,6 +111,7 @@ def prepare(
         from wan_data.prepare.ranks import ranks_from_environment
         from wan_data.prepare.results import summary_lines
         from wan_data.prepare.run import prepare as run
+        from wan_data.prepare.store_output import output_at
 
         ranks = ranks_from_environment()
         with resumable(), make_report() if ranks.rank == 0 else SilentReport() as report:
@@ -107,9 +128,13 @@ def prepare(
                 processes=num_processes,
                 decoders=num_decoders,
                 ranks=ranks,
+                start_workers=start_workers,
+                local_copies=local_copies,
+                work_folder=work_folder,
             )
     if ranks.rank == 0:
-        for line in (*summary_lines(result, output_folder), *left_out()):
+        made_in = output_at(output_folder, work_folder).folder
+        for line in (*summary_lines(result, made_in, str(output_folder)), *left_out()):
             click.echo(line)
     counts = result.manifest.index.counts
     incomplete = counts.rejected or counts.dropped
@@ -119,9 +144,7 @@ def prepare(
 
 @main.command()
 @input_options
-@flag(
-    "output-folder", "output-dir", type=click.Path(path_type=Path), help="Cache the probe results there, for prepare."
-)
+@flag("output-folder", "output-dir", type=LocationType(), help="Cache the probe results there, for prepare.")
 @flag("model", help="Measure its autoencoder on this machine, to estimate the time.")
 @settings_options
 @flag("num-decoders", type=int, help="Decoder processes that probe the clips; one per core if not given.")
@@ -129,9 +152,11 @@ def prepare(
 @flag("allow-rejects", is_flag=True, help="Exit with code 0 although files would be rejected.")
 @flag("json", "as-json", is_flag=True, help="Print one JSON object instead of tables.")
 def plan(
-    video_folder: Path | None,
-    listing: Path | None,
-    output_folder: Path | None,
+    video_folder: Location | None,
+    listing: Location | None,
+    local_copies: int | None,
+    work_folder: Path | None,
+    output_folder: Location | None,
     model: str | None,
     num_decoders: int | None,
     device: str,
@@ -146,13 +171,26 @@ def plan(
     with errors_as_messages(output_folder or Path()):
         from wan_data.prepare.plan import make_plan, measured_rate, print_plan
         from wan_data.prepare.probing.stage import probe_only
+        from wan_data.prepare.ranks import Ranks
+        from wan_data.prepare.store_output import output_at
         from wan_data.progress import make_report
+        from wan_data.storage.local_copies import LocalCopies
 
         settings = settings_of(values)
         sources, left_out = sources_of(video_folder, listing, settings)
+        output = None if output_folder is None else output_at(output_folder, work_folder)
         with (
             make_report() as report,
-            probe_only(sources, settings, report=report, decoders=num_decoders, output=output_folder) as results,
+            contextlib.nullcontext() if output is None else output.opened(Ranks()),
+            LocalCopies(local_copies, folder=work_folder) as copies,
+            probe_only(
+                sources,
+                settings,
+                report=report,
+                decoders=num_decoders,
+                output=None if output is None else output.folder,
+                copies=copies,
+            ) as results,
         ):
             rate = None
             if model is not None:

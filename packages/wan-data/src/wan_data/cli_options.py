@@ -3,21 +3,22 @@
 import contextlib
 import errno
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from wan_data.cli_types import FractionType, LocationType, SizeType
 from wan_data.curation.measures import SCENE_KINDS
 from wan_data.prepare.settings import DTYPES, DUPLICATES, MODES, RESIZE_MODES, PrepareSettings
-from wan_data.storage.location import Location
+from wan_data.storage.location import Location, StorePath
 from wan_data.video.display.options import HDR_CHOICES
 from wan_data.video.windows import WINDOW_KINDS
 from wan_model.system.option_names import option_names
 from wan_model.system.versions import check_dependencies
 
 if TYPE_CHECKING:
+    from wan_data.prepare.workers import StartWorkers
     from wan_data.sources.source import Sources
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -29,16 +30,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 def flag(name: str, *more: str, **attributes: Any) -> Callable[[_Command], _Command]:
     """A click option with the names of ``option_names``, whose default is shown."""
     return click.option(*option_names(name, *more), show_default=True, **attributes)
-
-
-class _FractionType(click.ParamType[Fraction]):
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
-        try:
-            return Fraction(str(value))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r} is no number such as 16 or 24000/1001", param, ctx)
 
 
 def settings_of(values: dict[str, Any]) -> PrepareSettings:
@@ -57,7 +48,7 @@ def settings_of(values: dict[str, Any]) -> PrepareSettings:
 
 
 def sources_of(
-    video_folder: Path | None, listing: Path | None, settings: PrepareSettings
+    video_folder: Location | None, listing: Location | None, settings: PrepareSettings
 ) -> tuple["Sources", Callable[[], list[str]]]:
     """The sources that the options of ``input_options`` name.
 
@@ -66,17 +57,39 @@ def sources_of(
 
     Raises:
         ValueError: neither a folder nor a listing is given, or it holds no sources.
+        OSError: a store cannot be read.
     """
     from wan_data.sources.folder import SourceFolder
     from wan_data.sources.listing import files_of_listing
+    from wan_data.sources.store_folder import StoreFolder
 
     if listing is not None:
         sources = files_of_listing(listing, video_folder, images=settings.images, caption_key=settings.caption_key)
         return sources, list
     if video_folder is None:
         raise ValueError("no input is given: pass --video-folder, or --listing")
+    if isinstance(video_folder, StorePath):
+        stored = StoreFolder(video_folder, images=settings.images)
+        return stored.files(), stored.left_out
     folder = SourceFolder(video_folder, images=settings.images)
     return folder.files(), folder.left_out
+
+
+def workers_on(
+    on: str, ray_address: str | None, device: str, processes: int | None, decoders: int | None
+) -> "StartWorkers | None":
+    """What ``--on`` names: the workers on a Ray cluster, or None for those of this machine.
+
+    Raises:
+        ValueError: Ray is not installed, or the options contradict each other.
+    """
+    if on == "ray":
+        from wan_data.prepare.on_ray.cluster import ray_workers
+
+        return ray_workers(ray_address, device=device, processes=processes, decoders=decoders)
+    if ray_address is not None:
+        raise ValueError(f"--ray-address {ray_address} is of --on ray; pass both, or neither")
+    return None
 
 
 @contextlib.contextmanager
@@ -117,12 +130,26 @@ def _all(*flags: Callable[[_Command], _Command]) -> Callable[[_Command], _Comman
 
 
 input_options = _all(
-    flag("video-folder", type=click.Path(path_type=Path), help="Folder with the clips; subfolders are included."),
+    flag(
+        "video-folder",
+        type=LocationType(),
+        help="Folder with the clips, or URL of one in a store; subfolders are included.",
+    ),
     flag(
         "listing",
         "manifest",
+        type=LocationType(),
+        help="A .jsonl, .csv or .parquet with paths (relative to --video-folder, or to itself) or URLs, and captions.",
+    ),
+    flag(
+        "local-copies",
+        type=SizeType(),
+        help="Bytes of the local copies of clips that are in a store.  [default: 20GB, or a tenth of the free disk]",
+    ),
+    flag(
+        "work-folder",
         type=click.Path(path_type=Path),
-        help="A .jsonl, .csv or .parquet with paths (relative to --video-folder, or to itself) and captions.",
+        help="Local folder for these copies and for the state of a dataset in a store.",
     ),
 )
 
@@ -133,7 +160,7 @@ settings_options = _all(
         type=click.Choice(MODES),
         help="Videos, or single images from videos and image files.",
     ),
-    flag("fps", default=str(_DEFAULT.fps), type=_FractionType(), help="Frames a second that clips are resampled to."),
+    flag("fps", default=str(_DEFAULT.fps), type=FractionType(), help="Frames a second that clips are resampled to."),
     flag("windows", default=_DEFAULT.windows, type=click.Choice(WINDOW_KINDS), help="How clips are cut into windows."),
     flag("frames", default=_DEFAULT.frames, type=int, help="Longest window, 4n+1 frames."),
     flag("min-frames", type=int, help="Shortest window, 4n+1 frames.  [default: 17, or --frames if less]"),

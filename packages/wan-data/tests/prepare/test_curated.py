@@ -1,7 +1,9 @@
 """The command line chooses among clips by scenes, measures and near-duplicates, and computes nothing twice."""
 
+import contextlib
 import json
 import shutil
+import sys
 
 import cv2
 import numpy as np
@@ -10,7 +12,12 @@ from data_command import run
 from dataset_sources import records_of
 from made_scenes import Scene, joined_scenes, write_frames
 
+from wan_data.curation import libraries
+from wan_data.curation.measures import Measures
+from wan_data.prepare.probing.cache import Found, ProbeCache
+from wan_data.prepare.settings import PrepareSettings
 from wan_data.shards.reader import samples_of
+from wan_data.video.decode import ClipInfo
 from wan_data.video.decoder_process import Decoder
 
 SMALL = ("--area", 1536, "--frames", 9, "--min-frames", 5, "--device", "cpu", "--num-decoders", 1)
@@ -248,6 +255,108 @@ def test_a_plan_says_what_would_be_left_out(copied_clips, tmp_path):
     assert "3 left out by --duplicates drop:\n  a mirrored.mkv: it is a near-duplicate" in done.stdout
     found = json.loads(run(*arguments, "--json").stdout)
     assert [found["accepted"], len(found["duplicates"]), len(found["unselected"])] == [2, 3, 1]
+
+
+def test_a_copy_of_a_validation_clip_is_for_validation_too(prepare, copied_clips, tmp_path):
+    clips = shutil.copytree(copied_clips, tmp_path / "clips")
+    later = [path for path in clips.glob("*.*") if path.stem in ("a mirrored", "b recompressed")]
+    for path in (*later, *clips.glob("c *"), *clips.glob("d *")):
+        path.rename(tmp_path / path.name)
+    for seed in range(20):
+        output = tmp_path / f"{seed}"
+        arguments = ("--duplicates", "name", "--validation-fraction", 0.01, "--seed", seed)
+        assert prepare(*arguments, clips=clips, output=output).exit_code == 0
+        if {record.path: record.split for record in records_of(output)}["original.mkv"] == "val":
+            break
+    for path in later:
+        shutil.copy(tmp_path / path.name, clips)
+    assert prepare(*arguments, clips=clips, output=output).exit_code == 0
+    splits = {record.path: record.split for record in records_of(output)}
+    assert splits == dict.fromkeys(["a mirrored.mkv", "b recompressed.mkv", "original.mkv"], "val") | {
+        "other.mkv": "train"
+    }
+
+
+# -- what is refused, and what counts as known -------------------------------------------------------------------------
+
+
+def test_an_expression_is_read_before_anything_is_probed(prepare, tmp_path):
+    done = prepare("--where", "speed > 1")
+    assert done.exit_code == 1
+    assert "at character 1 of 'speed > 1' 'speed' is no column; expected an expression such as" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [("--scenes", "content"), ("--duplicates", "name"), ("--where", "motion > 1"), ("--measures",)]
+)
+def test_measuring_without_its_libraries_is_one_sentence(prepare, tmp_path, monkeypatch, option):
+    libraries._imported.cache_clear()
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    try:
+        done = prepare(*option)
+    finally:
+        libraries._imported.cache_clear()
+    assert done.exit_code == 1
+    assert done.output.endswith("OpenCV is not installed, and curation needs it: pip install 'wan-data[curation]'\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_expression_of_what_is_known_anyway_measures_nothing(prepare, chosen_clips, tmp_path, monkeypatch):
+    libraries._imported.cache_clear()
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    try:
+        done = prepare("--where", "frames > 21")
+    finally:
+        libraries._imported.cache_clear()
+    assert done.exit_code == 0, done.output
+    assert [name for name, verdict in verdicts(tmp_path / "out").items() if verdict == "accepted"] == ["cut.mkv"]
+
+
+def test_if_all_is_left_out_another_expression_decodes_nothing_again(prepare, tmp_path, no_decoding):
+    done = prepare("--where", "motion > 99")
+    assert done.exit_code == 1
+    assert (
+        "none of the 4 files can be used: cut.mkv: it does not fulfil --where 'motion > 99': motion is" in done.output
+    )
+    no_decoding()
+    assert "4 of 4 files" in prepare("--where", "motion < 99").stdout
+
+
+def test_an_interrupted_replacement_does_not_forget_the_dataset_that_it_replaces(
+    prepare, tmp_path, monkeypatch, no_decoding
+):
+    assert prepare("--measures").exit_code == 0
+    no_decoding()
+    for place in ("wan_data.prepare.planning.probe", "wan_data.prepare.planning.plan_shard_batch"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                prepare("--where", "motion < 0.05", "--overwrite")
+    done = prepare("--where", "motion < 0.05", "--overwrite")
+    assert "from 1 of 4 files" in done.stdout, done.output
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
+def test_what_is_known_counts_only_where_the_same_was_measured(tmp_path):
+    info = ClipInfo(5, 5, 16.0, 32.0, 48.0, 1)
+    measures = Measures(0.1, 0.0, 3.0, 0.0, (3,), ("",) * 8)
+    plain, measured = Found(1, 2, "0" * 64, info), Found(1, 2, "0" * 64, info, measures)
+    content = PrepareSettings(scenes="content")
+
+    def finds(settings):
+        with contextlib.closing(ProbeCache(tmp_path / "known.sqlite", settings)) as cache:
+            return cache.find(["a"]).get("a")
+
+    for settings, found in ((PrepareSettings(), plain), (content, measured)):
+        with contextlib.closing(ProbeCache(tmp_path / "known.sqlite", settings)) as cache:
+            cache.add("a", found)
+        assert finds(PrepareSettings()) == plain, "what more is known is not recorded where nothing was to be measured"
+        assert finds(content) == (measured if settings is content else None)
+        assert finds(PrepareSettings(scenes="content", where="motion > 1")) == finds(content)
+        for other in (PrepareSettings(scenes="adaptive"), PrepareSettings(measures=True),
+                      PrepareSettings(scenes="content", background="#000000")):  # fmt: skip
+            assert finds(other) is None
 
 
 # -- looking at what was measured --------------------------------------------------------------------------------------

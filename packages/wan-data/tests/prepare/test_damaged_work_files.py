@@ -30,6 +30,7 @@ from wan_data.prepare.work_files import check_work_folder, read_work_file
 from wan_data.shards.lock import writer_lock
 from wan_data.shards.writer import ShardRecord
 from wan_data.sources.changes import SourceChanges
+from wan_data.storage.local_copies import LocalCopies
 from wan_data.video.buckets import Size
 from wan_data.video.decode import ClipInfo
 from wan_data.video.windows import Window
@@ -270,7 +271,10 @@ def test_a_run_refuses_them_at_once(copies, prepared, tiny_model, settings, sile
             prepared(clips, out, tiny_model, settings)
         (work / name).unlink()
     os.mkfifo(work / "00000-examined.sqlite")
-    with pytest.raises(ValueError, match="is a named pipe"), probe_only([], settings, report=silent, output=out):
+    with (
+        pytest.raises(ValueError, match="is a named pipe"),
+        probe_only([], settings, report=silent, output=out, copies=LocalCopies()),
+    ):
         pass
     (work / "00000-examined.sqlite").unlink()
     prepared(clips, out, tiny_model, settings)

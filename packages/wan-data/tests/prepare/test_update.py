@@ -26,6 +26,7 @@ from wan_data.shards.writer import source_key
 from wan_data.sources.changes import captions_of, find_changes
 from wan_data.sources.folder import SourceFolder
 from wan_data.sources.modification_times import TIMES_NAME, SourceTimes, source_times
+from wan_data.storage.local_copies import LocalCopies
 
 
 def times_of(folder):
@@ -61,7 +62,9 @@ def test_changes_are_named_and_left(prepare_again, copies, settings, tiny_model)
     # A dataset of a version that recorded neither captions nor times: contents are compared.
     old = [dataclasses.replace(one, caption_sha256=None) for one in records_of(out)]
     index = SourceIndex([Part.of_records(old, "it")])
-    found = find_changes(SourceFolder(folder).files(), index, before.index.counts, SourceTimes(None))
+    found = find_changes(
+        SourceFolder(folder).files(), index, before.index.counts, SourceTimes(None), copies=LocalCopies()
+    )
     assert list(found.changed) == ["many/clip 1.v1.mkv", "wide.mkv"]
 
 
@@ -148,7 +151,7 @@ def test_missing_files_are_removed_on_request_only(prepare_again, copies, datase
 STOPS = {
     "before the shards": ("wan_data.prepare.local_workers", "write_shard"),
     "before a shard is rewritten": ("wan_data.prepare.run", "rewrite_shard"),
-    "before the metadata": ("wan_data.prepare.run", "write_metadata"),
+    "before the metadata": ("wan_data.prepare.outputs", "write_metadata"),
     "before the manifest": ("wan_data.prepare.run", "Manifest.write"),
     "before old shards are deleted": ("wan_data.prepare.run", "delete_superseded"),
     "before the times": ("wan_data.prepare.run", "_Run._remember_times"),

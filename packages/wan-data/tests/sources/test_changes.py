@@ -7,6 +7,7 @@ from wan_data.index.sources import SourceIndex, counted
 from wan_data.sources.changes import captions_of, find_changes
 from wan_data.sources.folder import SourceFolder
 from wan_data.sources.modification_times import source_times
+from wan_data.storage.local_copies import LocalCopies
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import sha256_of
 
@@ -17,7 +18,7 @@ def changes(folder, records, **more):
     """``find_changes`` with the times that are kept in a folder."""
     with source_times(folder) as times:
         index = SourceIndex([Part.of_records(records, "it")])
-        return find_changes(SourceFolder(folder).files(), index, counted(records), times, **more)
+        return find_changes(SourceFolder(folder).files(), index, counted(records), times, copies=LocalCopies(), **more)
 
 
 def test_changes_are_those_of_captions_sizes_and_contents(tmp_path):

@@ -4,21 +4,20 @@ import collections
 import contextlib
 import itertools
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from jaxtyping import Float
 from torch import Tensor
 
 from wan_data.prepare.encoding.encoder import TextEmbeddings, choose_device, load_codec
 from wan_data.prepare.encoding.encoder_pool import EncoderPool
+from wan_data.prepare.encoding.fetching import fetched_ahead
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.prepare.probing.pool import KnownSource, probe_sources
-from wan_data.prepare.probing.source_probe import Probed
-from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.shard_batches import EncodeTask, ShardPlan, encode_tasks
 from wan_data.prepare.shard_writing import write_shard
-from wan_data.prepare.workers import Work
-from wan_data.sources.source import SourceFile
+from wan_data.prepare.workers import ProbedSources, Work, WrittenShards
+from wan_data.storage.local_copies import LocalCopies
 from wan_model.codec.latent_codec import LatentCodec, import_autoencoder
 from wan_model.system.torchrun import processors
 
@@ -32,9 +31,20 @@ class LocalWorkers:
         processes: number of encoding processes; 1 encodes in this one.
         decoders: number of decoder processes that probe; one per core if None.
         local_rank: rank of this process on its machine; it determines the devices.
+        copies: of clips in a store.
     """
 
-    def __init__(self, work: Work, device: str, processes: int, decoders: int | None, local_rank: int = 0) -> None:
+    def __init__(
+        self,
+        work: Work,
+        device: str,
+        processes: int,
+        decoders: int | None,
+        local_rank: int = 0,
+        *,
+        copies: LocalCopies,
+    ) -> None:
+        self._copies = copies
         if processes < 1:
             raise ValueError(f"{processes} processes cannot encode; it must be at least 1")
         self._work, self._device, self._processes, self._local_rank = work, device, processes, local_rank
@@ -59,13 +69,11 @@ class LocalWorkers:
             self._importing = threading.Thread(target=_import_autoencoder, name="imports the autoencoder")
             self._importing.start()
 
-    def probe(self, sources: Iterable[KnownSource]) -> Generator[tuple[SourceFile, Probed], None, None]:
+    def probe(self, sources: Iterable[KnownSource]) -> ProbedSources:
         """See ``Workers``."""
-        return probe_sources(sources, self._work.folder.settings, decoders=self._decoders)
+        return probe_sources(sources, self._work.folder.settings, decoders=self._decoders, copies=self._copies)
 
-    def write_shards(
-        self, plans: Iterable[ShardPlan], samples: int
-    ) -> Generator[tuple[ShardPlan, FinishedShard], None, None]:
+    def write_shards(self, plans: Iterable[ShardPlan], samples: int) -> WrittenShards:
         """See ``Workers``."""
         work, settings = self._work, self._work.folder.settings
         pending: collections.deque[tuple[ShardPlan, int]] = collections.deque()
@@ -74,9 +82,11 @@ class LocalWorkers:
             for plan in plans:
                 of_shard = encode_tasks(plan, settings.batch_size)
                 pending.append((plan, len(of_shard)))
-                yield from of_shard
+                yield from fetched_ahead(of_shard, self._copies)
 
-        with EncoderPool(work.model, settings, self._device, self._processes, self._local_rank) as pool:
+        with EncoderPool(
+            work.model, settings, self._device, self._processes, self._local_rank, copies=self._copies
+        ) as pool:
             codec = self._load_codec()
             text = TextEmbeddings(codec)
             work.report.stage("encoding", samples)

@@ -1,11 +1,11 @@
 """What probing has found of a source: a plan of its windows, or the reason why it is rejected."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from wan_data.curation.measures import Measures
 from wan_data.index.records import REJECTED
+from wan_data.storage.location import Location
 from wan_data.video.buckets import Size
 from wan_data.video.decode import ClipInfo
 from wan_data.video.windows import Window
@@ -17,7 +17,7 @@ class PlannedSource:
 
     Attributes:
         name: see ``wan_data.sources.source.SourceFile``.
-        path: the file.
+        path: the file, or the object of a store.
         bytes, sha256: size and digest of the file.
         caption: the caption of all its samples.
         info: properties found by decoding it completely.
@@ -29,7 +29,7 @@ class PlannedSource:
     """
 
     name: str
-    path: Path
+    path: Location
     bytes: int
     sha256: str
     caption: str

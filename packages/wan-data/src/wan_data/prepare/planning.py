@@ -12,7 +12,7 @@ from wan_data.prepare.output_folder import clear
 from wan_data.prepare.preparation import Preparation
 from wan_data.prepare.probing.results import ProbeResults
 from wan_data.prepare.probing.stage import cache_path, delete_results, gathered, known_indices, probe, results_path
-from wan_data.prepare.removal import check_shard, shards_of
+from wan_data.prepare.removal import shards_of
 from wan_data.prepare.results import known_splits, rejected_record
 from wan_data.prepare.shard_batches import ShardBatch, plan_shard_batch
 from wan_data.sources.source import SourceFile, Sources
@@ -130,11 +130,11 @@ def _check_batch(
     left.update(new)
     if not left["train"]:
         raise ValueError(
-            f"no sample for training would be left in {of.output} without the {len(replaced)} changed and the "
+            f"no sample for training would be left in {of.target.name} without the {len(replaced)} changed and the "
             f"{len(missing)} missing files; check the folder of the clips, or pass --overwrite"
         )
     for shard in shards_of(manifest, index, removed):  # before anything is encoded
-        check_shard(of.output, shard)
+        of.target.check_shard(shard)
     if manifest.samples.get("val") and not left["val"]:
         of.report.log("no sample for validation will be left: its files are among those that are missing")
     no_validation = {*new} == {"train"} and not manifest.complete

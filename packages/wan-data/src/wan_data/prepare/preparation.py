@@ -6,11 +6,13 @@ from pathlib import Path
 from wan_data.index.manifest import Manifest
 from wan_data.index.sources import IndexState
 from wan_data.prepare.output_folder import WORK_FOLDER
+from wan_data.prepare.outputs import Output
 from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.report import Report
 from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.workers import Workers
+from wan_data.storage.local_copies import LocalCopies
 from wan_model.latent_spec import LatentSpec
 
 
@@ -19,7 +21,7 @@ class Preparation:
     """The arguments of ``wan_data.prepare.run.prepare`` that all steps share.
 
     Attributes:
-        output: folder of the dataset.
+        target: where the dataset is written to.
         model: folder in diffusers' layout, or a hub id.
         spec: latent space of the model.
         settings: determine the bytes of the shards.
@@ -27,9 +29,10 @@ class Preparation:
         readers: number of files that are read at a time, to compare them with what the dataset has.
         ranks: the processes that torchrun has started.
         workers: probe, encode and write.
+        copies: of clips in a store.
     """
 
-    output: Path
+    target: Output
     model: str
     spec: LatentSpec
     settings: PrepareSettings
@@ -37,6 +40,12 @@ class Preparation:
     readers: int
     ranks: Ranks
     workers: Workers
+    copies: LocalCopies
+
+    @property
+    def output(self) -> Path:
+        """The folder in which the dataset is made."""
+        return self.target.folder
 
     @property
     def work(self) -> Path:

@@ -261,14 +261,20 @@ def with_shard_batch(manifest: Manifest, batch: ShardBatch, finished: Finished) 
 _MOST_LINES, _FEWER_LINES = 1_000, 20
 
 
-def summary_lines(result: PrepareResult, folder: Path) -> list[str]:
-    """The summary that ``wan-data prepare`` prints: samples, shapes, what was left out and why, what changed."""
+def summary_lines(result: PrepareResult, folder: Path, name: str | None = None) -> list[str]:
+    """The summary that ``wan-data prepare`` prints: samples, shapes, what was left out and why, what changed.
+
+    Args:
+        result: of the preparation.
+        folder: that the dataset was made in.
+        name: of the dataset; the folder's if None.
+    """
     manifest, counts = result.manifest, result.manifest.index.counts
     splits = ", ".join(f"{count} {split}" for split, count in manifest.samples.items())
     sizes = {shape.latent for shape in manifest.shapes}
     lines = [
         f"{sum(manifest.samples.values())} samples ({splits}) of {len(sizes)} shapes in {len(manifest.shards)} shards "
-        f"from {sum(counts.accepted.values())} of {counts.total} files: {folder}"
+        f"from {sum(counts.accepted.values())} of {counts.total} files: {name or folder}"
     ]
     for shape in manifest.shapes:
         lines.append(

@@ -37,15 +37,17 @@ from wan_data.prepare.results import (
 from wan_data.prepare.settings import PrepareSettings, require_same_settings
 from wan_data.prepare.shard_batches import BATCH_NAME, ShardBatch
 from wan_data.prepare.shard_writing import ShardFolder
+from wan_data.prepare.store_output import output_at
 from wan_data.prepare.upgrade import upgrade
 from wan_data.prepare.work_files import check_work_folder, read_work_file
 from wan_data.prepare.workers import StartWorkers, Work
 from wan_data.reading.empty_caption import write_empty_caption
-from wan_data.shards.energon_metadata import restore_metadata, write_metadata
 from wan_data.shards.writer import ShardRecord
 from wan_data.sources.changes import SourceChanges, find_changes
 from wan_data.sources.modification_times import source_times
 from wan_data.sources.source import SourceFile, Sources
+from wan_data.storage.local_copies import LocalCopies
+from wan_data.storage.location import Location, location
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import write_json
@@ -55,7 +57,7 @@ from wan_model.video_shape import SIDE_MULTIPLE, TEMPORAL_STRIDE
 
 def prepare(
     sources: Sources,
-    output: Path,
+    output: Location,
     model: str,
     settings: PrepareSettings,
     *,
@@ -68,6 +70,8 @@ def prepare(
     decoders: int | None = None,
     ranks: Ranks | None = None,
     start_workers: StartWorkers | None = None,
+    local_copies: int | None = None,
+    work_folder: Path | None = None,
 ) -> PrepareResult:
     """Write a dataset, resume an interrupted preparation, or bring a finished dataset up to its sources.
 
@@ -76,7 +80,7 @@ def prepare(
 
     Args:
         sources: of ``wan_data.sources.folder`` or ``wan_data.sources.listing``.
-        output: folder of the dataset.
+        output: folder of the dataset, or its URL in a store.
         model: folder in diffusers' layout, or a hub id.
         settings: determine the bytes of the shards.
         report: receives the progress.
@@ -89,6 +93,9 @@ def prepare(
         decoders: number of decoder processes that probe the sources; one per core if None.
         ranks: the processes that torchrun has started; this process alone if None.
         start_workers: starts those that probe, encode and write, elsewhere; the three above are for this machine.
+        local_copies: bytes of the local copies of clips that are in a store; see ``LocalCopies``.
+        work_folder: for these copies, and for the state of a dataset in a store; the system's temporary folder and the
+            user's cache folder if None.
 
     Returns:
         The manifest, as written beside the shards, whose sources list the rejected files with their reasons; and what
@@ -107,14 +114,16 @@ def prepare(
         )
     spec = LatentCodec.from_pretrained(model, load_vae=False, load_text=False, text_length=settings.text_length).spec
     _check_strides(spec, model)
-    output, ranks = Path(output), ranks or Ranks()
-    work = Work(model, ShardFolder(output, settings, spec.fingerprint), report)
+    target, ranks = output_at(location(output), work_folder), ranks or Ranks()
+    work = Work(model, ShardFolder(target.folder, settings, spec.fingerprint), report, local_copies)
     with (
+        target.opened(ranks),
+        LocalCopies(local_copies, folder=work_folder) as copies,
         start_workers(work)
         if start_workers
-        else LocalWorkers(work, device, processes, decoders, ranks.local_rank) as workers
+        else LocalWorkers(work, device, processes, decoders, ranks.local_rank, copies=copies) as workers,
     ):
-        of = Preparation(output, model, spec, settings, report, decoders or processors(), ranks, workers)
+        of = Preparation(target, model, spec, settings, report, decoders or processors(), ranks, workers, copies)
         return _Run(of).run(sources, overwrite=overwrite, update=update, remove_missing=remove_missing)
 
 
@@ -131,17 +140,22 @@ def _check_strides(spec: LatentSpec, model: str) -> None:
 class _Run:
     def __init__(self, preparation: Preparation) -> None:
         self.of, self.output, self.ranks = preparation, preparation.output, preparation.ranks
+        self.target = preparation.target
         self.work, self.report = preparation.work, preparation.report
         # Why the new version of a changed source cannot be used; on rank 0.
         self._kept: dict[str, str] = {}
 
     def run(self, sources: Sources, *, overwrite: bool, update: bool, remove_missing: bool) -> PrepareResult:
         with output_folder(self.output, self.ranks, overwrite=overwrite):
+            if overwrite and self.ranks.rank == 0:
+                self.target.cleared()
             manifest = self._begin()
             if (unfinished := ShardBatch.open(self.work)) is not None:
                 self.report.log("resuming the shards that an earlier run has planned")
                 manifest = self._encode(unfinished, manifest, "unfinished")
-            elif self.ranks.rank == 0 and manifest.complete and restore_metadata(self.output, manifest.shards):
+                if self.ranks.rank == 0:
+                    self.target.commit(manifest)
+            elif self.ranks.rank == 0 and manifest.complete and self.target.restore_metadata(manifest):
                 self.report.log("Energon's metadata was damaged and has been written anew")
             changes = self._changes(sources, manifest, all_missing=remove_missing)
             if remove_missing and changes.missing and (rows := [one for one in sources if one.path is None]):
@@ -157,6 +171,8 @@ class _Run:
                 manifest = self._encode(new, manifest, "new")
             if self.ranks.rank == 0:
                 manifest = self._with_empty_caption(self._without_outdated_rejects(sources, manifest))
+                if manifest.complete:
+                    self.target.commit(manifest)
                 delete_superseded(self.output, self.work, manifest)
                 delete_unlisted(self.output, manifest.index.parts)
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -181,6 +197,7 @@ class _Run:
                     index,
                     manifest.index.counts,
                     times,
+                    copies=self.of.copies,
                     caption_key=self.of.settings.caption_key,
                     readers=self.of.readers,
                     all_missing=all_missing,
@@ -210,8 +227,10 @@ class _Run:
         self.ranks.barrier("begin")
         if self.ranks.rank:
             manifest = read_manifest(self.output, allow_incomplete=True)
-        require_same_settings(manifest.settings, self.of.settings, self.output)
-        manifest.latent_spec.require_same(self.of.spec, f"the dataset in {self.output}", f"the model {self.of.model}")
+        require_same_settings(manifest.settings, self.of.settings, self.target.name)
+        manifest.latent_spec.require_same(
+            self.of.spec, f"the dataset in {self.target.name}", f"the model {self.of.model}"
+        )
         return manifest
 
     def _without_outdated_rejects(self, sources: Iterable[SourceFile], manifest: Manifest) -> Manifest:
@@ -234,7 +253,8 @@ class _Run:
             self.ranks.barrier(f"{name}-listed")
             if missing:
                 plans = map(batch.shard, self.ranks.claim(missing, name))
-                with contextlib.closing(self.of.workers.write_shards(plans, batch.samples(missing))) as written:
+                shards = self.of.workers.write_shards(plans, batch.samples(missing))
+                with contextlib.closing(self.target.shards_written(shards)) as written:
                     for plan, shard in written:
                         shard.write(self.of.finished(plan.number))
             self.ranks.barrier(f"{name}-written")
@@ -271,7 +291,7 @@ class _Run:
         records = batch_records(batch, self.of.read_finished, self._kept, moved)
         complete = dataclasses.replace(complete, index=added(self.output, manifest.index, records))
         note_superseded(self.work, [shard.name for shard in old])
-        write_metadata(self.output, complete.shards, manifest.shards)
+        self.target.write_metadata(complete.shards, manifest.shards)
         complete.write(self.output)
         self._remember_times(batch)
         (self.work / BATCH_NAME).unlink()
@@ -301,6 +321,9 @@ class _Run:
         if missing:
             self.report.stage("rewriting", len(missing))
         for shard, number in self.ranks.claim(missing, f"{name}-rewriting"):
-            rewritten = rewrite_shard(self.output, shard, number, removed)
+            with self.target.shard_here(shard):
+                rewritten = rewrite_shard(self.output, shard, number, removed)
+            if rewritten.record is not None:
+                self.target.shard_written(rewritten.record)
             rewritten.write(self._rewritten(number))
             self.report.step(f"{shard.name}: {sum(count for *_, count in rewritten.removed)} samples removed")

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from wan_data.curation.expressions import Where, compile_where
@@ -181,13 +180,13 @@ class PrepareSettings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def require_same_settings(stored: Mapping[str, Any], settings: PrepareSettings, folder: Path) -> None:
+def require_same_settings(stored: Mapping[str, Any], settings: PrepareSettings, name: str) -> None:
     """Refuse to add samples of other settings to a dataset.
 
     Args:
         stored: the settings in its manifest, as ``to_dict`` gives them.
         settings: those of this preparation.
-        folder: the dataset, for the message.
+        name: of the dataset, for the message.
 
     Raises:
         ValueError: they differ; the message names the settings.
@@ -195,7 +194,7 @@ def require_same_settings(stored: Mapping[str, Any], settings: PrepareSettings, 
     wanted = settings.to_dict()
     if stored.get("reading_version") != wanted["reading_version"]:
         raise ValueError(
-            f"{folder} holds a dataset whose videos were read by another version of wan-data, from which the same file "
+            f"{name} holds a dataset whose videos were read by another version of wan-data, from which the same file "
             "gets other pixels; choose another folder, or pass --overwrite to replace it"
         )
     # A setting that is newer than the dataset had the value that is its default.
@@ -206,6 +205,6 @@ def require_same_settings(stored: Mapping[str, Any], settings: PrepareSettings, 
         if wanted.get(name) != stored[name]
     ]:
         raise ValueError(
-            f"{folder} holds a dataset of other settings ({', '.join(differing)}); use the same settings, choose "
+            f"{name} holds a dataset of other settings ({', '.join(differing)}); use the same settings, choose "
             "another folder, or pass --overwrite to replace it"
         )

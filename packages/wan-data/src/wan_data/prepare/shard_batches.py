@@ -25,10 +25,19 @@ SPLITS = ("train", "val")
 
 @dataclasses.dataclass(frozen=True)
 class SourceWindows:
-    """A range of the windows of one source, by their numbers."""
+    """A range of the windows of one source.
+
+    Attributes:
+        source: the source.
+        windows: their numbers.
+        file: the local copy of an object of a store, while it is encoded.
+        problem: the reason why there is none.
+    """
 
     source: PlannedSource
     windows: range
+    file: Path | None = None
+    problem: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

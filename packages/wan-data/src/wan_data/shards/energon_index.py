@@ -54,13 +54,14 @@ CREATE INDEX idx_sample_parts_full
 """
 
 
-def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None:
+def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord], elsewhere: Sequence[ShardRecord] = ()) -> None:
     """Write the ``.idx`` file of each shard and the database of all samples.
 
     Args:
         folder: folder of the dataset.
         meta: its metadata folder.
         shards: all shards, in order.
+        elsewhere: the shards of the database that is there, which need not be in the folder: their rows are copied.
 
     Raises:
         OSError: a file cannot be written, or a shard holds another number of samples than its record says.
@@ -71,8 +72,12 @@ def write_index(folder: Path, meta: Path, shards: Sequence[ShardRecord]) -> None
             leftover.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(partial)) as database:
             database.executescript(TABLES)
+            known = {shard: number for number, shard in enumerate(elsewhere)}
             for number, shard in enumerate(shards):
-                _add_shard(database, folder, number, shard)
+                if shard in known and not (folder / shard.name).exists():
+                    _copy_shard(database, meta / INDEX_NAME, known[shard], number, shard)
+                else:
+                    _add_shard(database, folder, number, shard)
             database.commit()
 
 
@@ -94,8 +99,7 @@ def extend_index(folder: Path, meta: Path, before: Sequence[ShardRecord], shards
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as database:
             database.execute("PRAGMA trusted_schema = OFF")
-            found = {sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
-            if found != {statement.strip() for statement in TABLES.split(";") if statement.strip()}:
+            if not _has_our_tables(database):
                 return False
             database.execute("BEGIN IMMEDIATE")
             # A run that ended before its manifest may have added them.
@@ -115,13 +119,45 @@ def extend_index(folder: Path, meta: Path, before: Sequence[ShardRecord], shards
     return True
 
 
-def _add_shard(database: sqlite3.Connection, folder: Path, number: int, shard: ShardRecord) -> None:
+def _has_our_tables(database: sqlite3.Connection) -> bool:
+    found = {sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+    return found == {statement.strip() for statement in TABLES.split(";") if statement.strip()}
+
+
+def _copy_shard(database: sqlite3.Connection, path: Path, old: int, number: int, shard: ShardRecord) -> None:
+    """Copy the rows of a shard from another database, in which it has the number ``old``."""
+    with _open_index(path) as other:
+        if not _has_our_tables(other):
+            raise OSError(errno.EIO, "it has other tables than wan-data writes", str(path))
+        samples = _rows(other, old, shard.samples)
+        parts = other.execute(
+            "SELECT sample_index, part_name, content_byte_offset, content_byte_size FROM sample_parts "
+            "WHERE tar_file_id = ? ORDER BY rowid",
+            [old],
+        ).fetchall()
+    if len(samples) != shard.samples:
+        raise OSError(errno.EIO, f"it has {len(samples)} of the {shard.samples} samples of {shard.name}", str(path))
+    database.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?)", [(number, *row) for row in samples])
+    database.executemany("INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", [(number, *row) for row in parts])
+
+
+def write_offsets(folder: Path, shard: ShardRecord) -> None:
+    """Write the ``.idx`` file of a shard; see ``write_index``."""
+    _write_offsets(folder, shard)
+
+
+def _write_offsets(folder: Path, shard: ShardRecord) -> tuple[list[tuple[str, list[Member]]], list[int]]:
     samples, end = _samples_of(folder / shard.name)
     if len(samples) != shard.samples:
         reason = f"it holds {len(samples)} samples instead of {shard.samples}"
         raise OSError(errno.EIO, reason, str(folder / shard.name))
     offsets = [members[0].offset for _, members in samples] + [end]
     write_bytes(folder / (shard.name + OFFSETS_SUFFIX), struct.pack(f"<{len(offsets)}Q", *offsets))
+    return samples, offsets
+
+
+def _add_shard(database: sqlite3.Connection, folder: Path, number: int, shard: ShardRecord) -> None:
+    samples, offsets = _write_offsets(folder, shard)
     database.executemany(
         "INSERT INTO samples VALUES (?, ?, ?, ?, ?)",
         [
@@ -287,8 +323,8 @@ def index_problems(folder: Location, meta: Location, shards: Sequence[tuple[str,
 
 
 @contextlib.contextmanager
-def _open_index(path: Path, samples: int) -> Iterator[sqlite3.Connection]:
-    """Open the database of samples.
+def _open_index(path: Path, samples: int | None = None) -> Iterator[sqlite3.Connection]:
+    """Open the database of samples, of which it must have a number unless that is None.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -305,7 +341,8 @@ def _open_index(path: Path, samples: int) -> Iterator[sqlite3.Connection]:
         database.set_progress_handler(lambda: time.monotonic() > deadline, 1 << 16)
         if database.execute("SELECT type FROM sqlite_master WHERE name = 'samples'").fetchall() != [("table",)]:
             raise ValueError("it has no table of samples")
-        if (found := database.execute("SELECT count(*) FROM samples").fetchone()[0]) != samples:
+        found = None if samples is None else database.execute("SELECT count(*) FROM samples").fetchone()[0]
+        if found != samples:
             raise ValueError(f"it lists {found} samples of {samples}")
         database.set_progress_handler(None, 0)
         yield database

@@ -58,13 +58,16 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.tar")
 _SPLIT_BYTES = re.compile(rb"[A-Za-z0-9_.,{}:\-\[\]'\" \n]*")
 
 
-def write_metadata(folder: Path, shards: Sequence[ShardRecord], before: Sequence[ShardRecord] = ()) -> None:
+def write_metadata(
+    folder: Path, shards: Sequence[ShardRecord], before: Sequence[ShardRecord] = (), *, elsewhere: bool = False
+) -> None:
     """Write ``.nv-meta`` for finished shards: index, counts, splits and the type of the dataset.
 
     Args:
         folder: folder of the dataset.
         shards: all shards, each with its split; the train split must not be empty.
         before: the shards that the metadata is of already. If the others follow these, the index is added to.
+        elsewhere: these need not be in the folder.
     """
     splits = dict.fromkeys((*_SPLITS, *(shard.split for shard in shards)))
     assert any(shard.split == "train" for shard in shards), "a dataset without training samples is refused before this"
@@ -73,7 +76,7 @@ def write_metadata(folder: Path, shards: Sequence[ShardRecord], before: Sequence
     meta.mkdir(exist_ok=True)
     with sqlite_as_os_errors(meta / INDEX_NAME):
         if not (before and extend_index(folder, meta, before, shards)):
-            write_index(folder, meta, shards)
+            write_index(folder, meta, shards, before if elsewhere else ())
     # Energon draws this UUID at random; ours is the same in every run.
     digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).digest()
     counts = {"shard_counts": {shard.name: shard.samples for shard in shards}}

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from wan_data.storage.location import Location, location
+
 T = TypeVar("T")
 
 
@@ -29,7 +31,7 @@ def from_json(kind: type[T], value: Any, where: str) -> T:
 
     Args:
         kind: a dataclass, or another type that its fields may have: numbers, text, ``bool``, ``Path``, tuples,
-            mappings from text, ``X | None`` and ``Any``.
+            mappings from text, ``X | None``, ``Location`` and ``Any``.
         value: of ``json.loads``.
         where: the file, for messages.
 
@@ -114,7 +116,21 @@ def _path(value: Any) -> Path:
     return Path(text)
 
 
-_PLAIN: dict[Any, Callable[[Any], Any]] = {int: _whole, float: _number, bool: _truth, str: _text, Path: _path}
+def _location(value: Any) -> Location:
+    try:
+        return location(_path(value) if "://" not in _text(value) else value)
+    except ValueError:
+        raise _MismatchError("a URL that cannot be read", "a path, or a URL of a store") from None
+
+
+_PLAIN: dict[Any, Callable[[Any], Any]] = {
+    int: _whole,
+    float: _number,
+    bool: _truth,
+    str: _text,
+    Path: _path,
+    Location: _location,
+}
 
 
 def _list(value: Any) -> list[Any]:

@@ -2,10 +2,14 @@
 
 import codecs
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from wan_data.sources.texts import Texts
+from wan_data.storage.location import Location
+from wan_data.storage.store import StoredObject
 from wan_model.system import safe_reading
 
 # Keys under which a line of a listing may name its clip. Those of NVIDIA's own files come first.
@@ -94,11 +98,6 @@ def check_rows(path: Path, rows: int) -> None:
         raise ValueError(f"{path} has over {MOST_ROWS:,} rows; divide it, and prepare a dataset of each part")
 
 
-def _stands(path: Path) -> bool:
-    """Whether there is something that reading takes for a caption, or refuses by name."""
-    return path.exists() and not path.is_dir()
-
-
 def names_in(value: Any) -> list[str]:
     """The names of files that a line of a list of captions names its clip by."""
     if not isinstance(value, dict):
@@ -151,45 +150,53 @@ class CaptionFinder:
 
     def __init__(self, caption_key: str = "caption") -> None:
         self.caption_key = caption_key
-        self._lists: dict[Path, tuple[dict[str, list[tuple[str, Any]]], list[str]]] = {}
+        self._lists: dict[Location, tuple[dict[str, list[tuple[str, Any]]], list[str]]] = {}
+        self._lock = threading.Lock()
 
-    def find(self, clip: Path) -> str:
+    def find(self, clip: Location, listed: Sequence[StoredObject] = ()) -> str:
         """The caption of a clip.
+
+        Args:
+            clip: the file, or the object of a store.
+            listed: of an object: the texts beside it.
 
         Raises:
             ValueError: no caption, several that differ, or one that cannot be read; the message names the file.
+            OSError: a text of a store cannot be read.
         """
+        texts, stem = Texts(clip, listed), Path(clip.name).stem
         found: list[tuple[str, str]] = []
         without: list[str] = []
-        beside = clip.with_suffix(".json")
-        if _stands(beside):
-            value = safe_reading.parse_json(read_text(beside), beside.name)
+        if texts.stands(beside := f"{stem}.json"):
+            with texts.open(beside) as path:
+                value = safe_reading.parse_json(read_text(path), beside)
             try:
-                found.append((beside.name, caption_in(value, self.caption_key, beside.name)))
+                found.append((beside, caption_in(value, self.caption_key, beside)))
             except NoCaptionError as error:  # it may hold something else, and the caption stands in another file
                 without.append(str(error))
-        beside = clip.with_suffix(".jsonl")
-        if _stands(beside) and (caption := self._single_line(beside)) is not None:
-            found.append((beside.name, caption))
-        beside = clip.with_suffix(".txt")
-        if _stands(beside):
-            found.append((beside.name, _checked(read_text(beside).strip(), beside.name)))
-        listed, broken = self._listed(clip.parent)
-        for name in (clip.name, clip.stem):
-            for where, value in listed.get(name, []):
+        if texts.stands(beside := f"{stem}.jsonl") and (caption := self._single_line(texts, beside)) is not None:
+            found.append((beside, caption))
+        if texts.stands(beside := f"{stem}.txt"):
+            with texts.open(beside) as path:
+                found.append((beside, _checked(read_text(path).strip(), beside)))
+        with self._lock:  # a list is read once
+            listing, broken = self._listed(clip.parent, texts)
+        for name in (clip.name, stem):
+            for where, value in listing.get(name, []):
                 found.append((where, caption_in(value, self.caption_key, where)))
         if not found and without:
             raise NoCaptionError(without[0])
         if not found:
             more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
             hint = f"; unreadable beside it: {'; '.join(broken[:_NAMED])}{more}" if broken else ""
-            raise ValueError(f"it has no caption: expected {clip.stem}.json, .jsonl or .txt beside it{hint}")
+            raise ValueError(f"it has no caption: expected {stem}.json, .jsonl or .txt beside it{hint}")
         if len({caption for _, caption in found}) > 1:
             raise ValueError(f"its captions in {' and '.join(where for where, _ in found)} differ; keep one")
         return found[0][1]
 
-    def _single_line(self, path: Path) -> str | None:
-        lines = list(itertools.islice(json_lines(path), 2))
+    def _single_line(self, texts: Texts, name: str) -> str | None:
+        with texts.open(name) as path:
+            lines = list(itertools.islice(json_lines(path), 2))
         if len(lines) != 1:
             return None  # a list of clips; _listed reads it
         ((_, value),) = lines
@@ -197,16 +204,17 @@ class CaptionFinder:
             raise value
         if isinstance(value, dict) and any(isinstance(value.get(key), str) for key in NAME_KEYS):
             return None
-        return caption_in(value, self.caption_key, path.name)
+        return caption_in(value, self.caption_key, name)
 
-    def _listed(self, folder: Path) -> tuple[dict[str, list[tuple[str, Any]]], list[str]]:
+    def _listed(self, folder: Location, texts: Texts) -> tuple[dict[str, list[tuple[str, Any]]], list[str]]:
         if (known := self._lists.get(folder)) is not None:
             return known
         listed: dict[str, list[tuple[str, Any]]] = {}
         broken: list[str] = []
-        for path in sorted(folder.glob("*.jsonl")):
+        for name in texts.lists():
             try:
-                lines = list(json_lines(path))
+                with texts.open(name) as path:
+                    lines = list(json_lines(path))
             except ValueError as error:
                 broken.append(str(error))
                 continue
@@ -214,8 +222,8 @@ class CaptionFinder:
                 if isinstance(value, ValueError):
                     broken.append(str(value))
                 else:
-                    for name in names_in(value):
-                        listed.setdefault(name, []).append((where, value))
+                    for one in names_in(value):
+                        listed.setdefault(one, []).append((where, value))
         # Sources come by name, and so folder by folder; some threads are still at the one before.
         if len(self._lists) >= _FOLDERS:
             self._lists.pop(next(iter(self._lists)), None)

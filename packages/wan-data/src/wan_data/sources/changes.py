@@ -1,8 +1,12 @@
 """What has changed of sources that are in a dataset already: their contents and captions."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,11 +14,15 @@ from wan_data.index.manifest import MANIFEST_NAME, caption_digest, read_manifest
 from wan_data.index.records import ACCEPTED, SourceCounts, SourceRecord
 from wan_data.index.sources import SourceIndex, batched, not_among
 from wan_data.sources.captions import CaptionFinder
+from wan_data.sources.contents import Status, content_of, status_of
 from wan_data.sources.listing import files_of_listing
 from wan_data.sources.modification_times import SourceTimes
 from wan_data.sources.source import SourceFile, caption_of
+from wan_data.storage.failures import is_of_the_object
 from wan_data.storage.files import is_there
-from wan_data.storage.location import Location
+from wan_data.storage.local_copies import LocalCopies
+from wan_data.storage.location import Location, StorePath
+from wan_data.video.source_file import Rejected
 from wan_model.system.files import sha256_of
 
 # Missing sources that are named, unless all are asked for.
@@ -44,6 +52,7 @@ def find_changes(
     counts: SourceCounts,
     times: SourceTimes,
     *,
+    copies: LocalCopies,
     caption_key: str = "caption",
     readers: int = 1,
     all_missing: bool = False,
@@ -59,6 +68,7 @@ def find_changes(
         index: of the dataset.
         counts: of its sources.
         times: of the dataset; those of sources that have not changed are added.
+        copies: for the contents of objects.
         caption_key: of captions in JSON.
         readers: number of files that are read at a time.
         all_missing: name all missing sources, not only the first.
@@ -67,45 +77,41 @@ def find_changes(
     """
     captions = CaptionFinder(caption_key)
     changed: dict[str, list[str]] = {}
-    unknown: list[tuple[SourceFile, int, str | None]] = []
+    unknown: list[tuple[SourceFile, Status, str | None]] = []
     present = new = 0
-    for chunk in batched(sources):
-        records = {name: one for name, one in index.find(one.name for one in chunk).items() if one.verdict == ACCEPTED}
-        known = times.find(records)
-        for source in chunk:
-            record = records.get(source.name)
-            new += record is None
-            if record is None or source.path is None:
-                continue
-            present += 1
-            found: list[str] = []
-            try:
-                status = source.path.stat()
-            except OSError as error:
-                changed[source.name] = [f"cannot be read: {error.strerror or error}"]
-                continue
-            found += _changed_caption(source, record, captions)
-            if status.st_size != record.bytes:
-                found.append(f"has {status.st_size} bytes instead of {record.bytes}")
-            elif known.get(source.name) != status.st_mtime_ns:
-                unknown.append((source, status.st_mtime_ns, record.sha256))
-            if found:
-                changed[source.name] = found
-    if unknown:
-        begin(len(unknown))
-    with concurrent.futures.ThreadPoolExecutor(readers) as pool:
-        for some in batched(unknown):
-            digests = pool.map(_digest_or_problem, [source.path for source, _, _ in some])
+    with concurrent.futures.ThreadPoolExecutor(readers) as pool, _stopping(copies):
+        for chunk in batched(sources):
+            found = index.find(one.name for one in chunk)
+            records = {name: one for name, one in found.items() if one.verdict == ACCEPTED}
+            new += sum(source.name not in records for source in chunk)
+            here = [(source, records[source.name]) for source in chunk if source.name in records and source.path]
+            present += len(here)
+            known = times.find([*records, *(one for source, _ in here if (one := _texts_name(source)))])
+            stored = any(isinstance(source.path, StorePath) for source, _ in here)
+            looks = (pool.map if stored else map)(functools.partial(_looked_at, captions=captions, known=known), here)
             same: dict[str, int] = {}
-            for (source, time, before), digest in zip(some, digests, strict=True):
+            for (source, record), look in zip(here, looks, strict=True):
+                if look.status is not None and not look.sizes and known.get(source.name) != look.status.mtime_ns:
+                    unknown.append((source, look.status, record.sha256))
+                if look.captions or look.sizes:
+                    changed[source.name] = [*look.captions, *look.sizes]
+                if (name := _texts_name(source)) and not look.captions:
+                    same[name] = _texts_stamp(source)
+            times.put(same)
+        if unknown:
+            begin(len(unknown))
+        for some in batched(unknown):
+            equal: dict[str, int] = {}
+            digests = pool.map(functools.partial(_digest_or_problem, copies=copies), some)
+            for (source, status, before), digest in zip(some, digests, strict=True):
                 if digest == before:
-                    same[source.name] = time
+                    equal[source.name] = status.mtime_ns
                 elif digest.startswith("cannot"):
                     changed.setdefault(source.name, []).append(digest)
                 else:
                     changed.setdefault(source.name, []).append("has another content of the same size")
                 step(source.name)
-            times.put(same)
+            times.put(equal)
     missing = sum(counts.accepted.values()) - present
     most = missing if all_missing else min(missing, _NAMED)
     return SourceChanges(
@@ -122,6 +128,60 @@ def _missing(sources: Iterable[SourceFile], index: SourceIndex) -> Iterator[str]
     return (record.path for record in not_among(index.accepted(), here))
 
 
+@contextlib.contextmanager
+def _stopping(copies: LocalCopies) -> Iterator[None]:
+    """Let no thread wait for a download when the block ends with an error."""
+    try:
+        yield
+    except BaseException:
+        copies.stop()
+        raise
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """What is seen of a source without its content.
+
+    Attributes:
+        status: None if it cannot be read.
+        captions, sizes: what of its caption, or of its size, has changed; or why it cannot be read.
+    """
+
+    status: Status | None
+    captions: list[str]
+    sizes: list[str]
+
+
+def _looked_at(item: tuple[SourceFile, SourceRecord], captions: CaptionFinder, known: Mapping[str, int]) -> _Look:
+    source, record = item
+    try:
+        status = status_of(source)
+    except (OSError, Rejected) as error:
+        return _Look(None, [], [_unreadable(error)])
+    sizes = [] if status.bytes == record.bytes else [f"has {status.bytes} bytes instead of {record.bytes}"]
+    if (name := _texts_name(source)) and known.get(name) == _texts_stamp(source):
+        return _Look(status, [], sizes)
+    return _Look(status, list(_changed_caption(source, record, captions)), sizes)
+
+
+def _texts_name(source: SourceFile) -> str:
+    """Under which the state of the texts beside an object is remembered; empty for a file, whose texts are read."""
+    return f"{source.name}/texts" if source.listed is not None else ""  # no source has such a name
+
+
+def _texts_stamp(source: SourceFile) -> int:
+    """A number that is another one when these texts change: each is a request, and most stay as they are."""
+    assert source.listed is not None
+    texts = [(str(one.path), one.bytes, one.mtime_ns) for one in source.listed.texts]
+    return int.from_bytes(hashlib.sha256(json.dumps(texts).encode()).digest()[:7], "big")
+
+
+def _unreadable(error: OSError | Rejected) -> str:
+    if isinstance(error, OSError) and not is_of_the_object(error):
+        raise error  # of the store: nothing is known of the source
+    return f"cannot be read: {(error.strerror if isinstance(error, OSError) else None) or error}"
+
+
 def _changed_caption(source: SourceFile, record: SourceRecord, captions: CaptionFinder) -> Iterator[str]:
     if source.problem is not None:
         yield f"cannot be used any more: {source.problem}"
@@ -133,13 +193,18 @@ def _changed_caption(source: SourceFile, record: SourceRecord, captions: Caption
             yield "has another caption"
     except ValueError as error:
         yield f"has lost its caption: {error}"
+    except OSError as error:  # of a store
+        yield f"has a caption that {_unreadable(error)}"
 
 
-def _digest_or_problem(path: Path) -> str:
+def _digest_or_problem(item: tuple[SourceFile, Status, str | None], copies: LocalCopies) -> str:
+    source, status, _ = item
+    assert source.path is not None
     try:
-        return sha256_of(path)
+        with content_of(source.path, status, copies) as file:
+            return sha256_of(file)
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        return _unreadable(error)
 
 
 def captions_of(dataset: Location, folder: Path, listing: Path | None) -> Callable[[str], str]:

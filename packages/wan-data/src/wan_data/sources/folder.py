@@ -10,8 +10,8 @@ from wan_data.sources.source import NO_UNICODE, SourceFile, source_suffixes
 from wan_data.sources.source_table import SourceTable
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
-_CAPTION_SUFFIXES = (".txt", ".json")
-_LIST_SUFFIX = ".jsonl"
+CAPTION_SUFFIXES = (".txt", ".json")
+LIST_SUFFIX = ".jsonl"
 _NAMED = 5
 
 
@@ -35,7 +35,7 @@ class SourceFolder:
         self._folder = folder
         self._suffixes = source_suffixes(images=images)
         self._sources = SourceTable(folder)
-        self._left_out = {kind: _Few(folder) for kind in _KINDS}
+        self._left_out = {kind: Few() for kind in LEFT_OUT_KINDS}
         for place, skipped, names in _walk(folder):
             self._add(place, skipped, names)
 
@@ -53,60 +53,65 @@ class SourceFolder:
         """What of the folder is not read, one line a kind; empty if all of it is."""
         return [f"{few.count} left out, {kind}: {few}" for kind, few in self._left_out.items() if few.count]
 
+    def _leave_out(self, kind: str, path: Path) -> None:
+        self._left_out[kind].add(path.relative_to(self._folder).as_posix())
+
     def _add(self, place: Path, skipped: dict[str, str], names: list[str]) -> None:
         shown = [name for name in names if not name.startswith(".")]
         for name in {*names} - {*shown}:
-            self._left_out[_HIDDEN].add(place / name)
+            self._leave_out(KIND_HIDDEN, place / name)
         for name, reason in skipped.items():
-            self._left_out[_HIDDEN if reason == "hidden" else _AGAIN].add(place / name)
+            self._leave_out(KIND_HIDDEN if reason == "hidden" else KIND_AGAIN, place / name)
         files = {name for name in shown if _suffix(name) in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
         media = {Path(name).stem for name in files}
         for name in shown:
             kind, path = _suffix(name), place / name
             if kind in self._suffixes:
                 self._sources.add(_named(path, self._folder))
-            elif kind in _CAPTION_SUFFIXES:
+            elif kind in CAPTION_SUFFIXES:
                 if Path(name).stem not in media:
-                    self._left_out[_TEXTS].add(path)
-            elif kind == _LIST_SUFFIX:
+                    self._leave_out(KIND_TEXTS, path)
+            elif kind == LIST_SUFFIX:
                 self._add_list(path, files | media, Path(name).stem in media)
             else:
-                self._left_out[_IMAGES if kind in IMAGE_SUFFIXES else _OTHER].add(path)
+                self._leave_out(KIND_IMAGES if kind in IMAGE_SUFFIXES else KIND_OTHER, path)
 
     def _add_list(self, path: Path, clips: Set[str], of_a_clip: bool) -> None:
-        unused, unread, used = _unused_lines(path, clips)
+        unused, unread, used = unused_lines(path, clips)
         for line in unread:
-            self._left_out[_BROKEN].add(line)
+            self._leave_out(KIND_BROKEN, line)
         if used or of_a_clip:
             for line in unused:
-                self._left_out[_LINES].add(line)
+                self._leave_out(KIND_LINES, line)
         elif unused:
-            self._left_out[_TEXTS].add(path)
+            self._leave_out(KIND_TEXTS, path)
 
 
-_HIDDEN, _AGAIN, _OTHER = "hidden", "linked a second time", "of a kind that is not read"
-_IMAGES, _TEXTS = "images, which --mode frames reads", "texts without a clip of their name"
-_LINES, _BROKEN = "lines that name no clip beside them", "captions that cannot be read"
-_KINDS = (_HIDDEN, _AGAIN, _OTHER, _IMAGES, _TEXTS, _LINES, _BROKEN)
+KIND_HIDDEN, KIND_AGAIN, KIND_OTHER = "hidden", "linked a second time", "of a kind that is not read"
+KIND_IMAGES, KIND_TEXTS = "images, which --mode frames reads", "texts without a clip of their name"
+KIND_LINES, KIND_BROKEN = "lines that name no clip beside them", "captions that cannot be read"
+LEFT_OUT_KINDS = (KIND_HIDDEN, KIND_AGAIN, KIND_OTHER, KIND_IMAGES, KIND_TEXTS, KIND_LINES, KIND_BROKEN)
 
 
-class _Few:
-    """Counts paths, and keeps the first of them by name."""
+class Few:
+    """Counts names, and keeps the first of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._first, self.count = folder, list[str](), 0
+    def __init__(self) -> None:
+        self._first, self.count = list[str](), 0
 
-    def add(self, path: Path) -> None:
+    def add(self, name: str) -> None:
+        """Count a name."""
         self.count += 1
-        self._first = sorted([*self._first, path.relative_to(self._folder).as_posix()])[:_NAMED]
+        self._first = sorted([*self._first, name])[:_NAMED]
 
     def __str__(self) -> str:
+        """The first, and how many there are more."""
         more = f" and {self.count - _NAMED} more" if self.count > _NAMED else ""
         # A name that is not valid Unicode cannot be printed.
         return (", ".join(self._first) + more).encode("utf-8", "backslashreplace").decode()
 
 
-def _unused_lines(path: Path, clips: Set[str]) -> tuple[list[Path], list[Path], bool]:
+def unused_lines(path: Path, clips: Set[str]) -> tuple[list[Path], list[Path], bool]:
     """The lines of a list of captions that belong to no clip, those that cannot be read, and whether any is used.
 
     Args:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from wan_data.sources.captions import (
 )
 from wan_data.sources.source import NO_UNICODE, SourceFile, source_suffixes
 from wan_data.sources.source_table import SourceTable
+from wan_data.sources.texts import text_copy
+from wan_data.storage.location import Location, StorePath, location
 from wan_model.system.safe_reading import require_file
 
 LISTING_SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -24,37 +27,44 @@ _BATCH_ROWS = 4096
 
 
 def files_of_listing(
-    listing: Path, folder: Path | None = None, *, images: bool = False, caption_key: str = "caption"
+    listing: Location, folder: Location | None = None, *, images: bool = False, caption_key: str = "caption"
 ) -> SourceTable:
     """The rows of a .jsonl, .csv or .parquet file, by name.
 
-    A row has a path under one of ``wan_data.sources.captions.NAME_KEYS``, relative to ``folder`` or absolute, and the
-    caption under ``caption_key``; other columns are ignored.
+    A row has a path under one of ``wan_data.sources.captions.NAME_KEYS``, relative to ``folder``, absolute or a URL,
+    and the caption under ``caption_key``; other columns are ignored. A listing in a store names no absolute path.
 
     Args:
-        listing: the file.
+        listing: the file, or the object of a store.
         folder: the folder that paths are relative to; the listing's own folder if None.
         images: images are sources, as videos are.
         caption_key: the column, or key, of the caption.
 
     Raises:
         ValueError: the listing cannot be read, or has no rows.
+        OSError: it cannot be read from the store.
     """
     if listing.suffix.lower() not in LISTING_SUFFIXES:
         raise ValueError(f"{listing} is no listing; expected a file ending in {', '.join(LISTING_SUFFIXES)}")
+    if isinstance(listing, StorePath):
+        with text_copy(listing) as path:
+            return _sources_of(path, listing.parent if folder is None else folder, images, caption_key, local=False)
     try:
         require_file(listing)
     except FileNotFoundError:
         raise ValueError(f"{listing} does not exist; expected a listing of paths and captions") from None
+    return _sources_of(listing, listing.parent if folder is None else folder, images, caption_key, local=True)
+
+
+def _sources_of(listing: Path, folder: Location, images: bool, caption_key: str, *, local: bool) -> SourceTable:
     read = {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv, ".parquet": _rows_of_parquet}[listing.suffix.lower()]
-    folder = listing.parent if folder is None else folder
     sources = SourceTable(folder)
     repeated: dict[str, tuple[str, int]] = {}  # where a file is listed for the second time, and how often in all
     for number, (where, row) in enumerate(read(listing, caption_key), start=1):
         check_rows(listing, number)
         if number == 1 and listing.suffix.lower() != ".jsonl":
             _check_columns(listing, row)
-        source = _row(where, row, folder, source_suffixes(images=images), caption_key)
+        source = _row(where, row, folder, source_suffixes(images=images), caption_key, local=local)
         if not sources.add(source):
             first, times = repeated.get(source.name, (where, 1))
             repeated[source.name] = first, times + 1
@@ -78,16 +88,19 @@ def _check_columns(listing: Path, row: Any) -> None:
         )
 
 
-def _row(where: str, row: Any, folder: Path, suffixes: tuple[str, ...], caption_key: str) -> SourceFile:
+def _row(
+    where: str, row: Any, folder: Location, suffixes: tuple[str, ...], caption_key: str, *, local: bool
+) -> SourceFile:
     if isinstance(row, ValueError):
         return SourceFile(where, None, problem=str(row))
     listed = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
     if listed is None:
         return SourceFile(where, None, problem=f"it has no path: expected one under {', '.join(NAME_KEYS)}")
-    path = folder / listed
-    name = Path(os.path.normpath(listed)).as_posix()
-    if path.is_relative_to(folder):
-        name = Path(os.path.normpath(path.relative_to(folder))).as_posix()
+    try:
+        path, name = _place(listed, folder, local=local)
+    except ValueError as error:
+        # Not under its name, which may have credentials in it.
+        return SourceFile(where, None, problem=f"{where}: {error}")
     if path.suffix.lower() not in suffixes:
         return SourceFile(name, path, problem=f"{where} names it; expected a file ending in {', '.join(suffixes)}")
     try:
@@ -97,6 +110,30 @@ def _row(where: str, row: Any, folder: Path, suffixes: tuple[str, ...], caption_
         return SourceFile(where, path, problem=NO_UNICODE)
     except ValueError as error:
         return SourceFile(name, path, problem=str(error))
+
+
+def _place(listed: str, folder: Location, *, local: bool) -> tuple[Location, str]:
+    """The file, or the object, that a row names, and its name in the dataset.
+
+    Raises:
+        ValueError: it is a URL that cannot be read, or a path where there can be none.
+    """
+    given = location(listed)
+    if isinstance(given, StorePath):
+        inside = isinstance(folder, StorePath) and given.root == folder.root and given.key.startswith(folder.prefix)
+        return given, given.relative_to(folder) if isinstance(folder, StorePath) and inside else str(given)
+    key = posixpath.normpath(listed)
+    inside = not posixpath.isabs(key) and key.split("/")[0] != ".."
+    if isinstance(folder, StorePath) and not posixpath.isabs(key):
+        path = location(f"{folder.root}/{posixpath.normpath(posixpath.join(folder.key, key))}")
+        return path, key if inside else str(path)
+    if not (local or inside):
+        raise ValueError("a listing in a store names a path of this machine; expected names in its folder, or URLs")
+    path = given if isinstance(folder, StorePath) else folder / listed
+    name = Path(os.path.normpath(listed)).as_posix()
+    if isinstance(folder, Path) and path.is_relative_to(folder):
+        name = Path(os.path.normpath(path.relative_to(folder))).as_posix()
+    return path, name
 
 
 def _rows_of_jsonl(listing: Path, caption_key: str) -> Iterator[tuple[str, Any]]:

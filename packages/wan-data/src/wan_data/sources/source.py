@@ -2,13 +2,27 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
 from wan_data.sources.captions import CaptionFinder
+from wan_data.storage.location import Location
+from wan_data.storage.store import StoredObject
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 NO_UNICODE = "its name is not valid Unicode; rename it"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Listed:
+    """What the listing of a folder of a store says of a source.
+
+    Attributes:
+        clip: the source.
+        texts: those beside it that may have its caption, by name.
+    """
+
+    clip: StoredObject
+    texts: tuple[StoredObject, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,15 +31,17 @@ class SourceFile:
 
     Attributes:
         name: its path relative to the input folder, with forward slashes; messages and the manifest use it.
-        path: the file; None if a row of a listing has no path.
+        path: the file, or the object of a store; None if a row of a listing has no path.
         caption: the caption of a listing; None if the caption is in a file beside the source.
         problem: the reason why it cannot be used, if known already.
+        listed: what is known of an object whose folder was listed.
     """
 
     name: str
-    path: Path | None
+    path: Location | None
     caption: str | None = None
     problem: str | None = None
+    listed: Listed | None = None
 
 
 class Sources(Protocol):
@@ -52,4 +68,4 @@ def caption_of(source: SourceFile, captions: CaptionFinder) -> str:
     if source.caption is not None:
         return source.caption
     assert source.path is not None, "a source without a path has a problem"
-    return captions.find(source.path)
+    return captions.find(source.path, () if source.listed is None else source.listed.texts)

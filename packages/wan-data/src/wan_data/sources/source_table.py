@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.sources.source import SourceFile
+from wan_data.storage.location import Location, StorePath, location
 
 
 class SourceTable:
@@ -20,7 +21,7 @@ class SourceTable:
         sources: the first ones.
     """
 
-    def __init__(self, folder: Path, sources: Iterable[SourceFile] = ()) -> None:
+    def __init__(self, folder: Location, sources: Iterable[SourceFile] = ()) -> None:
         self._folder, self._count = folder, 0
         # One transaction, which never ends.
         self._database = sqlite3.connect("", check_same_thread=False)
@@ -39,11 +40,11 @@ class SourceTable:
         """The sources, by name."""
         return map(self._source, self._database.execute("SELECT * FROM sources ORDER BY name"))
 
-    def _path(self, name: str, path: str | bytes | None) -> Path | None:
+    def _path(self, name: str, path: str | bytes | None) -> Location | None:
         if path == "":
             return self._folder / name
-        # A path that is no valid Unicode stands as its bytes.
-        return None if path is None else Path(os.fsdecode(path))
+        # A path of the file system, which may be no valid Unicode, stands as its bytes; a URL as text.
+        return Path(os.fsdecode(path)) if isinstance(path, bytes) else None if path is None else location(path)
 
     def add(self, source: SourceFile) -> bool:
         """Add a source.
@@ -52,9 +53,11 @@ class SourceTable:
             Whether its name is new; the table stays as it is if not.
         """
         path: str | bytes | None = None
-        if source.path is not None:
-            text = str(source.path)
-            path = "" if source.path == self._folder / source.name else os.fsencode(text)
+        if isinstance(source.path, StorePath):
+            path = "" if str(source.path) == f"{self._folder}/{source.name}" else str(source.path)
+        elif source.path is not None:
+            beside = isinstance(self._folder, Path) and source.path == self._folder / source.name
+            path = "" if beside else os.fsencode(str(source.path))
         row = (source.name, path, source.caption, source.problem)
         added = self._database.execute("INSERT OR IGNORE INTO sources VALUES (?, ?, ?, ?)", row).rowcount
         self._count += added

@@ -31,6 +31,10 @@ class StoreUnavailableError(OSError):
     """A store fails, or answers no request, and went on doing so; this is the store's state and not the object's."""
 
 
+class UnusableCredentialsError(PermissionError):
+    """The store takes no request with these credentials, of whatever object: they are missing, wrong or expired."""
+
+
 class ChangedObjectError(OSError):
     """An object was replaced while it was read."""
 
@@ -39,6 +43,16 @@ class UnusableStoreError(ValueError):
     """No request can be made: a package or a profile is missing. The message is a sentence for users."""
 
 
+# Answers to credentials, whatever they ask for.
+_REFUSED_CREDENTIALS = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
 # Of this machine, where the copy is written.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE}
 
@@ -75,7 +89,7 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
     status, code = _answer(error)
     names = {type(one).__name__ for one in _chain(error)}
     if names & _NO_CREDENTIALS:
-        return PermissionError(
+        return UnusableCredentialsError(
             errno.EACCES,
             f"no credentials for {path.root} were found ({', '.join(sorted(names & _NO_CREDENTIALS))}); set those of "
             "the store in the environment, in its configuration file or in the profile",
@@ -84,9 +98,10 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
     if isinstance(error, FileNotFoundError) or status == 404:
         what = "there is no such bucket" if code == "NoSuchBucket" else "it does not exist"
         return FileNotFoundError(errno.ENOENT, what, str(path))
-    if isinstance(error, PermissionError) or status in (401, 403):
+    refused = code in _REFUSED_CREDENTIALS
+    if refused or isinstance(error, PermissionError) or status in (401, 403):
         why = f" ({code})" if code else ""
-        return PermissionError(
+        return (UnusableCredentialsError if refused else PermissionError)(
             errno.EACCES, f"{doing} was denied{why}; check the credentials and what they allow", str(path)
         )
     if status is not None and 400 <= status < 500 and status not in _PASSING:
@@ -94,6 +109,11 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
             errno.EIO, f"{doing} failed: the store answered {status}{f' ({code})' if code else ''}", str(path)
         )
     return None
+
+
+def is_of_the_object(error: OSError) -> bool:
+    """Whether an error of a request is that of its object alone, so that others may be read all the same."""
+    return not (isinstance(error, StoreUnavailableError | UnusableCredentialsError) or error.errno in _LOCAL)
 
 
 def unavailable(error: BaseException, path: StorePath, doing: str, seconds: float, attempts: int) -> OSError:

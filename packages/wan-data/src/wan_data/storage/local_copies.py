@@ -7,13 +7,18 @@ import dataclasses
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wan_data.storage.location import Location, StorePath
-from wan_data.storage.store import StoredObject, download, look
+from wan_data.storage.background import Background, give_up
+from wan_data.storage.store import StoredObject, download
+from wan_model.system.files import locked
 
 _DOWNLOADS = 8
+# Of the bytes of all copies, unless they are given.
+_MOST, _SHARE_OF_FREE = 20 * 10**9, 0.1
+_PREFIX, _LOCK = "wan-data-copies-", "lock"
+_END_SECONDS = 2.0
 
 
 @dataclasses.dataclass
@@ -24,7 +29,7 @@ class _Copy:
         file: where it is, or will be.
         bytes: its size.
         done: of its download.
-        users: blocks that use it now; it is not deleted meanwhile.
+        users: those that hold it now; it is not deleted meanwhile.
         awaited: it was downloaded ahead, and nobody has used it yet.
     """
 
@@ -35,24 +40,69 @@ class _Copy:
     awaited: bool = False
 
 
+class Held:
+    """Copies that stay until they are released.
+
+    Args:
+        copies: of which they are some.
+        found: the objects.
+        held: the copy of each.
+    """
+
+    def __init__(self, copies: "LocalCopies", found: Sequence[StoredObject], held: Sequence[_Copy]) -> None:
+        self._copies, self._held = copies, dict(zip(found, held, strict=True))
+
+    def file(self, found: StoredObject) -> Path:
+        """The copy of one of the objects.
+
+        Raises:
+            OSError: it cannot be downloaded; see ``wan_data.storage.store``.
+        """
+        copy = self._held[found]
+        copy.done.result()
+        return copy.file
+
+    def done(self) -> bool:
+        """Whether all downloads have ended."""
+        return all(copy.done.done() for copy in self._held.values())
+
+    def release(self) -> None:
+        """Let go of them."""
+        self._copies._release(self._held)
+
+
 class LocalCopies:
     """Objects as local files; a context manager that deletes them. Threads may use it.
 
     Every object is downloaded once while there is room: the copy that was not used for the longest time goes first.
+    Copies that a killed process has left in the same folder are deleted.
 
     Args:
-        most: bytes of all copies. A larger object is alone.
+        most: bytes of all copies. Those that are held together are alone if they have more. None is 20 GB, or a tenth
+            of the free disk if that is less.
         folder: for the copies, in which a folder of this object's own is made; the system's temporary folder if None.
         downloads: number of objects that are downloaded at a time.
+        share: number of such objects among which the bytes are divided.
     """
 
-    def __init__(self, most: int, *, folder: Path | None = None, downloads: int = _DOWNLOADS) -> None:
-        self._most, self._parent, self._downloads = most, folder, downloads
+    def __init__(
+        self,
+        most: int | None = None,
+        *,
+        folder: Path | None = None,
+        downloads: int = _DOWNLOADS,
+        share: int = 1,
+    ) -> None:
+        self._given, self._parent, self._downloads = most, folder or Path(tempfile.gettempdir()), downloads
+        self._share = share
+        self._most = (most or 0) // share
         self._folder: Path | None = None
-        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._stack = contextlib.ExitStack()
+        self._pool: Background | None = None
         self._copies: collections.OrderedDict[StoredObject, _Copy] = collections.OrderedDict()
         self._bytes, self._count = 0, 0
         self._changed = threading.Condition()
+        self._stopped = False
 
     def __enter__(self) -> "LocalCopies":
         """Nothing is made before it is needed."""
@@ -60,15 +110,27 @@ class LocalCopies:
 
     def __exit__(self, *error: object) -> None:
         """End the downloads and delete the copies."""
+        self.stop()
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.join(_END_SECONDS / self._downloads)  # not for transfers that are stalled
+        self._stack.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def stop(self) -> None:
+        """Begin no more downloads; who waits for one gets a ``CancelledError``."""
+        with self._changed:
+            self._stopped = True
+            for copy in self._copies.values():
+                give_up(copy.done)
+            if self._pool is not None:
+                self._pool.end()
+            self._changed.notify_all()
 
     def ahead(self, found: StoredObject) -> None:
         """Begin to download an object if there is room for it beside those that are in use or on their way."""
         with self._changed:
-            if found not in self._copies and self._make_room(found.bytes, for_awaited=False):
+            if not self._stopped and found not in self._copies and self._make_room(found.bytes, for_awaited=False):
                 self._begin(found).awaited = True
 
     @contextlib.contextmanager
@@ -78,23 +140,54 @@ class LocalCopies:
         Raises:
             OSError: it cannot be downloaded; see ``wan_data.storage.store``.
         """
-        with self._changed:
-            while (copy := self._copies.get(found)) is None:
-                if self._make_room(found.bytes, for_awaited=True) or not self._copies:
-                    copy = self._begin(found)
-                    break
-                self._changed.wait()
-            copy.users, copy.awaited = copy.users + 1, False
-            self._copies.move_to_end(found)
+        held = self.hold([found])
+        assert held is not None, "it was waited for"
         try:
-            copy.done.result()
-            yield copy.file
+            yield held.file(found)
         finally:
-            with self._changed:
+            held.release()
+
+    def hold(self, objects: Sequence[StoredObject], *, wait: bool = True) -> Held | None:
+        """Hold the copies of some objects, all or none; those that are not there are on their way.
+
+        A thread that holds some and waits for others may wait for ever.
+
+        Args:
+            objects: the objects.
+            wait: until there is room for them; otherwise None is returned if there is none.
+        """
+        wanted = list(dict.fromkeys(objects))
+        with self._changed:
+            while True:
+                if self._stopped:
+                    raise concurrent.futures.CancelledError
+                here = [copy for found in wanted if (copy := self._copies.get(found)) is not None]
+                missing = [found for found in wanted if found not in self._copies]
+                for copy in here:
+                    copy.users += 1
+                room = self._make_room(sum(found.bytes for found in missing), for_awaited=True)
+                if room or self._copies.keys() <= {*wanted}:
+                    break
+                for copy in here:
+                    copy.users -= 1
+                if not wait:
+                    return None
+                self._changed.wait()
+            for found in missing:
+                self._begin(found).users = 1
+            for found in wanted:
+                self._copies[found].awaited = False
+                self._copies.move_to_end(found)
+            return Held(self, wanted, [self._copies[found] for found in wanted])
+
+    def _release(self, held: dict[StoredObject, _Copy]) -> None:
+        with self._changed:
+            for found, copy in held.items():
                 copy.users -= 1
-                if copy.done.done() and copy.done.exception() is not None and not copy.users:
+                if not copy.users and copy.done.done() and (copy.done.cancelled() or copy.done.exception()):
                     self._forget(found)  # the next who wants it tries again
-                self._changed.notify_all()
+            held.clear()
+            self._changed.notify_all()
 
     def _make_room(self, size: int, *, for_awaited: bool) -> bool:
         """Whether there is room for more bytes, after copies that nobody uses were deleted as far as needed.
@@ -103,6 +196,7 @@ class LocalCopies:
             size: the bytes.
             for_awaited: delete awaited copies too, the last ones first.
         """
+        self._make_folder()
         idle = [(found, copy) for found, copy in self._copies.items() if not copy.users and copy.done.done()]
         unused = [found for found, copy in reversed(idle) if copy.awaited] if for_awaited else []
         for found in (*(found for found, copy in idle if not copy.awaited), *unused):
@@ -111,10 +205,24 @@ class LocalCopies:
             self._forget(found)
         return self._bytes + size <= self._most
 
+    def _make_folder(self) -> None:
+        if self._folder is not None:
+            return
+        self._parent.mkdir(parents=True, exist_ok=True)
+        for left in self._parent.glob(f"{_PREFIX}*"):
+            # Whoever uses it holds its lock.
+            with contextlib.suppress(OSError), locked(left / _LOCK):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
+        self._stack.enter_context(locked(folder / _LOCK, required=False))
+        self._folder = folder
+        if self._given is None:
+            self._most = min(_MOST, int(_SHARE_OF_FREE * shutil.disk_usage(folder).free)) // self._share
+        self._pool = Background(self._downloads, "downloads")
+
     def _begin(self, found: StoredObject) -> _Copy:
-        if self._pool is None or self._folder is None:
-            self._pool = concurrent.futures.ThreadPoolExecutor(self._downloads, "downloads")
-            self._folder = Path(tempfile.mkdtemp(prefix="wan-data-", dir=self._parent))
+        assert self._folder is not None, "room was made"
+        assert self._pool is not None
         file = self._folder / f"{self._count}{found.path.suffix}"
         self._count += 1
         self._bytes += found.bytes
@@ -132,14 +240,3 @@ class LocalCopies:
         if copy is not None:
             self._bytes -= copy.bytes
             copy.file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def local_file(path: Location, copies: LocalCopies) -> Iterator[tuple[Path, StoredObject | None]]:
-    """A file by its location: itself, or the local copy of the object as it is now, which is named beside it."""
-    if isinstance(path, StorePath):
-        found = look(path)
-        with copies.open(found) as file:
-            yield file, found
-    else:
-        yield path, None

@@ -90,6 +90,8 @@ def location(name: str | os.PathLike[str] | StorePath) -> Location:
     if isinstance(name, StorePath):
         return name
     found = _URL.fullmatch(os.fspath(name))
+    if "\0" in os.fspath(name):
+        raise ValueError(f"{os.fspath(name)[:80]!r} has a zero byte; no file has such a name")
     if found is None:
         return Path(name)
     scheme, slashes, rest = found[1].lower(), found[2], found[3]

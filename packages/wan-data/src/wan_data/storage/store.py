@@ -24,6 +24,8 @@ T = TypeVar("T")
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 15.0
 _EXTRAS = {"s3": "s3", "gs": "gs", "msc": "s3"}
 _DELETED_TOGETHER = 1_000
+# Bytes that are read with one request; larger objects in parts at a time, after one for their size.
+_ONE_REQUEST = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,7 +135,10 @@ def download(found: StoredObject, target: Path) -> None:
     partial = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
 
     def get() -> None:
-        _client(found.path).download_file(found.path.key, str(partial))
+        if found.bytes <= _ONE_REQUEST:
+            partial.write_bytes(_client(found.path).read(found.path.key))
+        else:
+            _client(found.path).download_file(found.path.key, str(partial))
         if partial.stat().st_size != found.bytes:
             _check_size(found.path, found.bytes)
             raise _CutTransferError

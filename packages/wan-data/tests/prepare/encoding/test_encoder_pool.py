@@ -12,6 +12,7 @@ from wan_data.prepare.encoding.encoder import default_processes
 from wan_data.prepare.encoding.encoder_pool import EncoderPool, _TaskQueue
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask
+from wan_data.storage.local_copies import LocalCopies
 from wan_model.testing.processes import wait_until
 
 
@@ -41,7 +42,7 @@ class Immediately:
 def pool(monkeypatch):
     def make(processes, **how):
         log = []
-        one = EncoderPool("model", PrepareSettings(), "cpu", processes)
+        one = EncoderPool("model", PrepareSettings(), "cpu", processes, copies=LocalCopies())
         one._processes = [Immediately(log, **how) for _ in range(processes)]
         return one, log
 
@@ -140,7 +141,7 @@ def light_pool(monkeypatch):
         monkeypatch.setattr(encoder_pool, f"_{name}", getattr(light_encoders, name))
     monkeypatch.setattr(encoder_pool, "preload_encoders", lambda: multiprocessing.get_context("forkserver"))
     monkeypatch.setattr(encoder_pool, "STOPPED_SECONDS", 1.0)
-    return EncoderPool("model", PrepareSettings(), "cpu", 2)
+    return EncoderPool("model", PrepareSettings(), "cpu", 2, copies=LocalCopies())
 
 
 def have_ended(pids):

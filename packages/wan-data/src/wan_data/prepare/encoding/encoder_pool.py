@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from wan_data.prepare.encoding.encoder import EncodedWindow, WindowEncoder, choose_device, load_codec
+from wan_data.prepare.encoding.fetching import TaskFetcher
 from wan_data.prepare.encoding.preload import encoding_processes, preload_encoders
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask
+from wan_data.storage.local_copies import LocalCopies
 from wan_data.video.decoder_process import Decoder
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.child_process import end_after
@@ -126,16 +128,22 @@ class _TaskQueue:
             yield task, result
 
 
-def _feed(process: concurrent.futures.Executor, tasks: _TaskQueue, why_ended: Callable[[], str]) -> None:
-    """Send tasks to one process, each with the task that it decodes in the meantime."""
-    following = None
+def _feed(
+    process: concurrent.futures.Executor, tasks: _TaskQueue, fetcher: TaskFetcher, why_ended: Callable[[], str]
+) -> None:
+    """Send tasks to one process, each with the task that it decodes in the meantime if its clips are there."""
+    following, next_task = None, None
     while (current := following or tasks.get(wait=True)) is not None:
         if tasks.stopped:
             return
-        following = tasks.get(wait=False)
         task, future = current
+        following = tasks.get(wait=False)
         try:
-            future.set_result(process.submit(_encode, task, following[0] if following else None).result())
+            fetched = next_task or fetcher.begin(task)
+            assert fetched is not None, "it was waited for"
+            next_task = fetcher.begin(following[0], wait=False) if following else None
+            future.set_result(process.submit(_encode, fetched, next_task).result())
+            fetcher.end(fetched)
         except BaseException as error:
             if isinstance(error, concurrent.futures.BrokenExecutor):
                 error = ChildProcessError(f"{why_ended()}; run the same command again to resume")
@@ -187,10 +195,20 @@ class EncoderPool:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         processes: 1 encodes in this process; more start that many processes, each with its own autoencoder.
         local_rank: rank of this process on its machine; it determines the devices of the encoding processes.
+        copies: of clips in a store, for all processes.
     """
 
-    def __init__(self, model: str, settings: PrepareSettings, device: str, processes: int, local_rank: int = 0) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        model: str,
+        settings: PrepareSettings,
+        device: str,
+        processes: int,
+        local_rank: int = 0,
+        *,
+        copies: LocalCopies,
+    ) -> None:
+        self._settings, self._fetcher = settings, TaskFetcher(copies)
         self._indices = range(local_rank * processes, (local_rank + 1) * processes) if processes > 1 else range(0)
         self._arguments = (model, settings, device)
         self._processes: list[concurrent.futures.Executor] = []
@@ -251,8 +269,9 @@ class EncoderPool:
         with contextlib.ExitStack() as stack:
             threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(self._processes)))
             stack.callback(task_queue.stop)
+            stack.push(self._stop_fetching)
             for process in self._processes:
-                threads.submit(_feed, process, task_queue, self._watch.reason)
+                threads.submit(_feed, process, task_queue, self._fetcher, self._watch.reason)
             for task, windows in task_queue.results():
                 yield (
                     task,
@@ -262,15 +281,31 @@ class EncoderPool:
                     ],
                 )
 
+    def _stop_fetching(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self._fetcher.stop()
+
     def _encode_in_this_process(
         self, tasks: Iterable[EncodeTask], codec: LatentCodec
     ) -> Iterator[tuple[EncodeTask, list[EncodedWindow]]]:
         encoder = WindowEncoder(codec, self._settings, self._decoder)
         current: EncodeTask | None = None
+
+        def result(task: EncodeTask) -> tuple[EncodeTask, list[EncodedWindow]]:
+            windows = encoder.result(task)
+            self._fetcher.end(task)
+            return task, windows
+
         for task in tasks:
-            encoder.submit(task)
+            fetched = self._fetcher.begin(task, wait=current is None)
+            if fetched is not None:
+                encoder.submit(fetched)
             if current is not None:
-                yield current, encoder.result(current)
-            current = task
+                yield result(current)
+            if fetched is None:  # there was no room beside the current one, or it is still on its way
+                fetched = self._fetcher.begin(task)
+                assert fetched is not None, "it was waited for"
+                encoder.submit(fetched)
+            current = fetched
         if current is not None:
-            yield current, encoder.result(current)
+            yield result(current)

@@ -8,7 +8,6 @@ from pathlib import Path
 from jaxtyping import UInt8
 from torch import Tensor
 
-from wan_data.prepare.planned_source import PlannedSource
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask, SourceWindows
 from wan_data.video.decoder_process import Decoder, Job
@@ -49,7 +48,8 @@ class TaskDecoder:
     def submit(self, task: EncodeTask) -> None:
         """Queue a task's windows for decoding."""
         for part in task.parts:
-            self._decoder.submit(self._job(part))
+            if part.problem is None:
+                self._decoder.submit(self._job(part))
 
     def batches(self, task: EncodeTask) -> Iterator[FrameBatch | Problems]:
         """Decode the oldest submitted task, which must be this one.
@@ -63,6 +63,9 @@ class TaskDecoder:
         waiting: dict[int, list[tuple[WindowKey, Tensor]]] = {}
         for part in task.parts:
             name = part.source.name
+            if part.problem is not None:
+                problems |= {(name, number): part.problem for number in part.windows}
+                continue
             # results() comes first in zip, so that it is read to its end: one item per window, or a rejection.
             for frames, number in zip(self._decoder.results(), part.windows, strict=False):
                 if isinstance(frames, Rejected):
@@ -77,7 +80,7 @@ class TaskDecoder:
         while waiting:
             yield _batch(waiting.pop(next(iter(waiting))))
         for part in task.parts:
-            if has_changed(part.source):
+            if has_changed(part):
                 for number in part.windows:
                     problems.setdefault((part.source.name, number), "the file has changed since it was probed")
         yield problems
@@ -85,7 +88,7 @@ class TaskDecoder:
     def _job(self, part: SourceWindows) -> Job:
         settings, source = self._settings, part.source
         return Job(
-            source.path,
+            _file(part),
             settings.fps,
             settings.limits,
             tuple(source.windows[number] for number in part.windows),
@@ -100,15 +103,24 @@ def _batch(windows: list[tuple[WindowKey, Tensor]]) -> FrameBatch:
     return FrameBatch(tuple(key for key, _ in windows), tuple(frames for _, frames in windows))
 
 
-def has_changed(source: PlannedSource) -> bool:
+def _file(part: SourceWindows) -> Path:
+    path = part.file or part.source.path
+    assert isinstance(path, Path), "an object is fetched before it is decoded"
+    return path
+
+
+def has_changed(part: SourceWindows) -> bool:
     """Whether a file has another content than when it was probed."""
+    if part.problem is not None:
+        return False
+    source, path = part.source, _file(part)
     try:
-        status = source.path.stat()
+        status = path.stat()
     except OSError:
         return False  # it was there to be decoded
     if status.st_size != source.bytes:
         return True
-    return status.st_mtime_ns != source.mtime_ns and _digest(source.path, status.st_mtime_ns) != source.sha256
+    return status.st_mtime_ns != source.mtime_ns and _digest(path, status.st_mtime_ns) != source.sha256
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ from wan_data.prepare.probing.cache import Found, ProbeCache
 from wan_data.prepare.probing.source_probe import Probed, SourceProbe
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.sources.source import SourceFile
+from wan_data.storage.local_copies import LocalCopies
 from wan_data.video.decoder_process import Decoder
 
 Item = TypeVar("Item")
@@ -22,7 +23,7 @@ KnownSource = tuple[SourceFile, Found | None]
 
 
 def probe_sources(
-    sources: Iterable[KnownSource], settings: PrepareSettings, *, decoders: int
+    sources: Iterable[KnownSource], settings: PrepareSettings, *, decoders: int, copies: LocalCopies
 ) -> Generator[tuple[SourceFile, Probed], None, None]:
     """Decode every source to its end in decoder processes, and plan its windows.
 
@@ -30,11 +31,12 @@ def probe_sources(
         sources: the files to probe.
         settings: of the preparation.
         decoders: number of decoder processes.
+        copies: of clips in a store, which are downloaded ahead.
 
     Yields:
         Each source with its result, in order.
     """
-    one, idle = SourceProbe(settings), queue.SimpleQueue[Decoder]()
+    one, idle = SourceProbe(settings, copies), queue.SimpleQueue[Decoder]()
 
     def probe(item: KnownSource) -> Probed:
         decoder = idle.get()
@@ -51,8 +53,11 @@ def probe_sources(
         idle.put(Decoder(program=one.program))
     with concurrent.futures.ThreadPoolExecutor(decoders) as pool:
         try:
-            for (source, _), probed in map_in_order(pool, probe, sources, 4 * decoders):
+            for (source, _), probed in map_in_order(pool, probe, map(one.ahead, sources), 4 * decoders):
                 yield source, probed
+        except BaseException:
+            copies.stop()  # no thread waits for a clip any more
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
             close_decoders()

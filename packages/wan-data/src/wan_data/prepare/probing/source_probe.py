@@ -12,12 +12,16 @@ from wan_data.prepare.planned_source import PlannedSource, ProbeResult, Rejected
 from wan_data.prepare.probing.cache import Found
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.sources.captions import CaptionFinder
+from wan_data.sources.contents import content_of, status_of
 from wan_data.sources.source import SourceFile, caption_of
+from wan_data.storage.failures import UnusableStoreError, is_of_the_object
+from wan_data.storage.local_copies import LocalCopies
+from wan_data.storage.location import StorePath
 from wan_data.video.buckets import choose_bucket, enlargement
 from wan_data.video.decode import ClipInfo
 from wan_data.video.decoder_process import PROGRAM as PLAIN_PROGRAM
 from wan_data.video.decoder_process import Decoder, Job
-from wan_data.video.source_file import Rejected, check_bytes, check_regular
+from wan_data.video.source_file import Rejected, check_bytes
 from wan_data.video.windows import Window
 from wan_model.system.files import sha256_of
 
@@ -40,10 +44,11 @@ class SourceProbe:
 
     Args:
         settings: of the preparation.
+        copies: of clips in a store.
     """
 
-    def __init__(self, settings: PrepareSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: PrepareSettings, copies: LocalCopies) -> None:
+        self._settings, self._copies = settings, copies
         self._captions = CaptionFinder(settings.caption_key)
         self._resolutions = settings.resolutions()
         self._selection = settings.selection
@@ -67,22 +72,36 @@ class SourceProbe:
             if source.problem is not None:
                 raise Rejected(source.problem)
             assert source.path is not None, "a source without a path has a problem"
-            status = source.path.stat()
-            check_regular(status)
-            size = status.st_size
+            status = status_of(source)
+            size = status.bytes
             check_bytes(size, self._settings.limits)
             caption = caption_of(source, self._captions)
-            if known is None or [known.bytes, known.mtime_ns] != [size, status.st_mtime_ns]:
-                digest = sha256_of(source.path)
-                info, measures = self._decode_completely(source.path, decoder)
-                known = new = Found(size, status.st_mtime_ns, digest, info, measures)
+            if known is None or [known.bytes, known.mtime_ns] != [size, status.mtime_ns]:
+                with content_of(source.path, status, self._copies) as file:
+                    digest = sha256_of(file)
+                    info, measures = self._decode_completely(file, decoder)
+                known = new = Found(size, status.mtime_ns, digest, info, measures)
             digest = known.sha256
             return Probed(self._planned(source, known, caption), new)
+        except UnusableStoreError:
+            raise
         except OSError as error:
+            if isinstance(source.path, StorePath) and not is_of_the_object(error):
+                raise  # nothing is known of the source
             reason = f"it cannot be read: {error.strerror or error}"
         except ValueError as error:
             reason = str(error)
         return Probed(RejectedSource(source.name, reason, size, digest), new)
+
+    def ahead(self, item: tuple[SourceFile, Found | None]) -> tuple[SourceFile, Found | None]:
+        """Begin to download the clip of a source that will be decoded; returns the same."""
+        source, known = item
+        if source.problem is None and source.listed is not None:
+            clip = source.listed.clip
+            new = known is None or [known.bytes, known.mtime_ns] != [clip.bytes, clip.mtime_ns]
+            if new and clip.bytes <= self._settings.limits.bytes:
+                self._copies.ahead(clip)
+        return item
 
     def _decode_completely(self, path: Path, decoder: Decoder) -> tuple[ClipInfo, Measures | None]:
         settings = self._settings

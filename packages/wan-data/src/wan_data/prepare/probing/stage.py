@@ -22,6 +22,7 @@ from wan_data.prepare.report import Report, describe
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.work_files import check_work_folder
 from wan_data.sources.source import SourceFile, Sources
+from wan_data.storage.local_copies import LocalCopies
 from wan_model.system.torchrun import processors
 
 _RESULTS_GLOB = "results-*.sqlite"
@@ -35,6 +36,7 @@ def probe_only(
     report: Report,
     decoders: int | None = None,
     output: Path | None = None,
+    copies: LocalCopies,
 ) -> Iterator[ProbeResults]:
     """Probe the sources as ``prepare`` does, without encoding anything.
 
@@ -42,6 +44,7 @@ def probe_only(
         sources, settings, report, decoders: as for ``prepare``.
         output: the folder that ``prepare`` will write to; the results are cached there, so that ``prepare`` does not
             probe again. None caches nothing.
+        copies: of clips in a store.
 
     Yields:
         The results, which can be read in the block.
@@ -59,7 +62,7 @@ def probe_only(
             cache = cache_path(output / WORK_FOLDER, ranks)
             indices += stack.enter_context(_known_indices(output, settings))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-data-")))
-        run = functools.partial(probe_sources, settings=settings, decoders=decoders or processors())
+        run = functools.partial(probe_sources, settings=settings, decoders=decoders or processors(), copies=copies)
         yield probe(sources, len(sources), settings, report, run, cache, results_path(folder, ranks), indices)
 
 

@@ -1,0 +1,63 @@
+"""Threads that make requests: unlike those of an executor they never hold up the end of a command."""
+
+import concurrent.futures
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Background:
+    """Calls functions in threads.
+
+    Args:
+        threads: their number.
+        name: of the threads.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
+        self._jobs = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> concurrent.futures.Future[T]:
+        """Call a function when a thread is free."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._jobs.put((future, lambda: function(*arguments, **named)))
+        return future
+
+    def end(self) -> None:
+        """Let the threads end when they have done what was submitted, and do not wait for them."""
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Wait for the threads to end, at most some seconds for each."""
+        for thread in self._threads:
+            thread.join(seconds)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, function = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # nobody waits for it any more
+                try:
+                    result = function()
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+
+
+def give_up(future: "concurrent.futures.Future[Any]") -> None:
+    """Let who waits for a call have a ``CancelledError``, although it may still run."""
+    if not future.cancel() and not future.done():
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has just ended
+            future.set_exception(concurrent.futures.CancelledError())
