@@ -104,6 +104,7 @@ KERNELS = {
 SOAK = [
     "packages/wan-data/tests/test_reliability.py",
     "packages/wan-data/tests/curation/test_duplicates.py",
+    "packages/wan-data/tests/prepare/on_ray/test_ray_workers.py",
     "packages/wan-train/tests/checkpoint/test_training_reliability.py",
 ]
 BY_NAME = {package.name: package for package in PACKAGES}

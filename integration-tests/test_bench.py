@@ -108,3 +108,15 @@ def test_no_gpu_is_one_sentence(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().endswith("--device is cuda and there is no CUDA device here; leave it out")
     assert not (tmp_path / "none").exists()
+
+
+def test_the_plan_of_ten_million_clips_is_the_computed_one():
+    page = (TOOLS.parent / "packages/wan-data/PLANNING.md").read_text(encoding="utf-8")
+    computed = _python("-m", "bench.data_cost").strip()
+    assert computed.count("### ") == 3
+    assert computed.replace("### ", "## ") in page
+    rates = json.loads(
+        _python("-c", "import json; from bench.data_cost import Rates; print(json.dumps(vars(Rates())))")
+    )
+    for name, unit in (("probing", "ms of a core"), ("decoding", "ms of a core"), ("encoding", "s"), ("planning", "s")):
+        assert f"{rates[name]:g} {unit}" in page

@@ -1,6 +1,7 @@
 """Every command line that the documents show is one that the programs understand."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -75,7 +76,9 @@ def commands_of(text: str) -> list[Command]:
     for block in re.findall(r"^ *```(?:bash|console|sh)\n(.*?)^ *```", text, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"\s(?:\||\|\||&&|;)\s", line.strip().removeprefix("$ ")):
-                words = shlex.split(re.split(r"\s(?:2?>|<)", part)[0], comments=True)
+                words = shlex.split(part, comments=True)
+                # A sign in quotes is no redirection.
+                words = list(itertools.takewhile(lambda word: not re.match(r"2?>|<", word), words))
                 if at := [at for at, word in enumerate(words) if word in PROGRAMS]:
                     commands.append(Command(tuple(words[: at[0]]), tuple(words[at[0] :])))
     return commands
@@ -97,14 +100,16 @@ def test_commands_are_found_whatever_stands_around_them():
   ```sh
   $ A=1 torchrun --nproc-per-node 2 \\
       --no-python wan-train pretrain --recipe=tiny a.b=1   # comment
-  cd x && wan-data inspect d | head > out 2> err
+  cd x && wan-data sources d --where "motion > 1" | head > out 2> err
+  wan-data inspect d > out
   echo no
   ```
 """
     assert [command.before for command in commands_of(text)] == [
-        ("A=1", "torchrun", "--nproc-per-node", "2", "--no-python"), (),
+        ("A=1", "torchrun", "--nproc-per-node", "2", "--no-python"), (), (),
     ]  # fmt: skip
-    train, inspect = commands_of(text)
+    train, sources, inspect = commands_of(text)
+    assert sources.words == ("wan-data", "sources", "d", "--where", "motion > 1")
     assert inspect.words == ("wan-data", "inspect", "d")
     name, params = train.parsed()
     assert (name, params["recipe"], params["overrides"]) == ("pretrain", "tiny", ("a.b=1",))

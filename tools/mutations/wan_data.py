@@ -33,6 +33,42 @@ MUTATIONS = (
         "curation/test_movement.py::test_cuts_are_not_motion",
     ),
     _of(
+        "scenes-not-planned", "prepare/probing/source_probe.py",
+        "cuts = () if found.measures is None", "cuts = () if found is found",
+        "--scenes finds cuts, and samples show two scenes all the same",
+        "prepare/test_curated.py::test_no_window_crosses_a_cut",
+    ),
+    _of(
+        "duplicate-of-another-split", "prepare/near_duplicates.py",
+        "entry = entry._replace(sha256=found.content)", "pass",
+        "a validation clip's mirrored copy is trained on",
+        "prepare/test_curated.py::test_a_copy_of_a_validation_clip_is_for_validation_too",
+    ),
+    _of(
+        "duplicates-of-earlier-rounds", "prepare/near_duplicates.py",
+        "yield from _existing(index, replaced)", "yield from ()",
+        "copies of what the dataset has are added to it",
+        "prepare/test_near_duplicates.py::test_what_the_dataset_has_stays",
+    ),
+    _of(
+        "left-out-decoded-again", "index/part.py",
+        "        record.mtime_ns,", "        0,",
+        "every run decodes again what --where has left out",
+        "prepare/test_curated.py::test_an_expression_selects_and_a_second_run_decodes_nothing",
+    ),
+    _of(
+        "left-out-is-rejected", "prepare/probing/source_probe.py",
+        "            UNSELECTED,", '            "rejected",',
+        "a command with --where fails although it did what was asked",
+        "prepare/test_curated.py::test_an_expression_selects_and_a_second_run_decodes_nothing",
+    ),
+    _of(
+        "cuts-of-another-detector", "prepare/probing/cache.py",
+        "elif measured != self._measured:", "elif measured is None:",
+        "a run with another --scenes uses the cuts of the one before",
+        "prepare/test_curated.py::test_what_is_known_counts_only_where_the_same_was_measured",
+    ),
+    _of(
         "loader-state-without-waiting-samples", "energon/pipeline.py",
         '(*PackingDataset._savable_fields, "_carried")', "PackingDataset._savable_fields",
         "a resumed run packs the carried-over samples differently from the uninterrupted run",

@@ -18,11 +18,14 @@ from wan_data.cli_options import (
     settings_of,
     settings_options,
     sources_of,
+    workers_on,
 )
 from wan_data.cli_types import LocationType
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.storage.location import Location
 from wan_model.system.standard_streams import CheckedCommand
+
+_PIPE_WIDTH = 400
 
 
 class _Commands(CheckedCommand, click.Group):
@@ -53,6 +56,11 @@ def main() -> None:
 @flag("num-processes", type=int, help="Encoding processes; one per GPU if not given, one without a GPU.")
 @flag("num-decoders", type=int, help="Decoder processes that probe the clips; one per core if not given.")
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@flag("on", default="local", type=click.Choice(["local", "ray"]), help="Processes of this machine, or a Ray cluster.")
+@flag(
+    "ray-address",
+    help="With --on ray: address of the cluster, or auto; RAY_ADDRESS if not given, else a cluster on this machine.",
+)
 @flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only format.")
 @flag("allow-rejects", is_flag=True, help="Exit with code 0 although files were rejected.")
 @flag("overwrite", is_flag=True, help="Replace a dataset in the output folder.")
@@ -68,6 +76,8 @@ def prepare(
     num_processes: int | None,
     num_decoders: int | None,
     device: str,
+    on: str,
+    ray_address: str | None,
     output_format: str,
     allow_rejects: bool,
     overwrite: bool,
@@ -87,9 +97,12 @@ def prepare(
     with errors_as_messages(output_folder):
         from wan_data.progress import SilentReport, make_report
 
+        start_workers = workers_on(on, ray_address, device, num_processes, num_decoders)
         settings = settings_of(values)
         sources, left_out = sources_of(video_folder, listing, settings)
-        if num_processes is None:
+        if start_workers is not None:
+            num_processes = 1  # of this machine
+        elif num_processes is None:
             from wan_data.prepare.encoding.encoder import default_processes
 
             num_processes = default_processes(device)
@@ -115,6 +128,7 @@ def prepare(
                 processes=num_processes,
                 decoders=num_decoders,
                 ranks=ranks,
+                start_workers=start_workers,
                 local_copies=local_copies,
                 work_folder=work_folder,
             )
@@ -199,11 +213,24 @@ def plan(
 @flag("pad-multiple", default=1, type=int, help="Packs are padded to a multiple of this many tokens.")
 @flag("packing-buffer", default=64, type=int, help="Number of samples that are packed together.")
 @flag("png", type=click.Path(path_type=Path), help="Plot the sizes and the packing into this file.")
+@flag(
+    "measures-png",
+    type=click.Path(path_type=Path),
+    help="With --video-folder: a contact sheet of the clips at both ends of each measure.",
+)
+@flag("video-folder", type=click.Path(path_type=Path), help="Folder of the clips, for --measures-png.")
 @flag("json", "as-json", is_flag=True, help="Print one JSON object instead of tables.")
 def inspect(
-    path: Path, capacity: int | None, pad_multiple: int, packing_buffer: int, png: Path | None, **flags: bool
+    path: Path,
+    capacity: int | None,
+    pad_multiple: int,
+    packing_buffer: int,
+    png: Path | None,
+    measures_png: Path | None,
+    video_folder: Path | None,
+    **flags: bool,
 ) -> None:
-    """Show the samples, shapes, tokens, captions and packing of a dataset, or of a blend of several."""
+    """Show the samples, shapes, tokens, captions, packing and measures of a dataset, or of a blend of several."""
     from wan_data.inspect.statistics import inspect as read_statistics
     from wan_data.inspect.statistics import print_tables
 
@@ -213,10 +240,44 @@ def inspect(
             from wan_data.inspect.plots import plot_statistics
 
             plot_statistics(found, png, pad_multiple=pad_multiple, packing_buffer=packing_buffer)
+        if measures_png is not None:
+            if video_folder is None:
+                raise ValueError("--measures-png shows frames of the clips; pass their folder as --video-folder")
+            from wan_data.inspect.measures_sheet import measures_sheet
+
+            measures_sheet(path, video_folder, measures_png)
     if flags["json"]:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
         print_tables(found)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@flag("where", help="Only those that fulfil an expression, such as 'motion > 0.2 and seconds >= 2'.")
+@flag("rejected", is_flag=True, help="Only those that were rejected or left out, with the reasons.")
+@flag("limit", default=100, type=click.IntRange(min=1), help="Number of sources that are shown at most.")
+@flag("json", "as-json", is_flag=True, help="Print a line of JSON for each instead of a table.")
+def sources(path: Path, where: str | None, limit: int, **flags: bool) -> None:
+    """List the sources of a dataset, with what was measured of them, by name."""
+    from itertools import islice
+
+    from wan_data.inspect.measured import json_line, selected_sources, sources_table
+
+    with errors_as_messages(path):
+        found = selected_sources(path, where, rejected=flags["rejected"])
+        shown, more = list(islice(found, limit)), next(found, None) is not None
+    if flags["json"]:
+        for record, seconds in shown:
+            click.echo(json_line(record, seconds))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        # In a file or a pipe, a path is in one line.
+        (console if console.is_terminal else Console(width=_PIPE_WIDTH)).print(sources_table(shown))
+    if more:
+        click.echo(f"there are more than {limit}; pass a larger --limit", err=True)
 
 
 @main.command()

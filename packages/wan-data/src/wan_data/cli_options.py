@@ -18,6 +18,7 @@ from wan_model.system.option_names import option_names
 from wan_model.system.versions import check_dependencies
 
 if TYPE_CHECKING:
+    from wan_data.prepare.workers import StartWorkers
     from wan_data.sources.source import Sources
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -72,6 +73,23 @@ def sources_of(
         return stored.files(), stored.left_out
     folder = SourceFolder(video_folder, images=settings.images)
     return folder.files(), folder.left_out
+
+
+def workers_on(
+    on: str, ray_address: str | None, device: str, processes: int | None, decoders: int | None
+) -> "StartWorkers | None":
+    """What ``--on`` names: the workers on a Ray cluster, or None for those of this machine.
+
+    Raises:
+        ValueError: Ray is not installed, or the options contradict each other.
+    """
+    if on == "ray":
+        from wan_data.prepare.on_ray.cluster import ray_workers
+
+        return ray_workers(ray_address, device=device, processes=processes, decoders=decoders)
+    if ray_address is not None:
+        raise ValueError(f"--ray-address {ray_address} is of --on ray; pass both, or neither")
+    return None
 
 
 @contextlib.contextmanager

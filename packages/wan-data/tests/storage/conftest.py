@@ -1,46 +1,12 @@
-"""A bucket on a server of its own, with a proxy before it."""
+"""A bucket on a server of its own, with a proxy before it; and the dataset that a disk gets."""
 
-import contextlib
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
-import multistorageclient.shortcuts
 import pytest
-from object_store import Proxy, environment, object_server
+from store_fixtures import bucket, proxy, served
 from stored_datasets import prepare_stored
 
-from wan_data.storage.location import StorePath
-
-
-@pytest.fixture(scope="session")
-def served(tmp_path_factory) -> Iterator[tuple[Path, Proxy]]:
-    folder = tmp_path_factory.mktemp("served")
-    with object_server(folder) as port, contextlib.closing(Proxy(port)) as proxy:
-        yield folder, proxy
-
-
-@pytest.fixture
-def proxy(served, monkeypatch) -> Proxy:
-    """The proxy, without faults; this process uses it."""
-    _, one = served
-    one.faults.clear()
-    one.requests.clear()
-    one.authorizations.clear()
-    for name, value in environment(one.url).items():
-        monkeypatch.setenv(name, value)
-    return one
-
-
-@pytest.fixture
-def bucket(served, proxy) -> Iterator[tuple[Path, StorePath]]:
-    """The folder of an empty bucket of its own, and its URL."""
-    name = f"bucket-{uuid.uuid4().hex[:8]}"
-    folder = served[0] / name
-    folder.mkdir()
-    yield folder, StorePath("s3", name, "")
-    # One client for each bucket is kept.
-    multistorageclient.shortcuts._STORAGE_CLIENT_CACHE.pop(f"_s3-{name}", None)
+__all__ = ["bucket", "proxy", "served"]
 
 
 @pytest.fixture(scope="session")

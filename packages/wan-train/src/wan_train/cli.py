@@ -12,11 +12,27 @@ from typing import Any, Literal, TypeVar
 import click
 
 from wan_model.precision import DTYPES
+from wan_model.system.files import require_local
 from wan_model.system.option_names import option_names
 from wan_model.system.standard_streams import CheckedCommand
 from wan_train.config.options import RECIPES, RunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _LocalPath(click.Path):
+    """A path; a URL of an object is refused."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """As of any path."""
+        try:
+            require_local(parameter.human_readable_name if parameter else "the path", value)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+        return super().convert(value, parameter, context)
+
+
+_LOCAL_PATH = _LocalPath(path_type=Path)
 
 
 class _Commands(CheckedCommand, click.Group):
@@ -207,17 +223,15 @@ _OF_EMA = click.option("--ema", is_flag=True, help="Write the EMA instead of the
 
 
 @main.command("export")
-@click.argument("checkpoints", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoints", type=_LOCAL_PATH)
+@click.argument("out", type=_LOCAL_PATH, required=False)
 @_OF_STEP
 @_OF_EMA
 @click.option(
     "--dtype", type=click.Choice(["stored", *DTYPES, "float16"]), default="stored", show_default=True,
     help="Precision of the tensors; stored: unchanged; float32: of the optimizer's fp32 weights; float16: of a LoRA.",
 )  # fmt: skip
-@click.option(
-    "--lora", type=click.Path(path_type=Path), metavar="FILE", help="Write the run's LoRA as one file instead of OUT."
-)
+@click.option("--lora", type=_LOCAL_PATH, metavar="FILE", help="Write the run's LoRA as one file instead of OUT.")
 @click.option(
     "--format", "lora_format", type=click.Choice(["diffusers", "comfyui", "kohya"]), default="diffusers",
     show_default=True, help="With --lora: the programs that will read it.",
@@ -255,8 +269,8 @@ def export_command(
 
 
 @main.command("merge")
-@click.argument("lora", metavar="CHECKPOINTS|FILE", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("lora", metavar="CHECKPOINTS|FILE", type=_LOCAL_PATH)
+@click.argument("out", type=_LOCAL_PATH)
 @click.option("--model", metavar="MODEL", help="The base: a folder or hub id. Default: that of the run.")
 @_OF_STEP
 @_OF_EMA
@@ -298,12 +312,12 @@ def merge_command(lora: Path, out: Path, model: str | None, step: int | None, em
 
 
 @main.command("report")
-@click.argument("checkpoints", type=click.Path(path_type=Path))
+@click.argument("checkpoints", type=_LOCAL_PATH)
 @click.option(
-    "--compare", type=click.Path(path_type=Path), multiple=True, metavar="OTHER",
+    "--compare", type=_LOCAL_PATH, multiple=True, metavar="OTHER",
     help="Checkpoint folder of a run to compare with; repeatable.",
 )  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help="HTML file. Default: report.html in CHECKPOINTS.")
+@click.option("--out", type=_LOCAL_PATH, help="HTML file. Default: report.html in CHECKPOINTS.")
 @click.option("--follow", is_flag=True, help="Serve the page to this machine while the run goes on; write no file.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=0, metavar="N",
@@ -388,7 +402,7 @@ def _resolved(name: str) -> str:
 
 @config.command("copy")
 @click.argument("name")
-@click.argument("target", type=click.Path(path_type=Path), default=".")
+@click.argument("target", type=_LOCAL_PATH, default=".")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def config_copy(name: str, target: Path, force: bool) -> None:
     """Copy one of them, to edit it."""

@@ -6,6 +6,7 @@ in fewer than eight bits; sorting finds them. Candidates are then compared by al
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -88,18 +89,32 @@ def near_duplicates(clips: Sequence[Candidate], distance: float = DISTANCE) -> l
             hashes[number, known[number]] = unpacked([one for one in clip.hashes if one])
         except ValueError as error:
             raise ValueError(f"{clip.name}: {error}; measure it again") from None
-    kept, distances, mirrored = find_duplicates(hashes, known, distance)
+    near = find_duplicates(hashes, known, distance)
     found = [
-        Duplicate(ordered[number].name, ordered[int(other)].name, float(distances[number]), bool(mirrored[number]))
-        for number, other in enumerate(kept)
+        Duplicate(ordered[number].name, ordered[int(other)].name, float(bits), bool(mirrored))
+        for number, (other, bits, mirrored) in enumerate(zip(near.kept, near.distances, near.mirrored, strict=True))
         if other != number
     ]
     return sorted(found, key=lambda one: one.name)
 
 
-def find_duplicates(
-    hashes: Hashes, known: Known, distance: float = DISTANCE
-) -> tuple[Int[np.ndarray, " clips"], Float[np.ndarray, " clips"], Bool[np.ndarray, " clips"]]:
+class Near(NamedTuple):
+    """The result of ``find_duplicates``, of each clip.
+
+    Attributes:
+        kept: the number of the clip that is kept instead of it, or its own.
+        distances: to that one.
+        mirrored: whether it is that one's mirror image.
+        groups: the lowest number of the clips that it is connected with by pairs that are near, or its own.
+    """
+
+    kept: Int[np.ndarray, " clips"]
+    distances: Float[np.ndarray, " clips"]
+    mirrored: Bool[np.ndarray, " clips"]
+    groups: Int[np.ndarray, " clips"]
+
+
+def find_duplicates(hashes: Hashes, known: Known, distance: float = DISTANCE) -> Near:
     """The search of ``near_duplicates`` on arrays.
 
     Memory: some 600 bytes a clip beside the 256 of ``hashes``, which may be mapped from a file. A group of many
@@ -109,13 +124,9 @@ def find_duplicates(
         hashes: of all clips, those that are preferred first.
         known: which of them are hashes.
         distance: as there.
-
-    Returns:
-        For each clip the number of the one that is kept instead of it, or its own number; the distance to it; and
-        whether it is that one's mirror image.
     """
     count = len(hashes)
-    kept = np.arange(count)
+    kept, groups = np.arange(count), _Groups()
     distances, mirrored = np.zeros(count), np.zeros(count, bool)
     left = np.flatnonzero(known.sum(1) >= LEAST_PARTS)
     while True:
@@ -123,12 +134,36 @@ def find_duplicates(
         removed = 0
         # By the preference of the first clip of each pair: whether it is kept is known when its turn comes.
         for one, other, bits, flipped in zip(first.tolist(), second.tolist(), between, mirror, strict=True):
+            groups.join(one, other)
             if kept[one] == one and kept[other] == other:
                 kept[other], distances[other], mirrored[other] = one, bits, flipped
                 removed += 1
         if not removed:
-            return kept, distances, mirrored
+            return Near(kept, distances, mirrored, groups.of(count))
         left = left[kept[left] == left]
+
+
+class _Groups:
+    """Numbers that are joined, each group known by its lowest."""
+
+    def __init__(self) -> None:
+        self._lower: dict[int, int] = {}
+
+    def join(self, one: int, other: int) -> None:
+        low, high = sorted((self._lowest(one), self._lowest(other)))
+        self._lower[high] = low
+
+    def _lowest(self, number: int) -> int:
+        while (lower := self._lower.setdefault(number, number)) != number:
+            self._lower[number] = self._lower[lower]
+            number = lower
+        return number
+
+    def of(self, count: int) -> np.ndarray:
+        groups = np.arange(count)
+        for number in self._lower:
+            groups[number] = self._lowest(number)
+        return groups
 
 
 def _near_pairs(

@@ -5,11 +5,13 @@ and saves its position. Its readers of metadata and of shards, its decoders, tas
 versions, or trust what they read, and take no part. What differs in the others is found by looking for it.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import inspect
+import re
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +44,8 @@ STATES = (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState,
 # Shards that are open at once, and drawn from in turn, while training; Energon's own default.
 OPEN_SHARDS = 16
 _PREFETCH = 2
+# Samples that are read ahead where they are read in order.
+_AHEAD = 8
 # A worker imports torch first, which takes a minute on a busy machine.
 _WORKER_TIMEOUT = 600.0
 
@@ -53,14 +57,37 @@ class RawSample:
     Attributes:
         __key__: its key.
         __restore_key__: where Energon finds it again when a state is loaded.
-        shard: path of its shard.
+        shard: path, or URL, of its shard.
         members: the bytes of each member by extension, such as ``json``.
     """
 
     __key__: str
     __restore_key__: tuple[Any, ...]
-    shard: Path
+    shard: Any
     members: dict[str, bytes]
+
+
+@dataclasses.dataclass(slots=True)
+class _AwaitedSample:
+    """A sample that another thread reads and cooks.
+
+    Attributes:
+        __restore_key__: where Energon finds it again when a state is loaded; as of the sample itself.
+        future: of the sample.
+    """
+
+    __restore_key__: tuple[Any, ...]
+    future: "concurrent.futures.Future[Any]"
+
+    def result(self) -> Any:
+        """The sample; waits for it."""
+        sample = self.future.result()
+        sample.__restore_key__ = self.__restore_key__
+        return sample
+
+
+def _result(sample: Any) -> Any:
+    return sample.result() if isinstance(sample, _AwaitedSample) else sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +100,16 @@ class Source:
         cook: turns a sample into one to pack; the result has ``__key__`` and ``__restore_key__`` of its argument.
         weight: relative frequency in a blend.
         run_length: number of neighbouring samples that are read one after another; None for a whole shard.
+        submit: runs a function in another thread, so that samples are read while the pipeline goes on: it waits for
+            them where packs are chosen. None reads each when it is drawn. Neither order nor state depends on it.
     """
 
     shards: Sequence[tuple[str, int]]
-    read: Callable[[int], tuple[str, Path, dict[str, bytes]]]
+    read: Callable[[int], tuple[str, Any, dict[str, bytes]]]
     cook: Callable[[RawSample], Any]
     weight: float = 1.0
     run_length: int | None = None
+    submit: Callable[[Callable[[], Any]], "concurrent.futures.Future[Any]"] | None = None
 
 
 class Packer(Protocol):
@@ -169,27 +199,53 @@ def _cooked(sources: Sequence[Source], workers: Workers, *, training: bool) -> l
     for one in sources:
         # The readers that get one sample more follow those that got one of the sources before.
         raw = _raw(one, workers, rotation=before % readers, training=training)
-        cooked.append(_map(raw, one.cook, workers))
+        cooked.append(_map(raw, functools.partial(_cook, one.cook), workers))
         before += sum(count for _, count in one.shards)
     return cooked
 
 
+def _cook(cook: Callable[[RawSample], Any], sample: Any) -> Any:
+    return sample if isinstance(sample, _AwaitedSample) else cook(sample)
+
+
 class _Reader:
-    """What Energon's readers of shards are to its datasets."""
+    """What Energon's readers of shards are to its datasets.
 
-    def __init__(self, read: Callable[[int], tuple[str, Path, dict[str, bytes]]]) -> None:
-        self._read = read
+    Args:
+        source: that is read.
+        ahead: number of samples beyond the one that is asked for which are read too.
+    """
 
-    def __getitem__(self, number: int) -> RawSample:
-        key, shard, members = self._read(number)
-        return RawSample(key, ("Webdataset", number), shard, members)
+    def __init__(self, source: Source, ahead: int) -> None:
+        self._source, self._ahead = source, ahead
+        self._samples = sum(count for _, count in source.shards)
+        self._pending: dict[int, concurrent.futures.Future[Any]] = {}
+
+    def __getitem__(self, number: int) -> RawSample | _AwaitedSample:
+        key = ("Webdataset", number)
+        if self._source.submit is None:
+            name, shard, members = self._source.read(number)
+            return RawSample(name, key, shard, members)
+        if number not in self._pending:
+            for future in self._pending.values():
+                future.cancel()
+            self._pending.clear()
+        for one in range(number, min(number + self._ahead + 1, self._samples)):
+            if one not in self._pending:
+                self._pending[one] = self._source.submit(functools.partial(self._sample, one))
+        return _AwaitedSample(key, self._pending.pop(number))
+
+    def _sample(self, number: int) -> Any:
+        key, shard, members = self._source.read(number)
+        return self._source.cook(RawSample(key, (), shard, members))
 
 
 def _raw(source: Source, workers: Workers, *, rotation: int, training: bool) -> Any:
     # Of these, only the counts are used.
     shards = [ShardInfo(name=name, path=name, count=count) for name, count in source.shards]
     samples = WebdatasetSampleLoaderDataset(
-        join_readers=[_Reader(source.read)],
+        # Of a permutation of single samples the next ones are not known; there, the buffer that is packed is ahead.
+        join_readers=[_Reader(source, ahead=0 if training else _AHEAD)],
         workers_sample_slice_offsets=Sharder.shard_workers(
             shards, workers, max_samples_per_sequence=source.run_length, rotation_offset=rotation
         ),
@@ -200,9 +256,9 @@ def _raw(source: Source, workers: Workers, *, rotation: int, training: bool) -> 
     return _map(samples, _only, workers)
 
 
-def _only(found: Any) -> RawSample:
+def _only(found: Any) -> RawSample | _AwaitedSample:
     (sample,) = found.data
-    assert isinstance(sample, RawSample)
+    assert isinstance(sample, RawSample | _AwaitedSample)
     return sample
 
 
@@ -261,7 +317,7 @@ class _CarryingPackingDataset(PackingDataset):
 
     def _choose(self, *, carry: bool) -> None:
         # Samples that are carried over precede those read next.
-        samples = list(iter(self._reading_buffer))  # its length cannot be asked on every version
+        samples = [_result(one) for one in iter(self._reading_buffer)]  # its length cannot be asked on every version
         self._reading_buffer.clear()
         with self._pre_packing_sample_index.ctx():
             packs, rest = self._packer.choose_packs(samples, self._carried if carry else len(samples))
@@ -274,7 +330,7 @@ class _CarryingPackingDataset(PackingDataset):
 
     def _next(self) -> Any:
         length = self._pre_packing_lengths.pop(0)
-        samples = self._pre_packing_buffer[:length]
+        samples = [_result(one) for one in self._pre_packing_buffer[:length]]
         del self._pre_packing_buffer[:length]
         with self._final_packing_sample_index.ctx() as number:
             pack = self._packer.pack(samples)
@@ -288,6 +344,15 @@ def packed(samples: Any, packer: Packer, workers: Workers, *, buffer: int) -> An
 
 
 # -- the loader --------------------------------------------------------------------------------------------------------
+
+
+def _without_traceback(error: ValueError) -> ValueError:
+    """An error of a worker process as that process has raised it: torch puts its traceback before it."""
+    text = str(error)
+    lines = text.rstrip().split("\n")
+    if re.match(r"Caught \w+ in DataLoader worker process \d+\.$", lines[0]):
+        return ValueError(re.sub(r"^[\w.]+: ", "", lines[-1]))
+    return error
 
 
 class ExactLoader:
@@ -329,6 +394,9 @@ class ExactLoader:
             yield from self._loader
         except GeneratorExit:
             raise
+        except ValueError as error:
+            ended = False
+            raise _without_traceback(error) from None
         except BaseException:
             ended = False  # interrupted, for example: the state can still be asked of the workers
             raise

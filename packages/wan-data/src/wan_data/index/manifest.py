@@ -25,9 +25,10 @@ from wan_data.index.sources import IndexState, SourceIndex, counted
 from wan_data.shards.database import damage_named
 from wan_data.shards.json_records import from_json
 from wan_data.shards.writer import ShardRecord, is_shard_name
+from wan_data.storage.files import is_file, read_json
+from wan_data.storage.location import Location
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import write_bytes
-from wan_model.weights.model_folder import read_json
 
 MANIFEST_NAME = "wan-data.json"
 # Bytes; a shard has some two hundred. In format 1 a source had some three hundred.
@@ -124,7 +125,7 @@ def caption_digest(caption: str) -> str:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
+def read_manifest(folder: Location, *, allow_incomplete: bool = False) -> Manifest:
     """Read the manifest of a dataset.
 
     Raises:
@@ -178,7 +179,7 @@ class _Shards:
     shards: tuple[ShardRecord, ...]
 
 
-def open_sources(folder: Path, manifest: Manifest) -> SourceIndex:
+def open_sources(folder: Location, manifest: Manifest) -> SourceIndex:
     """Open the index of the sources of a dataset.
 
     Args:
@@ -195,11 +196,13 @@ def open_sources(folder: Path, manifest: Manifest) -> SourceIndex:
         return SourceIndex([Part.of_records(_earlier_sources(_read(folder)), str(path))])
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Location) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: expected a folder that wan-data prepare wrote")
     value = read_json(path, _LARGEST)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     if value.get("format_version") not in (EARLIER_FORMAT, FORMAT_VERSION):
         raise ValueError(
             f"{path} is of format {value.get('format_version')}; this version reads {FORMAT_VERSION} and "
@@ -225,6 +228,6 @@ class _Sources:
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _damage_named(path: Location) -> Iterator[None]:
     with remedy_named(), damage_named(str(path)):
         yield

@@ -53,6 +53,8 @@ _SCHEMA = {_TABLE, *_INDICES}
 _NAMES = tuple(SourceRecord.__dataclass_fields__)
 _COLUMNS = len(_NAMES)
 _LISTS = [_NAMES.index(name) for name in ("shards", "dropped", "cuts")]
+# Columns of an expression that decoding finds; the question mark is the target rate.
+_DECODED = {"seconds": "frames / ?", "frames": "frames", "fps": "source_fps", "height": "height", "width": "width"}
 
 Row = tuple[Any, ...]
 
@@ -192,6 +194,22 @@ class Part:
     def notable(self) -> Iterator[SourceRecord]:
         """The records of which ``is_notable`` is true, by path."""
         return self._records(f"SELECT * FROM sources WHERE {_NOTABLE} ORDER BY path", [])
+
+    def selected(self, condition: str, parameters: Sequence[float], fps: float) -> Iterator[SourceRecord]:
+        """The records that fulfil a condition of ``wan_data.curation.expressions.Where``, by path.
+
+        Args:
+            condition, parameters: its ``sql``, and ``parameters``.
+            fps: the target rate.
+        """
+        # Of a file that could not be decoded, nothing of it is known.
+        known = [f"CASE WHEN frames THEN {value} END AS {name}" for name, value in _DECODED.items()]
+        stored = [f"stored_{name}" if name in _DECODED else name for name in _NAMES]
+        columns = [f"{name} AS {alias}" for name, alias in zip(_NAMES, stored, strict=True)]
+        query = f"SELECT {', '.join([*known, *columns])} FROM sources"
+        return self._records(
+            f"SELECT {', '.join(stored)} FROM ({query}) WHERE {condition} ORDER BY path", [fps, *parameters]
+        )
 
     def rows(self) -> Iterator[Row]:
         """All rows, by path."""

@@ -31,8 +31,8 @@ class SourceRecord:
         height, width: pixels as displayed.
         caption_tokens: tokens of a caption that was cut, because the text encoder takes fewer; else None.
         caption_sha256: digest of the caption; None if it was rejected, or encoded by a version that did not record it.
-        source_frames, orientation, mtime_ns: frames, EXIF orientation and modification time of the file when it was
-            decoded; 0 if not known.
+        source_frames, orientation: frames and EXIF orientation of the file; 0 if not known.
+        mtime_ns: modification time of the file when it was decoded, of a source that was measured or left out; else 0.
         motion, stillness, sharpness, black_borders, cuts: see ``wan_data.curation.measures.Measures``; None if not
             measured.
         fingerprint: of ``wan_data.curation.fingerprints.packed_fingerprint``; None if it was not measured.

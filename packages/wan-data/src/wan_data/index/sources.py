@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import heapq
 import itertools
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,8 @@ from wan_data.index.records import (
     SourceRecord,
     is_notable,
 )
+from wan_data.storage.location import Location, StorePath
+from wan_data.storage.store import download, look
 
 T = TypeVar("T")
 # Paths that are looked up together.
@@ -36,22 +39,32 @@ class SourceIndex:
 
     Args:
         parts: the files, open, the oldest first.
+        copies: a folder of copies, which is deleted with this object; None if there is none.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[Part], copies: "tempfile.TemporaryDirectory[str] | None" = None) -> None:
+        self._parts, self._copies = parts, copies
 
     @classmethod
-    def open(cls, folder: Path, records: Sequence[PartRecord]) -> "SourceIndex":
-        """Open the files of an index.
+    def open(cls, folder: Location, records: Sequence[PartRecord]) -> "SourceIndex":
+        """Open the files of an index; those of a store are copied to the disk meanwhile.
 
         Raises:
             ValueError: one is missing or damaged.
         """
         with contextlib.ExitStack() as stack:
-            parts = [stack.enter_context(contextlib.closing(Part.open(folder, record))) for record in records]
+            copies = None
+            if isinstance(folder, StorePath):
+                copies = tempfile.TemporaryDirectory(prefix="wan-data-")
+                here = Path(stack.enter_context(copies))
+                for record in records:
+                    with contextlib.suppress(FileNotFoundError):  # said below
+                        download(look(folder / record.name), here / record.name)
+            else:
+                here = folder
+            parts = [stack.enter_context(contextlib.closing(Part.open(here, record))) for record in records]
             stack.pop_all()
-        return cls(parts)
+        return cls(parts, copies)
 
     def __enter__(self) -> "SourceIndex":
         """Nothing to do; the files are open."""
@@ -61,6 +74,8 @@ class SourceIndex:
         """Close the files."""
         for part in self._parts:
             part.close()
+        if self._copies is not None:
+            self._copies.cleanup()
 
     def find(self, paths: Iterable[str]) -> dict[str, SourceRecord]:
         """The records of those paths that the dataset knows."""
@@ -94,6 +109,17 @@ class SourceIndex:
     def rejects(self) -> Iterator[SourceRecord]:
         """The records of sources without samples, rejected or left out, by path."""
         return (record for record in self.notable() if record.verdict in (REJECTED, *LEFT_OUT))
+
+    def selected(self, condition: str, parameters: Sequence[float], fps: float) -> Iterator[SourceRecord]:
+        """The records that fulfil a condition, by path; see ``Part.selected``."""
+        found = heapq.merge(
+            *(part.selected(condition, parameters, fps) for part in self._parts), key=lambda record: record.path
+        )
+        # Of a path the last one is that of the newest file, which another may hide.
+        newest = (list(records)[-1] for _, records in itertools.groupby(found, key=lambda record: record.path))
+        for chunk in batched(newest):
+            now = self.find(record.path for record in chunk)
+            yield from (record for record in chunk if now.get(record.path) == record)
 
     def accepted(self) -> Iterator[SourceRecord]:
         """The records of sources with samples, by path."""

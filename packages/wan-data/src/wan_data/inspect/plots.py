@@ -3,7 +3,7 @@
 import collections
 import hashlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from wan_model.system.files import atomic_write
 _FRAMES = 4  # of a sample, first to last
 
 
-def _figure(columns: int, rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(columns: int, rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure of a size in inches, and its axes [rows, columns]."""
     # Not pyplot, which keeps every figure in memory and selects a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -28,7 +29,8 @@ def _figure(columns: int, rows: int, size: tuple[float, float]) -> tuple[Any, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG."""
     with atomic_write(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
@@ -61,7 +63,7 @@ def contact_sheet(samples: Sequence[StoredSample], codec: LatentCodec, path: Pat
         codec: a codec with its autoencoder.
         path: of the PNG.
     """
-    figure, axes = _figure(_FRAMES, len(samples), (3.2 * _FRAMES, 2.6 * len(samples)))
+    figure, axes = new_figure(_FRAMES, len(samples), (3.2 * _FRAMES, 2.6 * len(samples)))
     for row, sample in zip(axes, samples, strict=True):
         video = codec.decode_video(sample.latent[None].float())[0].cpu()
         frames = video.shape[1]
@@ -78,20 +80,22 @@ def contact_sheet(samples: Sequence[StoredSample], codec: LatentCodec, path: Pat
         name = f"{sample.key}, {source}, {size}"
         text = "\n".join([*textwrap.wrap(name, 150), *textwrap.wrap(caption, 150)])
         row[0].text(0, -0.04, text, transform=row[0].transAxes, fontsize=8, va="top", parse_math=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_statistics(found: dict[str, Any], path: Path, *, pad_multiple: int = 1, packing_buffer: int = 64) -> None:
-    """Write a PNG with histograms of samples and texts, and the fill of packs of several capacities.
+    """Write a PNG with histograms of samples, texts and measures, and the fill of packs of several capacities.
 
     Args:
         found: the result of ``wan_data.inspect.statistics.inspect``.
         path: of the PNG.
         pad_multiple, packing_buffer: as for ``inspect``.
     """
-    splits = found["splits"]
-    figure, axes = _figure(3, len(splits), (15, 4 * len(splits)))
-    for row, (name, values) in zip(axes, splits.items(), strict=True):
+    splits, measures = found["splits"], found["measures"]
+    rows = len(splits) + -(-len(measures) // 3)
+    figure, axes = new_figure(3, rows, (15, 4 * rows))
+    _plot_measures(measures, axes[len(splits) :].flat)
+    for row, (name, values) in zip(axes[: len(splits)], splits.items(), strict=True):
         by_tokens: collections.Counter[int] = collections.Counter()
         for shape in values["shapes"]:
             by_tokens[shape["tokens"]] += shape["samples"]
@@ -114,4 +118,17 @@ def plot_statistics(found: dict[str, Any], path: Path, *, pad_multiple: int = 1,
             title="packing", xlabel="capacity of a pack, tokens", ylabel="% of the capacity filled", ylim=(0, 102)
         )
         row[2].grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def _plot_measures(found: Mapping[str, Mapping[str, Any]], axes: Iterable[Any]) -> None:
+    axes = list(axes)
+    for axis in axes[len(found) :]:
+        axis.axis("off")
+    for axis, (name, one) in zip(axes, found.items(), strict=False):
+        bins, least = one["histogram"], one["least"]
+        width = (one["most"] - least) / len(bins) or 1.0
+        axis.bar([least + width * number for number in range(len(bins))], bins, width, align="edge")
+        axis.set(title=f"{name.replace('_', ' ')} of {one['clips']} clips", ylabel="clips")
+        for place in ("low", "median", "high"):
+            axis.axvline(one[place], color="black", linestyle=":", linewidth=1)

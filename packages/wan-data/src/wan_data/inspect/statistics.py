@@ -6,19 +6,22 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from wan_data.curation.distributions import measures_table
 from wan_data.index.lengths import Counts, LengthCounts
 from wan_data.index.manifest import MANIFEST_NAME, Manifest, read_manifest
+from wan_data.inspect.measured import measured
 from wan_data.reading.blends import Part, parts_of
 from wan_data.reading.datasets import read_latent_spec
 from wan_data.reading.packing import Efficiency, efficiency, full_packs, latent_tokens, usable_capacity
 from wan_data.shards.reader import samples_of
+from wan_data.storage.files import is_there
+from wan_data.storage.location import Location
 
 # Samples whose packing is simulated.
 MOST_DRAWN = 100_000
@@ -117,7 +120,7 @@ def _drawn(parts: Sequence[Mapping[int, int]], weights: Sequence[float], seed: i
 
 
 def inspect(
-    path: Path,
+    path: Location,
     *,
     capacity: int | None = None,
     pad_multiple: int = 1,
@@ -129,7 +132,7 @@ def inspect(
     They are those that the manifest counts; the samples of a dataset without such a manifest are read.
 
     Args:
-        path: the dataset's folder, or the YAML file of a blend.
+        path: the dataset's folder, or the YAML file of a blend, on a disk or in a store.
         capacity: tokens of a pack; the largest sample's padded tokens if None.
         pad_multiple: packs are padded to a multiple of this many tokens.
         packing_buffer: number of samples that are packed together.
@@ -137,20 +140,22 @@ def inspect(
 
     Returns:
         Plain values: ``splits`` -> name -> samples, shapes, text tokens, caption characters, packing of as many
-        draws as there are samples, at most ``MOST_DRAWN``, and the tokens of these draws.
+        draws as there are samples, at most ``MOST_DRAWN``, and the tokens of these draws; ``measures`` -> name ->
+        its distribution over the sources.
 
     Raises:
         ValueError: the path is no dataset, or a sample is invalid.
     """
     splits = parts_of(path)
     folders = dict.fromkeys(part.folder for parts in splits.values() for part in parts)
-    manifests = {folder: read_manifest(folder) for folder in folders if (folder / MANIFEST_NAME).exists()}
+    manifests = {folder: read_manifest(folder) for folder in folders if is_there(folder / MANIFEST_NAME)}
     found: dict[str, Any] = {
         "path": str(path),
-        "latent_fingerprint": read_latent_spec(path).fingerprint if len(manifests) == len(folders) else None,
+        "latent_fingerprint": read_latent_spec(str(path)).fingerprint if len(manifests) == len(folders) else None,
         "rejected": sum(one.index.counts.rejected for one in manifests.values()),
         "unselected": sum(one.index.counts.unselected for one in manifests.values()),
         "duplicates": sum(one.index.counts.duplicates for one in manifests.values()),
+        "measures": measured(manifests),
         "splits": {},
     }
     for split, parts in splits.items():
@@ -235,6 +240,8 @@ def print_tables(found: dict[str, Any], console: Console | None = None) -> None:
             f"{packing['valid_of_capacity']:.1%} of their capacity filled, "
             f"{packing['valid_of_total']:.1%} of computed tokens valid (packing efficiency)"
         )
+    if found["measures"]:
+        console.print(measures_table(found["measures"]))
     if found["rejected"]:
         say(f"files rejected when it was prepared: {found['rejected']}")
     if found["unselected"]:

@@ -1,8 +1,10 @@
 """The workers of this process: decoder processes that it starts, and encoding in it or in processes that it starts."""
 
 import collections
+import contextlib
 import itertools
-from collections.abc import Generator, Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,14 +14,11 @@ from wan_data.prepare.encoding.encoder_pool import EncoderPool
 from wan_data.prepare.encoding.fetching import fetched_ahead
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.prepare.probing.pool import KnownSource, probe_sources
-from wan_data.prepare.probing.source_probe import Probed
-from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.shard_batches import EncodeTask, ShardPlan, encode_tasks
 from wan_data.prepare.shard_writing import write_shard
-from wan_data.prepare.workers import Work
-from wan_data.sources.source import SourceFile
+from wan_data.prepare.workers import ProbedSources, Work, WrittenShards
 from wan_data.storage.local_copies import LocalCopies
-from wan_model.codec.latent_codec import LatentCodec
+from wan_model.codec.latent_codec import LatentCodec, import_autoencoder
 from wan_model.system.torchrun import processors
 
 
@@ -51,26 +50,30 @@ class LocalWorkers:
         self._work, self._device, self._processes, self._local_rank = work, device, processes, local_rank
         self._decoders = decoders or processors()
         self._codec: LatentCodec | None = None
+        self._importing: threading.Thread | None = None
 
     def __enter__(self) -> "LocalWorkers":
         """Nothing is started."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing is left to end."""
+        """Wait for an import, which nothing interrupts."""
+        if self._importing is not None:
+            self._importing.join()
 
     def warm_up(self) -> None:
         """See ``Workers``."""
         if self._processes > 1:
             preload_encoders()
+        elif self._importing is None:
+            self._importing = threading.Thread(target=_import_autoencoder, name="imports the autoencoder")
+            self._importing.start()
 
-    def probe(self, sources: Iterable[KnownSource]) -> Generator[tuple[SourceFile, Probed], None, None]:
+    def probe(self, sources: Iterable[KnownSource]) -> ProbedSources:
         """See ``Workers``."""
         return probe_sources(sources, self._work.folder.settings, decoders=self._decoders, copies=self._copies)
 
-    def write_shards(
-        self, plans: Iterable[ShardPlan], samples: int
-    ) -> Generator[tuple[ShardPlan, FinishedShard], None, None]:
+    def write_shards(self, plans: Iterable[ShardPlan], samples: int) -> WrittenShards:
         """See ``Workers``."""
         work, settings = self._work, self._work.folder.settings
         pending: collections.deque[tuple[ShardPlan, int]] = collections.deque()
@@ -102,9 +105,16 @@ class LocalWorkers:
     def _load_codec(self) -> LatentCodec:
         """The codec of the model, which is loaded once."""
         if self._codec is None:
+            if self._importing is not None:
+                self._importing.join()
             self._work.report.log(f"loading {self._work.model}")
             device = choose_device(self._device, self._local_rank)
             self._codec = load_codec(
                 self._work.model, self._work.folder.settings, device, vae=self._processes == 1, text=True
             )
         return self._codec
+
+
+def _import_autoencoder() -> None:
+    with contextlib.suppress(Exception):  # it is raised again where the autoencoder is loaded
+        import_autoencoder()

@@ -1,18 +1,26 @@
 """``wan-data plan``: the samples, sizes and time of a preparation, before anything is encoded."""
 
 import collections
+import dataclasses
 import functools
+import itertools
 import math
 import re
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from wan_data.curation.distributions import distributions, measures_table
+from wan_data.curation.measures import MEASURE_NAMES
 from wan_data.index.records import DUPLICATE, LEFT_OUT, UNSELECTED
-from wan_data.prepare.planned_source import RejectedSource
-from wan_data.prepare.probing.results import Again, ProbeResults
+from wan_data.prepare.near_duplicates import without_duplicates
+from wan_data.prepare.planned_source import ProbeResult, RejectedSource
+from wan_data.prepare.probing.results import Again, ProbeResults, planned_of_json
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import with_splits
 from wan_data.reading.packing import latent_tokens
@@ -36,12 +44,21 @@ def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float |
     Returns:
         Plain values: ``buckets`` (one row per split and shape), ``rejected`` (reasons with their sources),
         ``unselected`` and ``duplicates`` (what ``--where`` and ``--duplicates drop`` leave out), ``named_duplicates``,
-        totals, bytes and, given a rate, seconds.
+        ``measures`` (their distributions), totals, bytes and, given a rate, seconds.
     """
+    with (
+        tempfile.TemporaryDirectory(prefix="wan-data-") as folder,
+        without_duplicates(results, settings, Path(folder)) as decided,
+    ):
+        return _plan_of(decided, settings, rate)
+
+
+def _plan_of(results: ProbeResults, settings: PrepareSettings, rate: float | None) -> dict[str, Any]:
     buckets: collections.Counter[tuple[str, int, int, int]] = collections.Counter()
     text_bytes = unused = pixels = accepted = frames_of_all = 0
     named: list[str] = []
-    for source, split in with_splits(Again(results.accepted), settings, None):
+    for entry, split in with_splits(Again(lambda: results.entries(accepted=True)), settings, None):
+        source = planned_of_json(entry.value, entry.file)
         accepted += 1
         if source.duplicate_of is not None:
             named.append(f"{source.name}: of {source.duplicate_of}")
@@ -95,11 +112,23 @@ def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float |
         "unselected": curated[UNSELECTED],
         "duplicates": curated[DUPLICATE],
         "named_duplicates": named,
+        "measures": _measures(results) if settings.measuring else {},
         "latent_bytes": sum(row["latent_bytes"] for row in rows),
         "text_bytes_about": text_bytes,
         "pixels": pixels,
         "seconds_about": None if rate is None else pixels / rate,
     }
+
+
+def _measures(results: ProbeResults) -> dict[str, dict[str, Any]]:
+    """The distributions of the measures of all sources that could be decoded."""
+    sources: Iterator[ProbeResult] = itertools.chain(results.accepted(), results.rejected())
+    found = distributions(
+        (source.name, [getattr(source.measures, name) for name in MEASURE_NAMES])
+        for source in sources
+        if source.measures is not None
+    )
+    return {name: dataclasses.asdict(one) for name, one in found.items()}
 
 
 def _kind(reason: str) -> str:
@@ -150,6 +179,8 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         f"{plan['shards']} shards, {plan['tokens']:,} tokens, {format_bytes(plan['latent_bytes'])} of latents and "
         f"about {format_bytes(plan['text_bytes_about'])} of text embeddings"
     )
+    if plan["measures"]:
+        console.print(measures_table(plan["measures"]))
     if plan["seconds_about"] is not None:
         say(f"encoding the videos takes about {format_seconds(plan['seconds_about'])} on one such device")
     for kind in plan["rejected"]:

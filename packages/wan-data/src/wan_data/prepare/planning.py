@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from wan_data.index.manifest import Manifest, open_sources, read_manifest
 from wan_data.index.records import ACCEPTED, LEFT_OUT
 from wan_data.index.sources import SourceIndex, added, batched
+from wan_data.prepare.near_duplicates import without_duplicates
 from wan_data.prepare.output_folder import clear
 from wan_data.prepare.preparation import Preparation
 from wan_data.prepare.probing.results import ProbeResults
@@ -77,11 +78,26 @@ def _write_batch(
 ) -> dict[str, str]:
     # A changed source that cannot be used now keeps what it has: the reason may be temporary.
     kept = {one.name: one.reason for one in (results.rejected() if changed else ()) if one.name in changed}
-    left = results.without(kept)
+    replaced = {*changed, *missing} - {*kept}
+    with without_duplicates(results.without(kept), of.settings, of.work, index, replaced) as left:
+        again = {one.name: one.reason for one in (left.rejected() if changed else ()) if one.name in changed}
+        _write_batch_of(of, left.without(again), total, manifest, index, changed, missing)
+    return kept | again
+
+
+def _write_batch_of(
+    of: Preparation,
+    left: ProbeResults,
+    total: int,
+    manifest: Manifest,
+    index: SourceIndex,
+    changed: Mapping[str, str],
+    missing: Sequence[str],
+) -> None:
     if not missing and next(left.entries(accepted=True), None) is None:
         if manifest.complete:
             of.commit(manifest, added(of.output, manifest.index, map(rejected_record, left.rejected())))
-            return kept
+            return
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in itertools.islice(left.rejected(), 3))
         clear(of.output, keep_known=any(one.verdict in LEFT_OUT for one in left.rejected()))
         raise ValueError(f"none of the {total} files can be used: {reasons}")
@@ -97,7 +113,6 @@ def _write_batch(
         removed=missing,
         check=lambda new: _check_batch(of, manifest, index, new, replaced, missing),
     )
-    return kept
 
 
 def _check_batch(

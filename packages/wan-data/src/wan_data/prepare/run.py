@@ -115,7 +115,7 @@ def prepare(
     spec = LatentCodec.from_pretrained(model, load_vae=False, load_text=False, text_length=settings.text_length).spec
     _check_strides(spec, model)
     target, ranks = output_at(location(output), work_folder), ranks or Ranks()
-    work = Work(model, ShardFolder(target.folder, settings, spec.fingerprint), report)
+    work = Work(model, ShardFolder(target.folder, settings, spec.fingerprint), report, local_copies)
     with (
         target.opened(ranks),
         LocalCopies(local_copies, folder=work_folder) as copies,

@@ -16,6 +16,9 @@ from wan_data.prepare.shard_batches import ShardPlan
 from wan_data.prepare.shard_writing import ShardFolder
 from wan_data.sources.source import SourceFile
 
+ProbedSources = Generator[tuple[SourceFile, Probed], None, None]
+WrittenShards = Generator[tuple[ShardPlan, FinishedShard], None, None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -25,11 +28,13 @@ class Work:
         model: folder in diffusers' layout, or a hub id.
         folder: of the dataset, with the settings.
         report: receives the progress, in the order of the sources and of the shards.
+        local_copies: bytes of the local copies of clips that are in a store; see ``LocalCopies``.
     """
 
     model: str
     folder: ShardFolder
     report: Report
+    local_copies: int | None = None
 
 
 class Workers(Protocol):
@@ -38,12 +43,10 @@ class Workers(Protocol):
     def warm_up(self) -> None:
         """Begin to start what ``write_shards`` needs, while the caller does something else."""
 
-    def probe(self, sources: Iterable[KnownSource]) -> Generator[tuple[SourceFile, Probed], None, None]:
+    def probe(self, sources: Iterable[KnownSource]) -> ProbedSources:
         """Probe sources as ``SourceProbe`` does; yield each with its result, in their order."""
 
-    def write_shards(
-        self, plans: Iterable[ShardPlan], samples: int
-    ) -> Generator[tuple[ShardPlan, FinishedShard], None, None]:
+    def write_shards(self, plans: Iterable[ShardPlan], samples: int) -> WrittenShards:
         """Encode and write shards.
 
         Args:

@@ -3,13 +3,14 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from wan_data.index.manifest import MANIFEST_NAME, Manifest, read_manifest
 from wan_data.reading.blends import Part, parts_of
 from wan_data.reading.fingerprint import fingerprint_of
 from wan_data.reading.packing import latent_tokens
 from wan_data.shards.energon_index import check_all_offsets
+from wan_data.storage.files import file_size, is_there
+from wan_data.storage.location import Location, StorePath
 from wan_model.config import OFFICIAL_TEXT_LENGTH, PatchSize
 from wan_model.latent_spec import LatentSpec
 from wan_model.weights.model_folder import latent_spec_of as spec_of_model
@@ -35,7 +36,7 @@ class OpenPart:
     fingerprint: str
 
 
-def splits(path: str | os.PathLike[str]) -> dict[str, int]:
+def splits(path: str | os.PathLike[str] | StorePath) -> dict[str, int]:
     """Number of samples of each split of a dataset or blend; empty splits are omitted.
 
     Raises:
@@ -49,7 +50,7 @@ def _splits(found: Mapping[str, Sequence[Part]]) -> dict[str, int]:
     return {name: total for name, total in totals.items() if total}
 
 
-def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = None) -> LatentSpec:
+def read_latent_spec(path: str | os.PathLike[str] | StorePath, *, encoded_by: str | None = None) -> LatentSpec:
     """The latent space of a dataset, from its manifest, with the rate of its videos; for a blend, that of all datasets.
 
     Args:
@@ -62,7 +63,7 @@ def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = N
             spaces of the datasets and of ``encoded_by`` differ.
     """
     folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
-    bare = [folder for folder in folders if not (folder / MANIFEST_NAME).exists()]
+    bare = [folder for folder in folders if not is_there(folder / MANIFEST_NAME)]
     if bare and encoded_by is None:
         raise ValueError(
             f"{bare[0]} has no {MANIFEST_NAME}, and so does not say which model it was encoded with; "
@@ -81,7 +82,7 @@ def read_latent_spec(path: str | os.PathLike[str], *, encoded_by: str | None = N
     return _common(named)
 
 
-def _spec_of_manifest(folder: Path, manifest: Manifest) -> LatentSpec:
+def _spec_of_manifest(folder: Location, manifest: Manifest) -> LatentSpec:
     """The latent space that a manifest records, with the rate of its videos; images have none."""
     if manifest.settings.get("mode") != "video":
         return manifest.latent_spec
@@ -94,7 +95,7 @@ def _spec_of_manifest(folder: Path, manifest: Manifest) -> LatentSpec:
         raise ValueError(f"the settings in {folder / MANIFEST_NAME} are damaged: {error}") from None
 
 
-def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
+def open_split(path: str | os.PathLike[str] | StorePath, split: str) -> list[OpenPart]:
     """Open the datasets of a split.
 
     Raises:
@@ -112,7 +113,7 @@ def open_split(path: str | os.PathLike[str], split: str) -> list[OpenPart]:
         manifest = _manifest_of(part.folder)
         if manifest is not None:
             _check_sizes(part.folder, manifest, part.metadata.sizes)
-        check_all_offsets(part.folder, shards)
+        check_all_offsets(part.folder, shards, part.metadata.listing)
         opened.append(OpenPart(part, shards, samples, manifest, fingerprint_of(part, manifest)))
     return opened
 
@@ -162,19 +163,18 @@ def _common(specs: Sequence[tuple[str, LatentSpec]]) -> LatentSpec:
     return spec
 
 
-def _manifest_of(folder: Path) -> Manifest | None:
-    if not (folder / MANIFEST_NAME).exists():
+def _manifest_of(folder: Location) -> Manifest | None:
+    if not is_there(folder / MANIFEST_NAME):
         return None  # shards of NVIDIA's own script
     return read_manifest(folder)
 
 
-def _check_sizes(folder: Path, manifest: Manifest, sizes: Mapping[str, int]) -> None:
+def _check_sizes(folder: Location, manifest: Manifest, sizes: Mapping[str, int]) -> None:
     """Refuse shards that are not as the manifest has them, for each that it lists."""
     for shard in manifest.shards:
         size = sizes.get(shard.name)
         if size is None:
-            path = folder / shard.name
-            size = path.stat().st_size if path.is_file() else None
+            size = file_size(folder / shard.name)
         if size != shard.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             raise ValueError(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from wan_data.index.manifest import MANIFEST_NAME, read_manifest
 from wan_data.reading.blends import parts_of
+from wan_data.storage.files import is_there, read_small
+from wan_data.storage.location import Location, StorePath
 from wan_model.system.files import write_bytes
-from wan_model.system.safe_reading import read_bytes
 
 EMPTY_CAPTION_NAME = "empty-caption.safetensors"
 _KEY = "text"
@@ -26,7 +27,7 @@ def write_empty_caption(folder: Path, text: Float[Tensor, "L D"]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_empty_caption(path: str | os.PathLike[str]) -> Float[Tensor, "L D"]:
+def read_empty_caption(path: str | os.PathLike[str] | StorePath) -> Float[Tensor, "L D"]:
     """Read the embedding of the empty caption of a dataset; for a blend, that of the first dataset that has one.
 
     The datasets of a blend have the same text encoder, so their embeddings are equal.
@@ -36,7 +37,7 @@ def read_empty_caption(path: str | os.PathLike[str]) -> Float[Tensor, "L D"]:
     """
     folders = dict.fromkeys(part.folder for parts in parts_of(path).values() for part in parts)
     for folder in folders:
-        digest = read_manifest(folder).empty_caption if (folder / MANIFEST_NAME).exists() else None
+        digest = read_manifest(folder).empty_caption if is_there(folder / MANIFEST_NAME) else None
         if digest is not None:
             return _read(folder / EMPTY_CAPTION_NAME, digest)
     raise ValueError(
@@ -45,9 +46,9 @@ def read_empty_caption(path: str | os.PathLike[str]) -> Float[Tensor, "L D"]:
     )
 
 
-def _read(file: Path, digest: str) -> Float[Tensor, "L D"]:
+def _read(file: Location, digest: str) -> Float[Tensor, "L D"]:
     try:
-        data = read_bytes(file)
+        data = read_small(file)
     except FileNotFoundError:
         raise ValueError(f"{file} is missing, which {MANIFEST_NAME} names: the dataset is damaged") from None
     if (found := hashlib.sha256(data).hexdigest()) != digest:

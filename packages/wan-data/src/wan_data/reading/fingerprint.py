@@ -11,7 +11,9 @@ import os
 
 from wan_data.index.manifest import MANIFEST_NAME, Manifest
 from wan_data.reading.blends import Part, parts_of
-from wan_data.shards.energon_metadata import shard_counts
+from wan_data.storage.files import failures_named, is_there
+from wan_data.storage.location import Location, StorePath
+from wan_data.storage.store import read
 
 # Of data without digests: shards that are looked into, and bytes that are read in each of two places.
 _SHARDS, _BYTES = 64, 1 << 15
@@ -31,7 +33,7 @@ def fingerprint_of(part: Part, manifest: Manifest | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def digest_without_manifest(path: str | os.PathLike[str]) -> str | None:
+def digest_without_manifest(path: str | os.PathLike[str] | StorePath) -> str | None:
     """A digest of bytes of the shards that no manifest has digests of, in the train split of a dataset or blend.
 
     Returns:
@@ -40,13 +42,20 @@ def digest_without_manifest(path: str | os.PathLike[str]) -> str | None:
     Raises:
         ValueError: the path is no dataset, or its metadata could run code.
     """
-    folders = dict.fromkeys(part.folder for part in parts_of(path).get("train", ()))
-    bare = [folder for folder in folders if not (folder / MANIFEST_NAME).exists()]
-    shards = [folder / name for folder in bare for name in sorted(shard_counts(folder))]
+    folders = {part.folder: part.metadata for part in parts_of(path).get("train", ())}
+    bare = [(folder, metadata.sizes) for folder, metadata in folders.items() if not is_there(folder / MANIFEST_NAME)]
+    shards = [(folder / name, sizes[name]) for folder, sizes in bare for name in sorted(sizes)]
     digest = hashlib.sha256()
-    for shard in shards[:: -(-len(shards) // _SHARDS) or 1]:
-        with shard.open("rb") as file:
-            digest.update(file.read(_BYTES))
-            file.seek(shard.stat().st_size // 2)
-            digest.update(file.read(_BYTES))
+    for shard, size in shards[:: -(-len(shards) // _SHARDS) or 1]:
+        for start in (0, size // 2):
+            digest.update(_bytes_of(shard, start))
     return digest.hexdigest()[:16] if shards else None
+
+
+def _bytes_of(shard: Location, start: int) -> bytes:
+    if isinstance(shard, StorePath):
+        with failures_named(shard):
+            return read(shard, start, _BYTES)
+    with shard.open("rb") as file:
+        file.seek(start)
+        return file.read(_BYTES)

@@ -24,6 +24,9 @@ from wan_data.reading.loader_state import from_plain, to_plain
 from wan_data.reading.pack_encoder import PackEncoder, settings_of
 from wan_data.reading.packing import usable_capacity
 from wan_data.shards.indexed_reader import IndexedShards
+from wan_data.storage.location import StorePath
+from wan_data.storage.range_cache import RangeCache
+from wan_data.storage.transfers import Transfers
 from wan_model.config import OFFICIAL_TEXT_LENGTH
 from wan_model.pack import LatentPack
 
@@ -37,7 +40,8 @@ class LoaderConfig:
     """The dataset to load and how to pack it.
 
     Attributes:
-        path: the dataset's folder, or the YAML file of a blend of several (see ``wan_data.reading.blends``).
+        path: the dataset's folder, or the YAML file of a blend of several (see ``wan_data.reading.blends``); either may
+            be a URL of an object store.
         capacity: tokens of a pack, padding included.
         split: ``train`` is an endless stream in random order; any other split is read once, in order.
         text_length: tokens that texts are zero-padded to, which must be those of the model
@@ -50,6 +54,8 @@ class LoaderConfig:
             single samples. Consecutive epochs then overlap; without it every sample is drawn exactly once per epoch.
         num_workers: reader processes; 0 reads in this process.
         seed: of the order.
+        cache_bytes: of what is read from a store, so many bytes are kept on a local disk for the next epoch, by all
+            processes of a machine together; 0 for none. ``wan_data.storage.range_cache`` says where.
     """
 
     path: str
@@ -62,6 +68,7 @@ class LoaderConfig:
     shuffle_buffer: int = 0
     num_workers: int = 0
     seed: int = 1234
+    cache_bytes: int = 0
 
 
 def _capacity_of(identity: Mapping[str, Any]) -> int | None:
@@ -94,6 +101,8 @@ class PackLoader:
         for name in ("packing_buffer", "text_length"):
             if (value := getattr(config, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if config.cache_bytes < 0:
+            raise ValueError(f"cache_bytes is {config.cache_bytes}; it must be at least 0, which is for no cache")
         if config.num_workers < 0:
             raise ValueError(f"num_workers is {config.num_workers}; it must be at least 0")
         self.config, self.rank, self.world_size = config, rank, world_size
@@ -122,6 +131,9 @@ class PackLoader:
                     f"{one.part.folder} has {one.samples} training samples for {world_size} ranks of "
                     f"{max(1, config.num_workers)} workers; each needs at least one"
                 )
+        in_store = any(isinstance(one.part.folder, StorePath) for one in self._parts)
+        self._cache = RangeCache(config.cache_bytes) if config.cache_bytes and in_store else None
+        self._transfers = Transfers()
         self._closed = False
         self._loader: ExactLoader | None = None
         self._packs: Generator[LatentPack, None, None] | None = None
@@ -146,10 +158,13 @@ class PackLoader:
     def _source(self, one: OpenPart) -> Source:
         return Source(
             shards=one.shards,
-            read=IndexedShards(one.part.folder, one.shards, OPEN_SHARDS).read,
+            read=IndexedShards(
+                one.part.folder, one.shards, OPEN_SHARDS, listing=one.part.metadata.listing, cache=self._cache
+            ).read,
             cook=functools.partial(self._encoder.cook, one.part.name),
             weight=one.part.weight,
             run_length=-(-(one.samples // self._readers) // _MOST_SEQUENCES) if self._endless else None,
+            submit=self._transfers.submit if isinstance(one.part.folder, StorePath) else None,
         )
 
     def _current(self) -> ExactLoader:
@@ -184,8 +199,13 @@ class PackLoader:
     def close(self) -> None:
         """End the worker processes of the endless iterator; the deletion of the loader does so, too."""
         self._closed = True
+        self._transfers.cancel()
         if self._packs is not None:
             self._packs.close()
+
+    def settle(self, seconds: float = 60.0) -> None:
+        """Wait until no thread of this process reads ahead from a store, at most so long: then it may fork."""
+        self._transfers.settle(seconds)
 
     def _check_open(self) -> None:
         if self._closed:

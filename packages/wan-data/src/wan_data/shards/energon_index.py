@@ -9,9 +9,7 @@ import array
 import contextlib
 import errno
 import itertools
-import os
 import sqlite3
-import stat
 import struct
 import sys
 import time
@@ -23,6 +21,9 @@ from typing import Any
 from wan_data.shards.reader import grouped
 from wan_data.shards.tar_headers import Member, tar_members
 from wan_data.shards.writer import ShardRecord
+from wan_data.storage.files import Listing, sizes_of
+from wan_data.storage.location import Location, StorePath
+from wan_data.storage.store import look, read
 from wan_model.system.files import atomic_path, write_bytes
 from wan_model.system.safe_reading import open_file, read_bytes, require_file
 
@@ -184,7 +185,7 @@ def _samples_of(shard: Path) -> tuple[list[tuple[str, list[Member]]], int]:
     return samples, samples[-1][1][-1].end if samples else 0
 
 
-def check_offsets(shard: Path, samples: int) -> None:
+def check_offsets(shard: Location, samples: int) -> None:
     """Check that the ``.idx`` file of a shard is there and has the size for its samples.
 
     Raises:
@@ -192,48 +193,75 @@ def check_offsets(shard: Path, samples: int) -> None:
     """
     path = shard.with_name(shard.name + OFFSETS_SUFFIX)
     try:
-        size = require_file(path)
+        size = require_file(path) if isinstance(path, Path) else look(path).bytes
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; {REMEDY}") from None
     except ValueError as error:
         raise ValueError(f"{error}; {REMEDY}") from None
+    _check_size(path, size, samples)
+
+
+def _check_size(path: Location, size: int, samples: int) -> None:
     if size != 8 * (samples + 1):
         raise ValueError(f"{path} has {size} bytes; expected {8 * (samples + 1)} for {samples} samples; {REMEDY}")
 
 
-def check_all_offsets(folder: Path, shards: Sequence[tuple[str, int]]) -> None:
+def check_all_offsets(folder: Location, shards: Sequence[tuple[str, int]], listing: Listing | None = None) -> None:
     """``check_offsets`` for many shards, of which each takes some microseconds.
 
     Args:
         folder: of the dataset.
         shards: names and numbers of samples.
+        listing: of the folder, if it is in a store.
     """
-    base = str(folder)
-    for name, samples in shards:
-        try:
-            found = os.stat(os.path.join(base, name + OFFSETS_SUFFIX))
-        except OSError:
-            found = None
-        if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != 8 * (samples + 1):
-            check_offsets(folder / name, samples)
+    names = [name + OFFSETS_SUFFIX for name, _ in shards]
+    if listing is not None:
+        sizes = {name: listing.found[name][0] for name in names if name in listing.found}
+    else:
+        assert isinstance(folder, Path), "a folder of a store is listed"
+        sizes = sizes_of(folder, names)
+    for name, (shard, samples) in zip(names, shards, strict=True):
+        if sizes.get(name) != 8 * (samples + 1):
+            check_offsets(folder / shard, samples)
 
 
-def read_offsets(shard: Path, samples: int) -> Sequence[int]:
+def read_offsets(shard: Location, samples: int, size: int | None = None) -> Sequence[int]:
     """The offset of each sample in a shard, and that of the end of the last one, from its ``.idx`` file.
+
+    Args:
+        shard: path of the shard.
+        samples: number of its samples.
+        size: bytes of the shard, if they are known.
 
     Raises:
         ValueError: see ``check_offsets``; or they do not ascend, or are beyond the end of the shard.
     """
-    check_offsets(shard, samples)
     path = shard.with_name(shard.name + OFFSETS_SUFFIX)
-    offsets = array.array("Q", read_bytes(path, 8 * (samples + 1)))
+    if isinstance(path, Path):
+        check_offsets(shard, samples)
+        content = read_bytes(path, 8 * (samples + 1))
+    else:
+        content = _read_object(path, samples)
+    offsets = array.array("Q", content)
     if sys.byteorder == "big":
         offsets.byteswap()
     if len(offsets) != samples + 1 or any(first >= second for first, second in itertools.pairwise(offsets)):
         raise ValueError(f"{path} is damaged: its offsets do not ascend; {REMEDY}")
-    if offsets[-1] > (size := shard.stat().st_size):
+    if size is None:
+        size = shard.stat().st_size if isinstance(shard, Path) else look(shard).bytes
+    if offsets[-1] > size:
         raise ValueError(f"{path} is damaged: it names byte {offsets[-1]} of a shard of {size} bytes; {REMEDY}")
     return offsets
+
+
+def _read_object(path: StorePath, samples: int) -> bytes:
+    try:
+        # One byte more, which a longer one has.
+        content = read(path, 0, 8 * (samples + 1) + 1)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {REMEDY}") from None
+    _check_size(path, len(content), samples)
+    return content
 
 
 def check_index(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> None:

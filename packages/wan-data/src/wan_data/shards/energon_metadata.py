@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import stat
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +23,11 @@ from wan_data.energon.version import energon_version
 from wan_data.shards.database import sqlite_as_os_errors
 from wan_data.shards.energon_index import INDEX_NAME, OFFSETS_SUFFIX, check_index, extend_index, write_index
 from wan_data.shards.writer import ShardRecord
+from wan_data.storage.files import Listing, is_file, listing_of, read_json, read_small, read_yaml, sizes_of
+from wan_data.storage.location import Location, StorePath
+from wan_data.storage.store import look
 from wan_model.system.files import write_bytes
-from wan_model.system.safe_reading import SMALL_YAML, parse_yaml, read_bytes, read_json, read_yaml
+from wan_model.system.safe_reading import SMALL_YAML, parse_yaml
 
 META_FOLDER = ".nv-meta"
 INFO_NAME = ".info.json"
@@ -127,21 +129,25 @@ def restore_metadata(folder: Path, shards: Sequence[ShardRecord]) -> bool:
     return True
 
 
-def shard_counts(folder: Path) -> Mapping[str, int]:
+def shard_counts(folder: Location) -> Mapping[str, int]:
     """Number of samples of each shard, from Energon's metadata; see below."""
     return _counts_and_sizes(folder)[0]
 
 
-def _counts_and_sizes(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Number of samples of each shard, from Energon's metadata, and its bytes.
+def _info_path(folder: Location) -> Location:
+    meta = folder / META_FOLDER
+    # What is there, but is no file, is not passed over.
+    there = os.path.lexists(meta / INFO_NAME) if isinstance(meta, Path) else is_file(meta / INFO_NAME)
+    return meta / (INFO_NAME if there else EARLIER_INFO_NAME)
+
+
+def _counts_and_sizes(folder: Location) -> tuple[dict[str, int], dict[str, int], Listing | None]:
+    """Number of samples of each shard, from Energon's metadata, its bytes, and the folder as it is in a store.
 
     Raises:
         ValueError: the file is missing, or names anything but shards of this folder.
     """
-    path = folder / META_FOLDER / INFO_NAME
-    # What is there, but is no file, is not passed over.
-    if not os.path.lexists(path):
-        path = folder / META_FOLDER / EARLIER_INFO_NAME
+    path = _info_path(folder)
     try:
         info = read_yaml(path) if path.suffix == ".yaml" else read_json(path, _LARGEST_INFO)
     except FileNotFoundError:
@@ -154,21 +160,23 @@ def _counts_and_sizes(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
     for name, count in counts.items():
         if type(count) is not int or not 0 <= count <= _MOST_SAMPLES:
             raise ValueError(f"{path} says that {name!r:.100} has {count!r:.40} samples; {_REMEDY}")
-    base, sizes = str(folder), dict[str, int]()
     for name in counts:
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise ValueError(f"{path} names {name!r}; expected the plain name of a .tar file beside {META_FOLDER}")
-        try:
-            found = os.stat(os.path.join(base, name))
-        except OSError:
-            found = None
-        if found is None or not stat.S_ISREG(found.st_mode):
+    listing: Listing | None = None
+    if isinstance(folder, StorePath) and isinstance(path, StorePath):
+        listing = listing_of(folder, counts, look(path))
+        there = {name: size for name, (size, _) in listing.found.items()}
+    elif isinstance(folder, Path):
+        there = sizes_of(folder, counts)
+    for name in counts:
+        if name not in there:
             raise ValueError(f"{path} names {name}, which is missing from {folder}; restore it, or {_REMEDY}")
-        sizes[sys.intern(name)] = found.st_size
-    return {name: counts[name] for name in sizes}, sizes
+    sizes = {sys.intern(name): there[name] for name in counts}
+    return {name: counts[name] for name in sizes}, sizes, listing
 
 
-def _names_of(pattern: str, most: int, where: Path) -> Iterator[str]:
+def _names_of(pattern: str, most: int, where: Location) -> Iterator[str]:
     """The names that a pattern such as ``shard-{000..131}.tar`` stands for, as Energon's reader expands it."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices: list[list[str]] = []
@@ -226,38 +234,44 @@ class Metadata:
         counts: number of samples of each shard.
         sizes: bytes of each shard.
         splits: the shards of each split.
+        listing: the shards and their indices as they are in a store; None on a disk.
     """
 
     counts: Mapping[str, int]
     sizes: Mapping[str, int]
     splits: Mapping[str, Sequence[str]]
+    listing: Listing | None = None
 
 
-def check_metadata(folder: Path) -> Mapping[str, Sequence[str]]:
+def check_metadata(folder: Location) -> Mapping[str, Sequence[str]]:
     """The shards of each split; see ``read_metadata``."""
     return read_metadata(folder).splits
 
 
-def read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Location) -> Metadata:
     """Read ``.nv-meta``, after a check that Energon can read it without running code from it.
+
+    Of a store, that takes a request for each file of metadata and for each five hundred shards.
 
     Raises:
         ValueError: a file is missing, or differs from those of ``write_metadata`` in more than names and counts.
     """
     meta = folder / META_FOLDER
-    if not meta.is_dir():
-        raise ValueError(f"{folder} has no {META_FOLDER} folder: expected a dataset that wan-data prepare wrote")
     dataset_yaml = meta / "dataset.yaml"
-    if not dataset_yaml.is_file():
+    there = is_file(dataset_yaml)
+    # In a store a folder is there with its first object.
+    if not (meta.is_dir() if isinstance(meta, Path) else there):
+        raise ValueError(f"{folder} has no {META_FOLDER} folder: expected a dataset that wan-data prepare wrote")
+    if not there:
         raise ValueError(f"{dataset_yaml} is missing: {_REMEDY}")
-    if read_bytes(dataset_yaml) != DATASET_YAML:
+    if read_small(dataset_yaml) != DATASET_YAML:
         raise ValueError(
             f"{dataset_yaml} is not what wan-data writes and could run code when it is loaded; "
             f"expected exactly {DATASET_YAML.decode()!r}; {_REMEDY}"
         )
-    counts, sizes = _counts_and_sizes(folder)
+    counts, sizes, listing = _counts_and_sizes(folder)
     split_yaml = meta / "split.yaml"
-    data = read_bytes(split_yaml, _LARGEST_INFO) if split_yaml.is_file() else b""
+    data = read_small(split_yaml, _LARGEST_INFO) if is_file(split_yaml) else b""
     # Two underscores would name a class or module to Energon's reader.
     if not data or not _SPLIT_BYTES.fullmatch(data) or b"__" in data:
         raise ValueError(f"{split_yaml} is missing or holds more than names of shards; {_REMEDY}")
@@ -287,4 +301,4 @@ def read_metadata(folder: Path) -> Metadata:
                 seen.add(name)
                 names.append(sys.intern(name))
         splits[split] = names
-    return Metadata(counts, sizes, splits)
+    return Metadata(counts, sizes, splits, listing)

@@ -5,14 +5,14 @@ L text tokens, D text width; a latent is [C, F, H, W].
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from wan_data.shards.serialization import MEMBERS, RefusedMember, info_from_json, latent_from_pth, text_from_pickle
 from wan_data.shards.tar_headers import Member, read_member, tar_members
-from wan_model.system.safe_reading import open_file
+from wan_data.storage.files import open_for_reading
+from wan_data.storage.location import Location
 
 _READERS: dict[str, Callable[[bytes], Any]] = {
     "json": info_from_json,
@@ -88,7 +88,7 @@ def read_members(file: BinaryIO, members: Iterable[Member]) -> dict[str, bytes]:
     return {one.kind: read_member(file, one) if one.kind in _READERS else b"" for one in members}
 
 
-def samples_of(shard: Path) -> Iterator[StoredSample]:
+def samples_of(shard: Location) -> Iterator[StoredSample]:
     """The samples of a shard, in order.
 
     Raises:
@@ -101,13 +101,13 @@ def samples_of(shard: Path) -> Iterator[StoredSample]:
             raise RefusedMember(f"shard {shard.name}, sample {key}: {error}") from None
 
 
-def infos_of(shard: Path) -> Iterator[dict[str, Any]]:
+def infos_of(shard: Location) -> Iterator[dict[str, Any]]:
     """The side information of each sample of a shard, in order; latents and texts are not read.
 
     Raises:
         ValueError: the file is no complete tar file, or a sample has no side information.
     """
-    with open_file(shard) as file:
+    with open_for_reading(shard) as file:
         for key, members in grouped(tar_members(file)):
             found = [member for member in members if member.kind == "json"]
             if not found:
@@ -121,14 +121,14 @@ def text_lengths(info: Mapping[str, Any]) -> tuple[int, int] | None:
     return (tokens, len(caption)) if type(tokens) is int and tokens >= 0 and isinstance(caption, str) else None
 
 
-def members_of(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def members_of(shard: Location) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key of each sample and the content of its members by their kinds, in order.
 
     Raises:
         ValueError: the file is no complete tar file, or has a member that is refused.
     """
     seen: set[str] = set()
-    with open_file(shard) as file:
+    with open_for_reading(shard) as file:
         groups = grouped(tar_members(file))
         while True:
             try:

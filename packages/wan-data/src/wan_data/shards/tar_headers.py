@@ -72,7 +72,7 @@ def tar_members(file: BinaryIO, start: int = 0, end: int | None = None) -> Itera
         ValueError: there is no header where one must be, the file ends before a member does, or a member is no plain
             file or is larger than ``LARGEST_MEMBER``; the message begins with ``it`` and names the member.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     offset = first = start  # of the next header, and of the first one of the next member
     name = flaw = ""  # by headers before the member's own
     while end is None or offset < end:

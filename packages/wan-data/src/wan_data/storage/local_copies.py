@@ -82,11 +82,20 @@ class LocalCopies:
             of the free disk if that is less.
         folder: for the copies, in which a folder of this object's own is made; the system's temporary folder if None.
         downloads: number of objects that are downloaded at a time.
+        share: number of such objects among which the bytes are divided.
     """
 
-    def __init__(self, most: int | None = None, *, folder: Path | None = None, downloads: int = _DOWNLOADS) -> None:
+    def __init__(
+        self,
+        most: int | None = None,
+        *,
+        folder: Path | None = None,
+        downloads: int = _DOWNLOADS,
+        share: int = 1,
+    ) -> None:
         self._given, self._parent, self._downloads = most, folder or Path(tempfile.gettempdir()), downloads
-        self._most = most or 0
+        self._share = share
+        self._most = (most or 0) // share
         self._folder: Path | None = None
         self._stack = contextlib.ExitStack()
         self._pool: Background | None = None
@@ -208,7 +217,7 @@ class LocalCopies:
         self._stack.enter_context(locked(folder / _LOCK, required=False))
         self._folder = folder
         if self._given is None:
-            self._most = min(_MOST, int(_SHARE_OF_FREE * shutil.disk_usage(folder).free))
+            self._most = min(_MOST, int(_SHARE_OF_FREE * shutil.disk_usage(folder).free)) // self._share
         self._pool = Background(self._downloads, "downloads")
 
     def _begin(self, found: StoredObject) -> _Copy:

@@ -43,13 +43,23 @@ class StoredObject:
     bytes: int
     mtime_ns: int
 
+    def is_same(self, other: "StoredObject") -> bool:
+        """Whether another object of that name has this one's size, and its tag, or its time if it has no tag."""
+        tags = self.mtime_ns % 10**9, other.mtime_ns % 10**9
+        equal = tags[0] == tags[1] if all(tags) else self.mtime_ns == other.mtime_ns
+        return self.bytes == other.bytes and equal
 
-def list_objects(folder: StorePath) -> Iterator[StoredObject]:
+
+def list_objects(folder: StorePath, after: str | None = None) -> Iterator[StoredObject]:
     """All objects below a folder, by ascending keys (in the order of their UTF-8 bytes).
 
     Markers of folders, and objects with a part that is empty, ``.`` or ``..``, are left out.
+
+    Args:
+        folder: of the objects.
+        after: only objects whose names below the folder are beyond this one.
     """
-    last = None
+    last = None if after is None else folder.prefix + after
     while True:
         try:
             # After a failure the list goes on after the last object that came.

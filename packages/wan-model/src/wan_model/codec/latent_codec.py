@@ -51,21 +51,26 @@ def _quiet_import() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+def import_autoencoder() -> Any:
+    """diffusers' class of the autoencoder; importing it takes seconds, which a thread may spend beforehand."""
+    with _quiet_import():
+        from diffusers import AutoencoderKLWan
+    return AutoencoderKLWan
+
+
 def _load_autoencoder(folder: Path, dtype: torch.dtype) -> Any:
     """diffusers' autoencoder on the CPU, of exactly its weights: its ``from_pretrained`` ignores those that it lacks.
 
     Raises:
         ValueError: files that are missing or damaged, or weights of another model.
     """
-    with _quiet_import():
-        from diffusers import AutoencoderKLWan
-
+    kind = import_autoencoder()
     file = folder / "config.json"
     config = read_json(file)
     check_autoencoder(config, str(file))
     sizes = {name: config[name] for name in _AUTOENCODER_SIZES if config.get(name) is not None}
     with torch.device("meta"):
-        vae = AutoencoderKLWan(**sizes)
+        vae = kind(**sizes)
     shapes = {key: value.shape for key, value in vae.state_dict().items()}
     vae.load_state_dict(read_tensors(folder, DIFFUSERS_STEM, shapes, dtype=dtype), assign=True)
     return vae.eval().requires_grad_(False)

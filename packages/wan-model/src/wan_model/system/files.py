@@ -6,12 +6,32 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
+# pathlib makes one slash of two.
+_OBJECT = re.compile(r"(s3|gs|msc):/|[A-Za-z][A-Za-z0-9+.-]+://", re.IGNORECASE)
+
+
+def require_local(setting: str, path: str | os.PathLike[str] | None) -> None:
+    """Refuse the URL of an object where only a file or folder of this machine can be used.
+
+    Args:
+        setting: its name, for the message.
+        path: its value; None for none.
+
+    Raises:
+        ValueError: the path is a URL.
+    """
+    if path is not None and _OBJECT.match(name := os.fspath(path)):
+        raise ValueError(
+            f"{setting} is {name}, and only datasets may lie in an object store; expected a path of this machine or of "
+            "a shared file system: copy it there"
+        )
 
 
 @contextlib.contextmanager

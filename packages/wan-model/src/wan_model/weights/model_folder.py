@@ -19,6 +19,7 @@ from wan_model.extras import requires_extra
 from wan_model.flow import TIMESTEPS
 from wan_model.latent_spec import LatentSpec
 from wan_model.system import safe_reading
+from wan_model.system.files import require_local
 
 # Bytes; the index of a 14B model has a hundred thousand, a tokenizer some millions.
 _LARGEST_INDEX = 64 << 20
@@ -59,6 +60,7 @@ def resolve_folder(model: str | os.PathLike[str], parts: Sequence[str], *, revis
         MissingPartsError: a part is missing.
         ValueError: it is neither a folder nor a hub id.
     """
+    require_local("the model", model)
     folder = Path(model)
     if not folder.is_dir():
         name = os.fspath(model)

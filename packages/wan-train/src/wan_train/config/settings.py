@@ -11,6 +11,7 @@ import math
 import os
 from typing import Any
 
+from wan_model.system.files import require_local
 from wan_train.engine.installed import is_installed
 from wan_train.engine.upstream.configuration import ONLY
 from wan_train.engine.upstream.loop import TransformerConfig
@@ -75,6 +76,10 @@ _OURS = {
 }
 
 
+# Paths that Megatron and wan-train open themselves. What else a section names is read through resolve_folder.
+_LOCAL = ("checkpoint.save", "checkpoint.load", "lora.init_from", "samples.prompts")
+
+
 def _value(config: Any, key: str) -> Any:
     for name in key.split("."):
         config = getattr(config, name)
@@ -90,6 +95,8 @@ def check_settings(config: Any) -> None:
     for key, possible, instead in (*_ONLY, *ONLY):
         if (value := _value(config, key)) not in possible:
             raise ValueError(f"{key} is {value!r}; {instead}")
+    for key in _LOCAL:
+        require_local(key, _value(config, key))
     for key in ("train.train_iters", "train.global_batch_size"):
         if (value := _value(config, key)) is None or value < 1:
             raise ValueError(f"{key} is {value!r}; expected at least 1")

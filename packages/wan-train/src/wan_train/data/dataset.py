@@ -3,9 +3,11 @@
 Import only after ``wan_train.engine.start``.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
@@ -27,13 +29,16 @@ class WanDatasetConfig(DatasetProvider):
     """The ``dataset`` section.
 
     Attributes:
-        path: a dataset written by ``wan-data prepare``, or the YAML file of a blend; None with ``mock``.
+        path: a dataset written by ``wan-data prepare``, or the YAML file of a blend; either may be the URL of one in an
+            object store. None with ``mock``.
         encoded_by: the model (folder or hub id) that encoded the data, if the dataset does not record it.
         mock: random latents and text instead of a dataset.
         mock_settings: shapes of the mock data.
         capacity: tokens of a pack, including padding.
         packing_buffer, shuffle_buffer: see ``wan_data.reading.loader.LoaderConfig``.
         seed: of the order and of mock data.
+        cache_gb: of a dataset in a store, so many gigabytes are kept on a local disk of each machine for later epochs;
+            0 for none.
         dataloader_save: set by the run to the checkpoint folder; the loader's state is part of the checkpoint.
     """
 
@@ -47,6 +52,7 @@ class WanDatasetConfig(DatasetProvider):
     packing_buffer: int = 64
     shuffle_buffer: int = 0
     seed: int = 1234
+    cache_gb: float = 0.0
     dataloader_save: str | None = None
 
     def configure(self, model: WanConfig, pad_multiple: int) -> None:
@@ -76,8 +82,10 @@ class WanDatasetConfig(DatasetProvider):
             shuffle_buffer=self.shuffle_buffer,
             num_workers=workers,
             seed=self.seed,
+            cache_bytes=int(self.cache_gb * 1e9),
         )
-        return PackLoader(config, rank=rank, world_size=ranks)
+        with failing_store_named():
+            return PackLoader(config, rank=rank, world_size=ranks)
 
     def validation_packs(self) -> Iterator[LatentPack]:
         """The validation split in order, one sample per pack, equal on every rank; infinite for mock data.
@@ -107,7 +115,8 @@ class WanDatasetConfig(DatasetProvider):
         from wan_data.reading.captions import captions_of
 
         assert self.path is not None, "checked in configure_data"
-        yield from captions_of(self.path, "val")
+        with failing_store_named():
+            yield from captions_of(self.path, "val")
 
     def close(self) -> None:
         """End the drawing of packs, in whichever way the run ends."""
@@ -124,16 +133,44 @@ class WanDatasetConfig(DatasetProvider):
         if self.path is not None:
             from wan_data.reading.fingerprint import digest_without_manifest
 
-            content = digest_without_manifest(self.path)
+            with failing_store_named():
+                content = digest_without_manifest(self.path)
         self.train_iterator = PackIterator(self.loader(rank, ranks), rank, ranks, pin, content=content)
         return self.train_iterator, None, None
+
+
+@contextlib.contextmanager
+def failing_store_named() -> Iterator[None]:
+    """Raise as a ``ValueError`` that a store fails while a dataset in it is opened; it is no error of this program."""
+    try:
+        yield
+    except OSError as error:
+        from wan_data.storage.failures import StoreUnavailableError
+
+        if not isinstance(error, StoreUnavailableError):
+            raise
+        raise ValueError(f"{error.filename}: {error.strerror}") from error
+
+
+def require_dataset(path: str) -> None:
+    """Refuse a path at which there is nothing; of what is in a store that is found when it is opened.
+
+    Raises:
+        ValueError: there is nothing, or it is a URL of another kind.
+    """
+    from wan_data.storage.location import location
+
+    found = location(path)
+    if isinstance(found, Path) and not found.exists():
+        raise ValueError(f"dataset.path is {path}, which does not exist; make one with wan-data prepare")
 
 
 def read_dataset_spec(path: str, encoded_by: str | None) -> dict[str, Any]:
     """The latent space of a dataset, as plain values."""
     from wan_data.reading.datasets import read_latent_spec
 
-    return read_latent_spec(path, encoded_by=encoded_by).to_dict()
+    with failing_store_named():
+        return read_latent_spec(path, encoded_by=encoded_by).to_dict()
 
 
 def empty_caption_of(config: Any) -> Tensor:
@@ -146,4 +183,5 @@ def empty_caption_of(config: Any) -> Tensor:
         return torch.zeros(1, config.model.wan_config.text_dim)
     from wan_data.reading.empty_caption import read_empty_caption
 
-    return read_empty_caption(config.dataset.path)
+    with failing_store_named():
+        return read_empty_caption(config.dataset.path)

@@ -32,6 +32,14 @@ class Loader(Protocol):
         """Continue at the position of a state."""
 
 
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A loader with threads of its own, as ``wan_data.reading.loader.PackLoader`` has for a dataset in a store."""
+
+    def settle(self) -> None:
+        """Wait until none of them reads."""
+
+
 @dataclasses.dataclass
 class NumberedPack:
     """A pack and its number in the run."""
@@ -164,6 +172,8 @@ class PackIterator:
         """Wait until the next pack is drawn: no thread runs then, so that this process may fork."""
         if self._prefetched is not None:
             self._prefetched.settle()
+        if isinstance(self.loader, ReadsAhead):
+            self.loader.settle()
 
     def close(self) -> None:
         """End the thread, if it does not hang; nothing is drawn afterwards."""

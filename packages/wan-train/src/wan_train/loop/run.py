@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from wan_model.system import torchrun
-from wan_model.system.files import naming
+from wan_model.system.files import naming, require_local
 from wan_model.system.terminal import Terminal
 from wan_train import engine
 from wan_train.checkpoint.folder import LOG_NAME, ResumePoint, find_resume_point, saved_steps
@@ -37,6 +37,7 @@ def build_config(options: RunOptions) -> Any:
     from wan_train.config.recipes import RECIPE_FUNCTIONS, fine_tuning
     from wan_train.model.provider import InitialWeights
 
+    require_local("--config-file", options.config_file)
     sections = read_file(find(options.config_file)) if options.config_file else {}
     named = sections.pop("recipe", None)
     if options.recipe is not None and named is not None and options.recipe != named:
@@ -86,7 +87,7 @@ def configure_data(config: Any, layout: Layout) -> None:
     Raises:
         ValueError: there is no dataset, or it does not match the model.
     """
-    from wan_train.data.dataset import read_dataset_spec
+    from wan_train.data.dataset import read_dataset_spec, require_dataset
     from wan_train.loop.agreement import check_data, with_text_length
 
     dataset, model = config.dataset, config.model
@@ -94,8 +95,7 @@ def configure_data(config: Any, layout: Layout) -> None:
         given = "both dataset.path and --mock are given" if dataset.mock else "no data are given"
         raise ValueError(f"{given}; set dataset.path=FOLDER, or use --mock for random data, and not both")
     if dataset.path is not None:
-        if not Path(dataset.path).exists():
-            raise ValueError(f"dataset.path is {dataset.path}, which does not exist; make one with wan-data prepare")
+        require_dataset(dataset.path)
         model.latent_spec = read_dataset_spec(dataset.path, dataset.encoded_by)
         check_data(model, dataset.path)
     model.transformer = with_text_length(model, dataset)
@@ -108,6 +108,8 @@ def configure_data(config: Any, layout: Layout) -> None:
 def _resolve_checkpoints(config: Any) -> ResumePoint | None:
     """Resolve where to save, and the checkpoint to resume from: of ``checkpoint.save``, else of ``checkpoint.load``."""
     checkpoint = config.checkpoint
+    for name in ("save", "load"):
+        require_local(f"checkpoint.{name}", getattr(checkpoint, name))
     saves = None if checkpoint.save is None else Path(checkpoint.save).absolute()
     loads = None if checkpoint.load is None else Path(checkpoint.load).absolute()
     loads = None if loads == saves else loads  # the same command starts a run and resumes it

@@ -1,0 +1,3 @@
+from store_fixtures import bucket, proxy, served
+
+__all__ = ["bucket", "proxy", "served"]
