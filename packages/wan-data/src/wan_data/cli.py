@@ -28,10 +28,6 @@ from wan_model.system.standard_streams import CheckedCommand
 _PIPE_WIDTH = 400
 
 
-_DATASET_ON_DISK = LocalPathType("copy the dataset to a disk, and name the copy")
-_CLIPS_ON_DISK = LocalPathType("copy it to a disk, and name the copy")
-
-
 class _Commands(CheckedCommand, click.Group):
     """A group whose commands end with a sentence at errors of the system, such as a full disk."""
 
@@ -257,7 +253,7 @@ def inspect(
 
 
 @main.command()
-@click.argument("path", type=_DATASET_ON_DISK)
+@click.argument("path", type=click.Path(path_type=Path))
 @flag("where", help="Only those that fulfil an expression, such as 'motion > 0.2 and seconds >= 2'.")
 @flag("rejected", is_flag=True, help="Only those that were rejected or left out, with the reasons.")
 @flag("limit", default=100, type=click.IntRange(min=1), help="Number of sources that are shown at most.")
@@ -285,7 +281,7 @@ def sources(path: Path, where: str | None, limit: int, **flags: bool) -> None:
 
 
 @main.command()
-@click.argument("path", type=_DATASET_ON_DISK)
+@click.argument("path", type=LocalPathType("copy the dataset to a disk, upgrade it there, and copy it back"))
 def upgrade(path: Path) -> None:
     """Turn a dataset that an earlier version has prepared into the format of today; the shards stay as they are.
 
@@ -308,9 +304,9 @@ def upgrade(path: Path) -> None:
 
 
 @main.command()
-@click.argument("path", type=_DATASET_ON_DISK)
-@flag("sources", type=_CLIPS_ON_DISK, help="Folder of the clips: compare their digests and captions too.")
-@flag("listing", type=_CLIPS_ON_DISK, help="With --sources: the listing that has the captions.")
+@click.argument("path", type=click.Path(path_type=Path))
+@flag("sources", type=click.Path(path_type=Path), help="Folder of the clips: compare their digests and captions too.")
+@flag("listing", type=click.Path(path_type=Path), help="With --sources: the listing that has the captions.")
 def verify(path: Path, sources: Path | None, listing: Path | None) -> None:
     """Check digests, every sample and value, counts and metadata of a dataset. Exit code 1 if there are problems."""
     from wan_data.inspect.verify import verify as check
@@ -332,7 +328,7 @@ def verify(path: Path, sources: Path | None, listing: Path | None) -> None:
 
 
 @main.command()
-@click.argument("path", type=_DATASET_ON_DISK)
+@click.argument("path", type=click.Path(path_type=Path))
 @flag("model", default=DEFAULT_MODEL, help="Folder in diffusers' layout, or hub id, with the autoencoder.")
 @flag("output", default="preview.png", type=click.Path(path_type=Path), help="The PNG.")
 @flag("samples", default=8, type=int, help="Number of samples.")
