@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +28,7 @@ def _server(folder: Path) -> contextlib.AbstractContextManager[int]:
     return object_server(folder, "--etag-hash", "")
 
 
-def _packs(url: str, workers: int, cache: int) -> Iterator[int]:
+def _packs(url: str, workers: int, cache: int) -> Generator[int, None, None]:
     config = LoaderConfig(url, capacity=4 * 7800, num_workers=workers, packing_buffer=16, cache_bytes=cache)
     for pack in PackLoader(config, rank=0, world_size=1):
         yield len(pack.keys)

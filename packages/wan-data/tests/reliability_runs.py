@@ -42,7 +42,7 @@ class HereDecoder:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.jobs: list[Any] = []
 
     def start(self) -> None:

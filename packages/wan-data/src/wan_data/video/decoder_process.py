@@ -113,6 +113,7 @@ class Decoder:
         timeout: seconds without a heartbeat after which the process is killed.
         start_timeout: the same for a process that is still starting.
         program: the module that the process runs: this one, or one whose ``main`` gives measures to that here.
+        threads: with which it resizes frames, which takes most of the time of a window; they do not change a bit.
     """
 
     def __init__(
@@ -122,9 +123,10 @@ class Decoder:
         memory: int = _MEMORY,
         timeout: float = _TIMEOUT_SECONDS,
         start_timeout: float = _START_TIMEOUT_SECONDS,
+        threads: int = 1,
     ) -> None:
         self._memory, self._timeout, self._start_timeout = memory, timeout, start_timeout
-        self._program = program
+        self._program, self._threads = program, threads
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._ready = False
@@ -222,7 +224,7 @@ class Decoder:
 
     def _start(self) -> None:
         ours, theirs = Pipe()  # blocks, whatever socket.setdefaulttimeout says, which some libraries call
-        arguments = [str(theirs.fileno()), str(self._memory)]
+        arguments = [str(theirs.fileno()), str(self._memory), str(self._threads)]
         # -P: a module of the working folder, where the clips may be, is not to be imported.
         command = [sys.executable, "-P", "-m", self._program, *arguments]
         with theirs:
@@ -356,19 +358,19 @@ def _limit_address_space(limit: int) -> None:
 
 
 def main(load: Callable[[], Measure] | None = None) -> None:
-    """Entry point of the child: ``python -m wan_data.video.decoder_process FD MEMORY``.
+    """Entry point of the child: ``python -m wan_data.video.decoder_process FD MEMORY THREADS``.
 
     Args:
         load: of a program that measures: imports its libraries, and returns what begins to measure a clip from
             ``Job.measuring`` and the rate; the result is values of JSON.
     """
-    connection, memory = Connection(int(sys.argv[1])), int(sys.argv[2])
+    connection, memory, threads = Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl+C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     follow_parent()
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     from wan_data.video import decode  # memory that is allocated after this import counts as the job's
 
     del decode

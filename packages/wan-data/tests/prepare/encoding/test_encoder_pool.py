@@ -172,3 +172,13 @@ def test_a_process_that_is_stopped_at_the_end_does_not_hold_it_up(light_pool):
         pids = {int(window.problem) for _, (window,) in light_pool.encode(range(20), None)}
         os.kill(min(pids), signal.SIGSTOP)
     assert have_ended(pids)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "processes", "threads"),
+    [(2, 1, 1, 1), (1, 1, 1, 1), (16, 1, 1, 8), (64, 1, 8, 7), (64, 8, 1, 7)],
+)
+def test_decoders_get_the_processors_that_encoding_leaves(cores, ranks, processes, threads, monkeypatch):
+    monkeypatch.setattr(encoder_pool, "processors", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert encoder_pool.decoder_threads(processes) == threads

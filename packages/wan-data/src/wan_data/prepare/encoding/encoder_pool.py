@@ -23,8 +23,10 @@ from wan_data.video.decoder_process import Decoder
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.child_process import end_after
 from wan_model.system.process_tree import STOPPED_SECONDS, StoppedProcesses
+from wan_model.system.torchrun import local_world_size, processors
 
 _POLL_SECONDS = 0.25
+_MOST_DECODER_THREADS = 8
 
 Result = list[tuple[str, int, Any, str | None]]  # source, window, latent as an array, problem
 
@@ -33,13 +35,15 @@ Result = list[tuple[str, int, Any, str | None]]  # source, window, latent as an 
 _worker: dict[str, Any] = {}  # its encoder, and the tasks that it is decoding
 
 
-def _initialize(model: str, settings: PrepareSettings, device: str, index: int, threads: int) -> None:
+def _initialize(
+    model: str, settings: PrepareSettings, device: str, index: int, threads: int, decoder_threads: int
+) -> None:
     # Not follow_parent: os.getppid() is the fork server, which lives as long as its forks; the caller is its parent.
     caller = multiprocessing.parent_process()
     assert caller is not None, "multiprocessing has started this process"
     end_after(caller.join)
     torch.set_num_threads(threads)
-    decoder = Decoder()
+    decoder = Decoder(threads=decoder_threads)
     decoder.start()  # it exits with this process
     codec = load_codec(model, settings, choose_device(device, index), vae=True, text=False)
     _worker["encoder"], _worker["pending"] = WindowEncoder(codec, settings, decoder), collections.deque()
@@ -184,6 +188,16 @@ class _Watch:
                     os.kill(pid, signal.SIGKILL)
 
 
+def decoder_threads(processes: int) -> int:
+    """Threads of the decoder beside each encoding process: a GPU encodes faster than one thread resizes frames.
+
+    Args:
+        processes: encoding processes of this process; each keeps a processor for itself.
+    """
+    of_each = processors() // (processes * local_world_size())
+    return max(1, min(_MOST_DECODER_THREADS, of_each - 1))
+
+
 class EncoderPool:
     """Encodes tasks in this process or in several; results come in the order of the tasks.
 
@@ -212,7 +226,8 @@ class EncoderPool:
         self._indices = range(local_rank * processes, (local_rank + 1) * processes) if processes > 1 else range(0)
         self._arguments = (model, settings, device)
         self._processes: list[concurrent.futures.Executor] = []
-        self._decoder = Decoder()
+        self._decoder_threads = decoder_threads(processes)
+        self._decoder = Decoder(threads=self._decoder_threads)
         self._starter: threading.Thread | None = None
         self._watch = _Watch()
 
@@ -226,7 +241,10 @@ class EncoderPool:
         # One executor per process, so that a task goes to the process that has decoded it.
         self._processes = [
             concurrent.futures.ProcessPoolExecutor(
-                1, mp_context=context, initializer=_initialize, initargs=(*self._arguments, index, threads)
+                1,
+                mp_context=context,
+                initializer=_initialize,
+                initargs=(*self._arguments, index, threads, self._decoder_threads),
             )
             for index in self._indices
         ]
