@@ -86,7 +86,7 @@ class Prepared:
             took += time.perf_counter() - start
         return took
 
-    def program(self, *, threads: int, processes: int, few: bool = False) -> float:
+    def program(self, *, threads: int, processes: int, few: bool = False, on: str = "local") -> float:
         """Seconds of ``wan-data prepare`` from its start to its end; with ``few`` of the first clips only."""
         clips, folder = (self.few, self.folder_of_few) if few else (self.clips, self.folder)
         out = self.work / f"out{next(self.runs)}"
@@ -94,7 +94,7 @@ class Prepared:
             *(Path(sysconfig.get_path("scripts"), "wan-data"), "prepare", "--video-folder", folder),
             *("--output-folder", out, "--model", self.model, "--device", "cpu"),
             *("--height", self.size.height, "--width", self.size.width, "--frames", FRAMES),
-            *("--num-processes", processes, "--samples-per-shard", 8),
+            *("--num-processes", processes, "--samples-per-shard", 8, "--on", on),
         ]
         took, _ = run_process(command, threads)
         samples = sum(json.loads((out / MANIFEST_NAME).read_bytes())["samples"].values())
@@ -136,6 +136,30 @@ def preparation(quick: bool) -> Iterator[Table]:
             [[seconds(one), seconds(two), f"{one / two:.2f}"]],
             note=f"From start to end, on {os.cpu_count()} cores, which the decoders share. Target: >= 1.7.",
         )
+        yield on_ray(work, two, what, quick)
+
+
+def on_ray(work: Prepared, local: float, what: str, quick: bool) -> Table:
+    """Two encoding actors of a Ray cluster of this machine against two processes, which took ``local`` seconds."""
+    more, starts, took = work.clips - work.few, [0.0, 0.0], [local, work.program(threads=1, processes=2, on="ray")]
+    if not quick:
+        starts = [
+            work.program(threads=2, processes=2, few=True),
+            work.program(threads=1, processes=2, few=True, on="ray"),
+        ]
+    here, there = ((whole - start) / more for whole, start in zip(took, starts, strict=True))
+    return Table(
+        f"Two encoding actors on Ray against two processes, of one thread each: {what}",
+        [
+            "processes, start to end",
+            "Ray, start to end",
+            "processes, each further clip",
+            "Ray, each further clip",
+            "ratio",
+        ],
+        [[*map(seconds, (*took, here, there)), f"{there / here:.3f}"]],
+        note="A cluster of this machine, which the command starts and ends. Target for each further clip: <= 1.10.",
+    )
 
 
 def write_shards(folder: Path, samples: int) -> int:

@@ -208,7 +208,7 @@ def plan(
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=LocationType())
 @flag("capacity", type=int, help="Tokens of a pack; the largest sample's if not given.")
 @flag("pad-multiple", default=1, type=int, help="Packs are padded to a multiple of this many tokens.")
 @flag("packing-buffer", default=64, type=int, help="Number of samples that are packed together.")
@@ -221,7 +221,7 @@ def plan(
 @flag("video-folder", type=click.Path(path_type=Path), help="Folder of the clips, for --measures-png.")
 @flag("json", "as-json", is_flag=True, help="Print one JSON object instead of tables.")
 def inspect(
-    path: Path,
+    path: Location,
     capacity: int | None,
     pad_multiple: int,
     packing_buffer: int,
@@ -253,12 +253,12 @@ def inspect(
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=LocationType())
 @flag("where", help="Only those that fulfil an expression, such as 'motion > 0.2 and seconds >= 2'.")
 @flag("rejected", is_flag=True, help="Only those that were rejected or left out, with the reasons.")
 @flag("limit", default=100, type=click.IntRange(min=1), help="Number of sources that are shown at most.")
 @flag("json", "as-json", is_flag=True, help="Print a line of JSON for each instead of a table.")
-def sources(path: Path, where: str | None, limit: int, **flags: bool) -> None:
+def sources(path: Location, where: str | None, limit: int, **flags: bool) -> None:
     """List the sources of a dataset, with what was measured of them, by name."""
     from itertools import islice
 
@@ -304,10 +304,10 @@ def upgrade(path: Path) -> None:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=LocationType())
 @flag("sources", type=click.Path(path_type=Path), help="Folder of the clips: compare their digests and captions too.")
 @flag("listing", type=click.Path(path_type=Path), help="With --sources: the listing that has the captions.")
-def verify(path: Path, sources: Path | None, listing: Path | None) -> None:
+def verify(path: Location, sources: Path | None, listing: Path | None) -> None:
     """Check digests, every sample and value, counts and metadata of a dataset. Exit code 1 if there are problems."""
     from wan_data.inspect.verify import verify as check
     from wan_data.sources.changes import captions_of
@@ -328,14 +328,14 @@ def verify(path: Path, sources: Path | None, listing: Path | None) -> None:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=LocationType())
 @flag("model", default=DEFAULT_MODEL, help="Folder in diffusers' layout, or hub id, with the autoencoder.")
 @flag("output", default="preview.png", type=click.Path(path_type=Path), help="The PNG.")
 @flag("samples", default=8, type=int, help="Number of samples.")
 @flag("split", default="train", help="Split of the samples.")
 @flag("seed", default=0, type=int, help="Seed of the choice of samples.")
 @flag("device", default="auto", help="auto, cpu, cuda or cuda:N.")
-def preview(path: Path, model: str, output: Path, samples: int, split: str, seed: int, device: str) -> None:
+def preview(path: Location, model: str, output: Path, samples: int, split: str, seed: int, device: str) -> None:
     """Decode some latents and show their frames above their captions in a contact sheet."""
     with errors_as_messages(path):
         from wan_data.inspect.plots import choose_samples, contact_sheet

@@ -1,7 +1,10 @@
 """What ``inspect`` and ``sources`` show of measures."""
 
+import contextlib
 import json
 import random
+import shutil
+import sqlite3
 
 import numpy as np
 import pytest
@@ -140,3 +143,14 @@ def test_what_was_not_measured_has_no_ends(dataset, clips, tmp_path):
     assert "pass their folder as --video-folder" in run(*arguments).output
     assert "prepare it with --measures" in run(*arguments, "--video-folder", clips).output
     assert json.loads(run("inspect", dataset, "--json").stdout)["measures"] == {}
+
+
+def test_a_measure_that_is_no_number_is_named(measured, tmp_path):
+    folder = shutil.copytree(measured / "dataset", tmp_path / "damaged")
+    (part,) = folder.glob("sources-*.sqlite")
+    with contextlib.closing(sqlite3.connect(part)) as database, database:
+        database.execute("UPDATE sources SET motion = 'fast' WHERE path = 'speed 2.mkv'")
+    done = run("inspect", folder)
+    assert done.exit_code == 1
+    assert "damaged: of speed 2.mkv the index has ['fast', " in done.output
+    assert "holds other records than wan-data.json says" in run("verify", folder).output

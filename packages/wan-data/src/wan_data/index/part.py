@@ -50,9 +50,9 @@ _INDICES = (
     f"CREATE INDEX notable ON sources (path) WHERE {_NOTABLE}",
 )
 _SCHEMA = {_TABLE, *_INDICES}
-_NAMES = tuple(SourceRecord.__dataclass_fields__)
-_COLUMNS = len(_NAMES)
-_LISTS = [_NAMES.index(name) for name in ("shards", "dropped", "cuts")]
+FIELDS = tuple(SourceRecord.__dataclass_fields__)
+_COLUMNS = len(FIELDS)
+_LISTS = [FIELDS.index(name) for name in ("shards", "dropped", "cuts")]
 # Columns of an expression that decoding finds; the question mark is the target rate.
 _DECODED = {"seconds": "frames / ?", "frames": "frames", "fps": "source_fps", "height": "height", "width": "width"}
 
@@ -204,8 +204,8 @@ class Part:
         """
         # Of a file that could not be decoded, nothing of it is known.
         known = [f"CASE WHEN frames THEN {value} END AS {name}" for name, value in _DECODED.items()]
-        stored = [f"stored_{name}" if name in _DECODED else name for name in _NAMES]
-        columns = [f"{name} AS {alias}" for name, alias in zip(_NAMES, stored, strict=True)]
+        stored = [f"stored_{name}" if name in _DECODED else name for name in FIELDS]
+        columns = [f"{name} AS {alias}" for name, alias in zip(FIELDS, stored, strict=True)]
         query = f"SELECT {', '.join([*known, *columns])} FROM sources"
         return self._records(
             f"SELECT {', '.join(stored)} FROM ({query}) WHERE {condition} ORDER BY path", [fps, *parameters]

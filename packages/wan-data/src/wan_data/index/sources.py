@@ -8,9 +8,9 @@ import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from wan_data.index.part import Part, Row, row_of, write_part
+from wan_data.index.part import FIELDS, Part, Row, row_of, write_part
 from wan_data.index.records import (
     ACCEPTED,
     DUPLICATE,
@@ -130,6 +130,11 @@ class SourceIndex:
         for part, row in _merged(self._parts):
             if row[1] != REMOVED:
                 yield part.record_of(row)
+
+    def values(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """These fields of each record, by path, as the files hold them; no record is made."""
+        places = [FIELDS.index(name) for name in names]
+        return (tuple(row[place] for place in places) for _, row in _merged(self._parts) if row[1] != REMOVED)
 
     def rows(self) -> Iterator[Row]:
         """The rows as one file would have them, those of removed sources among them."""

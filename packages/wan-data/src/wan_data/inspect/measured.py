@@ -24,19 +24,28 @@ def measured(datasets: Mapping[Location, Manifest]) -> dict[str, dict[str, Any]]
 
     Returns:
         The fields of ``Distribution`` by the names of the measures; nothing if nothing was measured.
+
+    Raises:
+        ValueError: an index is damaged.
     """
     found = distributions(
-        (record.path, [getattr(record, name) for name in MEASURE_NAMES])
+        clip
         for folder, manifest in datasets.items()
         if manifest.settings.get("measures_version") is not None
-        for record in _records(folder, manifest)
+        for clip in _values(folder, manifest)
     )
     return {name: dataclasses.asdict(one) for name, one in found.items()}
 
 
-def _records(folder: Location, manifest: Manifest) -> Iterator[SourceRecord]:
+def _values(folder: Location, manifest: Manifest) -> Iterator[tuple[str, list[float | None]]]:
+    """The path and the measures of each source."""
     with open_sources(folder, manifest) as index:
-        yield from index.records()
+        for path, *values in index.values(("path", *MEASURE_NAMES)):
+            if not all(value is None or type(value) is float for value in values):
+                raise ValueError(
+                    f"{folder} is damaged: of {path} the index has {values} as measures; run wan-data verify"
+                )
+            yield path, values
 
 
 def selected_sources(folder: Location, where: str | None, *, rejected: bool) -> Iterator[tuple[SourceRecord, float]]:

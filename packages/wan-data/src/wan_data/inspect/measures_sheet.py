@@ -11,6 +11,7 @@ from wan_data.index.manifest import open_sources, read_manifest
 from wan_data.index.records import SourceRecord
 from wan_data.inspect.measured import measured
 from wan_data.inspect.plots import new_figure, save_figure
+from wan_data.storage.location import Location
 from wan_data.video.buckets import Size
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.display.options import DisplayOptions
@@ -23,7 +24,7 @@ _SIDE = 256
 _LONGEST_NAME = 40
 
 
-def measures_sheet(dataset: Path, folder: Path, path: Path) -> None:
+def measures_sheet(dataset: Location, folder: Path, path: Path) -> None:
     """Write a PNG with a row for each measure: the middle frames of the clips of its lowest and of its highest values.
 
     Args:

@@ -12,6 +12,7 @@ import numpy as np
 from wan_data.inspect.statistics import simulate_packing
 from wan_data.shards.energon_metadata import check_metadata
 from wan_data.shards.reader import StoredSample, samples_of
+from wan_data.storage.location import Location
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.system.files import atomic_write
 
@@ -35,7 +36,7 @@ def save_figure(figure: Any, path: Path) -> None:
         figure.savefig(file, dpi=110, format="png")
 
 
-def choose_samples(folder: Path, split: str, count: int, seed: int) -> list[StoredSample]:
+def choose_samples(folder: Location, split: str, count: int, seed: int) -> list[StoredSample]:
     """Choose samples of a split by a seed, without holding a whole split in memory.
 
     Raises:

@@ -15,14 +15,15 @@ from wan_data.shards.energon_index import index_problems
 from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
 from wan_data.shards.reader import StoredSample, samples_of
 from wan_data.shards.writer import SHARD_GLOB, sample_key
-from wan_model.system.files import sha256_of
+from wan_data.storage.files import as_local, file_size, is_there, names_like, sha256_of
+from wan_data.storage.location import Location
 from wan_model.system.safe_reading import require_file
 
 _NUMBERS = ("frame_start", "processed_frames", "processed_height", "processed_width")
 
 
 def verify(
-    folder: Path,
+    folder: Location,
     *,
     sources: Path | None = None,
     caption_of: Callable[[str], str] | None = None,
@@ -36,7 +37,7 @@ def verify(
     and counted.
 
     Args:
-        folder: the dataset.
+        folder: the dataset, on a disk or in a store, from which a shard is read three times.
         sources: the folder that it was made from, to compare the sources' digests too.
         caption_of: returns the caption that a source has now, by its name, or raises ``ValueError``.
         step: called with the name of each file that has been read.
@@ -48,7 +49,7 @@ def verify(
     checked: collections.Counter[str] = collections.Counter()
     with contextlib.ExitStack() as stack:
         try:
-            manifest = read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
+            manifest = read_manifest(folder) if is_there(folder / MANIFEST_NAME) else None
             splits = check_metadata(folder)
             counts = shard_counts(folder)
             index = None if manifest is None else stack.enter_context(open_sources(folder, manifest))
@@ -77,22 +78,27 @@ def verify(
     return dict(checked), problems
 
 
-def _index_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _index_problems(folder: Location, manifest: Manifest) -> Iterator[str]:
     """What of the index is not as it was written; one of an earlier format has no digests."""
     for record in manifest.index.parts:
         try:
-            with contextlib.closing(Part.open(folder, record)) as part:
+            with (
+                as_local(folder / record.name) as copy,
+                contextlib.closing(Part.open(copy.parent, record)) as part,
+            ):
                 if part.digest() != (record.records, record.digest):
                     yield f"{folder / record.name} holds other records than {MANIFEST_NAME} says: it is damaged"
+        except FileNotFoundError:
+            yield f"{folder / record.name} is missing, which {MANIFEST_NAME} names: the dataset is damaged"
         except ValueError as error:
             yield str(error)
-    for path in sorted(folder.glob(PART_GLOB)):
-        if path.name not in {part.name for part in manifest.index.parts}:
-            yield f"{path.name} is no file of {MANIFEST_NAME}: delete it, an interrupted run has left it"
+    for name in names_like(folder, PART_GLOB):
+        if name not in {part.name for part in manifest.index.parts}:
+            yield f"{name} is no file of {MANIFEST_NAME}: delete it, an interrupted run has left it"
 
 
 def _metadata_problems(
-    folder: Path, manifest: Manifest, splits: Mapping[str, Sequence[str]], counts: Mapping[str, int]
+    folder: Location, manifest: Manifest, splits: Mapping[str, Sequence[str]], counts: Mapping[str, int]
 ) -> Iterator[str]:
     wanted = {shard.name: shard.samples for shard in manifest.shards}
     if counts != wanted:
@@ -101,7 +107,7 @@ def _metadata_problems(
             f"{META_FOLDER}/.info.json and {MANIFEST_NAME} do not agree on {', '.join(names[:3])}"
             f"{' and others' if len(names) > 3 else ''}: run wan-data prepare again, which rewrites both"
         )
-    for name in sorted(path.name for path in folder.glob(SHARD_GLOB)):
+    for name in names_like(folder, SHARD_GLOB):
         if name not in wanted:
             yield f"{name} is no shard of {MANIFEST_NAME}: delete it, an interrupted run has left it"
     for split in {*splits, *manifest.samples}:
@@ -201,10 +207,10 @@ class _Comparison:
                 )
 
 
-def _shard_problems(path: Path, count: int, found: _Comparison) -> Iterator[str]:
+def _shard_problems(path: Location, count: int, found: _Comparison) -> Iterator[str]:
     record = found.shards.get(path.name)
     if record is not None:
-        size = path.stat().st_size
+        size = file_size(path)
         if size != record.bytes:
             yield f"shard {path.name} has {size} bytes; {MANIFEST_NAME} says {record.bytes}: it is damaged"
         elif (digest := sha256_of(path)) != record.sha256:
@@ -224,7 +230,7 @@ def _shard_problems(path: Path, count: int, found: _Comparison) -> Iterator[str]
         yield f"shard {path.name} holds {samples} samples; {META_FOLDER}/.info.json counts {count}"
 
 
-def _empty_caption_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _empty_caption_problems(folder: Location, manifest: Manifest) -> Iterator[str]:
     if manifest.empty_caption is None:
         return
     try:

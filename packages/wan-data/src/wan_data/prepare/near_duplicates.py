@@ -68,7 +68,7 @@ def without_duplicates(
     Args:
         results: of probing all new sources.
         settings: of the preparation.
-        folder: for temporary files: 650 bytes a source.
+        folder: for temporary files: 600 bytes a source.
         index: of the dataset that the sources are added to; None if there is none.
         replaced: the names of sources whose samples the dataset will not have any more.
 

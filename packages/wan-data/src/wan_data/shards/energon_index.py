@@ -21,11 +21,11 @@ from typing import Any
 from wan_data.shards.reader import grouped
 from wan_data.shards.tar_headers import Member, tar_members
 from wan_data.shards.writer import ShardRecord
-from wan_data.storage.files import Listing, sizes_of
+from wan_data.storage.files import Listing, as_local, open_for_reading, sizes_of
 from wan_data.storage.location import Location, StorePath
 from wan_data.storage.store import look, read
 from wan_model.system.files import atomic_path, write_bytes
-from wan_model.system.safe_reading import open_file, read_bytes, require_file
+from wan_model.system.safe_reading import read_bytes, require_file
 
 INDEX_NAME = "index.sqlite"
 _SECONDS_A_GIGABYTE = 60.0
@@ -175,10 +175,10 @@ def _add_shard(database: sqlite3.Connection, folder: Path, number: int, shard: S
     )
 
 
-def _samples_of(shard: Path) -> tuple[list[tuple[str, list[Member]]], int]:
+def _samples_of(shard: Location) -> tuple[list[tuple[str, list[Member]]], int]:
     """The members of each sample, by key, and the offset of the end of the last member."""
     try:
-        with open_file(shard) as file:
+        with open_for_reading(shard) as file:
             samples = list(grouped(tar_members(file)))
     except ValueError as error:
         raise OSError(errno.EIO, str(error), str(shard)) from error
@@ -279,7 +279,7 @@ def check_index(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> 
         raise ValueError(f"{path} is missing or damaged: {error}; {REMEDY}") from error
 
 
-def index_problems(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
+def index_problems(folder: Location, meta: Location, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
     """What is wrong with the index: Energon's own tools use the database, and its and our loader the ``.idx`` files.
 
     Args:
@@ -291,7 +291,8 @@ def index_problems(folder: Path, meta: Path, shards: Sequence[tuple[str, int]]) 
         database = None
         path = meta / INDEX_NAME
         try:
-            database = stack.enter_context(_open_index(path, sum(samples for _, samples in shards)))
+            copy = stack.enter_context(as_local(path))
+            database = stack.enter_context(_open_index(copy, sum(samples for _, samples in shards)))
         except FileNotFoundError:
             yield f"{path} is missing; {REMEDY}"
         except (ValueError, sqlite3.Error) as error:

@@ -19,8 +19,9 @@ from wan_data.sources.listing import files_of_listing
 from wan_data.sources.modification_times import SourceTimes
 from wan_data.sources.source import SourceFile, caption_of
 from wan_data.storage.failures import is_of_the_object
+from wan_data.storage.files import is_there
 from wan_data.storage.local_copies import LocalCopies
-from wan_data.storage.location import StorePath, location
+from wan_data.storage.location import Location, StorePath, location
 from wan_data.video.source_file import Rejected
 from wan_model.system.files import sha256_of
 
@@ -206,7 +207,7 @@ def _digest_or_problem(item: tuple[SourceFile, Status, str | None], copies: Loca
         return _unreadable(error)
 
 
-def captions_of(dataset: Path, folder: Path, listing: Path | None) -> Callable[[str], str]:
+def captions_of(dataset: Location, folder: Path, listing: Path | None) -> Callable[[str], str]:
     """The captions that the sources of a dataset have now, by their names.
 
     Args:
@@ -220,7 +221,7 @@ def captions_of(dataset: Path, folder: Path, listing: Path | None) -> Callable[[
     for name, place in (("--sources", folder), ("--listing", listing)):
         if place is not None and isinstance(found := location(place), StorePath):
             raise ValueError(f"{name} {found} is in a store; copy it to a disk, and name the copy")
-    if not (dataset / MANIFEST_NAME).exists():  # of NVIDIA's script, which names no sources
+    if not is_there(dataset / MANIFEST_NAME):  # of NVIDIA's script, which names no sources
         return lambda name: ""
     settings = read_manifest(dataset).settings
     key, images = str(settings.get("caption_key", "caption")), settings.get("mode") == "frames"

@@ -6,10 +6,12 @@ A store that fails stays ``StoreUnavailableError``, because it says nothing of t
 
 import contextlib
 import dataclasses
+import fnmatch
 import hashlib
 import io
 import os
 import stat
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, BinaryIO
 
 from wan_data.storage.failures import StoreUnavailableError
 from wan_data.storage.location import Location, StorePath
-from wan_data.storage.store import StoredObject, list_objects, look, read
+from wan_data.storage.store import StoredObject, download, list_objects, look, read
 from wan_model.system import safe_reading
 from wan_model.system.safe_reading import SMALL_FILE
 
@@ -89,6 +91,31 @@ def read_json(path: Location, limit: int = SMALL_FILE) -> Any:
 def read_yaml(path: Location, limit: int = safe_reading.SMALL_YAML) -> Any:
     """The value of a YAML file or object; see ``read_small`` and ``wan_model.system.safe_reading.parse_yaml``."""
     return safe_reading.parse_yaml(read_text(path, limit), str(path))
+
+
+def names_like(folder: Location, pattern: str) -> list[str]:
+    """Names of the files, or the objects, directly in a folder that match a pattern of ``fnmatch``, in order."""
+    if isinstance(folder, Path):
+        return sorted(path.name for path in folder.glob(pattern))
+    with failures_named(folder):
+        names = [one.path.relative_to(folder) for one in list_objects(folder)]
+    return [name for name in names if "/" not in name and fnmatch.fnmatchcase(name, pattern)]
+
+
+@contextlib.contextmanager
+def as_local(path: Location) -> Iterator[Path]:
+    """A file by its path: an object is downloaded into a temporary one, for libraries that open a path.
+
+    Raises:
+        FileNotFoundError, ValueError, StoreUnavailableError: see ``read_small``.
+    """
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="wan-data-") as folder:
+        with failures_named(path):
+            download(look(path), copy := Path(folder, path.name))
+        yield copy
 
 
 class _ObjectFile(io.RawIOBase):

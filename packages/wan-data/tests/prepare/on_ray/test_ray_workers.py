@@ -81,7 +81,7 @@ def mixed_clips(clips, tmp_path_factory):
 def test_rejected_files_and_dropped_windows_are_said_as_by_one_process(
     on_ray, prepare_again, mixed_clips, tiny_model, settings, silent, tmp_path
 ):
-    settings = dataclasses.replace(settings, batch_size=2)
+    settings = dataclasses.replace(settings, batch_size=2, where="sharpness >= 0", measures=True)
 
     # A report that makes a clip another one when all are probed: its windows cannot be encoded.
     class Changing(type(silent)):
@@ -230,5 +230,7 @@ def test_ray_is_refused_under_torchrun_and_with_what_is_of_one_machine(cluster, 
     assert "--ray-address auto is of --on ray" in run(*options, "--ray-address", "auto").output
     with pytest.raises(ValueError, match="an address of Ray Client"):
         check_address("ray://head:10001")
+    with pytest.raises(ValueError, match=r"nothing answers at 127.0.0.1:1 \(Connection refused\); start a Ray cluster"):
+        check_address("127.0.0.1:1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in run(*options, "--on", "ray").output
