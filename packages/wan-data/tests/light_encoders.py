@@ -1,6 +1,7 @@
 """Stands for the encoding processes in tests: nothing heavy is imported, and nothing encoded."""
 
 import os
+from typing import Any
 
 
 def initialize(*arguments: object) -> None:
@@ -11,6 +12,6 @@ def do_nothing() -> None:
     """Start."""
 
 
-def encode(task: int, following: int | None) -> list[tuple[str, int, None, str]]:
+def encode(task: Any, following: Any) -> list[tuple[str, int, None, str]]:
     """The process id of the process instead of latents."""
-    return [("source", task, None, str(os.getpid()))]
+    return [("source", task.shard, None, str(os.getpid()))]

@@ -154,7 +154,7 @@ def test_a_process_that_is_stopped_ends_the_encoding(light_pool):
 
     def encode_on_and_on():
         with light_pool:
-            for _, (window,) in light_pool.encode(itertools.count(), None):
+            for _, (window,) in light_pool.encode((EncodeTask(number, ()) for number in itertools.count()), None):
                 before = len(pids)
                 pids.add(int(window.problem))
                 if before < len(pids) == 2:
@@ -169,7 +169,7 @@ def test_a_process_that_is_stopped_ends_the_encoding(light_pool):
 
 def test_a_process_that_is_stopped_at_the_end_does_not_hold_it_up(light_pool):
     with light_pool:
-        pids = {int(window.problem) for _, (window,) in light_pool.encode(range(20), None)}
+        pids = {int(window.problem) for _, (window,) in light_pool.encode(tasks(20), None)}
         os.kill(min(pids), signal.SIGSTOP)
     assert have_ended(pids)
 
