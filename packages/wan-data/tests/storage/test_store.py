@@ -45,6 +45,7 @@ def test_what_is_written_is_there(bucket, tmp_path):
     assert (folder / "deep/x").read_bytes() == CONTENT
     assert (folder / "deep/y").read_bytes() == b"y"
     assert exists(root / "deep/x")
+    assert read(root / "deep/x", 1000, 50) == CONTENT[1000:1050], "the checksum of the upload is that of the whole"
     assert not exists(root / "deep"), "a folder is no object"
     delete([root / "deep/x", root / "deep/y", root / "deep/z"])
     assert list(list_objects(root)) == []

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import os
 import random
 import secrets
 import time
@@ -201,6 +202,8 @@ def _client(path: StorePath) -> Any:
         logger = logging.getLogger("multistorageclient")
         if logger.level == logging.NOTSET:  # it logs with a traceback what is raised here in a sentence
             logger.setLevel(logging.CRITICAL)
+        # Read when a client is made. Stores that keep the checksum of an upload answer a range with that of the whole.
+        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
         return multistorageclient.resolve_storage_client(path.root)[0]
     except ImportError as error:
         raise UnusableStoreError(
