@@ -115,3 +115,42 @@ def test_many_threads_get_the_right_files(objects, tmp_path):
     with LocalCopies(2500, folder=tmp_path) as copies, concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(use, range(200)))
         assert sum(file.stat().st_size for file in tmp_path.rglob("*.mp4")) <= 2500
+
+
+def test_several_are_held_together_or_not_at_all(objects, tmp_path):
+    _, found = objects
+    with LocalCopies(3000, folder=tmp_path) as copies:
+        first = copies.hold(found[:2])
+        assert first is not None
+        assert copies.hold(found[2:4], wait=False) is None, "there is room for one of them"
+        first.release()
+        second = copies.hold(found[2:6])
+        assert second is not None, "more than the bound are alone"
+        assert [second.file(one).read_bytes()[0] for one in found[2:6]] == [2, 3, 4, 5]
+        assert len(list(tmp_path.rglob("*.mp4"))) == 4
+        second.release()
+
+
+def test_what_a_killed_process_has_left_is_deleted_and_what_is_in_use_stays(objects, tmp_path):
+    _, found = objects
+    left = tmp_path / "wan-data-copies-left"
+    left.mkdir()
+    (left / "0.mp4").write_bytes(b"x")
+    with LocalCopies(3000, folder=tmp_path) as one, one.open(found[0]) as file:
+        assert not left.exists()
+        with LocalCopies(3000, folder=tmp_path) as other, other.open(found[1]):
+            assert file.is_file(), "another process uses it"
+
+
+def test_who_waits_is_told_of_the_end(objects, proxy, tmp_path):
+    _, found = objects
+    proxy.faults[:] = [Fault("GET", "0.mp4", cut=1, stall=30.0)]
+    copies = LocalCopies(3000, folder=tmp_path)
+    held = copies.hold(found[:1])
+    assert held is not None
+    threading.Timer(0.5, copies.stop).start()
+    begin = time.monotonic()
+    with pytest.raises(concurrent.futures.CancelledError):
+        held.file(found[0])
+    copies.__exit__()
+    assert time.monotonic() - begin < 20
