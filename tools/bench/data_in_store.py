@@ -53,12 +53,12 @@ def tables(*, quick: bool) -> Iterator[Table]:
                 while drawn < samples:
                     drawn += next(packs)
 
-            calls = {key: lambda key=key: an_epoch(endless[key]) for key in endless}  # type: ignore[misc]
+            calls = {key: lambda key=key: an_epoch(endless[key]) for key in endless}
             for call in calls.values():
                 call()  # the first epoch fills the cache
             times = time_rounds(calls, 2 if quick else 5)
             for packs in endless.values():
-                packs.close()  # type: ignore[attr-defined]
+                packs.close()
     table = Table(
         f"Training samples from an object store: {samples} of {size / samples / 1e6:.1f} MB",
         ["dataset", "samples/s", "MB/s", "relative to the disk"],

@@ -136,7 +136,7 @@ MUTATIONS = (
     ),
     _of(
         "changed-content-of-equal-size", "sources/changes.py",
-        "elif known.get(source.name) != status.st_mtime_ns:", "elif status.st_size != record.bytes:",
+        "known.get(source.name) != look.status.mtime_ns:", "False:",
         "a clip that was replaced by one of equal size keeps the samples of the other without a word",
         "prepare/test_update.py::test_changes_are_named_and_left",
     ),
@@ -154,7 +154,7 @@ MUTATIONS = (
     ),
     _of(
         "replaced-clip-of-equal-size", "prepare/probing/source_probe.py",
-        '[known.bytes, known.mtime_ns] != [size, status.st_mtime_ns]', 'known.bytes != size',
+        '[known.bytes, known.mtime_ns] != [size, status.mtime_ns]', 'known.bytes != size',
         "a clip that was replaced by one of equal size keeps the old digest and frame count",
         "prepare/test_run_again.py::test_cached_probe_results_are_used_again",
     ),
@@ -163,6 +163,12 @@ MUTATIONS = (
         "if not self.of.finished(number).is_file()]", "]",
         "after an interruption all shards are encoded again: hours of GPU time",
         "prepare/test_run.py::test_a_failing_run_leaves_whole_shards_only_and_is_taken_up",
+    ),
+    _of(
+        "frames-on-ray-without-bound", "prepare/on_ray/shard_pipeline.py",
+        "pools.encode.calls >= self._most_frames", "pools.encode.calls >= 10**9",
+        "decoders on a Ray cluster run ahead of its GPUs and fill the memory",
+        "prepare/on_ray/test_shard_pipeline.py::test_decoding_waits_for_the_encoding_actors",
     ),
     _of(
         "pixels-from-0-to-2", "prepare/encoding/encoder.py",

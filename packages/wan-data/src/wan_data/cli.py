@@ -20,7 +20,7 @@ from wan_data.cli_options import (
     sources_of,
     workers_on,
 )
-from wan_data.cli_types import LocationType
+from wan_data.cli_types import LocalPathType, LocationType
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.storage.location import Location
 from wan_model.system.standard_streams import CheckedCommand
@@ -281,7 +281,7 @@ def sources(path: Location, where: str | None, limit: int, **flags: bool) -> Non
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=LocalPathType("copy the dataset to a disk, upgrade it there, and copy it back"))
 def upgrade(path: Path) -> None:
     """Turn a dataset that an earlier version has prepared into the format of today; the shards stay as they are.
 

@@ -3,12 +3,11 @@
 import contextlib
 import errno
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from wan_data.cli_types import FractionType, LocationType, SizeType
+from wan_data.cli_types import FractionType, LocalPathType, LocationType, SizeType
 from wan_data.curation.measures import SCENE_KINDS
 from wan_data.prepare.settings import DTYPES, DUPLICATES, MODES, RESIZE_MODES, PrepareSettings
 from wan_data.storage.location import Location, StorePath
@@ -148,7 +147,7 @@ input_options = _all(
     ),
     flag(
         "work-folder",
-        type=click.Path(path_type=Path),
+        type=LocalPathType("name a local folder"),
         help="Local folder for these copies and for the state of a dataset in a store.",
     ),
 )

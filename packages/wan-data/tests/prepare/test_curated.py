@@ -277,6 +277,21 @@ def test_a_copy_of_a_validation_clip_is_for_validation_too(prepare, copied_clips
     }
 
 
+def test_a_changed_clip_that_would_be_left_out_keeps_its_samples_and_is_named(prepare, chosen_clips, tmp_path):
+    clips = shutil.copytree(chosen_clips, tmp_path / "clips")
+    options = ("--where", "motion > 0.05", "--duplicates", "drop")
+    assert prepare(*options, clips=clips).exit_code == 0
+    before = windows_of(tmp_path / "out")
+    shutil.copy(clips / "still.mkv", clips / "fast.mkv")
+    shutil.copy(clips / "cut.mkv", clips / "slow.mkv")
+    done = prepare(*options, "--update", clips=clips)
+    assert done.exit_code == 1
+    assert "fast.mkv: it does not fulfil --where 'motion > 0.05': motion is 0" in done.stdout
+    assert "slow.mkv: it is a near-duplicate of cut.mkv (0 of 256 bits differ)" in done.stdout
+    assert windows_of(tmp_path / "out") == before
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
 # -- what is refused, and what counts as known -------------------------------------------------------------------------
 
 

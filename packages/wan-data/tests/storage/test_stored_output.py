@@ -1,11 +1,19 @@
 """Datasets that are written into a store, on a real server."""
 
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
-from stored_datasets import content_of, prepare_stored, upload_folder
+from object_store import ACCESS_KEY, SECRET_KEY, Fault
+from stored_datasets import SMALL_OPTIONS, content_of, prepare_stored, upload_folder
 
 from wan_data.index.manifest import read_manifest
+from wan_data.prepare.store_output import StoreOutput
+from wan_data.storage.store import write
+
+COMMAND = (sys.executable, "-c", "from wan_data.cli import main; main()", "prepare")
 
 
 @pytest.fixture
@@ -54,4 +62,85 @@ def test_clips_are_added_changed_and_removed_as_on_a_disk(places, from_disk, cli
     result = prepare_stored(tiny_model, *options, *more)
     assert result.exit_code == 0, result.output
     assert content_of(out) == content_of(disk)
-    assert {name: read_manifest(out).shards for name in ("a",)} == {name: read_manifest(disk).shards for name in ("a",)}
+    assert {path.name for path in out.iterdir()} == {path.name for path in disk.iterdir()}, "nothing is left over"
+
+
+def test_a_run_that_is_killed_at_any_upload_goes_on(places, from_disk, tiny_model, proxy, length):
+    _, options, out = places
+    command = [*COMMAND, "--model", tiny_model, *SMALL_OPTIONS, *options]
+    number, shards = 0, {shard.name for shard in read_manifest(from_disk).shards}
+    while True:
+        number += length(1, 4)  # of the upload at which it is killed
+        before = proxy.count("PUT", "/out/")
+        with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+            while run.poll() is None and proxy.count("PUT", "/out/") - before < number:
+                time.sleep(0.005)
+            killed = run.poll() is None
+            run.kill()
+            said = run.stderr.read().decode()
+        if not killed:
+            assert run.returncode == 0, said
+            break
+        if (out / "wan-data.json").exists():
+            listed = {shard.name for shard in read_manifest(out).shards}
+            assert all((out / name).is_file() for name in listed), "what the manifest names is there"
+    assert content_of(out) == content_of(from_disk)
+    assert {path.name for path in out.glob("*.tar")} == shards
+
+
+def test_another_preparation_meanwhile_is_said(places, tiny_model, bucket, monkeypatch):
+    folder, options, out = places
+    assert prepare_stored(tiny_model, *options).exit_code == 0
+    shutil.copy(folder / "clips" / "wide.mkv", folder / "clips" / "wide 2.mkv")
+    (folder / "clips" / "wide 2.txt").write_text("Another.")
+    other = (out / "wan-data.json").read_bytes() + b"\n"
+    metadata = StoreOutput.write_metadata
+
+    def meanwhile(self, *arguments):
+        metadata(self, *arguments)
+        write(bucket[1] / "out/wan-data.json", other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreOutput, "write_metadata", meanwhile)
+        result = prepare_stored(tiny_model, *options)
+    assert result.exit_code == 1
+    assert "was changed by another preparation meanwhile" in result.output
+    assert (out / "wan-data.json").read_bytes() == other, "it is not replaced"
+    result = prepare_stored(tiny_model, *options)
+    assert result.exit_code == 0, result.output
+    assert sum(read_manifest(out).samples.values()) == 14 + 3
+
+
+def test_an_outage_ends_with_one_sentence_and_the_same_command_goes_on(
+    places, from_disk, tiny_model, proxy, monkeypatch
+):
+    _, options, out = places
+    monkeypatch.setenv("WAN_DATA_STORE_PATIENCE", "1")
+    proxy.faults[:] = [Fault("PUT", "shard-rank00-000001.tar", status=503, times=10**6)]
+    result = prepare_stored(tiny_model, *options)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error")]
+    assert "it answered 503" in line
+    assert "run the same command again" in line
+    assert not (out / "wan-data.json").exists()
+    monkeypatch.setenv("WAN_DATA_STORE_PATIENCE", "20")
+    proxy.faults[:] = [Fault("(GET|PUT)", "/(out|clips)/", status=500, times=5), Fault("GET", "mkv", cut=100, times=2)]
+    result = prepare_stored(tiny_model, *options)
+    assert result.exit_code == 0, result.output
+    assert content_of(out) == content_of(from_disk)
+
+
+def test_credentials_are_said_and_stored_nowhere(places, tiny_model, proxy, tmp_path):
+    folder, options, _ = places
+    proxy.faults[:] = [Fault("GET", "wide.mkv", status=403, times=10**6)]
+    command = [*COMMAND, "--model", tiny_model, *SMALL_OPTIONS, *options]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "wide.mkv: it cannot be read: downloading was denied" in run.stdout
+    files = b"".join(
+        path.read_bytes() for place in (folder / "out", tmp_path) for path in place.rglob("*.*") if path.is_file()
+    )
+    assert proxy.authorizations, "they were used"
+    for secret in (ACCESS_KEY, SECRET_KEY):
+        assert secret not in run.stdout + run.stderr
+        assert secret.encode() not in files

@@ -47,7 +47,7 @@ from wan_data.sources.changes import SourceChanges, find_changes
 from wan_data.sources.modification_times import source_times
 from wan_data.sources.source import SourceFile, Sources
 from wan_data.storage.local_copies import LocalCopies
-from wan_data.storage.location import Location, location
+from wan_data.storage.location import Location, StorePath, location
 from wan_model.codec.latent_codec import LatentCodec
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import write_json
@@ -112,6 +112,8 @@ def prepare(
         raise ValueError(
             "--overwrite replaces the whole dataset; pass it without --update and --remove-missing, which keep a part"
         )
+    if isinstance(location(model), StorePath):
+        raise ValueError(f"the model {model} is in a store; copy its folder to a disk, or name one of the hub")
     spec = LatentCodec.from_pretrained(model, load_vae=False, load_text=False, text_length=settings.text_length).spec
     _check_strides(spec, model)
     target, ranks = output_at(location(output), work_folder), ranks or Ranks()

@@ -21,7 +21,7 @@ from wan_data.sources.source import SourceFile, caption_of
 from wan_data.storage.failures import is_of_the_object
 from wan_data.storage.files import is_there
 from wan_data.storage.local_copies import LocalCopies
-from wan_data.storage.location import Location, StorePath
+from wan_data.storage.location import Location, StorePath, location
 from wan_data.video.source_file import Rejected
 from wan_model.system.files import sha256_of
 
@@ -216,8 +216,11 @@ def captions_of(dataset: Location, folder: Path, listing: Path | None) -> Callab
         listing: that has the captions; None if they are in files beside the clips.
 
     Raises:
-        ValueError: the listing, or the manifest, cannot be read.
+        ValueError: the listing, or the manifest, cannot be read, or the folder or the listing is in a store.
     """
+    for name, place in (("--sources", folder), ("--listing", listing)):
+        if place is not None and isinstance(found := location(place), StorePath):
+            raise ValueError(f"{name} {found} is in a store; copy it to a disk, and name the copy")
     if not is_there(dataset / MANIFEST_NAME):  # of NVIDIA's script, which names no sources
         return lambda name: ""
     settings = read_manifest(dataset).settings

@@ -230,5 +230,7 @@ def test_ray_is_refused_under_torchrun_and_with_what_is_of_one_machine(cluster, 
     assert "--ray-address auto is of --on ray" in run(*options, "--ray-address", "auto").output
     with pytest.raises(ValueError, match="an address of Ray Client"):
         check_address("ray://head:10001")
+    with pytest.raises(ValueError, match=r"nothing answers at 127.0.0.1:1 \(Connection refused\); start a Ray cluster"):
+        check_address("127.0.0.1:1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in run(*options, "--on", "ray").output

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ from wan_data.prepare.report import Report
 from wan_data.prepare.workers import StartWorkers, Work, Workers
 from wan_model.extras import requires_extra
 from wan_model.system.torchrun import processors, world_size
+
+_CONNECT_SECONDS = 10.0
 
 
 def ray_workers(
@@ -92,13 +95,22 @@ def check_address(address: str | None) -> None:
     """Refuse an address that the command cannot work with.
 
     Raises:
-        ValueError: it is one of Ray Client.
+        ValueError: it is one of Ray Client, or nothing answers there.
     """
     if address is not None and address.startswith("ray://"):
         raise ValueError(
             f"{address} is an address of Ray Client, through which frames would pass; run the command on a node of the "
             "cluster, and pass --ray-address auto"
         )
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal():  # Ray itself would try for minutes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"nothing answers at {address} ({getattr(error, 'strerror', None) or error}); start a Ray cluster "
+                "there with ray start --head, or leave --ray-address out"
+            ) from None
 
 
 def _dashboard(url: str | None) -> str:
