@@ -114,6 +114,7 @@ ELSEWHERE = {
     "checkpoint.finetune": "test_resume.py::test_a_run_begins_with_the_weights_of_another_and_resumes_its_own",
     "train.exit_signal_handler": "test_resume.py::test_a_signal_ends_a_run_in_order",
     **dict.fromkeys(("dataset.path", "dataset.encoded_by"), _MOVED_DATA),
+    "dataset.cache_gb": "../data/test_data_in_store.py::test_a_run_goes_on_from_a_store_to_the_bit",
     **dict.fromkeys(
         (
             *("model.tensor_model_parallel_size", "model.sequence_parallel"),

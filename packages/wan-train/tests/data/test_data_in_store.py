@@ -89,7 +89,8 @@ def test_a_run_goes_on_from_a_store_to_the_bit(
     assert "it answered 503; run the same command again when the store answers" in said
     assert max(entry["step"] for entry in steps_of(read_log(folder))) == STOPPED
     proxy.faults[:] = [Fault("GET", r"\.idx", status=500), Fault("GET", r"\.tar(\?|$)", cut=100)]
-    finished(options, folder, proxy)
+    finished([*options, "dataset.cache_gb=0.1"], folder, proxy, WAN_DATA_CACHE=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").rglob("*.part"))
     assert not any(fault.times for fault in proxy.faults)
     assert trajectory(folder) == trajectory(run_on_data(workers))
     assert same_weights(folder, run_on_data(workers), STEPS_ON_DATA)
