@@ -5,8 +5,6 @@ and saves its position. Its readers of metadata and of shards, its decoders, tas
 versions, or trust what they read, and take no part. What differs in the others is found by looking for it.
 """
 
-import concurrent.futures
-import dataclasses
 import functools
 import inspect
 import re
@@ -16,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from wan_data.energon.samples import AwaitedSample, RawSample, SampleReader, Source, cook_unless_awaited, result_of
 from wan_data.energon.version import unusable
 from wan_data.energon.worker_processes import WorkerContext
 
@@ -48,68 +47,6 @@ _PREFETCH = 2
 _AHEAD = 8
 # A worker imports torch first, which takes a minute on a busy machine.
 _WORKER_TIMEOUT = 600.0
-
-
-@dataclasses.dataclass(slots=True)
-class RawSample:
-    """The members of a sample as they are in its shard.
-
-    Attributes:
-        __key__: its key.
-        __restore_key__: where Energon finds it again when a state is loaded.
-        shard: path, or URL, of its shard.
-        members: the bytes of each member by extension, such as ``json``.
-    """
-
-    __key__: str
-    __restore_key__: tuple[Any, ...]
-    shard: Any
-    members: dict[str, bytes]
-
-
-@dataclasses.dataclass(slots=True)
-class _AwaitedSample:
-    """A sample that another thread reads and cooks.
-
-    Attributes:
-        __restore_key__: where Energon finds it again when a state is loaded; as of the sample itself.
-        future: of the sample.
-    """
-
-    __restore_key__: tuple[Any, ...]
-    future: "concurrent.futures.Future[Any]"
-
-    def result(self) -> Any:
-        """The sample; waits for it."""
-        sample = self.future.result()
-        sample.__restore_key__ = self.__restore_key__
-        return sample
-
-
-def _result(sample: Any) -> Any:
-    return sample.result() if isinstance(sample, _AwaitedSample) else sample
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The shards of one dataset, and how they are read.
-
-    Attributes:
-        shards: names and numbers of samples, in order.
-        read: the key, the shard and the members of a sample, by its number among those of all shards.
-        cook: turns a sample into one to pack; the result has ``__key__`` and ``__restore_key__`` of its argument.
-        weight: relative frequency in a blend.
-        run_length: number of neighbouring samples that are read one after another; None for a whole shard.
-        submit: runs a function in another thread, so that samples are read while the pipeline goes on: it waits for
-            them where packs are chosen. None reads each when it is drawn. Neither order nor state depends on it.
-    """
-
-    shards: Sequence[tuple[str, int]]
-    read: Callable[[int], tuple[str, Any, dict[str, bytes]]]
-    cook: Callable[[RawSample], Any]
-    weight: float = 1.0
-    run_length: int | None = None
-    submit: Callable[[Callable[[], Any]], "concurrent.futures.Future[Any]"] | None = None
 
 
 class Packer(Protocol):
@@ -199,45 +136,9 @@ def _cooked(sources: Sequence[Source], workers: Workers, *, training: bool) -> l
     for one in sources:
         # The readers that get one sample more follow those that got one of the sources before.
         raw = _raw(one, workers, rotation=before % readers, training=training)
-        cooked.append(_map(raw, functools.partial(_cook, one.cook), workers))
+        cooked.append(_map(raw, functools.partial(cook_unless_awaited, one.cook), workers))
         before += sum(count for _, count in one.shards)
     return cooked
-
-
-def _cook(cook: Callable[[RawSample], Any], sample: Any) -> Any:
-    return sample if isinstance(sample, _AwaitedSample) else cook(sample)
-
-
-class _Reader:
-    """What Energon's readers of shards are to its datasets.
-
-    Args:
-        source: that is read.
-        ahead: number of samples beyond the one that is asked for which are read too.
-    """
-
-    def __init__(self, source: Source, ahead: int) -> None:
-        self._source, self._ahead = source, ahead
-        self._samples = sum(count for _, count in source.shards)
-        self._pending: dict[int, concurrent.futures.Future[Any]] = {}
-
-    def __getitem__(self, number: int) -> RawSample | _AwaitedSample:
-        key = ("Webdataset", number)
-        if self._source.submit is None:
-            name, shard, members = self._source.read(number)
-            return RawSample(name, key, shard, members)
-        if number not in self._pending:
-            for future in self._pending.values():
-                future.cancel()
-            self._pending.clear()
-        for one in range(number, min(number + self._ahead + 1, self._samples)):
-            if one not in self._pending:
-                self._pending[one] = self._source.submit(functools.partial(self._sample, one))
-        return _AwaitedSample(key, self._pending.pop(number))
-
-    def _sample(self, number: int) -> Any:
-        key, shard, members = self._source.read(number)
-        return self._source.cook(RawSample(key, (), shard, members))
 
 
 def _raw(source: Source, workers: Workers, *, rotation: int, training: bool) -> Any:
@@ -245,7 +146,7 @@ def _raw(source: Source, workers: Workers, *, rotation: int, training: bool) -> 
     shards = [ShardInfo(name=name, path=name, count=count) for name, count in source.shards]
     samples = WebdatasetSampleLoaderDataset(
         # Of a permutation of single samples the next ones are not known; there, the buffer that is packed is ahead.
-        join_readers=[_Reader(source, ahead=0 if training else _AHEAD)],
+        join_readers=[SampleReader(source, ahead=0 if training else _AHEAD)],
         workers_sample_slice_offsets=Sharder.shard_workers(
             shards, workers, max_samples_per_sequence=source.run_length, rotation_offset=rotation
         ),
@@ -256,9 +157,9 @@ def _raw(source: Source, workers: Workers, *, rotation: int, training: bool) -> 
     return _map(samples, _only, workers)
 
 
-def _only(found: Any) -> RawSample | _AwaitedSample:
+def _only(found: Any) -> RawSample | AwaitedSample:
     (sample,) = found.data
-    assert isinstance(sample, RawSample | _AwaitedSample)
+    assert isinstance(sample, RawSample | AwaitedSample)
     return sample
 
 
@@ -317,7 +218,7 @@ class _CarryingPackingDataset(PackingDataset):
 
     def _choose(self, *, carry: bool) -> None:
         # Samples that are carried over precede those read next.
-        samples = [_result(one) for one in iter(self._reading_buffer)]  # its length cannot be asked on every version
+        samples = [result_of(one) for one in iter(self._reading_buffer)]  # its length cannot be asked on every version
         self._reading_buffer.clear()
         with self._pre_packing_sample_index.ctx():
             packs, rest = self._packer.choose_packs(samples, self._carried if carry else len(samples))
@@ -330,7 +231,7 @@ class _CarryingPackingDataset(PackingDataset):
 
     def _next(self) -> Any:
         length = self._pre_packing_lengths.pop(0)
-        samples = [_result(one) for one in self._pre_packing_buffer[:length]]
+        samples = [result_of(one) for one in self._pre_packing_buffer[:length]]
         del self._pre_packing_buffer[:length]
         with self._final_packing_sample_index.ctx() as number:
             pack = self._packer.pack(samples)

@@ -12,12 +12,12 @@ from typing import Any
 from wan_data.energon.pipeline import (
     OPEN_SHARDS,
     ExactLoader,
-    Source,
     make_workers,
     packed,
     samples_in_order,
     training_samples,
 )
+from wan_data.energon.samples import Source
 from wan_data.energon.version import energon_version
 from wan_data.reading.datasets import OpenPart, check_sizes, common_latent_spec, open_split
 from wan_data.reading.loader_state import from_plain, to_plain

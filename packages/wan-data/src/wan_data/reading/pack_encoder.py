@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_data.energon.pipeline import RawSample
+from wan_data.energon.samples import RawSample
 from wan_data.reading.packing import full_packs, usable_capacity
 from wan_data.shards.reader import StoredSample
 from wan_model.config import PatchSize
