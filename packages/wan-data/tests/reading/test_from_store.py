@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -265,3 +267,23 @@ def test_an_incomplete_copy_is_refused_at_opening(stored, dataset, bucket):
     (bucket[0] / "d" / MANIFEST_NAME).write_text("[]")
     with pytest.raises(ValueError, match="holds a JSON list; expected an object"):
         read_latent_spec(str(bucket[1] / "d"))
+
+
+LEFT = """
+import sys
+from wan_data.reading.loader import LoaderConfig, PackLoader
+loaders = [
+    PackLoader(LoaderConfig(sys.argv[1], 12, packing_buffer=60, text_length=4, seed=seed), rank=0, world_size=1)
+    for seed in range(4)
+]
+print([len(next(iter(one)).keys) > 0 for one in loaders])
+"""
+
+
+def test_a_process_ends_as_it_is_while_samples_are_read_ahead(stored):
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", LEFT, str(stored[1])], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == "[True, True, True, True]\n"

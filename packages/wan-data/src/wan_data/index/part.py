@@ -52,6 +52,7 @@ _INDICES = (
 _SCHEMA = {_TABLE, *_INDICES}
 FIELDS = tuple(SourceRecord.__dataclass_fields__)
 _COLUMNS = len(FIELDS)
+_TIME = FIELDS.index("mtime_ns")
 _LISTS = [FIELDS.index(name) for name in ("shards", "dropped", "cuts")]
 # Columns of an expression that decoding finds; the question mark is the target rate.
 _DECODED = {"seconds": "frames / ?", "frames": "frames", "fps": "source_fps", "height": "height", "width": "width"}
@@ -96,7 +97,8 @@ def _fill(database: sqlite3.Connection, rows: Iterable[Row]) -> tuple[int, str]:
 
 
 def _line(row: Row) -> bytes:
-    values = [one.hex() if isinstance(one, bytes) else one for one in row]
+    # Without the modification time, which differs between copies of the same clips.
+    values = [one.hex() if isinstance(one, bytes) else one for place, one in enumerate(row) if place != _TIME]
     return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
 

@@ -87,7 +87,6 @@ def with_found(record: SourceRecord, source: PlannedSource | RejectedSource, inf
         width=info.width,
         source_frames=info.source_frames,
         orientation=info.orientation,
-        # The index of what is neither measured nor left out does not depend on times.
         mtime_ns=source.mtime_ns if measures is not None or isinstance(source, RejectedSource) else 0,
         duplicate_of=source.duplicate_of,
     )

@@ -1,9 +1,13 @@
 """Threads that make requests: unlike those of an executor they never hold up the end of a command."""
 
+import atexit
 import concurrent.futures
 import contextlib
+import os
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,8 +15,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_SECONDS_AT_EXIT = 5.0
+_all: "weakref.WeakSet[Background]" = weakref.WeakSet()
+
+
 class Background:
-    """Calls functions in threads.
+    """Calls functions in threads, which end with the process: a stalled transfer does not hold it up for long.
+
+    A thread that Python's end meets in torch's C++ would abort the process, so that what is in progress may end.
 
     Args:
         threads: their number.
@@ -23,8 +33,10 @@ class Background:
         self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
         self._jobs = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(threads)]
+        self._process = os.getpid()
         for thread in self._threads:
             thread.start()
+        _all.add(self)
 
     def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> concurrent.futures.Future[T]:
         """Call a function when a thread is free."""
@@ -42,6 +54,18 @@ class Background:
         for thread in self._threads:
             thread.join(seconds)
 
+    def finish(self, until: float) -> None:
+        """Do nothing more of what was submitted, and wait for the threads until that time of ``time.monotonic``."""
+        if self._process != os.getpid():
+            return  # of the parent, whose threads a fork does not have
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (job := self._jobs.get_nowait()) is not None:
+                    job[0].cancel()
+        self.end()
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             future, function = job
@@ -54,6 +78,15 @@ class Background:
                     future.set_exception(error)
                 else:
                     future.set_result(result)
+                    del result
+            del job, future, function  # what they hold is not the thread's
+
+
+@atexit.register
+def _finish_all() -> None:
+    until = time.monotonic() + _SECONDS_AT_EXIT
+    for one in list(_all):
+        one.finish(until)
 
 
 def give_up(future: "concurrent.futures.Future[Any]") -> None:

@@ -1,6 +1,5 @@
 """Reads of a store that run while the caller goes on, in each process in threads of its own."""
 
-import atexit
 import concurrent.futures
 import os
 import weakref
@@ -11,16 +10,6 @@ from wan_data.storage.background import Background
 
 T = TypeVar("T")
 _THREADS = 8
-# What is in progress in this process, also of objects that are gone.
-_in_progress: "weakref.WeakSet[concurrent.futures.Future[Any]]" = weakref.WeakSet()
-_SECONDS_AT_EXIT = 5.0
-
-
-@atexit.register
-def _finish() -> None:
-    """Let what decodes a sample end: a thread that dies inside torch's C++ would abort the process."""
-    left = list(_in_progress)
-    concurrent.futures.wait([future for future in left if not future.cancel()], timeout=_SECONDS_AT_EXIT)
 
 
 class Transfers:
@@ -37,8 +26,6 @@ class Transfers:
         self._forget()
 
     def _forget(self) -> None:
-        if getattr(self, "_process", os.getpid()) != os.getpid():
-            _in_progress.clear()  # those of the parent
         self._process = os.getpid()
         self._background: Background | None = None
         self._pending: weakref.WeakSet[concurrent.futures.Future[Any]] = weakref.WeakSet()
@@ -52,7 +39,6 @@ class Transfers:
             weakref.finalize(self, self._background.end)
         future = self._background.submit(function)
         self._pending.add(future)
-        _in_progress.add(future)
         return future
 
     def settle(self, seconds: float) -> None:
