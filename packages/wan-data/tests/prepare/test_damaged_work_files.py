@@ -283,7 +283,7 @@ def test_a_run_refuses_them_at_once(copies, prepared, tiny_model, settings, sile
     again = out.parent / "again"
     with monkeypatch.context() as patch:
         patch.setattr(preparation.RewrittenShard, "read", None)
-        patch.setattr(preparation, "write_metadata", lambda *_: 1 / 0)
+        patch.setattr("wan_data.prepare.outputs.write_metadata", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepared(clips, again, tiny_model, settings)
     (again / ".wan-data" / "shard-000003.json").write_text('{"record": 3}')
