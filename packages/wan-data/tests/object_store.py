@@ -8,6 +8,7 @@ from wan_model.testing.object_store import (
     environment,
     free_port,
     object_server,
+    write_profile,
 )
 
-__all__ = ["ACCESS_KEY", "SECRET_KEY", "Fault", "Proxy", "environment", "free_port", "object_server"]
+__all__ = ["ACCESS_KEY", "SECRET_KEY", "Fault", "Proxy", "environment", "free_port", "object_server", "write_profile"]

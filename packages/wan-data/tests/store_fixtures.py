@@ -38,5 +38,6 @@ def bucket(served, proxy) -> Iterator[tuple[Path, StorePath]]:
     folder = served[0] / name
     folder.mkdir()
     yield folder, StorePath("s3", name, "")
-    # One client for each bucket is kept.
-    multistorageclient.shortcuts._STORAGE_CLIENT_CACHE.pop(f"_s3-{name}", None)
+    # One client for each bucket, and for the profile of write_profile, is kept.
+    for kept in (f"_s3-{name}", "tests"):
+        multistorageclient.shortcuts._STORAGE_CLIENT_CACHE.pop(kept, None)

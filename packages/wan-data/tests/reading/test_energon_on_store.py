@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from latent_shards import write_latent_shards
-from object_store import ACCESS_KEY, SECRET_KEY
+from object_store import write_profile
 
 from wan_data.reading.loader import LoaderConfig, PackLoader
 
@@ -16,19 +16,9 @@ def profile(bucket, proxy, tmp_path, monkeypatch):
     folder, root = bucket
     latents = [[torch.full((16, 1, 2, 2), 10.0 * number + i) for i in range(6)] for number in range(3)]
     write_latent_shards(folder / "set", zip(["train", "train", "val"], latents, strict=True))
-    config = tmp_path / "msc.yaml"
-    config.write_text(
-        "profiles:\n  tests:\n    storage_provider:\n      type: s3\n      options:\n"
-        f"        base_path: {root.bucket}\n        endpoint_url: {proxy.url}\n        region_name: us-east-1\n"
-        "    credentials_provider:\n      type: S3Credentials\n      options:\n"
-        f"        access_key: {ACCESS_KEY}\n        secret_key: {SECRET_KEY}\n"
-    )
-    monkeypatch.setenv("MSC_CONFIG", str(config))
+    monkeypatch.setenv("MSC_CONFIG", str(write_profile(tmp_path / "msc.yaml", root.bucket, proxy.url)))
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    yield folder / "set", "msc://tests/set"
-    import multistorageclient.shortcuts
-
-    multistorageclient.shortcuts._STORAGE_CLIENT_CACHE.pop("tests", None)
+    return folder / "set", "msc://tests/set"
 
 
 def raw_samples(path, count):

@@ -4,7 +4,7 @@ import os
 import time
 
 import pytest
-from object_store import ACCESS_KEY, SECRET_KEY, Fault
+from object_store import ACCESS_KEY, Fault, write_profile
 
 from wan_data.storage.failures import StoreUnavailableError
 from wan_data.storage.location import StorePath, location
@@ -171,14 +171,7 @@ def test_wrong_and_missing_credentials_are_said_without_them(bucket, monkeypatch
 def test_a_profile_is_opened_and_a_missing_one_is_said(bucket, proxy, tmp_path, monkeypatch):
     folder, root = bucket
     put(folder, "a/x")
-    config = tmp_path / "msc.yaml"
-    config.write_text(
-        "profiles:\n  tests:\n    storage_provider:\n      type: s3\n      options:\n"
-        f"        base_path: {root.bucket}\n        endpoint_url: {proxy.url}\n        region_name: us-east-1\n"
-        "    credentials_provider:\n      type: S3Credentials\n      options:\n"
-        f"        access_key: {ACCESS_KEY}\n        secret_key: {SECRET_KEY}\n"
-    )
-    monkeypatch.setenv("MSC_CONFIG", str(config))
+    monkeypatch.setenv("MSC_CONFIG", str(write_profile(tmp_path / "msc.yaml", root.bucket, proxy.url)))
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert [str(one.path) for one in list_objects(location("msc://tests/a"))] == ["msc://tests/a/x"]
     with pytest.raises(ValueError, match="msc://nobody cannot be opened: multi-storage-client has no such profile"):

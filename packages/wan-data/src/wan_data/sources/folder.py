@@ -1,7 +1,7 @@
 """The sources that a folder holds, and what else is in it."""
 
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,7 +51,7 @@ class SourceFolder:
 
     def left_out(self) -> list[str]:
         """What of the folder is not read, one line a kind; empty if all of it is."""
-        return [f"{few.count} left out, {kind}: {few}" for kind, few in self._left_out.items() if few.count]
+        return left_out_lines(self._left_out)
 
     def _leave_out(self, kind: str, path: Path) -> None:
         self._left_out[kind].add(path.relative_to(self._folder).as_posix())
@@ -91,6 +91,11 @@ KIND_HIDDEN, KIND_AGAIN, KIND_OTHER = "hidden", "linked a second time", "of a ki
 KIND_IMAGES, KIND_TEXTS = "images, which --mode frames reads", "texts without a clip of their name"
 KIND_LINES, KIND_BROKEN = "lines that name no clip beside them", "captions that cannot be read"
 LEFT_OUT_KINDS = (KIND_HIDDEN, KIND_AGAIN, KIND_OTHER, KIND_IMAGES, KIND_TEXTS, KIND_LINES, KIND_BROKEN)
+
+
+def left_out_lines(left_out: Mapping[str, "Few"]) -> list[str]:
+    """What is not read, one line for each kind of which there is something."""
+    return [f"{few.count} left out, {kind}: {few}" for kind, few in left_out.items() if few.count]
 
 
 class Few:

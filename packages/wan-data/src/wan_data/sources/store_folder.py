@@ -17,6 +17,7 @@ from wan_data.sources.folder import (
     LEFT_OUT_KINDS,
     LIST_SUFFIX,
     Few,
+    left_out_lines,
     unused_lines,
 )
 from wan_data.sources.source import Listed, SourceFile, source_suffixes
@@ -69,7 +70,7 @@ class StoreFolder:
 
     def left_out(self) -> list[str]:
         """What of the folder is not read, one line a kind; empty if all of it is."""
-        return [f"{few.count} left out, {kind}: {few}" for kind, few in self._left_out.items() if few.count]
+        return left_out_lines(self._left_out)
 
     def _listed(self) -> Iterator[tuple[Any, ...]]:
         for found in list_objects(self._folder):

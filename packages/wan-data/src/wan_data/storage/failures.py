@@ -105,9 +105,7 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
             errno.EACCES, f"{doing} was denied{why}; check the credentials and what they allow", str(path)
         )
     if status is not None and 400 <= status < 500 and status not in _PASSING:
-        return OSError(
-            errno.EIO, f"{doing} failed: the store answered {status}{f' ({code})' if code else ''}", str(path)
-        )
+        return OSError(errno.EIO, f"{doing} failed: the store answered {_said(status, code)}", str(path))
     return None
 
 
@@ -119,9 +117,7 @@ def is_of_the_object(error: OSError) -> bool:
 def unavailable(error: BaseException, path: StorePath, doing: str, seconds: float, attempts: int) -> OSError:
     """The error of a store that has failed for too long."""
     status, code = _answer(error)
-    answer = (
-        f"it answered {status}{f' ({code})' if code else ''}" if status else f"no whole answer came ({_cause(error)})"
-    )
+    answer = f"it answered {_said(status, code)}" if status else f"no whole answer came ({_cause(error)})"
     return StoreUnavailableError(
         errno.EIO,
         f"{doing} failed {attempts} times in {seconds:.0f} s: {answer}; run the same command again when the store "

@@ -187,3 +187,14 @@ def environment(url: str, **more: str) -> dict[str, str]:
         "WAN_DATA_STORE_PATIENCE": "20",
         **more,
     }
+
+
+def write_profile(path: Path, bucket: str, url: str) -> Path:
+    """Write a configuration of multi-storage-client whose profile ``tests`` is a bucket of the server; its path."""
+    path.write_text(
+        "profiles:\n  tests:\n    storage_provider:\n      type: s3\n      options:\n"
+        f"        base_path: {bucket}\n        endpoint_url: {url}\n        region_name: us-east-1\n"
+        "    credentials_provider:\n      type: S3Credentials\n      options:\n"
+        f"        access_key: {ACCESS_KEY}\n        secret_key: {SECRET_KEY}\n"
+    )
+    return path
