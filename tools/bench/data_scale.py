@@ -11,7 +11,6 @@ import io
 import json
 import os
 import random
-import resource
 import sqlite3
 import struct
 import subprocess
@@ -41,6 +40,7 @@ from wan_data.video.decode import ClipInfo
 from wan_data.video.windows import Window
 from wan_model.latent_spec import LatentSpec
 from wan_model.system.files import sha256_of
+from wan_model.system.memory import peak_resident
 from wan_model.system.safe_reading import open_file
 
 SCALES = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -100,7 +100,7 @@ def _here(action: str, folder: Path, sources: int) -> tuple[float, float]:
     if sources:
         with contextlib.redirect_stdout(io.StringIO()):
             ACTIONS[action](folder, sources)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return time.perf_counter() - start, peak_resident() / 1e6
 
 
 # -- the made-up dataset -----------------------------------------------------------------------------------------------

@@ -225,12 +225,13 @@ def two_processes(shape: Shape, model: Path, folder: Path, quick: bool) -> Table
 
 
 _DECODE = """
-import json, resource, sys, time, torch
+import json, sys, time, torch
 from wan_model.codec.latent_codec import LatentCodec
+from wan_model.system.memory import peak_resident
 model, shape, way = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 codec = LatentCodec.from_pretrained(model, load_text=False)
 latents = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident()
 start = time.perf_counter()
 if way is None:
     video = codec.decode_video(latents[None])[0]
@@ -238,7 +239,7 @@ if way is None:
 else:
     checksum = sum(frames.double().sum().item() for frames in codec.decode_frames(latents, tiles=tuple(way)))
 took = time.perf_counter() - start
-print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, took, checksum]))
+print(json.dumps([peak_resident() - before, took, checksum]))
 """
 
 
@@ -294,8 +295,8 @@ def decoding(folder: Path, quick: bool) -> Table:
     for name, way in ways.items():
         command = [sys.executable, "-c", _DECODE, model, json.dumps(shape), json.dumps(way)]
         _, printed = run_process(command, torch.get_num_threads(), HF_HUB_OFFLINE="1")
-        kilobytes, took, checksum = json.loads(printed)
-        table.rows.append([name, gigabytes(kilobytes * 1024), seconds(took), f"{checksum:.3f}"])
+        memory, took, checksum = json.loads(printed)
+        table.rows.append([name, gigabytes(memory), seconds(took), f"{checksum:.3f}"])
     return table
 
 

@@ -73,10 +73,10 @@ def run(
     progress.line("loading the model")
     with stages.timed("load"):
         from wan_infer.loading.sources import check_task
-        from wan_infer.runtime.memory import peak_memory
         from wan_infer.runtime.parallelism import Parallelism
         from wan_infer.runtime.placement import Placement
         from wan_infer.sampling.sampler import WanSampler
+        from wan_model.system.memory import peak_memory
 
         parallelism = Parallelism.initialize(Placement.choose(options).device, parallel)
         sampler = WanSampler(sources, options, parallelism=parallelism)

@@ -5,7 +5,6 @@ Import only after ``wan_train.engine.start``.
 
 import dataclasses
 import json
-import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from megatron.core import parallel_state
 
 from wan_model.system.files import append_line
 from wan_model.system.gpus import peak_tflops
+from wan_model.system.memory import peak_memory
 from wan_model.system.terminal import Terminal
 from wan_model.system.units import format_seconds
 from wan_train.loop.step import Counts
@@ -30,13 +30,6 @@ def peak_of_device(device: torch.device) -> float | None:
     return peak_tflops(torch.cuda.get_device_name(device))
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that tensors have had on the GPU at most since the start; on the CPU, resident ones of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
     """Metrics of the steps since the last log entry; sums are over all data-parallel ranks.
@@ -47,7 +40,7 @@ class StepMetrics:
         samples, tokens, tokens_padded, flops: see ``wan_train.loop.step.Counts``.
         data_wait: maximum over ranks, seconds.
         save_seconds: how long saves of these steps, or of the one before, have blocked the loop; 0 without a save.
-        peak_memory: see ``peak_memory``; maximum over ranks.
+        peak_memory: see ``wan_model.system.memory.peak_memory``; maximum over ranks.
         devices: number of devices of the run.
         peak_tflops: peak of one device, if known.
     """
