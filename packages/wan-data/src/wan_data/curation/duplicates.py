@@ -5,11 +5,13 @@ in fewer than eight bits; sorting finds them. Candidates are then compared by al
 """
 
 import dataclasses
+import itertools
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8, UInt32, UInt64
 
 from wan_data.curation.fingerprints import BITS, PARTS, unpacked
 
@@ -23,6 +25,10 @@ _PLACES = 8
 # Entries of one key are compared with so many that follow them; see ``find_duplicates`` for larger groups.
 _FOLLOWING = 32
 _CHUNK = 1 << 15
+# Pairs that are compared at once; each takes some 2 KB.
+_PAIRS = 1 << 17
+# Of the hashes and their mirror images, so many have their keys sorted at once: 256 MB, held twice for a moment.
+_ENTRIES = 1 << 25
 
 Hashes = UInt8[np.ndarray, "clips 8 32"]
 Known = Bool[np.ndarray, "clips 8"]
@@ -117,23 +123,23 @@ class Near(NamedTuple):
 def find_duplicates(hashes: Hashes, known: Known, distance: float = DISTANCE) -> Near:
     """The search of ``near_duplicates`` on arrays.
 
-    Memory: some 600 bytes a clip beside the 256 of ``hashes``, which may be mapped from a file. A group of many
-    duplicates is reduced in rounds, so that it costs no more than others.
+    Memory: some 120 bytes a clip and at most 0.6 GB for a part of the keys, beside the 256 bytes a clip of ``hashes``,
+    which may be a ``numpy.memmap``: what was read of it is given back to the system. A group of many duplicates is
+    reduced in rounds, so that it costs no more than others.
 
     Args:
-        hashes: of all clips, those that are preferred first.
+        hashes: of all clips, those that are preferred first; at most 2**27.
         known: which of them are hashes.
         distance: as there.
     """
     count = len(hashes)
     kept, groups = np.arange(count), _Groups()
     distances, mirrored = np.zeros(count), np.zeros(count, bool)
-    left = np.flatnonzero(known.sum(1) >= LEAST_PARTS)
+    left = np.flatnonzero(known.sum(1, dtype=np.uint8) >= LEAST_PARTS)
     while True:
-        first, second, between, mirror = _near_pairs(hashes, known, left, distance)
         removed = 0
         # By the preference of the first clip of each pair: whether it is kept is known when its turn comes.
-        for one, other, bits, flipped in zip(first.tolist(), second.tolist(), between, mirror, strict=True):
+        for one, other, bits, flipped in _in_parts(*_near_pairs(hashes, known, left, distance)):
             groups.join(one, other)
             if kept[one] == one and kept[other] == other:
                 kept[other], distances[other], mirrored[other] = one, bits, flipped
@@ -141,6 +147,12 @@ def find_duplicates(hashes: Hashes, known: Known, distance: float = DISTANCE) ->
         if not removed:
             return Near(kept, distances, mirrored, groups.of(count))
         left = left[kept[left] == left]
+
+
+def _in_parts(*arrays: np.ndarray) -> Iterator[tuple[int, int, float, bool]]:
+    """Rows of the arrays, of which few are numbers of Python at once."""
+    for start in range(0, len(arrays[0]), _CHUNK):
+        yield from zip(*(one[start : start + _CHUNK].tolist() for one in arrays), strict=True)
 
 
 class _Groups:
@@ -170,61 +182,99 @@ def _near_pairs(
     hashes: Hashes, known: Known, chosen: np.ndarray, distance: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of the chosen clips within the distance, the lower number first, in order; and whether mirrored."""
-    rows = []
-    for first, second, mirror in _candidates(hashes, known, chosen):
-        between = clip_distances(hashes, known, first, second, mirror)
-        near = between <= distance
-        rows.append((first[near], second[near], between[near], mirror[near]))
-    first, second, between, mirror = (np.concatenate(part) for part in zip(*rows, strict=True)) if rows else (
-        np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool)
-    )  # fmt: skip
+    pairs, distances = [np.zeros(0, np.uint64)], [np.zeros(0)]
+    for some in _candidates(hashes, known, chosen):
+        between = clip_distances(hashes, known, *_unpacked_pairs(some))
+        pairs.append(some[between <= distance])
+        distances.append(between[between <= distance])
+    # A pair may have been found by several keys.
+    found, at = np.unique(np.concatenate(pairs), return_index=True)
+    between = np.concatenate(distances)[at]
+    first, second, mirror = _unpacked_pairs(found)
     # The nearer of the two ways round comes first.
     order = np.lexsort((mirror, between, second, first))
     return first[order], second[order], between[order], mirror[order]
 
 
-def _candidates(
-    hashes: Hashes, known: Known, chosen: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pairs of clips that have a key in common, the lower number first, and whether one of them was mirrored."""
-    seen = np.zeros(0, np.uint64)
-    for place in range(_PLACES):
-        pairs = [seen[:0]]
-        entries, clips = _entries(hashes, known, chosen, place)
-        for following in range(1, _FOLLOWING + 1):
-            where = _same_keys(entries, following)
-            if not where.size:
-                break
-            one, other = (entries[at].astype(np.uint32) for at in (where, where + following))
-            mirror = (one ^ other) & 1
-            one, other = clips[one >> 1], clips[other >> 1]
-            low, high = np.minimum(one, other), np.maximum(one, other)
-            # Two mirrored hashes are alike where the two upright ones are.
-            packed = (low.astype(np.uint64) << np.uint64(33)) | (high.astype(np.uint64) << np.uint64(1)) | mirror
-            pairs.append(np.unique(packed[low != high]))
-        new = np.setdiff1d(np.concatenate(pairs), seen)
-        seen = np.union1d(seen, new)
-        for start in range(0, len(new), _CHUNK):
-            part = new[start : start + _CHUNK]
-            first, second = (part >> np.uint64(33)).astype(np.int64), (part >> np.uint64(1)).astype(np.uint32)
-            yield first, second.astype(np.int64), (part & np.uint64(1)).astype(bool)
+def _unpacked_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The lower number, the higher, and whether one of them is mirrored."""
+    first, second = pairs >> np.uint64(33), (pairs >> np.uint64(1)) & np.uint64(2**32 - 1)
+    return first.astype(np.int64), second.astype(np.int64), (pairs & np.uint64(1)).astype(bool)
 
 
-def _entries(hashes: Hashes, known: Known, chosen: np.ndarray, place: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted: 32 bits of the key, then the number of the hash, then whether it was mirrored; and each hash's clip."""
-    words = hashes.reshape(*hashes.shape[:2], 4, _PLACES)[..., place]
-    words = np.ascontiguousarray(words[chosen]).view(np.uint32)[..., 0]
-    valid = known[chosen]
-    clips = np.broadcast_to(chosen[:, None], valid.shape)[valid]
-    count = len(clips)
-    entries = np.empty(2 * count, np.uint64)
-    entries[:count] = words[valid]
-    entries[:count] <<= np.uint64(32)
-    entries[:count] |= np.arange(count, dtype=np.uint64) << np.uint64(1)
-    mirror = np.uint64(int.from_bytes(bytes([_MIRROR] * 4), "big") << 32)
-    np.bitwise_xor(entries[:count], mirror | np.uint64(1), out=entries[count:])
+def _candidates(hashes: Hashes, known: Known, chosen: np.ndarray) -> Iterator[np.ndarray]:
+    """Pairs of clips that have a key in common, a few at a time; some come several times.
+
+    In 33 bits each the lower number and the higher, of which the last is whether one of them was mirrored.
+    """
+    valid = known[chosen].reshape(-1)
+    slices = -(-2 * int(np.count_nonzero(valid)) // _ENTRIES)
+    for place in range(_PLACES if len(chosen) else 0):
+        words = _words(hashes, chosen, place)
+        for number in range(slices):
+            # Equal parts of all keys: a hash has as many bits that are set as others.
+            low, high = (2**32 * edge // slices for edge in (number, number + 1))
+            new = _with_one_key(_entries(words, valid, low, high), chosen)
+            for start in range(0, len(new), _PAIRS):
+                yield new[start : start + _PAIRS]
+
+
+def _with_one_key(entries: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    pairs = [np.zeros(0, np.uint64)]
+    for following in range(1, _FOLLOWING + 1):
+        where = _same_keys(entries, following)
+        if not where.size:
+            break
+        one, other = (entries[at].astype(np.uint32) for at in (where, where + following))
+        # Two mirrored hashes are alike where the two upright ones are.
+        mirror = (one ^ other) & 1
+        one, other = (chosen[entry >> 4] for entry in (one, other))
+        low, high = np.minimum(one, other), np.maximum(one, other)
+        packed = (low.astype(np.uint64) << np.uint64(33)) | (high.astype(np.uint64) << np.uint64(1)) | mirror
+        pairs.append(np.unique(packed[low != high]))
+    return np.unique(np.concatenate(pairs))
+
+
+def _words(hashes: Hashes, chosen: np.ndarray, place: int) -> UInt32[np.ndarray, " hashes"]:
+    """The 32 bits of one place of each hash of the chosen clips: every eighth byte."""
+    words = np.empty((len(chosen), PARTS), np.uint32)
+    for start in range(0, len(chosen), _CHUNK):
+        some = _rows(hashes, chosen[start : start + _CHUNK])
+        bytes_ = some.reshape(len(some), PARTS, 4, _PLACES)[..., place]
+        words[start : start + len(some)] = np.ascontiguousarray(bytes_).view(np.uint32)[..., 0]
+    return words.reshape(-1)
+
+
+def _rows(hashes: Hashes, numbers: Int[np.ndarray, " rows"]) -> UInt8[np.ndarray, "rows 8 32"]:
+    """The hashes of some clips. Of a mapped file a part is in memory at a time, whatever part each clip is in."""
+    if not isinstance(hashes, np.memmap):
+        return hashes[numbers]
+    rows = np.empty((len(numbers), *hashes.shape[1:]), np.uint8)
+    order = np.argsort(numbers, kind="stable")
+    edges = np.searchsorted(numbers[order], np.arange(0, len(hashes) + _CHUNK, _CHUNK))
+    for start, stop in itertools.pairwise(edges.tolist()):
+        if start < stop:
+            some = order[start:stop]
+            rows[some] = hashes[numbers[some]]
+            give_back(hashes)
+    return rows
+
+
+def _entries(words: np.ndarray, valid: np.ndarray, low: int, high: int) -> UInt64[np.ndarray, " entries"]:
+    """Sorted: the key, from ``low`` to before ``high``, in 32 bits, the hash's number, and whether it was mirrored."""
+    found = [np.zeros(0, np.uint64)]
+    for mirrored in (0, 1):
+        mirror = np.uint32(int.from_bytes(bytes([_MIRROR * mirrored] * 4), "big"))
+        for start in range(0, len(words), _CHUNK << 4):
+            keys = words[start : start + (_CHUNK << 4)] ^ mirror
+            numbers = np.flatnonzero(valid[start : start + len(keys)] & (keys >= low) & (keys < high))
+            number = (numbers + start).astype(np.uint64)
+            found.append(
+                (keys[numbers].astype(np.uint64) << np.uint64(32)) | (number << np.uint64(1)) | np.uint64(mirrored)
+            )
+    entries = np.concatenate(found)
     entries.sort()
-    return entries, clips
+    return entries
 
 
 def _same_keys(entries: np.ndarray, following: int) -> np.ndarray:
@@ -236,6 +286,13 @@ def _same_keys(entries: np.ndarray, following: int) -> np.ndarray:
         later = entries[start + following : start + following + len(part)]
         found.append(np.flatnonzero((part ^ later) >> np.uint64(32) == 0) + start)
     return np.concatenate(found)
+
+
+def give_back(hashes: np.ndarray) -> None:
+    """Let the system have the memory of what was read of a mapped file; nothing for other arrays."""
+    if isinstance(hashes, np.memmap):
+        mapped: mmap.mmap = hashes._mmap  # type: ignore[attr-defined] # numpy has no other way to it
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def clip_distances(
@@ -256,8 +313,8 @@ def clip_distances(
         first, second: numbers of the clips.
         mirrored: whether the second is compared as its mirror image.
     """
-    one = hashes[first].view(np.uint64)
-    other = (hashes[second] ^ (_MIRROR * mirrored.astype(np.uint8))[:, None, None]).view(np.uint64)
+    one = _rows(hashes, first).view(np.uint64)
+    other = (_rows(hashes, second) ^ (_MIRROR * mirrored.astype(np.uint8))[:, None, None]).view(np.uint64)
     one_known, other_known = known[first], known[second]
     nearest = np.full((2, len(first), PARTS), BITS / 2, np.float32)
     for shift in (-1, 0, 1):

@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from wan_data.curation.duplicates import find_duplicates
+from wan_data.curation.duplicates import find_duplicates, give_back
 from wan_data.curation.fingerprints import BITS, PARTS, packed_fingerprint, unpacked_fingerprint
 from wan_data.index.records import DUPLICATE
 from wan_data.index.sources import SourceIndex, batched
@@ -29,10 +29,14 @@ NAME = "duplicates.sqlite"
 # ``number``: existing sources before new ones, each by name. ``kept`` is NULL if it is no duplicate, but connected with
 # others by such, whose split it shares: that of ``content``.
 _TABLES = (
-    "CREATE TABLE clips (number INTEGER PRIMARY KEY, name TEXT NOT NULL, sha256 TEXT NOT NULL)",
+    "CREATE TABLE clips (number INTEGER PRIMARY KEY, name TEXT NOT NULL, sha256 TEXT NOT NULL, "
+    "existing INTEGER NOT NULL, named INTEGER NOT NULL, area REAL NOT NULL, frames INTEGER NOT NULL, "
+    "bytes INTEGER NOT NULL)",
     "CREATE TABLE found (name TEXT PRIMARY KEY, kept TEXT, distance REAL NOT NULL, mirrored INTEGER NOT NULL, "
     "content TEXT NOT NULL) WITHOUT ROWID",
 )
+# Existing sources and new ones are numbered by name.
+_PREFERRED = "existing DESC, named, area DESC, frames DESC, bytes DESC, number"
 _CHUNK = 1 << 14
 _ROW = PARTS * BITS // 8
 
@@ -177,30 +181,30 @@ def _search(
     folder: Path,
 ) -> None:
     """Fill the table of what was found."""
-    keys = [array.array("d") for _ in range(5)]
     known = array.array("B")
     with tempfile.TemporaryFile(dir=folder) as unordered, tempfile.TemporaryFile(dir=folder) as ordered:
 
-        def rows() -> Iterator[tuple[int, str, str]]:
+        def rows() -> Iterator[tuple[int, str, str, bool, bool, float, int, int]]:
             for number, clip in enumerate(_each(index, replaced, results)):
                 row, mask = _bytes_of(clip)
                 unordered.write(row)
                 known.append(mask)
-                values = not clip.existing, clip.named, -clip.area, -clip.frames, -clip.bytes
-                for key, value in zip(keys, values, strict=True):
-                    key.append(value)
-                yield number, clip.name, clip.sha256
+                yield (
+                    *(number, clip.name, clip.sha256, clip.existing, clip.named),
+                    *(clip.area, clip.frames, clip.bytes),
+                )
 
-        database.executemany("INSERT INTO clips VALUES (?, ?, ?)", rows())
+        database.executemany("INSERT INTO clips VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows())
         unordered.flush()
         if not known:
             return
-        # Sorting is stable, and both kinds come by name.
-        order = np.lexsort([np.frombuffer(key) for key in reversed(keys)])
-        new = np.frombuffer(keys[0])[order] == 1
-        keys.clear()
+        # SQLite sorts in a file.
+        query = f"SELECT number, existing FROM clips ORDER BY {_PREFERRED}"
+        order, new = np.empty(len(known), np.int64), np.empty(len(known), bool)
+        for place, (number, existing) in enumerate(database.execute(query)):
+            order[place], new[place] = number, not existing
         hashes = _ordered(unordered, ordered, order)
-        bits = (np.frombuffer(known, np.uint8)[order, None] >> np.arange(PARTS, dtype=np.uint8)) & 1
+        bits = np.unpackbits(np.frombuffer(known, np.uint8)[order, None], axis=1, bitorder="little")
         _record(database, order, new, hashes, bits.astype(bool))
 
 
@@ -225,7 +229,9 @@ def _ordered(source: IO[bytes], target: IO[bytes], order: np.ndarray) -> np.ndar
     hashes = np.memmap(target, np.uint8, "w+", shape=shape)
     for start in range(0, len(order), _CHUNK):
         hashes[start : start + _CHUNK] = unordered[order[start : start + _CHUNK]]
-    return np.asarray(hashes).reshape(-1, PARTS, BITS // 8)
+        give_back(unordered)
+        give_back(hashes)
+    return hashes.reshape(-1, PARTS, BITS // 8)
 
 
 def _record(
