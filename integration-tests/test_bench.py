@@ -52,7 +52,7 @@ def test_cpu_tables(tmp_path):
 
 def test_data_tables(tmp_path):
     _python("-m", "bench", "--quick", "--of", "data", "--folder", str(tmp_path))
-    whole, processes, ray, loading, stored, scale = json.loads((tmp_path / "data.json").read_text())["tables"]
+    whole, processes, ray, loading, stored, near, scale = json.loads((tmp_path / "data.json").read_text())["tables"]
     assert float(whole["rows"][0][3]) > 1, "the program does more than its encoders"
     assert float(processes["rows"][0][2]) > 0.1
     assert float(ray["rows"][0][4]) > 0
@@ -60,6 +60,7 @@ def test_data_tables(tmp_path):
     assert all(float(row[1]) > 1 for row in loading["rows"])
     assert [row[0] for row in stored["rows"]][:2] == ["disk", "store"]
     assert all(float(row[1]) > 1 for row in stored["rows"])
+    assert near["rows"][0][:4] == ["3,000", "30", "30", "0"]
     assert [row[:2] for row in scale["rows"]] == [["300", "3"]]
     assert all(cell.endswith(" MB") for cell in scale["rows"][0][2:])
 

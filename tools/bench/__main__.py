@@ -68,7 +68,7 @@ def main() -> int:
 
 def _chosen(arguments: argparse.Namespace) -> dict[str, list[Iterator[Table]]]:
     # Only now: they import everything that is timed.
-    from bench import data, data_in_store, data_scale, infer, infer_cuda, model_cpu, model_cuda, train
+    from bench import data, data_duplicates, data_in_store, data_scale, infer, infer_cuda, model_cpu, model_cuda, train
 
     cpu, quick = arguments.device in ("auto", "cpu"), arguments.quick
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
@@ -78,7 +78,8 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, list[Iterator[Table]]]:
         if cuda:
             runs["model"].append(model_cuda.tables(torch.device("cuda"), quick=quick))
     if arguments.of in ("all", "data") and cpu:
-        runs["data"] = [data.tables(quick=quick), data_in_store.tables(quick=quick), data_scale.tables(quick=quick)]
+        parts = data, data_in_store, data_duplicates, data_scale
+        runs["data"] = [part.tables(quick=quick) for part in parts]
     if arguments.of in ("all", "train") and cpu:
         runs["train"] = [train.tables(quick=quick)]
     if arguments.of in ("all", "infer"):

@@ -63,7 +63,7 @@ class Prepared:
         self.work, self.size, self.clips, self.windows = work, Size(32, 48) if quick else Size(48, 80), 2, 2
         self.few = 1
         if not quick:
-            self.clips, self.windows, self.few = 12, 3, 2
+            self.clips, self.windows, self.few = 12, 3, 4
         self.folder, self.folder_of_few = work / "clips", work / "few-clips"
         for folder, count in ((self.folder, self.clips), (self.folder_of_few, self.few)):
             folder.mkdir()
@@ -94,7 +94,9 @@ class Prepared:
             *(Path(sysconfig.get_path("scripts"), "wan-data"), "prepare", "--video-folder", folder),
             *("--output-folder", out, "--model", self.model, "--device", "cpu"),
             *("--height", self.size.height, "--width", self.size.width, "--frames", FRAMES),
-            *("--num-processes", processes, "--samples-per-shard", 8, "--on", on),
+            *("--num-processes", processes, "--on", on),
+            # Processes take whole shards: of all clips and of few each of two gets the same number.
+            *("--samples-per-shard", self.windows),
         ]
         took, _ = run_process(command, threads)
         samples = sum(json.loads((out / MANIFEST_NAME).read_bytes())["samples"].values())

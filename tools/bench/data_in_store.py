@@ -3,8 +3,10 @@
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 from bench.data import write_shards
@@ -13,13 +15,39 @@ from bench.report import Table
 from wan_data.reading.loader import LoaderConfig, PackLoader
 from wan_model.testing.object_store import environment, object_server
 
-# Label, whether the dataset is in the store, worker processes, bytes of the cache.
+_STEP = 0.05
+
+
+class _Reader(NamedTuple):
+    """A way to read.
+
+    Attributes:
+        label: of the row.
+        base: the reader that it is compared with.
+        stored: whether the dataset is in the store.
+        workers: processes.
+        cache: its bytes.
+        step: seconds that the process sleeps after each pack, as one does whose GPU trains on it.
+    """
+
+    label: str
+    base: str
+    stored: bool = False
+    workers: int = 0
+    cache: int = 0
+    step: float = 0.0
+
+
 _READERS = {
-    "disk": ("disk", False, 0, 0),
-    "store": ("store", True, 0, 0),
-    "disk, worker": ("disk, one worker", False, 1, 0),
-    "store, worker": ("store, one worker", True, 1, 0),
-    "cache": ("store, kept in a cache on the disk", True, 0, 10**12),
+    "disk": _Reader("disk", "disk"),
+    "store": _Reader("store", "disk", stored=True),
+    "disk, worker": _Reader("disk, one worker", "disk, worker", workers=1),
+    "store, worker": _Reader("store, one worker", "disk, worker", stored=True, workers=1),
+    "cache": _Reader("store, kept in a cache on the disk", "disk", stored=True, cache=10**12),
+    "disk, steps": _Reader("disk, one worker, beside steps of 50 ms", "disk, steps", workers=1, step=_STEP),
+    "store, steps": _Reader(
+        "store, one worker, beside steps of 50 ms", "disk, steps", stored=True, workers=1, step=_STEP
+    ),
 }
 
 
@@ -28,9 +56,12 @@ def _server(folder: Path) -> contextlib.AbstractContextManager[int]:
     return object_server(folder, "--etag-hash", "")
 
 
-def _packs(url: str, workers: int, cache: int) -> Generator[int, None, None]:
-    config = LoaderConfig(url, capacity=4 * 7800, num_workers=workers, packing_buffer=16, cache_bytes=cache)
+def _packs(url: str, reader: _Reader) -> Generator[int, None, None]:
+    config = LoaderConfig(
+        url, capacity=4 * 7800, num_workers=reader.workers, packing_buffer=16, cache_bytes=reader.cache
+    )
     for pack in PackLoader(config, rank=0, world_size=1):
+        time.sleep(reader.step)
         yield len(pack.keys)
 
 
@@ -44,8 +75,8 @@ def tables(*, quick: bool) -> Iterator[Table]:
         variables = environment(f"http://127.0.0.1:{port}", WAN_DATA_CACHE=f"{name}/cache")
         with mock.patch.dict(os.environ, variables):
             endless = {
-                key: _packs("s3://bucket/data" if stored else str(folder), workers, cache)
-                for key, (_, stored, workers, cache) in _READERS.items()
+                key: _packs("s3://bucket/data" if reader.stored else str(folder), reader)
+                for key, reader in _READERS.items()
             }
 
             def an_epoch(packs: Iterator[int]) -> None:
@@ -65,9 +96,8 @@ def tables(*, quick: bool) -> Iterator[Table]:
         note=f"The server, rclone's on loopback, runs on the same {os.cpu_count()} cores as the loader, and reads the "
         "files from the page cache, as the loader does from the disk. Packs of four samples. Target: >= 0.9.",
     )
-    for key, (label, *_) in _READERS.items():
-        took, base = median(times[key]), "disk, worker" if "worker" in key else "disk"
-        table.rows.append(
-            [label, f"{samples / took:.0f}", f"{size / took / 1e6:.0f}", f"{ratio(times[base], times[key]):.2f}"]
-        )
+    for key, reader in _READERS.items():
+        took = median(times[key])
+        against = ratio(times[reader.base], times[key])
+        table.rows.append([reader.label, f"{samples / took:.0f}", f"{size / took / 1e6:.0f}", f"{against:.2f}"])
     yield table
