@@ -14,29 +14,29 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-
 _SECONDS_AT_EXIT = 5.0
-_all: "weakref.WeakSet[Background]" = weakref.WeakSet()
+_computing: "weakref.WeakSet[Background]" = weakref.WeakSet()
 
 
 class Background:
     """Calls functions in threads, which end with the process: a stalled transfer does not hold it up for long.
 
-    A thread that Python's end meets in torch's C++ would abort the process, so that what is in progress may end.
-
     Args:
         threads: their number.
         name: of the threads.
+        computes: the functions call torch. A thread that Python's end meets in its C++ would abort the process, so that
+            at the end some seconds are waited for what is in progress.
     """
 
-    def __init__(self, threads: int, name: str) -> None:
+    def __init__(self, threads: int, name: str, *, computes: bool = False) -> None:
         self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
         self._jobs = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(threads)]
         self._process = os.getpid()
         for thread in self._threads:
             thread.start()
-        _all.add(self)
+        if computes:
+            _computing.add(self)
 
     def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> concurrent.futures.Future[T]:
         """Call a function when a thread is free."""
@@ -83,9 +83,9 @@ class Background:
 
 
 @atexit.register
-def _finish_all() -> None:
+def _finish_computing() -> None:
     until = time.monotonic() + _SECONDS_AT_EXIT
-    for one in list(_all):
+    for one in list(_computing):
         one.finish(until)
 
 

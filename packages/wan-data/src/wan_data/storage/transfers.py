@@ -35,7 +35,7 @@ class Transfers:
         if self._process != os.getpid():
             self._forget()
         if self._background is None:
-            self._background = Background(self._threads, "reads of a store")
+            self._background = Background(self._threads, "reads of a store", computes=True)
             weakref.finalize(self, self._background.end)
         future = self._background.submit(function)
         self._pending.add(future)
