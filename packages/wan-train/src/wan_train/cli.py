@@ -35,6 +35,19 @@ class _LocalPath(click.Path):
 _LOCAL_PATH = _LocalPath(path_type=Path)
 
 
+class _RefusedInputError(click.ClickException):
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def _refusals_printed() -> Iterator[None]:
+    """A ``ValueError`` in the block ends the command with its sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise _RefusedInputError(str(error)) from error
+
+
 class _Commands(CheckedCommand, click.Group):
     """A group whose commands end with a sentence at errors of the system, such as a full disk."""
 
@@ -138,7 +151,8 @@ def _train(
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     if dry_run:
-        sys.exit(_dry_run(options, world_size or nproc_per_node, as_json))
+        _dry_run(options, world_size or nproc_per_node, as_json)
+        return
     if world_size is not None or as_json:
         raise click.ClickException(
             "--world-size and --json need --dry-run; a run takes its number of processes from torchrun"
@@ -164,18 +178,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _dry_run(options: RunOptions, world: int, as_json: bool) -> int:
-    try:
-        with _quiet():
-            from wan_train.planning.dry_run import main as describe
+def _dry_run(options: RunOptions, world: int, as_json: bool) -> None:
+    with _refusals_printed(), _quiet():
+        from wan_train.planning.dry_run import main as describe
 
-            lines = describe(options, world, as_json=as_json)
-    except ValueError as error:
-        click.echo(f"Error: {error}", err=True)
-        return 2
+        lines = describe(options, world, as_json=as_json)
     for line in lines:
         click.echo(line)
-    return 0
 
 
 @main.command("plan")
@@ -209,11 +218,8 @@ def plan_command(**options: Any) -> None:
     """
     from wan_train.planning.plan import main as make_plan
 
-    try:
+    with _refusals_printed():
         lines = make_plan(**options)
-    except ValueError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
     for line in lines:
         click.echo(line)
 
@@ -247,7 +253,7 @@ def export_command(
     """
     if (out is None) == (lora is None):
         raise click.UsageError("expected either OUT, for a model, or --lora FILE, for the LoRA of a run")
-    try:
+    with _refusals_printed():
         if lora is not None:
             from wan_train.checkpoint.adapters import export_lora
 
@@ -262,9 +268,6 @@ def export_command(
                 raise ValueError("--dtype is float16, which is for --lora; expected stored, float32 or bfloat16")
             read = export(checkpoints, out, step=step, ema=ema, dtype=dtype)
             written, what = out / "transformer", "weights"
-    except ValueError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
     click.echo(f"{written}: the {'EMA' if ema else what} of {read}")
 
 
@@ -289,7 +292,7 @@ def merge_command(lora: Path, out: Path, model: str | None, step: int | None, em
     """
     from wan_model.weights.lora_reading import find_lora
 
-    try:
+    with _refusals_printed():
         if find_lora(lora).is_file():
             if model is None or step is not None or ema:
                 raise ValueError(
@@ -305,9 +308,6 @@ def merge_command(lora: Path, out: Path, model: str | None, step: int | None, em
         from wan_train.checkpoint.adapters import merge
 
         read = merge(lora, out, model=model, step=step, ema=ema, dtype=dtype)
-    except ValueError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
     click.echo(f"{out / 'transformer'}: its base with the {'EMA of the ' if ema else ''}LoRA of {read}")
 
 
@@ -344,14 +344,11 @@ def report_command(
         raise click.ClickException("--port is of the page that --follow serves; add --follow or leave --port out")
     if follow and out is not None:
         raise click.ClickException("--follow serves the page and writes no file; leave --out or --follow out")
-    try:
+    with _refusals_printed():
         if follow:
             serve(Follower(folders, video_bytes), port, announce=click.echo)
         else:
             click.echo(write_page(folders, out, video_bytes=video_bytes))
-    except ValueError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
 
 
 @main.group()
