@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 # What Megatron-Bridge brings along by its own requirements, and what only builds against CUDA.
 BUILT_AGAINST_CUDA = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "transformer-engine-torch")
 CHECKOUT = "pip install ./packages/wan-model ./packages/wan-data"
+EXTRAS = f"{CHECKOUT.removesuffix('./packages/wan-data')}'./packages/wan-data[s3,gs,curation,ray]'"
 ENGINE = [f"{CHECKOUT} './packages/wan-train[engine]'", "pip install --no-deps megatron-bridge==0.3.1"]
 PAGE = f"{CHECKOUT} './packages/wan-train[report]'"
 TRANSFORMER_ENGINE = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.10,<2.13'"
@@ -66,6 +67,7 @@ def routes(root: Path) -> list[Route]:
         Route("cpu", ENGINE, {"torch": "2.13.0+cpu"}, (*training, "megatron-core", "megatron-bridge", "triton")),
         Route("page", [PAGE], {"torch": "2.13.0+cpu"}, (*training, "jinja2", "plotly")),
         Route("sampler", ["pip install ./packages/wan-model ./packages/wan-infer"], cuda, ("wan-model", "wan-infer")),
+        Route("extras-of-data", [EXTRAS], cuda, ("wan-data", "boto3", "ray", "scenedetect", "google-cloud-storage")),
         Route("data", [CHECKOUT], cuda, ("wan-model", "wan-data"), avoids=(*BUILT_AGAINST_CUDA, "megatron-core")),
     ]
     for file in sorted(root.glob("docker/nemo-*.txt")):
@@ -73,10 +75,10 @@ def routes(root: Path) -> list[Route]:
         # Bridge asks for it, so these containers have such a version.
         before_5 = ("transformers<5",) if present["megatron-bridge"] < "0.5" else ()
         commands = {
-            "": [f"{CHECKOUT} ./packages/wan-train"],
-            "-dockerfile": ["docker/install.sh"],
+            "": ([f"{CHECKOUT} ./packages/wan-train"], training),
+            "-dockerfile": (["docker/install.sh"], (*training, "wan-infer")),
+            "-extras": ([EXTRAS], ("wan-data", "boto3", "ray", "scenedetect")),
         }
-        for suffix, lines in commands.items():
-            installs = (*training, *(("wan-infer",) if suffix else ()))
+        for suffix, (lines, installs) in commands.items():
             found.append(Route(file.stem + suffix, lines, present, installs, constraints=before_5))
     return found

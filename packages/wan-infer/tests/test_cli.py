@@ -276,6 +276,16 @@ def test_a_video_does_not_depend_on_its_place_in_the_call(model_folder: Path, tm
         (["--lora", "{tmp}/none", "--lora-scale", "nan"], r"the scale of the LoRA .*none is nan"),
         (["--lora", "a", "b", "--lora-scale", "1", "2", "3"], r"got 2 --lora and 3 --lora-scale; give one scale"),
         (["--lora-scale", "0.5"], r"--lora-scale needs --lora, which it scales"),
+        (
+            ["--save_file", "s3://bucket/out.mp4"],
+            r"--save-file is s3://bucket/out.mp4, and only datasets may lie in an",
+        ),
+        (["--contact-sheet", "gs://bucket/a.png"], r"--contact-sheet is gs://bucket/a.png, and only datasets"),
+        (["--output-folder", "msc://bucket/a"], r"--output-folder is msc://bucket/a, and only datasets"),
+        (["--prompts-file", "s3://bucket/a.txt"], r"--prompts-file is s3://bucket/a.txt, and only datasets"),
+        (["--lora", "s3://bucket/a.safetensors"], r"--lora is s3://bucket/a.safetensors, and only datasets"),
+        (["--checkpoint-dir", "s3://bucket/a"], r"--checkpoint-dir is s3://bucket/a, and only datasets"),
+        (["--model", "s3://bucket/a"], r"the model is s3://bucket/a, and only datasets"),
         (["--vae-tiles", "97"], r"cannot be cut into 1\*97 tiles"),
     ],
 )

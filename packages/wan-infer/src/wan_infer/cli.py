@@ -20,6 +20,7 @@ from wan_infer.runtime.launch import launch
 from wan_model.precision import DTYPES, VAE_PRECISIONS
 from wan_model.sampling.settings import NEGATIVE_PROMPT, SOLVERS, Settings
 from wan_model.system.child_process import Supervisor, end_process
+from wan_model.system.option_types import LocalPath
 from wan_model.system.torchrun import rank, world_size
 from wan_model.system.versions import check_dependencies
 
@@ -29,15 +30,19 @@ from wan_model.system.versions import check_dependencies
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110},
 )
 @flag("prompts", multiple=True, help="Text of the video; several make several videos.")
-@flag("prompts-file", type=click.Path(path_type=Path, readable=False),
+@flag("prompts-file", type=LocalPath(path_type=Path, readable=False),
       help=".txt: one prompt a line; .jsonl: one object a line, which may have settings of its own.")  # fmt: skip
 @flag("model", help="Folder in diffusers' layout, or hub id: text encoder, autoencoder, and, without --checkpoint-dir, "
       "the transformer.")  # fmt: skip
 @flag("revision", help="The hub id's revision.")
-@flag("checkpoint-dir", help="Checkpoint folder of a training run to take the transformer from.")
+@flag(
+    "checkpoint-dir",
+    type=LocalPath(readable=False),
+    help="Checkpoint folder of a training run to take the transformer from.",
+)
 @flag("checkpoint-step", type=int, help="Its step.  [default: the newest complete checkpoint]")
 @flag("ema", is_flag=True, help="Use the EMA of the checkpoint's weights instead of the weights.")
-@flag("lora", multiple=True, type=click.Path(readable=False),
+@flag("lora", multiple=True, type=LocalPath(readable=False),
       help="A LoRA for the transformer: a safetensors file of any trainer, or the checkpoints of a LoRA run; "
       "several are added.")  # fmt: skip
 @flag("lora-scale", multiple=True, type=float, show_default="1", help="Scale of the LoRA, for all or one each.")
@@ -75,10 +80,10 @@ from wan_model.system.versions import check_dependencies
       "Not under torchrun, which starts the processes itself.")  # fmt: skip
 @flag("cfg-parallel", is_flag=True, help="Compute the two branches of guidance in one half of the processes each.")
 @flag("shard-weights", is_flag=True, help="Shard the transformer's weights over the processes (FSDP).")
-@flag("save-file", type=click.Path(path_type=Path), help="File to write, for one video.")
-@flag("output-folder", type=click.Path(path_type=Path), default="videos",
+@flag("save-file", type=LocalPath(path_type=Path), help="File to write, for one video.")
+@flag("output-folder", type=LocalPath(path_type=Path), default="videos",
       help="Folder to write several to; names are made of index and digest, never of a prompt.")  # fmt: skip
-@flag("contact-sheet", type=click.Path(path_type=Path), help="Also write a PNG with frames of all videos.")
+@flag("contact-sheet", type=LocalPath(path_type=Path), help="Also write a PNG with frames of all videos.")
 @flag("no-metadata", is_flag=True, help="Leave prompt, seed, settings and versions out of the files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.version_option(__version__, prog_name="wan-infer")

@@ -12,27 +12,15 @@ from typing import Any, Literal, TypeVar
 import click
 
 from wan_model.precision import DTYPES
-from wan_model.system.files import require_local
 from wan_model.system.option_names import option_names
+from wan_model.system.option_types import LocalPath
 from wan_model.system.standard_streams import CheckedCommand
 from wan_train.config.options import RECIPES, RunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _LocalPath(click.Path):
-    """A path; a URL of an object is refused."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """As of any path."""
-        try:
-            require_local(parameter.human_readable_name if parameter else "the path", value)
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
-        return super().convert(value, parameter, context)
-
-
-_LOCAL_PATH = _LocalPath(path_type=Path)
+_LOCAL_PATH = LocalPath(path_type=Path)
 
 
 class _RefusedInputError(click.ClickException):
