@@ -39,6 +39,7 @@ from wan_data.storage.store import StoredObject, delete, download, list_objects,
 from wan_model.system.files import atomic_write
 
 _STATE_NAME, _DATASET_NAME, _TOKEN_NAME = "published.json", "dataset", "shared"
+_COMPARED = {".info.json", ".info.yaml", "split.yaml"}
 # Shards that are uploaded at a time, while the next ones are encoded.
 _UPLOADS = 2
 
@@ -290,8 +291,10 @@ class StoreOutput(Output):
             self._check_unchanged()
         names = [part.name for part in manifest.index.parts]
         names += [EMPTY_CAPTION_NAME] if manifest.empty_caption is not None else []
-        names += [f"{META_FOLDER}/{file.name}" for file in sorted((self.folder / META_FOLDER).iterdir())]
         names += [TIMES_NAME] if (self.folder / TIMES_NAME).is_file() else []
+        # Last what a reader compares, all small, so that it hardly finds one of them without the others.
+        metadata = sorted((self.folder / META_FOLDER).iterdir(), key=lambda file: (file.name in _COMPARED, file.name))
+        names += [f"{META_FOLDER}/{file.name}" for file in metadata]
         uploaded = dict(self._state.uploaded)
         for name in names:
             if uploaded.get(name) != (stamp := _stamp(self.folder / name)):
