@@ -12,6 +12,7 @@ from wan_data.sources.folder import (
     KIND_HIDDEN,
     KIND_IMAGES,
     KIND_LINES,
+    KIND_NAMED,
     KIND_OTHER,
     KIND_TEXTS,
     LEFT_OUT_KINDS,
@@ -73,7 +74,7 @@ class StoreFolder:
         return left_out_lines(self._left_out)
 
     def _listed(self) -> Iterator[tuple[Any, ...]]:
-        for found in list_objects(self._folder):
+        for found in list_objects(self._folder, unusable=self._left_out[KIND_NAMED].add):
             name = found.path.relative_to(self._folder)
             if any(part.startswith(".") for part in name.split("/")):
                 self._left_out[KIND_HIDDEN].add(name)

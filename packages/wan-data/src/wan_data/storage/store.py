@@ -60,7 +60,9 @@ class StoredObject:
         return self.bytes == other.bytes and equal
 
 
-def list_objects(folder: StorePath, after: str | None = None) -> Iterator[StoredObject]:
+def list_objects(
+    folder: StorePath, after: str | None = None, *, unusable: Callable[[str], None] | None = None
+) -> Iterator[StoredObject]:
     """All objects below a folder, by ascending keys (in the order of their UTF-8 bytes).
 
     Markers of folders, and objects with a part that is empty, ``.`` or ``..``, are left out.
@@ -68,6 +70,7 @@ def list_objects(folder: StorePath, after: str | None = None) -> Iterator[Stored
     Args:
         folder: of the objects.
         after: only objects whose names below the folder are beyond this one.
+        unusable: is told the names below the folder that are left out, but not those of markers.
     """
     last = None if after is None else folder.prefix + after
     while True:
@@ -75,8 +78,13 @@ def list_objects(folder: StorePath, after: str | None = None) -> Iterator[Stored
             # After a failure the list goes on after the last object that came.
             for found in _attempt(folder, "listing", _listing, folder, last):
                 last = found.key
-                with contextlib.suppress(ValueError):
-                    yield _object(folder, found)
+                try:
+                    listed = _object(folder, found)
+                except ValueError:
+                    if unusable is not None and not found.key.endswith("/"):
+                        unusable(found.key.removeprefix(folder.prefix))
+                    continue
+                yield listed
             return
         except _InterruptedListing:
             continue
@@ -143,7 +151,11 @@ def exists(path: StorePath) -> bool:
 
 
 def read(path: StorePath, start: int = 0, length: int | None = None) -> bytes:
-    """Bytes of an object, all or from ``start`` on as many as it has of ``length``."""
+    """Bytes of an object, all or from ``start`` on as many as it has of ``length``.
+
+    Raises:
+        OSError: also if the store answers with more.
+    """
 
     def get() -> bytes:
         from multistorageclient.types import Range
@@ -153,7 +165,13 @@ def read(path: StorePath, start: int = 0, length: int | None = None) -> bytes:
 
     if length == 0:
         return b""
-    return _attempt(path, "reading", get)
+    content = _attempt(path, "reading", get)
+    if length is not None and len(content) > length:
+        what = (
+            f"{len(content)} bytes came where {length} were asked for: the store, or a proxy before it, reads no ranges"
+        )
+        raise OSError(errno.EIO, what, str(path))
+    return content
 
 
 def download(found: StoredObject, target: Path) -> None:
