@@ -11,11 +11,13 @@ import pytest
 from data_command import run
 from made_scenes import Scene, write_frames
 from PIL import Image
+from rich.console import Console
 
 from wan_data.curation.distributions import BINS, distributions
 from wan_data.curation.expressions import COLUMNS, compile_where
 from wan_data.index.records import ACCEPTED, REJECTED, REMOVED, SourceRecord
 from wan_data.index.sources import IndexState, SourceIndex, added
+from wan_data.inspect.measured import sources_table
 from wan_data.prepare.settings import PrepareSettings
 
 
@@ -154,3 +156,13 @@ def test_a_measure_that_is_no_number_is_named(measured, tmp_path):
     assert done.exit_code == 1
     assert "damaged: of speed 2.mkv the index has ['fast', " in done.output
     assert "holds other records than wan-data.json says" in run("verify", folder).output
+
+
+def test_names_are_shown_as_they_are(capfd):
+    names = ["[x].mkv", "[/x].mkv", "[bold]"]
+    records = [SourceRecord(path=name, bytes=1, verdict="rejected", reason=f"{name} is damaged") for name in names]
+    Console(width=200).print(sources_table((record, 0.0) for record in records))
+    shown = capfd.readouterr().out
+    for name in names:
+        assert f"│ {name} " in shown
+        assert f"│ {name} is damaged " in shown

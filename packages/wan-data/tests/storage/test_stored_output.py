@@ -10,7 +10,9 @@ from object_store import ACCESS_KEY, SECRET_KEY, Fault
 from stored_datasets import SMALL_OPTIONS, content_of, prepare_stored, upload_folder
 
 from wan_data.index.manifest import read_manifest
+from wan_data.prepare import store_output
 from wan_data.prepare.store_output import StoreOutput
+from wan_data.reading.datasets import splits
 from wan_data.storage.store import write
 
 COMMAND = (sys.executable, "-c", "from wan_data.cli import main; main()", "prepare")
@@ -144,3 +146,23 @@ def test_credentials_are_said_and_stored_nowhere(places, tiny_model, proxy, tmp_
     for secret in (ACCESS_KEY, SECRET_KEY):
         assert secret not in run.stdout + run.stderr
         assert secret.encode() not in files
+
+
+def test_a_reader_opens_the_dataset_while_large_files_of_it_are_replaced(places, bucket, tiny_model, monkeypatch):
+    folder, options, _ = places
+    assert prepare_stored(tiny_model, *options).exit_code == 0
+    before = splits(f"{bucket[1]}/out")
+    shutil.copy(folder / "clips" / "wide.mkv", folder / "clips" / "wide 2.mkv")
+    (folder / "clips" / "wide 2.txt").write_text("Another.")
+    seen, real = {}, store_output.upload
+
+    def opened(source, path):
+        real(source, path)
+        if path.suffix == ".sqlite":
+            seen[path.name] = splits(f"{bucket[1]}/out")
+
+    monkeypatch.setattr(store_output, "upload", opened)
+    result = prepare_stored(tiny_model, *options)
+    assert result.exit_code == 0, result.output
+    assert seen == dict.fromkeys(("sources-000001.sqlite", "source-times.sqlite", "index.sqlite"), before)
+    assert splits(f"{bucket[1]}/out") != before

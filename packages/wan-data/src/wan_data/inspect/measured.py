@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from wan_data.curation.distributions import distributions
 from wan_data.curation.expressions import compile_where
@@ -90,8 +91,9 @@ def sources_table(records: Iterable[tuple[SourceRecord, float]]) -> Table:
         values = [getattr(record, name) for name in MEASURE_NAMES]
         why = record.reason or (f"near-duplicate of {record.duplicate_of}" if record.duplicate_of else "")
         table.add_row(
-            *(record.path, record.verdict, record.split or "", str(record.samples), f"{seconds:.2f}"),
+            # Of a string, rich takes what is in brackets for its markup.
+            *(Text(record.path), record.verdict, record.split or "", str(record.samples), f"{seconds:.2f}"),
             *("" if value is None else f"{value:.3g}" for value in values),
-            why,
+            Text(why),
         )
     return table

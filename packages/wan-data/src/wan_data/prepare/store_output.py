@@ -25,6 +25,7 @@ from wan_data.prepare.removal import check_shard
 from wan_data.prepare.results import FinishedShard
 from wan_data.prepare.shard_batches import ShardPlan
 from wan_data.prepare.work_files import WorkRecord
+from wan_data.prepare.writer_claim import CLAIM_NAME, WriterClaim, claimed_by
 from wan_data.reading.empty_caption import EMPTY_CAPTION_NAME
 from wan_data.shards.energon_index import OFFSETS_SUFFIX, write_offsets
 from wan_data.shards.energon_metadata import META_FOLDER, write_metadata
@@ -38,6 +39,7 @@ from wan_data.storage.store import StoredObject, delete, download, list_objects,
 from wan_model.system.files import atomic_write
 
 _STATE_NAME, _DATASET_NAME, _TOKEN_NAME = "published.json", "dataset", "shared"
+_COMPARED = {".info.json", ".info.yaml", "split.yaml"}
 # Shards that are uploaded at a time, while the next ones are encoded.
 _UPLOADS = 2
 
@@ -59,12 +61,16 @@ class _State(WorkRecord):
     Attributes:
         manifest: SHA-256 of the manifest in the store; None if it has none.
         bytes, mtime_ns: of that object.
+        token: by which the preparations of this folder claim the dataset; see ``WriterClaim``.
+        claim: the claim that the last of them found.
         uploaded: size and time in ns of the local file that each other object was made of, by name.
     """
 
     manifest: str | None = None
     bytes: int = 0
     mtime_ns: int = 0
+    token: str = ""
+    claim: str | None = None
     uploaded: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
@@ -119,14 +125,16 @@ class StoreOutput(Output):
 
     def _follow(self) -> None:
         """Make the local folder that of the dataset in the store, unless it is."""
-        now = self._manifest_object()
+        now, claim = self._manifest_object(), claimed_by(self._url)
         path = self._root / _STATE_NAME
         try:
             self._state = _State.read(path)
-            known = self._seen() == now and self._is_whole()
+            # Who else has claimed the dataset may have replaced shards that this folder has finished.
+            known = self._seen() == now and claim in (None, self._state.token) and self._is_whole()
         except (FileNotFoundError, ValueError):
             known = False
         if known:
+            self._save(dataclasses.replace(self._state, claim=claim))
             if (self.folder / MANIFEST_NAME).is_file():
                 manifest = read_manifest(self.folder, allow_incomplete=True)
                 if manifest.complete:
@@ -134,7 +142,7 @@ class StoreOutput(Output):
             return
         if self.folder.exists():
             shutil.rmtree(self.folder)
-        self._state = _State()
+        self._state = _State(token=secrets.token_hex(16), claim=claim)
         if now is None:
             self._check_ours()
             self.folder.mkdir()
@@ -154,7 +162,7 @@ class StoreOutput(Output):
         for found in list_objects(self._url):
             name = found.path.relative_to(self._url)
             plain = name.removesuffix(OFFSETS_SUFFIX)
-            ours = is_shard_name(plain) or is_part_name(name) or name in (EMPTY_CAPTION_NAME, TIMES_NAME)
+            ours = is_shard_name(plain) or is_part_name(name) or name in (EMPTY_CAPTION_NAME, TIMES_NAME, CLAIM_NAME)
             if not ours and not name.startswith(f"{META_FOLDER}/"):
                 raise ValueError(
                     f"{self._url} holds {name}, which wan-data did not write; choose an empty or a new folder"
@@ -188,7 +196,8 @@ class StoreOutput(Output):
                 uploaded[name] = _stamp(self.folder / name)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             path.replace(self.folder / MANIFEST_NAME)
-        self._state = _State(digest, manifest.bytes, manifest.mtime_ns, uploaded)
+        seen = {"manifest": digest, "bytes": manifest.bytes, "mtime_ns": manifest.mtime_ns}
+        self._state = dataclasses.replace(self._state, **seen, uploaded=uploaded)
 
     # -- shards --------------------------------------------------------------------------------------------------------
 
@@ -270,7 +279,7 @@ class StoreOutput(Output):
         """See ``Output``; without its manifest nobody takes the rest for a dataset."""
         self._check_unchanged()
         delete([self._url / MANIFEST_NAME])
-        self._save(_State())
+        self._save(_State(token=self._state.token, claim=self._state.claim))
         delete([self._url / name for name in self._names() if _is_replaceable(name)])
 
     def commit(self, manifest: Manifest) -> None:
@@ -282,8 +291,10 @@ class StoreOutput(Output):
             self._check_unchanged()
         names = [part.name for part in manifest.index.parts]
         names += [EMPTY_CAPTION_NAME] if manifest.empty_caption is not None else []
-        names += [f"{META_FOLDER}/{file.name}" for file in sorted((self.folder / META_FOLDER).iterdir())]
         names += [TIMES_NAME] if (self.folder / TIMES_NAME).is_file() else []
+        # Last what a reader compares, all small, so that it hardly finds one of them without the others.
+        metadata = sorted((self.folder / META_FOLDER).iterdir(), key=lambda file: (file.name in _COMPARED, file.name))
+        names += [f"{META_FOLDER}/{file.name}" for file in metadata]
         uploaded = dict(self._state.uploaded)
         for name in names:
             if uploaded.get(name) != (stamp := _stamp(self.folder / name)):
@@ -295,10 +306,12 @@ class StoreOutput(Output):
             upload(path, self._url / MANIFEST_NAME)
             found = self._manifest_object()
             assert found is not None, "it was uploaded"
-            self._save(_State(digest, found.bytes, found.mtime_ns, uploaded))
+            seen = {"manifest": digest, "bytes": found.bytes, "mtime_ns": found.mtime_ns}
+            self._save(dataclasses.replace(self._state, **seen, uploaded=uploaded))
             listed = {shard.name for shard in manifest.shards} | {part.name for part in manifest.index.parts}
             old = [name for name in self._names() if name.removesuffix(OFFSETS_SUFFIX) not in listed]
             delete([self._url / name for name in old if _is_numbered(name)])
+            self._claim().release()
         elif uploaded != self._state.uploaded:
             self._save(dataclasses.replace(self._state, uploaded=uploaded))
         for file in (*self.folder.glob(SHARD_GLOB), *self.folder.glob(SHARD_GLOB + OFFSETS_SUFFIX)):
@@ -323,9 +336,12 @@ class StoreOutput(Output):
             return None
         return StoredObject(self._url / MANIFEST_NAME, self._state.bytes, self._state.mtime_ns)
 
+    def _claim(self) -> WriterClaim:
+        return WriterClaim(self._url, self._state.token, self._state.claim)
+
     def _check_unchanged(self) -> None:
         self._state = _State.read(self._root / _STATE_NAME)  # the first rank may have written another manifest
-        if self._manifest_object() != self._seen():
+        if not self._claim().hold() or self._manifest_object() != self._seen():
             raise ValueError(
                 f"{self._url} was changed by another preparation meanwhile; run the same command again when that has "
                 "ended: it begins with what is there then"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_data.sources.texts import Texts
+from wan_data.storage.failures import is_of_the_object
 from wan_data.storage.location import Location
 from wan_data.storage.store import StoredObject
 from wan_model.system import safe_reading
@@ -195,7 +196,7 @@ class CaptionFinder:
         return found[0][1]
 
     def _single_line(self, texts: Texts, name: str) -> str | None:
-        with texts.open(name) as path:
+        with texts.open(name, LARGEST_LISTING) as path:
             lines = list(itertools.islice(json_lines(path), 2))
         if len(lines) != 1:
             return None  # a list of clips; _listed reads it
@@ -213,10 +214,15 @@ class CaptionFinder:
         broken: list[str] = []
         for name in texts.lists():
             try:
-                with texts.open(name) as path:
+                with texts.open(name, LARGEST_LISTING) as path:
                     lines = list(json_lines(path))
             except ValueError as error:
                 broken.append(str(error))
+                continue
+            except OSError as error:
+                if not is_of_the_object(error):
+                    raise
+                broken.append(f"{name} cannot be read: {error.strerror or error}")
                 continue
             for where, value in lines:
                 if isinstance(value, ValueError):

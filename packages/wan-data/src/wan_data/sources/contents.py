@@ -8,7 +8,7 @@ from pathlib import Path
 from wan_data.sources.source import SourceFile
 from wan_data.storage.local_copies import LocalCopies
 from wan_data.storage.location import Location, StorePath
-from wan_data.storage.store import StoredObject, look
+from wan_data.storage.store import StoredObject, check_copy, look
 from wan_data.video.source_file import check_regular
 
 
@@ -46,10 +46,14 @@ def content_of(path: Location, status: Status, copies: LocalCopies) -> Iterator[
     """The file with the content of a source, which stays in the block.
 
     Raises:
-        OSError: an object cannot be downloaded.
+        OSError: an object cannot be downloaded, or its copy is gone when the block fails.
     """
     if isinstance(path, StorePath):
         with copies.open(StoredObject(path, status.bytes, status.mtime_ns)) as file:
-            yield file
+            try:
+                yield file
+            except (OSError, ValueError):
+                check_copy(file)
+                raise
     else:
         yield path

@@ -90,7 +90,8 @@ class SourceFolder:
 KIND_HIDDEN, KIND_AGAIN, KIND_OTHER = "hidden", "linked a second time", "of a kind that is not read"
 KIND_IMAGES, KIND_TEXTS = "images, which --mode frames reads", "texts without a clip of their name"
 KIND_LINES, KIND_BROKEN = "lines that name no clip beside them", "captions that cannot be read"
-LEFT_OUT_KINDS = (KIND_HIDDEN, KIND_AGAIN, KIND_OTHER, KIND_IMAGES, KIND_TEXTS, KIND_LINES, KIND_BROKEN)
+KIND_NAMED = "with a part of the name that is empty, '.' or '..'"
+LEFT_OUT_KINDS = (KIND_HIDDEN, KIND_AGAIN, KIND_OTHER, KIND_IMAGES, KIND_TEXTS, KIND_LINES, KIND_BROKEN, KIND_NAMED)
 
 
 def left_out_lines(left_out: Mapping[str, "Few"]) -> list[str]:

@@ -47,7 +47,7 @@ def files_of_listing(
     if listing.suffix.lower() not in LISTING_SUFFIXES:
         raise ValueError(f"{listing} is no listing; expected a file ending in {', '.join(LISTING_SUFFIXES)}")
     if isinstance(listing, StorePath):
-        with text_copy(listing) as path:
+        with text_copy(listing, LARGEST_LISTING) as path:
             return _sources_of(path, listing.parent if folder is None else folder, images, caption_key, local=False)
     try:
         require_file(listing)

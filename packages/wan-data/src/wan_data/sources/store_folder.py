@@ -6,12 +6,14 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from wan_data.sources.captions import LARGEST_LISTING
 from wan_data.sources.folder import (
     CAPTION_SUFFIXES,
     KIND_BROKEN,
     KIND_HIDDEN,
     KIND_IMAGES,
     KIND_LINES,
+    KIND_NAMED,
     KIND_OTHER,
     KIND_TEXTS,
     LEFT_OUT_KINDS,
@@ -22,6 +24,7 @@ from wan_data.sources.folder import (
 )
 from wan_data.sources.source import Listed, SourceFile, source_suffixes
 from wan_data.sources.texts import text_copy
+from wan_data.storage.failures import is_of_the_object
 from wan_data.storage.location import StorePath
 from wan_data.storage.store import StoredObject, list_objects
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -73,7 +76,7 @@ class StoreFolder:
         return left_out_lines(self._left_out)
 
     def _listed(self) -> Iterator[tuple[Any, ...]]:
-        for found in list_objects(self._folder):
+        for found in list_objects(self._folder, unusable=self._left_out[KIND_NAMED].add):
             name = found.path.relative_to(self._folder)
             if any(part.startswith(".") for part in name.split("/")):
                 self._left_out[KIND_HIDDEN].add(name)
@@ -110,8 +113,17 @@ class StoreFolder:
                 f"SELECT name, stem FROM objects WHERE folder = ? AND kind IN ('{_CLIP}', '{_OTHER_CLIP}')", [folder]
             )
             clips = {one for clip, stem in beside for one in (posixpath.basename(clip), stem)}
-            with text_copy(StoredObject(self._folder / name, size, mtime_ns)) as path:
-                unused, unread, used = unused_lines(path, clips)
+            try:
+                with text_copy(StoredObject(self._folder / name, size, mtime_ns), LARGEST_LISTING) as path:
+                    unused, unread, used = unused_lines(path, clips)
+            except ValueError:  # it is too large
+                self._left_out[KIND_BROKEN].add(name)
+                continue
+            except OSError as error:
+                if not is_of_the_object(error):
+                    raise
+                self._left_out[KIND_BROKEN].add(name)
+                continue
             for line in unread:
                 self._left_out[KIND_BROKEN].add(posixpath.join(folder, line.name))
             if used:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from wan_data.storage.location import Location, StorePath
 from wan_data.storage.store import StoredObject, download, look
+from wan_model.system.safe_reading import SMALL_FILE
 
 _LONGEST_NAME = 200  # bytes; a file system takes no more than 255
 
@@ -37,28 +38,40 @@ class Texts:
         return sorted(path.name for path in self._clip.parent.glob("*.jsonl"))
 
     @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[Path]:
+    def open(self, name: str, most: int = SMALL_FILE) -> Iterator[Path]:
         """A text as a file of its name; a ``ValueError`` of the block names the object.
 
+        Args:
+            name: of the text.
+            most: bytes of an object.
+
         Raises:
+            ValueError: an object is larger, and is not downloaded.
             OSError: an object cannot be read.
         """
         if isinstance(self._clip, StorePath):
-            with text_copy(self._listed[name]) as path:
+            with text_copy(self._listed[name], most) as path:
                 yield path
         else:
             yield self._clip.parent / name
 
 
 @contextlib.contextmanager
-def text_copy(found: StoredObject | StorePath) -> Iterator[Path]:
+def text_copy(found: StoredObject | StorePath, most: int) -> Iterator[Path]:
     """A local file with the content and the name of an object; a ``ValueError`` of the block names the object.
 
+    Args:
+        found: the object.
+        most: its bytes.
+
     Raises:
+        ValueError: it is larger.
         OSError: it cannot be downloaded.
     """
+    found = look(found) if isinstance(found, StorePath) else found
+    if found.bytes > most:
+        raise ValueError(f"{found.path} has {found.bytes:,} bytes; expected at most {most:,}")
     with tempfile.TemporaryDirectory(prefix="wan-data-") as folder:
-        found = look(found) if isinstance(found, StorePath) else found
         name = found.path.name
         file = Path(folder) / (name if len(name.encode()) <= _LONGEST_NAME else f"text{found.path.suffix}")
         download(found, file)

@@ -39,6 +39,10 @@ class ChangedObjectError(OSError):
     """An object was replaced while it was read."""
 
 
+class LocalCopyError(OSError):
+    """This machine does not take a copy of an object; nothing is known of the object."""
+
+
 class UnusableStoreError(ValueError):
     """No request can be made: a package or a profile is missing. The message is a sentence for users."""
 
@@ -81,7 +85,7 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
         path: the object, or the folder.
         doing: what was tried, such as ``reading``.
     """
-    if isinstance(error, ChangedObjectError | UnusableStoreError):
+    if isinstance(error, ChangedObjectError | LocalCopyError | UnusableStoreError):
         return error
     for one in _chain(error):
         if isinstance(one, OSError) and one.errno in _LOCAL:
@@ -98,8 +102,8 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
     if isinstance(error, FileNotFoundError) or status == 404:
         what = "there is no such bucket" if code == "NoSuchBucket" else "it does not exist"
         return FileNotFoundError(errno.ENOENT, what, str(path))
-    refused = code in _REFUSED_CREDENTIALS
-    if refused or isinstance(error, PermissionError) or status in (401, 403):
+    refused = refuses_credentials(error)
+    if refused or isinstance(error, PermissionError) or status == 403:
         why = f" ({code})" if code else ""
         return (UnusableCredentialsError if refused else PermissionError)(
             errno.EACCES, f"{doing} was denied{why}; check the credentials and what they allow", str(path)
@@ -109,9 +113,22 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
     return None
 
 
+def refuses_credentials(error: BaseException) -> bool:
+    """Whether an answer refuses the credentials, whatever object they are for."""
+    status, code = _answer(error)
+    return code in _REFUSED_CREDENTIALS or status == 401
+
+
+def has_no_reason(error: BaseException) -> bool:
+    """Whether a request was refused by an answer without a code, as one without a body is."""
+    status, code = _answer(error)
+    return status in (400, 403) and code is None
+
+
 def is_of_the_object(error: OSError) -> bool:
     """Whether an error of a request is that of its object alone, so that others may be read all the same."""
-    return not (isinstance(error, StoreUnavailableError | UnusableCredentialsError) or error.errno in _LOCAL)
+    others = StoreUnavailableError | UnusableCredentialsError | LocalCopyError
+    return not (isinstance(error, others) or error.errno in _LOCAL)
 
 
 def unavailable(error: BaseException, path: StorePath, doing: str, seconds: float, attempts: int) -> OSError:
@@ -154,6 +171,9 @@ def _answer(error: BaseException) -> tuple[int | None, str | None]:
                 return status, code if isinstance(code, str) and re.fullmatch(r"[A-Za-z.]{1,60}", code) else None
         if isinstance(code := getattr(one, "code", None), int) and not isinstance(code, bool):  # of google.api_core
             return int(code), None
+        # Of multi-storage-client, from an answer of 200 that says of each object whether it was deleted.
+        if re.search(r"DeleteObjects reported errors: .*: AccessDenied\b", str(one), re.DOTALL):
+            return 403, "AccessDenied"
     # multi-storage-client leaves the answer of a missing object out of the chain.
     found = re.search(r"status_code: (\d{3})\b", str(error))
     return (int(found[1]) if found else None), None

@@ -25,6 +25,7 @@ from wan_model.system.safe_reading import SMALL_FILE
 
 # Bytes that are asked for at once where a whole object is read in order.
 _CHUNK = 8 << 20
+_MOST_REPLACED = 5
 
 
 @contextlib.contextmanager
@@ -70,9 +71,14 @@ def read_small(path: Location, limit: int = SMALL_FILE) -> bytes:
     if isinstance(path, Path):
         return safe_reading.read_bytes(path, limit)
     with failures_named(path):
-        if (size := look(path).bytes) > limit:
-            raise ValueError(f"{path} has {size:,} bytes; expected at most {limit:,}")
-        return read(path, 0, size)
+        for _ in range(_MOST_REPLACED):
+            if (size := look(path).bytes) > limit:
+                raise ValueError(f"{path} has {size:,} bytes; expected at most {limit:,}")
+            # One byte more tells one that was replaced after it was looked at. None can be asked for of an empty one.
+            content = read(path, 0, size + 1) if size else b""
+            if len(content) == size:
+                return content
+    raise ValueError(f"{path} was replaced {_MOST_REPLACED} times while it was read; try again when it stays as it is")
 
 
 def read_text(path: Location, limit: int = SMALL_FILE) -> str:

@@ -213,8 +213,10 @@ class LocalCopies:
             # Whoever uses it holds its lock.
             with contextlib.suppress(OSError), locked(left / _LOCK):
                 shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._parent))
-        self._stack.enter_context(locked(folder / _LOCK, required=False))
+        # By its last name only when it is locked: another process that begins now would delete it.
+        new = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=self._parent))
+        self._stack.enter_context(locked(new / _LOCK, required=False))
+        folder = new.rename(new.with_name(new.name.removeprefix(".")))
         self._folder = folder
         if self._given is None:
             self._most = min(_MOST, int(_SHARE_OF_FREE * shutil.disk_usage(folder).free)) // self._share

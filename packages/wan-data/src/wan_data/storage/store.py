@@ -18,7 +18,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wan_data.storage.failures import ChangedObjectError, UnusableStoreError, final_error, patience, unavailable
+from wan_data.storage.failures import (
+    ChangedObjectError,
+    LocalCopyError,
+    UnusableStoreError,
+    final_error,
+    has_no_reason,
+    patience,
+    refuses_credentials,
+    unavailable,
+)
 from wan_data.storage.location import StorePath
 
 T = TypeVar("T")
@@ -51,7 +60,9 @@ class StoredObject:
         return self.bytes == other.bytes and equal
 
 
-def list_objects(folder: StorePath, after: str | None = None) -> Iterator[StoredObject]:
+def list_objects(
+    folder: StorePath, after: str | None = None, *, unusable: Callable[[str], None] | None = None
+) -> Iterator[StoredObject]:
     """All objects below a folder, by ascending keys (in the order of their UTF-8 bytes).
 
     Markers of folders, and objects with a part that is empty, ``.`` or ``..``, are left out.
@@ -59,6 +70,7 @@ def list_objects(folder: StorePath, after: str | None = None) -> Iterator[Stored
     Args:
         folder: of the objects.
         after: only objects whose names below the folder are beyond this one.
+        unusable: is told the names below the folder that are left out, but not those of markers.
     """
     last = None if after is None else folder.prefix + after
     while True:
@@ -66,8 +78,13 @@ def list_objects(folder: StorePath, after: str | None = None) -> Iterator[Stored
             # After a failure the list goes on after the last object that came.
             for found in _attempt(folder, "listing", _listing, folder, last):
                 last = found.key
-                with contextlib.suppress(ValueError):
-                    yield _object(folder, found)
+                try:
+                    listed = _object(folder, found)
+                except ValueError:
+                    if unusable is not None and not found.key.endswith("/"):
+                        unusable(found.key.removeprefix(folder.prefix))
+                    continue
+                yield listed
             return
         except _InterruptedListing:
             continue
@@ -98,10 +115,30 @@ def _rest(first: Any, objects: Iterator[Any]) -> Iterator[Any]:
 
 def look(path: StorePath) -> StoredObject:
     """Size and time of an object."""
-    found = _attempt(path, "looking", lambda: _client(path).info(path.key, strict=False))
+    found = _attempt(path, "looking", _info, path)
     if found.type != "file":
         raise final_error(FileNotFoundError(), path, "looking") or AssertionError
     return _object(path.parent, found, path)
+
+
+def _info(path: StorePath) -> Any:
+    try:
+        return _client(path).info(path.key, strict=False)
+    except Exception as error:
+        if has_no_reason(error):  # the request has no body in its answer, where S3 says that credentials have expired
+            _raise_refusal(path)
+        raise
+
+
+def _raise_refusal(path: StorePath) -> None:
+    """Raise the error of reading an object if that says that the store refuses the credentials."""
+    from multistorageclient.types import Range
+
+    try:
+        _client(path).read(path.key, Range(0, 1))
+    except Exception as error:
+        if refuses_credentials(error):
+            raise
 
 
 def exists(path: StorePath) -> bool:
@@ -114,7 +151,11 @@ def exists(path: StorePath) -> bool:
 
 
 def read(path: StorePath, start: int = 0, length: int | None = None) -> bytes:
-    """Bytes of an object, all or from ``start`` on as many as it has of ``length``."""
+    """Bytes of an object, all or from ``start`` on as many as it has of ``length``.
+
+    Raises:
+        OSError: also if the store answers with more.
+    """
 
     def get() -> bytes:
         from multistorageclient.types import Range
@@ -124,31 +165,83 @@ def read(path: StorePath, start: int = 0, length: int | None = None) -> bytes:
 
     if length == 0:
         return b""
-    return _attempt(path, "reading", get)
+    content = _attempt(path, "reading", get)
+    if length is not None and len(content) > length:
+        what = (
+            f"{len(content)} bytes came where {length} were asked for: the store, or a proxy before it, reads no ranges"
+        )
+        raise OSError(errno.EIO, what, str(path))
+    return content
 
 
 def download(found: StoredObject, target: Path) -> None:
     """Copy an object into a file, which appears whole or not at all.
 
     Raises:
-        OSError: also if the object has another size by now.
+        LocalCopyError: the file cannot be written.
+        OSError: also if the object was replaced: one that is read with one request has another size by now, a larger
+            one another size or tag.
     """
     partial = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
 
     def get() -> None:
+        _check_folder(partial)  # multi-storage-client would make it
         if found.bytes <= _ONE_REQUEST:
-            partial.write_bytes(_client(found.path).read(found.path.key))
+            content = _client(found.path).read(found.path.key)
+            try:
+                partial.write_bytes(content)
+            except OSError as error:
+                raise _local(error, partial) from error
         else:
-            _client(found.path).download_file(found.path.key, str(partial))
+            try:
+                _client(found.path).download_file(found.path.key, str(partial))
+            except Exception:
+                _check_folder(partial)
+                raise
+            if not found.is_same(
+                _object(found.path.parent, _info(found.path), found.path)
+            ):  # its parts may be of several objects
+                raise ChangedObjectError(errno.EIO, "it was replaced meanwhile", str(found.path))
         if partial.stat().st_size != found.bytes:
             _check_size(found.path, found.bytes)
             raise _CutTransferError
 
     try:
         _attempt(found.path, "downloading", get)
-        partial.replace(target)
+        try:
+            partial.replace(target)
+        except OSError as error:
+            raise _local(error, partial) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_folder(partial: Path) -> None:
+    try:
+        partial.touch()
+    except OSError as error:
+        raise _local(error, partial) from error
+
+
+def _local(error: OSError, partial: Path) -> OSError:
+    """The error of a local file, which says nothing of the object."""
+    why = "the folder is gone" if not partial.parent.is_dir() else error.strerror or str(error)
+    return LocalCopyError(
+        error.errno, f"copies of objects cannot be written here: {why}; run the same command again", str(partial.parent)
+    )
+
+
+def check_copy(file: Path) -> None:
+    """Check that the local copy of an object is still there, after it could not be used.
+
+    Raises:
+        LocalCopyError: another program has deleted it.
+    """
+    if not file.is_file():
+        what = (
+            "the local copy of an object was deleted by another program while it was used; run the same command again"
+        )
+        raise LocalCopyError(errno.ENOENT, what, str(file))
 
 
 class _CutTransferError(Exception):

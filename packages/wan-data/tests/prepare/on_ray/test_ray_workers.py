@@ -20,7 +20,11 @@ from on_ray_actors import lose_next_call, process_of, reused_actors, watched
 from ray.cluster_utils import Cluster
 
 from wan_data.prepare.on_ray import actor_pool
+from wan_data.prepare.on_ray.actors import Copies, DecodeActor, ProbeActor
 from wan_data.prepare.on_ray.cluster import check_address, ray_workers
+from wan_data.prepare.on_ray.layout import Stage
+from wan_data.storage.location import StorePath
+from wan_data.storage.store import StoredObject
 from wan_model.testing.processes import Job, wait_until
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -234,3 +238,21 @@ def test_ray_is_refused_under_torchrun_and_with_what_is_of_one_machine(cluster, 
         check_address("127.0.0.1:1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in run(*options, "--on", "ray").output
+
+
+@pytest.mark.parametrize("actor", [ProbeActor, DecodeActor])
+def test_actors_leave_no_local_copies(cluster, settings, actor):
+    del cluster
+
+    def folder_of_copies(actor):  # within the test, because the actors cannot import this module
+        actor._copies.ahead(StoredObject(StorePath("s3", "nowhere", "x"), 1, 1))
+        return actor._copies._folder
+
+    pool = actor_pool.ActorPool(Stage("copies", 1, 0.01), actor, ((), settings, Copies(1000, 1)))
+    (member,) = pool.members
+    while not pool.started:
+        list(pool.outcomes(ray.wait(pool.references(), timeout=60)[0]))
+    folder = ray.get(member.handle.__ray_call__.remote(folder_of_copies))
+    assert folder.is_dir()
+    pool.close()
+    assert not folder.exists()

@@ -28,6 +28,7 @@ class Fault:
     Attributes:
         method, path: regular expressions.
         status: the answer; None lets the server answer.
+        body: of that answer.
         cut: bytes of the server's answer after which the connection ends.
         stall: seconds without a byte, after ``cut`` bytes.
         times: number of requests that fail.
@@ -36,6 +37,7 @@ class Fault:
     method: str = ".*"
     path: str = ".*"
     status: int | None = None
+    body: bytes = b""
     cut: int | None = None
     stall: float = 0.0
     times: int = 1
@@ -66,7 +68,7 @@ class Proxy:
                 fault = proxy._fault(self.command, self.path)
                 proxy.authorizations.append(self.headers.get("Authorization", ""))
                 if fault is not None and fault.status is not None:
-                    self._answer(fault.status, [], b"")
+                    self._answer(fault.status, [], fault.body)
                     return
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 with contextlib.closing(connection):
@@ -94,7 +96,8 @@ class Proxy:
                     time.sleep(fault.stall)
                     self.close_connection = True
                     return
-                self.wfile.write(content)
+                if self.command != "HEAD":
+                    self.wfile.write(content)
 
             do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wan_data.prepare.settings import PrepareSettings
 from wan_data.prepare.shard_batches import EncodeTask, SourceWindows
+from wan_data.storage.store import check_copy
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.source_file import Rejected
 from wan_model.system.files import sha256_of
@@ -58,6 +59,9 @@ class TaskDecoder:
 
         Yields:
             The batches; and at the end why windows cannot be used, also ones that have been decoded.
+
+        Raises:
+            OSError: the local copy of an object is gone.
         """
         problems: dict[WindowKey, str] = {}
         waiting: dict[int, list[tuple[WindowKey, Tensor]]] = {}
@@ -69,6 +73,8 @@ class TaskDecoder:
             # results() comes first in zip, so that it is read to its end: one item per window, or a rejection.
             for frames, number in zip(self._decoder.results(), part.windows, strict=False):
                 if isinstance(frames, Rejected):
+                    if part.file is not None:
+                        check_copy(part.file)
                     # The source was decoded to its end when it was probed.
                     problem = f"{frames}, although it could be decoded before"
                     problems |= {(name, missing): problem for missing in range(number, part.windows.stop)}

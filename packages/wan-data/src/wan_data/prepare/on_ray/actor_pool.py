@@ -18,6 +18,7 @@ from wan_data.prepare.report import Report
 MOST_LOSSES = 5
 _SECONDS_BEFORE_WAITING_IS_SAID = 30.0
 _LONGEST_REASON = 300
+_END_SECONDS = 3.0
 # Of the actors of each stage: a name is taken while one that was killed is still ending.
 _numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
@@ -184,7 +185,12 @@ class ActorPool:
         return actor.remote(*self._arguments)
 
     def close(self) -> None:
-        """Kill the actors."""
+        """End the actors, and kill them."""
+        if self._actor.end is not StageActor.end:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ending = [member.handle.end.remote() for member in self.members if member.started]
+                if ending:  # one that is busy for longer leaves its files for the next on its node to delete
+                    ray.wait(ending, num_returns=len(ending), timeout=_END_SECONDS)
         for member in self.members:
             _kill(member)
         self.members.clear()

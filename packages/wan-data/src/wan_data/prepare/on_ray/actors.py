@@ -72,6 +72,9 @@ class StageActor:
     def _load(self) -> None:
         """Load what the calls need."""
 
+    def end(self) -> None:
+        """Delete what this actor has on the disk of its node, and is of no use without it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
@@ -101,12 +104,17 @@ class ProbeActor(StageActor):
 
     def __init__(self, visible: Sequence[Path], settings: PrepareSettings, copies: Copies) -> None:
         super().__init__(visible)
-        self._probe = SourceProbe(settings, copies.make())
+        self._copies = copies.make()
+        self._probe = SourceProbe(settings, self._copies)
         self._decoder = Decoder(program=self._probe.program)
 
     def probe(self, source: SourceFile, known: Found | None) -> Probed:
         """See ``SourceProbe.probe``."""
         return self._probe.probe(source, known, self._decoder)
+
+    def end(self) -> None:
+        """See ``StageActor``."""
+        self._copies.__exit__()
 
 
 class DecodeActor(StageActor):
@@ -121,7 +129,8 @@ class DecodeActor(StageActor):
     def __init__(self, visible: Sequence[Path], settings: PrepareSettings, copies: Copies) -> None:
         super().__init__(visible)
         self._settings, self._decoder = settings, Decoder()
-        self._fetcher, self._fetched = TaskFetcher(copies.make()), EncodeTask(-1, ())
+        self._copies = copies.make()
+        self._fetcher, self._fetched = TaskFetcher(self._copies), EncodeTask(-1, ())
         self._batches: Iterator[FrameBatch | Problems] = iter(())
         self._complete = True
 
@@ -152,6 +161,10 @@ class DecodeActor(StageActor):
         if isinstance(found, FrameBatch):
             return found.keys, [frames.numpy() for frames in found.frames]
         return found, None
+
+    def end(self) -> None:
+        """See ``StageActor``."""
+        self._copies.__exit__()
 
 
 class _CodecActor(StageActor):
