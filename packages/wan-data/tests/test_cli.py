@@ -181,6 +181,22 @@ def test_preview_shows_the_latents(dataset, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3://bucket/a.png", "s3://bucket/a.png is in a store; name a file of this machine"),
+        ("{}/nowhere/a.png", "/nowhere is no folder; make it first"),
+        ("{}", "is a folder; name a file in it"),
+    ],
+)
+def test_where_a_picture_cannot_be_written_is_said_before_anything_is_read(tmp_path, place, said):
+    for command, option in (("inspect", "--png"), ("inspect", "--measures-png"), ("preview", "--output")):
+        done = run(command, tmp_path / "no dataset", option, place.format(tmp_path))
+        assert done.exit_code == 2
+        assert option in done.output
+        assert said in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
     ("file", "key", "value", "said"),
     [
         ("vae/config.json", "latents_std", ["1"] * 16, "latents_std has '1' in it; expected 16 positive numbers"),
