@@ -9,6 +9,9 @@ from dataset_sources import records_of
 
 from wan_data.cli import main
 from wan_data.index.manifest import read_manifest
+from wan_data.prepare import ranks
+from wan_data.prepare import run as run_module
+from wan_data.prepare.ranks import Ranks
 from wan_model.codec.latent_codec import LatentCodec
 
 
@@ -37,6 +40,24 @@ def test_rejects_are_named_and_decide_the_exit_code(two_clips, tiny_model, tmp_p
     assert again.exit_code == 1
     assert "Rejected files (1):\n  mute.mkv: it has no caption" in again.stdout
     assert run(*arguments, "--allow-rejects").exit_code == 0
+
+
+@pytest.mark.parametrize(("rank", "code"), [(0, 1), (1, 0)])
+def test_the_first_rank_alone_says_that_files_were_rejected(two_clips, tiny_model, tmp_path, monkeypatch, rank, code):
+    """If another failed, torchrun would end the first before it has said which files."""
+
+    class Rank(Ranks):
+        world_size = 2
+
+    Rank.rank = rank
+    monkeypatch.setattr(ranks, "ranks_from_environment", Rank)
+    all_work = run_module.prepare
+    monkeypatch.setattr(run_module, "prepare", lambda *given, **more: all_work(*given, **{**more, "ranks": Ranks()}))
+    done = run(
+        *("prepare", "--video-folder", two_clips, "--output-folder", tmp_path / "a", "--model", tiny_model, *SMALL)
+    )
+    assert done.exit_code == code
+    assert ("Rejected files (1)" in done.stdout) == (rank == 0)
 
 
 def test_dropped_windows_of_an_accepted_clip_decide_the_exit_code(clip, tiny_model, tmp_path, monkeypatch):

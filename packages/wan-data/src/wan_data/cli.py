@@ -134,10 +134,11 @@ def prepare(
                 local_copies=local_copies,
                 work_folder=work_folder,
             )
-    if ranks.rank == 0:
-        made_in = output_at(output_folder, work_folder).folder
-        for line in (*summary_lines(result, made_in, str(output_folder)), *left_out()):
-            click.echo(line)
+    if ranks.rank != 0:
+        return  # torchrun ends all ranks when one exits with a failure, and the first has to say what
+    made_in = output_at(output_folder, work_folder).folder
+    for line in (*summary_lines(result, made_in, str(output_folder)), *left_out()):
+        click.echo(line)
     counts = result.manifest.index.counts
     incomplete = counts.rejected or counts.dropped
     if not allow_rejects and (incomplete or result.changed or result.kept):
