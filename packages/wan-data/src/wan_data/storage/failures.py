@@ -124,8 +124,8 @@ def unavailable(error: BaseException, path: StorePath, doing: str, seconds: floa
     """The error of a store that has failed for too long."""
     return StoreUnavailableError(
         errno.EIO,
-        f"{doing} failed {attempts} times in {seconds:.0f} s: {_answer_said(error)}; run the same command again when the "
-        f"store answers ({PATIENCE_VARIABLE} is the number of seconds that are waited for it)",
+        f"{doing} failed {attempts} times in {seconds:.0f} s: {_answer_said(error)}; run the same command again when "
+        f"the store answers ({PATIENCE_VARIABLE} is the number of seconds that are waited for it)",
         str(path),
     )
 
