@@ -148,6 +148,15 @@ def test_plan_says_what_prepare_then_does(clips, tiny_model, tmp_path):
     assert {row["tokens"] for row in found["buckets"]} == {shape.tokens for shape in manifest.shapes}
     assert found["shards"] == len(manifest.shards)
 
+    same = run("plan", *options, "--json", "--allow-rejects")
+    assert "refuse" not in same.stderr
+    other = run("plan", *options, "--json", "--allow-rejects", "--measures")
+    assert other.exit_code == 0
+    assert f"prepare would refuse these settings: {tmp_path / 'out'} holds a dataset of other settings" in other.stderr
+    assert "(measures on instead of off)" in other.stderr
+    other = run("plan", *options, "--json", "--allow-rejects", "--where", "seconds > 0")
+    assert "(where 'seconds > 0' instead of not given)" in other.stderr
+
     tables = run("plan", *options[:2], *SMALL, "--min-frames", 5, "--allow-rejects")
     assert tables.exit_code == 0
     assert "14 samples of 6 of 7 files" in tables.output

@@ -64,7 +64,7 @@ def main() -> None:
     help="With --on ray: address of the cluster, or auto; RAY_ADDRESS if not given, else a cluster on this machine.",
 )
 @flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only format.")
-@flag("allow-rejects", is_flag=True, help="Exit with code 0 although files were rejected.")
+@flag("allow-rejects", is_flag=True, help="Exit with code 0 although files were rejected, or have changed.")
 @flag("overwrite", is_flag=True, help="Replace a dataset in the output folder.")
 @flag("update", is_flag=True, help="Encode changed files again, and remove the samples that they had.")
 @flag("remove-missing", is_flag=True, help="Remove the samples of files that are not there any more.")
@@ -172,7 +172,7 @@ def plan(
     """
     as_json = values.pop("json")
     with errors_as_messages(output_folder or Path()):
-        from wan_data.prepare.plan import make_plan, measured_rate, print_plan
+        from wan_data.prepare.plan import make_plan, measured_rate, print_plan, refusal_of
         from wan_data.prepare.probing.stage import probe_only
         from wan_data.prepare.ranks import Ranks
         from wan_data.prepare.store_output import output_at
@@ -200,12 +200,15 @@ def plan(
                 report.log(f"measuring {model}")
                 rate = measured_rate(model, settings, device)
             found = {**make_plan(results, settings, rate=rate), "left_out": left_out()}
+            refusal = None if output is None else refusal_of(output.folder, settings, str(output_folder))
     if as_json:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
         print_plan(found)
         for line in found["left_out"]:
             click.echo(line)
+    if refusal is not None:
+        click.echo(f"prepare would refuse these settings: {refusal}", err=True)
     if found["rejected"] and not allow_rejects:
         sys.exit(1)
 
