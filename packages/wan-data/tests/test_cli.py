@@ -9,6 +9,9 @@ from dataset_sources import records_of
 
 from wan_data.cli import main
 from wan_data.index.manifest import read_manifest
+from wan_data.prepare import ranks
+from wan_data.prepare import run as run_module
+from wan_data.prepare.ranks import Ranks
 from wan_model.codec.latent_codec import LatentCodec
 
 
@@ -37,6 +40,24 @@ def test_rejects_are_named_and_decide_the_exit_code(two_clips, tiny_model, tmp_p
     assert again.exit_code == 1
     assert "Rejected files (1):\n  mute.mkv: it has no caption" in again.stdout
     assert run(*arguments, "--allow-rejects").exit_code == 0
+
+
+@pytest.mark.parametrize(("rank", "code"), [(0, 1), (1, 0)])
+def test_the_first_rank_alone_says_that_files_were_rejected(two_clips, tiny_model, tmp_path, monkeypatch, rank, code):
+    """If another failed, torchrun would end the first before it has said which files."""
+
+    class Rank(Ranks):
+        world_size = 2
+
+    Rank.rank = rank
+    monkeypatch.setattr(ranks, "ranks_from_environment", Rank)
+    all_work = run_module.prepare
+    monkeypatch.setattr(run_module, "prepare", lambda *given, **more: all_work(*given, **{**more, "ranks": Ranks()}))
+    done = run(
+        *("prepare", "--video-folder", two_clips, "--output-folder", tmp_path / "a", "--model", tiny_model, *SMALL)
+    )
+    assert done.exit_code == code
+    assert ("Rejected files (1)" in done.stdout) == (rank == 0)
 
 
 def test_dropped_windows_of_an_accepted_clip_decide_the_exit_code(clip, tiny_model, tmp_path, monkeypatch):
@@ -127,6 +148,15 @@ def test_plan_says_what_prepare_then_does(clips, tiny_model, tmp_path):
     assert {row["tokens"] for row in found["buckets"]} == {shape.tokens for shape in manifest.shapes}
     assert found["shards"] == len(manifest.shards)
 
+    same = run("plan", *options, "--json", "--allow-rejects")
+    assert "refuse" not in same.stderr
+    other = run("plan", *options, "--json", "--allow-rejects", "--measures")
+    assert other.exit_code == 0
+    assert f"prepare would refuse these settings: {tmp_path / 'out'} holds a dataset of other settings" in other.stderr
+    assert "(measures on instead of off)" in other.stderr
+    other = run("plan", *options, "--json", "--allow-rejects", "--where", "seconds > 0")
+    assert "(where 'seconds > 0' instead of not given)" in other.stderr
+
     tables = run("plan", *options[:2], *SMALL, "--min-frames", 5, "--allow-rejects")
     assert tables.exit_code == 0
     assert "14 samples of 6 of 7 files" in tables.output
@@ -178,6 +208,22 @@ def test_preview_shows_the_latents(dataset, tiny_model, tmp_path):
     assert png_size(tmp_path / "sheet.png") == (width, pytest.approx(height / 3, abs=2))
     assert "no split 'test'; it has train, val" in run(*options, "--split", "test").output
     assert "must be at least 1" in run(*options, "--samples", 0).output
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3://bucket/a.png", "s3://bucket/a.png is in a store; name a file of this machine"),
+        ("{}/nowhere/a.png", "/nowhere is no folder; make it first"),
+        ("{}", "is a folder; name a file in it"),
+    ],
+)
+def test_where_a_picture_cannot_be_written_is_said_before_anything_is_read(tmp_path, place, said):
+    for command, option in (("inspect", "--png"), ("inspect", "--measures-png"), ("preview", "--output")):
+        done = run(command, tmp_path / "no dataset", option, place.format(tmp_path))
+        assert done.exit_code == 2
+        assert option in done.output
+        assert said in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(

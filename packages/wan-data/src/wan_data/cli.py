@@ -20,12 +20,14 @@ from wan_data.cli_options import (
     sources_of,
     workers_on,
 )
-from wan_data.cli_types import LocalPathType, LocationType
+from wan_data.cli_types import LocalPathType, LocationType, OutputFileType
 from wan_data.prepare.encoding.preload import preload_encoders
 from wan_data.storage.location import Location
 from wan_model.system.standard_streams import CheckedCommand
 
 _PIPE_WIDTH = 400
+# Clips of one message.
+_NAMED = 10
 
 
 class _Commands(CheckedCommand, click.Group):
@@ -62,7 +64,7 @@ def main() -> None:
     help="With --on ray: address of the cluster, or auto; RAY_ADDRESS if not given, else a cluster on this machine.",
 )
 @flag("output-format", default="energon", type=click.Choice(["energon"]), help="The only format.")
-@flag("allow-rejects", is_flag=True, help="Exit with code 0 although files were rejected.")
+@flag("allow-rejects", is_flag=True, help="Exit with code 0 although files were rejected, or have changed.")
 @flag("overwrite", is_flag=True, help="Replace a dataset in the output folder.")
 @flag("update", is_flag=True, help="Encode changed files again, and remove the samples that they had.")
 @flag("remove-missing", is_flag=True, help="Remove the samples of files that are not there any more.")
@@ -132,10 +134,11 @@ def prepare(
                 local_copies=local_copies,
                 work_folder=work_folder,
             )
-    if ranks.rank == 0:
-        made_in = output_at(output_folder, work_folder).folder
-        for line in (*summary_lines(result, made_in, str(output_folder)), *left_out()):
-            click.echo(line)
+    if ranks.rank != 0:
+        return  # torchrun ends all ranks when one exits with a failure, and the first has to say what
+    made_in = output_at(output_folder, work_folder).folder
+    for line in (*summary_lines(result, made_in, str(output_folder)), *left_out()):
+        click.echo(line)
     counts = result.manifest.index.counts
     incomplete = counts.rejected or counts.dropped
     if not allow_rejects and (incomplete or result.changed or result.kept):
@@ -169,7 +172,7 @@ def plan(
     """
     as_json = values.pop("json")
     with errors_as_messages(output_folder or Path()):
-        from wan_data.prepare.plan import make_plan, measured_rate, print_plan
+        from wan_data.prepare.plan import make_plan, measured_rate, print_plan, refusal_of
         from wan_data.prepare.probing.stage import probe_only
         from wan_data.prepare.ranks import Ranks
         from wan_data.prepare.store_output import output_at
@@ -197,12 +200,15 @@ def plan(
                 report.log(f"measuring {model}")
                 rate = measured_rate(model, settings, device)
             found = {**make_plan(results, settings, rate=rate), "left_out": left_out()}
+            refusal = None if output is None else refusal_of(output.folder, settings, str(output_folder))
     if as_json:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
         print_plan(found)
         for line in found["left_out"]:
             click.echo(line)
+    if refusal is not None:
+        click.echo(f"prepare would refuse these settings: {refusal}", err=True)
     if found["rejected"] and not allow_rejects:
         sys.exit(1)
 
@@ -212,13 +218,13 @@ def plan(
 @flag("capacity", type=int, help="Tokens of a pack; the largest sample's if not given.")
 @flag("pad-multiple", default=1, type=int, help="Packs are padded to a multiple of this many tokens.")
 @flag("packing-buffer", default=64, type=int, help="Number of samples that are packed together.")
-@flag("png", type=click.Path(path_type=Path), help="Plot the sizes and the packing into this file.")
+@flag("png", type=OutputFileType(), help="Plot the sizes and the packing into this file.")
 @flag(
     "measures-png",
-    type=click.Path(path_type=Path),
+    type=OutputFileType(),
     help="With --video-folder: a contact sheet of the clips at both ends of each measure.",
 )
-@flag("video-folder", type=click.Path(path_type=Path), help="Folder of the clips, for --measures-png.")
+@flag("video-folder", type=LocationType(), help="Folder of the clips, or its URL, for --measures-png.")
 @flag("json", "as-json", is_flag=True, help="Print one JSON object instead of tables.")
 def inspect(
     path: Location,
@@ -227,7 +233,7 @@ def inspect(
     packing_buffer: int,
     png: Path | None,
     measures_png: Path | None,
-    video_folder: Path | None,
+    video_folder: Location | None,
     **flags: bool,
 ) -> None:
     """Show the samples, shapes, tokens, captions, packing and measures of a dataset, or of a blend of several."""
@@ -245,7 +251,8 @@ def inspect(
                 raise ValueError("--measures-png shows frames of the clips; pass their folder as --video-folder")
             from wan_data.inspect.measures_sheet import measures_sheet
 
-            measures_sheet(path, video_folder, measures_png)
+            if unread := measures_sheet(path, video_folder, measures_png):
+                click.echo(f"{len(unread)} clips could not be read: {', '.join(unread[:_NAMED])}", err=True)
     if flags["json"]:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:
@@ -262,11 +269,12 @@ def sources(path: Location, where: str | None, limit: int, **flags: bool) -> Non
     """List the sources of a dataset, with what was measured of them, by name."""
     from itertools import islice
 
-    from wan_data.inspect.measured import json_line, selected_sources, sources_table
+    from wan_data.inspect.measured import json_line, selected_sources, sources_table, unmeasured_columns
 
     with errors_as_messages(path):
         found = selected_sources(path, where, rejected=flags["rejected"])
         shown, more = list(islice(found, limit)), next(found, None) is not None
+        unmeasured = unmeasured_columns(path, where)
     if flags["json"]:
         for record, seconds in shown:
             click.echo(json_line(record, seconds))
@@ -276,6 +284,9 @@ def sources(path: Location, where: str | None, limit: int, **flags: bool) -> Non
         console = Console()
         # In a file or a pipe, a path is in one line.
         (console if console.is_terminal else Console(width=_PIPE_WIDTH)).print(sources_table(shown))
+    if unmeasured:
+        names = " and ".join(unmeasured)
+        click.echo(f"no comparison with {names} is true: {path} was prepared without --measures", err=True)
     if more:
         click.echo(f"there are more than {limit}; pass a larger --limit", err=True)
 
@@ -330,7 +341,7 @@ def verify(path: Location, sources: Path | None, listing: Path | None) -> None:
 @main.command()
 @click.argument("path", type=LocationType())
 @flag("model", default=DEFAULT_MODEL, help="Folder in diffusers' layout, or hub id, with the autoencoder.")
-@flag("output", default="preview.png", type=click.Path(path_type=Path), help="The PNG.")
+@flag("output", default="preview.png", type=OutputFileType(), help="The PNG.")
 @flag("samples", default=8, type=int, help="Number of samples.")
 @flag("split", default="train", help="Split of the samples.")
 @flag("seed", default=0, type=int, help="Seed of the choice of samples.")

@@ -58,6 +58,24 @@ class LocalPathType(LocationType):
         return found
 
 
+class OutputFileType(LocalPathType):
+    """A file that a command writes at its end: its folder must be there before the work begins."""
+
+    name = "file"
+
+    def __init__(self) -> None:
+        super().__init__("name a file of this machine, and copy it there")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path."""
+        found = super().convert(value, param, ctx)
+        if found.is_dir():
+            self.fail(f"{found} is a folder; name a file in it", param, ctx)
+        if not found.parent.is_dir():
+            self.fail(f"{found.parent} is no folder; make it first, or name a file elsewhere", param, ctx)
+        return found
+
+
 class SizeType(click.ParamType[int]):
     """A number of bytes, such as 500MB or 20GB."""
 

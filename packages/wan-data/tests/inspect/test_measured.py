@@ -136,6 +136,7 @@ def test_both_ends_are_shown(measured, tmp_path):
     assert "measures of the clips" in table
     lost = run("inspect", measured / "dataset", "--measures-png", sheet, "--video-folder", tmp_path)
     assert lost.exit_code == 0, lost.output
+    assert "5 clips could not be read: speed 0.mkv: it cannot be read: No such file or directory, speed" in lost.stderr
     gone = pixels(sheet)
     assert not (gone.max(2) - gone.min(2) > 12).any()
 
@@ -145,6 +146,10 @@ def test_what_was_not_measured_has_no_ends(dataset, clips, tmp_path):
     assert "pass their folder as --video-folder" in run(*arguments).output
     assert "prepare it with --measures" in run(*arguments, "--video-folder", clips).output
     assert json.loads(run("inspect", dataset, "--json").stdout)["measures"] == {}
+    asked = run("sources", dataset, "--where", "motion < 0.1 or sharpness > 1 or bytes < 0", "--json")
+    assert (asked.exit_code, asked.stdout) == (0, "")
+    assert f"no comparison with motion and sharpness is true: {dataset} was prepared without --measures" in asked.stderr
+    assert run("sources", dataset, "--where", "bytes < 0", "--json").output == ""
 
 
 def test_a_measure_that_is_no_number_is_named(measured, tmp_path):

@@ -70,6 +70,7 @@ def test_every_row_is_accounted_for(tmp_path):
         '{"video": "notes.doc", "caption": "x"}',
         '{"video": "/elsewhere/b.mp4", "caption": "x"}',
         '{"video": "d.mp4", "text": "another key"}',
+        '{"video": "https://host/a.mp4", "caption": "x"}',
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
     sources = list(files_of_listing(tmp_path / "list.jsonl"))
@@ -77,8 +78,10 @@ def test_every_row_is_accounted_for(tmp_path):
     problems = {source.name: source.problem for source in sources}
     assert problems.pop("a.mp4") is None
     assert problems.pop("/elsewhere/b.mp4") is None
-    assert "not JSON" in problems.pop("list.jsonl line 2")
-    assert "JSON list; expected an object" in problems.pop("list.jsonl line 3")
+    # A message begins with the name of the source, here the line: the reason does not name it again.
+    assert problems.pop("list.jsonl line 2").startswith("it is not JSON")
+    assert problems.pop("list.jsonl line 3") == "it holds a JSON list; expected an object"
+    assert problems.pop("list.jsonl line 9").startswith("a URL of https:// cannot be read")
     assert "no path: expected one under" in problems.pop("list.jsonl line 4")
     assert problems.pop("a.mp4 (list.jsonl line 5)") == "it is listed twice; keep one row"
     assert "expected a file ending in" in problems.pop("notes.doc")

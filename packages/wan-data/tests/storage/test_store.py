@@ -1,12 +1,15 @@
 """Requests to a real server of S3 on loopback, and what a proxy before it makes of them."""
 
 import os
+import re
 import time
 
+import multistorageclient
 import pytest
 from object_store import ACCESS_KEY, Fault, write_profile
 
-from wan_data.storage.failures import StoreUnavailableError
+from wan_data.storage import failures, store
+from wan_data.storage.failures import StoreUnavailableError, UnusableCredentialsError, UnusableStoreError
 from wan_data.storage.location import StorePath, location
 from wan_data.storage.store import delete, download, exists, list_objects, look, read, upload, write
 
@@ -135,6 +138,51 @@ def test_nobody_at_the_address_is_said(bucket, monkeypatch):
     monkeypatch.setenv("WAN_DATA_STORE_PATIENCE", "0")
     with pytest.raises(StoreUnavailableError, match="no whole answer came"):
         list(list_objects(root))
+
+
+def test_a_store_that_is_waited_for_is_said_once(bucket, proxy, monkeypatch, caplog):
+    """Nobody should look at a command that says nothing for two minutes because of a wrong address."""
+    folder, root = bucket
+    put(folder, "x")
+    monkeypatch.setattr(failures, "waiting", waiting := failures._Waiting())
+    monkeypatch.setattr(store, "waiting", waiting)
+    monkeypatch.setattr(store, "_FIRST_DELAY", 0.01)
+    proxy.faults[:] = [Fault(status=503, times=4)]
+    assert read(root / "x") == CONTENT
+    assert caplog.text == "", "a short failure is no matter"
+    monkeypatch.setattr(failures, "_QUIET_SECONDS", 0.0)
+    proxy.faults[:] = [Fault(status=503, times=8)]
+    assert read(root / "x") == CONTENT
+    (said,) = caplog.messages
+    assert re.fullmatch(
+        rf"{root}/x: reading has failed for \d+ s: it answered 503.*; it is tried for 20 s \(WAN_DATA_STORE_PATIENCE\)",
+        said,
+    )
+
+
+def test_settings_of_which_no_client_can_be_made_are_named(bucket, monkeypatch):
+    _, root = bucket
+    another = StorePath("s3", f"{root.bucket}-3", "")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "user:secret@store.example.org:9000")
+    with pytest.raises(UnusableStoreError, match=r"AWS_ENDPOINT_URL is no URL; expected one such as https://") as error:
+        list(list_objects(another))
+    assert "secret" not in str(error.value)
+
+
+def test_credentials_that_are_missed_when_a_client_is_made_are_said(monkeypatch):
+    """As those of Google are, which its client looks for at once."""
+
+    class DefaultCredentialsError(Exception):
+        pass
+
+    def resolve(root):
+        raise RuntimeError(f"cannot make {root}") from DefaultCredentialsError()
+
+    monkeypatch.setattr(multistorageclient, "resolve_storage_client", resolve)
+    with pytest.raises(
+        UnusableCredentialsError, match=r"no credentials for gs://b were found \(DefaultCredentialsError"
+    ):
+        list(list_objects(StorePath("gs", "b", "x")))
 
 
 def test_missing_and_denied_objects_are_said_at_once(bucket, proxy):

@@ -74,6 +74,18 @@ def selected_sources(folder: Location, where: str | None, *, rejected: bool) -> 
                 yield record, record.frames / fps
 
 
+def unmeasured_columns(folder: Location, where: str | None) -> list[str]:
+    """The measures in an expression, if the sources of a dataset were not measured: no comparison with them is true.
+
+    Raises:
+        ValueError: the expression cannot be read, or the dataset.
+    """
+    if where is None or read_manifest(folder).settings.get("measures_version") is not None:
+        return []
+    asked = compile_where(where).columns
+    return [name for name in MEASURE_NAMES if name in asked]
+
+
 def json_line(record: SourceRecord, seconds: float) -> str:
     """A record as one line of JSON, without its fingerprint."""
     value = dataclasses.asdict(record) | {"seconds": seconds}

@@ -11,7 +11,11 @@ from wan_data.index.manifest import open_sources, read_manifest
 from wan_data.index.records import SourceRecord
 from wan_data.inspect.measured import measured
 from wan_data.inspect.plots import new_figure, save_figure
-from wan_data.storage.location import Location
+from wan_data.sources.contents import content_of, status_of
+from wan_data.sources.source import SourceFile
+from wan_data.storage.failures import is_of_the_object
+from wan_data.storage.local_copies import LocalCopies
+from wan_data.storage.location import Location, location
 from wan_data.video.buckets import Size
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.display.options import DisplayOptions
@@ -24,16 +28,20 @@ _SIDE = 256
 _LONGEST_NAME = 40
 
 
-def measures_sheet(dataset: Location, folder: Path, path: Path) -> None:
+def measures_sheet(dataset: Location, folder: Location, path: Path) -> list[str]:
     """Write a PNG with a row for each measure: the middle frames of the clips of its lowest and of its highest values.
 
     Args:
         dataset: whose sources were measured.
-        folder: of its clips. One that is not there, or cannot be decoded any more, is named in its place.
+        folder: of its clips, also in a store. In the place of one that cannot be read is the reason.
         path: of the PNG.
+
+    Returns:
+        The names of the clips that could not be read, with the reasons.
 
     Raises:
         ValueError: the sources were not measured.
+        OSError: a store fails, or takes no credentials.
     """
     manifest = read_manifest(dataset)
     found = measured({dataset: manifest})
@@ -54,6 +62,7 @@ def measures_sheet(dataset: Location, folder: Path, path: Path) -> None:
             for axis, (value, name) in zip(axis_of, one[end], strict=False):
                 _show(axis, pictures[name], f"{measure.replace('_', ' ')} {value:.3g} ({end})\n{name[-_LONGEST_NAME:]}")
     save_figure(figure, path)
+    return [f"{name}: {picture}" for name, picture in pictures.items() if isinstance(picture, str)]
 
 
 def _show(axis: Any, picture: np.ndarray | str, title: str) -> None:
@@ -65,26 +74,45 @@ def _show(axis: Any, picture: np.ndarray | str, title: str) -> None:
 
 
 def _pictures(
-    records: Mapping[str, SourceRecord], folder: Path, settings: Mapping[str, Any]
+    records: Mapping[str, SourceRecord], folder: Location, settings: Mapping[str, Any]
 ) -> dict[str, np.ndarray | str]:
     """The middle frame [H, W, 3] of each source, or why there is none."""
-    display = DisplayOptions(settings["background"], settings["hdr"])
-    jobs = {}
-    for name, record in records.items():
-        middle, scale = record.frames // 2, min(1.0, _SIDE / max(record.height, record.width))
-        jobs[name] = Job(
-            folder / name,
-            Fraction(settings["fps"]),
-            _limits(settings),
-            (Window(middle, middle + 1),),
-            Size(max(1, round(record.height * scale)), max(1, round(record.width * scale))),
-            display=display,
-        )
-    names, found = {job.path: name for name, job in jobs.items()}, dict[str, np.ndarray | str]()
-    with Decoder() as decoder:
-        for job, result in decoder.decode(jobs.values()):
-            found[names[job.path]] = str(result) if isinstance(result, Rejected) else np.asarray(result[0])
-    return found
+    with LocalCopies() as copies, Decoder() as decoder:
+        return {
+            name: _picture(_place(folder, name), record, settings, copies, decoder) for name, record in records.items()
+        }
+
+
+def _place(folder: Location, name: str) -> Location:
+    """The clip of a name in the dataset: below the folder, or where a listing has named it."""
+    if "://" in name or Path(name).is_absolute():
+        return location(name)
+    return folder / name
+
+
+def _picture(
+    path: Location, record: SourceRecord, settings: Mapping[str, Any], copies: LocalCopies, decoder: Decoder
+) -> np.ndarray | str:
+    middle, scale = record.frames // 2, min(1.0, _SIDE / max(record.height, record.width))
+    try:
+        source = SourceFile(record.path, path)
+        with content_of(path, status_of(source), copies) as file:
+            job = Job(
+                file,
+                Fraction(settings["fps"]),
+                _limits(settings),
+                (Window(middle, middle + 1),),
+                Size(max(1, round(record.height * scale)), max(1, round(record.width * scale))),
+                display=DisplayOptions(settings["background"], settings["hdr"]),
+            )
+            ((_, result),) = decoder.decode([job])
+    except Rejected as error:
+        return str(error)
+    except OSError as error:
+        if not is_of_the_object(error):
+            raise
+        return f"it cannot be read: {error.strerror or error}"
+    return str(result) if isinstance(result, Rejected) else np.asarray(result[0])
 
 
 def _limits(settings: Mapping[str, Any]) -> Limits:

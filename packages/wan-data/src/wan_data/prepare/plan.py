@@ -17,11 +17,12 @@ from rich.table import Table
 
 from wan_data.curation.distributions import distributions, measures_table
 from wan_data.curation.measures import MEASURE_NAMES
+from wan_data.index.manifest import MANIFEST_NAME, read_manifest
 from wan_data.index.records import DUPLICATE, LEFT_OUT, UNSELECTED
 from wan_data.prepare.near_duplicates import without_duplicates
 from wan_data.prepare.planned_source import ProbeResult, RejectedSource
 from wan_data.prepare.probing.results import Again, ProbeResults, planned_of_json
-from wan_data.prepare.settings import PrepareSettings
+from wan_data.prepare.settings import PrepareSettings, require_same_settings
 from wan_data.prepare.shard_batches import with_splits
 from wan_data.reading.packing import latent_tokens
 from wan_model.system.units import format_bytes, format_seconds
@@ -31,6 +32,23 @@ from wan_model.video_shape import TEMPORAL_STRIDE
 _LETTERS_PER_TOKEN = 4
 _TEXT_WIDTH = 4096
 _CHANNELS, _SPATIAL_STRIDE = 16, 8  # of the latents of Wan 2.1
+
+
+def refusal_of(dataset: Path, settings: PrepareSettings, name: str) -> str | None:
+    """Why ``prepare`` would add nothing to the dataset in a folder; None if it would, or if there is none.
+
+    Args:
+        dataset: the folder.
+        settings: of the preparation.
+        name: of the dataset, for the message.
+    """
+    if not (dataset / MANIFEST_NAME).exists():
+        return None
+    try:
+        require_same_settings(read_manifest(dataset).settings, settings, name)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def make_plan(results: ProbeResults, settings: PrepareSettings, *, rate: float | None = None) -> dict[str, Any]:

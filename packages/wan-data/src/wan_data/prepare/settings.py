@@ -199,12 +199,18 @@ def require_same_settings(stored: Mapping[str, Any], settings: PrepareSettings, 
         )
     # A setting that is newer than the dataset had the value that is its default.
     stored = {**PrepareSettings().to_dict(), **stored}
-    if differing := [
-        f"{name} {wanted.get(name)!r} instead of {stored[name]!r}"
-        for name in sorted(stored)
-        if wanted.get(name) != stored[name]
-    ]:
+    if differing := [one for one in sorted(stored) if wanted.get(one) != stored[one]]:
+        # Whether there is a version of measures follows from what asks for them.
+        given = [one for one in differing if one != "measures_version"] or differing
+        shown = ", ".join(f"{one} {_shown(wanted.get(one))} instead of {_shown(stored[one])}" for one in given)
         raise ValueError(
-            f"{name} holds a dataset of other settings ({', '.join(differing)}); use the same settings, choose "
+            f"{name} holds a dataset of other settings ({shown}); use the same settings, choose "
             "another folder, or pass --overwrite to replace it"
         )
+
+
+def _shown(value: Any) -> str:
+    """A setting as a user gives it."""
+    if value is None:
+        return "not given"
+    return ("off", "on")[value] if isinstance(value, bool) else repr(value)

@@ -92,7 +92,10 @@ def _row(
     where: str, row: Any, folder: Location, suffixes: tuple[str, ...], caption_key: str, *, local: bool
 ) -> SourceFile:
     if isinstance(row, ValueError):
-        return SourceFile(where, None, problem=str(row))
+        said = str(row)  # it is named by its line already
+        return SourceFile(
+            where, None, problem=f"it{said.removeprefix(where)}" if said.startswith(f"{where} ") else said
+        )
     listed = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
     if listed is None:
         return SourceFile(where, None, problem=f"it has no path: expected one under {', '.join(NAME_KEYS)}")
@@ -100,7 +103,7 @@ def _row(
         path, name = _place(listed, folder, local=local)
     except ValueError as error:
         # Not under its name, which may have credentials in it.
-        return SourceFile(where, None, problem=f"{where}: {error}")
+        return SourceFile(where, None, problem=str(error))
     if path.suffix.lower() not in suffixes:
         return SourceFile(name, path, problem=f"{where} names it; expected a file ending in {', '.join(suffixes)}")
     try:

@@ -4,14 +4,20 @@ Messages are made here and repeat nothing of the answer but its number and its c
 """
 
 import errno
+import logging
 import os
 import re
+import threading
+import time
 from collections.abc import Iterator
 
 from wan_data.storage.location import StorePath
 
 PATIENCE_VARIABLE = "WAN_DATA_STORE_PATIENCE"
 _DEFAULT_PATIENCE = 120.0
+# Failures after which it is said that a store is waited for, and the time until it is said again, by whatever request.
+_QUIET_SECONDS = 10.0
+_SAID_EVERY_SECONDS = 30.0
 # Requests that may succeed later, beside those that the server failed at (5xx).
 _PASSING = {408, 409, 425, 429}
 _NO_CREDENTIALS = {
@@ -85,7 +91,7 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
         path: the object, or the folder.
         doing: what was tried, such as ``reading``.
     """
-    if isinstance(error, ChangedObjectError | LocalCopyError | UnusableStoreError):
+    if isinstance(error, ChangedObjectError | LocalCopyError | UnusableCredentialsError | UnusableStoreError):
         return error
     for one in _chain(error):
         if isinstance(one, OSError) and one.errno in _LOCAL:
@@ -133,14 +139,44 @@ def is_of_the_object(error: OSError) -> bool:
 
 def unavailable(error: BaseException, path: StorePath, doing: str, seconds: float, attempts: int) -> OSError:
     """The error of a store that has failed for too long."""
-    status, code = _answer(error)
-    answer = f"it answered {_said(status, code)}" if status else f"no whole answer came ({_cause(error)})"
     return StoreUnavailableError(
         errno.EIO,
-        f"{doing} failed {attempts} times in {seconds:.0f} s: {answer}; run the same command again when the store "
-        f"answers ({PATIENCE_VARIABLE} is the number of seconds that are waited for it)",
+        f"{doing} failed {attempts} times in {seconds:.0f} s: {_answer_said(error)}; run the same command again when "
+        f"the store answers ({PATIENCE_VARIABLE} is the number of seconds that are waited for it)",
         str(path),
     )
+
+
+class _Waiting:
+    """Says in the log that a store is waited for, once in a while for all threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._next = threading.Lock(), 0.0
+
+    def say(self, error: BaseException, path: StorePath, doing: str, seconds: float) -> None:
+        """Say it if it is time.
+
+        Args:
+            error, path, doing: see ``final_error``.
+            seconds: for which the request has failed so far.
+        """
+        with self._lock:
+            now = time.monotonic()
+            if seconds < _QUIET_SECONDS or now < self._next:
+                return
+            self._next = now + _SAID_EVERY_SECONDS
+        logging.getLogger(__name__).warning(
+            "%s: %s has failed for %.0f s: %s; it is tried for %g s (%s)",
+            *(path, doing, seconds, _answer_said(error), patience(), PATIENCE_VARIABLE),
+        )
+
+
+waiting = _Waiting()
+
+
+def _answer_said(error: BaseException) -> str:
+    status, code = _answer(error)
+    return f"it answered {_said(status, code)}" if status else f"no whole answer came ({_cause(error)})"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import random
+import re
 import secrets
 import time
 import zlib
@@ -21,12 +22,14 @@ from typing import Any, TypeVar
 from wan_data.storage.failures import (
     ChangedObjectError,
     LocalCopyError,
+    UnusableCredentialsError,
     UnusableStoreError,
     final_error,
     has_no_reason,
     patience,
     refuses_credentials,
     unavailable,
+    waiting,
 )
 from wan_data.storage.location import StorePath
 
@@ -304,11 +307,20 @@ def _client(path: StorePath) -> Any:
             f"'wan-data[{_EXTRAS[path.scheme]}]'"
         ) from None
     except Exception as error:
+        if isinstance(final := final_error(error, path, "opening"), UnusableCredentialsError):
+            raise final from None
         # What it says may repeat the configuration, which has credentials.
-        raise UnusableStoreError(
-            f"{path.root} cannot be opened: multi-storage-client has no such profile, or its configuration "
-            f"(MSC_CONFIG) is damaged ({type(error).__name__})"
-        ) from None
+        raise UnusableStoreError(f"{path.root} cannot be opened: {_wrong_setting(path, error)}") from None
+
+
+def _wrong_setting(path: StorePath, error: Exception) -> str:
+    """What is wrong with the settings by which no client could be made, without their values."""
+    if path.scheme == "s3":
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+            if (url := os.environ.get(name)) and not re.match(r"https?://[^/]", url):
+                return f"{name} is no URL; expected one such as https://store.example.org"
+    what = "has no such profile, or its configuration" if path.scheme == "msc" else "was not set up: its configuration"
+    return f"multi-storage-client {what} (MSC_CONFIG) is damaged ({type(error).__name__})"
 
 
 def _attempt(path: StorePath, doing: str, function: Callable[..., T], *arguments: Any) -> T:
@@ -324,5 +336,6 @@ def _attempt(path: StorePath, doing: str, function: Callable[..., T], *arguments
                 raise final from None
             if (spent := time.monotonic() - begin) + delay > limit:
                 raise unavailable(error, path, doing, spent, attempts) from error
+            waiting.say(error, path, doing, spent)
         time.sleep(delay * jitter.uniform(0.5, 1.0))
         delay = min(2 * delay, _LONGEST_DELAY)

@@ -13,6 +13,7 @@ from wan_data import __version__
 from wan_data.prepare.on_ray.actors import StageActor
 from wan_data.prepare.on_ray.layout import Stage
 from wan_data.prepare.report import Report
+from wan_data.storage.failures import UnusableCredentialsError, UnusableStoreError
 
 # A call that is lost so often may be what kills its actors.
 MOST_LOSSES = 5
@@ -210,12 +211,22 @@ def _result(reference: Any) -> tuple[Any, str | None, bool]:
         if isinstance(cause, ray.exceptions.RayError):  # an argument was lost
             return None, _sentence(cause), False
         if isinstance(cause, ValueError | OSError):
-            raise cause from None
+            raise _of_node(cause, error.ip) from None
         raise
     except ray.exceptions.RayActorError as error:
         return None, _sentence(error), True
     except ray.exceptions.RayError as error:
         return None, _sentence(error), False
+
+
+def _of_node(error: ValueError | OSError, node: str) -> ValueError | OSError:
+    """The error of an actor; one that is of its node rather than of a clip names the node."""
+    where = f"this is on the node {node} of the Ray cluster, whose actors have the environment of its ray start"
+    if isinstance(error, UnusableCredentialsError):
+        return UnusableCredentialsError(error.errno, f"{error.strerror}; {where}", error.filename)
+    if isinstance(error, UnusableStoreError):
+        return UnusableStoreError(f"{error}; {where}")
+    return error
 
 
 def _sentence(error: Exception) -> str:

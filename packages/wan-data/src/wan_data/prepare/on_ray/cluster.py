@@ -15,6 +15,7 @@ from wan_model.extras import requires_extra
 from wan_model.system.torchrun import processors, world_size
 
 _CONNECT_SECONDS = 10.0
+_TOKENS = "RAY_AUTH_MODE"
 
 
 def ray_workers(
@@ -78,7 +79,7 @@ def _connected(address: str | None, report: Report) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"there is no Ray cluster at {address or 'this machine'} that this machine is a node of ({reason}); start "
-            "one with ray start, or leave --ray-address out"
+            f"one with ray start, or leave --ray-address out{_about_tokens(address)}"
         ) from error
     finally:
         # Ray's own would end this process with another exit code than other commands have.
@@ -111,6 +112,13 @@ def check_address(address: str | None) -> None:
                 f"nothing answers at {address} ({getattr(error, 'strerror', None) or error}); start a Ray cluster "
                 "there with ray start --head, or leave --ray-address out"
             ) from None
+
+
+def _about_tokens(address: str | None) -> str:
+    """What else may be wrong: of addresses that are given Ray sends a token only if it is told to."""
+    if address in (None, "local", "auto") or _TOKENS in os.environ:
+        return ""
+    return f"; a cluster that takes calls with a token only is found by --ray-address auto, or with {_TOKENS}=token"
 
 
 def _dashboard(url: str | None) -> str:
