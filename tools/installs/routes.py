@@ -67,7 +67,7 @@ def routes(root: Path) -> list[Route]:
         Route("cpu", ENGINE, {"torch": "2.13.0+cpu"}, (*training, "megatron-core", "megatron-bridge", "triton")),
         Route("page", [PAGE], {"torch": "2.13.0+cpu"}, (*training, "jinja2", "plotly")),
         Route("sampler", ["pip install ./packages/wan-model ./packages/wan-infer"], cuda, ("wan-model", "wan-infer")),
-        Route("extras-of-data", [EXTRAS], cuda, ("wan-data", "boto3", "ray", "scenedetect", "google-cloud-storage")),
+        Route("extras-of-data", [EXTRAS], cuda, ("wan-data", "boto3", "ray", "scenedetect-headless", "google-cloud-storage")),
         Route("data", [CHECKOUT], cuda, ("wan-model", "wan-data"), avoids=(*BUILT_AGAINST_CUDA, "megatron-core")),
     ]
     for file in sorted(root.glob("docker/nemo-*.txt")):
@@ -77,7 +77,7 @@ def routes(root: Path) -> list[Route]:
         commands = {
             "": ([f"{CHECKOUT} ./packages/wan-train"], training),
             "-dockerfile": (["docker/install.sh"], (*training, "wan-infer")),
-            "-extras": ([EXTRAS], ("wan-data", "boto3", "ray", "scenedetect")),
+            "-extras": ([EXTRAS], ("wan-data", "boto3", "ray", "scenedetect-headless")),
         }
         for suffix, (lines, installs) in commands.items():
             found.append(Route(file.stem + suffix, lines, present, installs, constraints=before_5))
