@@ -5,8 +5,9 @@ from object_store import Fault
 
 from wan_data.sources.store_folder import StoreFolder
 from wan_data.storage import files
+from wan_data.storage.failures import UnusableStoreError
 from wan_data.storage.files import read_small
-from wan_data.storage.store import look, read
+from wan_data.storage.store import list_objects, look, read
 
 ENTRY = (
     '<Contents><Key>{}</Key><LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>"a"</ETag><Size>5</Size>'
@@ -34,6 +35,16 @@ def test_a_store_that_reads_no_ranges_is_refused(bucket, proxy):
     with pytest.raises(OSError, match="10 bytes came where 3 were asked for"):
         read(root / "x", 4, 3)
     assert read(root / "x") == b"0123456789"
+
+
+def test_a_bucket_of_another_region_is_said_at_once(bucket, proxy):
+    _, root = bucket
+    body = b"<Error><Code>PermanentRedirect</Code></Error>"
+    proxy.faults[:] = [Fault("GET", "list-type", status=301, body=body, times=10**6)]
+    with pytest.raises(
+        UnusableStoreError, match=r"not where it was asked for \(301 \(PermanentRedirect\)\); set the region"
+    ):
+        list(list_objects(root))
 
 
 @pytest.mark.parametrize("after", [b"longer than it was", b"short"])

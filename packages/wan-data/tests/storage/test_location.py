@@ -16,7 +16,9 @@ def test_urls_are_objects_and_all_else_is_a_path():
         assert location(path) == Path(path)
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:///a", "msc://", "http://a/b", "file:///a", "s3://b/../a", "s3://b/a//b"])
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:///a", "msc://", "http://a/b", "file:///a", "s3://b/../a", "s3://b/a//b", "s3://b//a"]
+)
 def test_urls_that_name_nothing_are_refused(url):
     with pytest.raises(ValueError, match="://"):
         location(url)

@@ -73,6 +73,10 @@ class _State(WorkRecord):
     claim: str | None = None
     uploaded: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
+    def of(self, manifest: str, found: StoredObject, uploaded: Mapping[str, tuple[int, int]]) -> "_State":
+        """The same with another manifest, its object, and other objects."""
+        return _State(manifest, found.bytes, found.mtime_ns, self.token, self.claim, uploaded)
+
 
 class StoreOutput(Output):
     """See ``Output``; the first rank alone uploads what is not of a shard.
@@ -196,8 +200,7 @@ class StoreOutput(Output):
                 uploaded[name] = _stamp(self.folder / name)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             path.replace(self.folder / MANIFEST_NAME)
-        seen = {"manifest": digest, "bytes": manifest.bytes, "mtime_ns": manifest.mtime_ns}
-        self._state = dataclasses.replace(self._state, **seen, uploaded=uploaded)
+        self._state = self._state.of(digest, manifest, uploaded)
 
     # -- shards --------------------------------------------------------------------------------------------------------
 
@@ -306,8 +309,7 @@ class StoreOutput(Output):
             upload(path, self._url / MANIFEST_NAME)
             found = self._manifest_object()
             assert found is not None, "it was uploaded"
-            seen = {"manifest": digest, "bytes": found.bytes, "mtime_ns": found.mtime_ns}
-            self._save(dataclasses.replace(self._state, **seen, uploaded=uploaded))
+            self._save(self._state.of(digest, found, uploaded))
             listed = {shard.name for shard in manifest.shards} | {part.name for part in manifest.index.parts}
             old = [name for name in self._names() if name.removesuffix(OFFSETS_SUFFIX) not in listed]
             delete([self._url / name for name in old if _is_numbered(name)])

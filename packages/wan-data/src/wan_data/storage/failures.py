@@ -50,7 +50,10 @@ class LocalCopyError(OSError):
 
 
 class UnusableStoreError(ValueError):
-    """No request can be made: a package or a profile is missing. The message is a sentence for users."""
+    """No request can be made: a package or a profile is missing, or the bucket is elsewhere.
+
+    The message is a sentence for users.
+    """
 
 
 # Answers to credentials, whatever they ask for.
@@ -104,6 +107,11 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
             f"no credentials for {path.root} were found ({', '.join(sorted(names & _NO_CREDENTIALS))}); set those of "
             "the store in the environment, in its configuration file or in the profile",
             str(path),
+        )
+    if status == 301:
+        return UnusableStoreError(
+            f"{path.root} is not where it was asked for ({_said(status, code)}); set the region and the endpoint of "
+            "the bucket in the environment, in the configuration file of the store or in the profile"
         )
     if isinstance(error, FileNotFoundError) or status == 404:
         what = "there is no such bucket" if code == "NoSuchBucket" else "it does not exist"

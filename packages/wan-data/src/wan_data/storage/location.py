@@ -109,7 +109,7 @@ def location(name: str | os.PathLike[str] | StorePath) -> Location:
     if not bucket:
         what = "profile" if scheme == "msc" else "bucket"
         raise ValueError(f"{scheme}://{rest} names no {what}; expected {scheme}://{what.upper()}/FOLDER")
-    return StorePath(scheme, bucket, _checked_key(key.strip("/"), f"{scheme}://{rest}") if key.strip("/") else "")
+    return StorePath(scheme, bucket, _checked_key(key.rstrip("/"), f"{scheme}://{rest}") if key.rstrip("/") else "")
 
 
 def _checked_key(key: str, url: str) -> str:
