@@ -159,7 +159,7 @@ def test_verify_compares_the_clips_of_a_listing_where_they_are(bucket, proxy, cl
         refused = run(*arguments)
     multistorageclient.shortcuts._STORAGE_CLIENT_CACHE.pop(f"_s3-{root.bucket}", None)
     assert "no credentials for" in refused.output
-    assert "checked" not in refused.output, "it is no problem of each clip"
+    assert "1 sources checked: problems: 1" in refused.output, "it ends there, and is no problem of each clip"
     (stored / "deep" / "tall.mkv").unlink()
     assert f"{root}/clips/deep/tall.mkv cannot be read: it does not exist" in run(*arguments).stdout
 
