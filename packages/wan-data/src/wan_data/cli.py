@@ -252,7 +252,7 @@ def inspect(
             from wan_data.inspect.measures_sheet import measures_sheet
 
             if unread := measures_sheet(path, video_folder, measures_png):
-                click.echo(f"{len(unread)} clips could not be read: {', '.join(unread[:_NAMED])}", err=True)
+                click.echo(f"clips that could not be read ({len(unread)}): {', '.join(unread[:_NAMED])}", err=True)
     if flags["json"]:
         click.echo(json.dumps(found, indent=1, sort_keys=True))
     else:

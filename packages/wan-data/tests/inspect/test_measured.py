@@ -136,7 +136,10 @@ def test_both_ends_are_shown(measured, tmp_path):
     assert "measures of the clips" in table
     lost = run("inspect", measured / "dataset", "--measures-png", sheet, "--video-folder", tmp_path)
     assert lost.exit_code == 0, lost.output
-    assert "5 clips could not be read: speed 0.mkv: it cannot be read: No such file or directory, speed" in lost.stderr
+    assert (
+        "clips that could not be read (5): speed 0.mkv: it cannot be read: No such file or directory, speed"
+        in lost.stderr
+    )
     gone = pixels(sheet)
     assert not (gone.max(2) - gone.min(2) > 12).any()
 

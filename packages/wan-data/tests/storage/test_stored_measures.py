@@ -49,7 +49,7 @@ def test_both_ends_are_shown_from_a_store(measured, proxy, tmp_path, monkeypatch
     proxy.faults[:] = [Fault("(GET|HEAD)", "b.mkv", status=403, times=10**6)]
     denied = run(*arguments)
     assert denied.exit_code == 0, denied.output
-    assert "1 clips could not be read: b.mkv: it cannot be read: looking was denied" in denied.stderr
+    assert "clips that could not be read (1): b.mkv: it cannot be read: looking was denied" in denied.stderr
     assert coloured_pictures(sheet)[0] == 4
     monkeypatch.setenv("WAN_DATA_STORE_PATIENCE", "0.5")
     proxy.faults[:] = [Fault("(GET|HEAD)", "b.mkv", status=503, times=10**6)]

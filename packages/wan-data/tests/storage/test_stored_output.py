@@ -1,5 +1,6 @@
 """Datasets that are written into a store, on a real server."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from stored_datasets import SMALL_OPTIONS, content_of, prepare_stored, upload_fo
 
 from wan_data.index.manifest import read_manifest
 from wan_data.prepare import store_output
+from wan_data.prepare.ranks import Ranks
 from wan_data.prepare.store_output import StoreOutput
 from wan_data.reading.datasets import splits
 from wan_data.storage.store import write
@@ -111,6 +113,14 @@ def test_another_preparation_meanwhile_is_said(places, tiny_model, bucket, monke
     result = prepare_stored(tiny_model, *options)
     assert result.exit_code == 0, result.output
     assert sum(read_manifest(out).samples.values()) == 14 + 3
+
+
+def test_a_process_that_writes_the_dataset_is_named(places, tiny_model, bucket, tmp_path):
+    _, options, _ = places
+    with StoreOutput(bucket[1] / "out", tmp_path / "work").opened(Ranks()):
+        result = prepare_stored(tiny_model, *options)
+    assert result.exit_code == 1
+    assert f"Error: {bucket[1]}/out is being written by process {os.getpid()}; wait for it" in result.output
 
 
 def test_an_outage_ends_with_one_sentence_and_the_same_command_goes_on(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import multistorageclient.shortcuts
 import pytest
 from data_command import run
 from object_store import Fault
@@ -119,6 +120,48 @@ def test_a_listing_in_a_store_names_objects_and_no_files(bucket, clips, tmp_path
     assert "line 3: a listing in a store names a path of this machine" in result.output
     assert "line 4: a URL of https:// cannot be read" in result.output
     assert "TOKEN" not in result.output
+
+
+def test_verify_compares_the_clips_of_a_listing_where_they_are(bucket, proxy, clips, tiny_model, tmp_path, monkeypatch):
+    folder, root = bucket
+    stored, here = upload_folder(clips, folder), upload_folder(clips, tmp_path)
+    rows = [
+        {"path": "clips/wide.mkv", "caption": "On the disk."},
+        {"path": f"{root}/clips/deep/tall.mkv", "caption": "In the store."},
+    ]
+    listing = tmp_path / "list.jsonl"
+    listing.write_text("\n".join(map(json.dumps, rows)))
+    done = prepare_stored(tiny_model, "--listing", listing, "--output-folder", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    arguments = ("verify", tmp_path / "out", "--sources", tmp_path, "--listing", listing)
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "2 sources checked: no problems" in done.stdout
+    monkeypatch.setenv("WAN_DATA_STORE_PATIENCE", "0.5")
+    proxy.faults[:] = [Fault(path="tall.mkv", status=503, times=10**6)]
+    assert "tall.mkv: looking failed" in run(*arguments).output
+    proxy.faults.clear()
+    (stored / "deep" / "tall.mkv").write_bytes((here / "wide.mkv").read_bytes())
+    rows[1]["caption"] = "Another."
+    listing.write_text("\n".join(map(json.dumps, rows)))
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert f"{root}/clips/deep/tall.mkv has changed since it was encoded" in done.stdout
+    assert f"{root}/clips/deep/tall.mkv has another caption" in done.stdout
+    proxy.faults[:] = [Fault(path="tall.mkv", status=403, times=10**6)]
+    assert "tall.mkv cannot be read: looking was denied" in run(*arguments).stdout
+    proxy.faults.clear()
+    with monkeypatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.delenv(name)
+        patch.setenv("HOME", "/nonexistent")
+        multistorageclient.shortcuts._STORAGE_CLIENT_CACHE.pop(f"_s3-{root.bucket}", None)
+        refused = run(*arguments)
+    multistorageclient.shortcuts._STORAGE_CLIENT_CACHE.pop(f"_s3-{root.bucket}", None)
+    assert "no credentials for" in refused.output
+    assert "1 sources checked: problems: 1" in refused.output, "it ends there, and is no problem of each clip"
+    (stored / "deep" / "tall.mkv").unlink()
+    assert f"{root}/clips/deep/tall.mkv cannot be read: it does not exist" in run(*arguments).stdout
 
 
 def test_what_of_a_store_is_not_read_is_named(bucket, proxy, clips):

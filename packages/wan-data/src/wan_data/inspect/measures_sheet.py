@@ -12,10 +12,10 @@ from wan_data.index.records import SourceRecord
 from wan_data.inspect.measured import measured
 from wan_data.inspect.plots import new_figure, save_figure
 from wan_data.sources.contents import content_of, status_of
-from wan_data.sources.source import SourceFile
+from wan_data.sources.source import SourceFile, place_of
 from wan_data.storage.failures import is_of_the_object
 from wan_data.storage.local_copies import LocalCopies
-from wan_data.storage.location import Location, location
+from wan_data.storage.location import Location
 from wan_data.video.buckets import Size
 from wan_data.video.decoder_process import Decoder, Job
 from wan_data.video.display.options import DisplayOptions
@@ -79,15 +79,9 @@ def _pictures(
     """The middle frame [H, W, 3] of each source, or why there is none."""
     with LocalCopies() as copies, Decoder() as decoder:
         return {
-            name: _picture(_place(folder, name), record, settings, copies, decoder) for name, record in records.items()
+            name: _picture(place_of(folder, name), record, settings, copies, decoder)
+            for name, record in records.items()
         }
-
-
-def _place(folder: Location, name: str) -> Location:
-    """The clip of a name in the dataset: below the folder, or where a listing has named it."""
-    if "://" in name or Path(name).is_absolute():
-        return location(name)
-    return folder / name
 
 
 def _picture(

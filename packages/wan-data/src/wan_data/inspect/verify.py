@@ -15,6 +15,8 @@ from wan_data.shards.energon_index import index_problems
 from wan_data.shards.energon_metadata import META_FOLDER, check_metadata, shard_counts
 from wan_data.shards.reader import StoredSample, samples_of
 from wan_data.shards.writer import SHARD_GLOB, sample_key
+from wan_data.sources.source import place_of
+from wan_data.storage.failures import UnusableCredentialsError, is_of_the_object
 from wan_data.storage.files import as_local, file_size, is_there, names_like, sha256_of
 from wan_data.storage.location import Location
 from wan_model.system.safe_reading import require_file
@@ -249,18 +251,28 @@ def _source_problems(
     caption_of: Callable[[str], str] | None,
     step: Callable[[str], None],
 ) -> Iterator[list[str]]:
-    """Yield the changes of each accepted source since it was encoded."""
+    """Yield the changes of each accepted source since it was encoded.
+
+    Raises:
+        OSError, ValueError: the store of a source that a listing named by its URL fails, or takes no credentials.
+    """
     for record in index.accepted():
-        problems = []
+        problems, place, is_here = [], place_of(folder, record.path), True
         try:
-            require_file(folder / record.path)
-            if sha256_of(folder / record.path) != record.sha256:
+            if isinstance(place, Path):
+                require_file(place)
+            if sha256_of(place) != record.sha256:
                 problems.append(f"{record.path} has changed since it was encoded")
         except ValueError as error:
+            if isinstance(error.__cause__, UnusableCredentialsError):
+                raise
             problems.append(str(error))
         except OSError as error:
+            if not is_of_the_object(error):
+                raise  # of its store, and no problem of the dataset
+            is_here = isinstance(place, Path) and place.exists()
             problems.append(f"{record.path} cannot be read: {error.strerror or error}")
-        if caption_of is not None and (folder / record.path).exists():
+        if caption_of is not None and is_here:
             try:
                 now = caption_digest(caption_of(record.path))
                 if captions_of(record.path) - {now}:

@@ -105,7 +105,7 @@ class StoreOutput(Output):
         """
         if ranks.rank == 0:
             self._root.mkdir(parents=True, exist_ok=True)
-        with writer_lock(self._root) if ranks.rank == 0 else contextlib.nullcontext():
+        with writer_lock(self._root, str(self._url)) if ranks.rank == 0 else contextlib.nullcontext():
             self._check_shared(ranks)
             if ranks.rank == 0:
                 self._follow()

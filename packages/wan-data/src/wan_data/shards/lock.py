@@ -13,8 +13,12 @@ LOCK_NAME = ".wan-data.lock"
 
 
 @contextlib.contextmanager
-def writer_lock(folder: Path) -> Iterator[None]:
+def writer_lock(folder: Path, name: str | None = None) -> Iterator[None]:
     """Hold the lock of a folder while the block runs; the system releases it if the process dies.
+
+    Args:
+        folder: whose lock it is.
+        name: of what is written, for the message; the folder if None.
 
     Raises:
         ValueError: another process holds the lock; the message names its process id. Or no file stands in its place.
@@ -29,7 +33,8 @@ def writer_lock(folder: Path) -> Iterator[None]:
                 holder = read_text(path, 100).strip()
             holder = holder if re.fullmatch(r"process \d+", holder) else ""
             raise ValueError(
-                f"{folder} is being written by {holder or 'another process'}; wait for it or choose another folder"
+                f"{name or folder} is being written by {holder or 'another process'}; wait for it or choose another "
+                "folder"
             ) from None
         require_file(path)
         os.ftruncate(descriptor, 0)

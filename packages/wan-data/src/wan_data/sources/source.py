@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from wan_data.sources.captions import CaptionFinder
-from wan_data.storage.location import Location
+from wan_data.storage.location import Location, location
 from wan_data.storage.store import StoredObject
 from wan_data.video.media_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -42,6 +43,11 @@ class SourceFile:
     caption: str | None = None
     problem: str | None = None
     listed: Listed | None = None
+
+
+def place_of(folder: Location, name: str) -> Location:
+    """Where the source of a name in a dataset is: below the folder, or where a listing has named it."""
+    return location(name) if "://" in name or Path(name).is_absolute() else folder / name
 
 
 class Sources(Protocol):
