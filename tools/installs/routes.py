@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 BUILT_AGAINST_CUDA = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "transformer-engine-torch")
 CHECKOUT = "pip install ./packages/wan-model ./packages/wan-data"
 EXTRAS = f"{CHECKOUT.removesuffix('./packages/wan-data')}'./packages/wan-data[s3,gs,curation,ray]'"
+OF_EXTRAS = ("boto3", "ray", "scenedetect-headless")
 ENGINE = [f"{CHECKOUT} './packages/wan-train[engine]'", "pip install --no-deps megatron-bridge==0.3.1"]
 PAGE = f"{CHECKOUT} './packages/wan-train[report]'"
 TRANSFORMER_ENGINE = "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.10,<2.13'"
@@ -67,7 +68,12 @@ def routes(root: Path) -> list[Route]:
         Route("cpu", ENGINE, {"torch": "2.13.0+cpu"}, (*training, "megatron-core", "megatron-bridge", "triton")),
         Route("page", [PAGE], {"torch": "2.13.0+cpu"}, (*training, "jinja2", "plotly")),
         Route("sampler", ["pip install ./packages/wan-model ./packages/wan-infer"], cuda, ("wan-model", "wan-infer")),
-        Route("extras-of-data", [EXTRAS], cuda, ("wan-data", "boto3", "ray", "scenedetect-headless", "google-cloud-storage")),
+        Route(
+            "extras-of-data",
+            [EXTRAS],
+            cuda,
+            ("wan-data", "boto3", "ray", "scenedetect-headless", "google-cloud-storage"),
+        ),
         Route("data", [CHECKOUT], cuda, ("wan-model", "wan-data"), avoids=(*BUILT_AGAINST_CUDA, "megatron-core")),
     ]
     for file in sorted(root.glob("docker/nemo-*.txt")):
@@ -77,7 +83,7 @@ def routes(root: Path) -> list[Route]:
         commands = {
             "": ([f"{CHECKOUT} ./packages/wan-train"], training),
             "-dockerfile": (["docker/install.sh"], (*training, "wan-infer")),
-            "-extras": ([EXTRAS], ("wan-data", "boto3", "ray", "scenedetect-headless")),
+            "-extras": ([EXTRAS], ("wan-data", *OF_EXTRAS)),
         }
         for suffix, (lines, installs) in commands.items():
             found.append(Route(file.stem + suffix, lines, present, installs, constraints=before_5))

@@ -129,7 +129,7 @@ MUTATIONS = (
     ),
     _of(
         "refused-dry-run-exits-0", "cli.py",
-        "        return 2", "        return 0",
+        "    exit_code = 2", "    exit_code = 0",
         "the exit status is 0 for an invalid configuration",
         "config/test_configurations.py::test_a_dry_run_refuses_what_cannot_be",
     ),

@@ -61,12 +61,24 @@ def on_ray(cluster, prepare_again, tiny_model, settings):
     return run
 
 
+@pytest.fixture(scope="module")
+def place_of_outputs(tmp_path_factory):
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture
+def out(place_of_outputs):
+    """An output folder of one name for all tests, so that they can use the same writing actors."""
+    yield place_of_outputs / "out"
+    shutil.rmtree(place_of_outputs / "out", ignore_errors=True)
+
+
 @pytest.mark.parametrize(("processes", "decoders"), [(1, 1), (2, 3)])
 def test_the_bytes_are_those_of_one_process_whatever_the_number_of_actors(
-    on_ray, dataset, clips, tmp_path, processes, decoders
+    on_ray, dataset, clips, out, processes, decoders
 ):
-    on_ray(clips, tmp_path / "out", processes, decoders)
-    assert without_index(tmp_path / "out") == without_index(dataset)
+    on_ray(clips, out, processes, decoders)
+    assert without_index(out) == without_index(dataset)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +136,7 @@ def replace_node(cluster, number):
 STAGES = ("probe", "decode", "encode", "text", "write")
 
 
-def test_the_calls_of_lost_actors_are_made_again(on_ray, dataset, clips, silent, tmp_path):
+def test_the_calls_of_lost_actors_are_made_again(on_ray, dataset, clips, silent, out):
     lost = []
 
     def lose_the_second_call(pool, member, method):
@@ -135,14 +147,14 @@ def test_the_calls_of_lost_actors_are_made_again(on_ray, dataset, clips, silent,
 
     seen = []
     with watched(lose_the_second_call):
-        on_ray(clips, tmp_path / "out", 2, 2, report=silent)
+        on_ray(clips, out, 2, 2, report=silent)
     assert {*lost} == {f"wan-data {stage}" for stage in STAGES}
-    assert without_index(tmp_path / "out") == without_index(dataset)
+    assert without_index(out) == without_index(dataset)
     said = [line for line in silent.lines if not line.startswith("wan-data ")]
     assert len(said) == len({*said}), "nothing is said twice"
 
 
-def test_what_loses_every_actor_ends_the_run_with_a_sentence(on_ray, clips, dataset, monkeypatch, tmp_path):
+def test_what_loses_every_actor_ends_the_run_with_a_sentence(on_ray, clips, dataset, monkeypatch, out):
     monkeypatch.setattr(actor_pool, "MOST_LOSSES", 1)
 
     def lose(pool, member, method):
@@ -151,12 +163,12 @@ def test_what_loses_every_actor_ends_the_run_with_a_sentence(on_ray, clips, data
 
     message = r"shard 0 was given to 2 actors of the Ray cluster, which were all lost, the last because .*same command"
     with watched(lose), pytest.raises(ChildProcessError, match=message):
-        on_ray(clips, tmp_path / "out")
-    on_ray(clips, tmp_path / "out")
-    assert without_index(tmp_path / "out") == without_index(dataset)
+        on_ray(clips, out)
+    on_ray(clips, out)
+    assert without_index(out) == without_index(dataset)
 
 
-def test_what_was_on_a_lost_node_is_made_again(cluster, on_ray, dataset, clips, tmp_path):
+def test_what_was_on_a_lost_node_is_made_again(cluster, on_ray, dataset, clips, out):
     removed = []
 
     def remove_a_node(pool, member, method):
@@ -164,9 +176,9 @@ def test_what_was_on_a_lost_node_is_made_again(cluster, on_ray, dataset, clips, 
             removed.append(replace_node(cluster, 1))
 
     with watched(remove_a_node):
-        on_ray(clips, tmp_path / "out", 2, 3)
+        on_ray(clips, out, 2, 3)
     assert removed
-    assert without_index(tmp_path / "out") == without_index(dataset)
+    assert without_index(out) == without_index(dataset)
 
 
 KILLED = """
@@ -187,8 +199,8 @@ cli.main(sys.argv[1:])
 """
 
 
-def test_a_killed_command_leaves_no_process_and_is_taken_up(on_ray, dataset, clips, tiny_model, silent, tmp_path):
-    place, out = tmp_path / "place", tmp_path / "out"
+def test_a_killed_command_leaves_no_process_and_is_taken_up(on_ray, dataset, clips, tiny_model, silent, out, tmp_path):
+    place = tmp_path / "place"
     place.mkdir()
     options = {"video-folder": clips, "output-folder": out, "model": tiny_model, "area": 1536, "frames": 9}
     options |= {"min-frames": 5, "samples-per-shard": 3, "validation-fraction": 1e-4, "device": "cpu", "on": "ray"}
@@ -205,7 +217,7 @@ def test_a_killed_command_leaves_no_process_and_is_taken_up(on_ray, dataset, cli
     assert without_index(out) == without_index(dataset)
 
 
-def test_killed_at_random_nothing_is_lost_or_twice(cluster, on_ray, dataset, clips, length, tmp_path):
+def test_killed_at_random_nothing_is_lost_or_twice(cluster, on_ray, dataset, clips, length, out):
     wanted, rng, kills, processes = length(20, 2), random.Random(0), [], {}
 
     def kill_one(pool, member, method):
@@ -223,8 +235,9 @@ def test_killed_at_random_nothing_is_lost_or_twice(cluster, on_ray, dataset, cli
     runs = 0
     while len(kills) < wanted:
         with watched(kill_one):
-            on_ray(clips, tmp_path / f"{runs}", 2, 2)
-        assert without_index(tmp_path / f"{runs}") == without_index(dataset)
+            on_ray(clips, out, 2, 2)
+        assert without_index(out) == without_index(dataset)
+        shutil.rmtree(out)
         runs += 1
     print({"kills": len(kills), "runs": runs})
 
