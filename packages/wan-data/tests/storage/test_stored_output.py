@@ -158,12 +158,11 @@ def test_credentials_are_said_and_stored_nowhere(places, tiny_model, proxy, tmp_
         assert secret.encode() not in files
 
 
-def test_a_reader_opens_the_dataset_while_large_files_of_it_are_replaced(places, bucket, tiny_model, monkeypatch):
+def test_a_reader_opens_the_dataset_while_large_files_of_it_are_replaced(places, bucket, clip, tiny_model, monkeypatch):
     folder, options, _ = places
     assert prepare_stored(tiny_model, *options).exit_code == 0
     before = splits(f"{bucket[1]}/out")
-    shutil.copy(folder / "clips" / "wide.mkv", folder / "clips" / "wide 2.mkv")
-    (folder / "clips" / "wide 2.txt").write_text("Another.")
+    clip(folder / "clips" / "wide.mkv", range(100, 118), size=(48, 64))  # its shard is replaced by another
     seen, real = {}, store_output.upload
 
     def opened(source, path):
@@ -172,7 +171,7 @@ def test_a_reader_opens_the_dataset_while_large_files_of_it_are_replaced(places,
             seen[path.name] = splits(f"{bucket[1]}/out")
 
     monkeypatch.setattr(store_output, "upload", opened)
-    result = prepare_stored(tiny_model, *options)
+    result = prepare_stored(tiny_model, *options, "--update")
     assert result.exit_code == 0, result.output
     assert seen == dict.fromkeys(("sources-000001.sqlite", "source-times.sqlite", "index.sqlite"), before)
     assert splits(f"{bucket[1]}/out") != before
