@@ -50,6 +50,36 @@ def cluster():
         cluster.shutdown()
 
 
+KILLED = """
+import os, signal, sys
+from wan_data import cli
+from wan_data.prepare.results import FinishedShard
+
+write, written = FinishedShard.write, []
+
+def killed_at_the_second(self, path):
+    written.append(path)
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, path)
+
+FinishedShard.write = killed_at_the_second
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killed_command(cluster, clips, tiny_model, tmp_path_factory):
+    """A command with a cluster of its own that is killed. It begins first: Ray's workers may take a minute to end."""
+    place = tmp_path_factory.mktemp("killed")
+    options = {"video-folder": clips, "output-folder": place / "out", "model": tiny_model, "area": 1536, "frames": 9}
+    options |= {"min-frames": 5, "samples-per-shard": 3, "validation-fraction": 1e-4, "device": "cpu", "on": "ray"}
+    words = [f"--{name}={value}" for name, value in {**options, "num-decoders": 1}.items()]
+    job = Job.start([sys.executable, "-P", "-c", KILLED, "prepare", *words], place)
+    yield job
+    job.end()
+
+
 @pytest.fixture
 def on_ray(cluster, prepare_again, tiny_model, settings):
     """Prepare clips on the cluster."""
@@ -181,42 +211,6 @@ def test_what_was_on_a_lost_node_is_made_again(cluster, on_ray, dataset, clips, 
     assert without_index(out) == without_index(dataset)
 
 
-KILLED = """
-import os, signal, sys
-from wan_data import cli
-from wan_data.prepare.results import FinishedShard
-
-write, written = FinishedShard.write, []
-
-def killed_at_the_second(self, path):
-    written.append(path)
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, path)
-
-FinishedShard.write = killed_at_the_second
-cli.main(sys.argv[1:])
-"""
-
-
-def test_a_killed_command_leaves_no_process_and_is_taken_up(on_ray, dataset, clips, tiny_model, silent, out, tmp_path):
-    place = tmp_path / "place"
-    place.mkdir()
-    options = {"video-folder": clips, "output-folder": out, "model": tiny_model, "area": 1536, "frames": 9}
-    options |= {"min-frames": 5, "samples-per-shard": 3, "validation-fraction": 1e-4, "device": "cpu", "on": "ray"}
-    words = [f"--{name}={value}" for name, value in {**options, "num-decoders": 1}.items()]
-    job = Job.start([sys.executable, "-P", "-c", KILLED, "prepare", *words], place)
-    try:
-        assert job.code(300.0) == -signal.SIGKILL, job.errors.read_text()
-        assert "Ray cluster at" in job.errors.read_text()
-        wait_until(lambda: not job.alive(), "the cluster has ended with its command")
-    finally:
-        job.end()
-    on_ray(clips, out, report=silent)
-    assert silent.lines[0] == "resuming the shards that an earlier run has planned"
-    assert without_index(out) == without_index(dataset)
-
-
 def test_killed_at_random_nothing_is_lost_or_twice(cluster, on_ray, dataset, clips, length, out):
     wanted, rng, kills, processes = length(20, 2), random.Random(0), [], {}
 
@@ -240,6 +234,16 @@ def test_killed_at_random_nothing_is_lost_or_twice(cluster, on_ray, dataset, cli
         shutil.rmtree(out)
         runs += 1
     print({"kills": len(kills), "runs": runs})
+
+
+def test_a_killed_command_leaves_no_process_and_is_taken_up(killed_command, on_ray, dataset, clips, silent):
+    assert killed_command.code(300.0) == -signal.SIGKILL, killed_command.errors.read_text()
+    assert "Ray cluster at" in killed_command.errors.read_text()
+    wait_until(lambda: not killed_command.alive(), "the cluster has ended with its command")
+    out = killed_command.place / "out"
+    on_ray(clips, out, report=silent)
+    assert silent.lines[0] == "resuming the shards that an earlier run has planned"
+    assert without_index(out) == without_index(dataset)
 
 
 def test_ray_is_refused_under_torchrun_and_with_what_is_of_one_machine(cluster, clips, tmp_path, monkeypatch):
