@@ -166,7 +166,8 @@ def replace_node(cluster, number):
 STAGES = ("probe", "decode", "encode", "text", "write")
 
 
-def test_the_calls_of_lost_actors_are_made_again(on_ray, dataset, clips, silent, out):
+def test_the_calls_of_lost_actors_are_made_again(on_ray, dataset, clips, silent, out, monkeypatch):
+    monkeypatch.setattr(actor_pool, "SECONDS_BEFORE_A_CALL_IS_SLOW", 0.0)
     lost = []
 
     def lose_the_second_call(pool, member, method):
@@ -182,6 +183,7 @@ def test_the_calls_of_lost_actors_are_made_again(on_ray, dataset, clips, silent,
     assert without_index(out) == without_index(dataset)
     said = [line for line in silent.lines if not line.startswith("wan-data ")]
     assert len(said) == len({*said}), "nothing is said twice"
+    assert any("an actor has not answered for" in line for line in silent.lines)
 
 
 def test_what_loses_every_actor_ends_the_run_with_a_sentence(on_ray, clips, dataset, monkeypatch, out):

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from wan_data.storage.failures import UnusableCredentialsError, UnusableStoreErr
 # A call that is lost so often may be what kills its actors.
 MOST_LOSSES = 5
 _SECONDS_BEFORE_WAITING_IS_SAID = 30.0
+# No limit of time: who encodes a long clip without a GPU may need this long.
+SECONDS_BEFORE_A_CALL_IS_SLOW = 600.0
 _LONGEST_REASON = 300
 _END_SECONDS = 3.0
 # Of the actors of each stage: a name is taken while one that was killed is still ending.
@@ -31,6 +34,7 @@ class Member:
         handle: Ray's.
         started: whether it is ready for calls.
         calls: what it is to do, by the reference of the first result.
+        since: when it began with what it does now, by ``time.monotonic``; None once it was said that it takes long.
     """
 
     def __init__(self, handle: Any) -> None:
@@ -38,6 +42,7 @@ class Member:
         self.started = False
         self.starting = handle.start.remote()
         self.calls: dict[Any, tuple[Any, Any]] = {}
+        self.since: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +114,8 @@ class ActorPool:
         bound = getattr(member.handle, method).options(name=self.stage.name, num_returns=returns)
         result = bound.remote(*arguments)
         first, second = (result, None) if returns == 1 else result
+        if not member.calls:
+            member.since = time.monotonic()
         member.calls[first] = item, second
 
     def references(self) -> list[Any]:
@@ -159,6 +166,7 @@ class ActorPool:
             yield from self._replace(member, str(reason))
             return
         item, data = member.calls.pop(reference)
+        member.since = time.monotonic()
         yield Outcome(self, member, item, value, data, reason)
 
     def _replace(self, member: Member, reason: str) -> Iterator[Outcome]:
@@ -248,6 +256,7 @@ class Waiting:
     def outcomes(self, *pools: ActorPool) -> Iterator[Outcome]:
         """Wait until at least one call has ended or an actor is ready; yields the outcomes."""
         references = [reference for pool in pools for reference in pool.references()]
+        self._say_slow(pools)
         ready, _ = ray.wait(references, timeout=_SECONDS_BEFORE_WAITING_IS_SAID)
         if not ready:
             self._say_missing(pools)
@@ -258,6 +267,18 @@ class Waiting:
                 if outcome.lost is not None:
                     self._report.log(f"{pool.stage.name}: lost with its actor or node, done again ({outcome.lost})")
                 yield outcome
+
+    def _say_slow(self, pools: Sequence[ActorPool]) -> None:
+        before = time.monotonic() - SECONDS_BEFORE_A_CALL_IS_SLOW
+        minutes = SECONDS_BEFORE_A_CALL_IS_SLOW / 60
+        for pool in pools:
+            for member in pool.members:
+                if member.calls and member.since is not None and member.since < before:
+                    member.since = None
+                    self._report.log(
+                        f"{pool.stage.name}: an actor has not answered for {minutes:.0f} minutes; if it hangs, kill "
+                        "its process, and what it does is done again"
+                    )
 
     def _say_missing(self, pools: Sequence[ActorPool]) -> None:
         for stage in (pool.stage for pool in pools if not pool.started):
