@@ -12,14 +12,20 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mutations import wan_data, wan_infer, wan_model, wan_train
+from mutations import wan_data, wan_data_at_scale, wan_infer, wan_model, wan_train
 from mutations.mutation import PACKAGES, Mutation
 from mutations.report import line_of, to_markdown, write
 from mutations.tree import Tree, mutate
 from mutations.trial import Outcome, control_problem, missing_tests, try_mutation
 
 ROOT = Path(__file__).parents[2]
-MUTATIONS = (*wan_model.MUTATIONS, *wan_data.MUTATIONS, *wan_train.MUTATIONS, *wan_infer.MUTATIONS)
+MUTATIONS = (
+    *wan_model.MUTATIONS,
+    *wan_data.MUTATIONS,
+    *wan_data_at_scale.MUTATIONS,
+    *wan_train.MUTATIONS,
+    *wan_infer.MUTATIONS,
+)
 
 
 def main() -> int:

@@ -1,5 +1,7 @@
 """The bound on the frames that are under way, with actors that never come to encode them."""
 
+import contextlib
+
 import pytest
 
 pytest.importorskip("ray", reason="the extra ray is not installed")  # before the modules that import it
@@ -28,12 +30,22 @@ class Actors:
         self.given[member].append(item)
 
 
-@pytest.mark.parametrize(("decoders", "encoders"), [(1, 1), (3, 2)])
-def test_decoding_waits_for_the_encoding_actors(decoders, encoders, probed_clips, settings, silent, tmp_path):
+@pytest.fixture
+def make_pipeline(probed_clips, settings, silent, tmp_path):
+    """A pipeline with so many decoding and encoding actors, and its pools."""
     plan_shard_batch(tmp_path, probed_clips, settings, first_shard=0)
-    batch = ShardBatch.open(tmp_path)
-    pools = Pools(Actors(decoders, 1), Actors(encoders, 2), Actors(1, 1), Actors(1, 1))
-    pipeline = ShardPipeline(map(batch.shard, batch.numbers), pools, settings, silent)
+
+    def make(decoders, encoders):
+        pools = Pools(Actors(decoders, 1), Actors(encoders, 2), Actors(1, 1), Actors(1, 1))
+        return ShardPipeline(map(batch.shard, batch.numbers), pools, settings, silent), pools
+
+    with contextlib.closing(ShardBatch.open(tmp_path)) as batch:
+        yield make
+
+
+@pytest.mark.parametrize(("decoders", "encoders"), [(1, 1), (3, 2)])
+def test_decoding_waits_for_the_encoding_actors(decoders, encoders, make_pipeline):
+    pipeline, pools = make_pipeline(decoders, encoders)
     decoded = 0
     for _ in range(50):
         pipeline._open_shards()
@@ -46,4 +58,17 @@ def test_decoding_waits_for_the_encoding_actors(decoders, encoders, probed_clips
                 assert not [*pipeline._end(Outcome(pools.decode, member, item, keys, "frames"))]
     assert pools.encode.calls == 2 * encoders
     assert decoded == decoders + 2 * encoders
-    batch.close()
+
+
+def test_what_an_earlier_attempt_has_decoded_is_not_taken(make_pipeline):
+    pipeline, pools = make_pipeline(1, 1)
+    pipeline._open_shards()
+    pipeline._give_calls()
+    work, attempt = item = pools.decode.given[0].pop()
+    pipeline._begin_again(work, "a node was lost")
+    assert work.attempt == attempt + 1
+    assert not [*pipeline._end(Outcome(pools.decode, 0, item, (("a clip", 0),), "frames"))]
+    assert work.pieces == []
+    pipeline._give_calls()
+    assert pools.encode.calls == 0
+    assert pools.decode.given[0].pop() == (work, attempt + 1)
