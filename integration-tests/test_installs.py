@@ -51,7 +51,7 @@ def test_a_route_that_does_not_work_fails_with_the_reason(app, installs, reason,
 
 
 def test_every_command_is_documented():
-    documents = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("packages/*/README.md"))
+    documents = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("packages/*/*.md"))
     documents += (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
     for route in ROUTES:
         for command in route.commands:

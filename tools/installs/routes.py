@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 # What Megatron-Bridge brings along by its own requirements, and what only builds against CUDA.
 BUILT_AGAINST_CUDA = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "transformer-engine-torch")
 CHECKOUT = "pip install ./packages/wan-model ./packages/wan-data"
-EXTRAS = f"{CHECKOUT.removesuffix('./packages/wan-data')}'./packages/wan-data[s3,gs,curation,ray]'"
+EXTRAS = f"{CHECKOUT.removesuffix('./packages/wan-data')}'./packages/wan-data[s3,curation,ray]'"
 OF_EXTRAS = ("boto3", "ray", "scenedetect-headless")
 ENGINE = [f"{CHECKOUT} './packages/wan-train[engine]'", "pip install --no-deps megatron-bridge==0.3.1"]
 PAGE = f"{CHECKOUT} './packages/wan-train[report]'"

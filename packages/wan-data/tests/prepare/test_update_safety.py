@@ -126,7 +126,9 @@ def test_a_broken_row_of_a_listing_removes_nothing(copies, settings, tiny_model,
     listing.write_text("\n".join([*rows[:3], rows[3][:-1], *rows[5:]]) + "\n")
     sources = files_of_listing(listing, folder)
     options = {"report": silent, "device": "cpu", "decoders": 1}
-    with pytest.raises(ValueError, match=r"--remove-missing cannot tell .* while 1 rows name none \(list.jsonl line 4"):
+    with pytest.raises(
+        ValueError, match=r"--remove-missing cannot tell .* while 1 rows name none \(list.jsonl line 4: it is"
+    ):
         run.prepare(sources, out, str(tiny_model), settings, remove_missing=True, **options)
     assert len(records_of(out)) == 6
 

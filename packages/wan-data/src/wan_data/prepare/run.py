@@ -163,7 +163,7 @@ class _Run:
             if remove_missing and changes.missing and (rows := [one for one in sources if one.path is None]):
                 raise ValueError(
                     f"--remove-missing cannot tell which files are missing while {len(rows)} rows name none "
-                    f"({rows[0].problem}); mend the listing first"
+                    f"({rows[0].name}: {rows[0].problem}); mend the listing first"
                 )
             again = changes.changed if update else {}
             gone = changes.missing if remove_missing else ()
