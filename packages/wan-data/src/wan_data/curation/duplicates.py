@@ -220,6 +220,7 @@ def _candidates(hashes: Hashes, known: Known, chosen: np.ndarray) -> Iterator[np
 
 
 def _with_one_key(entries: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The pairs of ``_candidates`` among the clips of sorted entries."""
     pairs = [np.zeros(0, np.uint64)]
     for following in range(1, _FOLLOWING + 1):
         where = _same_keys(entries, following)

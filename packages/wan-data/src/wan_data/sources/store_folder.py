@@ -116,11 +116,8 @@ class StoreFolder:
             try:
                 with text_copy(StoredObject(self._folder / name, size, mtime_ns), LARGEST_LISTING) as path:
                     unused, unread, used = unused_lines(path, clips)
-            except ValueError:  # it is too large
-                self._left_out[KIND_BROKEN].add(name)
-                continue
-            except OSError as error:
-                if not is_of_the_object(error):
+            except (ValueError, OSError) as error:  # it is too large, or cannot be read
+                if isinstance(error, OSError) and not is_of_the_object(error):
                     raise
                 self._left_out[KIND_BROKEN].add(name)
                 continue

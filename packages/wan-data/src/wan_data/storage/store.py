@@ -201,9 +201,8 @@ def download(found: StoredObject, target: Path) -> None:
             except Exception:
                 _check_folder(partial)
                 raise
-            if not found.is_same(
-                _object(found.path.parent, _info(found.path), found.path)
-            ):  # its parts may be of several objects
+            now = _object(found.path.parent, _info(found.path), found.path)
+            if not found.is_same(now):  # its parts may be of several objects
                 raise ChangedObjectError(errno.EIO, "it was replaced meanwhile", str(found.path))
         if partial.stat().st_size != found.bytes:
             _check_size(found.path, found.bytes)
