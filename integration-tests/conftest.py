@@ -13,15 +13,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import jaxtyping
 import numpy as np
 import pytest
 
 from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, session_folder
+from wan_model.testing.shapes import check_shapes
 
-for _package in ("small_world", "world"):
-    jaxtyping.install_import_hook(_package, "beartype.beartype")
+check_shapes("small_world")
 
 TRAIN_STEPS, SAVED_STEP = 6, 3
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -10,21 +10,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # for disk_writes and the other modules here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jaxtyping
-
 from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, session_folder
+from wan_model.testing.shapes import check_shapes
 
-# Before the first import of wan_data: the annotated functions of these modules check shapes and types under pytest.
-# Modules with subclasses of Energon's classes are left out, because beartype warns about Energon's own annotations.
-_CHECKED = (
-    *("curation.duplicates", "curation.fingerprints", "curation.measuring_pass", "curation.movement"),
-    *("curation.scenes", "curation.stills"),
-    *("sources.captions", "prepare.encoding.encoder", "reading.packing", "shards.serialization", "shards.writer"),
-    *("video.buckets", "video.containers.transport_stream", "video.decode", "video.display.colours"),
-    *("video.display.picture", "video.images", "video.windows"),
-)
-jaxtyping.install_import_hook([f"wan_data.{module}" for module in _CHECKED], "beartype.beartype")
+# Before the first import of it. What is left out takes protocols, or classes of Energon, whose annotations warn.
+_UNCHECKED = ("prepare.local_workers", "prepare.on_ray.ray_workers", "prepare.workers", "reading.empty_caption")
+check_shapes("wan_data", but=tuple(f"wan_data.{module}" for module in _UNCHECKED))
 
 import av  # noqa: E402
 import numpy as np  # noqa: E402
@@ -96,11 +88,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order_by_shared_fixtures(items, Path(__file__).parent, "reliability_runs", "payload_runs")
-
-
-@pytest.fixture(scope="session")
-def checked_modules() -> tuple[str, ...]:
-    return _CHECKED
 
 
 @pytest.fixture(scope="session")

@@ -4,19 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jaxtyping
 import pytest
 import torch
 
 from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, once_in, session_folder
+from wan_model.testing.shapes import check_shapes
 
 if TYPE_CHECKING:
     from wan_infer.sampling.sampler import WanSampler
 
 sys.path.insert(0, str(Path(__file__).parent))  # for parallel_probe
 torch.set_num_threads(1)
-jaxtyping.install_import_hook("wan_infer", "beartype.beartype")
+check_shapes("wan_infer")
 
 
 def pytest_configure(config: pytest.Config) -> None:

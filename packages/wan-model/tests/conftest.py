@@ -7,15 +7,12 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jaxtyping
-
-# Before the hook: checks would take longer than what these do.
 from wan_model.testing import seeds
 from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, once_in, order_by_shared_fixtures, session_folder
+from wan_model.testing.shapes import check_shapes
 
-# Before all other imports of wan_model: every annotated function of them checks its shapes from here on.
-jaxtyping.install_import_hook("wan_model", "beartype.beartype")
+check_shapes("wan_model")  # before all other imports of it
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

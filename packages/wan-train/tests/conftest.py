@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 
 from wan_model.testing.devices import hide_gpus
 from wan_model.testing.once import Once, once_in
 from wan_model.testing.once import session_folder as shared_folder
+from wan_model.testing.shapes import check_shapes
 
 sys.path.insert(0, str(Path(__file__).parent))  # for training_runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-jaxtyping.install_import_hook(["wan_model", "wan_train.data"], "beartype.beartype")
+check_shapes("wan_model", "wan_train")
 
 import training_runs  # noqa: E402  these after the hook
 from plain_training import Reference  # noqa: E402

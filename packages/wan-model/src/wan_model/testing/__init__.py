@@ -22,9 +22,6 @@ what several processes compute in parallel, the one-device model in float64 serv
 plain mathematics, ``assert_rounds_to({"out": got}, lambda: {"out": plain(x.double())})`` does all of it at once. The
 function must give the same numbers at every call: clear gradients first, and make its generators inside. Only a
 tensor's norm is compared, so one wrong element must be wrong by more than the rounding of the whole tensor.
-
-Where a conftest installs jaxtyping's hook for ``wan_model``, import this package before it: the checks of its
-annotations would take longer than its work.
 """
 
 from wan_model.testing.rounding import assert_all_within, assert_rounds_to, assert_within, rounding_scale
