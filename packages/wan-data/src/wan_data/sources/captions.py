@@ -133,8 +133,10 @@ def _checked(caption: str, where: str) -> str:
         raise ValueError(f"{where} has an empty caption")
     if len(caption) > LONGEST_CAPTION:
         raise ValueError(f"{where} has a caption of {len(caption):,} characters; expected at most {LONGEST_CAPTION:,}")
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in caption):
-        raise ValueError(f"{where} has half of a surrogate pair; expected valid Unicode text")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has half of a surrogate pair; expected valid Unicode text") from None
     return caption
 
 

@@ -132,11 +132,10 @@ def _place(listed: str, folder: Location, *, local: bool) -> tuple[Location, str
         return path, key if inside else str(path)
     if not (local or inside):
         raise ValueError("a listing in a store names a path of this machine; expected names in its folder, or URLs")
-    path = given if isinstance(folder, StorePath) else folder / listed
-    name = Path(os.path.normpath(listed)).as_posix()
-    if isinstance(folder, Path) and path.is_relative_to(folder):
-        name = Path(os.path.normpath(path.relative_to(folder))).as_posix()
-    return path, name
+    path = given if isinstance(folder, StorePath) else folder / given
+    if isinstance(folder, Path) and given.is_absolute() and path.is_relative_to(folder):
+        return path, os.path.normpath(path.relative_to(folder))
+    return path, key
 
 
 def _rows_of_jsonl(listing: Path, caption_key: str) -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,7 @@ class SourceTable:
 
     def __init__(self, folder: Location, sources: Iterable[SourceFile] = ()) -> None:
         self._folder, self._count = folder, 0
+        self._inside = f"{folder}/" if isinstance(folder, StorePath) else str(folder / "x")[:-1]
         # One transaction, which never ends.
         self._database = sqlite3.connect("", check_same_thread=False)
         weakref.finalize(self, self._database.close)
@@ -52,12 +53,11 @@ class SourceTable:
         Returns:
             Whether its name is new; the table stays as it is if not.
         """
-        path: str | bytes | None = None
-        if isinstance(source.path, StorePath):
-            path = "" if str(source.path) == f"{self._folder}/{source.name}" else str(source.path)
-        elif source.path is not None:
-            beside = isinstance(self._folder, Path) and source.path == self._folder / source.name
-            path = "" if beside else os.fsencode(str(source.path))
+        path: str | bytes | None = None if source.path is None else str(source.path)
+        if path == self._inside + source.name:
+            path = ""
+        elif isinstance(source.path, Path):
+            path = os.fsencode(source.path)
         row = (source.name, path, source.caption, source.problem)
         added = self._database.execute("INSERT OR IGNORE INTO sources VALUES (?, ?, ?, ?)", row).rowcount
         self._count += added
