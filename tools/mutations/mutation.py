@@ -1,6 +1,7 @@
 """The definition of a mutation."""
 
 import dataclasses
+from collections.abc import Callable
 
 PACKAGES = ("wan-model", "wan-data", "wan-train", "wan-infer")
 
@@ -47,3 +48,12 @@ class Mutation:
     def test_paths(self) -> tuple[str, ...]:
         """The tests, relative to the root of the repository."""
         return tuple(f"packages/{self.package}/tests/{test}" for test in self.tests)
+
+
+def mutation_of(package: str) -> Callable[..., Mutation]:
+    """``Mutation`` of one package: without its name, and each test is an argument."""
+
+    def made(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
+        return Mutation(name, package, file, old, new, harm, tests)
+
+    return made

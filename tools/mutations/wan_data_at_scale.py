@@ -1,10 +1,9 @@
 """Mutations of what wan-data does with object stores and on Ray."""
 
-from mutations.mutation import Mutation
+from mutations.mutation import mutation_of
 
 
-def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
-    return Mutation(name, "wan-data", file, old, new, harm, tests)
+_of = mutation_of("wan-data")
 
 
 MUTATIONS = (

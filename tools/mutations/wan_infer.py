@@ -1,10 +1,9 @@
 """Mutations of wan-infer."""
 
-from mutations.mutation import Mutation
+from mutations.mutation import mutation_of
 
 
-def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
-    return Mutation(name, "wan-infer", file, old, new, harm, tests)
+_of = mutation_of("wan-infer")
 
 
 MUTATIONS = (

@@ -1,13 +1,12 @@
 """Mutations of wan-train."""
 
-from mutations.mutation import Mutation
+from mutations.mutation import mutation_of
 
 _EQUAL = "loop/test_parallel_equality.py::test_equals_one_process"
 _LORA_EQUAL = "loop/test_lora_equality.py::test_equals_one_process"
 
 
-def _of(name: str, file: str, old: str, new: str, harm: str, *tests: str) -> Mutation:
-    return Mutation(name, "wan-train", file, old, new, harm, tests)
+_of = mutation_of("wan-train")
 
 
 MUTATIONS = (

@@ -81,8 +81,9 @@ def test_an_expression_selects_and_a_second_run_decodes_nothing(prepare, no_deco
     assert verdicts(tmp_path / "out") == wanted
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("[sw]*")}
     no_decoding()
-    again = prepare("--where", "motion > 0.05")
-    assert (again.exit_code, again.stdout) == (0, done.stdout)
+    for more in ((), ("--measures",)):  # which --where asks for already
+        again = prepare("--where", "motion > 0.05", *more)
+        assert (again.exit_code, again.stdout) == (0, done.stdout), again.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("[sw]*")} == before
     # Another choice among what is known, and one that finds its own measures in the index of the dataset it replaces.
     assert "other settings (where 'motion > 9'" in prepare("--where", "motion > 9").output

@@ -199,6 +199,8 @@ def require_same_settings(stored: Mapping[str, Any], settings: PrepareSettings, 
         )
     # A setting that is newer than the dataset had the value that is its default.
     stored = {**PrepareSettings().to_dict(), **stored}
+    if stored["measures_version"] == wanted["measures_version"]:
+        wanted["measures"] = stored["measures"]  # what else asks for them does not matter
     if differing := [one for one in sorted(stored) if wanted.get(one) != stored[one]]:
         # Whether there is a version of measures follows from what asks for them.
         given = [one for one in differing if one != "measures_version"] or differing
