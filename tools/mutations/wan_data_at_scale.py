@@ -2,9 +2,7 @@
 
 from mutations.mutation import mutation_of
 
-
 _of = mutation_of("wan-data")
-
 
 MUTATIONS = (
     _of(

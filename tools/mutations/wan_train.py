@@ -8,7 +8,6 @@ _LORA_EQUAL = "loop/test_lora_equality.py::test_equals_one_process"
 
 _of = mutation_of("wan-train")
 
-
 MUTATIONS = (
     _of(
         "same-noise-on-every-rank", "data/pack_iterator.py",
