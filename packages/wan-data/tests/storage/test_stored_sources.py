@@ -15,6 +15,7 @@ from stored_datasets import SMALL_OPTIONS, content_of, prepare_stored, upload_fo
 from wan_data.sources.folder import SourceFolder
 from wan_data.sources.store_folder import StoreFolder
 from wan_data.storage.local_copies import LocalCopies
+from wan_model.testing.processes import default_signals
 
 
 def get_counts(proxy, suffix=".mkv"):
@@ -184,7 +185,10 @@ def test_an_interruption_ends_at_once_although_a_transfer_stalls(bucket, proxy, 
     code = "from wan_data.cli import main; main()"
     options = ("--video-folder", f"{root}/clips", "--output-folder", tmp_path / "out", "--work-folder", tmp_path / "w")
     command = [sys.executable, "-c", code, "prepare", "--model", tiny_model, *SMALL_OPTIONS, *options]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    with (
+        default_signals(signal.SIGINT),
+        subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process,
+    ):
         while not proxy.count("GET", "wide.mkv") and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
