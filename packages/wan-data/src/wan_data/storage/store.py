@@ -49,7 +49,7 @@ class StoredObject:
         path: its name.
         bytes: its size.
         mtime_ns: time of its last change; below the second a checksum of its entity tag, so that an object of the
-            same size that replaces it within the second has another value.
+            same size that replaces it within the second has another value. Google's times have milliseconds themselves.
     """
 
     path: StorePath
@@ -75,14 +75,14 @@ def list_objects(
         after: only objects whose names below the folder are beyond this one.
         unusable: is told the names below the folder that are left out, but not those of markers.
     """
-    last = None if after is None else folder.prefix + after
+    last, tagged = None if after is None else folder.prefix + after, None
     while True:
         try:
             # After a failure the list goes on after the last object that came.
             for found in _attempt(folder, "listing", _listing, folder, last):
-                last = found.key
+                last, tagged = found.key, _has_tags(folder) if tagged is None else tagged
                 try:
-                    listed = _object(folder, found)
+                    listed = _object(folder / found.key.removeprefix(folder.prefix), found, tagged)
                 except ValueError:
                     if unusable is not None and not found.key.endswith("/"):
                         unusable(found.key.removeprefix(folder.prefix))
@@ -121,7 +121,7 @@ def look(path: StorePath) -> StoredObject:
     found = _attempt(path, "looking", _info, path)
     if found.type != "file":
         raise final_error(FileNotFoundError(), path, "looking") or AssertionError
-    return _object(path.parent, found, path)
+    return _object(path, found, _has_tags(path))
 
 
 def _info(path: StorePath) -> Any:
@@ -201,7 +201,7 @@ def download(found: StoredObject, target: Path) -> None:
             except Exception:
                 _check_folder(partial)
                 raise
-            now = _object(found.path.parent, _info(found.path), found.path)
+            now = _object(found.path, _info(found.path), _has_tags(found.path))
             if not found.is_same(now):  # its parts may be of several objects
                 raise ChangedObjectError(errno.EIO, "it was replaced meanwhile", str(found.path))
         if partial.stat().st_size != found.bytes:
@@ -281,12 +281,21 @@ def delete(paths: Iterable[StorePath]) -> None:
             _attempt(some[0], "deleting", lambda keys=keys, one=some[0]: _client(one).delete_many(keys))
 
 
-def _object(folder: StorePath, found: Any, path: StorePath | None = None) -> StoredObject:
-    key = str(found.key)
-    path = path or folder / key.removeprefix(folder.prefix)
+def _object(path: StorePath, found: Any, tagged: bool) -> StoredObject:
     seconds = int(found.last_modified.timestamp())
     tag = zlib.crc32(str(found.etag).encode()) % 10**9 if found.etag else 0
-    return StoredObject(path, int(found.content_length), max(seconds, 0) * 10**9 + tag)
+    below = tag if tagged else found.last_modified.microsecond * 1000
+    return StoredObject(path, int(found.content_length), max(seconds, 0) * 10**9 + below)
+
+
+def _has_tags(path: StorePath) -> bool:
+    """Whether an object has one tag, whatever is asked for it.
+
+    Of Google's objects multi-storage-client gives the entity tag in a list, and the generation of a single one.
+    """
+    if path.scheme == "msc":
+        return getattr(getattr(_client(path), "_storage_provider", None), "_provider_name", "") != "gcs"
+    return path.scheme != "gs"
 
 
 def _client(path: StorePath) -> Any:
