@@ -48,7 +48,7 @@ def list_in_pages(request: Any, response: Any, storage: Any) -> None:
 
 
 def upload_in_parts(request: Any, response: Any, storage: Any) -> None:
-    """Google takes multipart uploads by POST with ``uploads`` and, after the parts, with ``uploadId`` and their list."""
+    """Google begins a multipart upload at POST with ``uploads``, and ends it at one with ``uploadId`` and its parts."""
     bucket, key = request.params["bucket_name"], request.params["object_id"]
     if storage.get_bucket(bucket) is None:
         response.status = HTTPStatus.NOT_FOUND
@@ -62,9 +62,7 @@ def upload_in_parts(request: Any, response: Any, storage: Any) -> None:
     parts = _parts.pop(request.query["uploadId"][0])
     wanted = [int(number) for number in re.findall(rb"<PartNumber>(\d+)<", request.data)]
     content = b"".join(parts[number] for number in wanted)
-    found = objects._make_object_resource(
-        request.base_url, bucket, key, "application/octet-stream", str(len(content))
-    )
+    found = objects._make_object_resource(request.base_url, bucket, key, "application/octet-stream", str(len(content)))
     storage.create_file(bucket, key, content, objects._checksums(content, found))
 
 

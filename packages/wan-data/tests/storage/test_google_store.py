@@ -117,6 +117,7 @@ def test_removed_clips_leave_no_shard_behind(bucket, served, clips, from_disk, t
     result = prepare_stored(tiny_model, *options, *more)
     assert result.exit_code == 0, result.output
     assert content_of(folder / "dataset") == content_of(disk)
+    assert {path.name for path in (folder / "dataset").iterdir()} == {path.name for path in disk.iterdir()}
 
 
 def test_a_dataset_is_read_and_verified_for_longer_than_ten_minutes(bucket, served, from_disk, monkeypatch):

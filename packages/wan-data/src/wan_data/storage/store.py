@@ -35,7 +35,6 @@ from wan_data.storage.location import StorePath
 
 T = TypeVar("T")
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 15.0
-_EXTRAS = {"s3": "s3", "gs": "gs", "msc": "s3"}
 _DELETED_TOGETHER = 1_000
 # Bytes that are read with one request; larger objects in parts at a time, after one for their size.
 _ONE_REQUEST = 32 << 20
@@ -310,9 +309,10 @@ def _client(path: StorePath) -> Any:
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
         return multistorageclient.resolve_storage_client(path.root)[0]
     except ImportError as error:
+        name = error.name or "a package"
+        extra = "gs" if path.scheme == "gs" or name.startswith("google") else "s3"
         raise UnusableStoreError(
-            f"{path.root} needs {error.name or 'a package'}, which is not installed: pip install "
-            f"'wan-data[{_EXTRAS[path.scheme]}]'"
+            f"{path.root} needs {name}, which is not installed: pip install 'wan-data[{extra}]'"
         ) from None
     except Exception as error:
         if isinstance(final := final_error(error, path, "opening"), UnusableCredentialsError):
