@@ -74,12 +74,14 @@ def list_objects(
         after: only objects whose names below the folder are beyond this one.
         unusable: is told the names below the folder that are left out, but not those of markers.
     """
-    last, tagged = None if after is None else folder.prefix + after, None
+    last = None if after is None else folder.prefix + after
+    tagged: bool | None = None
     while True:
         try:
             # After a failure the list goes on after the last object that came.
             for found in _attempt(folder, "listing", _listing, folder, last):
-                last, tagged = found.key, _has_tags(folder) if tagged is None else tagged
+                last = found.key
+                tagged = _has_tags(folder) if tagged is None else tagged
                 try:
                     listed = _object(folder / found.key.removeprefix(folder.prefix), found, tagged)
                 except ValueError:
