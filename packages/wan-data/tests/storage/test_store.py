@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-import multistorageclient
+import multistorageclient.providers
 import pytest
 from object_store import ACCESS_KEY, Fault, write_profile
 
@@ -249,7 +249,9 @@ def test_a_missing_client_of_google_is_named_with_its_extra(root, tmp_path, monk
     (tmp_path / "msc.yaml").write_text(profile)
     monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.yaml"))
     monkeypatch.setitem(sys.modules, "google.api_core.exceptions", None)
+    # Where another test has imported it.
     monkeypatch.delitem(sys.modules, "multistorageclient.providers.gcs", raising=False)
+    monkeypatch.setattr(multistorageclient.providers, "_imports", {})
     named = location(f"{root}/x")
     assert isinstance(named, StorePath)
     said = rf"^{root} needs google.api_core.exceptions, which is not installed: pip install 'wan-data\[gs\]'$"
