@@ -62,6 +62,10 @@ SMALL_WORLD = {"PYTHONPATH": "tools", "OMP_NUM_THREADS": "1"}
 BESIDE_ENERGON = ["multi-storage-client<1", "bitarray<4", "bitstring<5", "cffi", "ebmlite", "pycparser"]
 BESIDE_ENERGON += ["sortedcontainers", "soundfile"]
 
+# Google's client, and an emulator of its service. What else they need is in the shared environment.
+GOOGLE = ["google-cloud-storage==3.17.1", "google-cloud-core==2.8.0", "google-crc32c==1.9.0"]
+GOOGLE += ["google-resumable-media==2.11.0", "gcp-storage-emulator==2026.7.19"]
+
 ENGINE = ["megatron-core", "megatron-bridge", "transformer-engine"]
 
 
@@ -221,6 +225,18 @@ def energon(session: nox.Session) -> None:
     first = {"PYTHONPATH": str(folder), "WAN_ENERGON": str(folder)}  # before the environment's own version
     options = ["packages/wan-data/tests", "-n", WORKERS, "--dist", "loadgroup", *arguments]
     run(session, "pytest", *options, **TESTING, **first)
+
+
+@nox.session(venv_backend="none")
+def google(session: nox.Session) -> None:
+    """wan-data's tests of gs:// on an emulator, which no other session runs [-- arguments of pytest]."""
+    prepare_environment(session)
+    folder = ROOT / ".nox" / f"google-{hashlib.sha256(str(GOOGLE).encode()).hexdigest()[:8]}"
+    if not folder.is_dir():
+        install = [program("python"), "-m", "pip", "install", "--no-deps", "--target", str(folder)]
+        session.run(*install, *GOOGLE, external=True)
+    options = ["packages/wan-data/tests/storage/test_google_store.py", *session.posargs]
+    run(session, "pytest", *options, **TESTING, PYTHONPATH=str(folder))
 
 
 @nox.session(venv_backend="none")

@@ -1,9 +1,10 @@
 """Requests to a real server of S3 on loopback, and what a proxy before it makes of them."""
 
 import os
+import sys
 import time
 
-import multistorageclient
+import multistorageclient.providers
 import pytest
 from object_store import ACCESS_KEY, Fault, write_profile
 
@@ -240,3 +241,19 @@ def test_an_object_that_was_replaced_meanwhile_is_not_taken(bucket, tmp_path):
     with pytest.raises(OSError, match="it was replaced meanwhile"):
         download(found, tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("root", ["gs://bucket-of-nobody", "msc://nobody"])
+def test_a_missing_client_of_google_is_named_with_its_extra(root, tmp_path, monkeypatch):
+    profile = "profiles: {nobody: {storage_provider: {type: gcs, options: {base_path: bucket-of-nobody}}}}\n"
+    (tmp_path / "msc.yaml").write_text(profile)
+    monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.yaml"))
+    monkeypatch.setitem(sys.modules, "google.api_core.exceptions", None)
+    # Where another test has imported it.
+    monkeypatch.delitem(sys.modules, "multistorageclient.providers.gcs", raising=False)
+    monkeypatch.setattr(multistorageclient.providers, "_imports", {})
+    named = location(f"{root}/x")
+    assert isinstance(named, StorePath)
+    said = rf"^{root} needs google.api_core.exceptions, which is not installed: pip install 'wan-data\[gs\]'$"
+    with pytest.raises(UnusableStoreError, match=said):
+        look(named)

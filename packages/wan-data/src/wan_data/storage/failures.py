@@ -30,6 +30,7 @@ _NO_CREDENTIALS = {
     "ProfileNotFound",
     "DefaultCredentialsError",
     "RefreshError",
+    "InvalidOperation",  # of google.auth: a request without credentials was refused
 }
 
 
@@ -114,7 +115,9 @@ def final_error(error: BaseException, path: StorePath, doing: str) -> Exception 
             "the bucket in the environment, in the configuration file of the store or in the profile"
         )
     if isinstance(error, FileNotFoundError) or status == 404:
-        what = "there is no such bucket" if code == "NoSuchBucket" else "it does not exist"
+        # The list of a folder that is not there is empty.
+        no_bucket = code == "NoSuchBucket" or doing == "listing"
+        what = "there is no such bucket" if no_bucket else "it does not exist"
         return FileNotFoundError(errno.ENOENT, what, str(path))
     refused = refuses_credentials(error)
     if refused or isinstance(error, PermissionError) or status == 403:
@@ -213,6 +216,8 @@ def _answer(error: BaseException) -> tuple[int | None, str | None]:
             code = response.get("Error", {}).get("Code")
             if isinstance(status, int):
                 return status, code if isinstance(code, str) and re.fullmatch(r"[A-Za-z.]{1,60}", code) else None
+        if isinstance(status := getattr(response, "status_code", None), int) and status >= 400:
+            return status, None  # of Google's transfers in parts
         if isinstance(code := getattr(one, "code", None), int) and not isinstance(code, bool):  # of google.api_core
             return int(code), None
         # Of multi-storage-client, from an answer of 200 that says of each object whether it was deleted.

@@ -35,7 +35,6 @@ from wan_data.storage.location import StorePath
 
 T = TypeVar("T")
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 15.0
-_EXTRAS = {"s3": "s3", "gs": "gs", "msc": "s3"}
 _DELETED_TOGETHER = 1_000
 # Bytes that are read with one request; larger objects in parts at a time, after one for their size.
 _ONE_REQUEST = 32 << 20
@@ -49,7 +48,7 @@ class StoredObject:
         path: its name.
         bytes: its size.
         mtime_ns: time of its last change; below the second a checksum of its entity tag, so that an object of the
-            same size that replaces it within the second has another value.
+            same size that replaces it within the second has another value. Google's times have milliseconds themselves.
     """
 
     path: StorePath
@@ -76,13 +75,15 @@ def list_objects(
         unusable: is told the names below the folder that are left out, but not those of markers.
     """
     last = None if after is None else folder.prefix + after
+    tagged: bool | None = None
     while True:
         try:
             # After a failure the list goes on after the last object that came.
             for found in _attempt(folder, "listing", _listing, folder, last):
                 last = found.key
+                tagged = _has_tags(folder) if tagged is None else tagged
                 try:
-                    listed = _object(folder, found)
+                    listed = _object(folder / found.key.removeprefix(folder.prefix), found, tagged)
                 except ValueError:
                     if unusable is not None and not found.key.endswith("/"):
                         unusable(found.key.removeprefix(folder.prefix))
@@ -121,7 +122,7 @@ def look(path: StorePath) -> StoredObject:
     found = _attempt(path, "looking", _info, path)
     if found.type != "file":
         raise final_error(FileNotFoundError(), path, "looking") or AssertionError
-    return _object(path.parent, found, path)
+    return _object(path, found, _has_tags(path))
 
 
 def _info(path: StorePath) -> Any:
@@ -201,7 +202,7 @@ def download(found: StoredObject, target: Path) -> None:
             except Exception:
                 _check_folder(partial)
                 raise
-            now = _object(found.path.parent, _info(found.path), found.path)
+            now = _object(found.path, _info(found.path), _has_tags(found.path))
             if not found.is_same(now):  # its parts may be of several objects
                 raise ChangedObjectError(errno.EIO, "it was replaced meanwhile", str(found.path))
         if partial.stat().st_size != found.bytes:
@@ -281,12 +282,21 @@ def delete(paths: Iterable[StorePath]) -> None:
             _attempt(some[0], "deleting", lambda keys=keys, one=some[0]: _client(one).delete_many(keys))
 
 
-def _object(folder: StorePath, found: Any, path: StorePath | None = None) -> StoredObject:
-    key = str(found.key)
-    path = path or folder / key.removeprefix(folder.prefix)
+def _object(path: StorePath, found: Any, tagged: bool) -> StoredObject:
     seconds = int(found.last_modified.timestamp())
     tag = zlib.crc32(str(found.etag).encode()) % 10**9 if found.etag else 0
-    return StoredObject(path, int(found.content_length), max(seconds, 0) * 10**9 + tag)
+    below = tag if tagged else found.last_modified.microsecond * 1000
+    return StoredObject(path, int(found.content_length), max(seconds, 0) * 10**9 + below)
+
+
+def _has_tags(path: StorePath) -> bool:
+    """Whether an object has one tag, whatever is asked for it.
+
+    Of Google's objects multi-storage-client gives the entity tag in a list, and the generation of a single one.
+    """
+    if path.scheme == "msc":
+        return getattr(getattr(_client(path), "_storage_provider", None), "_provider_name", "") != "gcs"
+    return path.scheme != "gs"
 
 
 def _client(path: StorePath) -> Any:
@@ -301,9 +311,10 @@ def _client(path: StorePath) -> Any:
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
         return multistorageclient.resolve_storage_client(path.root)[0]
     except ImportError as error:
+        name = error.name or "a package"
+        extra = "gs" if path.scheme == "gs" or name.startswith("google") else "s3"
         raise UnusableStoreError(
-            f"{path.root} needs {error.name or 'a package'}, which is not installed: pip install "
-            f"'wan-data[{_EXTRAS[path.scheme]}]'"
+            f"{path.root} needs {name}, which is not installed: pip install 'wan-data[{extra}]'"
         ) from None
     except Exception as error:
         if isinstance(final := final_error(error, path, "opening"), UnusableCredentialsError):
