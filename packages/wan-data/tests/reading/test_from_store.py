@@ -280,8 +280,8 @@ print([len(next(iter(one)).keys) > 0 for one in loaders])
 """
 
 
-def test_a_process_ends_as_it_is_while_samples_are_read_ahead(stored):
-    for _ in range(3):
+def test_a_process_ends_as_it_is_while_samples_are_read_ahead(stored, length):
+    for _ in range(length(10, 1)):
         done = subprocess.run(
             [sys.executable, "-c", LEFT, str(stored[1])], capture_output=True, text=True, check=False, timeout=120
         )

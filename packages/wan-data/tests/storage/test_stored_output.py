@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_at_any_upload_goes_on(places, from_disk, tiny_mode
     command = [*COMMAND, "--model", tiny_model, *SMALL_OPTIONS, *options]
     number, shards = 0, {shard.name for shard in read_manifest(from_disk).shards}
     while True:
-        number += length(1, 4)  # of the upload at which it is killed
+        number += length(1, 7)  # of the upload at which it is killed
         before = proxy.count("PUT", "/out/")
         with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
             while run.poll() is None and proxy.count("PUT", "/out/") - before < number:

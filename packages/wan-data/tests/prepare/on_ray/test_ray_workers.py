@@ -105,7 +105,7 @@ def out(place_of_outputs):
 
 def test_the_bytes_of_several_actors_are_those_of_one_process(on_ray, dataset, clips, out):
     # Those of one actor of each stage, too: see below.
-    on_ray(clips, out, processes=2, decoders=3)
+    on_ray(clips, out, processes=2, decoders=2)
     assert without_index(out) == without_index(dataset)
 
 
@@ -206,7 +206,7 @@ def test_what_was_on_a_lost_node_is_made_again(cluster, on_ray, dataset, clips, 
             removed.append(replace_node(cluster, 1))
 
     with watched(remove_a_node):
-        on_ray(clips, out, 2, 3)
+        on_ray(clips, out, 2, 2)
     assert removed
     assert without_index(out) == without_index(dataset)
 
