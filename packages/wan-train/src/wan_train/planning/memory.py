@@ -25,6 +25,14 @@ def parameters_of_stages(model: WanConfig, tensor: int, pipeline: int) -> tuple[
     return tuple(parameters_of_rank(_shapes(model), model.num_layers, layout, stage) for stage in range(pipeline))
 
 
+@functools.cache
+def _parameters_of_blocks(model: WanConfig, tensor: int, pipeline: int, endings: tuple[str, ...]) -> tuple[int, ...]:
+    """Of a rank of each stage: the parameters of the blocks whose keys end so."""
+    shapes = {key: shape for key, shape in _shapes(model).items() if key[:7] == "blocks." and key.endswith(endings)}
+    layout = Layout(tensor * pipeline, tensor, pipeline=pipeline)
+    return tuple(parameters_of_rank(shapes, model.num_layers, layout, stage) for stage in range(pipeline))
+
+
 def parameters_of_model(model: WanConfig) -> int:
     """Number of parameters of the model."""
     return sum(math.prod(shape) for shape in _shapes(model).values())
@@ -272,14 +280,11 @@ def frozen_bytes(model: WanConfig, layout: Layout, stage: int, size: int, *, fp8
         offload: whether the blocks are in main memory, but for the one that computes and the one that follows.
     """
 
-    def count(endings: tuple[str, ...]) -> int:
-        """Parameters whose keys end so, in the blocks."""
-        shapes = {key: shape for key, shape in _shapes(model).items() if key[:7] == "blocks." and key.endswith(endings)}
-        return parameters_of_rank(shapes, model.num_layers, layout, stage)
-
     every = parameters_of_stages(model, layout.tensor, layout.pipeline)[stage]
-    blocks = count(("",))
-    linears, rows = (count(tuple(f".{name}.{kind}" for name in LINEARS)) for kind in ("weight", "bias"))
+    blocks, linears, rows = (
+        _parameters_of_blocks(model, layout.tensor, layout.pipeline, endings)[stage]
+        for endings in (("",), *(tuple(f".{name}.{kind}" for name in LINEARS) for kind in ("weight", "bias")))
+    )
     of_blocks = float(blocks * size)
     if fp8:
         of_blocks += linears * (1 - size) + rows * FP32
