@@ -35,6 +35,8 @@ STEPS = 200
 LEAST_GAP = 2.5
 # Of the validation: the sound run has 0.68, and the best of the faults 0.76.
 LARGEST_LOSS = 0.73
+# Enough for most faults: a sound run of so many has a gap of 2.39 and a loss of 0.84, the best of these faults 0.93.
+FEWER_STEPS, LARGEST_LOSS_OF_FEWER = 120, 0.88
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,8 +89,8 @@ def sound(world: Path, once: Once) -> Path:
 def learn(world: Path, tmp_path: Path) -> Callable[..., Log]:
     """Train as in the sound run but for some settings or a fault; returns the log."""
 
-    def learn(*settings: str, fault: Call | None = None) -> Log:
-        return _train(world, tmp_path / "run", STEPS, *settings, calls=[fault] if fault else [])
+    def learn(*settings: str, fault: Call | None = None, steps: int = FEWER_STEPS) -> Log:
+        return _train(world, tmp_path / "run", steps, *settings, calls=[fault] if fault else [])
 
     return learn
 
@@ -129,17 +131,20 @@ def test_a_minute_of_training_learns_what_captions_say(sound):
 def test_the_caption_gap_closes_where_captions_cannot_be_learnt(learn, fault, settings):
     found = _validation(learn(*settings, fault=fault))
     assert found["caption_gap"] < 1.5
-    assert found["loss"] > LARGEST_LOSS
+    assert found["loss"] > LARGEST_LOSS_OF_FEWER
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [Call("planted_faults:scale_timesteps"), Call("planted_faults:pad_texts", [128])],
+    ("fault", "steps", "largest"),
+    [
+        (Call("planted_faults:scale_timesteps"), STEPS, LARGEST_LOSS),
+        (Call("planted_faults:pad_texts", [128]), FEWER_STEPS, LARGEST_LOSS_OF_FEWER),
+    ],
     ids=["timesteps from 0 to 1", "texts padded to 128"],
 )
-def test_the_validation_loss_shows_that_training_sees_other_inputs(learn, fault):
+def test_the_validation_loss_shows_that_training_sees_other_inputs(learn, fault, steps, largest):
     """These leave the order of captions: the gap is a ratio, and both of its errors grow."""
-    assert _validation(learn(fault=fault))["loss"] > LARGEST_LOSS
+    assert _validation(learn(fault=fault, steps=steps))["loss"] > largest
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
