@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.data import FRAMES, write_clips, write_model
 from bench.measure import run_process
 from bench.report import Table, to_markdown
+from wan_data.sources.modification_times import TIMES_NAME
 from wan_model.system.files import sha256_of
 from wan_model.testing.object_store import environment, object_server
 
@@ -62,8 +63,11 @@ class Ways:
 
 
 def digest_of(folder: Path) -> tuple[int, str]:
-    """The number of files below a folder, and one digest of their names and contents."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """The number of files below a folder, and one digest of their names and contents.
+
+    Without the times at which the sources were changed: a store has others.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != TIMES_NAME)
     lines = (f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
     return len(files), hashlib.sha256("".join(lines).encode()).hexdigest()
 
