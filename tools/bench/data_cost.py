@@ -44,7 +44,7 @@ class Rates:
     probing: float = 1.93
     decoding: float = 26.1
     encoding: float = 1.13
-    planning: float = 275.0
+    planning: float = 147.0
 
 
 RATE, LONGEST, HEIGHT, WIDTH, CHANNELS, TEXT_WIDTH = 16, 81, 480, 832, 16, 4096
