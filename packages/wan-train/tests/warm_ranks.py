@@ -265,10 +265,6 @@ def _import_engine() -> None:
 
     engine.start()
     import megatron.bridge.training.pretrain  # noqa: F401
-    from megatron.bridge.utils.yaml_utils import safe_yaml_representers
-
-    with safe_yaml_representers():  # it imports half of transformers, for each run that saves
-        pass
 
     for name in (
         "checkpoint.hooks",

@@ -173,12 +173,12 @@ def test_training_is_the_same_to_the_bit(
 def test_seconds_of_sampling_are_in_no_step_of_any_rank(dataset: Path, tmp_path: Path) -> None:
     """With one video for two ranks that share the weights, of which one decodes."""
     options = (
-        *RUN_OPTIONS, f"dataset.encoded_by={dataset / 'model'}", "train.train_iters=3", "samples.interval=2",
+        *RUN_OPTIONS, f"dataset.encoded_by={dataset / 'model'}", "train.train_iters=2", "samples.interval=1",
         "samples.steps=1", "samples.count=1", "--nproc-per-node", "2", FULLY_SHARDED,
     )  # fmt: skip
     ended = run(options, tmp_path, calls=[Call("rank_calls:slow_decoder", [15.0])])
     assert ended.codes == [0, 0], ended.errors
-    assert [(entry["step"], entry["videos"]) for entry in events_of(tmp_path)] == [(2, 1)]
+    assert [entry["videos"] for entry in events_of(tmp_path)] == [1, 1]
     assert all(entry["seconds"] > 15 for entry in events_of(tmp_path))
     assert all(entry["seconds"] < 15 for entry in steps_of(read_log(tmp_path)))
 
