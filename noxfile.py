@@ -162,6 +162,15 @@ def prepare_environment(session: nox.Session) -> None:
     stamp.write_text(wanted, encoding="utf-8")
 
 
+def install_beside(session: nox.Session, name: str, *packages: str) -> str:
+    """A folder with packages, and nothing that they require, to be put before the shared environment."""
+    folder = ROOT / ".nox" / f"{name}-{hashlib.sha256(str(packages).encode()).hexdigest()[:8]}"
+    if not folder.is_dir():
+        install = [program("python"), "-m", "pip", "install", "--no-deps", "--target", str(folder)]
+        session.run(*install, *packages, external=True)
+    return str(folder)
+
+
 def run(session: nox.Session, name: str, *arguments: str, **environment: str) -> None:
     """Run a program of the shared environment."""
     session.run(program(name), *arguments, external=True, env={**SURROUNDINGS, **environment})
@@ -218,11 +227,10 @@ def energon(session: nox.Session) -> None:
     parser.add_argument("--version", required=True)
     chosen, arguments = parser.parse_known_args(session.posargs)
     prepare_environment(session)
-    folder = ROOT / ".nox" / f"energon-{chosen.version}"
-    if not folder.is_dir():
-        install = [program("python"), "-m", "pip", "install", "--no-deps", "--target", str(folder)]
-        session.run(*install, f"megatron-energon=={chosen.version}", *BESIDE_ENERGON, external=True)
-    first = {"PYTHONPATH": str(folder), "WAN_ENERGON": str(folder)}  # before the environment's own version
+    folder = install_beside(
+        session, f"energon-{chosen.version}", f"megatron-energon=={chosen.version}", *BESIDE_ENERGON
+    )
+    first = {"PYTHONPATH": folder, "WAN_ENERGON": folder}  # before the environment's own version
     options = ["packages/wan-data/tests", "-n", WORKERS, "--dist", "loadgroup", *arguments]
     run(session, "pytest", *options, **TESTING, **first)
 
@@ -231,12 +239,9 @@ def energon(session: nox.Session) -> None:
 def google(session: nox.Session) -> None:
     """wan-data's tests of gs:// on an emulator, which no other session runs [-- arguments of pytest]."""
     prepare_environment(session)
-    folder = ROOT / ".nox" / f"google-{hashlib.sha256(str(GOOGLE).encode()).hexdigest()[:8]}"
-    if not folder.is_dir():
-        install = [program("python"), "-m", "pip", "install", "--no-deps", "--target", str(folder)]
-        session.run(*install, *GOOGLE, external=True)
+    folder = install_beside(session, "google", *GOOGLE)
     options = ["packages/wan-data/tests/storage/test_google_store.py", *session.posargs]
-    run(session, "pytest", *options, **TESTING, PYTHONPATH=str(folder))
+    run(session, "pytest", *options, **TESTING, PYTHONPATH=folder)
 
 
 @nox.session(venv_backend="none")
