@@ -21,14 +21,17 @@ from wan_train.planning.linear_inputs import FP32, TrainedLinears
 @functools.cache
 def parameters_of_stages(model: WanConfig, tensor: int, pipeline: int) -> tuple[int, ...]:
     """Number of parameters of a rank of each pipeline stage."""
-    layout = Layout(tensor * pipeline, tensor, pipeline=pipeline)
-    return tuple(parameters_of_rank(_shapes(model), model.num_layers, layout, stage) for stage in range(pipeline))
+    return _of_stages(_shapes(model), model, tensor, pipeline)
 
 
 @functools.cache
 def _parameters_of_blocks(model: WanConfig, tensor: int, pipeline: int, endings: tuple[str, ...]) -> tuple[int, ...]:
     """Of a rank of each stage: the parameters of the blocks whose keys end so."""
     shapes = {key: shape for key, shape in _shapes(model).items() if key[:7] == "blocks." and key.endswith(endings)}
+    return _of_stages(shapes, model, tensor, pipeline)
+
+
+def _of_stages(shapes: dict[str, tuple[int, ...]], model: WanConfig, tensor: int, pipeline: int) -> tuple[int, ...]:
     layout = Layout(tensor * pipeline, tensor, pipeline=pipeline)
     return tuple(parameters_of_rank(shapes, model.num_layers, layout, stage) for stage in range(pipeline))
 
@@ -41,9 +44,7 @@ def parameters_of_model(model: WanConfig) -> int:
 @functools.cache
 def adapter_parameters_of_stages(model: WanConfig, lora: LoraSettings, tensor: int, pipeline: int) -> tuple[int, ...]:
     """Number of parameters of a rank's adapters, of each pipeline stage."""
-    layout, shapes = Layout(tensor * pipeline, tensor, pipeline=pipeline), dict[str, tuple[int, ...]]()
-    shapes.update(adapter_shapes(model, lora))
-    return tuple(parameters_of_rank(shapes, model.num_layers, layout, stage) for stage in range(pipeline))
+    return _of_stages(dict[str, tuple[int, ...]](adapter_shapes(model, lora)), model, tensor, pipeline)
 
 
 def adapter_parameters_of_model(model: WanConfig, lora: LoraSettings) -> int:
