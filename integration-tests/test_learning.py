@@ -119,6 +119,13 @@ def test_a_minute_of_training_learns_what_captions_say(sound):
     assert found["loss"] <= LARGEST_LOSS
 
 
+def test_a_sound_run_of_fewer_steps_is_told_from_faults(learn):
+    """Control: without it the faults below could be seen where there is none."""
+    found = _validation(learn())
+    assert found["caption_gap"] > 1.5
+    assert found["loss"] < LARGEST_LOSS_OF_FEWER
+
+
 @pytest.mark.parametrize(
     ("fault", "settings"),
     [
