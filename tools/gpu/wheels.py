@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # others without Transformer Engine: ``wan_train.engine`` leaves out the rest of what Megatron-Bridge declares.
 PACKAGES = {
     "comparison with diffusers": ("diffusers", "importlib-metadata", "zipp", "lazy-importer"),
+    # Diffusers asks for it, and transformers does no more.
+    "diffusers' requests": ("requests", "certifi", "charset-normalizer", "idna", "urllib3"),
     "prompts and videos": ("ftfy", "wcwidth", "av"),
     # wan-data writes shards for it, and imports it only to read them.
     "preparing": ("megatron-energon",),
-    "training": ("megatron-core", "megatron-bridge", "nvidia-resiliency-ext", "defusedxml", "omegaconf"),
+    "training": ("megatron-core", "megatron-bridge", "defusedxml", "omegaconf"),
     "tests marked gpu": ("beartype",),
 }
 # It has no wheel in the registry.

@@ -200,10 +200,30 @@ families = ("megatron.bridge.models.qwen", "megatron.bridge.models.llama")
 assert not [name for name in sys.modules if name.startswith(families)]
 assert not {"modelopt", "transformers", "datasets"} & set(sys.modules)
 """
+# As on Python 3.13, for which there is no wheel. Core from 0.17 on needs it.
+_WITHOUT_RESILIENCY_EXT = """
+import importlib.abc, sys
+from wan_train.engine import installed
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] in ("nvidia_resiliency_ext", "regex"):
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+absent = installed.resiliency_for(installed._folder("megatron.core")) is None
+if absent:
+    sys.meta_path.insert(0, Absent())
+"""
+_IT_WAS_ABSENT = """
+import megatron.bridge.training.checkpointing as checkpointing, megatron.bridge.training.pretrain as pretrain
+from wan_train.engine.absent_modules import AbsentClass
+if absent:
+    assert not [name for name in sys.modules if name.startswith(("nvidia_resiliency_ext", "regex"))]
+    assert checkpointing.HAVE_RESIL is False
+    assert pretrain.CallWrapper is AbsentClass
+"""
 
 
 def test_with_cuda_and_transformer_engine_it_starts_without_language_models_too() -> None:
-    """With a stand-in whose classes cannot be made, on a machine without modelopt, as the README installs it."""
+    """With a stand-in whose classes cannot be made, without modelopt and nvidia-resiliency-ext, as the README installs."""
     script = """
 import sys, torch
 torch.cuda.is_available = lambda: True
@@ -221,7 +241,7 @@ import megatron.core.extensions.transformer_engine as core_te
 assert core_te.HAVE_TE
 from wan_train.model.transformer_engine_ops import TransformerEngineOps
 """
-    done = python("-c", script + _WITHOUT_LANGUAGE_MODELS)
+    done = python("-c", _WITHOUT_RESILIENCY_EXT + script + _WITHOUT_LANGUAGE_MODELS + _IT_WAS_ABSENT)
     assert done.returncode == 0, done.stderr
 
 

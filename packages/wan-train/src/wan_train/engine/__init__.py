@@ -5,6 +5,7 @@
 | machine | effect |
 |---|---|
 | any | Megatron-Bridge is imported without modelopt and its model families |
+| without nvidia-resiliency-ext, regex or six | and without the restart within the process and tokenizers |
 | without TE, or without CUDA | and without Transformer Engine |
 | no CUDA | and Megatron's calls of CUDA and NCCL are redirected to the CPU and gloo |
 """
@@ -73,7 +74,9 @@ def start(*, take_device: bool = True) -> Engine:
     has_te = has_cuda and is_installed("transformer_engine")
     if has_cuda and take_device:  # before imports that may look at the current device
         _take_device()
-    left_out = [absent_modules.MODELOPT] if has_te else [absent_modules.MODELOPT, absent_modules.TRANSFORMER_ENGINE]
+    left_out = [absent_modules.MODELOPT, *absent_modules.unused_and_absent()]
+    if not has_te:
+        left_out.append(absent_modules.TRANSFORMER_ENGINE)
     with import_errors_explained():
         absent_modules.skip_model_families()
         if has_te:  # before transformers is left out

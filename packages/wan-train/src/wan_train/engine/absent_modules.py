@@ -1,9 +1,9 @@
 """Importing Megatron-Bridge without the distributions that a Wan model has no use for.
 
-Bridge imports two of them unconditionally, in files that serve language models, adapters and quantisation:
-``transformer_engine``, which only builds against CUDA and is left out where it is absent, and NVIDIA's ``modelopt``,
-whose import alone takes longer than everything else together. During the import of Bridge a finder supplies stub
-modules, whose attributes are classes that cannot be instantiated; afterwards the stubs are removed. Megatron-Core has
+Bridge imports three of them unconditionally, in files that serve language models, adapters, quantisation and a restart
+within the process: ``transformer_engine``, which only builds against CUDA and is left out where it is absent; NVIDIA's
+``modelopt``, whose import alone takes longer than everything else together; and ``nvidia_resiliency_ext.inprocess``,
+which has wheels for Linux and for Python up to 3.12 only. During the import of Bridge a finder supplies stub modules, whose attributes are classes that cannot be instantiated; afterwards the stubs are removed. Megatron-Core has
 ``HAVE_...`` flags for them, which must be correct: it is imported first, and what Bridge imports of it later does not
 see the stubs.
 
@@ -27,6 +27,9 @@ from wan_train.engine.installed import is_installed
 
 TRANSFORMER_ENGINE = "transformer_engine"
 MODELOPT = "modelopt"
+# Of the first not the whole package: Bridge asks whether there are its checkpoints, and has to find that there are none.
+# The others are of tokenizers.
+_UNUSED = ("nvidia_resiliency_ext.inprocess", "regex", "six")
 _OF_LANGUAGE_MODELS = ("transformers", "datasets")
 
 
@@ -42,7 +45,8 @@ class AbsentClass(metaclass=_Absent):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError(
-            "this needs transformer-engine, nvidia-modelopt, transformers or datasets, which the engine runs without"
+            "this needs transformer-engine, nvidia-modelopt, nvidia-resiliency-ext or a package of language models, which "
+            "the engine runs without"
         )
 
 
@@ -56,11 +60,16 @@ class _AbsentModule(types.ModuleType):
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
+        self.packages = frozenset(name.partition(".")[0] for name in self.names)
+
+    def _is_stubbed(self, module: str) -> bool:
+        """Whether it is one of the named ones, or within one, or one's parent."""
+        return any(f"{module}.".startswith(f"{name}.") or name.startswith(f"{module}.") for name in self.names)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.split(".")[0] not in self.names:
+        if not self._is_stubbed(fullname):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
@@ -116,25 +125,25 @@ def skip_model_families() -> None:
 
 @contextlib.contextmanager
 def _left_out(names: Iterable[str]) -> Iterator[None]:
-    """In this context the named top-level modules are stubs, unless they are imported already."""
+    """In this context the named modules and their parents are stubs, unless they are imported already."""
     finder = _Finder(name for name in names if name not in sys.modules)
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.split(".")[0] in finder.names]:
+        for name in [name for name in sys.modules if name.partition(".")[0] in finder.packages]:
             del sys.modules[name]
 
 
 @contextlib.contextmanager
 def _seen_by_bridge_only(names: Iterable[str]) -> Iterator[None]:
-    """In this context no module but those of Megatron-Bridge can import the named top-level modules.
+    """In this context no module but those of Megatron-Bridge can import the packages of the named modules.
 
     Megatron-Core, of which Bridge imports more and more, shall find that they are absent.
     """
     import_module = builtins.__import__
-    hidden = frozenset(name for name in names if name not in sys.modules)
+    hidden = frozenset(name.partition(".")[0] for name in names if name not in sys.modules)
 
     def import_unless_hidden(
         name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
@@ -151,11 +160,16 @@ def _seen_by_bridge_only(names: Iterable[str]) -> Iterator[None]:
         builtins.__import__ = import_module
 
 
+def unused_and_absent() -> list[str]:
+    """Modules that Bridge imports, that a run does not use, and that are not installed."""
+    return [name for name in _UNUSED if not is_installed(name.partition(".")[0])]
+
+
 def import_bridge_without(names: Iterable[str]) -> None:
     """Import Megatron-Bridge's training loop with stubs for the named distributions.
 
     Args:
-        names: top-level modules to stub; modules that are imported already are kept.
+        names: modules to stub; those that are imported already are kept.
     """
     with contextlib.ExitStack() as stack, warnings.catch_warnings(), _left_out(_OF_LANGUAGE_MODELS):
         # They say at length that Transformer Engine and Apex are missing, which is expected here.

@@ -114,6 +114,17 @@ _WITHOUT_EFFECT = {
         *("muon_num_ns_steps", "muon_tp_mode", "muon_extra_scale_factor", "reuse_grad_buf_for_mxfp8_param_ag"),
     ),
     "scheduler": ("no_weight_decay_cond_type",),
+    "checkpoint": (
+        *("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir", "non_persistent_local_ckpt_dir"),
+        *("non_persistent_local_ckpt_algo",),
+    ),
+}
+_UNUSED = "it has no effect on a Wan model, so leave it out"
+# Sections that Bridge has only on demand. Its restart within the process, fault tolerance and search for stragglers wrap
+# a loop that is not used here.
+_INSTEAD_OF_SECTION = {
+    "peft": "adapters are the section lora",
+    "comm_overlap": "set ddp.overlap_grad_reduce and ddp.overlap_param_gather",
 }
 
 
@@ -136,13 +147,18 @@ def _only() -> tuple[tuple[str, tuple[Any, ...], str], ...]:
         (f"{section}.{field.name}", (field.default,), advice)
         for table, advice in (
             (_UNREAD, "Megatron-Bridge does not read it, so leave it out"),
-            (_WITHOUT_EFFECT, "it has no effect on a Wan model, so leave it out"),
+            (_WITHOUT_EFFECT, _UNUSED),
         )
         for section, names in table.items()
         for field in dataclasses.fields(sections[section])
         if field.name in names
     ]
-    return (evaluates, *rows, *theirs, *unused)
+    on_demand = [
+        (field.name, (None,), _INSTEAD_OF_SECTION.get(field.name, _UNUSED))
+        for field in dataclasses.fields(ConfigContainer)
+        if field.default is None and field.name != "mixed_precision"
+    ]
+    return (evaluates, *rows, *theirs, *unused, *on_demand)
 
 
 # Of the keys above those that this version has, and those of Bridge's own validation.
