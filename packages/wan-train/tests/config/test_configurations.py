@@ -74,7 +74,7 @@ REFUSED = [
     ),
     (["--recipe", "tiny", "optimizer.loss_scale=128"], "optimizer.loss_scale is 128; it has no effect on a Wan"),
     (["--recipe", "tiny", "optimizer.log_num_zeros_in_grad=true"], "log_num_zeros_in_grad is True; it has no effect"),
-    (["--recipe", "tiny", "inprocess_restart={enabled: true}"], "inprocess_restart is {'enabled': True}; it has no effect"),
+    (["--recipe", "tiny", "inprocess_restart={enabled: true}"], "inprocess_restart is {'enabled': True}; it has no"),
     (["--recipe", "tiny", "ft={enable_ft_package: true}"], "; it has no effect on a Wan model"),
     (["--recipe", "tiny", "peft={dim: 4}"], "peft is {'dim': 4}; adapters are the section lora"),
     (["--recipe", "tiny", "comm_overlap={tp_comm_overlap: true}"], "set ddp.overlap_grad_reduce and ddp.overlap_param"),

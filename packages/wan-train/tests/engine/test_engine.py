@@ -223,7 +223,7 @@ if absent:
 
 
 def test_with_cuda_and_transformer_engine_it_starts_without_language_models_too() -> None:
-    """With a stand-in whose classes cannot be made, without modelopt and nvidia-resiliency-ext, as the README installs."""
+    """With a stand-in whose classes cannot be made, and without modelopt and nvidia-resiliency-ext."""
     script = """
 import sys, torch
 torch.cuda.is_available = lambda: True

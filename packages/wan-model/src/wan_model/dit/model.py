@@ -105,28 +105,28 @@ class Attention(nn.Module):
         self.norm_k = ops.norm_across_heads(width, config.eps)
         self.to_out = nn.ModuleList([ops.row_linear(width, width)])
 
-    def queries(self, x_SD: Tensor, table_S1P: Tensor | None) -> Tensor:
-        """Queries of entered tokens (see ``Ops``): [rows, heads, width]."""
-        return self._by_head(self.norm_q(self.to_q(x_SD), table_S1P))
-
-    def keys_values(self, source_KD: Tensor, table_S1P: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of entered tokens or text: [rows, heads, width] each."""
-        return self._by_head(self.norm_k(self.to_k(source_KD), table_S1P)), self._by_head(self.to_v(source_KD))
+    def keys_values(self, text_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of texts: [rows, heads, width] each."""
+        k_TD, v_TD = self.ops.project_text(text_TD, self.to_k, self.to_v)
+        return self._by_head(self.norm_k(k_TD, None)), self._by_head(v_TD)
 
     def _by_head(self, x_SD: Tensor) -> Tensor:
         # A plain view, because small models are bound by call overhead.
         return x_SD.view(x_SD.shape[0], self.heads, -1)
 
     def attend_to_tokens(self, x_SD: Tensor, table_S1P: Tensor, offsets: Offsets) -> Tensor:
-        """Self-attention; returns the rows that this rank holds."""
-        attended = self.ops.self_attention(self.queries(x_SD, table_S1P), *self.keys_values(x_SD, table_S1P), offsets)
-        return self._out(attended)
+        """Self-attention, from and to the rows that this rank holds."""
+        q_SD, k_SD, v_SD = self.ops.project_tokens(x_SD, self.to_q, self.to_k, self.to_v)
+        q_SHE, k_SHE = self._by_head(self.norm_q(q_SD, table_S1P)), self._by_head(self.norm_k(k_SD, table_S1P))
+        return self._out(self.ops.self_attention(q_SHE, k_SHE, self._by_head(v_SD), offsets))
 
     def attend_to_text(
         self, x_SD: Tensor, text: tuple[Tensor, Tensor], offsets: Offsets, text_offsets: Offsets
     ) -> Tensor:
-        """Cross-attention to keys and values; returns the rows that this rank holds."""
-        return self._out(self.ops.cross_attention(self.queries(x_SD, None), *text, offsets, text_offsets))
+        """Cross-attention to keys and values, from and to the rows that this rank holds."""
+        (q_SD,) = self.ops.project_tokens(x_SD, self.to_q)
+        q_SHE = self._by_head(self.norm_q(q_SD, None))
+        return self._out(self.ops.cross_attention(q_SHE, *text, offsets, text_offsets))
 
     def _out(self, attended_SHE: Tensor) -> Tensor:
         out: Tensor = self.to_out[0](attended_SHE.flatten(1))
@@ -138,11 +138,13 @@ class FeedForwardIn(nn.Module):
 
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.proj = ops.column_linear(config.hidden_size, config.ffn_dim)
 
     def forward(self, x_SD: Tensor) -> Tensor:
-        """Expand and activate."""
-        return tanh_gelu_(self.proj(x_SD))
+        """Expand and activate; entered rows (see ``Ops``) of held ones."""
+        (wide_SF,) = self.ops.project_tokens(x_SD, self.proj)
+        return tanh_gelu_(wide_SF)
 
 
 class FeedForward(nn.Module):
@@ -156,7 +158,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x_SD: Tensor) -> Tensor:
-        """Apply to entered tokens (see ``Ops``); returns the rows that this rank holds."""
+        """From and to the rows that this rank holds."""
         out: Tensor = self.net["2"](self.net["0"](x_SD))
         return out
 
@@ -177,7 +179,7 @@ class Block(nn.Module):
         """Keys and values of embedded texts for this layer's cross-attention."""
         rows = text_TD.shape[0]
         with dropout_over(None if dropout_seed is None else DropoutRows(dropout_seed, 0, rows, rows)):
-            return self.attn2.keys_values(self.ops.enter_text(text_TD), None)
+            return self.attn2.keys_values(text_TD)
 
     def forward(
         self,
@@ -202,15 +204,13 @@ class Block(nn.Module):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, time_B6D)
             offsets = held.layout.offsets
 
-            entered = self.ops.enter_tokens(norm_modulate(x_SD, shift1, scale1, held, self.eps))
-            x_SD = gate_add_(x_SD, self.attn1.attend_to_tokens(entered, table_S1P, offsets), gate1, held)
+            normed_SD = norm_modulate(x_SD, shift1, scale1, held, self.eps)
+            x_SD = gate_add_(x_SD, self.attn1.attend_to_tokens(normed_SD, table_S1P, offsets), gate1, held)
 
-            entered = self.ops.enter_tokens(self.norm2(x_SD))
             keys_values = self.text_keys(text, dropout_seed) if isinstance(text, Tensor) else text
-            x_SD = add_(x_SD, self.attn2.attend_to_text(entered, keys_values, offsets, text_offsets))
+            x_SD = add_(x_SD, self.attn2.attend_to_text(self.norm2(x_SD), keys_values, offsets, text_offsets))
 
-            entered = self.ops.enter_tokens(norm_modulate(x_SD, shift2, scale2, held, self.eps))
-            return gate_add_(x_SD, self.ffn(entered), gate2, held)
+            return gate_add_(x_SD, self.ffn(norm_modulate(x_SD, shift2, scale2, held, self.eps)), gate2, held)
 
 
 class TwoLayers(nn.Module):

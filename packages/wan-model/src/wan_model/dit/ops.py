@@ -52,8 +52,8 @@ class Ops(Protocol):
     """A runtime. ``TorchOps`` is the one for plain torch; wan-train implements one for Megatron.
 
     Between ``shard_tokens`` and ``gather_tokens`` a rank holds only some rows of the token sequence (``held_rows``).
-    ``enter_tokens`` returns the input rows of linears and attention (``entered_rows``), of which the rank may have only
-    some heads; ``row_linear`` returns the held rows.
+    ``project_tokens`` returns the rows of attention and of the wide part of the feed-forward (``entered_rows``), of
+    which the rank may have only some heads or columns; ``row_linear`` returns the held rows.
     """
 
     def column_linear(self, width_in: int, width_out: int) -> nn.Module:
@@ -80,11 +80,11 @@ class Ops(Protocol):
     def gather_tokens(self, x_SD: Tensor) -> Tensor:
         """All rows, on every rank; the incoming gradient is the same on every rank."""
 
-    def enter_tokens(self, x_SD: Tensor) -> Tensor:
-        """All rows, as the input of column-linears."""
+    def project_tokens(self, x_SD: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """Column-linears that all read the held rows: the entered rows of each."""
 
-    def enter_text(self, x_SD: Tensor) -> Tensor:
-        """Text rows, which are replicated on every rank, as the input of column-linears."""
+    def project_text(self, x_TD: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """Column-linears that all read the rows of texts, which every rank has."""
 
     def held_rows(self, layout: PackLayout) -> TokenRows:
         """The rows that this rank holds after ``shard_tokens``.
@@ -94,7 +94,7 @@ class Ops(Protocol):
         """
 
     def entered_rows(self, layout: PackLayout) -> TokenRows:
-        """The rows that ``enter_tokens`` returns."""
+        """The rows that ``project_tokens`` returns."""
 
     def on_token_rows(self, module: nn.Module) -> None:
         """Declare that a module's parameters are replicated, with gradients only from this rank's rows."""
@@ -165,13 +165,13 @@ class TorchOps:
         """All rows."""
         return self.context.gather_rows(x_SD) if self.context else x_SD
 
-    def enter_tokens(self, x_SD: Tensor) -> Tensor:
-        """The rows as they are."""
-        return x_SD
+    def project_tokens(self, x_SD: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """One after the other."""
+        return tuple(linear(x_SD) for linear in linears)
 
-    def enter_text(self, x_SD: Tensor) -> Tensor:
-        """The rows as they are."""
-        return x_SD
+    def project_text(self, x_TD: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """One after the other."""
+        return tuple(linear(x_TD) for linear in linears)
 
     def held_rows(self, layout: PackLayout) -> TokenRows:
         """This rank's share of the context."""

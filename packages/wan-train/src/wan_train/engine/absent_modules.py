@@ -3,7 +3,8 @@
 Bridge imports three of them unconditionally, in files that serve language models, adapters, quantisation and a restart
 within the process: ``transformer_engine``, which only builds against CUDA and is left out where it is absent; NVIDIA's
 ``modelopt``, whose import alone takes longer than everything else together; and ``nvidia_resiliency_ext.inprocess``,
-which has wheels for Linux and for Python up to 3.12 only. During the import of Bridge a finder supplies stub modules, whose attributes are classes that cannot be instantiated; afterwards the stubs are removed. Megatron-Core has
+which has wheels for Linux and for Python up to 3.12 only. During the import of Bridge a finder supplies stub modules,
+whose attributes are classes that cannot be instantiated; afterwards the stubs are removed. Megatron-Core has
 ``HAVE_...`` flags for them, which must be correct: it is imported first, and what Bridge imports of it later does not
 see the stubs.
 
@@ -27,8 +28,8 @@ from wan_train.engine.installed import is_installed
 
 TRANSFORMER_ENGINE = "transformer_engine"
 MODELOPT = "modelopt"
-# Of the first not the whole package: Bridge asks whether there are its checkpoints, and has to find that there are none.
-# The others are of tokenizers.
+# Of the first not the whole package: Bridge asks whether it can write checkpoints, and has to find that it cannot. The
+# others are of tokenizers.
 _UNUSED = ("nvidia_resiliency_ext.inprocess", "regex", "six")
 _OF_LANGUAGE_MODELS = ("transformers", "datasets")
 
@@ -45,8 +46,8 @@ class AbsentClass(metaclass=_Absent):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError(
-            "this needs transformer-engine, nvidia-modelopt, nvidia-resiliency-ext or a package of language models, which "
-            "the engine runs without"
+            "this needs transformer-engine, nvidia-modelopt, nvidia-resiliency-ext or a package of language models, "
+            "which the engine runs without"
         )
 
 

@@ -3,11 +3,13 @@
 Import only after ``wan_train.engine.start``.
 
 Context parallelism splits a pack's tokens first (``wan_model.dit.context_parallel``). With sequence parallelism a rank
-holds its part of these outside the tensor-parallel regions; ``enter_tokens`` all-gathers them once for all linears that
-read them, and its backward pass reduce-scatters once.
+holds its part of these outside the tensor-parallel regions; ``project_tokens`` all-gathers them once for all linears
+that read them, and its backward pass reduce-scatters once, while the gradients of trained weights are computed
+(``wan_train.model.column_products``).
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from wan_model.dit.lora import AdaptableLinear, LoraMatrix
 from wan_model.dit.ops import RMSNorm, TorchOps
 from wan_model.dit.recompute import products_are_saved
 from wan_model.kernels import available
+from wan_train.model.column_products import column_products
 
 
 def _no_init(weight: Tensor) -> None:
@@ -58,6 +61,11 @@ class _ColumnLinear(AdaptableLinear, ColumnParallelLinear):
     config: Any
     weight: nn.Parameter
     bias: nn.Parameter
+
+    @property
+    def is_plainly_trained(self) -> bool:
+        """Whether its gradients are products with its weight and its input, and nothing else."""
+        return self.is_plain and self.weight.requires_grad and not self.config.gradient_accumulation_fusion
 
     def whole_gradient(self, matrix: Tensor, *, is_up: bool) -> Tensor:
         """A gets from each rank what flows through its part of B."""
@@ -159,7 +167,7 @@ class MegatronOps(TorchOps):
         self.sequence_parallel: bool = config.sequence_parallel and self.ranks > 1
         self._row_config = copy.copy(config)
         self._row_config.sequence_parallel = self.sequence_parallel
-        # ``enter_tokens`` gathers, so a column-parallel linear must not gather again.
+        # ``project_tokens`` gathers, so a column-parallel linear must not gather again.
         self._column_config = copy.copy(config)
         self._column_config.sequence_parallel = False
 
@@ -222,19 +230,24 @@ class MegatronOps(TorchOps):
             x_SD = gather_from_sequence_parallel_region(x_SD, tensor_parallel_output_grad=False)
         return super().gather_tokens(x_SD)
 
-    def enter_tokens(self, x_SD: Tensor) -> Tensor:
-        """All rows of the rank's share of the context; the backward sums the gradients of the tensor-parallel ranks."""
-        whole: Tensor = (
-            gather_from_sequence_parallel_region(x_SD)
-            if self.sequence_parallel
-            else copy_to_tensor_model_parallel_region(x_SD)
-        )
-        return whole
+    def project_tokens(self, x_SD: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """Linears on all rows of the rank's share of the context; the backward pass sums over tensor-parallel ranks."""
+        return self._project(x_SD, linears, scattered=self.sequence_parallel)
 
-    def enter_text(self, x_SD: Tensor) -> Tensor:
-        """The rows as they are; the backward sums the gradients of all ranks."""
-        same: Tensor = copy_to_tensor_model_parallel_region(x_SD)
-        return same
+    def project_text(self, x_TD: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """Linears on the rows as they are; the backward pass sums the gradients of all ranks."""
+        return self._project(x_TD, linears, scattered=False)
+
+    def _project(self, x_SD: Tensor, linears: Sequence[nn.Module], *, scattered: bool) -> tuple[Tensor, ...]:
+        trained = [linear for linear in linears if isinstance(linear, _ColumnLinear) and linear.is_plainly_trained]
+        if self.ranks > 1 and torch.is_grad_enabled() and len(trained) == len(linears):
+            weights, biases = [linear.weight for linear in trained], [linear.bias for linear in trained]
+            return column_products(x_SD, weights, biases, self.group, scattered=scattered)
+        if scattered:
+            entered = gather_from_sequence_parallel_region(x_SD)
+        else:
+            entered = copy_to_tensor_model_parallel_region(x_SD)
+        return tuple(linear(entered) for linear in linears)
 
     def held_rows(self, layout: PackLayout) -> TokenRows:
         """This rank's share of the context and, with sequence parallelism, of the sequence."""

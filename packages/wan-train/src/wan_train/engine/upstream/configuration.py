@@ -120,8 +120,7 @@ _WITHOUT_EFFECT = {
     ),
 }
 _UNUSED = "it has no effect on a Wan model, so leave it out"
-# Sections that Bridge has only on demand. Its restart within the process, fault tolerance and search for stragglers wrap
-# a loop that is not used here.
+# Sections that Bridge has only on demand, for parts of its loop that are not used here.
 _INSTEAD_OF_SECTION = {
     "peft": "adapters are the section lora",
     "comm_overlap": "set ddp.overlap_grad_reduce and ddp.overlap_param_gather",
