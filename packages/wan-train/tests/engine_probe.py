@@ -1,5 +1,7 @@
 """Called in a process where the engine was started (``warm_ranks.Call``): try what it is for, write the results."""
 
+import datetime
+import functools
 import json
 import os
 import sys
@@ -171,11 +173,15 @@ def _group_answers() -> dict[str, object]:
     ]
     summed = torch.ones(2)
     torch.distributed.all_reduce(summed, group=groups[-1])
+    # As torch makes them from 2.14 on.
+    store, timeout = torch.distributed.HashStore(), datetime.timedelta(seconds=60)  # type: ignore[attr-defined]
+    newer: Any = c10d.ProcessGroupGloo(store, 0, 1, timeout=timeout, enable_reconfigure=False)  # type: ignore[call-arg]
     return {
         "groups": len(groups),
         "threads on the network": threads.count("gloo_tcp_loop"),
         "nothing started for a group of one": results == [None, None] and buffer.tolist() == [0, 1, 2, 3],
         "they work": summed.tolist() == [1, 1],
+        "with a switch that is off": newer.size() == 1,
         "of torch's class": all(
             isinstance(group._get_backend(torch.device("cpu")), c10d.ProcessGroupGloo) for group in groups
         ),
@@ -300,8 +306,8 @@ def _keys_of_this_version() -> dict[str, str]:
         config = build_config(RunOptions("tiny"))
         assert "another" not in possible
         check_settings(config)
-        section, name = key.split(".")
-        setattr(getattr(config, section), name, "another")
+        *section, name = key.split(".")
+        setattr(functools.reduce(getattr, section, config), name, "another")
         said[key] = _raises(lambda config=config: check_settings(config))
     return said
 

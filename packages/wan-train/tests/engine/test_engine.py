@@ -77,6 +77,7 @@ def test_groups_leave_the_cores_to_the_computation(probed: dict[str, Any]) -> No
     assert groups["threads on the network"] == 1
     assert groups["nothing started for a group of one"]
     assert groups["they work"]
+    assert groups["with a switch that is off"]
     assert groups["of torch's class"]
 
 
@@ -159,7 +160,7 @@ def test_deterministic_mode_sets_what_every_library_needs(probed: dict[str, Any]
 
 def test_keys_that_only_some_versions_have_are_not_ignored(probed: dict[str, Any]) -> None:
     found = probed["keys of this version"]
-    assert {"train.eval_iters", "train.skip_train"} <= set(found)
+    assert {"train.eval_iters", "train.skip_train", "inprocess_restart"} <= set(found)
     assert all(said.startswith(f"{key} is 'another'; ") for key, said in found.items())
 
 

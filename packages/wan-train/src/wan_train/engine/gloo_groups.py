@@ -19,8 +19,10 @@ class _SharingDevice(type):
 
     groups: Any = c10d.ProcessGroupGloo
 
-    def __call__(cls, store: Any, rank: int, size: int, timeout: Any) -> Any:
-        """Create a group."""
+    def __call__(cls, store: Any, rank: int, size: int, timeout: Any, **others: bool) -> Any:
+        """Create a group; torch passes further switches from 2.14 on, and one that is set makes a group of its kind."""
+        if any(others.values()):
+            return cls.groups(store, rank, size, timeout=timeout, **others)
         options = cls.groups._Options()
         options._devices, options._timeout = [_device()], timeout
         return cls.groups(store, rank, size, options)

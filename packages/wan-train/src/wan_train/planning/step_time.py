@@ -26,7 +26,7 @@ class StepTime:
         matmul: matrix products, including recomputation.
         attention: scores and weighted sums, including recomputation.
         elementwise: norms, gates and activations, by memory bandwidth.
-        tensor: all-gathers and reduce-scatters of tensor parallelism.
+        tensor: all-gathers and reduce-scatters of tensor parallelism that computation does not hide.
         context: all-to-alls of context parallelism.
         pipeline: sends between stages, and the pipeline bubble.
         data: gradient reduction and weight gathering that computation does not hide.
@@ -99,7 +99,9 @@ class StepTime:
         rows = _Rows.of(model, layout, pack)
         elementwise = share * model.num_layers * rows.touched * (3 + again) / (hardware.bandwidth * speed)
         passes = 2 + again
-        tensor = share * model.num_layers * passes * rows.tensor_sent / _ring(hardware, layout.tensor, 1)
+        ring = _ring(hardware, layout.tensor, 1)
+        hidden = min(rows.tensor_sent_back / ring, rows.column_products / (hardware.matmul * speed))
+        tensor = share * model.num_layers * (passes * rows.tensor_sent / ring - hidden)
         exchanged = share * model.num_layers * passes * rows.context_sent
         context = exchanged / _exchange(hardware, layout.context, layout.tensor)
 
@@ -124,10 +126,16 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Bytes of one block's forward pass on a rank: memory traffic between matrix products, and communication."""
+    """Bytes of one block's forward pass on a rank: memory traffic between matrix products, and communication.
+
+    In the backward pass ``tensor_sent_back`` of ``tensor_sent`` travel while gradients of weights are computed, which
+    take ``column_products`` operations.
+    """
 
     touched: float
     tensor_sent: float
+    tensor_sent_back: float
+    column_products: float
     context_sent: float
     stage_sent: float
 
@@ -143,8 +151,10 @@ class _Rows:
         # Three all-gathers and three reductions per block; an all-reduce is a reduce-scatter and an all-gather.
         collectives = 6
         tensor = collectives * others * entered * h * BF16
+        back = tensor / 2 if layout.sequence else tensor  # three reduce-scatters of them, or three all-reduces
+        products = 2 * entered * h * (4 * part + ffn)  # queries, keys and values, queries of the text, feed-forward
         context = 4 * entered * part * BF16 * (layout.context - 1) / layout.context
-        return cls(touched, tensor, context, held * h * BF16)
+        return cls(touched, tensor, back, products, context, held * h * BF16)
 
 
 def _inside(hardware: Hardware, ranks: int, stride: int) -> int:
