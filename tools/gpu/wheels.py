@@ -18,7 +18,7 @@ PACKAGES = {
     "prompts and videos": ("ftfy", "wcwidth", "av"),
     # wan-data writes shards for it, and imports it only to read them.
     "preparing": ("megatron-energon",),
-    "training": ("megatron-core", "megatron-bridge", "defusedxml", "omegaconf"),
+    "training": ("megatron-core", "megatron-bridge", "psutil", "defusedxml", "omegaconf"),
     "tests marked gpu": ("beartype",),
 }
 # It has no wheel in the registry.

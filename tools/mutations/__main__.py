@@ -16,7 +16,7 @@ from mutations import wan_data, wan_data_at_scale, wan_infer, wan_model, wan_tra
 from mutations.mutation import PACKAGES, Mutation
 from mutations.report import line_of, to_markdown, write
 from mutations.tree import Tree, mutate
-from mutations.trial import Outcome, control_problem, missing_tests, try_mutation
+from mutations.trial import Outcome, control_problem, missing_tests, try_mutation, uncollected_tests
 
 ROOT = Path(__file__).parents[2]
 MUTATIONS = (
@@ -36,7 +36,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs, each in a copy of its own")
     parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="timeout of a mutation's tests")
     parser.add_argument("--folder", type=Path, help="folder for the table and the output of the tests")
-    parser.add_argument("--check", action="store_true", help="only check that every mutation can be applied")
+    parser.add_argument(
+        "--check", action="store_true", help="only check that every mutation can be applied and has its tests"
+    )
     parser.add_argument("--no-control", action="store_true", help="skip the control runs, which must pass or must fail")
     arguments = parser.parse_args()
     names = [mutation.name for mutation in MUTATIONS]
@@ -49,7 +51,10 @@ def main() -> int:
         if (not arguments.only or mutation.name in arguments.only)
         and (not arguments.package or mutation.package == arguments.package)
     ]
-    if problems := list(stale(ROOT, chosen)):
+    problems = list(stale(ROOT, chosen))
+    if arguments.check:
+        problems += [f"pytest does not find {test}" for test in uncollected_tests(ROOT, chosen)]
+    if problems:
         print("\n".join(problems), file=sys.stderr)
     if arguments.check:
         print(f"{len(chosen) - len(problems)} of {len(chosen)} mutations can be applied")

@@ -18,6 +18,7 @@ from mutations.tree import Tree
 Verdict = Literal["caught", "missed", "timed out", "not run"]
 _PASSED, _FAILED = 0, 1  # pytest's exit status; any other means that it could not run the tests
 _FIRST_FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+::[^\n]*?)(?: - .*)?$", re.MULTILINE)
+_NOT_FOUND = re.compile(r"^ERROR: not found: (.*)$", re.MULTILINE)
 _CONTROL = "the control mutation of {package}"
 
 
@@ -124,6 +125,17 @@ def missing_tests(root: Path, mutation: Mutation) -> list[str]:
         if not path.exists() or (function and f"def {function}(" not in path.read_text(encoding="utf-8")):
             absent.append(test)
     return absent
+
+
+def uncollected_tests(root: Path, mutations: Sequence[Mutation]) -> list[str]:
+    """Those of the named tests, with their parameters, that pytest does not find."""
+    tests = dict.fromkeys(test for mutation in mutations for test in mutation.test_paths)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode == _PASSED:
+        return []
+    found = _NOT_FOUND.findall(done.stdout + done.stderr)
+    return [path.removeprefix(f"{root}/") for path in found] or [_tail(done.stdout + done.stderr)]
 
 
 def _tail(output: str) -> str:

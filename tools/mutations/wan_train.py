@@ -58,11 +58,30 @@ MUTATIONS = (
         f"{_EQUAL}[tensor and sequence, recomputing]",
     ),
     _of(
+        "gradient-of-rows-without-keys-and-values", "model/column_products.py",
+        "whole_SI.addmm_(gradient, weight)", "whole_SI.addmm(gradient, weight)",
+        "under tensor parallelism what comes before a layer is trained by its queries alone",
+        f"{_EQUAL}[tensor, recomputing]",
+    ),
+    _of(
+        "killed-writer-not-noticed", "checkpoint/async_writer.py",
+        "if failed := [code for code in codes if code]:", "if failed := [code for code in codes if code > 0]:",
+        "a run whose writer is killed for its memory stands still forever",
+        "launch/test_stopped_children.py",
+    ),
+    _of(
+        "exchange-not-overlapped", "model/column_products.py",
+        "work = torch.distributed.reduce_scatter_tensor(into_x, whole_SI, group=ctx.group, async_op=True)",
+        "torch.distributed.reduce_scatter_tensor(into_x, whole_SI, group=ctx.group)",
+        "under sequence parallelism the gradients of weights wait for an exchange that they do not need",
+        "loop/test_exchange_order.py",
+    ),
+    _of(
         "tensor-parallel-norm-gradient", "model/megatron_ops.py",
         "copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))",
         "reduce_from_tensor_model_parallel_region(squares)",
         "under tensor parallelism the gradient of queries and keys lacks the contribution of the other ranks' heads",
-        f"{_EQUAL}[tensor]",
+        f"{_EQUAL}[tensor, recomputing]",
     ),
     _of(
         "embedders-of-stages-drift-apart", "model/provider.py",

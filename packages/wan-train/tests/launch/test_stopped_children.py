@@ -1,5 +1,6 @@
-"""A worker of the loader or a writer of checkpoints that stands still ends the run; nothing would answer it."""
+"""A worker of the loader or a writer of checkpoints that is stopped or killed ends the run; nothing would answer it."""
 
+import contextlib
 import os
 import signal
 import time
@@ -7,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from training_runs import BASE_OPTIONS, RUN_OPTIONS, data_options, read_log, sentence_of, start
 from warm_ranks import Call, Ranks
 
 from wan_model.system.process_tree import is_running
 from wan_model.testing.processes import wait_until
+from wan_train.engine.installed import version_of
 
 ENDLESS = "train.train_iters=100000"
 BOUND = 2.0
@@ -67,3 +70,26 @@ def test_a_stopped_writer_of_checkpoints_ends_the_run(tmp_path: Path, stopped: l
 
     wait_until(writes, "a checkpoint is written")
     assert f"process {stopped[0]}, a worker of the data loader or a writer of checkpoints" in sentence_of(ranks.wait())
+
+
+@pytest.mark.skipif(
+    Version(version_of("megatron.core")) >= Version("0.17"), reason="Core from 0.17 on writes in threads"
+)
+def test_a_killed_writer_of_files_ends_the_run(tmp_path: Path, stopped: list[int]) -> None:
+    """A rank that saves forks two processes, for whose files it waits."""
+    ranks = start((*RUN_OPTIONS, ENDLESS, "checkpoint.save_interval=1"), tmp_path / "run", timeout=60)
+
+    def ends() -> bool:
+        if not ranks.running():
+            return True
+        with contextlib.suppress(OSError):
+            for child in _children(ranks.pids[0]):
+                stopped.append(child)
+                os.kill(child, signal.SIGKILL)
+        return False
+
+    wait_until(ends, "the run ends")
+    said = sentence_of(ranks.wait())
+    assert stopped
+    assert said.startswith("the process that writes checkpoints ended with SIGKILL; the system does that when memory")
+    assert said.endswith("earlier checkpoints are unchanged, and the same command resumes from them")

@@ -78,7 +78,7 @@ def require_installed() -> None:
     """Raise an error that names what is found and what is needed if the engine is missing or cannot be imported.
 
     Raises:
-        EngineMissingError: megatron-core or megatron-bridge is not installed.
+        EngineMissingError: megatron-core, megatron-bridge or psutil is not installed.
         EngineError: their versions, or those of what they need, do not go together.
     """
     missing = [name for name in ("megatron.core", "megatron.bridge") if not is_installed(name)]
@@ -89,6 +89,9 @@ def require_installed() -> None:
         if Version(version := version_of(module)).release < oldest:
             needed = ".".join(map(str, oldest))
             raise EngineError(f"{_NAMES[module]} is {version}; training needs {needed} or newer: {INSTALL_HINT}")
+    if not is_installed("psutil"):
+        # Core imports it where it can, and its writers end without a word to their rank where it cannot.
+        raise EngineMissingError("Megatron-Core saves no checkpoint without psutil: pip install psutil")
     _require_megatron_training()
     _require_resiliency()
 
