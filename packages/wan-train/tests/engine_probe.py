@@ -417,7 +417,7 @@ def probe(results: str) -> None:
     from wan_train import engine
 
     started = engine.start()
-    import megatron.bridge.peft.lora
+    import megatron.bridge.training.pretrain
     import megatron.core.extensions.transformer_engine as core_te
     from megatron.bridge.models import GPTModelProvider
     from megatron.core.fusions.fused_bias_gelu import bias_gelu as bias_gelu_impl
@@ -430,7 +430,7 @@ def probe(results: str) -> None:
         "stand-ins": _left_out_answers(),
         "model families": [name for name in sys.modules if name.startswith("megatron.bridge.models.qwen")],
         "providers": GPTModelProvider.__module__,
-        "bridge imported": megatron.bridge.peft.lora.__name__,
+        "bridge imported": megatron.bridge.training.pretrain.__name__,
         "compiled by Megatron": hasattr(bias_gelu_impl, "_torchdynamo_orig_callable"),
         "torch.compile is torch's": torch.compile.__module__,
         "devices": _device_answers(),

@@ -26,7 +26,7 @@ def test_starts_on_the_cpu_with_gloo(probed: dict[str, Any]) -> None:
 
 @needs_no_cuda
 def test_bridge_is_importable_without_transformer_engine_and_core_knows(probed: dict[str, Any]) -> None:
-    assert probed["bridge imported"] == "megatron.bridge.peft.lora"
+    assert probed["bridge imported"] == "megatron.bridge.training.pretrain"
     assert probed["core has te"] is False
     assert probed["stand-ins"]["left behind"] == []
     assert probed["stand-ins"]["real"] == ["datasets.arrow_dataset", "transformers.configuration_utils"]
