@@ -108,7 +108,8 @@ def test_killed_while_saving_resumes_to_the_bit(change: int, one_process_run: Pa
     assert run((*RUN_OPTIONS, *settings), folder, calls=[kill]).codes == [-signal.SIGKILL]
     assert _resume_step(folder) == 2
     if change > 2:
-        assert saved_steps(folder) == [2, 4], "it was not killed while a checkpoint was being written"
+        # An asynchronous save may end after the next one has begun.
+        assert saved_steps(folder)[:2] == [2, 4], "it was not killed while a checkpoint was being written"
     train(folder, *settings)
     assert trajectory(folder) == trajectory(one_process_run)
     assert same_weights(folder, one_process_run, STEPS)
