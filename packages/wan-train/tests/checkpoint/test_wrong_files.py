@@ -137,7 +137,7 @@ def test_a_run_ends_before_a_step(name: str, content: Any, reason: str, point: R
 def test_a_full_disk_in_an_asynchronous_save_is_a_sentence(
     limit: int, point: ResumePoint, one_process_run: Path
 ) -> None:
-    """RLIMIT_FSIZE, which the log stays below, stands for a disk that fills up; the save before is resumed to the bit."""
+    """RLIMIT_FSIZE, above the log, stands for a disk that fills up; the save before is resumed to the bit."""
     settings = ("checkpoint.save_interval=2", "checkpoint.async_save=true")
     calls = [Call("resource:setrlimit", [resource.RLIMIT_FSIZE, [limit, limit]])]
     said = sentence_of(run((*RUN_OPTIONS, *settings), point.folder, calls=calls))
