@@ -1,7 +1,6 @@
 """What Core 0.16 calls to write the files of a checkpoint side by side, in forked processes that are supervised.
 
-Import only after ``wan_train.engine.start``, and before Core's own function is replaced. It is a function of a module,
-because it is sent to the process that writes asynchronous checkpoints, which imports it.
+Import only after ``wan_train.engine.start``. Core from 0.17 on writes the files in threads.
 """
 
 from typing import Any
@@ -10,14 +9,17 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from wan_train.checkpoint.async_writer import forked_writers_supervised
 
-_write = FileSystemWriterAsync.write_preloaded_data_multiproc
+_write = getattr(FileSystemWriterAsync, "write_preloaded_data_multiproc", None)
 
 
-def write_in_forks(*arguments: Any, **options: Any) -> None:
-    """Write; the arguments are those of Core's function.
+def supervise_forked_writers() -> None:
+    """Make a save end with an error if one of the processes that it forks ends before its files are written."""
+    if _write is not None:
+        FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_forks)
 
-    Raises:
-        WriterExitedError: a process has ended before its files were written.
-    """
+
+def _write_in_forks(*arguments: Any, **options: Any) -> None:
+    # A function of a module, because it is sent to the process that writes asynchronous checkpoints on CUDA.
+    assert _write is not None, "it is what was replaced"
     with forked_writers_supervised():
         _write(*arguments, **options)

@@ -35,6 +35,7 @@ from wan_model.weights.training_checkpoint import read_index
 from wan_train.checkpoint.async_writer import supervise_writer
 from wan_train.checkpoint.file_checks import TRAIN_STATE, check_file_contents, wrong_form_refused
 from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, step_folder
+from wan_train.checkpoint.forked_writers import supervise_forked_writers
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
 from wan_train.engine.installed import installed_versions
 from wan_train.engine.torch_adam import synchronize_steps, uses_torch_adam
@@ -98,6 +99,7 @@ class CheckpointHooks:
             tracker=self._tracker,
         )
         refuse_other_writers(lambda: self._inside_save)
+        supervise_forked_writers()
         read_without_code()
 
     @contextlib.contextmanager

@@ -41,7 +41,6 @@ def patch_bridge(*, on_cpu: bool, without_te: bool) -> None:
         drop(f"{_BRIDGE}.checkpointing:{name}")
     drop(f"{_BRIDGE}.train:get_tensor_shapes_adjust_fn_for_distillation")
     _write_with_core()
-    _supervise_forked_writers()
     if on_cpu:
         _patch_writer()
         gloo_groups.skip_groups_of_one()
@@ -58,17 +57,6 @@ def _write_with_core() -> None:
     save = find(strategy)  # in Core 0.16 inherited, from a module that knows no other writer
     if save is not None and "HAVE_NVRX" in save.__globals__:
         save.__globals__["HAVE_NVRX"] = False
-
-
-def _supervise_forked_writers() -> None:
-    """Core from 0.17 on writes the files of a checkpoint in threads."""
-    writer = find(f"{_WRITER}:FileSystemWriterAsync")
-    if writer is None:
-        raise changed(f"{_WRITER} has no FileSystemWriterAsync", "a save that ends with its writers")
-    if "write_preloaded_data_multiproc" in vars(writer):
-        from wan_train.checkpoint.forked_writers import write_in_forks
-
-        writer.write_preloaded_data_multiproc = staticmethod(write_in_forks)
 
 
 def _patch_writer() -> None:
