@@ -65,9 +65,22 @@ MUTATIONS = (
     ),
     _of(
         "killed-writer-not-noticed", "checkpoint/async_writer.py",
-        "if failed := [code for code in codes if code]:", "if failed := [code for code in codes if code > 0]:",
+        "for process in list(started)) if code]", "for process in list(started)) if code and code > 0]",
         "a run whose writer is killed for its memory stands still forever",
         "launch/test_stopped_children.py",
+    ),
+    _of(
+        "weights-read-before-they-are-gathered", "model/megatron_ops.py",
+        "zip(*(linear(x_SD, parameters_only=True) for linear in trained), strict=True)",
+        "zip(*((linear.weight, linear.bias) for linear in trained), strict=True)",
+        "with ddp.overlap_param_gather tensor parallelism computes with weights of the step before",
+        f"{_EQUAL}[data x tensor, communication overlapped]",
+    ),
+    _of(
+        "optimizer-state-behind-the-padding", "engine/upstream/bucket_padding.py",
+        "padding.append(bucket.offset - end)", "padding.append(0)",
+        "a run with several buckets resumes with the moments of other parameters",
+        f"{_EQUAL}[data, communication overlapped]",
     ),
     _of(
         "exchange-not-overlapped", "model/column_products.py",

@@ -1,4 +1,4 @@
-"""Supervision of the process that writes checkpoints on CUDA."""
+"""Supervision of the processes that write checkpoints."""
 
 import subprocess
 import sys
@@ -65,3 +65,43 @@ def test_who_waits_for_a_dead_writer_is_told(how: str, said: str, tmp_path: Path
         assert "the same command resumes from them" in lines[0]
     else:
         assert len(lines) == 1
+
+
+# As Megatron-Core 0.16 has the files of a checkpoint written side by side.
+FORKS = """
+import multiprocessing, os, signal
+from wan_train.checkpoint.async_writer import WriterExitedError, forked_writers_supervised
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def writes(results):
+    results.put(bytes(200_000))  # more than a pipe holds
+
+context = multiprocessing.get_context("fork")
+queue, results = context.JoinableQueue(), context.SimpleQueue()
+queue.put("a file")
+first, second = context.Process(target=killed), context.Process(target=writes, args=(results,))
+try:
+    with forked_writers_supervised():
+        first.start()
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+        second.start()  # multiprocessing forgets the first here
+        queue.join()
+except WriterExitedError as error:
+    print(error)
+print(second.is_alive(), signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL)
+print(context.Process.start is multiprocessing.Process.start)
+"""
+
+
+def test_a_fork_that_dies_before_the_next_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(FORKS)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "a process that writes its files ended with SIGKILL; the system does that when memory runs out",
+        "False True",
+        "True",
+    ]

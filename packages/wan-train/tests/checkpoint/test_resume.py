@@ -14,7 +14,9 @@ from plain_training import Reference, engine_results, kept_by
 from training_runs import (
     BASE_OPTIONS,
     EQUALITY_SEED,
+    OVERLAP,
     RUN_OPTIONS,
+    SMALL_BUCKETS,
     STEPS,
     data_options,
     equality_options,
@@ -60,6 +62,17 @@ def test_resumed_equals_uninterrupted_to_the_bit(stopped_run: Path, one_process_
     assert [entry["step"] for entry in steps_of(log)] == [1, 2, 3, 4, 5, 6]
     assert trajectory(stopped_run) == trajectory(one_process_run)
     assert same_weights(stopped_run, one_process_run, STEPS)
+
+
+def test_resumes_to_the_bit_with_several_buckets_of_gradients(tmp_path: Path) -> None:
+    """In bf16, whose weights in fp32 are the optimizer's. Between the buckets of its state there is padding."""
+    settings = ("--nproc-per-node", "2", *OVERLAP, SMALL_BUCKETS, "mixed_precision=bf16_mixed")
+    whole = tmp_path / "whole"
+    train(whole, *settings, "checkpoint.save_interval=2")
+    resumed = stopped_after(4, whole, tmp_path / "resumed")
+    train(resumed, *settings, "checkpoint.save_interval=2")
+    assert trajectory(resumed) == trajectory(whole)
+    assert same_weights(resumed, whole, STEPS)
 
 
 # Class paths of run_config.yaml before every module had moved into the folder of its subject.

@@ -28,6 +28,7 @@ from training_runs import (
     PIPELINE,
     SELECTIVE,
     SEQUENCE,
+    SMALL_BUCKETS,
     TENSOR,
     equality_options,
     read_log,
@@ -44,10 +45,10 @@ pytestmark = pytest.mark.rounding
 
 # Processes, and what they are given; data parallelism takes the rest.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "data, communication overlapped": (2, [*OVERLAP]),
+    "data, communication overlapped": (2, [*OVERLAP, SMALL_BUCKETS]),
     "tensor, recomputing": (2, [TENSOR, ELEMENTWISE]),
     "tensor and sequence, recomputing": (2, [TENSOR, SEQUENCE, SELECTIVE]),
-    "data x tensor": (4, [TENSOR, SEQUENCE]),
+    "data x tensor, communication overlapped": (4, [TENSOR, SEQUENCE, *OVERLAP, SMALL_BUCKETS]),
     "data x context": (4, [CONTEXT]),
     "data x pipeline": (4, [PIPELINE]),
     "fully sharded, alone": (1, [FULLY_SHARDED]),
@@ -61,6 +62,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 ALONE: dict[str, tuple[int, list[str]]] = {
     "data": (2, []),
     "tensor": (2, [TENSOR]),
+    "data x tensor": (4, [TENSOR, SEQUENCE]),
     "fully sharded": (2, [FULLY_SHARDED]),
     "fully sharded x tensor": (4, [FULLY_SHARDED, TENSOR, SEQUENCE]),
     "fully sharded x context": (4, [FULLY_SHARDED, CONTEXT]),

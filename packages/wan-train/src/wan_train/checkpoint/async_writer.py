@@ -7,12 +7,11 @@ Here the end of one of them raises an error in the main thread of the process th
 
 import contextlib
 import multiprocessing.connection
-import multiprocessing.process
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
@@ -28,29 +27,33 @@ class WriterExitedError(ValueError):
 
 
 class _Alarm:
-    """Raises ``WriterExitedError`` in the main thread, in which it is made, even while that waits."""
+    """Raises ``WriterExitedError`` in the main thread, in which it is made, even while that waits.
 
-    def __init__(self) -> None:
+    Args:
+        once: not again where an error was raised already. It can be lost: Python ignores one that is raised in a hook.
+
+    Attributes:
+        quiet: whether nothing is raised now.
+    """
+
+    def __init__(self, *, once: bool) -> None:
         assert threading.current_thread() is threading.main_thread(), "signal handlers run in the main thread"
         self._main = threading.get_ident()
-        self._code = 0
-        self._raised = False
+        self._said = ""
+        self._once, self.quiet = once, False
         self.before = signal.signal(_SIGNAL, self._fail)
 
     def _fail(self, number: int, frame: FrameType | None) -> None:
-        if self._raised:
+        if self.quiet:
             return
-        self._raised = True
-        raise WriterExitedError(
-            f"the process that writes checkpoints ended with {_ending(self._code)}; "
-            "earlier checkpoints are unchanged, and the same command resumes from them"
-        )
+        self.quiet = self._once
+        raise WriterExitedError(self._said)
 
-    def raise_for(self, code: int, wait: Callable[[float], Any]) -> None:
-        """Raise it for an exit status; ``wait`` waits some seconds, and returns true if it is not to be raised."""
-        self._code = code
+    def ring(self, said: str, wait: Callable[[float], Any]) -> None:
+        """Raise the error; ``wait`` waits some seconds, and returns true if it is not to be raised any more."""
+        self._said = said
         # Repeated, because a signal just before the main thread starts to wait does not interrupt the wait.
-        while not self._raised:
+        while not (self._once and self.quiet):
             signal.pthread_kill(self._main, _SIGNAL)
             if wait(_REPEAT_SECONDS):
                 return
@@ -64,7 +67,7 @@ def supervise_writer(find: Callable[[], BaseProcess | None]) -> None:
     Args:
         find: returns the process, or None before it is started.
     """
-    alarm = _Alarm()
+    alarm = _Alarm(once=True)
 
     def wait() -> None:
         while (process := find()) is None:
@@ -75,47 +78,57 @@ def supervise_writer(find: Callable[[], BaseProcess | None]) -> None:
         while (code := process.exitcode) is None:
             time.sleep(_POLL_SECONDS)
         if code:
-            alarm.raise_for(code, time.sleep)
+            alarm.ring(
+                f"the process that writes checkpoints ended with {_ending(code)}; "
+                "earlier checkpoints are unchanged, and the same command resumes from them",
+                time.sleep,
+            )
 
     threading.Thread(target=wait, name="watches the writer of checkpoints", daemon=True).start()
 
 
 @contextlib.contextmanager
 def forked_writers_supervised() -> Iterator[None]:
-    """In this context, if a process that was forked in it ends with a failure, raise ``WriterExitedError``.
+    """In this context, if a process that is forked in it ends with a failure, raise ``WriterExitedError``.
 
-    Enter it in the main thread.
+    The other processes are ended then: nobody would take their results. Enter it in the main thread.
     """
-    children = multiprocessing.process._children  # type: ignore[attr-defined]  # there is no public list with the dead
-    earlier, left, alarm = set(children), threading.Event(), _Alarm()
+    started: list[BaseProcess] = []
+    left, alarm = threading.Event(), _Alarm(once=False)
 
     def watch() -> None:
         while not left.wait(_POLL_SECONDS):
-            codes = [_exit_status(process) for process in set(children) - earlier]
-            if failed := [code for code in codes if code]:
-                alarm.raise_for(failed[0], left.wait)
+            if failed := [code for code in (process.exitcode for process in list(started)) if code]:
+                alarm.ring(f"a process that writes its files ended with {_ending(failed[0])}", left.wait)
                 return
 
+    def start(process: BaseProcess) -> None:
+        alarm.quiet = True  # a fork has hooks
+        try:
+            BaseProcess.start(process)
+            started.append(process)
+        finally:
+            alarm.quiet = False
+
     thread = threading.Thread(target=watch, name="watches the writers of a checkpoint", daemon=True)
+    # The processes are noted here: multiprocessing forgets those that have ended when it starts another.
+    ForkProcess.start = start  # type: ignore[method-assign, assignment]
     thread.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            alarm.quiet = True
+            del ForkProcess.start
+            left.set()
+            thread.join()
+    except BaseException:
+        for process in started:
+            process.kill()
+            process.join()
+        raise
     finally:
-        left.set()
-        thread.join()
         signal.signal(_SIGNAL, alarm.before)
-
-
-def _exit_status(process: BaseProcess) -> int:
-    """0 while it runs; it is left to who waits for it."""
-    assert process.pid is not None, "it was started"
-    try:
-        found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # somebody has waited for it
-        return process.exitcode or 0
-    if found is None:
-        return 0
-    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 def _ending(code: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from wan_train.checkpoint.async_writer import forked_writers_supervised
+from wan_train.checkpoint.async_writer import WriterExitedError, forked_writers_supervised
 
 _write = getattr(FileSystemWriterAsync, "write_preloaded_data_multiproc", None)
 
@@ -18,8 +18,12 @@ def supervise_forked_writers() -> None:
         FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_forks)
 
 
-def _write_in_forks(*arguments: Any, **options: Any) -> None:
+def _write_in_forks(*arguments: Any) -> None:
     # A function of a module, because it is sent to the process that writes asynchronous checkpoints on CUDA.
     assert _write is not None, "it is what was replaced"
-    with forked_writers_supervised():
-        _write(*arguments, **options)
+    *_, results = arguments
+    try:
+        with forked_writers_supervised():
+            _write(*arguments)
+    except WriterExitedError as error:
+        results.put(error)  # as Core does with the errors that its processes tell it

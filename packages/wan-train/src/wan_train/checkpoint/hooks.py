@@ -282,7 +282,7 @@ def _reason(error: BaseException, folder: Path) -> str:
     finally:
         probe.unlink(missing_ok=True)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].removeprefix("RuntimeError: Worker failure: ") if lines else type(error).__name__
 
 
 def _finalize(folder: Path, step: int, keep: int) -> None:

@@ -46,8 +46,8 @@ class AbsentClass(metaclass=_Absent):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError(
-            "this needs transformer-engine, nvidia-modelopt, nvidia-resiliency-ext or a package of language models, "
-            "which the engine runs without"
+            "this needs transformer-engine, nvidia-modelopt, nvidia-resiliency-ext or a package of language models "
+            "(transformers, datasets, regex, six), which the engine runs without"
         )
 
 

@@ -71,8 +71,13 @@ class _ColumnLinear(AdaptableLinear, ColumnParallelLinear):
         """A gets from each rank what flows through its part of B."""
         return matrix if is_up else _summed_over_ranks(matrix)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[S, in] -> [S, out / ranks]."""
+    def forward(self, x: Tensor, *, parameters_only: bool = False) -> Any:
+        """[S, in] -> [S, out / ranks], or only the weight and the bias, after what Megatron hooks on a call.
+
+        One of these hooks waits until the weights of a step have been gathered (``ddp.overlap_param_gather``).
+        """
+        if parameters_only:
+            return self.weight, self.bias
         # There is no communication here, and torch fuses the bias. A frozen weight has no gradient to accumulate.
         if not (self.is_plain and self.config.gradient_accumulation_fusion):
             return self.with_adapter(self.product(x, self.bias), x)
@@ -241,7 +246,7 @@ class MegatronOps(TorchOps):
     def _project(self, x_SD: Tensor, linears: Sequence[nn.Module], *, scattered: bool) -> tuple[Tensor, ...]:
         trained = [linear for linear in linears if isinstance(linear, _ColumnLinear) and linear.is_plainly_trained]
         if self.ranks > 1 and torch.is_grad_enabled() and len(trained) == len(linears):
-            weights, biases = [linear.weight for linear in trained], [linear.bias for linear in trained]
+            weights, biases = zip(*(linear(x_SD, parameters_only=True) for linear in trained), strict=True)
             return column_products(x_SD, weights, biases, self.group, scattered=scattered)
         if scattered:
             entered = gather_from_sequence_parallel_region(x_SD)

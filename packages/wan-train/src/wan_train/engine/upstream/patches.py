@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from wan_train.engine import gloo_groups, torch_adam, write_results
+from wan_train.engine.upstream import bucket_padding
 from wan_train.engine.upstream.replace import by, changed, drop, find, replace
 
 _BRIDGE = "megatron.bridge.training"
@@ -41,6 +42,7 @@ def patch_bridge(*, on_cpu: bool, without_te: bool) -> None:
         drop(f"{_BRIDGE}.checkpointing:{name}")
     drop(f"{_BRIDGE}.train:get_tensor_shapes_adjust_fn_for_distillation")
     _write_with_core()
+    bucket_padding.save_without_padding()
     if on_cpu:
         _patch_writer()
         gloo_groups.skip_groups_of_one()
