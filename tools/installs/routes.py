@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 BUILT_AGAINST_CUDA = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "transformer-engine-torch")
 CHECKOUT = "pip install ./packages/wan-model ./packages/wan-data"
 EXTRAS = f"{CHECKOUT.removesuffix('./packages/wan-data')}'./packages/wan-data[s3,curation,ray]'"
+STORES = EXTRAS.replace("[s3,curation,ray]", "[s3,gs]")
 OF_EXTRAS = ("boto3", "ray", "scenedetect-headless")
 ENGINE = [f"{CHECKOUT} './packages/wan-train[engine]'", "pip install --no-deps megatron-bridge==0.3.1"]
 PAGE = f"{CHECKOUT} './packages/wan-train[report]'"
@@ -72,8 +73,9 @@ def routes(root: Path) -> list[Route]:
             "extras-of-data",
             [EXTRAS],
             cuda,
-            ("wan-data", "boto3", "ray", "scenedetect-headless", "google-cloud-storage"),
+            ("wan-data", *OF_EXTRAS),
         ),
+        Route("stores", [STORES], cuda, ("wan-data", "boto3", "google-cloud-storage")),
         Route("data", [CHECKOUT], cuda, ("wan-model", "wan-data"), avoids=(*BUILT_AGAINST_CUDA, "megatron-core")),
     ]
     for file in sorted(root.glob("docker/nemo-*.txt")):
