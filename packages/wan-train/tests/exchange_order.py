@@ -37,7 +37,7 @@ class _NotingWork:
 
 
 def note_exchanges(path: str) -> None:
-    """Write, when the run ends, the calls of each such backward pass of the last step, in their order."""
+    """Write, when the run ends, the calls of each such backward pass, in their order."""
     import wan_train.model.column_products as column_products
     from wan_model.system import torchrun
     from wan_train.loop.callback import WanCallback

@@ -115,8 +115,8 @@ _WITHOUT_EFFECT = {
     ),
     "scheduler": ("no_weight_decay_cond_type",),
     "checkpoint": (
-        *("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir", "non_persistent_local_ckpt_dir"),
-        *("non_persistent_local_ckpt_algo",),
+        *("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir"),
+        *("non_persistent_local_ckpt_dir", "non_persistent_local_ckpt_algo"),
     ),
 }
 _UNUSED = "it has no effect on a Wan model, so leave it out"
