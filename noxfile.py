@@ -278,7 +278,7 @@ def soak_rounding(session: nox.Session) -> None:
     """Run the tests with rounding bounds with 100 seeds, on the kernels of older processors and of this one."""
     prepare_environment(session)
     # What rounding allows is computed once, in float64: see wan_model.testing.cached_scales.
-    scales = Path(session.create_tmp()) / "scales"
+    scales = session.cache_dir / "scales"
     shutil.rmtree(scales, ignore_errors=True)
     for name, kernels in KERNELS.items():
         session.log(f"kernels: {name}")
@@ -308,7 +308,8 @@ def isolation(session: nox.Session) -> None:
 
 def _isolated(package: Package) -> Callable[[nox.Session], None]:
     def isolated(session: nox.Session) -> None:
-        wheels = Path(session.create_tmp()) / "wheels"
+        # Not in nox's folder for temporary files: it becomes that of the tests, and Ray takes none in an environment.
+        wheels = session.cache_dir / f"wheels-{package.name}"
         shutil.rmtree(wheels, ignore_errors=True)
         ours = [*(BY_NAME[name] for name in package.needs), package]
         folders = [f"./{one.folder}" for one in ours]

@@ -49,7 +49,7 @@ MUTATIONS = (
         "context-parallel-pack-counted-twice", "loop/step.py",
         "counted = tokens if parallel_state.get_context_parallel_rank() == 0 else 0", "counted = tokens",
         "under context parallelism gradients are divided by the number of ranks",
-        f"{_EQUAL}[data x context]",
+        f"{_EQUAL}[data x context, communication overlapped]",
     ),
     _of(
         "sequence-parallel-gradients-not-summed", "model/megatron_ops.py",
@@ -81,6 +81,18 @@ MUTATIONS = (
         "padding.append(bucket.offset - end)", "padding.append(0)",
         "a run with several buckets resumes with the moments of other parameters",
         f"{_EQUAL}[data, communication overlapped]",
+    ),
+    _of(
+        "weights-of-another-optimizer-state-accepted", "engine/upstream/master_weights.py",
+        "not torch.equal(weight.to(model), model)", "weight.shape != model.shape",
+        "a checkpoint that an earlier version saved wrong is trained on",
+        "checkpoint/test_resume.py::test_optimizer_states_of_other_parameters_are_refused",
+    ),
+    _of(
+        "gradients-of-stages-in-other-parts", "model/provider.py",
+        "parameter.shared_embedding = not (stage.is_first and stage.is_last)", "pass",
+        "pipeline stages add up gradients of different elements of the weights that they share",
+        f"{_EQUAL}[data x pipeline, communication overlapped]",
     ),
     _of(
         "exchange-not-overlapped", "model/column_products.py",

@@ -35,6 +35,14 @@ def _everywhere(name: str, function: Any) -> None:
             setattr(module, name, function)
 
 
+def saves_behind_the_padding() -> None:
+    """Optimizer states are saved as Megatron-Core does it."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    name = "sharded_param_state_fully_reshardable"
+    setattr(DistributedOptimizer, name, vars(DistributedOptimizer)[name].__wrapped__)
+
+
 def no_initial_weights() -> None:
     """Initial weights can be neither drawn nor read; memory that is not initialised is not a number."""
     import torch

@@ -75,6 +75,16 @@ def test_resumes_to_the_bit_with_several_buckets_of_gradients(tmp_path: Path) ->
     assert same_weights(resumed, whole, STEPS)
 
 
+def test_optimizer_states_of_other_parameters_are_refused(tmp_path: Path) -> None:
+    """As they were saved before ``wan_train.engine.upstream.bucket_padding``."""
+    settings = (*OVERLAP, SMALL_BUCKETS, "mixed_precision=bf16_mixed")
+    train(tmp_path, *settings, f"train.exit_interval={STOPPED}", calls=[Call("engine_changes:saves_behind_the_padding")])
+    said = refused(tmp_path, *settings)
+    assert "has optimizer states under the names of other parameters" in said
+    assert len(steps_of(read_log(tmp_path))) == STOPPED, "no step was taken"
+    train(tmp_path / "other", *settings, f"checkpoint.load={tmp_path}", "checkpoint.finetune=true")
+
+
 # Class paths of run_config.yaml before every module had moved into the folder of its subject.
 FORMER_PATHS = {
     "wan_train.config.schema.": "wan_train.config.",
@@ -111,7 +121,8 @@ def test_resumes_in_other_layouts_of_the_model(
     """
     reference = reference_of(seed)
     folder = stopped_after(2, reference.run, tmp_path / "run")
-    two = ("--nproc-per-node", "2")
+    # Alone with one bucket of gradients, then with several.
+    two = ("--nproc-per-node", "2", *OVERLAP, SMALL_BUCKETS)
     tensor = (*two, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
     pipeline = (*two, "model.pipeline_model_parallel_size=2")
     train(folder, *equality_options(reference.start, seed, *tensor, "train.exit_interval=3"))

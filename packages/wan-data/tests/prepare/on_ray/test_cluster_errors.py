@@ -39,6 +39,17 @@ def test_tokens_are_named_where_ray_sends_none(monkeypatch, address, mode, said)
     assert ("--ray-address auto, or with RAY_AUTH_MODE=token" in str(error.value)) == said
 
 
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_in_the_virtual_environment_is_refused(monkeypatch, tmp_path, name):
+    # Where Ray would be waited for forever.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *arguments, **more: pytest.fail("it is started"))
+    monkeypatch.setenv(name, str(tmp_path / "tmp"))
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{name} is .*; set it to another folder"), cluster._connected(None, None):
+        pass
+
+
 @pytest.mark.parametrize(
     ("raised", "of_the_node"),
     [

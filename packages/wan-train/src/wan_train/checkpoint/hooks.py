@@ -50,6 +50,7 @@ from wan_train.engine.upstream.checkpoints import (
     unwrap_model,
     use_read_weights,
 )
+from wan_train.engine.upstream.master_weights import differing_weights
 from wan_train.engine.upstream.replace import changed
 from wan_train.model.ema import PREFIX
 from wan_train.model.provider import MegatronWanDiT
@@ -209,6 +210,8 @@ class CheckpointHooks:
                 ):
                     result = load(state, model, optimizer, *args, **kwargs)
                 use_read_weights(model)
+                if not state.cfg.checkpoint.finetune:
+                    _require_one_set_of_weights(self._point, optimizer)
                 return result
             except CheckpointException as error:  # no Exception, but a BaseException
                 raise ValueError(
@@ -313,6 +316,18 @@ def _verify(point: ResumePoint) -> None:
         raise ValueError(
             f"{point.step_folder / names[0]} is damaged (its SHA-256 differs from {RECORD_NAME}'s); "
             f"restore it, or delete {point.step_folder} to resume from the checkpoint before it"
+        )
+
+
+def _require_one_set_of_weights(point: ResumePoint, optimizer: Any) -> None:
+    """Raise ``ValueError`` on all ranks if the optimizer of one has other weights than its model."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, differing_weights(optimizer))
+    if differing := sum(gathered):
+        raise ValueError(
+            f"{point.step_folder} has optimizer states under the names of other parameters ({differing} fp32 weights do "
+            "not round to the model's), as earlier versions saved with ddp.overlap_grad_reduce; begin another run from "
+            "its weights: wan-train export, then --init-from"
         )
 
 

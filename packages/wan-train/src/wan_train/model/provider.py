@@ -142,6 +142,9 @@ class MegatronWanDiT(MegatronModule):
             if name.startswith(REPLICATED_ON_STAGES):
                 parameter.pipeline_parallel = True  # its gradient is summed over the stages
                 parameter.shared = not stage.is_first  # and counted once in the gradient norm
+                # The sum is over what a rank keeps of the gradient after the data-parallel ranks have shared it out:
+                # in a bucket of its own, that is the same part on every stage.
+                parameter.shared_embedding = not (stage.is_first and stage.is_last)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:

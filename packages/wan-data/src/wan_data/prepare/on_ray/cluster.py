@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from wan_data.prepare.on_ray.layout import make_layout
 from wan_data.prepare.report import Report
@@ -31,7 +32,8 @@ def ray_workers(
 
     Raises:
         ValueError: Ray is not installed, or torchrun has started this process; and when the workers start, there is no
-            cluster at the address, or the device is not there.
+            cluster at the address, one cannot be started with this folder for temporary files, or the device is not
+            there.
     """
     if world_size() > 1:
         raise ValueError("--on ray distributes the work itself; run the command once, without torchrun")
@@ -65,6 +67,8 @@ def _connected(address: str | None, report: Report) -> Iterator[None]:
         return
     check_address(address)
     own = address in (None, "local")
+    if own:
+        _check_temporary_folder()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of its defaults, such as tokens
     handler = signal.getsignal(signal.SIGTERM)
@@ -112,6 +116,17 @@ def check_address(address: str | None) -> None:
                 f"nothing answers at {address} ({getattr(error, 'strerror', None) or error}); start a Ray cluster "
                 "there with ray start --head, or leave --ray-address out"
             ) from None
+
+
+def _check_temporary_folder() -> None:
+    """Refuse one in the virtual environment: Ray's workers end there as soon as they start, and it waits for them."""
+    environment = os.environ.get("VIRTUAL_ENV")
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
+    if environment and name and Path(os.environ[name]).resolve().is_relative_to(Path(environment).resolve()):
+        raise ValueError(
+            f"{name} is {os.environ[name]}, in the virtual environment, where Ray starts no workers; set it to another "
+            "folder"
+        )
 
 
 def _about_tokens(address: str | None) -> str:
