@@ -112,7 +112,7 @@ MUTATIONS = (
         "embedders-of-stages-drift-apart", "model/provider.py",
         "parameter.pipeline_parallel = True", "parameter.pipeline_parallel = False",
         "the copies of the timestep embedder on the pipeline stages diverge",
-        f"{_EQUAL}[data x pipeline]",
+        f"{_EQUAL}[data x pipeline, communication overlapped]",
     ),
     _of(
         "average-decays-the-wrong-way", "model/ema.py",

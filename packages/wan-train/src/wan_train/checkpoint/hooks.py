@@ -325,9 +325,9 @@ def _require_one_set_of_weights(point: ResumePoint, optimizer: Any) -> None:
     torch.distributed.all_gather_object(gathered, differing_weights(optimizer))
     if differing := sum(gathered):
         raise ValueError(
-            f"{point.step_folder} has optimizer states under the names of other parameters ({differing} fp32 weights do "
-            "not round to the model's), as earlier versions saved with ddp.overlap_grad_reduce; begin another run from "
-            "its weights: wan-train export, then --init-from"
+            f"{point.step_folder} has optimizer states under the names of other parameters ({differing} fp32 weights "
+            "do not round to the model's), as earlier versions saved them with ddp.overlap_grad_reduce; begin another "
+            "run from its weights: wan-train export, then --init-from"
         )
 
 
