@@ -74,7 +74,7 @@ MUTATIONS = (
         "zip(*(linear(x_SD, parameters_only=True) for linear in trained), strict=True)",
         "zip(*((linear.weight, linear.bias) for linear in trained), strict=True)",
         "with ddp.overlap_param_gather tensor parallelism computes with weights of the step before",
-        f"{_EQUAL}[data x tensor, communication overlapped]",
+        "loop/test_overlapped_communication.py::test_overlapped_communication_changes_nothing[data x tensor]",
     ),
     _of(
         "optimizer-state-behind-the-padding", "engine/upstream/bucket_padding.py",
@@ -99,7 +99,7 @@ MUTATIONS = (
         "work = torch.distributed.reduce_scatter_tensor(into_x, whole_SI, group=ctx.group, async_op=True)",
         "torch.distributed.reduce_scatter_tensor(into_x, whole_SI, group=ctx.group)",
         "under sequence parallelism the gradients of weights wait for an exchange that they do not need",
-        "loop/test_exchange_order.py",
+        "loop/test_overlapped_communication.py",
     ),
     _of(
         "tensor-parallel-norm-gradient", "model/megatron_ops.py",
