@@ -4,18 +4,17 @@ import functools
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gpu.context import Context
 from gpu.fused_operations import EPS, OPERATIONS, Function, Operation, draw, kernels_used, rotated
 from gpu.rows import Failed, Found, Row, Value
-from gpu.versions import version_of
 from wan_model import PackLayout, TokenRows
 from wan_model.dit.recompute import Recompute, recomputed
 from wan_model.dit.rope import rotary_table
 from wan_model.testing import rounding_scale
+from wan_model.testing.interpreter import interpreter_problem
 
 # A result is rounded once, by at most u of it, where u is the unit roundoff; Triton's interpreter truncates. Before
 # that it is computed in fp32, whose rounding ``rounding_scale`` knows.
@@ -142,15 +141,6 @@ def _usable(device: str) -> Found:
     return Found(f"a kernel is compiled and runs {where}", {"Triton": triton.__version__})
 
 
-def interpreter_fails(triton: str, numpy: str) -> bool:
-    """Whether Triton's interpreter cannot load a value: before 3.7 it makes a number of an array, which NumPy ended."""
-
-    def release(version: str) -> tuple[int, ...]:
-        return tuple(map(int, version.split(".")[:2]))
-
-    return release(triton) < (3, 7) and release(numpy) >= (2, 4)
-
-
 def rows(context: Context) -> Iterator[Row]:
     """Each kernel in both precisions on a pack, then the split norm, a long video and the 14B model's width."""
     if not context.on_gpu:
@@ -169,10 +159,8 @@ def rows(context: Context) -> Iterator[Row]:
         return split_norm(dtype, heads // 2 * 2, head, pack, with_rotation, context.device)
 
     yield from context.row("a kernel", functools.partial(_usable, context.device), seconds=3)
-    if not context.on_gpu and interpreter_fails(version_of("triton") or "0", np.__version__):
-        yield Row(
-            "kernels", "not run", f"Triton before 3.7 interprets nothing with NumPy {np.__version__}; it needs 2.3"
-        )
+    if not context.on_gpu and (problem := interpreter_problem()):
+        yield Row("kernels", "not run", problem)
         return
     for dtype_name, dtype in _DTYPES.items():
         for operation in OPERATIONS:

@@ -16,7 +16,7 @@ from mutations import wan_data, wan_data_at_scale, wan_infer, wan_model, wan_tra
 from mutations.mutation import PACKAGES, Mutation
 from mutations.report import line_of, to_markdown, write
 from mutations.tree import Tree, mutate
-from mutations.trial import Outcome, control_problem, missing_tests, try_mutation, uncollected_tests
+from mutations.trial import Outcome, control_problem, try_mutation, uncollected_tests
 
 ROOT = Path(__file__).parents[2]
 MUTATIONS = (
@@ -51,9 +51,7 @@ def main() -> int:
         if (not arguments.only or mutation.name in arguments.only)
         and (not arguments.package or mutation.package == arguments.package)
     ]
-    problems = list(stale(ROOT, chosen))
-    if arguments.check:
-        problems += [f"pytest does not find {test}" for test in uncollected_tests(ROOT, chosen)]
+    problems = [*stale(ROOT, chosen), *(f"pytest does not find {test}" for test in uncollected_tests(ROOT, chosen))]
     if problems:
         print("\n".join(problems), file=sys.stderr)
     if arguments.check:
@@ -78,15 +76,12 @@ def main() -> int:
 
 
 def stale(root: Path, mutations: Sequence[Mutation]) -> Iterator[str]:
-    """One sentence for each mutation that does not fit the current code."""
+    """One sentence for each mutation that cannot be applied to the current code."""
     for mutation in mutations:
         try:
             mutate(root, mutation)
         except ValueError as error:
             yield str(error)
-            continue
-        if absent := missing_tests(root, mutation):
-            yield f"{mutation.name}: {', '.join(absent)} does not exist; name the tests where they are now"
 
 
 def run_all(trees: Sequence[Tree], mutations: Sequence[Mutation], limit: float) -> Iterator[Outcome]:

@@ -115,18 +115,6 @@ def control_problem(tree: Tree, package: str, mutations: Sequence[Mutation], lim
     return None
 
 
-def missing_tests(root: Path, mutation: Mutation) -> list[str]:
-    """Those of the named tests that do not exist."""
-    absent = []
-    for test in mutation.test_paths:
-        file, _, node = test.partition("::")
-        function = node.partition("[")[0]
-        path = root / file
-        if not path.exists() or (function and f"def {function}(" not in path.read_text(encoding="utf-8")):
-            absent.append(test)
-    return absent
-
-
 def uncollected_tests(root: Path, mutations: Sequence[Mutation]) -> list[str]:
     """Those of the named tests, with their parameters, that pytest does not find."""
     tests = dict.fromkeys(test for mutation in mutations for test in mutation.test_paths)

@@ -64,7 +64,7 @@ MUTATIONS = (
         f"{_EQUAL}[tensor, recomputing]",
     ),
     _of(
-        "killed-writer-not-noticed", "checkpoint/async_writer.py",
+        "killed-writer-not-noticed", "checkpoint/writer_supervision.py",
         "for process in list(started)) if code]", "for process in list(started)) if code and code > 0]",
         "a run whose writer is killed for its memory stands still forever",
         "launch/test_stopped_children.py",

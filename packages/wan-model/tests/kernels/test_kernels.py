@@ -5,10 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,11 +15,12 @@ from interpreted import DTYPES, HEAD, ROWS, WIDTH
 from wan_model import TokenRows
 from wan_model.dit.rope import rotary_table
 from wan_model.testing import assert_all_within, rounding_scale, seeds
+from wan_model.testing.interpreter import interpreter_problem
 from wan_model.testing.once import Once
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.5"):
-    pytest.skip("the interpreter of Triton before 3.7 fails with NumPy 2.5", allow_module_level=True)
+pytest.importorskip("triton", reason="Triton is not installed")
+if problem := interpreter_problem():
+    pytest.skip(problem, allow_module_level=True)
 SEEDS = seeds(7)
 PROGRAM = Path(__file__).with_name("interpreted.py")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from wan_train.checkpoint.async_writer import WriterExitedError, forked_writers_supervised
+from wan_train.checkpoint.writer_supervision import WriterExitedError, forked_writers_supervised
 
 _write = getattr(FileSystemWriterAsync, "write_preloaded_data_multiproc", None)
 

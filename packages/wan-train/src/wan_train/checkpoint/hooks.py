@@ -32,11 +32,11 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from wan_model.dit.lora import is_adapter_key
 from wan_model.system.files import sync_folder
 from wan_model.weights.training_checkpoint import read_index
-from wan_train.checkpoint.async_writer import supervise_writer
 from wan_train.checkpoint.file_checks import TRAIN_STATE, check_file_contents, wrong_form_refused
 from wan_train.checkpoint.folder import ResumePoint, delete_checkpoint, prune, step_folder
 from wan_train.checkpoint.forked_writers import supervise_forked_writers
 from wan_train.checkpoint.record import RECORD_NAME, changed_files, record_file, write_record
+from wan_train.checkpoint.writer_supervision import supervise_writer
 from wan_train.engine.installed import installed_versions
 from wan_train.engine.torch_adam import synchronize_steps, uses_torch_adam
 from wan_train.engine.upstream.checkpoints import (

@@ -9,7 +9,7 @@ import pytest
 # As Megatron-Core hands a checkpoint over and waits for it.
 SCRIPT = """
 import multiprocessing, os, signal, sys, threading, time
-from wan_train.checkpoint.async_writer import WriterExitedError, supervise_writer
+from wan_train.checkpoint.writer_supervision import WriterExitedError, supervise_writer
 
 def work(how, queue):
     if how == "fails":
@@ -70,7 +70,7 @@ def test_who_waits_for_a_dead_writer_is_told(how: str, said: str, tmp_path: Path
 # As Megatron-Core 0.16 has the files of a checkpoint written side by side.
 FORKS = """
 import multiprocessing, os, signal
-from wan_train.checkpoint.async_writer import WriterExitedError, forked_writers_supervised
+from wan_train.checkpoint.writer_supervision import WriterExitedError, forked_writers_supervised
 
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
