@@ -160,6 +160,17 @@ def test_only_adapters_learn_and_they_are_fp32_beside_bfloat16(small_model: WanD
     assert model.blocks["0"].attn1.to_q.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
+def test_every_module_with_parameters_is_called(small_model: WanDiT) -> None:
+    """A runtime may wait in a hook of the call until the parameters of a step have come from other ranks."""
+    model = random_adapters(small_model, LoraSettings(rank=4))
+    owners = {name for name, module in model.named_modules() if dict(module.named_parameters(recurse=False))}
+    called: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))
+    Run(model.config, 1).ours(model)
+    assert owners <= called, owners - called
+
+
 def test_initial_adapters_change_nothing_and_are_those_of_peft(small_model: WanDiT) -> None:
     model, settings = copy.deepcopy(small_model), LoraSettings(rank=64)
     add_adapters(model, settings)

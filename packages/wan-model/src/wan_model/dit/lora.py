@@ -137,6 +137,10 @@ class LoraMatrix(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.float32))
 
+    def forward(self) -> Tensor:
+        """The weight, after what a runtime hooks on a call: Megatron waits there until the weights are gathered."""
+        return self.weight
+
 
 @dataclasses.dataclass
 class Adapter:
@@ -193,8 +197,8 @@ class AdaptableLinear(nn.Module):
             return product_SO
         factor = self.lora.factor
         with adapter_region():
-            down_RI = self.whole_gradient(self.lora_A.weight, is_up=False).to(x_SI.dtype)
-            up_OR = self.whole_gradient(self.lora_B.weight, is_up=True).to(x_SI.dtype)
+            down_RI = self.whole_gradient(self.lora_A(), is_up=False).to(x_SI.dtype)
+            up_OR = self.whole_gradient(self.lora_B(), is_up=True).to(x_SI.dtype)
             low_SR = F.linear(_drop(x_SI, self.lora), down_RI)
             if isinstance(factor, Tensor):
                 # A product in 16 bits has factors in fp32.
