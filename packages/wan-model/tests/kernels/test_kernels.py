@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is not installed")  # before the modules that import it
 sys.path.insert(0, str(Path(__file__).parent))
 from interpreted import DTYPES, HEAD, ROWS, WIDTH
 
@@ -18,7 +19,6 @@ from wan_model.testing import assert_all_within, rounding_scale, seeds
 from wan_model.testing.interpreter import interpreter_problem
 from wan_model.testing.once import Once
 
-pytest.importorskip("triton", reason="Triton is not installed")
 if problem := interpreter_problem():
     pytest.skip(problem, allow_module_level=True)
 SEEDS = seeds(7)
