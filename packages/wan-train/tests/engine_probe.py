@@ -6,84 +6,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from configuration_probe import configuration_answers, raises
+from device_probe import cuda_build_answers, device_answers
 from transformer_engine_probe import transformer_engine_answers
-
-
-class _BackwardOnCuda(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad + torch.ones(grad.shape, device=torch.cuda.current_device())
-
-
-def _raises(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def _device_answers() -> dict[str, object]:
-    index = torch.cuda.current_device()
-    x = torch.zeros(2, requires_grad=True)
-    _BackwardOnCuda.apply(x).sum().backward()
-    hooked = torch.zeros(2, requires_grad=True)
-    hooked.register_hook(lambda grad: grad * torch.full((2,), 3.0, device="cuda"))
-    hooked.sum().backward()
-    assert x.grad is not None
-    assert hooked.grad is not None
-    return {
-        "by name": torch.zeros(1, device="cuda:0").device.type,
-        "by number": torch.zeros(1, device=index).device.type,
-        "by object": torch.tensor([1.0], device=torch.device("cuda", 0)).device.type,
-        "moved": torch.zeros(1).to("cuda").device.type,
-        "moved by method": torch.zeros(1).cuda().device.type,
-        "module": next(torch.nn.Linear(1, 1).cuda(index).parameters()).device.type,
-        "index is int": isinstance(index, int),
-        "type name": torch.zeros(1).type(),
-        "cpu stays": torch.zeros(1, device="cpu").device.type,
-        "gradient of custom backward": x.grad.tolist(),
-        "gradient of hook": hooked.grad.tolist(),
-    }
-
-
-def _cuda_build_answers() -> dict[str, object]:
-    """With torch's C functions as a CUDA build has them on a machine without a driver.
-
-    An optimizer of torch 2.13 asks for the stream of the accelerator, one of torch 2.11 for that of CUDA.
-    """
-
-    def no_driver(*args: object) -> None:
-        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
-
-    weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.ones(2)
-    optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0)
-    with (
-        mock.patch.object(torch._C, "_accelerator_getAccelerator", return_value=torch.device("cuda")),
-        mock.patch.object(torch._C, "_accelerator_getStream", no_driver),
-        mock.patch.object(torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", no_driver),
-    ):
-        optimizer.step()
-        return {
-            "stepped": weight.tolist(),
-            "capturing": [torch.cuda.is_current_stream_capturing(), torch.cuda.graphs.is_current_stream_capturing()],
-            "accelerators": [
-                torch.accelerator.current_accelerator() is not None,
-                torch.accelerator.is_available(),
-                torch.accelerator.device_count(),
-            ],
-        }
 
 
 def _model_answers() -> dict[str, object]:
@@ -188,78 +117,6 @@ def _group_answers() -> dict[str, object]:
     }
 
 
-# As NVIDIA's documents have it, for one machine of 8 GPUs.
-TUTORIAL = """
-model.tensor_model_parallel_size=1 model.pipeline_model_parallel_size=1 model.context_parallel_size=4
-model.sequence_parallel=false model.crossattn_emb_size=1536 model.hidden_size=1536 model.ffn_hidden_size=8960
-model.num_attention_heads=12 model.num_layers=30 model.qkv_format=thd model.bias_activation_fusion=false
-dataset.path=DATA dataset.packing_buffer_size=50 dataset.num_workers=10
-checkpoint.save=RUN checkpoint.load=RUN checkpoint.load_optim=false checkpoint.save_interval=200
-optimizer.lr=5e-6 optimizer.min_lr=5e-6 train.eval_iters=0 scheduler.lr_decay_style=constant
-scheduler.lr_warmup_iters=0 model.seq_length=40000 dataset.seq_length=40000 train.global_batch_size=2
-train.micro_batch_size=1 dataset.global_batch_size=2 dataset.micro_batch_size=1 logger.log_interval=1
-logger.wandb_project=wan logger.wandb_exp_name=trial logger.wandb_save_dir=RUN
-"""
-
-
-def _tutorial_answers() -> list[object]:
-    from wan_train.config.options import RunOptions
-    from wan_train.loop.run import build_config, check_layout
-
-    config = build_config(RunOptions("wan_1_3b", "pretrain", overrides=tuple(TUTORIAL.split())))
-    layout = check_layout(config, 8)
-    dataset, train = config.dataset, config.train
-    return [layout.data, layout.context, dataset.capacity, dataset.packing_buffer, train.global_batch_size]
-
-
-def _configuration_answers() -> dict[str, object]:
-    from wan_train.config.options import RunOptions
-    from wan_train.config.settings import derive_settings
-    from wan_train.loop.run import build_config, check_layout, configure_data
-    from wan_train.model.layout import Layout
-
-    def settled(*overrides: str) -> list[object]:
-        config = build("train.train_iters=7", *overrides)
-        derive_settings(config, on_cpu=True)
-        scheduler = config.scheduler
-        return [scheduler.lr_decay_iters, scheduler.start_weight_decay, scheduler.end_weight_decay]
-
-    def build(*overrides: str, **options: Any) -> Any:
-        return build_config(RunOptions(**{"recipe": "tiny", **options}, overrides=overrides))
-
-    folder = Path(tempfile.mkdtemp())
-    (folder / "run.yaml").write_text(
-        "train:\n  train_iters: 7\nmodel:\n  flow:\n    shift: 4.0\noptimizer:\n  lr: 1e-5\n"
-    )
-    layered = build("train.train_iters=9", config_file=str(folder / "run.yaml"))
-    finetune = build(training_mode="finetune")
-    wide = build("model.tensor_model_parallel_size=3")
-    return {
-        "unknown key": _raises(lambda: build("train.train_iter=3")),
-        "unknown section": _raises(lambda: build("trian.train_iters=3")),
-        "no weights": _raises(lambda: build(init_from=str(folder / "absent"))),
-        "unknown recipe": _raises(lambda: build(recipe="huge")),
-        "wrong kind": _raises(lambda: build("train.train_iters=many")),
-        "bad flow": _raises(lambda: build("model.flow.density=cauchy")),
-        "file then command line": [layered.train.train_iters, layered.model.flow.shift, layered.optimizer.lr],
-        "finetune": [finetune.model.flow.density, finetune.model.flow.shift],
-        "settled": settled("optimizer.weight_decay=0.5"),
-        "settled otherwise": settled("scheduler.lr_decay_iters=3", "scheduler.end_weight_decay=0.1"),
-        "warming up to the end": settled("scheduler.lr_warmup_iters=9")[0],
-        "tutorial": _tutorial_answers(),
-        "other format": _raises(lambda: build("model.qkv_format=sbhd")),
-        "layout": _raises(lambda: check_layout(build("model.tensor_model_parallel_size=2"), 3)),
-        "batch": _raises(lambda: check_layout(build(), 2)),
-        "fsdp": _raises(
-            lambda: check_layout(build("dist.use_megatron_fsdp=true", "model.pipeline_model_parallel_size=2"), 2)
-        ),
-        "heads": _raises(lambda: check_layout(wide, 3)),
-        "no data": _raises(lambda: configure_data(build(), Layout(1))),
-        "absent data": _raises(lambda: configure_data(build(f"dataset.path={folder / 'absent'}"), Layout(1))),
-        "two kinds of data": _raises(lambda: configure_data(build(f"dataset.path={folder}", mock=True), Layout(1))),
-    }
-
-
 def _determinism_answers() -> dict[str, object]:
     from wan_train.config.options import RunOptions
     from wan_train.config.settings import check_settings, derive_settings
@@ -271,7 +128,7 @@ def _determinism_answers() -> dict[str, object]:
     def refused(variable: str, value: str) -> str:
         os.environ[variable] = value
         try:
-            return _raises(lambda: check_settings(build()))
+            return raises(lambda: check_settings(build()))
         finally:
             del os.environ[variable]
 
@@ -285,7 +142,7 @@ def _determinism_answers() -> dict[str, object]:
         return {
             "environment": [os.environ.pop(name) for name in names],
             "torch": torch.are_deterministic_algorithms_enabled(),
-            "cudnn": _raises(lambda: check_settings(build("model.attention=cudnn"))),
+            "cudnn": raises(lambda: check_settings(build("model.attention=cudnn"))),
             "nccl": refused("NCCL_ALGO", "PAT"),
             "transformer engine": refused("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1"),
         }
@@ -308,7 +165,7 @@ def _keys_of_this_version() -> dict[str, str]:
         check_settings(config)
         *section, name = key.split(".")
         setattr(functools.reduce(getattr, section, config), name, "another")
-        said[key] = _raises(lambda config=config: check_settings(config))
+        said[key] = raises(lambda config=config: check_settings(config))
     return said
 
 
@@ -372,7 +229,7 @@ def _dropout_answers() -> dict[str, object]:
         )
         (Path(folder) / ".nv-meta" / "split.yaml").write_text("split_parts: {train: []}\nexclude: []\n")
         (Path(folder) / ".nv-meta" / ".info.json").write_text('{"shard_counts": {}}')
-        refused = _raises(lambda: empty_caption_of(configured(path=folder)))
+        refused = raises(lambda: empty_caption_of(configured(path=folder)))
     return {
         "kept": torch.equal(texts, pack.text_BTD),
         "dropped": torch.equal(dropped[:, :2], empty.expand(3, 2, -1)) and not dropped[:, 2:].any().item(),
@@ -433,9 +290,9 @@ def probe(results: str) -> None:
         "bridge imported": megatron.bridge.training.pretrain.__name__,
         "compiled by Megatron": hasattr(bias_gelu_impl, "_torchdynamo_orig_callable"),
         "torch.compile is torch's": torch.compile.__module__,
-        "devices": _device_answers(),
-        "cuda build": _cuda_build_answers() if started.backend == "gloo" else {},
-        "configuration": _configuration_answers(),
+        "devices": device_answers(),
+        "cuda build": cuda_build_answers() if started.backend == "gloo" else {},
+        "configuration": configuration_answers(),
         "determinism": _determinism_answers(),
         "keys of this version": _keys_of_this_version(),
         "model": _model_answers(),

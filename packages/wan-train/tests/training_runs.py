@@ -46,8 +46,8 @@ SEQUENCE = "model.sequence_parallel=true"
 CONTEXT = "model.context_parallel_size=2"
 PIPELINE = "model.pipeline_model_parallel_size=2"
 OVERLAP = ("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true")
-# The tiny model in several of them; gradients are reduced, and weights gathered, a bucket at a time.
-SMALL_BUCKETS = "ddp.bucket_size=2000"
+# The tiny model, or its adapters, in several of them; gradients are reduced and weights gathered a bucket at a time.
+SMALL_BUCKETS = "ddp.bucket_size=500"
 ELEMENTWISE, SELECTIVE, FULL, NO_RECOMPUTE = (
     f"model.recompute_granularity={mode}" for mode in ("elementwise", "selective", "full", "null")
 )

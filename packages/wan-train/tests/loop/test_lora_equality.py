@@ -20,6 +20,7 @@ from training_runs import (
     PIPELINE,
     SELECTIVE,
     SEQUENCE,
+    SMALL_BUCKETS,
     TENSOR,
     call,
     equality_options,
@@ -38,7 +39,7 @@ TARGETS = ["attn1.*", "attn2.to_q", "attn2.to_v", "attn2.to_out.0", "ffn.*"]
 SETTINGS = LoraSettings(rank=4, alpha=6.0, dropout=0.1, targets=tuple(TARGETS))
 LORA = ("lora.rank=4", "lora.alpha=6", "lora.dropout=0.1", f"lora.targets=[{','.join(repr(one) for one in TARGETS)}]")
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "data, communication overlapped": (2, [*OVERLAP, "ddp.bucket_size=500"]),
+    "data, communication overlapped": (2, [*OVERLAP, SMALL_BUCKETS]),
     "tensor, recomputing": (2, [TENSOR, ELEMENTWISE]),
     "tensor and sequence x pipeline": (4, [TENSOR, SEQUENCE, PIPELINE]),
     "tensor and sequence x context, recomputing": (4, [TENSOR, SEQUENCE, CONTEXT, SELECTIVE]),
