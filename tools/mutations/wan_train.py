@@ -84,9 +84,15 @@ MUTATIONS = (
     ),
     _of(
         "weights-of-another-optimizer-state-accepted", "engine/upstream/master_weights.py",
-        "not torch.equal(weight.to(model), model)", "weight.shape != model.shape",
+        "not torch.equal(copy.to(model), model)", "copy.shape != model.shape",
         "a checkpoint that an earlier version saved wrong is trained on",
-        "checkpoint/test_resume.py::test_optimizer_states_of_other_parameters_are_refused",
+        "checkpoint/test_resume.py::test_optimizer_states_of_other_parameters_are_refused[bf16]",
+    ),
+    _of(
+        "overwritten-weights-accepted", "engine/upstream/master_weights.py",
+        "return overwritten + sum(", "return sum(",
+        "adapters of a checkpoint that an earlier version saved wrong are trained on",
+        "checkpoint/test_resume.py::test_optimizer_states_of_other_parameters_are_refused[LoRA]",
     ),
     _of(
         "gradients-of-stages-in-other-parts", "model/provider.py",

@@ -75,12 +75,19 @@ def test_resumes_to_the_bit_with_several_buckets_of_gradients(tmp_path: Path) ->
     assert same_weights(resumed, whole, STEPS)
 
 
-def test_optimizer_states_of_other_parameters_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [("mixed_precision=bf16_mixed",), ("mixed_precision=null",), ("mixed_precision=bf16_mixed", "lora.rank=5")],
+    ids=["bf16", "fp32", "LoRA"],
+)
+def test_optimizer_states_of_other_parameters_are_refused(
+    kind: tuple[str, ...], start_weights: Path, tmp_path: Path
+) -> None:
     """As they were saved before ``wan_train.engine.upstream.bucket_padding``."""
-    settings = (*OVERLAP, SMALL_BUCKETS, "mixed_precision=bf16_mixed")
-    train(
-        tmp_path, *settings, f"train.exit_interval={STOPPED}", calls=[Call("engine_changes:saves_behind_the_padding")]
-    )
+    base = ("--init-from", str(start_weights)) if "lora.rank=5" in kind else ()
+    settings = (*base, *OVERLAP, SMALL_BUCKETS, *kind)
+    shifted = [Call("engine_changes:saves_behind_the_padding")]
+    train(tmp_path, *settings, f"train.exit_interval={STOPPED}", calls=shifted)
     said = refused(tmp_path, *settings)
     assert "has optimizer states under the names of other parameters" in said
     assert len(steps_of(read_log(tmp_path))) == STOPPED, "no step was taken"

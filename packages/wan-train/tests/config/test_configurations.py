@@ -30,6 +30,16 @@ REFUSED = [
     (["--recipe", "wan_14b", "--world-size", "7", "model.tensor_model_parallel_size=7"], "40 attention heads"),
     (["--recipe", "wan_1_3b", "--world-size", "8"], "train.global_batch_size is 1 packs, which 8"),
     (["--recipe", "wan_1_3b", "--world-size", "31", "model.pipeline_model_parallel_size=31"], "30 layers cannot"),
+    (["--recipe", "wan_1_3b", "model.sequence_parallel=true"], "set model.tensor_model_parallel_size, or leave it out"),
+    (["--recipe", "wan_1_3b", "dataset.mock_settings.shapes=[[21,45,80]]"], "does not divide a latent of frames, rows"),
+    (
+        ["--recipe", "tiny", "optimizer.overlap_param_gather_with_optimizer_step=true"],
+        "is True; use ddp.overlap_param_gather",
+    ),
+    (
+        ["--recipe", "tiny", "checkpoint.dist_ckpt_optim_fully_reshardable=false"],
+        "is False; a run is not resumed exactly from the other format",
+    ),
     (["--recipe", "tiny", "--config-file", "wan_1_3b"], "--recipe is tiny and wan_1_3b is for wan_1_3b"),
     (["--config-file", "/dev/zero"], "/dev/zero is a device; expected a file"),
     (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist; give a path, or one of tiny"),
@@ -116,7 +126,6 @@ BASES = {"wan_1_3b_lora": WAN_1_3B, "wan_14b_lora": WAN_14B}
 CARD = {"wan_1_3b_lora": 24e9}
 
 # One video that fills a pack of 43,008 tokens, or of the 32,760 of adapters, which is what they have anyway.
-FULL_PACK = ["dataset.mock_settings.shapes=[[42,64,64]]", "dataset.mock_settings.number_packed_samples=1"]
 CAPACITY = {name: 32_760 if name in BASES else 43_008 for name in GPUS}
 
 
@@ -151,7 +160,8 @@ def dry_runs(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str,
                 started[name] += ["--init-from", str(folder / name)]
         wanted = {
             **{f"shipped {name}": [*arguments, "--json"] for name, arguments in started.items()},
-            **{f"full {name}": [*arguments, "--json", *([] if name in BASES else FULL_PACK)]
+            # Without data, packs of the capacity.
+            **{f"full {name}": [*(one for one in arguments if one != "--mock"), "--json"]
                for name, arguments in started.items() if name != "tiny"},
             "people, adapters": started["wan_1_3b_lora"],
             **{said: ["--mock", *arguments] for arguments, said in REFUSED},
@@ -160,7 +170,8 @@ def dry_runs(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str,
                 "--recipe", "wan_1_3b", "--mock", "model.num_layers=30", "model.num_attention_heads=12",
                 "model.hidden_size=1536", "model.ffn_hidden_size=8960", "model.kv_channels=128",
             ],
-            "people": ["--config-file", "wan_14b_128gpu", "--mock", "--world-size", "128"],
+            "people": ["--config-file", "wan_14b_128gpu", "--world-size", "128"],
+            "people, mock data": ["--config-file", "wan_14b_128gpu", "--mock", "--world-size", "128"],
         }  # fmt: skip
         run_in_engine(folder, {key: ["pretrain", "--dry-run", *arguments] for key, arguments in wanted.items()})
 
@@ -299,18 +310,19 @@ def test_sizes_in_megatrons_words_may_be_said_where_they_are_so(dry_runs: dict[s
 
 
 def test_a_dry_run_says_what_a_step_is(dry_runs: dict[str, list[Any]]) -> None:
-    code, output, errors = dry_runs["people"]
+    code, output, errors = dry_runs["people, mock data"]
     assert code == 0, errors
     assert "14,288,491,584 parameters, bf16" in output
     assert "data 16 x tensor 2 with sequence x context 4 x pipeline 1" in output
     # 6.184 PFLOP a sample of 37,440 tokens, and 16 of them.
     assert "16 packs, 1 per data-parallel rank, 599,040 tokens and 98,945" in output
+    assert "a pack of mock data has 37,440 tokens; without --mock a dry run takes dataset.capacity, 43,008\n" in output
 
 
 def test_the_readme_shows_what_a_dry_run_prints(dry_runs: dict[str, list[Any]]) -> None:
     code, output, errors = dry_runs["people"]
     assert code == 0, errors
-    command = "$ wan-train pretrain --config-file wan_14b_128gpu --mock --dry-run --world-size 128\n"
+    command = "$ wan-train pretrain --config-file wan_14b_128gpu --dry-run --world-size 128\n"
     assert f"```sh\n{command}{output}```" in README.read_text(encoding="utf-8")
 
 

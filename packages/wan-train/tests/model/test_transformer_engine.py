@@ -32,8 +32,8 @@ def test_it_is_taken_only_where_it_is_named(probed: dict[str, Any]) -> None:
 @needs_no_cuda
 def test_asking_for_it_where_it_is_not_is_one_sentence(tmp_path: Path) -> None:
     assert refused(tmp_path, "model.attention=transformer_engine") == (
-        "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
-        "pip install --no-build-isolation 'wan-train[te]', or leave the setting at auto"
+        "model.attention is transformer_engine, which is not installed here (it needs CUDA); install it as the "
+        "README of wan-train says, or leave the setting at auto"
     )
 
 

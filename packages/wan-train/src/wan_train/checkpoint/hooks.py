@@ -50,7 +50,7 @@ from wan_train.engine.upstream.checkpoints import (
     unwrap_model,
     use_read_weights,
 )
-from wan_train.engine.upstream.master_weights import differing_weights
+from wan_train.engine.upstream.master_weights import noting_weights
 from wan_train.engine.upstream.replace import changed
 from wan_train.model.ema import PREFIX
 from wan_train.model.provider import MegatronWanDiT
@@ -207,11 +207,11 @@ class CheckpointHooks:
                     wrong_form_refused(self._point, self._point.step_folder),
                     _only_weights(),
                     keep_settings(optimizer),
+                    noting_weights(optimizer) as differing_weights,
                 ):
                     result = load(state, model, optimizer, *args, **kwargs)
                 use_read_weights(model)
-                if not state.cfg.checkpoint.finetune:
-                    _require_one_set_of_weights(self._point, optimizer)
+                _require_one_set_of_weights(self._point, differing_weights())
                 return result
             except CheckpointException as error:  # no Exception, but a BaseException
                 raise ValueError(
@@ -319,14 +319,14 @@ def _verify(point: ResumePoint) -> None:
         )
 
 
-def _require_one_set_of_weights(point: ResumePoint, optimizer: Any) -> None:
+def _require_one_set_of_weights(point: ResumePoint, differing: int) -> None:
     """Raise ``ValueError`` on all ranks if the optimizer of one has other weights than its model."""
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, differing_weights(optimizer))
-    if differing := sum(gathered):
+    torch.distributed.all_gather_object(gathered, differing)
+    if sum(gathered):
         raise ValueError(
-            f"{point.step_folder} has optimizer states under the names of other parameters ({differing} fp32 weights "
-            "do not round to the model's), as earlier versions saved them with ddp.overlap_grad_reduce; begin another "
+            f"{point.step_folder} has optimizer states under the names of other parameters (of {sum(gathered)} the "
+            "weights are not the model's), as earlier versions saved them with ddp.overlap_grad_reduce; begin another "
             "run from its weights: wan-train export, then --init-from"
         )
 

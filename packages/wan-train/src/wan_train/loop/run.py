@@ -81,8 +81,12 @@ def check_layout(config: Any, world: int) -> Layout:
     return layout
 
 
-def configure_data(config: Any, layout: Layout) -> None:
+def configure_data(config: Any, layout: Layout, *, needed: bool = True) -> None:
     """Validate the dataset against the model, and configure its loader; decides what texts are padded to.
+
+    Args:
+        config, layout: of the run.
+        needed: whether there must be data.
 
     Raises:
         ValueError: there is no dataset, or it does not match the model.
@@ -91,7 +95,7 @@ def configure_data(config: Any, layout: Layout) -> None:
     from wan_train.loop.agreement import check_data, with_text_length
 
     dataset, model = config.dataset, config.model
-    if dataset.mock == (dataset.path is not None):
+    if (dataset.mock and dataset.path is not None) or (needed and not dataset.mock and dataset.path is None):
         given = "both dataset.path and --mock are given" if dataset.mock else "no data are given"
         raise ValueError(f"{given}; set dataset.path=FOLDER, or use --mock for random data, and not both")
     if dataset.path is not None:

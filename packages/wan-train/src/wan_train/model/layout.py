@@ -73,13 +73,20 @@ class Layout:
                 f"context {self.context}: their number must be a multiple of {self.replica} (--nproc-per-node, or "
                 "--world-size of a dry run)"
             )
-        if packs % self.data:
+        if self.sequence and self.tensor == 1:
             raise ValueError(
-                f"train.global_batch_size is {packs} packs, which {self.data} data-parallel ranks cannot share equally"
+                "model.sequence_parallel is true and there is one tensor-parallel rank; set "
+                "model.tensor_model_parallel_size, or leave it out"
             )
         if model.num_heads % self.tensor:
             raise ValueError(
-                f"{model.num_heads} attention heads cannot be split over tensor_model_parallel_size {self.tensor}"
+                f"{model.num_heads} attention heads cannot be split over tensor_model_parallel_size {self.tensor}; set "
+                "it to a divisor"
+            )
+        if packs % self.data:
+            raise ValueError(
+                f"train.global_batch_size is {packs} packs, which {self.data} data-parallel ranks cannot share "
+                "equally; set it to a multiple"
             )
         if self.pipeline > model.num_layers:
             raise ValueError(f"{model.num_layers} layers cannot be spread over {self.pipeline} pipeline stages")

@@ -92,8 +92,8 @@ def _ops(provider: "WanModelProvider") -> MegatronOps:
     if provider.attention == "transformer_engine":
         if not engine.start().transformer_engine:
             raise ValueError(
-                "model.attention is transformer_engine, which is not installed here (it needs CUDA): "
-                "pip install --no-build-isolation 'wan-train[te]', or leave the setting at auto"
+                "model.attention is transformer_engine, which is not installed here (it needs CUDA); install it as the "
+                "README of wan-train says, or leave the setting at auto"
             )
         from wan_train.model.transformer_engine_ops import TransformerEngineOps
 

@@ -4,9 +4,11 @@ import dataclasses
 import json
 from typing import Any, get_args
 
+import torch
+
 from wan_model.dit.flops import training_flops
 from wan_model.dit.recompute import Recompute
-from wan_model.pack import PackLayout
+from wan_model.pack import PackLayout, latent_grid
 from wan_train import engine
 from wan_train.config.options import DEFAULT_RECIPE, RunOptions
 from wan_train.loop.run import build_config, check_layout, configure_data, read_initial_adapters
@@ -22,9 +24,10 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         Plain values: ``layout``, ``parameters`` (of the model, and of the rank that needs most memory), ``lora`` (rank,
         and ``parameters`` of the adapters in the same two ways; null if the weights are trained), ``state_bytes`` of
         that rank, ``recompute`` and ``activation_bytes`` (peak, with each kind of recomputation),
-        ``total_bytes`` with the chosen one, ``fits`` (by GPU, whether that fits), ``packs``, ``tokens`` and
-        ``training_flops`` of a step. For a dataset, a pack is assumed to hold one sample: an upper bound of the FLOPs,
-        and of activations except for the text of further samples.
+        ``total_bytes`` with the chosen one, ``fits`` (by GPU, whether that fits), ``packs``, ``capacity`` of a pack,
+        ``tokens`` and ``training_flops`` of a step. Except of mock data, a pack is assumed to hold one sample of
+        ``dataset.capacity`` tokens: an upper bound of the FLOPs, and of activations except for the text of further
+        samples.
 
     Raises:
         ValueError: an unknown key, an invalid layout, a missing dataset or one that does not match the model.
@@ -32,17 +35,16 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
     engine.start(take_device=False)
     config = build_config(options)
     layout = check_layout(config, world)
-    configure_data(config, layout)
+    configure_data(config, layout, needed=False)
     read_initial_adapters(config)
     model = config.model.wan_config
     bf16 = config.mixed_precision is not None
     packs = config.train.global_batch_size
     if config.dataset.mock:
         mock = config.dataset.mock_settings
-        patch = model.patch_size
+        latents = [torch.empty(model.in_channels, *shape, device="meta") for shape in mock.shapes]
         grids = [
-            tuple(size // one for size, one in zip(mock.shapes[slot % len(mock.shapes)], patch, strict=True))
-            for slot in range(mock.number_packed_samples)
+            latent_grid(latents[slot % len(latents)], model.patch_size) for slot in range(mock.number_packed_samples)
         ]
         pack = PackLayout(tuple(grids)).padded_to(layout.pad_multiple)
     else:
@@ -76,6 +78,7 @@ def describe(options: RunOptions, world: int) -> dict[str, Any]:
         "precision": "bf16" if bf16 else "fp32",
         "packs": packs,
         "packs_a_rank": packs // layout.data,
+        "capacity": config.dataset.capacity,
         "tokens": packs * pack.valid,
         "training_flops": packs * training_flops(model, pack, lora),
         "exact": config.dataset.mock,
@@ -106,6 +109,11 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         adapters = lora["parameters"]
         trained = f", frozen; a LoRA of rank {lora['rank']} with {adapters['model']:,} parameters, fp32"
         of_rank = f" and {adapters['largest_rank']:,} of the LoRA," if layout["world"] > 1 else ""
+    pack, capacity, mock = found["tokens"] // found["packs"], found["capacity"], []
+    if found["exact"] and pack != capacity:
+        mock = [
+            f"a pack of mock data has {pack:,} tokens; without --mock a dry run takes dataset.capacity, {capacity:,}"
+        ]
     return [
         f"{found['recipe']}: {parameters['model']:,} parameters, {found['precision']}{trained}",
         f"{layout['world']} processes: data {layout['data']} x tensor {layout['tensor']}"
@@ -119,6 +127,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         _verdict(found),
         f"per step: {found['packs']} packs, {found['packs_a_rank']} per data-parallel rank,{most} {found['tokens']:,} "
         f"tokens and{most} {tflop:,.2f} TFLOP, {tflop / layout['world']:,.2f} per process",
+        *mock,
     ]
 
 

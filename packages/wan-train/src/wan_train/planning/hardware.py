@@ -68,6 +68,13 @@ class Hardware:
             if not given[key] > 0:
                 raise ValueError(f"{path}: {key} is {content[key]!r}; expected a number above 0")
         given["gpus_per_node"] = int(given["gpus_per_node"])
+        for key in ("matmul", "attention_forward", "attention_backward"):
+            if given[key] > given["peak"]:
+                whose = "" if key in content else ", the h100's,"
+                raise ValueError(
+                    f"{path}: {key} is {given[key]:g}{whose} and peak is {given['peak']:g} operations per second; give "
+                    "the rates of this GPU too: matmul, attention_forward and attention_backward"
+                )
         return cls(**given)
 
 

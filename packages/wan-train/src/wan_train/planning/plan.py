@@ -182,8 +182,8 @@ def _start(gpus: int, machine: int, recipe: str) -> list[str]:
     """The command that starts a run: itself all processes of a machine, or on each of several machines by torchrun."""
     command = ["wan-train", "pretrain", "--recipe", recipe]
     if gpus > machine:
-        nodes = ["torchrun", "--nnodes", str(gpus // machine), "--nproc-per-node", str(machine), "--no-python"]
-        command = [*nodes, *command]
+        nodes = ["torchrun", "--nnodes", str(gpus // machine), "--nproc-per-node", str(machine)]
+        command = [*nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500", "--no-python", *command]
     elif gpus > 1:
         command += ["--nproc-per-node", str(gpus)]
     # The recipes' default is 0, which leaves a model without an unconditional branch for guidance.
