@@ -39,6 +39,7 @@ def test_overrides_reach_every_level() -> None:
     ("override", "sentence"),
     [
         ("section.cuont=3", "unknown configuration key section.cuont; the nearest known one is section.count"),
+        ("count=3", "unknown configuration key count; the nearest known one is section.count"),
         ("section.inner.rat=3", "the nearest known one is section.inner.rate"),
         ("section.free.b=3", "the nearest known one is section.free.a"),
         ("section.count=true", "section.count is True; expected int"),

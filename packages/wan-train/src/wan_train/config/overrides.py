@@ -21,10 +21,16 @@ def _names(node: Any) -> list[str]:
 
 def _child(node: Any, name: str, path: str) -> Any:
     if name not in _names(node):
-        near = difflib.get_close_matches(name, _names(node), n=1, cutoff=0.0)
         prefix = path[: -len(name)]
-        hint = f"; the nearest known one is {prefix}{near[0]}" if near else ""
+        # A key without its section, as other trainers have it.
+        near = [f"{one}.{name}" for one in _names(node) if name in _names(_value(node, one))]
+        near = near or difflib.get_close_matches(name, _names(node), n=1, cutoff=0.0)
+        hint = f"; the nearest known one is {' or '.join(prefix + one for one in near)}" if near else ""
         raise ValueError(f"unknown configuration key {path}{hint}")
+    return _value(node, name)
+
+
+def _value(node: Any, name: str) -> Any:
     return node[name] if isinstance(node, Mapping) else getattr(node, name)
 
 
