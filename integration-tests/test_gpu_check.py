@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from gpu.kernels import interpreter_fails
 from wan_model.system.process_tree import is_running
 from wan_model.testing.processes import default_signals, wait_until
 
@@ -265,11 +264,3 @@ def test_every_stage_runs_on_a_cpu(tmp_path):
     assert report["counts"] == {"passed": passed, "failed": failures, "not run": not_run}
     assert passed >= 70
     assert f"{passed} rows passed" in (tmp_path / "gpu_check.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("triton", "numpy", "fails"), [("3.6.0", "2.4.6", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.5.5", False)]
-)
-def test_an_interpreter_that_runs_nothing_is_known(triton: str, numpy: str, fails: bool) -> None:
-    """As the check ran with torch 2.11 and 2.12 and these versions of NumPy."""
-    assert interpreter_fails(triton, numpy) is fails
