@@ -125,7 +125,7 @@ GPUS = {
 BASES = {"wan_1_3b_lora": WAN_1_3B, "wan_14b_lora": WAN_14B}
 CARD = {"wan_1_3b_lora": 24e9}
 
-# One video that fills a pack of 43,008 tokens, or of the 32,760 of adapters, which is what they have anyway.
+# Tokens of a pack: what a dry run without data takes. The mock video of the files with adapters has as many.
 CAPACITY = {name: 32_760 if name in BASES else 43_008 for name in GPUS}
 
 

@@ -38,6 +38,7 @@ def noting_weights(optimizer: Any) -> Iterator[Callable[[], int]]:
         load(state)
 
     def differing() -> int:
+        # Nothing was noted if the optimizer was not loaded, as in a new run from a checkpoint's weights.
         now = [weight for part in _parts(optimizer) for weight in _of_groups(part, _FP32)]
         overwritten = sum(not torch.equal(one, other) for one, other in zip(loaded, now, strict=False))
         return overwritten + sum(_differing_copies(part) for part in _parts(optimizer))
